@@ -1,0 +1,73 @@
+"""Arrays in, arrays out: the one door to the C++ extension, and its readable twin in NumPy.
+
+Every kernel exists twice with the same signature and the same bits: in ``_native`` (csrc/) and in ``_numpy``,
+which is the definition. All arrays are 1-D, C-contiguous and owned by the caller; outputs are given, never
+allocated, never overlap an input, and their sizes are checked against one another before anything is written.
+A *float array* is float32, float16, or uint16 holding bfloat16 bit patterns (NumPy has no bfloat16).
+
+    crc32c(data, seed=0) -> int                         CRC-32C (Castagnoli) of a buffer, chained through `seed`
+    cast(values, out, *, saturate=False) -> int         float32 <-> float16/bfloat16; finite values that overflowed
+    blockwise_absmax(values, absmax, *, blocksize) -> bool
+    quantize_4bit(values, codes, absmax, *, blocksize, quant_type) -> bool
+    dequantize_4bit(codes, absmax, out, *, blocksize, quant_type) -> None
+    quantize_int8(values, codes, absmax, *, blocksize) -> bool
+    dequantize_int8(codes, absmax, out, *, blocksize) -> None
+    quantize_linear(values, codes, scales, *, blocksize) -> bool
+    dequantize_linear(codes, scales, out, *, blocksize) -> None
+
+A quantizer returns whether all its input was finite; when it returns False the outputs are to be thrown away.
+A wrong dtype raises TypeError, wrong sizes or overlap ValueError: callers pass checked sizes, so either is a bug.
+
+The implementation is chosen once, at import: ``TENSORWIRE_ISA=numpy`` forces the twins, ``portable``, ``avx2``,
+``avx512`` or ``neon`` an instruction set; `isa` says which one serves.
+"""
+
+import os
+import warnings
+from types import ModuleType
+
+from tensorwire.kernels import _numpy
+
+__all__ = [
+    "blockwise_absmax",
+    "cast",
+    "crc32c",
+    "dequantize_4bit",
+    "dequantize_int8",
+    "dequantize_linear",
+    "implementation",
+    "isa",
+    "quantize_4bit",
+    "quantize_int8",
+    "quantize_linear",
+]
+
+
+def _choose() -> tuple[ModuleType, str]:
+    if os.environ.get("TENSORWIRE_ISA") == "numpy":
+        return _numpy, "numpy"
+    try:
+        from tensorwire.kernels import _native
+    except ImportError as error:
+        warnings.warn(
+            f"tensorwire: the C++ extension is missing ({error}); NumPy serves, 10 to 200 times slower. "
+            "Reinstall with a C++17 compiler, or set TENSORWIRE_ISA=numpy to accept this.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return _numpy, "numpy"
+    return _native, _native.isa()
+
+
+_module, isa = _choose()
+implementation = "numpy" if _module is _numpy else "native"
+
+crc32c = _module.crc32c
+cast = _module.cast
+blockwise_absmax = _module.blockwise_absmax
+quantize_4bit = _module.quantize_4bit
+dequantize_4bit = _module.dequantize_4bit
+quantize_int8 = _module.quantize_int8
+dequantize_int8 = _module.dequantize_int8
+quantize_linear = _module.quantize_linear
+dequantize_linear = _module.dequantize_linear
