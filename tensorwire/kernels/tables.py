@@ -1,0 +1,100 @@
+"""The code tables and decision thresholds of the quantized formats: read-only float32 constants.
+
+A ``*_CODE`` table maps a code to its value relative to the block's absmax; decoding is ``code[q] * absmax``. The
+values are those of bitsandbytes 0.50.2 bit for bit (its functional.py: `get_4bit_type`, `create_dynamic_map`), and a
+format's table never changes: another table is another format. A ``*_THRESHOLDS`` array holds, in ascending order, the
+points where the nearest code changes. The arithmetic around them is in `tensorwire.kernels._numpy`.
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "FP4_CODE",
+    "FP4_CODE_OF_LEVEL",
+    "FP4_THRESHOLDS",
+    "INT8_CODE",
+    "INT8_THRESHOLDS",
+    "NF4_CODE",
+    "NF4_THRESHOLDS",
+]
+
+Table = npt.NDArray[np.float32]
+
+
+def _constant(array: npt.NDArray) -> npt.NDArray:
+    array.setflags(write=False)
+    return array
+
+
+def _midpoints(code: Table) -> Table:
+    """fl32(fl32(c[k] + c[k+1]) / 2) of a sorted table, as both bitsandbytes' CPU and CUDA encoders take it."""
+    return (code[:-1] + code[1:]) * np.float32(0.5)
+
+
+# Quantiles of the normal distribution, chosen so that 0 and both ends are exact (QLoRA, arXiv:2305.14314).
+NF4_CODE: Final[Table] = _constant(
+    np.array(
+        [
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ],
+        np.float32,
+    )
+)
+NF4_THRESHOLDS: Final[Table] = _constant(_midpoints(NF4_CODE))
+
+# One sign, two exponent, one mantissa bit, over the largest value, 12. Code 8, "minus zero", is +0.0.
+FP4_CODE: Final[Table] = _constant(
+    np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
+)
+# Of the magnitude; the literals of bitsandbytes' CUDA encoder (csrc/kernels.cu: dQuantizeFP4), up to 14 ulp away
+# from the midpoints of FP4_CODE. A magnitude above k of them has level k.
+FP4_THRESHOLDS: Final[Table] = _constant(
+    np.array(
+        [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333],
+        np.float32,
+    )
+)
+FP4_CODE_OF_LEVEL: Final[npt.NDArray[np.uint8]] = _constant(np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8))
+
+
+def _dynamic_code() -> Table:
+    """The signed 8-bit dynamic map (arXiv:1511.04561): 256 sorted values from -0.993 to 1, code 127 is 0.
+
+    Decade i of seven, 10**(i-7) to 10**(i-6), holds the centres of 2**i equal steps, each sign; 0 and 1 complete it.
+    The grid of a decade is counted from its nearer end with one rounding a point, as `torch.linspace` does it: the
+    float64 products and sums here are exact, so that the rounding to float32 is the only one.
+    """
+    lowest, highest = np.float32(0.1), np.float32(1)
+    decades = []
+    for i in range(7):
+        count = 2**i
+        step = np.float64((highest - lowest) / np.float32(count))
+        k = np.arange(count + 1, dtype=np.float64)
+        upward = np.float64(lowest) + k * step
+        downward = np.float64(highest) - (count - k) * step
+        edges = np.where(k < (count + 1) // 2, upward, downward).astype(np.float32)
+        decades.append(np.float32(10.0 ** (i - 6)) * _midpoints(edges))
+    positive = np.concatenate(decades)
+    return np.concatenate([-positive[::-1], np.zeros(1, np.float32), positive, np.ones(1, np.float32)])
+
+
+INT8_CODE: Final[Table] = _constant(_dynamic_code())
+INT8_THRESHOLDS: Final[Table] = _constant(_midpoints(INT8_CODE))
