@@ -1,9 +1,10 @@
 """The code tables and decision thresholds of the quantized formats: read-only float32 constants.
 
-A ``*_CODE`` table maps a code to its value relative to the block's absmax; decoding is ``code[q] * absmax``. The
-values are those of bitsandbytes 0.50.2 bit for bit (its functional.py: `get_4bit_type`, `create_dynamic_map`), and a
-format's table never changes: another table is another format. A ``*_THRESHOLDS`` array holds, in ascending order, the
-points where the nearest code changes. The arithmetic around them is in `tensorwire.kernels._numpy`.
+A ``*_CODE`` table maps a code to its value relative to the block's absmax; decoding is ``code[q] * absmax``.
+The values are those of bitsandbytes 0.50.2 bit for bit (its functional.py: `get_4bit_type`,
+`create_dynamic_map`), and a format's table never changes: another table is another format. A ``*_THRESHOLDS``
+array holds, in ascending order, the points where the nearest code changes. The arithmetic around them is in
+`tensorwire.kernels._numpy`.
 """
 
 from typing import Final
@@ -30,7 +31,7 @@ def _constant(array: npt.NDArray) -> npt.NDArray:
 
 
 def _midpoints(code: Table) -> Table:
-    """fl32(fl32(c[k] + c[k+1]) / 2) of a sorted table, as both bitsandbytes' CPU and CUDA encoders take it."""
+    """fl32(fl32(c[k] + c[k+1]) / 2) of a sorted table, as bitsandbytes' encoders take it."""
     return (code[:-1] + code[1:]) * np.float32(0.5)
 
 
@@ -64,8 +65,8 @@ NF4_THRESHOLDS: Final[Table] = _constant(_midpoints(NF4_CODE))
 FP4_CODE: Final[Table] = _constant(
     np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
 )
-# Of the magnitude; the literals of bitsandbytes' CUDA encoder (csrc/kernels.cu: dQuantizeFP4), up to 14 ulp away
-# from the midpoints of FP4_CODE. A magnitude above k of them has level k.
+# Of the magnitude; the literals of bitsandbytes' CUDA encoder (csrc/kernels.cu: dQuantizeFP4), up to 14 ulp
+# away from the midpoints of FP4_CODE. A magnitude above k of them has level k.
 FP4_THRESHOLDS: Final[Table] = _constant(
     np.array(
         [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333],
@@ -78,9 +79,10 @@ FP4_CODE_OF_LEVEL: Final[npt.NDArray[np.uint8]] = _constant(np.array([0, 1, 6, 7
 def _dynamic_code() -> Table:
     """The signed 8-bit dynamic map (arXiv:1511.04561): 256 sorted values from -0.993 to 1, code 127 is 0.
 
-    Decade i of seven, 10**(i-7) to 10**(i-6), holds the centres of 2**i equal steps, each sign; 0 and 1 complete it.
-    The grid of a decade is counted from its nearer end with one rounding a point, as `torch.linspace` does it: the
-    float64 products and sums here are exact, so that the rounding to float32 is the only one.
+    Decade i of seven, 10**(i-7) to 10**(i-6), holds the centres of 2**i equal steps, each sign; 0 and 1
+    complete it. The grid of a decade is counted from its nearer end with one rounding a point, as
+    `torch.linspace` does it: the float64 products and sums here are exact, so that the rounding to float32 is
+    the only one.
     """
     lowest, highest = np.float32(0.1), np.float32(1)
     decades = []
