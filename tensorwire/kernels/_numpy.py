@@ -286,9 +286,7 @@ _INT8_LAST_OF_CODE: Final = np.where(
 
 
 @_quiet
-def quantize_int8(
-    values: Array, codes: npt.NDArray[np.uint8], absmax: Float32, *, blocksize: int
-) -> bool:
+def quantize_int8(values: Array, codes: npt.NDArray[np.uint8], absmax: Float32, *, blocksize: int) -> bool:
     """Quantize to the nearest of `INT8_CODE` with an absmax per block; whether all values are finite.
 
     With T[k] = fl32(c[k] + c[k+1]) / 2: y < T[k] goes to k, y > T[k] to k + 1, y == T[k] to the even one of
@@ -332,7 +330,7 @@ def dequantize_int8(codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *
 def quantize_linear(
     values: Array, codes: npt.NDArray[np.int8], scales: npt.NDArray[np.uint16], *, blocksize: int
 ) -> bool:
-    """Quantize to code * scale, |code| <= 127, with a bfloat16 scale per block; whether all values are finite.
+    """Quantize to code * scale, |code| <= 127, a bfloat16 scale per block; whether all values are finite.
 
     scale = bfloat16(fl32(absmax / 127)), 0 when below 2**-126; code = the integer nearest to fl32(x * fl32(1
     / scale)), ties to even, clamped: the scale may have been rounded down. Scale 0 gives codes 0.
