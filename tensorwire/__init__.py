@@ -1,0 +1,108 @@
+"""tensorwire: the wire format and compression library for tensors.
+
+    data = tensorwire.dumps(state_dict, codec="nf4")        # one message
+    state_dict = tensorwire.torch.loads(data)
+
+    transport.send(tensorwire.encode(state_dict, codec="bf16|zstd"))      # O(frame) memory on both sides
+    for name, tensor in tensorwire.decode(transport.receive()): ...
+
+The functions here take torch tensors and NumPy arrays and give NumPy arrays; `tensorwire.torch` and
+`tensorwire.numpy` are the same functions for one library. Importing this package loads neither torch nor
+bitsandbytes.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from tensorwire import numpy as _numpy
+from tensorwire.api import Api
+from tensorwire.codecs import Codec
+from tensorwire.codecs import parse as codec
+from tensorwire.errors import (
+    CorruptError,
+    EncodeError,
+    FormatError,
+    LimitError,
+    NonFiniteError,
+    SchemaError,
+    SequenceError,
+    TensorwireError,
+    TransportError,
+    TruncatedError,
+    UnsupportedError,
+    WireError,
+)
+from tensorwire.limits import Limits
+from tensorwire.streams import Schema, TensorFile, decode_file, encode_file
+from tensorwire.tensor import TensorView
+
+if TYPE_CHECKING:
+    from tensorwire import torch as torch
+
+__version__: Final = "0.1.0"
+
+__all__ = [
+    "Codec",
+    "CorruptError",
+    "EncodeError",
+    "FormatError",
+    "LimitError",
+    "Limits",
+    "NonFiniteError",
+    "Schema",
+    "SchemaError",
+    "SequenceError",
+    "TensorFile",
+    "TensorwireError",
+    "TransportError",
+    "TruncatedError",
+    "UnsupportedError",
+    "WireError",
+    "codec",
+    "decode",
+    "decode_file",
+    "dumps",
+    "encode",
+    "encode_file",
+    "load_file",
+    "loads",
+    "open_file",
+    "save_file",
+    "schema",
+]
+
+_LAZY: Final = frozenset({"torch", "safetensors", "transports", "integrations"})
+
+
+class _AnyFront(_numpy.NumPyFront):
+    """Takes tensors of whichever library is loaded, gives NumPy arrays."""
+
+    def view(self, value: object) -> TensorView | None:
+        return super().view(value) or (self._torch().view(value) if "torch" in sys.modules else None)
+
+    def target(self, value: object) -> memoryview:
+        if "torch" in sys.modules and self._torch().view(value) is not None:
+            return self._torch().target(value)
+        return super().target(value)
+
+    @staticmethod
+    def _torch() -> Any:
+        return importlib.import_module("tensorwire.torch").FRONT
+
+
+_api: Final = Api(_AnyFront())
+encode = _api.encode
+decode = _api.decode
+dumps = _api.dumps
+loads = _api.loads
+save_file = _api.save_file
+load_file = _api.load_file
+open_file = _api.open_file
+schema = _api.schema
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"tensorwire.{name}")
+    raise AttributeError(f"module 'tensorwire' has no attribute {name!r}")

@@ -1,0 +1,115 @@
+"""The public functions, bound to one tensor library. `tensorwire`, `tensorwire.numpy` and `tensorwire.torch` share them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tensorwire import streams
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.rules import CodecChoice
+from tensorwire.streams.schema import Schema
+from tensorwire.tensor import Front
+
+
+class Api:
+    """What one front offers."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    def encode(
+        self,
+        obj: Any,
+        *,
+        codec: CodecChoice = "raw",
+        frame_size: int = streams.FRAME_SIZE,
+        metadata: Mapping[str, str] | None = None,
+        stream_id: bytes = b"",
+        tie: bool = True,
+        limits: Limits = DEFAULT,
+    ) -> Iterator[Any]:
+        """Encode a container as an iterator of buffers to be sent one after the other.
+
+        `obj`: a tensor, a plain value, or dicts, lists and tuples of them; or an iterator of (name, tensor) pairs,
+        sent as they come. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping of name patterns to
+        specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is also the memory
+        that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes that bind
+        every frame to a round or session. `tie`: send tensors that share their memory once.
+
+        Everything but the values themselves is checked here, before the first buffer. Raises EncodeError naming
+        the item; NonFiniteError, while iterating, for NaN or infinities under a quantizing codec.
+        """
+        return streams.encode(
+            obj,
+            self._front,
+            codec=codec,
+            frame_size=frame_size,
+            metadata=metadata,
+            stream_id=stream_id,
+            tie=tie,
+            limits=limits,
+        )
+
+    def decode(
+        self,
+        source: Any,
+        *,
+        into: Mapping[str, Any] | None = None,
+        expect: Any = None,
+        limits: Limits = DEFAULT,
+    ) -> Iterator[tuple[str, Any]]:
+        """Decode a stream as an iterator of (name, value), each given when complete and verified.
+
+        `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`).
+        Names are dotted paths. `into`: preallocated tensors by name, written in place and given back. `expect`: a
+        schema (see `schema`) or a container like the one expected; anything else is refused before memory is taken.
+
+        Raises a WireError, and nothing else, for any bytes that are not a whole valid stream. What was given
+        before is good; tensors in `into` may then hold parts of an item that was not given.
+        """
+        return streams.decode(source, self._front, into=into, expect=expect, limits=limits)
+
+    def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
+        """A container as one message: all buffers of `encode`, joined."""
+        return b"".join(self.encode(obj, codec=codec, metadata=metadata))
+
+    def loads(
+        self,
+        data: Any,
+        *,
+        into: Mapping[str, Any] | None = None,
+        expect: Any = None,
+        limits: Limits = DEFAULT,
+    ) -> Any:
+        """The container in a message or any other source that `decode` takes, once all of it is verified."""
+        return streams.collect(data, self._front, into=into, expect=expect, limits=limits)
+
+    def save_file(
+        self,
+        obj: Any,
+        path: str | os.PathLike,
+        *,
+        codec: CodecChoice = "raw",
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write a container to a `.tw` file and return its size. The name appears only when all is on disk."""
+        return streams.save_file(obj, path, self._front, codec=codec, metadata=metadata)
+
+    def load_file(
+        self,
+        path: str | os.PathLike,
+        *,
+        into: Mapping[str, Any] | None = None,
+        expect: Any = None,
+        limits: Limits = DEFAULT,
+    ) -> Any:
+        """The whole container in a `.tw` file, verified. For single tensors see `open_file`."""
+        return streams.load_file(path, self._front, into=into, expect=expect, limits=limits)
+
+    def open_file(self, path: str | os.PathLike, *, limits: Limits = DEFAULT) -> streams.TensorFile:
+        """A `.tw` file as a mapping of names to tensors, each read and verified when asked for."""
+        return streams.TensorFile(path, self._front, limits=limits)
+
+    def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
+        """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given."""
+        return Schema.of(obj, self._front, codec=codec)

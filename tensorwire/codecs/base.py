@@ -1,0 +1,156 @@
+"""The codec contract.
+
+A codec turns a slice of a tensor (a whole number of its blocks; the last slice of a tensor may end in a partial
+block) into one payload and back. Slices are independent of one another. A codec is a small frozen value: its repr
+is the spec string that rebuilds it, it keeps no state and never writes to its input.
+
+Layout and arithmetic of every codec stand in docs/codecs.md; an id names one of them for ever.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from tensorwire import dtypes, kernels
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError, FormatError, NonFiniteError
+from tensorwire.tensor import TensorView
+
+# How kernels see each float type; bfloat16 as bit patterns, since NumPy has none.
+FLOATS: Final = {dtypes.FLOAT32: np.float32, dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
+_SCAN: Final = 1 << 20  # elements looked at in one go when a whole tensor has to be seen before its first slice
+_SCAN_BLOCK: Final = 4096
+
+Take = Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of a payload: `data` (the elements themselves) and `metadata` (absmax, scales, offsets)."""
+
+    data: int
+    metadata: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.data + self.metadata
+
+
+@dataclass(frozen=True, repr=False)
+class Codec(ABC):
+    """One way to encode slices. Subclasses are frozen dataclasses whose fields are the spec's parameters."""
+
+    id: ClassVar[int]
+    name: ClassVar[str]
+    # The payload is the tensor's own bytes: it can land in its destination and be mapped from a file.
+    in_place: ClassVar[bool] = False
+
+    @abstractmethod
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The codec as it stands in an item descriptor."""
+
+    @abstractmethod
+    def accepts(self, dtype: DType) -> bool:
+        """Whether tensors of this dtype can be encoded; others travel losslessly."""
+
+    def block(self, dtype: DType) -> int:
+        """Elements that cannot be divided between slices."""
+        return 1
+
+    @abstractmethod
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        """Bytes that `count` elements take; for compressors, before compression."""
+
+    def fit(self, budget: int, dtype: DType) -> int:
+        """The most elements, a whole number of blocks, whose payload surely fits in `budget` bytes; maybe 0."""
+        block = self.block(dtype)
+        blocks = budget // self.sizes(block, dtype).total
+        return blocks * block
+
+    def check_length(self, length: int, count: int, dtype: DType) -> None:
+        """Raise FormatError unless a payload of `count` elements can have `length` bytes."""
+        expected = self.sizes(count, dtype).total
+        if length != expected:
+            raise FormatError(f"{self} payload of {count} elements has {length} bytes, must have {expected}")
+
+    def fallback(self, view: TensorView) -> bool:
+        """Whether this tensor's values ask for a lossless codec instead, as the spec's policy says."""
+        return False
+
+    def prepare(self, view: TensorView) -> Any:
+        """What must be known of the whole tensor before its first slice; handed to `encode` as `context`."""
+        return None
+
+    @abstractmethod
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        """The payload of a slice, as one buffer.
+
+        `data`: the slice's little-endian bytes; `take(n)`: a uint8 array of n bytes to write into.
+        Raises NonFiniteError with the offending element's index in the slice.
+        """
+
+    @abstractmethod
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        """Write a slice's elements to `out`, a flat uint8 array of exactly their bytes.
+
+        Raises FormatError for a payload that no encoder produces.
+        """
+
+    def __repr__(self) -> str:
+        given = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is MISSING or value != field.default:
+                given.append(f"{field.name}={str(value).lower()}")
+        return self.name + (":" + ",".join(given) if given else "")
+
+
+def floats(data: Any, dtype: DType) -> np.ndarray:
+    """The bytes of a slice as the float array that kernels take."""
+    return np.frombuffer(data, dtype=FLOATS[dtype])
+
+
+def widen(values: np.ndarray) -> np.ndarray:
+    """A float array as float32, exactly. For error paths and small arrays: it copies."""
+    if values.dtype == np.float32:
+        return values
+    out = np.empty(values.size, np.float32)
+    kernels.cast(np.ascontiguousarray(values), out)
+    return out
+
+
+def refuse_nonfinite(values: np.ndarray, codec: Codec) -> None:
+    """Raise NonFiniteError naming the first NaN or infinity."""
+    wide = widen(values)
+    index = int(np.flatnonzero(~np.isfinite(wide))[0])
+    raise NonFiniteError(
+        f"{wide[index]}, which {codec.name} cannot carry; use nonfinite=raw to send such items losslessly",
+        index=index,
+    )
+
+
+def largest(view: TensorView) -> float:
+    """max|x| over a whole float tensor, NaN or infinity included."""
+    top = np.float32(0)
+    for start in range(0, view.numel, _SCAN):
+        values = floats(view.read(start, min(start + _SCAN, view.numel)), view.dtype)
+        absmax = np.empty(-(-values.size // _SCAN_BLOCK), np.float32)
+        if not kernels.blockwise_absmax(values, absmax, blocksize=_SCAN_BLOCK):
+            return float("inf")
+        top = max(top, absmax.max())
+    return float(top)
+
+
+def check_power_of_two(name: str, value: Any, low: int, high: int) -> None:
+    """Raise EncodeError unless `value` is a power of two in [low, high]."""
+    if type(value) is not int or not low <= value <= high or value & (value - 1):
+        raise EncodeError(f"{name} must be a power of two from {low} to {high}, not {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raise EncodeError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise EncodeError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")

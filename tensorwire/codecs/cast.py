@@ -1,0 +1,76 @@
+"""fp16, bf16: float32 rounded to half the bytes, to nearest even (IEEE 754), subnormals and NaN kept."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tensorwire import dtypes, kernels
+from tensorwire.codecs.base import FLOATS, Codec, Sizes, Take, check_choice, floats, largest
+from tensorwire.dtypes import DType
+from tensorwire.errors import NonFiniteError
+from tensorwire.tensor import TensorView
+
+
+@dataclass(frozen=True, repr=False)
+class _Cast(Codec):
+    """`overflow`: what becomes of finite values beyond the narrow type: error, saturate (to its largest finite
+    value) or raw (the whole tensor travels losslessly). Infinities and NaN are values like any other.
+    """
+
+    overflow: str = "error"
+
+    narrow: ClassVar[DType]
+    # The smallest magnitude that rounds to infinity.
+    bound: ClassVar[float]
+
+    def __post_init__(self) -> None:
+        check_choice("overflow", self.overflow, ("error", "saturate", "raw"))
+
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.id,),)
+
+    def accepts(self, dtype: DType) -> bool:
+        return dtype == dtypes.FLOAT32
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        return Sizes(count * self.narrow.itemsize)
+
+    def fallback(self, view: TensorView) -> bool:
+        return self.overflow == "raw" and largest(view) >= self.bound
+
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        values = floats(data, dtype)
+        payload = take(self.sizes(values.size, dtype).total)
+        narrow = payload.view(FLOATS[self.narrow])
+        if kernels.cast(values, narrow, saturate=self.overflow == "saturate") and self.overflow == "error":
+            index = int(np.flatnonzero(np.isfinite(values) & (np.abs(values) >= np.float32(self.bound)))[0])
+            raise NonFiniteError(
+                f"{values[index]}, beyond {self.narrow}; "
+                "use overflow=saturate, or overflow=raw to send such items losslessly",
+                index=index,
+            )
+        return payload
+
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        kernels.cast(np.frombuffer(payload, FLOATS[self.narrow]), out.view(np.float32))
+
+
+@dataclass(frozen=True, repr=False)
+class Float16(_Cast):
+    """IEEE binary16."""
+
+    id = 2
+    name = "fp16"
+    narrow = dtypes.FLOAT16
+    bound = 65520.0
+
+
+@dataclass(frozen=True, repr=False)
+class BFloat16(_Cast):
+    """The upper half of a float32."""
+
+    id = 3
+    name = "bf16"
+    narrow = dtypes.BFLOAT16
+    bound = float(np.array(0x7F7F8000, np.uint32).view(np.float32))

@@ -1,0 +1,123 @@
+"""nf4, fp4: bitsandbytes' 4-bit types (Dettmers et al., arXiv:2305.14314), two elements a byte.
+
+Payload: float32 absmax of all blocks, then the packed codes. With `double_quant` (bitsandbytes'
+compress_statistics) the absmax are themselves stored in 8 bits: a float32 offset, which is the mean absmax of the
+whole tensor, float32 absmax per 256 differences from it, the differences as dynamic int8 codes, then the elements.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from tensorwire import kernels
+from tensorwire.codecs.base import FLOATS, Sizes, Take, check_choice, floats, refuse_nonfinite
+from tensorwire.codecs.int8 import Quantizer, checked_absmax, split
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError
+from tensorwire.tensor import TensorView
+
+NESTED_BLOCKSIZE: Final = 256
+_SCAN_BLOCKS: Final = 16384  # blocks looked at in one go for their mean absmax
+
+
+@dataclass(frozen=True, repr=False)
+class FourBit(Quantizer):
+    """The part that both 4-bit types share."""
+
+    blocksize: int = 64
+    double_quant: bool = False
+
+    smallest = 32
+    biggest = 4096
+    quant_type: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("double_quant", self.double_quant, (False, True))
+
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.id, self.blocksize, int(self.double_quant)),)
+
+    def block(self, dtype: DType) -> int:
+        return self.blocksize * NESTED_BLOCKSIZE if self.double_quant else self.blocksize
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        blocks = self.blocks(count)
+        metadata = 4 + 4 * -(-blocks // NESTED_BLOCKSIZE) + blocks if self.double_quant else 4 * blocks
+        return Sizes((count + 1) // 2, metadata)
+
+    def prepare(self, view: TensorView) -> np.float32 | None:
+        return mean_absmax(view, self.blocksize) if self.double_quant and view.numel else None
+
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        values = floats(data, dtype)
+        sizes = self.sizes(values.size, dtype)
+        payload = take(sizes.total)
+        metadata, codes = split(payload, sizes.metadata)
+        absmax = np.empty(self.blocks(values.size), np.float32) if self.double_quant else metadata.view(np.float32)
+        if not kernels.quantize_4bit(
+            values, codes, absmax, blocksize=self.blocksize, quant_type=self.quant_type
+        ):
+            refuse_nonfinite(values, self)
+        if self.double_quant:
+            _nest(absmax, context, metadata)
+        return payload
+
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        values = out.view(FLOATS[dtype])
+        sizes = self.sizes(values.size, dtype)
+        metadata, codes = split(np.frombuffer(payload, np.uint8), sizes.metadata)
+        if values.size % 2 and codes[-1] & 0x0F:
+            raise FormatError("the unused half of the last byte is not zero")
+        absmax = _unnest(metadata, self.blocks(values.size)) if self.double_quant else checked_absmax(metadata)
+        kernels.dequantize_4bit(codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type)
+
+
+@dataclass(frozen=True, repr=False)
+class NF4(FourBit):
+    """4-bit NormalFloat: 16 levels at the quantiles of a normal distribution."""
+
+    id = 6
+    name = quant_type = "nf4"
+
+
+@dataclass(frozen=True, repr=False)
+class FP4(FourBit):
+    """4-bit float, as bitsandbytes' CUDA code rounds it."""
+
+    id = 7
+    name = quant_type = "fp4"
+
+
+def mean_absmax(view: TensorView, blocksize: int) -> np.float32:
+    """The mean of all blocks' absmax: summed in order in float64, divided, rounded once to float32."""
+    total = np.float64(0)
+    step = _SCAN_BLOCKS * blocksize
+    for start in range(0, view.numel, step):
+        values = floats(view.read(start, min(start + step, view.numel)), view.dtype)
+        absmax = np.empty(-(-values.size // blocksize), np.float32)
+        if not kernels.blockwise_absmax(values, absmax, blocksize=blocksize):
+            return np.float32(0)  # the quantizer will name the element
+        total = np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1]
+    return np.float32(total / -(-view.numel // blocksize))
+
+
+def _nest(absmax: np.ndarray, offset: np.float32, metadata: np.ndarray) -> None:
+    differences = absmax - offset
+    nested_blocks = -(-absmax.size // NESTED_BLOCKSIZE)
+    head, codes = split(metadata, 4 + 4 * nested_blocks)
+    head.view(np.float32)[0] = offset
+    kernels.quantize_int8(differences, codes, head.view(np.float32)[1:], blocksize=NESTED_BLOCKSIZE)
+
+
+def _unnest(metadata: np.ndarray, blocks: int) -> np.ndarray:
+    head, codes = split(metadata, 4 + 4 * -(-blocks // NESTED_BLOCKSIZE))
+    nested = checked_absmax(head)
+    absmax = np.empty(blocks, np.float32)
+    kernels.dequantize_int8(codes, nested[1:], absmax, blocksize=NESTED_BLOCKSIZE)
+    with np.errstate(over="ignore"):
+        absmax += nested[0]
+    if not np.isfinite(absmax).all():
+        raise FormatError("a double-quantized absmax is infinite")
+    return absmax

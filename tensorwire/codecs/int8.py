@@ -1,0 +1,130 @@
+"""int8, int8-linear: eight bits an element and one scale a block.
+
+int8 is bitsandbytes' blockwise dynamic 8-bit type (Dettmers et al., arXiv:2110.02861): the nearest of 256 fixed
+values, times the block's absmax. int8-linear is plain symmetric rounding with a bfloat16 scale.
+Payload: the scales of all blocks, then one byte an element.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tensorwire import dtypes, kernels
+from tensorwire.codecs.base import (
+    FLOATS,
+    Codec,
+    Sizes,
+    Take,
+    check_choice,
+    check_power_of_two,
+    floats,
+    largest,
+    refuse_nonfinite,
+)
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError
+from tensorwire.tensor import TensorView
+
+
+@dataclass(frozen=True, repr=False)
+class Quantizer(Codec):
+    """What every quantizing codec shares. `nonfinite`: error, or raw to send a tensor with NaN or infinities
+    losslessly (which costs one more pass over it).
+    """
+
+    blocksize: int = 0
+    nonfinite: str = "error"
+
+    smallest: ClassVar[int] = 16
+    biggest: ClassVar[int] = 65536
+
+    def __post_init__(self) -> None:
+        check_power_of_two("blocksize", self.blocksize, self.smallest, self.biggest)
+        check_choice("nonfinite", self.nonfinite, ("error", "raw"))
+
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.id, self.blocksize),)
+
+    def accepts(self, dtype: DType) -> bool:
+        return dtype in FLOATS
+
+    def block(self, dtype: DType) -> int:
+        return self.blocksize
+
+    def blocks(self, count: int) -> int:
+        """Blocks in `count` elements, the last one maybe partial."""
+        return -(-count // self.blocksize)
+
+    def fallback(self, view: TensorView) -> bool:
+        return self.nonfinite == "raw" and largest(view) == float("inf")
+
+
+@dataclass(frozen=True, repr=False)
+class Int8(Quantizer):
+    """bitsandbytes' dynamic 8-bit type, float32 absmax per block."""
+
+    id = 4
+    name = "int8"
+    blocksize: int = 4096
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        return Sizes(count, 4 * self.blocks(count))
+
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        values = floats(data, dtype)
+        payload = take(self.sizes(values.size, dtype).total)
+        absmax, codes = split(payload, 4 * self.blocks(values.size))
+        if not kernels.quantize_int8(values, codes, absmax.view(np.float32), blocksize=self.blocksize):
+            refuse_nonfinite(values, self)
+        return payload
+
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        values = out.view(FLOATS[dtype])
+        absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(values.size))
+        kernels.dequantize_int8(codes, checked_absmax(absmax), values, blocksize=self.blocksize)
+
+
+@dataclass(frozen=True, repr=False)
+class Int8Linear(Quantizer):
+    """Symmetric rounding to -127..127, bfloat16 scale per block. See docs/decisions/0003."""
+
+    id = 5
+    name = "int8-linear"
+    blocksize: int = 256
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        return Sizes(count, dtypes.BFLOAT16.itemsize * self.blocks(count))
+
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        values = floats(data, dtype)
+        payload = take(self.sizes(values.size, dtype).total)
+        scales, codes = split(payload, 2 * self.blocks(values.size))
+        if not kernels.quantize_linear(
+            values, codes.view(np.int8), scales.view(np.uint16), blocksize=self.blocksize
+        ):
+            refuse_nonfinite(values, self)
+        return payload
+
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        values = out.view(FLOATS[dtype])
+        scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(values.size))
+        scales = scale_bytes.view(np.uint16)
+        if scales.size and scales.max() >= 0x7F80:
+            raise FormatError("a scale is negative, infinite or NaN")
+        if codes.size and (codes == 0x80).any():
+            raise FormatError("code -128 is not used")
+        kernels.dequantize_linear(codes.view(np.int8), scales, values, blocksize=self.blocksize)
+
+
+def split(payload: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two parts of a payload."""
+    return payload[:at], payload[at:]
+
+
+def checked_absmax(data: np.ndarray) -> np.ndarray:
+    """Received absmax bytes as float32. Raises FormatError for NaN, infinities and negative values, -0 included."""
+    bits = data.view(np.uint32)
+    if bits.size and bits.max() >= 0x7F800000:
+        raise FormatError("an absmax is negative, infinite or NaN")
+    return data.view(np.float32)

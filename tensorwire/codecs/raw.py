@@ -1,0 +1,39 @@
+"""raw: the elements' own little-endian bytes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tensorwire import dtypes
+from tensorwire.codecs.base import Codec, Sizes, Take
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError
+
+
+@dataclass(frozen=True, repr=False)
+class Raw(Codec):
+    """Lossless, any dtype, no copy: the payload is the caller's memory."""
+
+    id = 1
+    name = "raw"
+    in_place = True
+
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.id,),)
+
+    def accepts(self, dtype: DType) -> bool:
+        return True
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        return Sizes(count * dtype.itemsize)
+
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        return data
+
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        received = np.frombuffer(payload, np.uint8)
+        if dtype == dtypes.BOOL and received.size and received.max() > 1:
+            raise FormatError("a bool is neither 0 nor 1")
+        if received.ctypes.data != out.ctypes.data:
+            out[:] = received

@@ -1,0 +1,96 @@
+"""zstd: Zstandard (RFC 8878) behind any other codec, one zstd frame a slice.
+
+The decompressed size follows from the slice, so a compressed payload can declare nothing: a frame must say exactly
+that size, use no dictionary and a window of at most 8 MiB, and nothing may stand before or after it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import zstandard
+
+from tensorwire.codecs.base import Codec, Sizes, Take
+from tensorwire.codecs.raw import Raw
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError, FormatError
+from tensorwire.tensor import TensorView
+
+_MAX_WINDOW: Final = 8 << 20
+_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+
+
+@dataclass(frozen=True, repr=False)
+class Zstd(Codec):
+    """`inner`'s payload, compressed. The level is the encoder's business and does not travel."""
+
+    inner: Codec = field(default_factory=Raw)
+    level: int = 3
+
+    id = 64
+    name = "zstd"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inner, Zstd):
+            raise EncodeError("zstd behind zstd")
+        if type(self.level) is not int or not 1 <= self.level <= zstandard.MAX_COMPRESSION_LEVEL:
+            raise EncodeError(f"level must be from 1 to {zstandard.MAX_COMPRESSION_LEVEL}, not {self.level!r}")
+
+    def __repr__(self) -> str:
+        return f"{self.inner}|zstd" + ("" if self.level == 3 else f":level={self.level}")
+
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return (*self.inner.stages(), (self.id,))
+
+    def accepts(self, dtype: DType) -> bool:
+        return self.inner.accepts(dtype)
+
+    def block(self, dtype: DType) -> int:
+        return self.inner.block(dtype)
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        return self.inner.sizes(count, dtype)
+
+    def fit(self, budget: int, dtype: DType) -> int:
+        # ZSTD_COMPRESSBOUND: 1/256 of the input and, below 128 KiB, at most 64 bytes more.
+        return self.inner.fit((budget - 64) * 256 // 257, dtype) if budget > 64 else 0
+
+    def check_length(self, length: int, count: int, dtype: DType) -> None:
+        size = self.sizes(count, dtype).total
+        if length > size + size // 256 + 64:
+            raise FormatError(f"{self} payload of {length} bytes for {size} uncompressed ones")
+
+    def fallback(self, view: TensorView) -> bool:
+        return self.inner.fallback(view)
+
+    def prepare(self, view: TensorView) -> Any:
+        return self.inner.prepare(view)
+
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        payload = self.inner.encode(data, dtype, take, context)
+        compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=False, write_content_size=True)
+        return compressor.compress(payload)
+
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        size = self.inner.sizes(out.size // dtype.itemsize, dtype).total
+        self._check_frame(payload, size)
+        try:
+            data = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompress(
+                payload, max_output_size=size, allow_extra_data=False
+            )
+        except zstandard.ZstdError as error:
+            raise FormatError(f"not a zstd frame: {error}") from None
+        if len(data) != size:
+            raise FormatError(f"zstd frame holds {len(data)} bytes, must hold {size}")
+        self.inner.decode(memoryview(data), dtype, out)
+
+    @staticmethod
+    def _check_frame(payload: memoryview, size: int) -> None:
+        if bytes(payload[:4]) != _MAGIC:
+            raise FormatError("not a zstd frame")
+        try:
+            frame = zstandard.get_frame_parameters(payload)
+        except zstandard.ZstdError as error:
+            raise FormatError(f"not a zstd frame: {error}") from None
+        if frame.content_size != size or frame.dict_id or frame.window_size > max(_MAX_WINDOW, size):
+            raise FormatError(f"zstd frame must say {size} bytes, no dictionary and a window of at most 8 MiB")

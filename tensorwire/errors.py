@@ -1,0 +1,111 @@
+"""The errors tensorwire raises. Few kinds, each a decision the caller can take.
+
+``WireError`` and its children blame the bytes (a peer, a disk); ``EncodeError`` blames what the caller passed in;
+``TransportError`` blames the connection. Decoders raise nothing outside this family, whatever bytes arrive.
+"""
+
+_NAME_SHOWN = 120  # characters of a wire-supplied name that a message may carry
+
+
+def show(name: object) -> str:
+    """A name as it may appear in a message or log: ASCII only, cut (names from a peer are not trusted)."""
+    text = ascii(name)
+    return text if len(text) <= _NAME_SHOWN else text[: _NAME_SHOWN - 3] + "..."
+
+
+def _rebuild(cls: type, detail: str, state: dict) -> "TensorwireError":
+    error = cls.__new__(cls, detail)
+    error.args = (detail,)
+    error.__dict__.update(state)
+    return error
+
+
+class TensorwireError(Exception):
+    """Root of every error of this library.
+
+    Attributes: `detail` (what happened and what to do), `frame` (sequence number), `item` (name),
+    `offset` (byte in the stream); the last three are None where they do not apply.
+    """
+
+    def __init__(
+        self, detail: str, *, frame: int | None = None, item: object = None, offset: int | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.frame = frame
+        self.item = item
+        self.offset = offset
+
+    def __str__(self) -> str:
+        where = []
+        if self.item is not None:
+            where.append(f"item {show(self.item)}")
+        if self.frame is not None:
+            where.append(f"frame {self.frame}")
+        if self.offset is not None:
+            where.append(f"offset {self.offset}")
+        return f"{self.detail} ({', '.join(where)})" if where else self.detail
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self), self.detail, self.__dict__)
+
+
+class EncodeError(TensorwireError, ValueError):
+    """What the caller asked to encode cannot be encoded as asked; the input is untouched."""
+
+
+class NonFiniteError(EncodeError):
+    """A NaN, an infinity or an overflow that the chosen codec cannot carry, at element `index` of the tensor."""
+
+    def __init__(self, detail: str, *, index: int) -> None:
+        super().__init__(detail)
+        self.index = index
+
+    def __str__(self) -> str:
+        return f"element {self.index} is {super().__str__()}"
+
+
+class WireError(TensorwireError, ValueError):
+    """The bytes received are not a valid stream, or not one this receiver accepts."""
+
+
+class FormatError(WireError):
+    """Bytes that no correct writer produces, although every checksum holds."""
+
+
+class CorruptError(WireError):
+    """A checksum or digest does not match: the bytes changed on the way. Ask for them again."""
+
+
+class TruncatedError(WireError):
+    """The input ended before the end frame. What came before may be resumed."""
+
+
+class SequenceError(WireError):
+    """A frame is missing, repeated, out of order, or belongs to another stream."""
+
+
+class LimitError(WireError):
+    """A declared size exceeds a limit; raise that limit if the sender is right. See `tensorwire.Limits`."""
+
+    def __init__(self, limit: str, allowed: int, got: int, **where: object) -> None:
+        super().__init__(f"{limit} is {got}, more than the limit of {allowed}", **where)  # type: ignore[arg-type]
+        self.limit = limit
+        self.allowed = allowed
+        self.got = got
+
+
+class UnsupportedError(WireError):
+    """A version, feature, dtype or codec that this build does not know."""
+
+
+class SchemaError(WireError):
+    """The stream is valid but is not what `expect=` or `into=` asked for."""
+
+
+class TransportError(TensorwireError, OSError):
+    """The connection failed. `retryable` says whether trying again can help."""
+
+    def __init__(self, detail: str, *, retryable: bool = True) -> None:
+        super().__init__(detail)
+        self.retryable = retryable

@@ -1,0 +1,96 @@
+"""NumPy arrays to and from streams and `.tw` files.
+
+Native dtypes come back as they were (big-endian ones in native order). bfloat16, float8 and float4 travel as
+ml_dtypes arrays; where ml_dtypes is not installed they are received as their bits: an unsigned integer array whose
+`dtype.metadata["tensorwire"]` names the type, which can be sent on.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+
+from tensorwire import dtypes
+from tensorwire.api import Api
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError
+from tensorwire.tensor import TensorView
+
+_NATIVE: Final = {
+    np.dtype(dtype.name): dtype
+    for dtype in dtypes.ALL
+    if dtype.name in np.sctypeDict and dtype.name not in ("complex32",)
+}
+_BITS: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_METADATA: Final = "tensorwire"
+
+
+class NumPyFront:
+    """`tensorwire.tensor.Front` for ndarrays and NumPy scalars."""
+
+    def view(self, value: object) -> TensorView | None:
+        if not isinstance(value, (np.ndarray, np.generic)):
+            return None
+        array = np.asarray(value)
+        dtype = _dtype(array.dtype)
+        if dtype is None:
+            raise EncodeError(f"dtype {array.dtype} cannot be sent; convert with .astype() first")
+        if array.dtype.byteorder == ">" or array.dtype.byteorder == "=" and not _LITTLE:
+            array = array.astype(array.dtype.newbyteorder("<"))
+        identity = None
+        if array.size and isinstance(value, np.ndarray):
+            identity = (array.ctypes.data, array.shape, array.strides, dtype.number)
+        return TensorView(dtype, array.shape, reader(array, dtype.itemsize), identity)
+
+    def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
+        return data.view(_numpy_dtype(dtype)).reshape(shape)
+
+    def target(self, value: object) -> memoryview:
+        if not isinstance(value, np.ndarray) or not value.flags.c_contiguous or not value.flags.writeable:
+            raise EncodeError("into= takes writable C-contiguous arrays")
+        if not value.dtype.isnative:
+            raise EncodeError("into= takes arrays in native byte order")
+        return memoryview(value.reshape(-1).view(np.uint8))
+
+
+_LITTLE: Final = np.dtype("<u2").isnative
+
+
+def reader(array: np.ndarray, itemsize: int) -> Any:
+    """`TensorView.read` over an array of any layout; only a slice is ever copied."""
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1).view(np.uint8)
+        return lambda start, stop: flat[start * itemsize : stop * itemsize]
+    return lambda start, stop: np.frombuffer(array.flat[start:stop], np.uint8)
+
+
+def _dtype(dtype: np.dtype) -> DType | None:
+    if dtype.metadata and _METADATA in dtype.metadata:
+        return dtypes.BY_NAME.get(dtype.metadata[_METADATA])
+    native = _NATIVE.get(dtype.newbyteorder("="))
+    if native is None and dtype.type.__module__.partition(".")[0] == "ml_dtypes":
+        return dtypes.BY_NAME.get(dtype.name)
+    return native
+
+
+def _numpy_dtype(dtype: DType) -> np.dtype:
+    native = np.dtype(dtype.name) if dtype in _NATIVE.values() else None
+    if native is not None:
+        return native
+    try:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, dtype.name))
+    except (ImportError, AttributeError):
+        return np.dtype(_BITS[dtype.itemsize], metadata={_METADATA: dtype.name})
+
+
+FRONT: Final = NumPyFront()
+_api: Final = Api(FRONT)
+encode = _api.encode
+decode = _api.decode
+dumps = _api.dumps
+loads = _api.loads
+save_file = _api.save_file
+load_file = _api.load_file
+open_file = _api.open_file
+schema = _api.schema

@@ -1,0 +1,130 @@
+"""Files of any kind, streamed in fixed-size chunks and received under a temporary name until verified."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tensorwire import dtypes
+from tensorwire.codecs import Codec, parse
+from tensorwire.errors import EncodeError, SchemaError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.atomic import read_at, replacing, write_at
+from tensorwire.streams.encode import FRAME_SIZE, encode_leaves, stream_info
+from tensorwire.streams.pool import Pool
+from tensorwire.streams.receive import Receiver, Sink
+from tensorwire.streams.source import as_source
+from tensorwire.streams.tree import Leaf
+from tensorwire.tensor import TensorView
+from tensorwire.wire import Item, Kind
+
+
+def encode_file(
+    file: str | os.PathLike | BinaryIO,
+    *,
+    codec: str | Codec = "raw",
+    name: str | None = None,
+    frame_size: int = FRAME_SIZE,
+    limits: Limits = DEFAULT,
+) -> Iterator[Any]:
+    """The buffers of a stream that carries one file, read as it is sent.
+
+    `file`: a path, or an open binary file of unknown length, a pipe for example. `codec`: raw or zstd. `name` is
+    what the receiver is told (the file's own name); it never decides where the receiver writes.
+    """
+    chosen = parse(codec)
+    if not chosen.accepts(dtypes.UINT8):
+        raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
+    if hasattr(file, "read"):
+        return _send(None, _piped(file), chosen, name or "-", frame_size, limits)
+    return _open_and_send(Path(file), chosen, name, frame_size, limits)
+
+
+def _open_and_send(path: Path, codec: Codec, name: str | None, frame_size: int, limits: Limits) -> Iterator[Any]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        yield from _send(size, file_reader(fd, 0, 1), codec, name or path.name, frame_size, limits)
+    finally:
+        os.close(fd)
+
+
+def _send(size: int | None, read: Any, codec: Codec, name: str, frame_size: int, limits: Limits) -> Iterator[Any]:
+    view = TensorView(dtypes.UINT8, (size or 0,), read)
+    item = Item(Kind.FILE, (name,), dtype=dtypes.UINT8, codec=codec.stages(), size=size)
+    leaves = [Leaf(Item(Kind.DICT, ())), Leaf(item, view, codec)]
+    return encode_leaves(leaves, frame_size=frame_size, info=stream_info(None), limits=limits)
+
+
+def file_reader(fd: int, offset: int, itemsize: int) -> Any:
+    """`TensorView.read` over bytes of an open file from `offset` on, through pooled memory."""
+    pool = Pool()
+
+    def read(start: int, stop: int) -> np.ndarray:
+        buffer = pool.take((stop - start) * itemsize)
+        if read_at(fd, memoryview(buffer), offset + start * itemsize) != buffer.size:
+            raise EncodeError("the file became shorter while it was sent")
+        return buffer
+
+    return read
+
+
+def _piped(file: BinaryIO) -> Any:
+    def read(start: int, stop: int) -> bytes:
+        parts = []
+        wanted = stop - start
+        while wanted and (part := file.read(wanted)):
+            parts.append(part)
+            wanted -= len(part)
+        return b"".join(parts)
+
+    return read
+
+
+def decode_file(source: Any, path: str | os.PathLike, *, limits: Limits = DEFAULT) -> str:
+    """Receive a stream that carries one file into `path`, which appears only when complete and verified.
+
+    Returns the name that the sender gave, which is data and not a path. Raises SchemaError for other streams.
+    """
+    with replacing(path) as fd:
+        receiver = Receiver(as_source(source), _OneFile(fd), limits)
+        names = [item.name for _, item, _ in receiver]
+    return names[0]
+
+
+class _OneFile:
+    """Accepts a dict with one file in it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._taken = False
+
+    def __call__(self, number: int, item: Item) -> Sink | None:
+        if item.kind == Kind.DICT and not item.path:
+            return None
+        if item.kind != Kind.FILE:
+            raise SchemaError("the stream carries tensors, not a file; receive it with decode")
+        if self._taken:
+            raise SchemaError("the stream carries more than one file")
+        self._taken = True
+        return FileSink(self._fd, 0)
+
+
+class FileSink:
+    """An item whose decoded bytes stand in an open file from `offset` on."""
+
+    def __init__(self, fd: int, offset: int) -> None:
+        self._fd = fd
+        self._offset = offset
+        self._pool = Pool()
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        return self._pool.take(stop - start)
+
+    def commit(self, start: int, region: np.ndarray) -> None:
+        write_at(self._fd, memoryview(region), self._offset + start)
+
+    def close(self) -> None:
+        return None

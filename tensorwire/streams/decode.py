@@ -1,0 +1,155 @@
+"""Buffers to tensors."""
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+
+from tensorwire.errors import SchemaError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.receive import Receiver, Sink, reject_files
+from tensorwire.streams.schema import Schema
+from tensorwire.streams.source import as_source
+from tensorwire.streams.tree import Tree
+from tensorwire.streams.values import unpack_value
+from tensorwire.tensor import Front
+from tensorwire.wire import Item, Kind
+
+# Memory taken for an item at once, before its bytes have come; beyond it doubles as they do.
+_FIRST_TAKE: Final = 4 << 20
+
+
+def decode(
+    source: Any,
+    front: Front,
+    *,
+    into: Mapping[str, Any] | None = None,
+    expect: Any = None,
+    limits: Limits = DEFAULT,
+) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each item, as soon as it is complete and verified.
+
+    `source`: a buffer, an iterable of buffers, or anything with `readinto`. `into`: preallocated tensors by name,
+    written in place. `expect`: a Schema, or a container like the one expected; anything else is refused before
+    memory is taken. When an error is raised, items already given are good and the rest is not delivered, but
+    tensors in `into` may hold parts of what was received.
+    """
+    for _, item, value in _Memory(source, front, into, expect, limits):
+        yield item.name, value
+
+
+def collect(
+    source: Any,
+    front: Front,
+    *,
+    into: Mapping[str, Any] | None = None,
+    expect: Any = None,
+    limits: Limits = DEFAULT,
+) -> Any:
+    """The whole container, once the whole stream is verified."""
+    memory = _Memory(source, front, into, expect, limits)
+    for _, item, value in memory:
+        memory.tree.fill(item.path, value)
+    return memory.tree.result()
+
+
+class _Memory:
+    """Receives a stream into memory."""
+
+    def __init__(
+        self, source: Any, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits
+    ) -> None:
+        self.tree = Tree()
+        self._front = front
+        self._into = into or {}
+        self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
+        self._limits = limits
+        self._receiver = Receiver(as_source(source), self._open, limits)
+        self._aliases: dict[int, list[tuple[int, Item]]] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
+        for number, item, value in self._receiver:
+            yield number, item, value
+            for alias_number, alias in self._aliases.pop(number, ()):
+                yield alias_number, alias, value
+        if self._schema is not None:
+            self._schema.check_complete()
+
+    def _open(self, number: int, item: Item) -> Sink | None:
+        reject_files(item)
+        if self._schema is not None:
+            self._schema.check(item)
+        self.tree.declare(item)
+        if item.kind == Kind.ALIAS:
+            assert item.of is not None
+            self._aliases.setdefault(item.of, []).append((number, item))
+            return None
+        if item.kind == Kind.VALUE:
+            return _ValueSink(self._limits)
+        if item.kind != Kind.TENSOR:
+            return None
+        if item.name in self._into:
+            return _IntoSink(item, self._into[item.name], self._front)
+        return _TensorSink(item, self._front, trusted=self._schema is not None)
+
+
+class _TensorSink:
+    """A new tensor. Unless its size is trusted, its memory grows as its bytes arrive."""
+
+    def __init__(self, item: Item, front: Front, *, trusted: bool) -> None:
+        self._item = item
+        self._front = front
+        self._size = prod(item.shape) * item.dtype.itemsize
+        self._data = np.empty(self._size if trusted else min(self._size, _FIRST_TAKE), np.uint8)
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        if stop > self._data.size:
+            size = min(self._size, max(stop, 2 * self._data.size))
+            # No view of the old memory is alive here: slices are done with once they are committed.
+            self._data.resize(size, refcheck=False)
+        return self._data[start:stop]
+
+    def commit(self, start: int, region: np.ndarray) -> None:
+        pass
+
+    def close(self) -> Any:
+        return self._front.wrap(self._data, self._item.dtype, self._item.shape)
+
+
+class _IntoSink:
+    """A tensor that the caller preallocated."""
+
+    def __init__(self, item: Item, tensor: Any, front: Front) -> None:
+        view = front.view(tensor)
+        if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
+            got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
+            raise SchemaError(f"into= has {got} where the stream has {item.dtype} {list(item.shape)}")
+        self._tensor = tensor
+        self._data = np.frombuffer(front.target(tensor), np.uint8)
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        return self._data[start:stop]
+
+    def commit(self, start: int, region: np.ndarray) -> None:
+        pass
+
+    def close(self) -> Any:
+        return self._tensor
+
+
+class _ValueSink:
+    """A plain Python value."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._data = bytearray()
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        return np.empty(stop - start, np.uint8)
+
+    def commit(self, start: int, region: np.ndarray) -> None:
+        self._data += memoryview(region)
+
+    def close(self) -> Any:
+        return unpack_value(bytes(self._data), self._limits)

@@ -1,0 +1,186 @@
+"""Containers to buffers.
+
+Everything about the container is checked, and every descriptor made, before the first buffer leaves; then each
+tensor is encoded frame by frame. Buffers are either small bytes, the caller's own memory (raw), or pooled memory
+that is used again once the consumer lets go of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from tensorwire import dtypes
+from tensorwire.codecs import Codec, crc32c
+from tensorwire.errors import EncodeError, NonFiniteError, WireError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.pool import Pool
+from tensorwire.streams.rules import CodecChoice, rule
+from tensorwire.streams.tree import Leaf, Walk
+from tensorwire.tensor import Front, TensorView
+from tensorwire.wire import Item, Kind, StreamInfo, Writer
+from tensorwire.wire.frames import HEADER_SIZE
+
+FRAME_SIZE: Final = 1 << 20
+_MIN_FRAME_SIZE: Final = 1 << 12
+_PIECE: Final = 1 << 20  # raw frames larger than this are read and checksummed piece by piece
+
+
+def encode(
+    value: Any,
+    front: Front,
+    *,
+    codec: CodecChoice = "raw",
+    frame_size: int = FRAME_SIZE,
+    metadata: Mapping[str, str] | None = None,
+    stream_id: bytes = b"",
+    tie: bool = True,
+    at_rest: bool = False,
+    limits: Limits = DEFAULT,
+) -> Iterator[Any]:
+    """The buffers of one stream.
+
+    `frame_size`: bytes of a data frame with its header, at most. `at_rest`: lay the stream out as a file, with an
+    index, aligned payloads and each raw item in one frame, so that it can be mapped. An iterator of (name, tensor)
+    pairs is sent as a dict without being collected first.
+    """
+    if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
+        raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
+    writer = Writer(crc32c, limits, index=at_rest)
+    emit = _Emitter(writer, frame_size, whole=at_rest)
+    try:
+        head = writer.start(stream_info(metadata, stream_id, align=64 if at_rest else 1))
+    except WireError as error:
+        raise EncodeError(error.detail) from None
+    if isinstance(value, Iterator):
+        # Memory of tensors that are made one after the other is used again: equal addresses mean nothing.
+        return emit.pairs(head, value, Walk(front, rule(codec), limits, tie=False))
+    walk = Walk(front, rule(codec), limits, tie=tie)
+    leaves = []
+    for leaf in walk.leaves(value):
+        head += emit.describe(leaf)
+        leaves.append(leaf)
+    return emit.leaves(head, leaves)
+
+
+def encode_leaves(leaves: list[Leaf], *, frame_size: int = FRAME_SIZE, info: StreamInfo, limits: Limits) -> Iterator[Any]:
+    """The buffers of a stream whose items were made elsewhere: files, tensors inside files."""
+    writer = Writer(crc32c, limits)
+    emit = _Emitter(writer, frame_size, whole=False)
+    head = writer.start(info)
+    for leaf in leaves:
+        head += emit.describe(leaf)
+    return emit.leaves(head, leaves)
+
+
+def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, align: int = 1) -> StreamInfo:
+    """StreamInfo in canonical form. Raises EncodeError for metadata that is not text."""
+    pairs = tuple((metadata or {}).items())
+    if not all(type(key) is str and type(text) is str for key, text in pairs):
+        raise EncodeError("metadata must map text to text")
+    return StreamInfo(align, stream_id, tuple(sorted(pairs)))
+
+
+class _Emitter:
+    """Writes leaves through one Writer."""
+
+    def __init__(self, writer: Writer, frame_size: int, *, whole: bool) -> None:
+        self._writer = writer
+        self._frame_size = frame_size
+        self._whole = whole
+        self._pool = Pool()
+
+    def describe(self, leaf: Leaf) -> bytes:
+        """The leaf's ITEM frame. Raises EncodeError, also where its codec's blocks do not fit into a frame."""
+        if leaf.codec is not None and leaf.item.total != 0:
+            self._slice_size(leaf.codec, leaf.item)
+        try:
+            return self._writer.item(leaf.item)
+        except WireError as error:
+            raise EncodeError(error.detail, item=leaf.item.name) from None
+
+    def leaves(self, head: bytes, leaves: list[Leaf]) -> Iterator[Any]:
+        """All buffers, the items having been described."""
+        yield head
+        for leaf in leaves:
+            yield from self._data(leaf)
+        yield self._writer.end()
+
+    def pairs(self, head: bytes, pairs: Iterator[tuple[str, Any]], walk: Walk) -> Iterator[Any]:
+        """All buffers of a dict that is still being produced."""
+        yield head + self._writer.item(next(walk.leaves({})).item)
+        for name, value in pairs:
+            for leaf in walk.leaves(value, (name,)):
+                yield self.describe(leaf)
+                yield from self._data(leaf)
+        yield self._writer.end()
+
+    def _data(self, leaf: Leaf) -> Iterator[Any]:
+        if leaf.item.total == 0:
+            return
+        if leaf.item.kind == Kind.VALUE:
+            yield from self._bytes(leaf.value)
+        elif leaf.item.total is None:
+            yield from self._open_ended(leaf)
+        elif self._whole and leaf.codec.in_place:
+            yield from self._in_one_frame(leaf.view)
+        else:
+            yield from self._slices(leaf)
+
+    def _slices(self, leaf: Leaf) -> Iterator[Any]:
+        view, codec, numel = leaf.view, leaf.codec, leaf.item.total
+        step = self._slice_size(codec, leaf.item)
+        context = codec.prepare(view)
+        for start in range(0, numel, step):
+            stop = min(start + step, numel)
+            data = view.read(start, stop)
+            try:
+                payload = codec.encode(data, view.dtype, self._pool.take, context)
+            except NonFiniteError as error:
+                error.index += start
+                error.item = leaf.item.name
+                raise
+            yield from self._frame(start, stop - start, payload)
+            del data, payload  # so that the pool may have them back
+
+    def _open_ended(self, leaf: Leaf) -> Iterator[Any]:
+        step = self._slice_size(leaf.codec, leaf.item)
+        start = 0
+        while data := leaf.view.read(start, start + step):
+            payload = leaf.codec.encode(data, dtypes.UINT8, self._pool.take)
+            yield from self._frame(start, len(data), payload)
+            start += len(data)
+        yield self._writer.data(start, 0, 0, 0)
+
+    def _in_one_frame(self, view: TensorView) -> Iterator[Any]:
+        """A raw item in a single frame. Its checksum stands before it, so its bytes are read twice."""
+        step = max(_PIECE // view.dtype.itemsize, 1)
+        pieces = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
+        crc = 0
+        for start, stop in pieces:
+            crc = crc32c(view.read(start, stop), crc)
+        yield self._writer.data(0, view.numel, view.numel * view.dtype.itemsize, crc)
+        for start, stop in pieces:
+            yield view.read(start, stop)
+
+    def _bytes(self, data: bytes) -> Iterator[Any]:
+        step = self._frame_size - HEADER_SIZE
+        for start in range(0, len(data), step):
+            part = memoryview(data)[start : start + step]
+            yield from self._frame(start, len(part), part)
+
+    def _frame(self, start: int, count: int, payload: Any) -> Iterator[Any]:
+        payload = memoryview(payload)
+        yield self._writer.data(start, count, payload.nbytes, crc32c(payload, 0))
+        yield payload
+
+    def _slice_size(self, codec: Codec, item: Item) -> int:
+        budget = self._frame_size - HEADER_SIZE
+        count = codec.fit(budget, item.dtype)
+        if count == 0:
+            block = codec.block(item.dtype)
+            raise EncodeError(
+                f"one block of {codec} ({block} elements) does not fit into a frame of {self._frame_size} bytes; "
+                "raise frame_size",
+                item=item.name,
+            )
+        return count
+

@@ -1,0 +1,152 @@
+"""The receiving loop: wire events to decoded slices, into sinks.
+
+A sink is the place of one item: it lends the memory that a slice is decoded into and is told when a slice is
+verified. Memory, files and `.safetensors` files differ in nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from tensorwire import dtypes
+from tensorwire.codecs import Codec, Raw, crc32c, from_stages
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
+from tensorwire.limits import Limits
+from tensorwire.streams.pool import Pool
+from tensorwire.streams.source import Source, finish
+from tensorwire.wire import (
+    NEED_DATA,
+    Item,
+    ItemStart,
+    Kind,
+    Reader,
+    Slice,
+    SliceStart,
+    StreamEnd,
+    StreamStart,
+)
+
+
+class Sink(Protocol):
+    """The place of one item. Offsets in bytes of the decoded item."""
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        """A writable flat uint8 array for bytes [start, stop)."""
+
+    def commit(self, start: int, region: np.ndarray) -> None:
+        """The region now holds verified bytes from `start` on."""
+
+    def close(self) -> Any:
+        """The item is complete: give its value."""
+
+
+# Called with each item as it is described, before any memory is taken for it; None: it has no data of its own.
+OpenItem = Callable[[int, Item], Sink | None]
+
+
+class Receiver:
+    """One stream being received: iterate for (number, item, value) of each completed item.
+
+    `start` holds the stream's info and `summary` what its end frame said, once they have passed.
+    """
+
+    def __init__(self, source: Source, open_item: OpenItem, limits: Limits) -> None:
+        self.start: StreamStart | None = None
+        self.end: StreamEnd | None = None
+        self._source = source
+        self._reader = Reader(crc32c, limits)
+        self._open_item = open_item
+        self._limits = limits
+        self._pool = Pool()
+        self._codecs: dict[int, Codec] = {}
+        self._sinks: dict[int, Sink] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
+        reader = self._reader
+        while not reader.ended:
+            event = reader.next_event()
+            if event is NEED_DATA:
+                reader.buffer_updated(self._source.readinto(reader.get_buffer()) or 0)
+            elif isinstance(event, Slice):
+                self._finish_slice(event)
+                if event.last:
+                    del self._codecs[event.number]
+                    yield event.number, event.item, self._sinks.pop(event.number).close()
+            elif isinstance(event, SliceStart):
+                self._start_slice(event)
+            elif isinstance(event, ItemStart):
+                if self._start_item(event.number, event.item) and event.item.total == 0:
+                    yield event.number, event.item, self._sinks.pop(event.number).close()
+            elif isinstance(event, StreamStart):
+                self.start = event
+            else:
+                self.end = event
+        finish(self._source)
+
+    def _start_item(self, number: int, item: Item) -> bool:
+        try:
+            if item.codec:
+                codec = from_stages(item.codec)
+                if not codec.accepts(item.dtype):
+                    raise FormatError(f"codec {codec} cannot carry {item.dtype}")
+            else:
+                codec = Raw()
+            sink = self._open_item(number, item)
+        except TensorwireError as error:
+            error.item = item.name if error.item is None else error.item
+            raise
+        if sink is None:
+            return False
+        self._sinks[number] = sink
+        if item.total != 0:
+            self._codecs[number] = codec
+        return True
+
+    def _start_slice(self, event: SliceStart) -> None:
+        if event.count == 0:  # the close of an open-ended file
+            return
+        codec, dtype = self._codecs[event.number], _dtype(event.item)
+        try:
+            codec.check_length(event.length, event.count, dtype)
+            last = event.item.total is not None and event.start + event.count == event.item.total
+            if event.start % codec.block(dtype) or event.count % codec.block(dtype) and not last:
+                raise FormatError(f"slice does not begin and end between blocks of {codec}")
+            if codec.in_place:
+                destination = self._region(event)
+            else:
+                size = max(event.length, event.count * dtype.itemsize // 16)
+                if size > self._limits.frame:
+                    raise LimitError("frame", self._limits.frame, size)
+                destination = self._pool.take(event.length)
+        except TensorwireError as error:
+            error.item = event.item.name
+            raise
+        self._reader.direct(memoryview(destination))
+
+    def _finish_slice(self, event: Slice) -> None:
+        if event.count == 0:
+            return
+        codec, dtype = self._codecs[event.number], _dtype(event.item)
+        region = np.frombuffer(event.payload, np.uint8) if codec.in_place else self._region(event)
+        try:
+            codec.decode(event.payload, dtype, region)
+        except WireError as error:
+            error.item = event.item.name
+            raise
+        self._sinks[event.number].commit(event.start * dtype.itemsize, region)
+
+    def _region(self, event: SliceStart | Slice) -> np.ndarray:
+        size = _dtype(event.item).itemsize
+        return self._sinks[event.number].region(event.start * size, (event.start + event.count) * size)
+
+
+def _dtype(item: Item) -> DType:
+    return item.dtype if item.dtype is not None else dtypes.UINT8
+
+
+def reject_files(item: Item) -> None:
+    """Raise for items that only the file functions take."""
+    if item.kind == Kind.FILE:
+        raise SchemaError("the stream carries a file; receive it with decode_file", item=item.name)

@@ -1,0 +1,55 @@
+"""What a receiver expects: names, kinds, dtypes, shapes and, if wanted, codecs."""
+
+from typing import Any
+
+from tensorwire.errors import SchemaError, show
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.rules import CodecChoice, rule
+from tensorwire.streams.tree import Walk
+from tensorwire.tensor import Front
+from tensorwire.wire import Item
+from tensorwire.wire.descriptors import Path
+
+
+class Schema:
+    """A set of item descriptors to hold a stream against: strict equality, no broadcasting, nothing missing."""
+
+    def __init__(self, items: dict[Path, Item], *, codecs: bool) -> None:
+        self._items = items
+        self._codecs = codecs
+        self._missing = dict.fromkeys(items)
+
+    @classmethod
+    def of(
+        cls, value: Any, front: Front, *, codec: CodecChoice | None = None, limits: Limits = DEFAULT
+    ) -> "Schema":
+        """The schema of a container like the one expected (its values do not matter), or `value` if it is one.
+
+        With `codec`, items must come encoded as `encode(value, codec=codec)` would encode them.
+        """
+        if isinstance(value, Schema):
+            return cls(value._items, codecs=value._codecs)
+        walk = Walk(front, rule(codec or "raw"), limits)
+        return cls({leaf.item.path: leaf.item for leaf in walk.leaves(value)}, codecs=codec is not None)
+
+    def check(self, item: Item) -> None:
+        """Raise SchemaError unless `item` is as expected."""
+        expected = self._items.get(item.path)
+        if expected is None:
+            raise SchemaError(f"not expected; {len(self._items)} other items are")
+        for field in ("kind", "dtype", "shape", "of", "codec") if self._codecs else ("kind", "dtype", "shape", "of"):
+            got, wanted = getattr(item, field), getattr(expected, field)
+            if got != wanted:
+                raise SchemaError(f"{field} is {_text(got)}, expected {_text(wanted)}")
+        del self._missing[item.path]
+
+    def check_complete(self) -> None:
+        """Raise SchemaError if an expected item has not come."""
+        for path in self._missing:
+            raise SchemaError(f"{len(self._missing)} expected items are missing", item=".".join(map(str, path)))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    return show(list(value)) if isinstance(value, tuple) else str(getattr(value, "name", value))

@@ -1,0 +1,72 @@
+"""Where bytes come from: anything with `readinto`, any buffer, any iterable of buffers."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from tensorwire.errors import FormatError
+
+
+class Source(Protocol):
+    """A blocking byte source, as raw files and sockets are."""
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill `buffer` with at least one byte and return how many; 0 at the end of input."""
+
+
+class _Bytes:
+    """One buffer that holds one stream and nothing else."""
+
+    def __init__(self, data: Any) -> None:
+        self._rest = memoryview(data).cast("B")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
+
+    def finish(self) -> None:
+        if self._rest:
+            raise FormatError(f"{len(self._rest)} bytes after the end frame")
+
+
+class _Chunks:
+    """An iterable of buffers, which may be cut anywhere."""
+
+    def __init__(self, chunks: Iterable[Any]) -> None:
+        self._chunks: Iterator[Any] = iter(chunks)
+        self._rest = memoryview(b"")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk).cast("B")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
+
+    def finish(self) -> None:
+        if self._rest or any(memoryview(chunk).nbytes for chunk in self._chunks):
+            raise FormatError("bytes after the end frame")
+
+
+def as_source(data: Any) -> Source:
+    """`data` as a Source. Raises TypeError for what is none."""
+    if hasattr(data, "readinto"):
+        return data
+    try:
+        return _Bytes(data)
+    except TypeError:
+        pass
+    if isinstance(data, Iterable) and not isinstance(data, str):
+        return _Chunks(data)
+    raise TypeError(f"expected a buffer, an iterable of buffers or something with readinto, not {type(data).__name__}")
+
+
+def finish(source: Source) -> None:
+    """After the end frame: refuse what is left of a buffer or iterable. A file or socket may carry on."""
+    if isinstance(source, (_Bytes, _Chunks)):
+        source.finish()

@@ -1,0 +1,47 @@
+"""How tensors of any library look to the layers below the fronts.
+
+A front turns a foreign tensor into a `TensorView` to be sent, wraps received bytes as a foreign tensor, and opens
+a preallocated foreign tensor for writing. The layers in between see only these.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+from tensorwire.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """A tensor to be read: shape, dtype and a way to its elements in C order.
+
+    `read(start, stop)` returns elements [start, stop) of the flattened tensor as a C-contiguous buffer of
+    little-endian bytes: the caller's own memory where it is contiguous, else a copy of those elements only.
+    `identity` is equal for two tensors that are the same view of the same memory, None when unknown.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Any]
+    identity: tuple | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+class Front(Protocol):
+    """One foreign tensor library."""
+
+    def view(self, value: object) -> TensorView | None:
+        """`value` as a view, or None when it is not a tensor of this library.
+
+        Raises EncodeError for a tensor that cannot travel, with the remedy.
+        """
+
+    def wrap(self, data: Any, dtype: DType, shape: tuple[int, ...]) -> Any:
+        """A tensor over `data`, a writable flat uint8 array that it takes over without a copy."""
+
+    def target(self, value: object) -> memoryview:
+        """The writable bytes of a preallocated contiguous tensor, flat. Raises EncodeError otherwise."""

@@ -1,0 +1,97 @@
+"""torch tensors to and from streams and `.tw` files, in the manner of `safetensors.torch`.
+
+Tensors come back on the CPU, contiguous, without gradients. Tensors of one storage, shape and layout are tied.
+"""
+
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from tensorwire import dtypes
+from tensorwire.api import Api
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError
+from tensorwire.numpy import reader
+from tensorwire.tensor import TensorView
+
+# Every dtype of the wire that this torch has; looked up by our own names, never by a peer's.
+_TORCH: Final = {
+    dtype: getattr(torch, dtype.name) for dtype in dtypes.ALL if isinstance(getattr(torch, dtype.name, None), torch.dtype)
+}
+_OURS: Final = {theirs: ours for ours, theirs in _TORCH.items()}
+# Integers of the same width, through which NumPy can see any layout of any dtype.
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+class TorchFront:
+    """`tensorwire.tensor.Front` for torch tensors."""
+
+    def view(self, value: object) -> TensorView | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        tensor = _plain(value)
+        dtype = _OURS[tensor.dtype]
+        identity = None
+        if tensor.numel() and tensor.device.type != "meta":
+            identity = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype.number)
+        return TensorView(dtype, tuple(tensor.shape), _reader(tensor, dtype), identity)
+
+    def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+        if dtype not in _TORCH:
+            raise EncodeError(f"this torch ({torch.__version__}) has no {dtype}")
+        if not prod(shape):
+            return torch.empty(shape, dtype=_TORCH[dtype])
+        return torch.frombuffer(data, dtype=_TORCH[dtype]).reshape(shape)
+
+    def target(self, value: object) -> memoryview:
+        if not isinstance(value, torch.Tensor) or not value.is_contiguous() or value.device.type != "cpu":
+            raise EncodeError("into= takes contiguous CPU tensors")
+        tensor = _plain(value)
+        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as dense strided memory, detached. Raises EncodeError with the remedy for every other kind."""
+    if tensor.is_quantized:
+        raise EncodeError("a quantized torch tensor cannot be sent; use .dequantize() or .int_repr()")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise EncodeError(f"a tensor of layout {tensor.layout} cannot be sent; use .to_dense()")
+    if tensor.device.type == "meta":
+        raise EncodeError("a tensor on the meta device has no values")
+    if hasattr(tensor, "full_tensor"):
+        raise EncodeError("a DTensor cannot be sent; use .full_tensor()")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and _is_fake(tensor):
+        raise EncodeError("a fake tensor has no values")
+    if tensor.dtype not in _OURS:
+        raise EncodeError(f"{tensor.dtype} cannot be sent; convert with .to() first")
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
+
+
+def _reader(tensor: torch.Tensor, dtype: DType) -> Any:
+    if tensor.device.type == "cpu":
+        array = tensor.view(_BITS[dtype.itemsize]).numpy()
+        return reader(array, dtype.itemsize)
+    flat = tensor.contiguous().reshape(-1)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return flat[start:stop].cpu().view(torch.uint8).numpy()
+
+    return read
+
+
+FRONT: Final = TorchFront()
+_api: Final = Api(FRONT)
+encode = _api.encode
+decode = _api.decode
+dumps = _api.dumps
+loads = _api.loads
+save_file = _api.save_file
+load_file = _api.load_file
+open_file = _api.open_file
+schema = _api.schema

@@ -1,0 +1,33 @@
+"""Bytes <-> events, without I/O: the format of docs/format.md and nothing else.
+
+`Reader` is fed bytes and gives events; `Writer` is given events and gives buffers. Both walk the one table of legal
+steps in `ledger.py`, so that the writer refuses whatever the reader would refuse. Knows no codec, socket or thread;
+the checksum is handed in.
+"""
+
+from tensorwire.wire.descriptors import Item, Kind, StreamInfo
+from tensorwire.wire.frames import FrameType, Header
+from tensorwire.wire.index import IndexEntry, pack_index, unpack_index
+from tensorwire.wire.ledger import Summary
+from tensorwire.wire.reader import NEED_DATA, ItemStart, Reader, Slice, SliceStart, StreamEnd, StreamStart
+from tensorwire.wire.writer import Writer
+
+__all__ = [
+    "NEED_DATA",
+    "FrameType",
+    "Header",
+    "IndexEntry",
+    "Item",
+    "ItemStart",
+    "Kind",
+    "Reader",
+    "Slice",
+    "SliceStart",
+    "StreamEnd",
+    "StreamInfo",
+    "StreamStart",
+    "Summary",
+    "Writer",
+    "pack_index",
+    "unpack_index",
+]

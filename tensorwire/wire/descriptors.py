@@ -1,0 +1,248 @@
+"""The two msgpack payloads: stream metadata and item descriptors (docs/format.md, sections 4 and 5).
+
+One encoding per value: keys in their fixed order, smallest msgpack forms. `unpack_*` re-encodes what it read and
+compares, so that any other spelling is refused. Holding an `Item` means that every field of it is valid.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from math import prod
+from typing import Any, Final
+
+import msgpack
+
+from tensorwire import dtypes
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError, LimitError, UnsupportedError, show
+from tensorwire.limits import Limits
+
+# Integers a double represents exactly: JSON-safe, and no two of them share a Python hash, so that a hostile
+# stream cannot build colliding dictionary keys.
+MAX_INT_KEY: Final = 1 << 53
+ALIGNMENTS: Final = (1, 64)
+_MAX_ID: Final = 64
+_MAX_STAGES: Final = 8
+_MAX_PARAMETERS: Final = 8
+_MAX_UINT64: Final = (1 << 64) - 1
+
+# Format controls that change how surrounding text is shown: names end up in terminals and logs.
+_BIDI: Final = frozenset("\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+Key = str | int
+Path = tuple[Key, ...]
+CodecSpec = tuple[tuple[int, ...], ...]
+
+
+class Kind(IntEnum):
+    """What an item is."""
+
+    TENSOR = 1
+    VALUE = 2
+    FILE = 3
+    ALIAS = 4
+    DICT = 5
+    LIST = 6
+    TUPLE = 7
+
+
+CONTAINERS: Final = frozenset({Kind.DICT, Kind.LIST, Kind.TUPLE})
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """What the STREAM frame says: alignment of data payloads, an application id, text metadata."""
+
+    align: int = 1
+    id: bytes = b""
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An item descriptor. `size` is in bytes, None for a file whose length is not known ahead."""
+
+    kind: Kind
+    path: Path
+    dtype: DType | None = None
+    shape: tuple[int, ...] = ()
+    codec: CodecSpec = ()
+    size: int | None = None
+    of: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, dotted: how state dicts spell nesting."""
+        return ".".join(map(str, self.path))
+
+    @property
+    def total(self) -> int | None:
+        """Elements its data frames carry: elements of a tensor, bytes of a value or file; None when open-ended."""
+        if self.kind == Kind.TENSOR:
+            return prod(self.shape)
+        if self.kind in (Kind.VALUE, Kind.FILE):
+            return self.size
+        return 0
+
+
+def pack_stream(info: StreamInfo, limits: Limits) -> bytes:
+    """The STREAM payload. Raises FormatError or LimitError for what `unpack_stream` would refuse."""
+    body: dict[str, Any] = {"align": info.align}
+    if info.id:
+        body["id"] = info.id
+    if info.metadata:
+        body["metadata"] = dict(info.metadata)
+    payload = msgpack.packb(body)
+    unpack_stream(payload, limits)
+    return payload
+
+
+def unpack_stream(payload: bytes, limits: Limits) -> StreamInfo:
+    """The validated STREAM payload."""
+    if len(payload) > limits.metadata:
+        raise LimitError("stream metadata", limits.metadata, len(payload))
+    body = _unpack(payload, "stream metadata")
+    _check(_ordered(body, ("align",), ("id", "metadata")), "stream metadata has wrong keys")
+    align, stream_id, metadata = body["align"], body.get("id", b""), body.get("metadata", {})
+    _check(_is_int(align) and align in ALIGNMENTS, "stream alignment must be 1 or 64")
+    _check(type(stream_id) is bytes and len(stream_id) <= _MAX_ID, "stream id must be at most 64 bytes")
+    _check("id" not in body or stream_id, "an empty stream id must be left out")
+    _check(type(metadata) is dict and ("metadata" not in body or metadata), "metadata must be a non-empty map")
+    pairs = tuple(metadata.items())
+    _check(all(type(k) is str and type(v) is str for k, v in pairs), "metadata must map text to text")
+    _check(list(metadata) == sorted(metadata), "metadata must be sorted by key")
+    return StreamInfo(align, stream_id, pairs)
+
+
+def pack_item(item: Item, limits: Limits) -> bytes:
+    """The ITEM payload. Raises FormatError or LimitError for what `unpack_item` would refuse."""
+    body: dict[str, Any] = {"kind": int(item.kind), "path": list(item.path)}
+    if item.kind == Kind.TENSOR:
+        assert item.dtype is not None
+        body |= {"dtype": item.dtype.number, "shape": list(item.shape), "codec": [list(s) for s in item.codec]}
+    elif item.kind == Kind.VALUE:
+        body |= {"size": item.size}
+    elif item.kind == Kind.FILE:
+        body |= {"size": item.size, "codec": [list(s) for s in item.codec]}
+    elif item.kind == Kind.ALIAS:
+        body |= {"of": item.of}
+    try:
+        payload = msgpack.packb(body)
+    except (OverflowError, UnicodeEncodeError, ValueError) as error:
+        raise FormatError(f"cannot be described: {error}", item=item.name) from None
+    unpack_item(payload, limits)
+    return payload
+
+
+_FIELDS: Final = {
+    Kind.TENSOR: ("kind", "path", "dtype", "shape", "codec"),
+    Kind.VALUE: ("kind", "path", "size"),
+    Kind.FILE: ("kind", "path", "size", "codec"),
+    Kind.ALIAS: ("kind", "path", "of"),
+    Kind.DICT: ("kind", "path"),
+    Kind.LIST: ("kind", "path"),
+    Kind.TUPLE: ("kind", "path"),
+}
+
+
+def unpack_item(payload: bytes, limits: Limits) -> Item:
+    """The validated ITEM payload."""
+    if len(payload) > limits.descriptor:
+        raise LimitError("item descriptor", limits.descriptor, len(payload))
+    body = _unpack(payload, "item descriptor")
+    number = body.get("kind")
+    _check(_is_int(number), "item descriptor without a kind")
+    if number not in Kind._value2member_map_:
+        raise UnsupportedError(f"unknown item kind {number}")
+    kind = Kind(number)
+    _check(tuple(body) == _FIELDS[kind], f"item descriptor of a {kind.name.lower()} has wrong keys")
+    path = _path(body["path"], limits)
+    if kind == Kind.TENSOR:
+        dtype, shape = _tensor(body["dtype"], body["shape"], limits)
+        return Item(kind, path, dtype=dtype, shape=shape, codec=_codec(body["codec"]))
+    if kind == Kind.VALUE:
+        return Item(kind, path, size=_size(body["size"], "value", limits.value))
+    if kind == Kind.FILE:
+        size = None if body["size"] is None else _size(body["size"], "file", limits.stream)
+        return Item(kind, path, dtype=dtypes.UINT8, size=size, codec=_codec(body["codec"]))
+    if kind == Kind.ALIAS:
+        _check(_is_int(body["of"]) and body["of"] >= 0, "an alias must name an earlier item")
+        return Item(kind, path, of=body["of"])
+    return Item(kind, path)
+
+
+def _path(keys: Any, limits: Limits) -> Path:
+    _check(type(keys) is list, "path must be an array")
+    if len(keys) > limits.nesting:
+        raise LimitError("nesting", limits.nesting, len(keys))
+    for key in keys:
+        check_key(key, limits)
+    return tuple(keys)
+
+
+def check_key(key: Any, limits: Limits) -> None:
+    """Raise unless `key` may name an item: an int within +-2^53, or printable text within the limit."""
+    if type(key) is str:
+        size = len(key.encode("utf-8", "surrogatepass"))
+        if size > limits.name:
+            raise LimitError("name", limits.name, size)
+        if any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" or c in _BIDI for c in key):
+            raise FormatError(f"name {show(key)} holds control or bidirectional characters or lone surrogates")
+    else:
+        _check(_is_int(key) and -MAX_INT_KEY <= key <= MAX_INT_KEY, "a key must be text or an int within 2^53")
+
+
+def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, ...]]:
+    _check(_is_int(number), "dtype must be a number")
+    if number not in dtypes.BY_NUMBER:
+        raise UnsupportedError(f"unknown dtype number {number}")
+    dtype = dtypes.BY_NUMBER[number]
+    _check(type(dims) is list and all(_is_int(d) and d >= 0 for d in dims), "shape must be non-negative ints")
+    if len(dims) > limits.ndim:
+        raise LimitError("ndim", limits.ndim, len(dims))
+    # Python's integers do not wrap; a shape with a zero is legal whatever its other sizes.
+    _size(prod(dims) * dtype.itemsize, "item", limits.item)
+    return dtype, tuple(dims)
+
+
+def _codec(stages: Any) -> CodecSpec:
+    _check(type(stages) is list and 1 <= len(stages) <= _MAX_STAGES, "codec must be 1 to 8 stages")
+    for stage in stages:
+        _check(
+            type(stage) is list
+            and 1 <= len(stage) <= 1 + _MAX_PARAMETERS
+            and all(_is_int(p) and 0 <= p <= _MAX_UINT64 for p in stage),
+            "a codec stage must be an id and up to 8 unsigned parameters",
+        )
+    return tuple(tuple(stage) for stage in stages)
+
+
+def _size(value: Any, what: str, limit: int) -> int:
+    _check(_is_int(value) and value >= 0, f"{what} size must be a non-negative int")
+    if value > limit:
+        raise LimitError(what, limit, value)
+    return value
+
+
+def _unpack(payload: bytes, what: str) -> dict:
+    try:
+        body = msgpack.unpackb(payload, strict_map_key=True)
+        canonical = msgpack.packb(body) == payload
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise FormatError(f"{what} is not msgpack: {show(str(error))}") from None
+    _check(type(body) is dict, f"{what} must be a map")
+    _check(canonical, f"{what} is not in canonical form")
+    return body
+
+
+def _ordered(body: dict, required: tuple[str, ...], optional: tuple[str, ...]) -> bool:
+    expected = [key for key in required + optional if key in required or key in body]
+    return list(body) == expected
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise FormatError(message)

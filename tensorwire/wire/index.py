@@ -1,0 +1,34 @@
+"""The INDEX payload: where each item of a stream at rest begins (docs/format.md, section 8)."""
+
+import struct
+from typing import Final, NamedTuple
+
+from tensorwire.errors import FormatError
+
+_ENTRY: Final = struct.Struct("<QIIQII")
+
+
+class IndexEntry(NamedTuple):
+    """Where one item stands: offset in the stream, sequence and link of its ITEM and first DATA frame.
+
+    The data fields are zero for an item without data frames.
+    """
+
+    item_offset: int
+    item_sequence: int
+    item_link: int
+    data_offset: int
+    data_sequence: int
+    data_link: int
+
+
+def pack_index(entries: list[IndexEntry]) -> bytes:
+    """One 32-byte entry an item, in item order."""
+    return b"".join(_ENTRY.pack(*entry) for entry in entries)
+
+
+def unpack_index(payload: bytes) -> list[IndexEntry]:
+    """The entries of an INDEX payload."""
+    if len(payload) % _ENTRY.size:
+        raise FormatError("index is not a whole number of entries")
+    return [IndexEntry(*fields) for fields in _ENTRY.iter_unpack(payload)]

@@ -1,0 +1,263 @@
+"""Bytes in, events out. Three outcomes: an event, `NEED_DATA`, or a WireError (in the manner of h11).
+
+    reader = Reader(crc32c)
+    while not reader.ended:
+        event = reader.next_event()
+        if event is NEED_DATA:
+            n = source.readinto(reader.get_buffer())     # straight to where the bytes belong
+            reader.buffer_updated(n)                     # n == 0: end of input
+        elif isinstance(event, SliceStart):
+            reader.direct(view)                          # optional: where this slice's payload shall land
+
+Decode order, never reordered: header CRC, then every field and limit, then the payload's bytes as they arrive,
+then the payload CRC, then the event. The reader never asks for a byte beyond the end frame.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tensorwire.errors import CorruptError, FormatError, TruncatedError, WireError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.wire.descriptors import Item, StreamInfo, unpack_item, unpack_stream
+from tensorwire.wire.frames import (
+    HEADER_SIZE,
+    PREAMBLE_SIZE,
+    Checksum,
+    FrameType,
+    Header,
+    check_preamble,
+    unpack_header,
+)
+from tensorwire.wire.ledger import Ledger, Summary
+
+_SKIP_BUFFER: Final = 64 << 10
+_STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
+_CRC_CHUNK: Final = 256 << 10  # checksummed while still in cache, but not byte by byte
+
+
+class _NeedData:
+    def __repr__(self) -> str:
+        return "NEED_DATA"
+
+
+NEED_DATA: Final = _NeedData()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStart:
+    """The stream has begun."""
+
+    info: StreamInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ItemStart:
+    """An item was described; its data follows later unless `item.total` is 0."""
+
+    number: int
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class SliceStart:
+    """A data frame's header is verified, its `length` payload bytes are still to come."""
+
+    number: int
+    item: Item
+    start: int
+    count: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`."""
+
+    number: int
+    item: Item
+    start: int
+    count: int
+    payload: memoryview
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """The whole stream is verified."""
+
+    summary: Summary
+
+
+Event = StreamStart | ItemStart | SliceStart | Slice | StreamEnd
+
+
+class Reader:
+    """One stream being read. See the module's docstring."""
+
+    def __init__(self, checksum: Checksum, limits: Limits = DEFAULT) -> None:
+        self.ended = False
+        self._checksum = checksum
+        self._limits = limits
+        self._ledger: Ledger | None = None
+        self._wanted = memoryview(b"")  # the part of the current buffer that is still to be filled
+        self._received = 0
+        self._destination: memoryview | None = None
+        self._error: WireError | None = None
+        self._steps = self._run()
+
+    def next_event(self) -> Event | _NeedData:
+        """The next event, or NEED_DATA. After an error every further call raises it again."""
+        if self._error is not None:
+            raise self._error
+        if self._wanted:
+            return NEED_DATA
+        try:
+            return next(self._steps)
+        except WireError as error:
+            self._error = error
+            raise
+        except StopIteration:
+            raise FormatError("the stream has ended", offset=self._received) from None
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go: exactly what the current structure still lacks. Empty unless NEED_DATA."""
+        return self._wanted
+
+    def buffer_updated(self, size: int) -> None:
+        """`size` bytes were written to `get_buffer()`; 0 means that the input has ended."""
+        if size == 0 and self._error is None:
+            frame = self._ledger.sequence if self._ledger else None
+            self._error = TruncatedError(
+                "the input ended before the end frame", frame=frame, offset=self._received
+            )
+        self._received += size
+        self._wanted = self._wanted[size:]
+
+    def feed(self, data: Any) -> Generator[Event, None, int]:
+        """Copy `data` in and yield what it completes; returns how many bytes were taken.
+
+        Fewer bytes than given are taken only when the stream ended within `data`.
+        """
+        view = memoryview(data).cast("B")
+        taken = 0
+        while not self.ended:
+            event = self.next_event()
+            if event is not NEED_DATA:
+                yield event  # type: ignore[misc]
+            elif taken == len(view):
+                break
+            else:
+                size = min(len(self._wanted), len(view) - taken)
+                self._wanted[:size] = view[taken : taken + size]
+                self.buffer_updated(size)
+                taken += size
+        return taken
+
+    def direct(self, destination: memoryview) -> None:
+        """Let the payload of the slice just started land in `destination`, exactly as long as it."""
+        self._destination = destination
+
+    def _run(self) -> Generator[Event | _NeedData, None, None]:
+        preamble = bytearray(PREAMBLE_SIZE)
+        yield from self._fill(memoryview(preamble))
+        link = check_preamble(bytes(preamble), self._checksum)
+        ledger = self._ledger = Ledger(self._limits, bytes(preamble), link)
+        packed = bytearray(HEADER_SIZE)
+        while not self.ended:
+            yield from self._fill(memoryview(packed))
+            header = unpack_header(packed, self._checksum, frame=ledger.sequence, offset=ledger.offset)
+            ledger.admit(header)
+            if header.type == FrameType.DATA:
+                event: Event | None = yield from self._read_slice(ledger, header)
+            else:
+                event = yield from self._read_message(ledger, header)
+            ledger.pass_frame(header, bytes(packed))
+            if event is not None:
+                yield event
+
+    def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event]:
+        number, item = ledger.pending[0]
+        self._destination = None
+        yield SliceStart(number, item, header.start, header.count, header.length)
+        destination, self._destination = self._destination, None
+        if destination is not None and destination.nbytes != header.length:
+            raise ValueError(f"destination of {destination.nbytes} bytes for a payload of {header.length}")
+        pad = bytearray(header.pad)
+        yield from self._fill(memoryview(pad))
+        if any(pad):
+            raise FormatError("padding is not zero", frame=ledger.sequence, offset=ledger.offset)
+        if destination is None:
+            destination = yield from self._buffer(header.length)
+            crc = self._checksum(destination, 0)
+        else:
+            crc = yield from self._fill_checked(destination)
+        self._verify(crc, header, item)
+        last = header.start + header.count == item.total if item.total is not None else header.count == 0
+        return Slice(number, item, header.start, header.count, destination, last)
+
+    def _read_message(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event | None]:
+        if header.type not in FrameType._value2member_map_ or header.type == FrameType.INDEX:
+            yield from self._skip(header)
+            return None
+        payload = bytes((yield from self._buffer(header.length)))
+        self._verify(self._checksum(payload, 0), header, None)
+        try:
+            if header.type == FrameType.STREAM:
+                info = unpack_stream(payload, self._limits)
+                ledger.align = info.align
+                return StreamStart(info)
+            if header.type == FrameType.ITEM:
+                item = unpack_item(payload, self._limits)
+                ledger.add_item(item)
+                return ItemStart(header.item, item)
+        except WireError as error:
+            error.frame, error.offset = ledger.sequence, ledger.offset
+            raise
+        summary = Summary.unpack(payload)
+        ledger.check_summary(summary)
+        self.ended = True
+        return StreamEnd(summary)
+
+    def _skip(self, header: Header) -> Generator[_NeedData, None, None]:
+        scratch = memoryview(bytearray(min(header.length, _SKIP_BUFFER)))
+        crc, left = 0, header.length
+        while left:
+            part = scratch[: min(left, _SKIP_BUFFER)]
+            yield from self._fill(part)
+            crc = self._checksum(part, crc)
+            left -= len(part)
+        self._verify(crc, header, None)
+
+    def _verify(self, crc: int, header: Header, item: Item | None) -> None:
+        if crc != header.payload_crc:
+            assert self._ledger is not None
+            raise CorruptError(
+                "payload checksum mismatch",
+                frame=header.sequence,
+                item=item.name if item else None,
+                offset=self._ledger.offset + HEADER_SIZE,
+            )
+
+    def _fill(self, buffer: memoryview) -> Generator[_NeedData, None, None]:
+        self._wanted = buffer
+        while self._wanted:
+            yield NEED_DATA
+
+    def _fill_checked(self, buffer: memoryview) -> Generator[_NeedData, None, int]:
+        self._wanted = buffer
+        crc = done = 0
+        while self._wanted:
+            yield NEED_DATA
+            filled = len(buffer) - len(self._wanted)
+            if filled - done >= _CRC_CHUNK or not self._wanted:
+                crc = self._checksum(buffer[done:filled], crc)
+                done = filled
+        return crc
+
+    def _buffer(self, length: int) -> Generator[_NeedData, None, memoryview]:
+        parts = []
+        for done in range(0, length, _STEP):
+            parts.append(bytearray(min(_STEP, length - done)))
+            yield from self._fill(memoryview(parts[-1]))
+        return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
