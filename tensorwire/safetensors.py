@@ -1,0 +1,309 @@
+"""`.safetensors` files to streams and back in O(frame) memory: the model is never loaded.
+
+    transport.send(tensorwire.safetensors.encode("model.safetensors", codec="nf4"))
+    tensorwire.safetensors.decode(transport.receive(), "received.safetensors")
+
+Needs neither torch nor the safetensors package. File format: https://huggingface.co/docs/safetensors, section Format.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+
+from tensorwire import dtypes, streams
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, UnsupportedError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams import Schema
+from tensorwire.streams.atomic import read_at, replacing, write_at
+from tensorwire.streams.chunks import FileSink, file_reader
+from tensorwire.streams.receive import Receiver
+from tensorwire.streams.rules import CodecChoice
+from tensorwire.streams.source import as_source
+from tensorwire.tensor import TensorView
+from tensorwire.wire import Item, Kind
+
+# The safetensors library's own ceiling.
+_MAX_HEADER: Final = 100_000_000
+_COPY: Final = 1 << 20
+_METADATA: Final = "__metadata__"
+_NAMES: Final = {
+    dtypes.BOOL: "BOOL",
+    dtypes.UINT8: "U8",
+    dtypes.INT8: "I8",
+    dtypes.UINT16: "U16",
+    dtypes.INT16: "I16",
+    dtypes.UINT32: "U32",
+    dtypes.INT32: "I32",
+    dtypes.UINT64: "U64",
+    dtypes.INT64: "I64",
+    dtypes.FLOAT16: "F16",
+    dtypes.BFLOAT16: "BF16",
+    dtypes.FLOAT32: "F32",
+    dtypes.FLOAT64: "F64",
+    dtypes.COMPLEX64: "C64",
+    dtypes.FLOAT8_E4M3FN: "F8_E4M3",
+    dtypes.FLOAT8_E5M2: "F8_E5M2",
+    dtypes.FLOAT8_E4M3FNUZ: "F8_E4M3FNUZ",
+    dtypes.FLOAT8_E5M2FNUZ: "F8_E5M2FNUZ",
+    dtypes.FLOAT8_E8M0FNU: "F8_E8M0",
+}
+_DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def encode(
+    path: str | os.PathLike,
+    *,
+    codec: CodecChoice = "raw",
+    frame_size: int = streams.FRAME_SIZE,
+    limits: Limits = DEFAULT,
+) -> Iterator[Any]:
+    """The buffers of a stream of all tensors in a `.safetensors` file, read piece by piece as they are sent.
+
+    `codec` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along.
+    Raises, before the first buffer, FormatError or TruncatedError for a file that is not valid, EncodeError for
+    what cannot be sent.
+    """
+    file = SafetensorsFile(path)
+    try:
+        buffers = streams.encode(
+            dict(file), _ViewFront(), codec=codec, frame_size=frame_size, metadata=file.metadata, limits=limits
+        )
+    except BaseException:
+        file.close()
+        raise
+    return _closing(file, buffers)
+
+
+def decode(source: Any, path: str | os.PathLike, *, expect: Schema | None = None, limits: Limits = DEFAULT) -> None:
+    """Receive a stream of a flat dict of tensors into a `.safetensors` file, decoded, slice by slice.
+
+    The file appears under its name only when the whole stream is verified. The sender must describe all tensors
+    before their data, as every sender does that knows its container. Tied tensors are written once each, since
+    the file format has no ties. Raises SchemaError for streams that such a file cannot hold.
+    """
+    with replacing(path) as fd:
+        layout = _Layout(fd, None if expect is None else Schema.of(expect, _ViewFront()))
+        receiver = Receiver(as_source(source), layout.open, limits)
+        layout.receiver = receiver  # for the metadata that its stream carries
+        for number, _, _ in receiver:
+            layout.copy_aliases(number)
+        layout.finish()
+
+
+class SafetensorsFile(Mapping[str, TensorView]):
+    """A `.safetensors` file as a mapping of names to views that read from it; a context manager.
+
+    Offsets, sizes and dtypes are checked against the file before anything is read through them.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        try:
+            header, begin, size = self._read_header()
+            metadata = header.pop(_METADATA, {})
+            if not _is_text_map(metadata):
+                raise FormatError("safetensors metadata must map text to text")
+            self.metadata: dict[str, str] = metadata
+            self._views = self._make_views(header, begin, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> TensorView:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; views can no longer be read."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read_header(self) -> tuple[dict[str, Any], int, int]:
+        size = os.fstat(self._fd).st_size
+        prefix = bytearray(8)
+        if read_at(self._fd, memoryview(prefix), 0) != 8:
+            raise TruncatedError("too short for a safetensors file", offset=size)
+        length = int.from_bytes(prefix, "little")
+        if length > _MAX_HEADER:
+            raise LimitError("safetensors header", _MAX_HEADER, length)
+        if 8 + length > size:
+            raise TruncatedError("the safetensors header reaches beyond the end of the file", offset=size)
+        text = bytearray(length)
+        read_at(self._fd, memoryview(text), 8)
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"the safetensors header is not JSON: {error}") from None
+        if type(header) is not dict:
+            raise FormatError("the safetensors header is not a JSON object")
+        return header, 8 + length, size - 8 - length
+
+    def _make_views(self, header: dict[str, Any], begin: int, size: int) -> dict[str, TensorView]:
+        entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[3])
+        views = {}
+        end = 0
+        for name, dtype, shape, start, stop in entries:
+            if start != end:
+                raise FormatError("tensors overlap or leave holes", item=name)
+            end = stop
+            views[name] = TensorView(dtype, shape, file_reader(self._fd, begin + start, dtype.itemsize))
+        if end != size:
+            raise FormatError(f"tensors take {end} bytes, the file has {size}")
+        return views
+
+
+def _entry(name: str, entry: Any) -> tuple[str, DType, tuple[int, ...], int, int]:
+    if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError("a safetensors entry must have dtype, shape and data_offsets", item=name)
+    if entry["dtype"] not in _DTYPES:
+        raise UnsupportedError(f"unknown safetensors dtype {entry['dtype']!r}", item=name)
+    dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
+            raise FormatError("shape and data_offsets must be lists of non-negative integers", item=name)
+    if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
+        raise FormatError("data_offsets do not match dtype and shape", item=name)
+    return name, dtype, tuple(shape), *offsets
+
+
+def _is_text_map(value: Any) -> bool:
+    return type(value) is dict and all(type(text) is str for text in value.values())
+
+
+def _closing(file: SafetensorsFile, buffers: Iterator[Any]) -> Iterator[Any]:
+    with file:
+        yield from buffers
+
+
+class _ViewFront:
+    """Takes tensors that are views already; these streams are never decoded to memory."""
+
+    def view(self, value: object) -> TensorView | None:
+        return value if isinstance(value, TensorView) else None
+
+    def wrap(self, data: Any, dtype: DType, shape: tuple[int, ...]) -> Any:
+        raise NotImplementedError
+
+    def target(self, value: object) -> memoryview:
+        raise NotImplementedError
+
+
+class _Layout:
+    """Where each tensor goes in the file being written: known once the stream has described all of them."""
+
+    def __init__(self, fd: int, schema: Schema | None) -> None:
+        self.fd = fd
+        self._schema = schema
+        self.receiver: Receiver | None = None
+        self._items: dict[int, Item] = {}
+        self._offsets: dict[int, int] | None = None
+        self._aliases: dict[int, list[int]] = {}
+
+    def open(self, number: int, item: Item) -> "_LateSink | None":
+        if self._schema is not None:
+            self._schema.check(item)
+        if item.kind == Kind.DICT and not item.path:
+            return None
+        if item.kind not in (Kind.TENSOR, Kind.ALIAS) or len(item.path) != 1 or type(item.path[0]) is not str:
+            raise SchemaError("a .safetensors file holds a flat dict of tensors only; receive this with decode")
+        if item.path[0] == _METADATA:
+            raise SchemaError(f"a .safetensors file cannot hold a tensor called {_METADATA}")
+        if self._offsets is not None:
+            raise SchemaError("tensors described after data has begun; receive this stream with decode")
+        if item.kind == Kind.ALIAS:
+            self._aliases.setdefault(item.of, []).append(number)
+            self._items[number] = replace(self._items[item.of], path=item.path)
+            return None
+        if item.dtype not in _NAMES:
+            raise UnsupportedError(f"safetensors has no {item.dtype}")
+        self._items[number] = item
+        return _LateSink(self, number)
+
+    def offset(self, number: int) -> int:
+        """Where item `number` begins; the first question settles the layout and writes the header."""
+        if self._offsets is None:
+            self._settle()
+        return self._offsets[number]
+
+    def copy_aliases(self, number: int) -> None:
+        """Write a completed tensor once more under each of its other names."""
+        for alias in self._aliases.get(number, ()):
+            size = _bytes(self._items[number])
+            buffer = memoryview(bytearray(min(size, _COPY)))
+            for done in range(0, size, _COPY):
+                part = buffer[: min(_COPY, size - done)]
+                read_at(self.fd, part, self.offset(number) + done)
+                write_at(self.fd, part, self.offset(alias) + done)
+
+    def finish(self) -> None:
+        """All data has come."""
+        if self._offsets is None:
+            self._settle()
+        if self._schema is not None:
+            self._schema.check_complete()
+
+    def _settle(self) -> None:
+        # Widest dtypes first, as the safetensors library orders them, so that every tensor is aligned.
+        order = sorted(self._items, key=lambda n: (-self._items[n].dtype.itemsize, self._items[n].name))
+        assert self.receiver is not None and self.receiver.start is not None
+        metadata = dict(self.receiver.start.info.metadata)
+        header: dict[str, Any] = {_METADATA: metadata} if metadata else {}
+        begins, end = {}, 0
+        for number in order:
+            item = self._items[number]
+            begins[number] = end
+            end += _bytes(item)
+            header[item.path[0]] = {
+                "dtype": _NAMES[item.dtype],
+                "shape": list(item.shape),
+                "data_offsets": [begins[number], end],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) > _MAX_HEADER:
+            raise LimitError("safetensors header", _MAX_HEADER, len(text))
+        write_at(self.fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        self._offsets = {number: 8 + len(text) + begin for number, begin in begins.items()}
+
+
+class _LateSink:
+    """A FileSink whose place is asked for when its first slice comes."""
+
+    def __init__(self, layout: _Layout, number: int) -> None:
+        self._layout = layout
+        self._number = number
+        self._sink: FileSink | None = None
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        if self._sink is None:
+            self._sink = FileSink(self._layout.fd, self._layout.offset(self._number))
+        return self._sink.region(start, stop)
+
+    def commit(self, start: int, region: np.ndarray) -> None:
+        assert self._sink is not None
+        self._sink.commit(start, region)
+
+    def close(self) -> None:
+        return None
+
+
+def _bytes(item: Item) -> int:
+    return prod(item.shape) * item.dtype.itemsize
