@@ -15,6 +15,7 @@ from tensorwire.codecs.base import FLOATS, Sizes, Take, check_choice, floats, re
 from tensorwire.codecs.int8 import Quantizer, checked_absmax, split
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
+from tensorwire.kernels import tables
 from tensorwire.tensor import TensorView
 
 NESTED_BLOCKSIZE: Final = 256
@@ -31,6 +32,8 @@ class FourBit(Quantizer):
     smallest = 32
     biggest = 4096
     quant_type: ClassVar[str]
+    # The 16 float32 values of the codes.
+    table: ClassVar[np.ndarray]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +83,7 @@ class NF4(FourBit):
 
     id = 6
     name = quant_type = "nf4"
+    table = tables.NF4_CODE
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,6 +92,7 @@ class FP4(FourBit):
 
     id = 7
     name = quant_type = "fp4"
+    table = tables.FP4_CODE
 
 
 def mean_absmax(view: TensorView, blocksize: int) -> np.float32:

@@ -24,6 +24,7 @@ from tensorwire.codecs.base import (
 )
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
+from tensorwire.kernels import tables
 from tensorwire.tensor import TensorView
 
 
@@ -66,6 +67,8 @@ class Int8(Quantizer):
 
     id = 4
     name = "int8"
+    # The 256 float32 values of the codes.
+    table: ClassVar[np.ndarray] = tables.INT8_CODE
     blocksize: int = 4096
 
     def sizes(self, count: int, dtype: DType) -> Sizes:

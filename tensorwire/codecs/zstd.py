@@ -72,7 +72,11 @@ class Zstd(Codec):
         return compressor.compress(payload)
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        size = self.inner.sizes(out.size // dtype.itemsize, dtype).total
+        self.inner.decode(self.decompress(payload, out.size // dtype.itemsize, dtype), dtype, out)
+
+    def decompress(self, payload: memoryview, count: int, dtype: DType) -> memoryview:
+        """The payload of the inner codec. Raises FormatError unless it is the one frame it must be."""
+        size = self.inner.sizes(count, dtype).total
         self._check_frame(payload, size)
         try:
             data = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompress(
@@ -82,7 +86,7 @@ class Zstd(Codec):
             raise FormatError(f"not a zstd frame: {error}") from None
         if len(data) != size:
             raise FormatError(f"zstd frame holds {len(data)} bytes, must hold {size}")
-        self.inner.decode(memoryview(data), dtype, out)
+        return memoryview(data)
 
     @staticmethod
     def _check_frame(payload: memoryview, size: int) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.pool import GrowingMemory
 from tensorwire.streams.receive import Receiver, Sink, reject_files
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.source import as_source
@@ -15,9 +16,6 @@ from tensorwire.streams.tree import Tree
 from tensorwire.streams.values import unpack_value
 from tensorwire.tensor import Front
 from tensorwire.wire import Item, Kind
-
-# Memory taken for an item at once, before its bytes have come; beyond it doubles as they do.
-_FIRST_TAKE: Final = 4 << 20
 
 
 def decode(
@@ -91,30 +89,25 @@ class _Memory:
             return None
         if item.name in self._into:
             return _IntoSink(item, self._into[item.name], self._front)
-        return _TensorSink(item, self._front, trusted=self._schema is not None)
+        return TensorSink(item, self._front, trusted=self._schema is not None)
 
 
-class _TensorSink:
-    """A new tensor. Unless its size is trusted, its memory grows as its bytes arrive."""
+class TensorSink:
+    """A new tensor."""
 
     def __init__(self, item: Item, front: Front, *, trusted: bool) -> None:
         self._item = item
         self._front = front
-        self._size = prod(item.shape) * item.dtype.itemsize
-        self._data = np.empty(self._size if trusted else min(self._size, _FIRST_TAKE), np.uint8)
+        self._memory = GrowingMemory(prod(item.shape) * item.dtype.itemsize, trusted=trusted)
 
     def region(self, start: int, stop: int) -> np.ndarray:
-        if stop > self._data.size:
-            size = min(self._size, max(stop, 2 * self._data.size))
-            # No view of the old memory is alive here: slices are done with once they are committed.
-            self._data.resize(size, refcheck=False)
-        return self._data[start:stop]
+        return self._memory.region(start, stop)
 
     def commit(self, start: int, region: np.ndarray) -> None:
         pass
 
     def close(self) -> Any:
-        return self._front.wrap(self._data, self._item.dtype, self._item.shape)
+        return self._front.wrap(self._memory.data, self._item.dtype, self._item.shape)
 
 
 class _IntoSink:

@@ -1,8 +1,4 @@
-"""Buffers that are used again as soon as nobody else holds them.
-
-First touch of fresh memory costs ten times more than writing warm memory, so frames share a few buffers. Whether
-one is free is read off its reference count: a consumer that keeps what it was given simply keeps it.
-"""
+"""Memory: buffers that are used again, and memory that grows with what has arrived."""
 
 import sys
 from typing import Final
@@ -10,6 +6,8 @@ from typing import Final
 import numpy as np
 
 _KEPT: Final = 4
+# Taken for an item at once, before its bytes have come; beyond it memory doubles as they do.
+_FIRST_TAKE: Final = 4 << 20
 
 
 def _count(arrays: list[np.ndarray], index: int) -> int:
@@ -20,7 +18,11 @@ _FREE: Final = _count([np.empty(0, np.uint8)], 0)
 
 
 class Pool:
-    """Up to four warm buffers of one owner; not for use by several threads."""
+    """Up to four warm buffers of one owner; not for use by several threads.
+
+    First touch of fresh memory costs ten times more than writing warm memory, so frames share a few buffers. Whether
+    one is free is read off its reference count: a consumer that keeps what it was given simply keeps it.
+    """
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
@@ -37,3 +39,17 @@ class Pool:
         if len(self._arrays) < _KEPT:
             self._arrays.append(array)
         return array[:size]
+
+
+class GrowingMemory:
+    """`size` bytes for an item that a peer declared: unless trusted, only as much is taken as has arrived."""
+
+    def __init__(self, size: int, *, trusted: bool = False) -> None:
+        self._size = size
+        self.data = np.empty(size if trusted else min(size, _FIRST_TAKE), np.uint8)
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop). Regions given before must no longer be in use."""
+        if stop > self.data.size:
+            self.data.resize(min(self._size, max(stop, 2 * self.data.size)), refcheck=False)
+        return self.data[start:stop]

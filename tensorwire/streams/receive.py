@@ -42,8 +42,18 @@ class Sink(Protocol):
         """The item is complete: give its value."""
 
 
+class EncodedSink(Protocol):
+    """The place of an item that stays encoded. `accept` gets each verified payload instead of decoded bytes."""
+
+    def accept(self, start: int, count: int, payload: memoryview) -> None:
+        """Elements [start, start + count), encoded. The payload is valid during the call only."""
+
+    def close(self) -> Any:
+        """The item is complete: give its value."""
+
+
 # Called with each item as it is described, before any memory is taken for it; None: it has no data of its own.
-OpenItem = Callable[[int, Item], Sink | None]
+OpenItem = Callable[[int, Item], Sink | EncodedSink | None]
 
 
 class Receiver:
@@ -61,7 +71,7 @@ class Receiver:
         self._limits = limits
         self._pool = Pool()
         self._codecs: dict[int, Codec] = {}
-        self._sinks: dict[int, Sink] = {}
+        self._sinks: dict[int, Any] = {}
 
     def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
         reader = self._reader
@@ -113,7 +123,7 @@ class Receiver:
             last = event.item.total is not None and event.start + event.count == event.item.total
             if event.start % codec.block(dtype) or event.count % codec.block(dtype) and not last:
                 raise FormatError(f"slice does not begin and end between blocks of {codec}")
-            if codec.in_place:
+            if codec.in_place and not self._stays_encoded(event.number):
                 destination = self._region(event)
             else:
                 size = max(event.length, event.count * dtype.itemsize // 16)
@@ -128,14 +138,20 @@ class Receiver:
     def _finish_slice(self, event: Slice) -> None:
         if event.count == 0:
             return
-        codec, dtype = self._codecs[event.number], _dtype(event.item)
-        region = np.frombuffer(event.payload, np.uint8) if codec.in_place else self._region(event)
+        codec, dtype, sink = self._codecs[event.number], _dtype(event.item), self._sinks[event.number]
         try:
+            if self._stays_encoded(event.number):
+                sink.accept(event.start, event.count, event.payload)
+                return
+            region = np.frombuffer(event.payload, np.uint8) if codec.in_place else self._region(event)
             codec.decode(event.payload, dtype, region)
         except WireError as error:
             error.item = event.item.name
             raise
-        self._sinks[event.number].commit(event.start * dtype.itemsize, region)
+        sink.commit(event.start * dtype.itemsize, region)
+
+    def _stays_encoded(self, number: int) -> bool:
+        return hasattr(self._sinks[number], "accept")
 
     def _region(self, event: SliceStart | Slice) -> np.ndarray:
         size = _dtype(event.item).itemsize

@@ -1,0 +1,1 @@
+"""Hand-over to other libraries, one file each."""

@@ -1,0 +1,260 @@
+"""Quantized tensors to and from bitsandbytes without dequantizing: codes and absmax change hands as they are.
+
+    for name, value in bitsandbytes.decode(transport.receive()):
+        if isinstance(value, Quantized):                     # nf4, fp4 and int8 items
+            weight = functional.dequantize_4bit(value.data, value.state)
+
+    transport.send(bitsandbytes.encode({"weight": Quantized(data, state)}))   # also takes Params4bit
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Params4bit
+
+from tensorwire import dtypes, streams
+from tensorwire import torch as torch_front
+from tensorwire.codecs import FP4, NF4, Codec, Int8, Sizes, Zstd, from_stages
+from tensorwire.codecs.base import Take
+from tensorwire.codecs.fourbit import NESTED_BLOCKSIZE, FourBit
+from tensorwire.codecs.int8 import checked_absmax, split
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError, SchemaError, UnsupportedError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.decode import TensorSink
+from tensorwire.streams.pool import GrowingMemory
+from tensorwire.streams.receive import Receiver
+from tensorwire.streams.rules import CodecChoice, rule
+from tensorwire.streams.source import as_source
+from tensorwire.tensor import TensorView
+from tensorwire.wire import Item, Kind
+
+_FOUR_BIT: Final = {"nf4": NF4, "fp4": FP4}
+# bitsandbytes has no quant_type for its 8-bit states.
+_TABLES: Final = {"nf4": NF4.table, "fp4": FP4.table, None: Int8.table}
+
+
+class Quantized(NamedTuple):
+    """A tensor as bitsandbytes holds it: packed codes (uint8) and their state."""
+
+    data: torch.Tensor
+    state: QuantState
+
+
+def encode(
+    obj: Any,
+    *,
+    codec: CodecChoice = "raw",
+    frame_size: int = streams.FRAME_SIZE,
+    limits: Limits = DEFAULT,
+) -> Iterator[Any]:
+    """Like `tensorwire.torch.encode`; `Quantized` and quantized `Params4bit` in it travel with the codes they have.
+
+    Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
+    format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
+    """
+    choose = rule(codec)
+    front = _Front()
+
+    def select(name: str, value: Any) -> Codec:
+        if isinstance(value, (Quantized, Params4bit)):
+            return _Ready(_codec(_quantized(value).state))
+        return choose(name, value, front.view(value))
+
+    return streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits)
+
+
+def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each tensor of a stream: `Quantized` on the CPU for nf4, fp4 and int8 items, else a tensor.
+
+    Raises what `tensorwire.decode` raises, and SchemaError for streams with plain values in them.
+    """
+    opener = _Opener()
+    for number, item, value in Receiver(as_source(source), opener, limits):
+        yield item.name, value
+        for alias in opener.aliases.pop(number, ()):
+            yield alias, value
+
+
+def _quantized(value: Any) -> Quantized:
+    if isinstance(value, Quantized):
+        return value
+    if value.quant_state is None:
+        raise EncodeError("this Params4bit is not quantized yet; move it to its device first")
+    return Quantized(value.data, value.quant_state)
+
+
+def _codec(state: QuantState) -> Codec:
+    """The codec whose codes a QuantState describes. Raises EncodeError."""
+    if getattr(state, "packing_format_for_cpu", False):
+        raise EncodeError("the weight was repacked by a CPU forward pass; capture its state dict before that")
+    if state.quant_type not in _TABLES:
+        raise EncodeError(f"unknown quant_type {state.quant_type!r}")
+    if not np.array_equal(state.code.cpu().numpy(), _TABLES[state.quant_type]):
+        raise EncodeError("the code table is not bitsandbytes' own; dequantize and send the tensor instead")
+    wanted = torch.uint8 if state.nested else torch.float32
+    if state.absmax.dtype != wanted:
+        raise EncodeError(f"absmax is {state.absmax.dtype}, must be {wanted}")
+    if state.nested and (state.quant_type is None or state.state2.blocksize != NESTED_BLOCKSIZE):
+        raise EncodeError(f"only 4-bit absmax nested in blocks of {NESTED_BLOCKSIZE} can be sent")
+    if state.quant_type is None:
+        return Int8(blocksize=state.blocksize)
+    return _FOUR_BIT[state.quant_type](blocksize=state.blocksize, double_quant=state.nested)
+
+
+@dataclass(frozen=True, repr=False)
+class _Ready(Codec):
+    """Stands for `inner` on the wire; what it is given is the payload already."""
+
+    inner: Codec
+
+    name = "ready"
+
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return self.inner.stages()
+
+    def accepts(self, dtype: DType) -> bool:
+        return self.inner.accepts(dtype)
+
+    def block(self, dtype: DType) -> int:
+        return self.inner.block(dtype)
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        return self.inner.sizes(count, dtype)
+
+    def fit(self, budget: int, dtype: DType) -> int:
+        return self.inner.fit(budget, dtype)
+
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+        return data
+
+    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+        self.inner.decode(payload, dtype, out)
+
+
+class _Front(torch_front.TorchFront):
+    """Sees a quantized tensor as the tensor it stands for, whose slices read as payloads."""
+
+    def view(self, value: object) -> TensorView | None:
+        if not isinstance(value, (Quantized, Params4bit)):
+            return super().view(value)
+        data, state = _quantized(value)
+        if data.dtype != torch.uint8:
+            raise EncodeError(f"quant_storage {data.dtype} cannot be sent; use torch.uint8")
+        _codec(state)
+        shape = tuple(data.shape if state.shape is None else state.shape)
+        dtype = dtypes.BY_NAME[str(state.dtype).removeprefix("torch.")]
+        return TensorView(dtype, shape, _payload_reader(data, state, prod(shape)))
+
+
+def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Any:
+    codes = data.detach().cpu().contiguous().reshape(-1).numpy()
+    absmax = state.absmax.detach().cpu().contiguous().numpy()
+    per_byte = 1 if state.quant_type is None else 2
+    if codes.size != -(-numel // per_byte) or absmax.size != -(-numel // state.blocksize):
+        raise EncodeError("codes, absmax and shape of the quantized tensor do not match")
+
+    def read(start: int, stop: int) -> np.ndarray:
+        first, last = start // state.blocksize, -(-stop // state.blocksize)
+        parts = [absmax[first:last]]
+        if state.nested:
+            nested = state.state2.absmax.detach().cpu().numpy()
+            offset = np.float32([float(state.offset)])
+            parts = [offset, nested[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)], *parts]
+        parts.append(codes[start // per_byte : -(-stop // per_byte)])
+        payload = np.concatenate([part.view(np.uint8) for part in parts])
+        if per_byte == 2 and stop % 2:
+            payload[-1] &= 0xF0  # bitsandbytes pads with the code of zero, the format with 0
+        return payload
+
+    return read
+
+
+class _Opener:
+    """Opens the items of a stream as tensors or as Quantized."""
+
+    def __init__(self) -> None:
+        self.aliases: dict[int, list[str]] = {}
+
+    def __call__(self, number: int, item: Item) -> Any:
+        if item.kind == Kind.ALIAS:
+            assert item.of is not None
+            self.aliases.setdefault(item.of, []).append(item.name)
+            return None
+        if item.kind in (Kind.VALUE, Kind.FILE):
+            raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
+        if item.kind != Kind.TENSOR:
+            return None
+        codec = from_stages(item.codec)
+        if isinstance(codec.inner if isinstance(codec, Zstd) else codec, (FourBit, Int8)):
+            return _QuantizedSink(item, codec)
+        return TensorSink(item, torch_front.FRONT, trusted=False)
+
+
+class _QuantizedSink:
+    """Collects the codes and absmax of one item."""
+
+    def __init__(self, item: Item, codec: Codec) -> None:
+        self._item = item
+        self._codec = codec
+        self._inner = codec.inner if isinstance(codec, Zstd) else codec
+        self._blocks = self._inner.blocks(item.total)
+        self._per_byte = 2 if isinstance(self._inner, FourBit) else 1
+        self._nested = isinstance(self._inner, FourBit) and self._inner.double_quant
+        nested_blocks = -(-self._blocks // NESTED_BLOCKSIZE) if self._nested else 0
+        self._codes = GrowingMemory(-(-item.total // self._per_byte))
+        self._absmax = GrowingMemory(self._blocks * (1 if self._nested else 4))
+        self._nested_absmax = GrowingMemory(nested_blocks * 4)
+        self._offset: bytes | None = None
+
+    def accept(self, start: int, count: int, payload: memoryview) -> None:
+        if isinstance(self._codec, Zstd):
+            payload = self._codec.decompress(payload, count, self._item.dtype)
+        metadata_size = self._inner.sizes(count, self._item.dtype).metadata
+        metadata, codes = split(np.frombuffer(payload, np.uint8), metadata_size)
+        _put(self._codes, start // self._per_byte, codes)
+        first, blocks = start // self._inner.blocksize, self._inner.blocks(count)
+        if not self._nested:
+            _put(self._absmax, first * 4, checked_absmax(metadata).view(np.uint8))
+            return
+        head, absmax_codes = split(metadata, metadata_size - blocks)
+        offset, nested_absmax = split(checked_absmax(head).view(np.uint8), 4)
+        if self._offset not in (None, bytes(offset)):
+            raise UnsupportedError("bitsandbytes has one offset a tensor, this one has several; use decode")
+        self._offset = bytes(offset)
+        _put(self._absmax, first, absmax_codes)
+        _put(self._nested_absmax, first // NESTED_BLOCKSIZE * 4, nested_absmax)
+
+    def close(self) -> Quantized:
+        codes = torch.from_numpy(self._codes.data)
+        dtype = getattr(torch, self._item.dtype.name)
+        shape = torch.Size(self._item.shape)
+        common = {"blocksize": self._inner.blocksize, "dtype": dtype}
+        if self._per_byte == 1:
+            absmax = torch.from_numpy(self._absmax.data.view(np.float32))
+            return Quantized(codes.reshape(shape), QuantState(absmax, code=_table(None), **common))
+        common |= {"shape": shape, "quant_type": self._inner.quant_type, "code": _table(self._inner.quant_type)}
+        absmax = torch.from_numpy(self._absmax.data)
+        if not self._nested:
+            return Quantized(codes.reshape(-1, 1), QuantState(absmax.view(torch.float32), **common))
+        state2 = QuantState(
+            torch.from_numpy(self._nested_absmax.data.view(np.float32)),
+            code=_table(None),
+            blocksize=NESTED_BLOCKSIZE,
+            dtype=torch.float32,
+        )
+        offset = torch.tensor(np.frombuffer(self._offset or bytes(4), np.float32)[0])
+        return Quantized(codes.reshape(-1, 1), QuantState(absmax, offset=offset, state2=state2, **common))
+
+
+def _put(memory: GrowingMemory, start: int, data: np.ndarray) -> None:
+    memory.region(start, start + data.size)[:] = data
+
+
+def _table(quant_type: str | None) -> torch.Tensor:
+    return torch.from_numpy(_TABLES[quant_type].copy())

@@ -1,0 +1,109 @@
+"""Hand-over to and from bitsandbytes: codes and absmax change hands bit for bit, nothing is dequantized."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+functional = pytest.importorskip("bitsandbytes").functional
+
+import tensorwire.torch as tw
+from tensorwire.errors import EncodeError, SchemaError
+from tensorwire.integrations import bitsandbytes as handover
+from tensorwire.integrations.bitsandbytes import Quantized
+
+
+def weights(*shape: int) -> "torch.Tensor":
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.02
+
+
+def flat_decode(value: Quantized) -> "torch.Tensor":
+    """bitsandbytes' own decode, over one row, where its AVX-512 path is right for every shape."""
+    state = value.state
+    if state.quant_type is None:
+        return functional.dequantize_blockwise(value.data, state).reshape(-1)
+    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+    try:
+        return functional.dequantize_4bit(value.data, state).reshape(-1)
+    finally:
+        state.shape = shape
+
+
+@pytest.mark.parametrize("spec", ["nf4", "fp4", "nf4:blocksize=128", "nf4:double_quant=true", "fp4|zstd", "int8"])
+@pytest.mark.parametrize("shape", [(64,), (129, 65), (40, 1000)])
+def test_bitsandbytes_decodes_what_tensorwire_encoded(spec: str, shape: tuple[int, ...]) -> None:
+    data = tw.dumps({"w": weights(*shape), "n": torch.arange(3)}, codec=spec)
+    received = dict(handover.decode(data))
+    assert isinstance(received["w"], Quantized)
+    assert torch.equal(received["n"], torch.arange(3))
+    assert torch.equal(flat_decode(received["w"]), tw.loads(data)["w"].reshape(-1))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (1,), (333,), (257, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_4bit_state_survives_the_wire(quant_type: str, nested: bool, shape: tuple, dtype: "torch.dtype") -> None:
+    codes, state = functional.quantize_4bit(
+        weights(*shape).to(dtype), compress_statistics=nested, quant_type=quant_type
+    )
+    sent = Quantized(codes, state)
+    data = b"".join(handover.encode({"w": sent}, frame_size=1 << 14))
+    got = dict(handover.decode(data))["w"]
+    expected = codes.clone().reshape(-1)
+    if state.shape.numel() % 2:
+        expected[-1] &= 0xF0
+    assert torch.equal(got.data.reshape(-1), expected)
+    assert torch.equal(got.state.absmax, state.absmax)
+    assert got.state.shape == state.shape and got.state.dtype == dtype and got.state.nested == nested
+    assert torch.equal(flat_decode(got), flat_decode(sent))
+    assert torch.equal(tw.loads(data)["w"].reshape(-1), flat_decode(sent))
+
+
+def test_an_8bit_state_survives_the_wire() -> None:
+    codes, state = functional.quantize_blockwise(weights(70, 100))
+    data = b"".join(handover.encode({"w": Quantized(codes, state)}))
+    got = dict(handover.decode(data))["w"]
+    assert torch.equal(got.data, codes) and torch.equal(got.state.absmax, state.absmax)
+    assert torch.equal(tw.loads(data)["w"], functional.dequantize_blockwise(codes, state))
+
+
+def test_quantized_parameters_travel_beside_ordinary_ones() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(128, 32, quant_type="nf4", compress_statistics=True)
+    layer.load_state_dict({"weight": weights(32, 128), "bias": weights(32)})
+    layer = layer.to("cpu")
+    if layer.weight.quant_state is None:
+        layer.weight = layer.weight._quantize("cpu")
+    parameters = dict(layer.named_parameters())
+    received = dict(handover.decode(handover.encode(parameters, codec="bf16")))
+    assert torch.equal(received["weight"].data, layer.weight.data)
+    assert torch.equal(received["bias"], layer.bias.detach().bfloat16().float())
+
+
+def test_states_that_are_not_bitsandbytes_own_are_refused() -> None:
+    codes, state = functional.quantize_4bit(weights(64, 64), quant_type="nf4")
+    state.code = state.code.flip(0)
+    with pytest.raises(EncodeError, match="code table.*item 'w'"):
+        list(handover.encode({"w": Quantized(codes, state)}))
+    codes, state = functional.quantize_4bit(weights(64, 64), quant_type="nf4")
+    state.absmax = state.absmax.bfloat16()
+    with pytest.raises(EncodeError, match="absmax is torch.bfloat16"):
+        list(handover.encode({"w": Quantized(codes, state)}))
+    codes, state = functional.quantize_4bit(weights(64, 64), quant_type="nf4")
+    with pytest.raises(EncodeError, match="do not match"):
+        list(handover.encode({"w": Quantized(codes[:-1], state)}))
+
+
+def test_plain_values_are_refused() -> None:
+    with pytest.raises(SchemaError, match="only tensors"):
+        list(handover.decode(tw.dumps({"step": 3})))
+
+
+def test_double_quantization_equals_bitsandbytes_given_its_offset() -> None:
+    """Nested absmax decode is bitsandbytes' arithmetic: code * absmax, then + offset, two roundings."""
+    data = tw.dumps({"w": weights(512, 512)}, codec="nf4:double_quant=true")
+    state = dict(handover.decode(data))["w"].state
+    theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    absmax = weights(512, 512).reshape(-1, 64).abs().amax(1)
+    assert np.isclose(float(state.offset), float(absmax.mean()), rtol=1e-6)
+    assert float((theirs - absmax).abs().max() / absmax.max()) < 0.01
