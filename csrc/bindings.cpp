@@ -1,0 +1,317 @@
+// The Python face of the kernels: checks every argument, releases the GIL, calls through the table.
+//
+// The contract is the docstring of tensorwire.kernels. Arrays are taken by the buffer protocol, which says all there is
+// to check (type, shape, layout, writability) and keeps their memory alive and in place meanwhile.
+#include <nanobind/nanobind.h>
+
+#include <cfenv>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+enum Access { kInput, kOutput };
+
+const char* type_name(char format) {
+    switch (format) {
+        case 'f': return "float32";
+        case 'e': return "float16";
+        case 'H': return "uint16";
+        case 'B': return "uint8";
+        default: return "int8";
+    }
+}
+
+// A 1-D contiguous array of one of the given formats (as in the struct module), held for the duration of a call.
+class Array {
+public:
+    Array(const char* name, nb::handle object, const char* formats, Access access) : name_(name) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_RECORDS_RO) != 0) {
+            PyErr_Clear();
+            view_.obj = nullptr;
+            throw nb::type_error((name_ + ": expected an array of " + expected(formats)).c_str());
+        }
+        held_ = true;
+        try {
+            check(formats, access);
+        } catch (...) {
+            PyBuffer_Release(&view_);
+            throw;
+        }
+    }
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+    ~Array() {
+        if (held_) PyBuffer_Release(&view_);
+    }
+
+    size_t size() const { return static_cast<size_t>(view_.shape[0]); }
+    char format() const { return format_; }
+
+    tw::Dtype dtype() const { return format_ == 'f' ? tw::kFloat32 : format_ == 'e' ? tw::kFloat16 : tw::kBfloat16; }
+
+    template <class T>
+    T* data() const {
+        return static_cast<T*>(view_.buf);
+    }
+
+    void expect_size(size_t expected) const {
+        if (size() == expected) return;
+        throw nb::value_error((name_ + ": expected " + std::to_string(expected) + " elements, got " +
+                               std::to_string(size())).c_str());
+    }
+
+    void expect_apart_from(const Array& other) const {
+        const char *a = data<char>(), *b = other.data<char>();
+        if (a < b + other.view_.len && b < a + view_.len) {
+            throw nb::value_error((name_ + " overlaps " + other.name_).c_str());
+        }
+    }
+
+private:
+    static std::string expected(const char* formats) {
+        std::string names = type_name(*formats);
+        while (*++formats) names = names + " or " + type_name(*formats);
+        return names;
+    }
+
+    void check(const char* formats, Access access) {
+        const char* format = view_.format ? view_.format : "B";
+        if (*format == '@' || *format == '=') ++format;
+        if (!*format || format[1] || !strchr(formats, *format)) {
+            throw nb::type_error((name_ + ": expected an array of " + expected(formats) + ", got format '" + format +
+                                  "'").c_str());
+        }
+        format_ = *format;
+        if (view_.ndim != 1) {
+            throw nb::type_error((name_ + ": expected 1 dimension, got " + std::to_string(view_.ndim)).c_str());
+        }
+        if (!PyBuffer_IsContiguous(&view_, 'C')) throw nb::value_error((name_ + ": not contiguous").c_str());
+        if (access == kOutput && view_.readonly) throw nb::value_error((name_ + ": read-only").c_str());
+    }
+
+    std::string name_;
+    Py_buffer view_{};
+    bool held_ = false;
+    char format_ = 0;
+};
+
+constexpr const char* kFloats = "feH";
+
+// Without the GIL and in the default floating-point environment: the host may have asked for flushed subnormals or
+// another rounding, which would change bits.
+class Released {
+public:
+    Released() {
+        std::fegetenv(&environment_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~Released() { std::fesetenv(&environment_); }
+
+private:
+    nb::gil_scoped_release gil_;
+    std::fenv_t environment_;
+};
+
+// Larger outputs bypass the caches, which they would leave again before anyone reads them: half of a common L3.
+constexpr size_t kStreamBytes = size_t{16} << 20;
+
+bool streams(size_t output_bytes) { return output_bytes >= kStreamBytes; }
+
+size_t item_size(const Array& array) { return array.format() == 'f' ? 4 : array.format() == 'B' || array.format() == 'b' ? 1 : 2; }
+
+bool streams(const Array& out) { return streams(out.size() * item_size(out)); }
+
+size_t block_count(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
+
+size_t checked_blocksize(Py_ssize_t blocksize) {
+    if (blocksize < 1) {
+        throw nb::value_error(("blocksize: expected at least 1, got " + std::to_string(blocksize)).c_str());
+    }
+    return static_cast<size_t>(blocksize);
+}
+
+size_t checked_blocksize_4bit(Py_ssize_t blocksize) {
+    if (blocksize < 2 || blocksize > 4096 || blocksize % 2) {
+        throw nb::value_error(
+            ("blocksize: expected an even number, 2 to 4096, got " + std::to_string(blocksize)).c_str());
+    }
+    return static_cast<size_t>(blocksize);
+}
+
+tw::QuantType checked_quant_type(const char* quant_type) {
+    if (strcmp(quant_type, "nf4") == 0) return tw::kNf4;
+    if (strcmp(quant_type, "fp4") == 0) return tw::kFp4;
+    throw nb::value_error((std::string("quant_type: expected 'nf4' or 'fp4', got '") + quant_type + "'").c_str());
+}
+
+uint32_t crc32c(nb::handle data, uint32_t seed) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
+    uint32_t checksum;
+    {
+        const Released released;
+        checksum = tw::kernels().crc32c(seed, view.buf, static_cast<size_t>(view.len));
+    }
+    PyBuffer_Release(&view);
+    return checksum;
+}
+
+uint64_t cast(nb::handle values, nb::handle out, bool saturate) {
+    const Array x("values", values, kFloats, kInput), y("out", out, kFloats, kOutput);
+    const bool narrows = x.format() == 'f';
+    if (narrows == (y.format() == 'f')) {
+        throw nb::type_error((std::string("cast: no conversion from ") + type_name(x.format()) + " to " +
+                              type_name(y.format())).c_str());
+    }
+    y.expect_size(x.size());
+    y.expect_apart_from(x);
+    const tw::Kernels& k = tw::kernels();
+    const Released released;
+    if (narrows) {
+        return k.narrow[y.dtype()](x.data<void>(), y.data<void>(), x.size(), saturate, streams(y));
+    }
+    k.widen[x.dtype()](x.data<void>(), y.data<void>(), x.size(), streams(y));
+    return 0;
+}
+
+bool blockwise_absmax(nb::handle values, nb::handle absmax, Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array x("values", values, kFloats, kInput), m("absmax", absmax, "f", kOutput);
+    m.expect_size(block_count(x.size(), bs));
+    m.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().absmax[x.dtype()](x.data<void>(), m.data<float>(), x.size(), bs);
+}
+
+bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, Py_ssize_t blocksize,
+                   const char* quant_type) {
+    const size_t bs = checked_blocksize_4bit(blocksize);
+    const tw::QuantType type = checked_quant_type(quant_type);
+    const Array x("values", values, kFloats, kInput), q("codes", codes, "B", kOutput),
+        m("absmax", absmax, "f", kOutput);
+    q.expect_size(x.size() / 2 + x.size() % 2);
+    m.expect_size(block_count(x.size(), bs));
+    q.expect_apart_from(x);
+    m.expect_apart_from(x);
+    q.expect_apart_from(m);
+    const Released released;
+    return tw::kernels().quantize_4bit[type][x.dtype()](x.data<void>(), q.data<uint8_t>(), m.data<float>(), x.size(),
+                                                        bs, streams(q));
+}
+
+void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize,
+                     const char* quant_type) {
+    const size_t bs = checked_blocksize_4bit(blocksize);
+    const tw::QuantType type = checked_quant_type(quant_type);
+    const Array q("codes", codes, "B", kInput), m("absmax", absmax, "f", kInput), y("out", out, kFloats, kOutput);
+    q.expect_size(y.size() / 2 + y.size() % 2);
+    m.expect_size(block_count(y.size(), bs));
+    y.expect_apart_from(q);
+    y.expect_apart_from(m);
+    const Released released;
+    tw::kernels().dequantize_4bit[type][y.dtype()](q.data<uint8_t>(), m.data<float>(), y.data<void>(), y.size(), bs,
+                                                   streams(y));
+}
+
+bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array x("values", values, kFloats, kInput), q("codes", codes, "B", kOutput),
+        m("absmax", absmax, "f", kOutput);
+    q.expect_size(x.size());
+    m.expect_size(block_count(x.size(), bs));
+    q.expect_apart_from(x);
+    m.expect_apart_from(x);
+    q.expect_apart_from(m);
+    const Released released;
+    return tw::kernels().quantize_int8[x.dtype()](x.data<void>(), q.data<uint8_t>(), m.data<float>(), x.size(), bs,
+                                                  streams(q));
+}
+
+void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array q("codes", codes, "B", kInput), m("absmax", absmax, "f", kInput), y("out", out, kFloats, kOutput);
+    q.expect_size(y.size());
+    m.expect_size(block_count(y.size(), bs));
+    y.expect_apart_from(q);
+    y.expect_apart_from(m);
+    const Released released;
+    tw::kernels().dequantize_int8[y.dtype()](q.data<uint8_t>(), m.data<float>(), y.data<void>(), y.size(), bs,
+                                             streams(y));
+}
+
+bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array x("values", values, kFloats, kInput), q("codes", codes, "b", kOutput),
+        s("scales", scales, "H", kOutput);
+    q.expect_size(x.size());
+    s.expect_size(block_count(x.size(), bs));
+    q.expect_apart_from(x);
+    s.expect_apart_from(x);
+    q.expect_apart_from(s);
+    const Released released;
+    return tw::kernels().quantize_linear[x.dtype()](x.data<void>(), q.data<int8_t>(), s.data<uint16_t>(), x.size(), bs,
+                                                    streams(q));
+}
+
+void dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array q("codes", codes, "b", kInput), s("scales", scales, "H", kInput), y("out", out, kFloats, kOutput);
+    q.expect_size(y.size());
+    s.expect_size(block_count(y.size(), bs));
+    y.expect_apart_from(q);
+    y.expect_apart_from(s);
+    const Released released;
+    tw::kernels().dequantize_linear[y.dtype()](q.data<int8_t>(), s.data<uint16_t>(), y.data<void>(), y.size(), bs,
+                                               streams(y));
+}
+
+std::string supported_names() {
+    std::string names;
+    for (const tw::Kernels* const* k = tw::supported(); *k; ++k) names = names + (names.empty() ? "" : ", ") + (*k)->isa;
+    return names;
+}
+
+nb::list supported() {
+    nb::list names;
+    for (const tw::Kernels* const* k = tw::supported(); *k; ++k) names.append((*k)->isa);
+    return names;
+}
+
+void use(const char* tier) {
+    if (tw::use(tier)) return;
+    throw nb::value_error((std::string("no instruction set '") + tier + "' here; supported: " + supported_names()).c_str());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    const char* forced = std::getenv("TENSORWIRE_ISA");
+    if (forced && *forced && !tw::use(forced)) {
+        throw nb::import_error((std::string("TENSORWIRE_ISA=") + forced + " is not supported here; supported: " +
+                                supported_names()).c_str());
+    }
+
+    m.doc() = "The kernels in C++; tensorwire.kernels has their contract.";
+    m.def("crc32c", crc32c, "data"_a, "seed"_a = 0);
+    m.def("cast", cast, "values"_a, "out"_a, nb::kw_only(), "saturate"_a = false);
+    m.def("blockwise_absmax", blockwise_absmax, "values"_a, "absmax"_a, nb::kw_only(), "blocksize"_a);
+    m.def("quantize_4bit", quantize_4bit, "values"_a, "codes"_a, "absmax"_a, nb::kw_only(), "blocksize"_a,
+          "quant_type"_a);
+    m.def("dequantize_4bit", dequantize_4bit, "codes"_a, "absmax"_a, "out"_a, nb::kw_only(), "blocksize"_a,
+          "quant_type"_a);
+    m.def("quantize_int8", quantize_int8, "values"_a, "codes"_a, "absmax"_a, nb::kw_only(), "blocksize"_a);
+    m.def("dequantize_int8", dequantize_int8, "codes"_a, "absmax"_a, "out"_a, nb::kw_only(), "blocksize"_a);
+    m.def("quantize_linear", quantize_linear, "values"_a, "codes"_a, "scales"_a, nb::kw_only(), "blocksize"_a);
+    m.def("dequantize_linear", dequantize_linear, "codes"_a, "scales"_a, "out"_a, nb::kw_only(), "blocksize"_a);
+
+    m.def("isa", [] { return tw::kernels().isa; }, "The instruction set in use.");
+    m.def("supported", supported, "The instruction sets that run here, best first.");
+    m.def("use", use, "tier"_a, "Switch to another instruction set; for tests.");
+}

@@ -1,0 +1,165 @@
+// CRC-32C (Castagnoli, RFC 3720): reflected, initial and final complement.
+//
+// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k zero bits multiplies it by x^k, and
+// what is appended adds; so parts of a message can be taken separately, moved into place by a multiplication, and
+// added. The constants x^k mod P come from the compiler.
+#include "kernels.h"
+
+#include "floats.h"
+
+#if defined(TW_AVX512) || defined(TW_AVX2)
+#include <immintrin.h>
+#elif defined(TW_NEON)
+#include <arm_acle.h>
+#endif
+
+namespace tw {
+namespace TW_TIER {
+namespace {
+
+constexpr uint32_t kPolynomial = 0x82F63B78;
+
+constexpr uint32_t times_x(uint32_t a) { return a >> 1 ^ (a & 1 ? kPolynomial : 0); }
+
+#if defined(TW_AVX512) || defined(TW_AVX2) || defined(TW_NEON)
+
+constexpr uint32_t x_to_the(size_t power) {
+    uint32_t a = 0x80000000;
+    while (power--) a = times_x(a);
+    return a;
+}
+
+#if defined(TW_NEON)
+inline uint32_t append(uint32_t r, uint64_t eight) { return __crc32cd(r, eight); }
+inline uint32_t append(uint32_t r, uint8_t one) { return __crc32cb(r, one); }
+
+// Without a carry-less multiplier at hand: bit by bit, 32 steps.
+template <size_t kBits>
+inline uint32_t shifted(uint32_t r) {
+    constexpr uint32_t kFactor = x_to_the(kBits);
+    uint32_t product = 0;
+    for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
+        product ^= kFactor & bit ? r : 0;
+        r = times_x(r);
+    }
+    return product;
+}
+#else
+inline uint32_t append(uint32_t r, uint64_t eight) { return static_cast<uint32_t>(_mm_crc32_u64(r, eight)); }
+inline uint32_t append(uint32_t r, uint8_t one) { return _mm_crc32_u8(r, one); }
+
+// The product of two reflected 32-bit polynomials, read as 64 bits, has an x too many, and the crc32 instruction that
+// reduces it multiplies by x^32.
+template <size_t kBits>
+inline uint32_t shifted(uint32_t r) {
+    constexpr uint32_t kFactor = x_to_the(kBits - 33);
+    const __m128i product = _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(r)),
+                                                 _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
+    return append(0, static_cast<uint64_t>(_mm_cvtsi128_si64(product)));
+}
+#endif
+
+inline uint64_t eight_at(const uint8_t* p) { return get(reinterpret_cast<const uint64_t*>(p)); }
+
+// The instruction takes three cycles but one can start each cycle: three stripes side by side keep it busy.
+template <size_t kStripe>
+inline uint32_t append_stripes(uint32_t r, const uint8_t*& p, size_t& size) {
+    for (; size >= 3 * kStripe; p += 3 * kStripe, size -= 3 * kStripe) {
+        uint32_t b = 0, c = 0;
+        for (size_t i = 0; i < kStripe; i += 8) {
+            r = append(r, eight_at(p + i));
+            b = append(b, eight_at(p + kStripe + i));
+            c = append(c, eight_at(p + 2 * kStripe + i));
+        }
+        r = shifted<16 * kStripe>(r) ^ shifted<8 * kStripe>(b) ^ c;
+    }
+    return r;
+}
+
+inline uint32_t append_bytes(uint32_t r, const uint8_t* p, size_t size) {
+    r = append_stripes<4096>(r, p, size);
+    r = append_stripes<256>(r, p, size);
+    for (; size >= 8; p += 8, size -= 8) r = append(r, eight_at(p));
+    for (; size; ++p, --size) r = append(r, *p);
+    return r;
+}
+
+#if defined(TW_AVX512)
+
+// A 128-bit lane as two reflected 64-bit polynomials, the first of higher degree, moved ahead by kBits. A product of
+// two of those has an x too many as well.
+template <size_t kBits>
+inline __m512i fold_factors() {
+    return _mm512_set4_epi32(static_cast<int>(x_to_the(kBits - 1)), 0, static_cast<int>(x_to_the(kBits + 63)), 0);
+}
+
+inline __m512i folded(__m512i a, __m512i factors, __m512i b) {
+    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(a, factors, 0x00),
+                                     _mm512_clmulepi64_epi128(a, factors, 0x11), b, 0x96);
+}
+
+// Four vectors of four lanes advance together; then they are folded onto the last, whose lanes the crc32 instruction
+// reduces in order.
+uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
+    if (size < 512) return append_bytes(r, p, size);
+    __m512i a[4];
+    for (int k = 0; k < 4; ++k) a[k] = _mm512_loadu_si512(p + 64 * k);
+    a[0] = _mm512_xor_si512(a[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(r))));
+    const __m512i by_2048 = fold_factors<2048>();
+    for (p += 256, size -= 256; size >= 256; p += 256, size -= 256) {
+        for (int k = 0; k < 4; ++k) a[k] = folded(a[k], by_2048, _mm512_loadu_si512(p + 64 * k));
+    }
+    const __m512i by_512 = fold_factors<512>();
+    for (int k = 1; k < 4; ++k) a[k] = folded(a[k - 1], by_512, a[k]);
+    alignas(64) uint64_t last[8];
+    _mm512_store_si512(last, a[3]);
+    r = 0;
+    for (uint64_t eight : last) r = append(r, eight);
+    return append_bytes(r, p, size);
+}
+
+#else
+
+uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) { return append_bytes(r, p, size); }
+
+#endif
+
+#else
+
+// No instruction for it: slicing by eight. of[k][b] is byte b followed by k zero bytes.
+struct SliceTables {
+    uint32_t of[8][256] = {};
+    constexpr SliceTables() {
+        for (uint32_t byte = 0; byte < 256; ++byte) {
+            uint32_t r = byte;
+            for (int k = 0; k < 8; ++k) {
+                for (int bit = 0; bit < 8; ++bit) r = times_x(r);
+                of[k][byte] = r;
+            }
+        }
+    }
+};
+constexpr SliceTables kSlice;
+
+uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
+    for (; size >= 8; p += 8, size -= 8) {
+        r ^= p[0] | uint32_t{p[1]} << 8 | uint32_t{p[2]} << 16 | uint32_t{p[3]} << 24;
+        r = kSlice.of[7][r & 0xFF] ^ kSlice.of[6][r >> 8 & 0xFF] ^ kSlice.of[5][r >> 16 & 0xFF] ^ kSlice.of[4][r >> 24] ^
+            kSlice.of[3][p[4]] ^ kSlice.of[2][p[5]] ^ kSlice.of[1][p[6]] ^ kSlice.of[0][p[7]];
+    }
+    for (; size; ++p, --size) r = r >> 8 ^ kSlice.of[0][(r ^ *p) & 0xFF];
+    return r;
+}
+
+#endif
+
+uint32_t crc32c(uint32_t checksum, const void* data, size_t size) {
+    return ~append_all(~checksum, static_cast<const uint8_t*>(data), size);
+}
+
+}  // namespace
+
+void add_crc32c(Kernels& k) { k.crc32c = crc32c; }
+
+}  // namespace TW_TIER
+}  // namespace tw

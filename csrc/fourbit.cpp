@@ -1,0 +1,64 @@
+// 4 bits: NF4 and FP4, a float32 absmax per block, two codes a byte with the even element in the high nibble.
+//
+// y = fl32(x * fl32(1 / max(absmax, 1e-38))). NF4's code is the number of thresholds strictly below y. FP4's level is
+// the number of thresholds strictly below |y|, with bit 3 of the code set iff y < 0. The last low nibble of an odd n
+// is 0. Decoding is fl32(value of code * absmax), then one rounding to the output's type.
+#include "kernels.h"
+#include "simd.h"
+#include "tables.h"
+
+#if defined(TW_AVX512)
+#include "fourbit_avx512.h"
+#elif defined(TW_AVX2)
+#include "fourbit_avx2.h"
+#else
+#include "fourbit_scalar.h"
+#endif
+
+namespace tw {
+namespace TW_TIER {
+namespace {
+
+template <QuantType Q, class T>
+bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_t blocksize, bool stream) {
+    const T* x = static_cast<const T*>(values);
+    Out<uint8_t> out(codes, stream);
+    uint32_t worst = 0;
+    for (size_t i = 0; i < n; i += blocksize) {
+        const size_t length = min_size(blocksize, n - i);
+        const uint32_t largest = absmax_of(x + i, length);
+        worst = max_of(worst, largest);
+        put(absmax++, float_of(largest));
+        encode<Q>(x + i, length, inverse_of(largest), out.room((length + 1) / 2));
+    }
+    return worst < kInfinityBits;
+}
+
+template <QuantType Q, class T>
+void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
+    Out<T> to(static_cast<T*>(out), stream);
+    for (size_t i = 0; i < n; i += blocksize) {
+        const size_t length = min_size(blocksize, n - i);
+        decode<Q>(codes + i / 2, length, get(absmax++), to.room(length));
+    }
+}
+
+template <QuantType Q>
+void add(Kernels& k) {
+    k.quantize_4bit[Q][kFloat32] = quantize<Q, float>;
+    k.quantize_4bit[Q][kFloat16] = quantize<Q, Float16>;
+    k.quantize_4bit[Q][kBfloat16] = quantize<Q, Bfloat16>;
+    k.dequantize_4bit[Q][kFloat32] = dequantize<Q, float>;
+    k.dequantize_4bit[Q][kFloat16] = dequantize<Q, Float16>;
+    k.dequantize_4bit[Q][kBfloat16] = dequantize<Q, Bfloat16>;
+}
+
+}  // namespace
+
+void add_fourbit(Kernels& k) {
+    add<kNf4>(k);
+    add<kFp4>(k);
+}
+
+}  // namespace TW_TIER
+}  // namespace tw

@@ -1,0 +1,157 @@
+// NF4 and FP4 on AVX-512: a bucket of the threshold table by one FMA, the threshold by one permutation, one comparison.
+//
+// Adding 2^23 leaves the rounded multiple of y in the low mantissa bits: its bucket. Buckets are monotone in y and hold
+// at most one threshold each, so that y > threshold decides, for every float. Bucket and outcome together index the
+// code in a table of 64 bytes.
+#pragma once
+
+namespace tw {
+namespace {
+
+// NF4: 32 buckets of [-1, 1], a fifteenth wide; the closest thresholds are 0.08 apart.
+struct Nf4Search {
+    static constexpr float kScale = 15.0f;
+    static constexpr int kOffset = 16;
+
+    alignas(64) float threshold[32] = {};
+    alignas(64) uint8_t code[64] = {};  // by bucket + 32 * (y > threshold)
+
+    constexpr Nf4Search() {
+        int below = 0;
+        for (int bucket = 0; bucket < 32; ++bucket) {
+            const int before = below;
+            while (below < 15 && bucket_of(kNf4Thresholds.t[below]) == bucket) ++below;
+            threshold[bucket] = below > before ? kNf4Thresholds.t[before] : 2.0f;
+            code[bucket] = static_cast<uint8_t>(before);
+            code[bucket + 32] = static_cast<uint8_t>(below > before ? before + 1 : before);
+            exact = exact && below - before <= 1;
+        }
+        exact = exact && below == 15;
+    }
+    static constexpr int bucket_of(float y) { return static_cast<int>(y * 15.0 + kOffset + 0.5); }
+
+    bool exact = true;
+};
+constexpr Nf4Search kNf4Search;
+static_assert(kNf4Search.exact, "a bucket holds two thresholds");
+
+// FP4: 16 buckets of |y|, a thirteenth wide; no threshold is near the border of a bucket.
+struct Fp4Search {
+    static constexpr float kScale = 13.0f;
+
+    alignas(64) float threshold[16] = {};
+    alignas(64) uint8_t code[64] = {};  // by bucket + 16 * (|y| > threshold) + 32 * (y < 0)
+
+    constexpr Fp4Search() {
+        int below = 0;
+        for (int bucket = 0; bucket < 16; ++bucket) {
+            const int before = below;
+            while (below < 7 && bucket_of(kFp4Thresholds[below]) == bucket) ++below;
+            threshold[bucket] = below > before ? kFp4Thresholds[before] : 2.0f;
+            for (int negative = 0; negative < 2; ++negative) {
+                const int at = bucket + 32 * negative;
+                code[at] = static_cast<uint8_t>(fp4_code_of_level(before) + 8 * negative);
+                code[at + 16] = static_cast<uint8_t>(fp4_code_of_level(below) + 8 * negative);
+            }
+            exact = exact && below - before <= 1;
+        }
+        exact = exact && below == 7;
+    }
+    static constexpr int bucket_of(float y) { return static_cast<int>(y * 13.0 + 0.5); }
+
+    bool exact = true;
+};
+constexpr Fp4Search kFp4Search;
+static_assert(kFp4Search.exact, "a bucket holds two thresholds");
+
+// Sixteen table indices in the low bytes of 32-bit lanes.
+template <QuantType Q>
+inline __m512i search(__m512 y);
+
+template <>
+inline __m512i search<kNf4>(__m512 y) {
+    const __m512 low = _mm512_load_ps(kNf4Search.threshold), high = _mm512_load_ps(kNf4Search.threshold + 16);
+    const __m512 magic = _mm512_set1_ps(0x1p23f + Nf4Search::kOffset);
+    const __m512i bucket = _mm512_castps_si512(_mm512_fmadd_ps(y, _mm512_set1_ps(Nf4Search::kScale), magic));
+    const __m512 threshold = _mm512_permutex2var_ps(low, bucket, high);
+    const __mmask16 above = _mm512_cmp_ps_mask(y, threshold, _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(bucket, above, bucket, _mm512_set1_epi32(32));
+}
+
+template <>
+inline __m512i search<kFp4>(__m512 y) {
+    const __m512 size = _mm512_abs_ps(y);
+    const __m512i bucket = _mm512_castps_si512(
+        _mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
+    const __m512 threshold = _mm512_permutexvar_ps(bucket, _mm512_load_ps(kFp4Search.threshold));
+    const __mmask16 above = _mm512_cmp_ps_mask(size, threshold, _CMP_GT_OQ);
+    const __mmask16 negative = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512i index = _mm512_mask_add_epi32(bucket, above, bucket, _mm512_set1_epi32(16));
+    return _mm512_mask_add_epi32(index, negative, index, _mm512_set1_epi32(32));
+}
+
+struct LowBytes {
+    alignas(64) uint8_t at[64] = {};
+    constexpr LowBytes() {
+        for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(4 * (i % 32));
+    }
+};
+constexpr LowBytes kLowBytes;
+
+// The low bytes of four vectors, in order.
+inline __m512i low_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i at = _mm512_load_si512(kLowBytes.at);
+    return _mm512_mask_blend_epi64(0xF0, _mm512_permutex2var_epi8(a, at, b), _mm512_permutex2var_epi8(c, at, d));
+}
+
+// 32 bytes of codes; elements outside `valid` give 0.
+template <QuantType Q>
+inline __m256i packed_codes(__m512 a, __m512 b, __m512 c, __m512 d, __mmask64 valid) {
+    const __m512i table = _mm512_load_si512(Q == kNf4 ? kNf4Search.code : kFp4Search.code);
+    const __m512i index = low_bytes(search<Q>(a), search<Q>(b), search<Q>(c), search<Q>(d));
+    const __m512i codes = _mm512_maskz_permutexvar_epi8(valid, index, table);
+    return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110)));
+}
+
+template <QuantType Q, class T>
+void encode(const T* x, size_t n, float inverse, uint8_t* codes) {
+    const __m512 inv = _mm512_set1_ps(inverse);
+    const auto y = [&](size_t i) { return _mm512_mul_ps(load(x + i), inv); };
+    size_t i = 0;
+    for (; i + 64 <= n; i += 64, codes += 32) {
+        const __m256i packed = packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0});
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), packed);
+    }
+    if (i == n) return;
+    const size_t rest = n - i;
+    const auto part = [&](size_t from) {
+        const size_t here = rest > from ? min_size(rest - from, 16) : 0;
+        return _mm512_mul_ps(load_part(x + (here ? i + from : 0), here), inv);
+    };
+    const __m256i packed = packed_codes<Q>(part(0), part(16), part(32), part(48), (__mmask64{1} << rest) - 1);
+    _mm256_mask_storeu_epi8(codes, static_cast<__mmask32>((uint64_t{1} << ((rest + 1) / 2)) - 1), packed);
+}
+
+// Eight bytes to sixteen values: each byte in a 64-bit lane, its high nibble shifted down into the first half of the
+// lane and its low nibble up into the second; the permutation ignores all but four bits.
+inline __m512 code_values(__m128i eight, __m512 table) {
+    const __m512i shifts = _mm512_set1_epi64(0x0000000000000004);
+    return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, _mm512_cvtepu8_epi64(eight)), table);
+}
+
+template <QuantType Q, class T>
+void decode(const uint8_t* codes, size_t n, float scale, T* out) {
+    const __m512 table = _mm512_load_ps(Q == kNf4 ? kNf4Code.value : kFp4Code.value);
+    const __m512 s = _mm512_set1_ps(scale);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16, codes += 8) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+        store(out + i, _mm512_mul_ps(code_values(eight, table), s));
+    }
+    if (i == n) return;
+    const __m128i rest = _mm_maskz_loadu_epi8(first((n - i + 1) / 2), codes);
+    store_part(out + i, _mm512_mul_ps(code_values(rest, table), s), n - i);
+}
+
+}  // namespace
+}  // namespace tw

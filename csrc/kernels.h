@@ -1,0 +1,68 @@
+// The kernel table: one function per kernel and element type, filled once per instruction set ("tier").
+//
+// Kernels are pure loops over memory the caller owns. They hold no Python, allocate nothing, start no thread and check
+// nothing: sizes and types are the callers' promise (bindings.cpp). Contents are not: a decoder takes any codes and
+// any scales. Pointers need not be aligned. The arithmetic is defined by tensorwire/kernels/_numpy.py, bit for bit,
+// under the default floating-point environment (round to nearest even, subnormals kept).
+//
+// n counts elements; block i is elements [i * blocksize, (i + 1) * blocksize), the last one may be shorter.
+// `stream` asks for stores that bypass the caches: right for an output that will not stay in them anyway.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tw {
+
+enum Dtype { kFloat32, kFloat16, kBfloat16, kDtypes };
+enum QuantType { kNf4, kFp4, kQuantTypes };
+
+struct Kernels {
+    const char* isa;
+
+    // The checksum of what came before, in; including `data`, out. 0 to begin with.
+    uint32_t (*crc32c)(uint32_t checksum, const void* data, size_t size);
+
+    // float32 to dtype; the number of finite values that overflowed. kFloat32 has no entry.
+    uint64_t (*narrow[kDtypes])(const void* values, void* out, size_t n, bool saturate, bool stream);
+    // dtype to float32. kFloat32 has no entry.
+    void (*widen[kDtypes])(const void* values, void* out, size_t n, bool stream);
+
+    // The block statistic alone; like the quantizers, returns whether all values are finite.
+    bool (*absmax[kDtypes])(const void* values, float* absmax, size_t n, size_t blocksize);
+
+    // 4 bits: blocksize is even, so that blocks are whole bytes.
+    bool (*quantize_4bit[kQuantTypes][kDtypes])(const void* values, uint8_t* codes, float* absmax, size_t n,
+                                                size_t blocksize, bool stream);
+    void (*dequantize_4bit[kQuantTypes][kDtypes])(const uint8_t* codes, const float* absmax, void* out, size_t n,
+                                                  size_t blocksize, bool stream);
+
+    bool (*quantize_int8[kDtypes])(const void* values, uint8_t* codes, float* absmax, size_t n, size_t blocksize,
+                                   bool stream);
+    void (*dequantize_int8[kDtypes])(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize,
+                                     bool stream);
+
+    // `scales` are bfloat16 bit patterns.
+    bool (*quantize_linear[kDtypes])(const void* values, int8_t* codes, uint16_t* scales, size_t n, size_t blocksize,
+                                     bool stream);
+    void (*dequantize_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, void* out, size_t n,
+                                       size_t blocksize, bool stream);
+};
+
+// Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
+#define TW_DECLARE_TIER(tier)       \
+    namespace tier {                \
+    void add_crc32c(Kernels&);      \
+    void add_cast(Kernels&);        \
+    void add_absmax(Kernels&);      \
+    void add_fourbit(Kernels&);     \
+    void add_int8(Kernels&);        \
+    void add_linear(Kernels&);      \
+    }
+
+TW_DECLARE_TIER(portable)
+TW_DECLARE_TIER(avx2)
+TW_DECLARE_TIER(avx512)
+TW_DECLARE_TIER(neon)
+
+}  // namespace tw

@@ -1,0 +1,77 @@
+// The vector vocabulary of simd.h on one lane: plain C++ that compilers vectorise for the baseline of the target.
+#pragma once
+
+#include "floats.h"
+
+#if defined(__SSE2__) || defined(_M_X64)
+#include <emmintrin.h>
+#endif
+
+namespace tw {
+namespace {
+
+constexpr size_t kLanes = 1;
+
+using Floats = float;
+using Words = int32_t;
+using Mask = bool;
+
+template <class T>
+inline Floats load(const T* p) {
+    return to_float(get(p));
+}
+template <class T>
+inline Floats load_part(const T* p, size_t) {
+    return load(p);
+}
+
+template <class T>
+inline void store(T* p, Floats v) {
+    T narrowed;
+    from_float(v, narrowed);
+    put(p, narrowed);
+}
+template <class T>
+inline void store_part(T* p, Floats v, size_t) {
+    store(p, v);
+}
+
+inline Floats splat(float v) { return v; }
+inline Floats mul(Floats a, Floats b) { return a * b; }
+inline Floats select(Mask m, Floats a, Floats b) { return m ? a : b; }
+inline Floats with_sign_of(Floats magnitude, Floats sign) {
+    return float_of(bits_of(magnitude) | (bits_of(sign) & kSignBit));
+}
+
+inline Words no_words() { return 0; }
+inline Words magnitude(Floats v) { return static_cast<Words>(bits_of(v) & ~kSignBit); }
+inline Words max(Words a, Words b) { return a > b ? a : b; }
+inline uint32_t max_lane(Words v) { return static_cast<uint32_t>(v); }
+inline Mask within(Words v, uint32_t low, uint32_t high) {
+    return static_cast<uint32_t>(v) - low < high - low;
+}
+inline uint32_t count(Mask m) { return m; }
+
+inline Floats load_int8(const int8_t* p) { return static_cast<float>(*p); }
+inline Floats load_int8_part(const int8_t* p, size_t) { return load_int8(p); }
+// Adding 1.5 * 2^23, whose ulp is 1, rounds to the nearest even integer and leaves it in the low bits.
+inline void store_int8(int8_t* p, Floats v) { *p = static_cast<int8_t>(bits_of(v + 0x1.8p23f)); }
+inline void store_int8_part(int8_t* p, Floats v, size_t) { store_int8(p, v); }
+
+inline void stream_line(void* to, const void* from) {
+#if defined(__SSE2__) || defined(_M_X64)
+    for (int i = 0; i < 4; ++i) {
+        _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+    }
+#else
+    memcpy(to, from, 64);
+#endif
+}
+inline void stream_fence() {
+#if defined(__SSE2__) || defined(_M_X64)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace tw
