@@ -1,0 +1,691 @@
+"""A second reader of the tensorwire format: standard library only, slow, laid out as docs/format.md is.
+
+It was written from that page alone and shares no line with the library, so that where the two agree, the page is
+right. `read(data)` gives the tree of a whole stream as plain values (a tensor is dtype, shape and little-endian bytes)
+or raises `Refused`; its subclass `Truncated` says that the stream was sound as far as it went. There is no zstd in the
+standard library: pass `zstd_decompress(frame) -> content`, or such items come back with `data` None, everything
+around the compressed blocks checked.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+__all__ = ["File", "Refused", "Stream", "Tensor", "Truncated", "crc32c", "decode_payload", "read", "unpack"]
+
+
+class Refused(ValueError):
+    """The bytes are not a stream of version 1."""
+
+
+class Truncated(Refused):
+    """The bytes end before the END frame does."""
+
+
+class Tensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | None
+
+
+class File(NamedTuple):
+    data: bytes | None
+
+
+class Stream(NamedTuple):
+    root: Any
+    align: int
+    id: bytes | None
+    metadata: dict[str, str]
+    frames: int
+    index_frames: int
+
+
+def check(truth: bool, otherwise: str) -> None:
+    if not truth:
+        raise Refused(otherwise)
+
+
+# ------------------------------------------------------------------------------------------------ 1. Conventions
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC = _crc_table()
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+# First byte: what follows, the layout of its length or value, and the smallest (for negative integers, the largest)
+# that does not fit the next shorter spelling.
+_SPELLINGS: dict[int, tuple[str, str, int]] = {
+    0xC4: ("bin", ">B", 0), 0xC5: ("bin", ">H", 1 << 8), 0xC6: ("bin", ">I", 1 << 16),
+    0xC7: ("ext", ">B", 0), 0xC8: ("ext", ">H", 1 << 8), 0xC9: ("ext", ">I", 1 << 16),
+    0xCB: ("float", ">d", 0),
+    0xCC: ("uint", ">B", 1 << 7), 0xCD: ("uint", ">H", 1 << 8), 0xCE: ("uint", ">I", 1 << 16),
+    0xCF: ("uint", ">Q", 1 << 32),
+    0xD0: ("int", ">b", -(1 << 5) - 1), 0xD1: ("int", ">h", -(1 << 7) - 1), 0xD2: ("int", ">i", -(1 << 15) - 1),
+    0xD3: ("int", ">q", -(1 << 31) - 1),
+    0xD9: ("text", ">B", 1 << 5), 0xDA: ("text", ">H", 1 << 8), 0xDB: ("text", ">I", 1 << 16),
+    0xDC: ("array", ">H", 1 << 4), 0xDD: ("array", ">I", 1 << 16),
+    0xDE: ("map", ">H", 1 << 4), 0xDF: ("map", ">I", 1 << 16),
+}  # fmt: skip
+_FIXEXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+_NESTING = 32
+
+
+class _Unpacker:
+    """Canonical msgpack, and no other spelling."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, size: int) -> bytes:
+        check(self.at + size <= len(self.data), "msgpack: runs over its end")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def object(self, depth: int = 0) -> Any:
+        tag = self.take(1)[0]
+        if tag < 0x80:
+            return tag
+        if tag < 0x90:
+            return self.map(tag & 15, depth)
+        if tag < 0xA0:
+            return self.array(tag & 15, depth)
+        if tag < 0xC0:
+            return self.text(tag & 31)
+        if tag >= 0xE0:
+            return tag - 0x100
+        if tag in (0xC0, 0xC2, 0xC3):
+            return {0xC0: None, 0xC2: False, 0xC3: True}[tag]
+        if tag in _FIXEXT:
+            return self.tuple(_FIXEXT[tag], depth)
+        check(tag in _SPELLINGS, f"msgpack: byte {tag:#x} is not in the format")
+        what, layout, least = _SPELLINGS[tag]
+        (number,) = struct.unpack(layout, self.take(struct.calcsize(layout)))
+        if what == "float":
+            return number
+        check(number <= least if what == "int" else number >= least, "msgpack: not the shortest spelling")
+        if what in ("int", "uint"):
+            return number
+        if what == "bin":
+            return self.take(number)
+        if what == "text":
+            return self.text(number)
+        if what == "ext":
+            check(number not in _FIXEXT.values(), "msgpack: not the shortest spelling")
+            return self.tuple(number, depth)
+        return self.array(number, depth) if what == "array" else self.map(number, depth)
+
+    def text(self, size: int) -> str:
+        try:
+            return self.take(size).decode("utf-8")
+        except UnicodeDecodeError:
+            raise Refused("msgpack: text that is not UTF-8") from None
+
+    def array(self, size: int, depth: int) -> list:
+        check(depth < _NESTING, "msgpack: nested too deep")
+        check(size <= len(self.data) - self.at, "msgpack: runs over its end")
+        return [self.object(depth + 1) for _ in range(size)]
+
+    def map(self, size: int, depth: int) -> dict:
+        check(depth < _NESTING, "msgpack: nested too deep")
+        result = {}
+        for _ in range(size):
+            key = self.object(_NESTING)
+            check(is_key(key), "msgpack: a key that is neither text nor a small integer")
+            check(key not in result, "msgpack: a key twice")
+            result[key] = self.object(depth + 1)
+        return result
+
+    def tuple(self, size: int, depth: int) -> tuple:
+        check(self.take(1) == b"\x01", "msgpack: an extension type other than 1")
+        end = self.at + size
+        check(
+            size > 0 and 0x90 <= self.data[self.at] < 0xA0 or self.data[self.at] in (0xDC, 0xDD),
+            "tuple: no array",
+        )
+        value = self.object(depth)
+        check(self.at == end, "tuple: not one array")
+        return tuple(value)
+
+
+def is_int(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def is_key(value: Any) -> bool:
+    return type(value) is str or is_int(value, -(1 << 53), 1 << 53)
+
+
+def unpack(data: bytes) -> Any:
+    """The one msgpack object in `data`."""
+    unpacker = _Unpacker(data)
+    value = unpacker.object()
+    check(unpacker.at == len(data), "msgpack: something after its end")
+    return value
+
+
+# -------------------------------------------------------------------------------------- 2. Preamble, 3. Frame header
+
+_MAGIC = b"\x93TWIR\r\n\x1a"
+STREAM, ITEM, DATA, END, INDEX = 1, 2, 3, 4, 0x81
+
+
+class Header(NamedTuple):
+    type: int
+    reserved1: int
+    pad: int
+    reserved2: int
+    sequence: int
+    length: int
+    item: int
+    link: int
+    start: int
+    count: int
+    payload_crc: int
+    crc: int
+
+
+_HEADER = struct.Struct("<BBBBIQIIQQII")
+
+
+def read_preamble(data: bytes) -> None:
+    check(data[:8] == _MAGIC, "not a tensorwire stream")
+    major, _minor, flags, crc = struct.unpack("<BBHI", data[8:])
+    check(crc == crc32c(data[:12]), "preamble: CRC")
+    check(major == 1, f"major version {major}")
+    check(flags & 0xFF == 0, f"unknown critical feature {flags:#x}")
+
+
+def read_header(data: bytes, at: int, sequence: int, link: int, align: int) -> Header:
+    """The header at `at`, checked as far as it can be alone."""
+    header = Header(*_HEADER.unpack(data))
+    check(header.crc == crc32c(data[:44]), "header: CRC")
+    check(header.reserved1 == header.reserved2 == 0, "header: reserved bits")
+    check(header.type in (STREAM, ITEM, DATA, END) or header.type >= 0x80, f"frame type {header.type}")
+    if header.type == DATA:
+        check(header.pad == -(at + 48) % align, "header: pad")
+    else:
+        check(header.pad == header.start == header.count == 0, "header: a field that must be 0")
+        check(header.type == ITEM or header.item == 0, "header: a field that must be 0")
+    check(header.sequence == sequence, "header: sequence")
+    check(header.link == link, "header: link")
+    return header
+
+
+# ------------------------------------------------------------------------------------------------ 4. STREAM payload
+
+
+def read_stream_payload(payload: bytes) -> dict:
+    entries = unpack(payload)
+    check(type(entries) is dict, "STREAM: not a map")
+    check([*entries] == [key for key in ("align", "id", "metadata") if key in entries], "STREAM: keys")
+    check(type(entries.get("align")) is int and entries["align"] in (1, 64), "STREAM: align")
+    if "id" in entries:
+        check(type(entries["id"]) is bytes and 1 <= len(entries["id"]) <= 64, "STREAM: id")
+    if "metadata" in entries:
+        metadata = entries["metadata"]
+        check(type(metadata) is dict and len(metadata) > 0, "STREAM: metadata")
+        check(all(type(text) is str for pair in metadata.items() for text in pair), "STREAM: metadata")
+        check([*metadata] == sorted(metadata), "STREAM: order of the metadata")
+    return entries
+
+
+# -------------------------------------------------------------------------------------------------- 5. ITEM payload
+
+TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
+_FIELDS = {
+    TENSOR: ["kind", "path", "dtype", "shape", "codec"],
+    VALUE: ["kind", "path", "size"],
+    FILE: ["kind", "path", "size", "codec"],
+    ALIAS: ["kind", "path", "of"],
+    DICT: ["kind", "path"],
+    LIST: ["kind", "path"],
+    TUPLE: ["kind", "path"],
+}
+
+DTYPES: dict[int, tuple[str, int]] = {
+    1: ("bool", 1),
+    2: ("uint8", 1), 3: ("int8", 1), 4: ("uint16", 2), 5: ("int16", 2),
+    6: ("uint32", 4), 7: ("int32", 4), 8: ("uint64", 8), 9: ("int64", 8),
+    16: ("float16", 2), 17: ("bfloat16", 2), 18: ("float32", 4), 19: ("float64", 8),
+    24: ("complex32", 4), 25: ("complex64", 8), 26: ("complex128", 16),
+    32: ("float8_e4m3fn", 1), 33: ("float8_e5m2", 1), 34: ("float8_e4m3fnuz", 1), 35: ("float8_e5m2fnuz", 1),
+    36: ("float8_e8m0fnu", 1), 40: ("float4_e2m1fn_x2", 1),
+}  # fmt: skip
+
+_FORBIDDEN = {*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
+
+
+class Item:
+    """One ITEM frame's content, and what its data frames have brought so far."""
+
+    def __init__(self, payload: bytes) -> None:
+        fields = unpack(payload)
+        check(type(fields) is dict, "ITEM: not a map")
+        self.kind = fields.get("kind")
+        check(type(self.kind) is int and self.kind in _FIELDS, f"ITEM: kind {self.kind}")
+        check([*fields] == _FIELDS[self.kind], "ITEM: keys")
+        self.path = fields["path"]
+        check(type(self.path) is list and len(self.path) <= 32, "ITEM: path")
+        for key in self.path:
+            check(is_key(key), "ITEM: key of the path")
+            if type(key) is str:
+                check(
+                    len(key.encode()) <= 1024 and not _FORBIDDEN & {*map(ord, key)}, "ITEM: key of the path"
+                )
+        self.of = fields.get("of")
+        self.shape: tuple[int, ...] = ()
+        self.dtype, self.width, self.codec = "uint8", 1, [[1]]
+        self.size: int | None = 0  # Elements to come.
+        if self.kind == TENSOR:
+            check(
+                fields["dtype"] in DTYPES and type(fields["dtype"]) is int, f"ITEM: dtype {fields['dtype']}"
+            )
+            self.dtype, self.width = DTYPES[fields["dtype"]]
+            shape = fields["shape"]
+            check(type(shape) is list and len(shape) <= 64, "ITEM: shape")
+            check(all(is_int(dimension, 0, 1 << 64) for dimension in shape), "ITEM: shape")
+            check(prod(dimension or 1 for dimension in shape) * self.width <= LIMIT_ITEM, "limit: item")
+            self.shape, self.size = tuple(shape), prod(shape)
+        elif self.kind in (VALUE, FILE):
+            self.size = fields["size"]
+            least, most = (1, LIMIT_TEXT) if self.kind == VALUE else (0, LIMIT_STREAM)
+            check(is_int(self.size, least, most) or self.kind == FILE and self.size is None, "ITEM: size")
+        if self.kind in (TENSOR, FILE):
+            self.codec = fields["codec"]
+            check_codec(self.codec, self.dtype)
+        self.done = 0
+        self.complete = self.size == 0
+        self.opaque = False
+        self.parts: list[bytes] = []
+        self.built: Tensor | None = None
+
+    @property
+    def data(self) -> bytes | None:
+        return None if self.opaque else b"".join(self.parts)
+
+
+# 5.2 Values
+
+
+def read_value(data: bytes) -> Any:
+    value = unpack(data)
+    if type(value) in (list, dict, tuple):
+        check(len(data) <= LIMIT_COMPOSITE, "value: too large")
+    return value
+
+
+# --------------------------------------------------------------------------------------- 6. Codecs and DATA payloads
+
+RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, ZSTD = 1, 2, 3, 4, 5, 6, 7, 64
+
+
+def _floats(text: str) -> list[float]:
+    return [*struct.unpack(f">{len(text) // 8}f", bytes.fromhex(text))]
+
+
+_POSITIVE = _floats(
+    "3513A3B7365A1A94370205FF37B2420638378034388AEFB338BA1F4B3923D70B398CE70539C7E2833A016F013A1EECC1"
+    "3A3C6A803A59E83E3A7765FF3AA7EF9D3AF1A9FC3B1DB22D3B428F5C3B676C8A3B8624DD3B9893743BAB020D3BBD70A4"
+    "3BCFDF3B3BE24DD33BF4BC6A3C0395813C0CCCCD3C1604183C1F3B643C3AE1483C68F5C33C8B851F3CA28F5D3CB9999A"
+    "3CD0A3D73CE7AE153CFEB8523D0AE1483D1666673D21EB853D2D70A33D38F5C33D447AE13D5000003D5B851F3D670A3D"
+    "3D728F5D3D7E147B3D84CCCD3D8A8F5D3D9051EB3D96147B3D9BD70A3DA1999A3DA75C2A3DAD1EB83DB2E1483DB8A3D7"
+    "3DBE66673DC428F73DC9EB853DDB33343DF800003E0A66663E18CCCD3E2733333E35999A3E4400003E5266663E60CCCD"
+    "3E6F33333E7D99993E8600003E8D33343E9466663E9B999A3EA2CCCC3EAA00003EB133333EB866663EBF999A3EC6CCCC"
+    "3ECE00003ED533333EDC66663EE3999A3EEACCCC3EF200003EF933323F0033333F03CCCC3F0766663F0B00003F0E999A"
+    "3F1233343F15CCCD3F1966663F1D00003F20999A3F2433343F27CCCD3F2B66663F2F00003F32999A3F3633343F39CCCD"
+    "3F3D66663F4100003F44999A3F4833333F4BCCCD3F4F66663F5300003F56999A3F5A33333F5DCCCD3F6166663F650000"
+    "3F68999A3F6C33333F6FCCCD3F7366663F7700003F7A999A3F7E3333"
+)
+INT8_TABLE = [*(-value for value in reversed(_POSITIVE)), 0.0, *_POSITIVE, 1.0]
+NF4_TABLE = _floats(
+    "BF800000BF3239B1BF066B30BECA32A0BE91A24DBE3D353FBDBA787100000000"
+    "3DA2FAFF3E24CAE33E7C04DD3EAD033A3EE1A4B83F1007AB3F3913B33F800000"
+)
+FP4_TABLE = _floats(
+    "000000003BAAAAAB3F2AAAAB3F8000003EAAAAAB3F0000003E2AAAAB3E800000"
+    "00000000BBAAAAABBF2AAAABBF800000BEAAAAABBF000000BE2AAAABBE800000"
+)
+
+
+def check_codec(codec: Any, dtype: str) -> None:
+    check(type(codec) is list and 1 <= len(codec) <= 8, "codec: stages")
+    check(all(type(stage) is list and len(stage) > 0 for stage in codec), "codec: stage")
+    check(all(is_int(number, 0, 1 << 32) for stage in codec for number in stage), "codec: stage")
+    (number, *parameters), *behind = codec
+    check(behind in ([], [[ZSTD]]), "codec: only zstd, once, stands behind another")
+    if number in (RAW, FP16, BF16):
+        check(parameters == [], "codec: parameters")
+        check(number == RAW or dtype == "float32", f"codec: not for {dtype}")
+        return
+    check(number in (INT8, INT8_LINEAR, NF4, FP4), f"codec {number}")
+    check(dtype in ("float32", "float16", "bfloat16"), f"codec: not for {dtype}")
+    least, most = (32, 4096) if number in (NF4, FP4) else (16, 65536)
+    check(len(parameters) == (2 if number in (NF4, FP4) else 1), "codec: parameters")
+    blocksize = parameters[0]
+    check(least <= blocksize <= most and blocksize & (blocksize - 1) == 0, "codec: blocksize")
+    check(number in (INT8, INT8_LINEAR) or parameters[1] in (0, 1), "codec: double_quant")
+
+
+def block_of(codec: list) -> int:
+    """Elements in a block: slices begin at multiples of it."""
+    number, *parameters = codec[0]
+    if number in (RAW, FP16, BF16):
+        return 1
+    return parameters[0] * (256 if number in (NF4, FP4) and parameters[1] else 1)
+
+
+def payload_length(codec: list, width: int, count: int) -> int:
+    """Bytes of the payload of `count` elements, before zstd."""
+    number, *parameters = codec[0]
+    if number == RAW:
+        return count * width
+    if number in (FP16, BF16):
+        return count * 2
+    blocks = -(-count // parameters[0])
+    if number == INT8:
+        return 4 * blocks + count
+    if number == INT8_LINEAR:
+        return 2 * blocks + count
+    halves = -(-count // 2)
+    return (4 + 4 * -(-blocks // 256) + blocks if parameters[1] else 4 * blocks) + halves
+
+
+def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | None) -> bytes | None:
+    """The content of one zstd frame; what RFC 8878 says around its compressed blocks is checked here."""
+    check(len(frame) <= length + length // 256 + 64, "zstd: longer than any compressor makes it")
+    check(len(frame) >= 6 and frame[:4] == b"\x28\xb5\x2f\xfd", "zstd: magic")
+    descriptor, at = frame[4], 5
+    single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
+    check(descriptor & 0x08 == 0, "zstd: reserved bit")
+    check(descriptor & 0x03 == 0, "zstd: dictionary")
+    window = 0
+    if not single:
+        exponent, mantissa = frame[at] >> 3, frame[at] & 7
+        window, at = (8 + mantissa) << (7 + exponent), at + 1
+    size = [single, 2, 4, 8][descriptor >> 6]
+    check(size > 0 and len(frame) >= at + size, "zstd: no content size")
+    content = int.from_bytes(frame[at : at + size], "little") + (256 if size == 2 else 0)
+    at += size
+    check(content == length, "zstd: content size")
+    check(window <= max(8 << 20, content), "zstd: window")
+    last = 0
+    while not last:
+        check(len(frame) >= at + 3, "zstd: runs over its end")
+        block = int.from_bytes(frame[at : at + 3], "little")
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        check(kind != 3, "zstd: block type")
+        at += 3 + (1 if kind == 1 else size)
+    check(len(frame) == at + 4 * checksum, "zstd: not one frame")
+    if decompress is None:
+        return None
+    try:
+        plain = decompress(frame)
+    except Exception as error:
+        raise Refused("zstd: content") from error
+    check(len(plain) == length, "zstd: content")
+    return plain
+
+
+def float32(value: float) -> float:
+    """`value` rounded to float32. Products and sums of two float32 lose nothing by being taken in float64 first."""
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def to_dtype(value: float, dtype: str) -> bytes:
+    """The float32 `value` rounded to nearest, ties to even."""
+    if dtype == "float16":
+        try:
+            return struct.pack("<e", value)
+        except OverflowError:
+            return struct.pack("<e", float("inf") if value > 0 else float("-inf"))
+    if dtype == "bfloat16":
+        (bits,) = struct.unpack("<I", struct.pack("<f", value))
+        return struct.pack("<H", bits + 0x7FFF + (bits >> 16 & 1) >> 16)
+    return struct.pack("<f", value)
+
+
+def float16_to_float32(bits: int) -> int:
+    """The bits of the float32 of the same value; a NaN keeps its sign and fraction and becomes quiet."""
+    if bits & 0x7C00 == 0x7C00:
+        quiet = 0x400000 if bits & 0x3FF else 0
+        return (bits & 0x8000) << 16 | 0x7F800000 | quiet | (bits & 0x3FF) << 13
+    return struct.unpack("<I", struct.pack("<f", struct.unpack("<e", struct.pack("<H", bits))[0]))[0]
+
+
+def read_scales(payload: bytes, at: int, count: int) -> list[float]:
+    scales = struct.unpack_from(f"<{count}f", payload, at)
+    bits = struct.unpack_from(f"<{count}I", payload, at)
+    check(all(pattern < 0x7F800000 for pattern in bits), "payload: an absmax that is negative or not finite")
+    return [*scales]
+
+
+def decode_payload(codec: list, dtype: str, width: int, count: int, payload: bytes) -> bytes:
+    """`count` elements of `dtype` out of a payload of the right length."""
+    number, *parameters = codec[0]
+    if number == RAW:
+        check(dtype != "bool" or not {*payload} - {0, 1}, "payload: a bool that is neither 0 nor 1")
+        return payload
+    halves = struct.unpack(f"<{count}H", payload) if number in (FP16, BF16) else ()
+    if number == FP16:
+        return struct.pack(f"<{count}I", *map(float16_to_float32, halves))
+    if number == BF16:
+        return struct.pack(f"<{count}I", *(half << 16 for half in halves))
+    blocksize = parameters[0]
+    blocks = -(-count // blocksize)
+    codes = payload[-count:]
+    if number == INT8:
+        absmax = read_scales(payload, 0, blocks)
+        values = [INT8_TABLE[code] for code in codes]
+    elif number == INT8_LINEAR:
+        wide = b"".join(b"\0\0" + payload[2 * block : 2 * block + 2] for block in range(blocks))
+        absmax = read_scales(wide, 0, blocks)
+        check(0x80 not in codes, "payload: code -128")
+        values = [float(code) for code in struct.unpack(f"<{count}b", codes)]
+    else:
+        codes = payload[len(payload) - (count + 1) // 2 :]
+        check(count % 2 == 0 or codes[-1] & 0x0F == 0, "payload: an unused half that is not 0")
+        table = NF4_TABLE if number == NF4 else FP4_TABLE
+        values = [table[half] for byte in codes for half in (byte >> 4, byte & 0x0F)][:count]
+        if parameters[1]:
+            groups = -(-blocks // 256)
+            offset, *nested = read_scales(payload, 0, 1 + groups)
+            scaled = payload[4 + 4 * groups :][:blocks]
+            absmax = [
+                float32(float32(INT8_TABLE[code] * nested[j // 256]) + offset)
+                for j, code in enumerate(scaled)
+            ]
+            check(all(abs(scale) < float("inf") for scale in absmax), "payload: an absmax that is not finite")
+        else:
+            absmax = read_scales(payload, 0, blocks)
+    return b"".join(
+        to_dtype(float32(value * absmax[j // blocksize]), dtype) for j, value in enumerate(values)
+    )
+
+
+# ----------------------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
+
+LIMIT_STREAM_PAYLOAD = 1 << 20
+LIMIT_ITEM_PAYLOAD = 64 << 10
+LIMIT_ITEMS = 262_144
+LIMIT_ITEM = 16 << 30
+LIMIT_TEXT = 16 << 20
+LIMIT_COMPOSITE = 256 << 10
+LIMIT_DATA = 64 << 20
+LIMIT_SKIPPABLE = 8 << 20
+LIMIT_STREAM = 64 << 30
+
+
+class _Reader:
+    def __init__(self, data: bytes, decompress: Callable[[bytes], bytes] | None) -> None:
+        self.data, self.decompress = data, decompress
+        self.at = 0
+        self.items: list[Item] = []
+        self.open: list[list] = []  # Paths of the containers that may still get children.
+        self.children: dict[tuple, dict] = {}  # Path of a container: its children's keys and items.
+        self.current = 0  # The first item whose data is not complete, or one past the last.
+
+    def take(self, size: int) -> bytes:
+        if len(self.data) - self.at < size:
+            raise Truncated(f"{size} bytes wanted at {self.at}")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def read(self) -> Stream:
+        preamble = self.take(16)
+        read_preamble(preamble)
+        digest = hashlib.sha256(preamble)
+        link = int.from_bytes(preamble[12:], "little")
+        opening: dict = {}
+        index, index_frames, sequence = 0, 0, 0
+        while True:
+            begin = self.at
+            raw = self.take(48)
+            header = read_header(raw, begin, sequence, link, opening.get("align", 1))
+            self.check_limit(header)
+            check((header.type == STREAM) == (sequence == 0), "order: STREAM is the first frame, and only it")
+            if header.type == ITEM:
+                check(header.item == len(self.items), "order: number of the item")
+                check(
+                    self.current == len(self.items) or self.items[self.current].done == 0,
+                    "order: within an item",
+                )
+            elif header.type == DATA:
+                self.check_slice(header)
+            elif header.type == END:
+                check(
+                    self.items and self.current == len(self.items), "order: END before the data is complete"
+                )
+                check(header.length == 64, "END: length")
+            check(not any(self.take(header.pad)), "padding that is not 0")
+            payload = self.take(header.length)
+            check(crc32c(payload) == header.payload_crc, "payload: CRC")
+            if header.type == STREAM:
+                opening = read_stream_payload(payload)
+            elif header.type == ITEM:
+                self.add_item(Item(payload))
+            elif header.type == DATA:
+                self.add_data(header, payload)
+            elif header.type == INDEX:
+                index, index_frames = begin, index_frames + 1
+            elif header.type == END:
+                totals = struct.unpack("<QQQQ", payload[:32])
+                check(totals == (len(self.items), sequence, begin, index), "END: totals")
+                check(payload[32:] == digest.digest(), "END: digest")
+                break
+            digest.update(raw)
+            link, sequence = header.crc, sequence + 1
+        check(self.at == len(self.data), "something after END")
+        root = self.build(self.items[0])
+        return Stream(
+            root, opening["align"], opening.get("id"), opening.get("metadata", {}), sequence + 1, index_frames
+        )
+
+    def check_limit(self, header: Header) -> None:
+        limit = {STREAM: LIMIT_STREAM_PAYLOAD, ITEM: LIMIT_ITEM_PAYLOAD, DATA: LIMIT_ITEM, END: 64}
+        check(header.length <= limit.get(header.type, LIMIT_SKIPPABLE), "limit: frame")
+        check(self.at + header.pad + header.length <= LIMIT_STREAM, "limit: stream")
+
+    def add_item(self, item: Item) -> None:
+        check(len(self.items) < LIMIT_ITEMS, "limit: items")
+        if not self.items:
+            check(item.path == [] and item.kind != ALIAS, "order: the root comes first")
+        else:
+            check(item.path != [], "order: a second root")
+            parent, key = item.path[:-1], item.path[-1]
+            check(parent in self.open, "order: the parent is not open")
+            del self.open[self.open.index(parent) + 1 :]
+            kind = self.children[tuple(parent)]
+            siblings = kind["children"]
+            if kind["kind"] == DICT:
+                check(key not in siblings, "order: a key twice")
+            else:
+                check(type(key) is int and key == len(siblings), "order: keys of a list are 0, 1, 2, ...")
+            siblings[key] = item
+        if item.kind in (DICT, LIST, TUPLE):
+            self.open.append(item.path)
+            self.children[tuple(item.path)] = {"kind": item.kind, "children": {}}
+        if item.kind == ALIAS:
+            check(is_int(item.of, 0, len(self.items) - 1), "alias: of an item not described")
+            tensor = self.items[item.of]
+            check(tensor.kind == TENSOR and tensor.size > 0 and tensor.done == 0, "alias: of no such tensor")
+        self.items.append(item)
+        self.advance()
+
+    def advance(self) -> None:
+        while self.current < len(self.items) and self.items[self.current].complete:
+            self.current += 1
+
+    def check_slice(self, header: Header) -> None:
+        check(self.current < len(self.items) and header.item == self.current, "order: data of another item")
+        item = self.items[self.current]
+        check(header.start == item.done, "slice: start")
+        if header.count == 0:
+            check(item.size is None and header.length == 0, "slice: empty")
+            return
+        end = header.start + header.count
+        check(item.size is None or end <= item.size, "slice: past the end of the item")
+        check(end <= LIMIT_STREAM, "limit: file")
+        check(end % block_of(item.codec) == 0 or end == item.size, "slice: not whole blocks")
+        length = payload_length(item.codec, item.width, header.count)
+        if item.codec != [[RAW]]:
+            check(max(length, header.length) <= LIMIT_DATA, "limit: data frame")
+        check(len(item.codec) > 1 or header.length == length, "slice: length")
+
+    def add_data(self, header: Header, payload: bytes) -> None:
+        item = self.items[self.current]
+        if header.count:
+            length = payload_length(item.codec, item.width, header.count)
+            plain = payload if len(item.codec) == 1 else read_zstd(payload, length, self.decompress)
+            if plain is None:
+                item.opaque = True
+            else:
+                item.parts.append(decode_payload(item.codec, item.dtype, item.width, header.count, plain))
+        item.done += header.count
+        item.complete = item.done == item.size or header.count == 0
+        if item.complete and item.kind == VALUE:
+            read_value(item.data or b"")
+        self.advance()
+
+    def build(self, item: Item) -> Any:
+        """The value of `item`; both names of a tied tensor give one object."""
+        if item.kind == ALIAS:
+            return self.build(self.items[item.of])
+        if item.kind == TENSOR:
+            if item.built is None:
+                item.built = Tensor(item.dtype, item.shape, item.data)
+            return item.built
+        if item.kind == VALUE:
+            return read_value(item.data or b"")
+        if item.kind == FILE:
+            return File(item.data)
+        children = self.children[tuple(item.path)]["children"]
+        values = {key: self.build(child) for key, child in children.items()}
+        return (
+            values if item.kind == DICT else [*values.values()] if item.kind == LIST else (*values.values(),)
+        )
+
+
+def read(data: bytes, *, zstd_decompress: Callable[[bytes], bytes] | None = None) -> Stream:
+    """The stream in `data`, all of it; raises Refused."""
+    return _Reader(bytes(data), zstd_decompress).read()
