@@ -91,6 +91,8 @@ def decode_file(source: Any, path: str | os.PathLike, *, limits: Limits = DEFAUL
     with replacing(path) as fd:
         receiver = Receiver(as_source(source), _OneFile(fd), limits)
         names = [item.name for _, item, _ in receiver]
+        if not names:
+            raise SchemaError("the stream carries no file")
     return names[0]
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from tensorwire.codecs import crc32c, from_stages
+from tensorwire.codecs import crc32c
 from tensorwire.errors import CorruptError, EncodeError, FormatError, SchemaError, TensorwireError, TruncatedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.atomic import replacing, write_all
 from tensorwire.streams.decode import collect, decode
 from tensorwire.streams.encode import encode
+from tensorwire.streams.receive import check_codec, check_slice
 from tensorwire.tensor import Front
 from tensorwire.wire import Header, IndexEntry, Item, Kind, StreamInfo, Summary, unpack_index
 from tensorwire.wire.descriptors import unpack_item, unpack_stream
@@ -61,6 +62,8 @@ class TensorFile:
         try:
             self.info, self._entries = self._read_index()
             self._items = [self._read_item(number) for number in range(len(self._entries))]
+            if any(item.of is not None and self._items[item.of].kind != Kind.TENSOR for item in self._items):
+                raise FormatError("alias of what is no tensor")
         except BaseException:
             self.close()
             raise
@@ -101,12 +104,12 @@ class TensorFile:
     def __getitem__(self, name: str) -> Any:
         """The tensor, decoded and verified. Raises KeyError."""
         item = self.item(name)
-        codec = from_stages(item.codec)
+        codec = check_codec(item)
         size = item.dtype.itemsize
         out = np.empty(item.total * size, np.uint8)
         for header, payload in self._frames(name):
             try:
-                codec.check_length(header.length, header.count, item.dtype)
+                check_slice(codec, header, item, self._limits)
                 region = out[header.start * size : (header.start + header.count) * size]
                 codec.decode(payload, item.dtype, region)
             except TensorwireError as error:
@@ -120,7 +123,7 @@ class TensorFile:
         Raises EncodeError for a tensor that is not stored raw in one frame.
         """
         item = self.item(name)
-        frames = list(self._frames(name)) if from_stages(item.codec).in_place else []
+        frames = list(self._frames(name)) if check_codec(item).in_place else []
         if item.total and len(frames) != 1:
             raise EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
         data = np.frombuffer(frames[0][1] if frames else b"", np.uint8)

@@ -18,6 +18,7 @@ from tensorwire.streams.pool import Pool
 from tensorwire.streams.source import Source, finish
 from tensorwire.wire import (
     NEED_DATA,
+    Header,
     Item,
     ItemStart,
     Kind,
@@ -97,12 +98,7 @@ class Receiver:
 
     def _start_item(self, number: int, item: Item) -> bool:
         try:
-            if item.codec:
-                codec = from_stages(item.codec)
-                if not codec.accepts(item.dtype):
-                    raise FormatError(f"codec {codec} cannot carry {item.dtype}")
-            else:
-                codec = Raw()
+            codec = check_codec(item) if item.codec else Raw()
             sink = self._open_item(number, item)
         except TensorwireError as error:
             error.item = item.name if error.item is None else error.item
@@ -117,18 +113,12 @@ class Receiver:
     def _start_slice(self, event: SliceStart) -> None:
         if event.count == 0:  # the close of an open-ended file
             return
-        codec, dtype = self._codecs[event.number], _dtype(event.item)
+        codec = self._codecs[event.number]
         try:
-            codec.check_length(event.length, event.count, dtype)
-            last = event.item.total is not None and event.start + event.count == event.item.total
-            if event.start % codec.block(dtype) or event.count % codec.block(dtype) and not last:
-                raise FormatError(f"slice does not begin and end between blocks of {codec}")
+            check_slice(codec, event, event.item, self._limits)
             if codec.in_place and not self._stays_encoded(event.number):
                 destination = self._region(event)
             else:
-                size = max(event.length, event.count * dtype.itemsize // 16)
-                if size > self._limits.frame:
-                    raise LimitError("frame", self._limits.frame, size)
                 destination = self._pool.take(event.length)
         except TensorwireError as error:
             error.item = event.item.name
@@ -156,6 +146,27 @@ class Receiver:
     def _region(self, event: SliceStart | Slice) -> np.ndarray:
         size = _dtype(event.item).itemsize
         return self._sinks[event.number].region(event.start * size, (event.start + event.count) * size)
+
+
+def check_slice(codec: Codec, place: SliceStart | Header, item: Item, limits: Limits) -> None:
+    """Raise unless a slice of `item` may stand at this place and have this length."""
+    dtype = _dtype(item)
+    codec.check_length(place.length, place.count, dtype)
+    block, last = codec.block(dtype), item.total is not None and place.start + place.count == item.total
+    if place.start % block or place.count % block and not last:
+        raise FormatError(f"slice does not begin and end between blocks of {codec}")
+    # Before zstd: a frame of a few bytes must not unpack to more than a writer may put into one.
+    size = max(place.length, codec.sizes(place.count, dtype).total)
+    if size > limits.frame and not codec.in_place:
+        raise LimitError("frame", limits.frame, size)
+
+
+def check_codec(item: Item) -> Codec:
+    """The codec of a tensor or file. Raises where there is none or it cannot carry the dtype."""
+    codec = from_stages(item.codec)
+    if not codec.accepts(item.dtype):
+        raise FormatError(f"codec {codec} cannot carry {item.dtype}", item=item.name)
+    return codec
 
 
 def _dtype(item: Item) -> DType:

@@ -199,8 +199,8 @@ def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, .
     _check(type(dims) is list and all(_is_int(d) and d >= 0 for d in dims), "shape must be non-negative ints")
     if len(dims) > limits.ndim:
         raise LimitError("ndim", limits.ndim, len(dims))
-    # Python's integers do not wrap; a shape with a zero is legal whatever its other sizes.
-    _size(prod(dims) * dtype.itemsize, "item", limits.item)
+    # Python's integers do not wrap. A zero counts as one: no tensor library holds (0, 2**62).
+    _size(prod(d or 1 for d in dims) * dtype.itemsize, "item", limits.item)
     return dtype, tuple(dims)
 
 
