@@ -1,0 +1,213 @@
+"""Codecs as values: specs, wire ids, slices; and the metadata that a peer may not send."""
+
+import numpy as np
+import pytest
+
+from tensorwire import dtypes
+from tensorwire.codecs import CODECS, Codec, from_stages, parse
+from tensorwire.errors import EncodeError, FormatError, NonFiniteError, UnsupportedError
+
+SPECS = [
+    "raw",
+    "fp16",
+    "fp16:overflow=saturate",
+    "bf16:overflow=raw",
+    "int8",
+    "int8:blocksize=256",
+    "int8-linear",
+    "int8-linear:nonfinite=raw",
+    "nf4",
+    "nf4:blocksize=128,double_quant=true",
+    "fp4:double_quant=true",
+    "raw|zstd",
+    "bf16|zstd:level=9",
+    "nf4:blocksize=32|zstd",
+]
+LOSSY = ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "bf16|zstd"]
+VALUES = (np.random.default_rng(3).standard_normal(70_001) * 0.02).astype(np.float32)
+
+
+def take(size: int) -> np.ndarray:
+    return np.empty(size, np.uint8)
+
+
+def payload_of(codec: Codec, values: np.ndarray) -> bytearray:
+    class View:
+        numel, dtype = values.size, dtypes.FLOAT32
+
+        @staticmethod
+        def read(start: int, stop: int) -> np.ndarray:
+            return values[start:stop]
+
+    return bytearray(codec.encode(values, dtypes.FLOAT32, take, codec.prepare(View)))
+
+
+def decoded(codec: Codec, payload: bytes | bytearray, count: int) -> np.ndarray:
+    codec.check_length(len(payload), count, dtypes.FLOAT32)
+    out = np.empty(count, np.float32)
+    codec.decode(memoryview(payload), dtypes.FLOAT32, out.view(np.uint8))
+    return out
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_repr_is_the_spec_that_rebuilds_it(spec: str) -> None:
+    codec = parse(spec)
+    assert repr(codec) == str(codec) == spec
+    assert parse(repr(codec)) == codec and hash(parse(spec)) == hash(codec)
+
+
+def test_zstd_alone_stands_behind_raw() -> None:
+    assert parse("zstd") == parse("raw|zstd")
+    assert parse("zstd:level=9") == parse("raw|zstd:level=9")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_wire_carries_all_that_decoding_needs(spec: str) -> None:
+    codec = parse(spec)
+    received = from_stages(codec.stages())
+    assert received.stages() == codec.stages()
+    if spec != "raw":
+        payload = payload_of(codec, VALUES)
+        assert np.array_equal(decoded(received, payload, VALUES.size), decoded(codec, payload, VALUES.size))
+
+
+def test_ids_are_fixed() -> None:
+    assert {codec.name: codec.id for codec in CODECS} == {
+        "raw": 1,
+        "fp16": 2,
+        "bf16": 3,
+        "int8": 4,
+        "int8-linear": 5,
+        "nf4": 6,
+        "fp4": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "nf5", "nf4:blocksize=63", "nf4:blocksize=8192", "nf4:size=64", "nf4:blocksize", "zstd|nf4", "raw|zstd|zstd",
+     "fp16:overflow=maybe", "nf4:nonfinite=0", "raw:x=1", "zstd:level=99", "nf4:blocksize=64,blocksize=64", 7],
+)  # fmt: skip
+def test_a_wrong_spec_is_refused(spec: object) -> None:
+    with pytest.raises(EncodeError):
+        parse(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [((1, 1),), ((4,),), ((4, 0),), ((4, 63),), ((4, 1 << 31),), ((6, 64),), ((6, 64, 2),), ((6, 16, 0),), ((7, 8192, 1),)],
+)
+def test_wrong_parameters_on_the_wire_are_refused(stages: tuple) -> None:
+    with pytest.raises(FormatError):
+        from_stages(stages)
+
+
+@pytest.mark.parametrize("stages", [((0,),), ((99,),), ((64,),), ((1,), (2,)), ((1,), (64,), (64,)), ((1,), (64, 3))])
+def test_unknown_codecs_on_the_wire_are_unsupported(stages: tuple) -> None:
+    with pytest.raises(UnsupportedError):
+        from_stages(stages)
+
+
+@pytest.mark.parametrize("spec", LOSSY)
+def test_slices_decode_alone_to_what_the_whole_decodes_to(spec: str) -> None:
+    codec = parse(spec)
+    whole = decoded(codec, payload_of(codec, VALUES), VALUES.size)
+    step = codec.block(dtypes.FLOAT32) * 3
+    if "double_quant" in spec:  # the offset is the whole tensor's
+        step = VALUES.size
+    for start in range(0, VALUES.size, step):
+        part = VALUES[start : start + step]
+        assert np.array_equal(decoded(codec, payload_of(codec, part), part.size), whole[start : start + step])
+
+
+@pytest.mark.parametrize("spec", [*LOSSY, "raw"])
+@pytest.mark.parametrize("budget", [100, 5000, 100_000])
+def test_what_fits_by_calculation_fits(spec: str, budget: int) -> None:
+    codec = parse(spec)
+    count = min(codec.fit(budget, dtypes.FLOAT32), VALUES.size)
+    assert count % codec.block(dtypes.FLOAT32) == 0 or count == VALUES.size
+    if count:
+        noise = np.random.default_rng(0).integers(0, 1 << 30, count).astype(np.uint32).view(np.float32)
+        assert len(payload_of(codec, noise)) <= budget
+
+
+@pytest.mark.parametrize("spec", ["int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "nf4|zstd"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("index", [0, 5000, 70_000])
+def test_nonfinite_input_is_refused_with_its_index(spec: str, bad: float, index: int) -> None:
+    values = VALUES.copy()
+    values[index] = bad
+    with pytest.raises(NonFiniteError) as caught:
+        payload_of(parse(spec), values)
+    assert caught.value.index == index
+
+
+def test_overflow_of_a_cast_is_refused_or_saturated() -> None:
+    values = VALUES.copy()
+    values[123] = -1e5
+    with pytest.raises(NonFiniteError, match="element 123 is -1"):
+        payload_of(parse("fp16"), values)
+    saturating = parse("fp16:overflow=saturate")
+    assert decoded(saturating, payload_of(saturating, values), values.size)[123] == -65504
+
+
+def test_casts_keep_infinities_and_nan() -> None:
+    values = np.array([np.inf, -np.inf, np.nan, -0.0, 1e-40], np.float32)
+    for spec in ("fp16", "bf16"):
+        out = decoded(parse(spec), payload_of(parse(spec), values), values.size)
+        assert out[0] == np.inf and out[1] == -np.inf and np.isnan(out[2]) and np.signbit(out[3])
+
+
+@pytest.mark.parametrize("spec", ["int8", "nf4", "fp4", "nf4:double_quant=true"])
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0xFF800000, 0x80000000, 0xBF800000])
+def test_an_impossible_absmax_is_refused(spec: str, bits: int) -> None:
+    codec = parse(spec)
+    payload = payload_of(codec, VALUES)
+    payload[:4] = bits.to_bytes(4, "little")
+    with pytest.raises(FormatError):
+        decoded(codec, payload, VALUES.size)
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0x7FC0, 0x8000, 0xBF80])
+def test_an_impossible_scale_is_refused(bits: int) -> None:
+    codec = parse("int8-linear")
+    payload = payload_of(codec, VALUES)
+    payload[:2] = bits.to_bytes(2, "little")
+    with pytest.raises(FormatError):
+        decoded(codec, payload, VALUES.size)
+
+
+def test_codes_that_no_encoder_writes_are_refused() -> None:
+    linear = parse("int8-linear")
+    payload = payload_of(linear, VALUES)
+    payload[-1] = 0x80
+    with pytest.raises(FormatError):
+        decoded(linear, payload, VALUES.size)
+    nf4 = parse("nf4")
+    payload = payload_of(nf4, VALUES)
+    payload[-1] |= 1
+    with pytest.raises(FormatError):
+        decoded(nf4, payload, VALUES.size)
+
+
+@pytest.mark.parametrize("spec", LOSSY)
+@pytest.mark.parametrize("change", [-1, 1, -1000])
+def test_a_payload_of_another_length_is_refused(spec: str, change: int) -> None:
+    codec = parse(spec)
+    payload = payload_of(codec, VALUES)
+    payload = payload[:change] if change < 0 else payload + bytes(change)
+    with pytest.raises(FormatError):
+        decoded(codec, payload, VALUES.size)
+
+
+def test_zstd_frames_may_not_lie() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    codec, count = parse("raw|zstd"), 1024
+    bomb = zstandard.compress(bytes(1 << 30))
+    no_size = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(4 * count))
+    good = zstandard.compress(bytes(4 * count))
+    skippable = b"\x50\x2a\x4d\x18\x00\x00\x00\x00"
+    for payload in (bomb, no_size, good + skippable, skippable + good, good + good, good[:-1], b"", b"\x28\xb5\x2f\xfd"):
+        with pytest.raises(FormatError):
+            decoded(codec, payload, count)
+    assert not decoded(codec, good, count).any()
