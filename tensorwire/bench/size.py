@@ -1,0 +1,124 @@
+"""How many bytes a model takes: as published tables count them, and on the wire.
+
+Published tables count the elements (payload) and, as metadata, the fp32 absmax together with the fp32 code table of
+every item. On the wire a codec id stands for its table, and frames and descriptors come on top. Both are computed
+from shapes alone: the wire format's own writer is driven with sizes, so that not a byte of the model is needed.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import tensorwire
+from tensorwire.bench.models import MIB, Model, resolve
+from tensorwire.bench.options import Note, Options
+from tensorwire.bench.tables import Column, Row
+from tensorwire.codecs import FP4, NF4, Codec, Int8, Zstd
+from tensorwire.streams import FRAME_SIZE
+from tensorwire.streams.tree import Leaf
+from tensorwire.wire import Kind, StreamInfo, Writer
+from tensorwire.wire.frames import HEADER_SIZE
+
+DEFAULT_MODEL: Final = "llama-3.2-1b"
+DEFAULT_CODECS: Final = ("raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true")
+
+COLUMNS: Final = (
+    Column("codec", "codec"),
+    Column("payload_mib", "payload MiB", ".2f"),
+    Column("meta_mib", "metadata MiB", ".2f"),
+    Column("percent_of_fp32", "% of fp32", ".2f"),
+    Column("wire_mib", "on the wire MiB", ".2f"),
+    Column("wire_meta_mib", "of it metadata", ".2f"),
+    Column("framing_percent", "framing %", ".4f"),
+)
+
+_INT8_TABLE: Final = 256 * 4
+_4BIT_TABLE: Final = 16 * 4
+
+
+def title(rows: list[Row]) -> str:
+    """What stands above the table."""
+    return f"size of {rows[0]['model']}"
+
+
+def run(options: Options, note: Note) -> Iterator[Row]:
+    """One row a codec."""
+    model = resolve(options.model or DEFAULT_MODEL)
+    for spec in options.codecs or DEFAULT_CODECS:
+        if not isinstance(tensorwire.codec(spec), Zstd):
+            yield size_row(model, spec)
+        elif model.values:
+            yield compressed_row(model, spec)
+        else:
+            note(f"{spec} left out: what zstd makes of a model depends on its values, and {model.name} is only shapes")
+
+
+def size_row(model: Model, spec: str) -> Row:
+    """Sizes under a codec whose payloads have a known length."""
+    leaves = model.leaves(spec)
+    tensors = [leaf for leaf in leaves if leaf.codec is not None]
+    sizes = [leaf.codec.sizes(leaf.view.numel, leaf.view.dtype) for leaf in tensors]
+    tables = sum(table_bytes(leaf.codec) for leaf in tensors if leaf.view.numel)
+    payload = sum(size.data for size in sizes)
+    meta = sum(size.metadata for size in sizes) + tables
+    wire, wire_meta = wire_sizes(leaves)
+    return _row(model, spec, payload=payload, meta=meta, wire=wire, wire_meta=wire_meta)
+
+
+def compressed_row(model: Model, spec: str) -> Row:
+    """Sizes under a compressor, which are known only by encoding; its metadata is compressed along."""
+    wire = sum(memoryview(buffer).nbytes for buffer in model.encode(spec))
+    framing = wire_sizes(model.leaves(spec), payloads=False)[0]
+    return _row(model, spec, payload=wire - framing, meta=0, wire=wire, wire_meta=0)
+
+
+def _row(model: Model, spec: str, *, payload: int, meta: int, wire: int, wire_meta: int) -> Row:
+    whole_fp32 = spec == "raw" and model.nbytes == model.fp32_bytes
+    return {
+        "suite": "size",
+        "model": model.name,
+        "codec": "fp32" if whole_fp32 else spec,
+        "payload_mib": payload / MIB,
+        "meta_mib": meta / MIB,
+        "wire_mib": wire / MIB,
+        "percent_of_fp32": 100 * (payload + meta) / model.fp32_bytes,
+        "wire_meta_mib": wire_meta / MIB,
+        "framing_percent": 100 * (wire - payload - wire_meta) / wire,
+    }
+
+
+def table_bytes(codec: Codec) -> int:
+    """The fp32 code tables that a published item carries; double quantization brings an 8-bit one of its own."""
+    if isinstance(codec, (NF4, FP4)):
+        return _4BIT_TABLE + (_INT8_TABLE if codec.double_quant else 0)
+    return _INT8_TABLE if isinstance(codec, Int8) else 0
+
+
+def wire_sizes(leaves: Iterable[Leaf], *, payloads: bool = True) -> tuple[int, int]:
+    """(bytes of the whole stream, bytes of quantization metadata in it) without any data.
+
+    Without `payloads`, only preamble, headers, descriptors and the end frame are counted.
+    """
+    leaves = list(leaves)
+    # Lengths do not depend on checksums, so nothing is checksummed.
+    writer = Writer(lambda data, crc: 0)
+    total = len(writer.start(StreamInfo()))
+    total += sum(len(writer.item(leaf.item)) for leaf in leaves)
+    metadata = 0
+    for leaf in leaves:
+        for start, count, size, scales in _slices(leaf):
+            total += len(writer.data(start, count, size, 0)) + (size if payloads else 0)
+            metadata += scales
+    return total + len(writer.end()), metadata
+
+
+def _slices(leaf: Leaf) -> Iterator[tuple[int, int, int, int]]:
+    """(start, count, payload bytes, metadata bytes) of each data frame, cut as `tensorwire.encode` cuts them."""
+    item, budget = leaf.item, FRAME_SIZE - HEADER_SIZE
+    step = budget if item.kind == Kind.VALUE else leaf.codec.fit(budget, item.dtype) if item.total else 1
+    for start in range(0, item.total or 0, step):
+        count = min(step, item.total - start)
+        if item.kind == Kind.VALUE:
+            yield start, count, count, 0
+        else:
+            sizes: Any = leaf.codec.sizes(count, item.dtype)
+            yield start, count, sizes.total, sizes.metadata

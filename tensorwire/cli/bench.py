@@ -1,0 +1,114 @@
+"""`tensorwire bench`: run suites, print tables, write JSON and plots."""
+
+import argparse
+import json
+import sys
+from typing import Any, Final, TextIO
+
+from tensorwire.bench import MODES, SUITES, BenchError, Options, Row, suite
+from tensorwire.cli.common import PIPE, UsageError, codec_spec, verb
+
+_TEXT: Final = """\
+suites (all of them by default, on something small):
+  size    bytes of payload and metadata per codec, from shapes alone
+  speed   GB/s of fp32 per codec, beside memcpy, torch, bitsandbytes and zstd in the same run
+  memory  sending a model between two processes: peak memory beyond the model, and time
+  error   relative L2 error, largest error and SQNR per codec
+
+models: llama-tiny, llama-3.2-1b (shapes, with seeded weights where weights are needed), a .safetensors file, or
+module:attribute giving a state dict, a torch module, or a function that returns one.
+
+examples:
+  tensorwire bench
+  tensorwire bench size --model llama-3.2-1b
+  tensorwire bench speed --size-mib 64 512 --codec nf4 bf16
+  tensorwire bench memory --model llama-3.2-1b --mode container file --codec nf4
+  tensorwire bench error --model model.safetensors --json - --plot plots
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to the command line."""
+    parser = verb(verbs, "bench", _run, summary="measure size, speed, memory and error", text=_TEXT)
+    # No choices=: argparse holds an empty list against them.
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (all)")
+    parser.add_argument("--model", help="what to measure (each suite's own small one)")
+    parser.add_argument("--codec", nargs="+", action="extend", type=codec_spec, metavar="SPEC", help="codecs")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="speed: threads (1)")
+    parser.add_argument(
+        "--size-mib", nargs="+", action="extend", type=_positive, metavar="N", help="speed: MiB of fp32 input"
+    )
+    parser.add_argument(
+        "--mode", nargs="+", action="extend", choices=MODES, metavar="MODE", help=f"memory: {', '.join(MODES)} (all)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="all rows as one JSON list; - for stdout, tables to stderr")
+    parser.add_argument("--plot", metavar="DIR", help="one picture a suite (takes matplotlib)")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    names = _suites(arguments.suites)
+    options = Options(
+        model=arguments.model,
+        codecs=_tuple(arguments.codec),
+        threads=arguments.threads,
+        sizes_mib=_tuple(arguments.size_mib),
+        modes=_tuple(arguments.mode) or MODES,
+    )
+    out = sys.stderr if arguments.json == PIPE else sys.stdout
+    rows = _measure(names, options, out)
+    if arguments.json == PIPE:
+        json.dump(rows, sys.stdout, indent=1)
+        print()
+    elif arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    if arguments.plot:
+        _plot(rows, arguments.plot, out)
+    return 0
+
+
+def _measure(names: list[str], options: Options, out: TextIO) -> list[Row]:
+    from tensorwire.bench import machine, models, tables
+
+    print(machine.describe(), file=out)
+    all_rows: list[Row] = []
+    try:
+        for name in names:
+            module = suite(name)
+            rows = list(module.run(options, lambda line: print(f"note: {line}", file=sys.stderr)))
+            if not rows:
+                raise BenchError(f"nothing of {name} could be measured")
+            print(f"\n{module.title(rows)}\n{tables.render(rows, module.COLUMNS)}", file=out, flush=True)
+            all_rows += rows
+    except models.ModelError as error:
+        raise UsageError(str(error)) from None
+    return all_rows
+
+
+def _plot(rows: list[Row], folder: str, out: TextIO) -> None:
+    try:
+        from tensorwire.bench import plots
+
+        paths = plots.draw(rows, folder)
+    except ImportError:
+        raise UsageError("--plot takes matplotlib: pip install 'tensorwire[bench]'") from None
+    for path in paths:
+        print(f"wrote {path}", file=out)
+
+
+def _suites(names: list[str]) -> list[str]:
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        raise UsageError(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    return names or list(SUITES)
+
+
+def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

@@ -1,0 +1,111 @@
+"""What the verbs share: codec arguments, streams in and out of files and pipes, progress, JSON."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import tensorwire
+from tensorwire.errors import EncodeError, TensorwireError
+from tensorwire.streams.atomic import replacing, write_all
+
+PIPE: Final = "-"
+_CHUNK: Final = 1 << 20
+_PROGRESS_DELAY: Final = 1.0  # seconds; what is done sooner needs no bar
+
+
+class UsageError(Exception):
+    """A command line that means nothing, found after parsing."""
+
+
+def verb(verbs: Any, name: str, run: Any, *, summary: str, text: str) -> argparse.ArgumentParser:
+    """A parser for one verb, whose help ends with `text` as it stands."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def codec_spec(text: str) -> str:
+    """An argument that is a codec spec, checked."""
+    try:
+        tensorwire.codec(text)
+    except EncodeError as error:
+        raise argparse.ArgumentTypeError(error.detail) from None
+    return text
+
+
+@contextmanager
+def reading(path: str) -> Iterator[Iterator[bytes]]:
+    """The bytes of a file or of stdin in chunks, with progress.
+
+    Given to a decoder as an iterable, so that bytes after the end of the stream are an error.
+    """
+    if path == PIPE:
+        yield tracked(iter(lambda: sys.stdin.buffer.read1(_CHUNK), b""), None)
+        return
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        yield tracked(iter(lambda: file.read(_CHUNK), b""), size)
+
+
+def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
+    """Write a stream to a file, which appears only when complete, or to stdout. `total`: bytes expected, roughly."""
+    if path != PIPE:
+        with replacing(path) as fd:
+            write_all(fd, tracked(buffers, total))
+        return
+    out = binary_stdout()
+    for buffer in tracked(buffers, total):
+        out.write(buffer)
+    out.flush()
+
+
+def binary_stdout() -> Any:
+    """stdout for bytes. Raises UsageError where they would land on a terminal."""
+    if sys.stdout.isatty():
+        raise UsageError("binary output to a terminal; redirect it")
+    return sys.stdout.buffer
+
+
+def tracked(buffers: Iterable[Any], total: int | None) -> Iterator[Any]:
+    """`buffers`, with a progress bar on a terminal for those who have tqdm."""
+    bar = _bar(total)
+    try:
+        for buffer in buffers:
+            yield buffer
+            if bar is not None:
+                bar.update(memoryview(buffer).nbytes)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _bar(total: int | None) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=_PROGRESS_DELAY, leave=False)
+
+
+def error_fields(error: TensorwireError) -> dict[str, Any]:
+    """An error as JSON has it."""
+    where = {key: getattr(error, key) for key in ("frame", "item", "offset")}
+    return {"kind": type(error).__name__, "detail": error.detail, **where}
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout."""
+    json.dump(value, sys.stdout, indent=1)
+    print()

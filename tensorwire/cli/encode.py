@@ -1,0 +1,82 @@
+"""`tensorwire encode`: a model or any file to a stream."""
+
+import argparse
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+import tensorwire
+from tensorwire.cli.common import PIPE, UsageError, codec_spec, verb, write_stream
+from tensorwire.errors import EncodeError
+
+_TEXT: Final = """\
+what IN is:
+  *.safetensors    tensors, read piece by piece; the model is never loaded
+  *.npz, *.npy     arrays
+  *.pt, *.pth      a torch checkpoint that loads with weights_only=True
+  any other, or -  a file, sent in chunks; codec raw or zstd
+
+codecs: raw, fp16, bf16, int8, int8-linear, nf4, fp4; parameters after a colon, zstd behind any of them. Tensors that
+a codec cannot represent (integers, for example) travel losslessly beside the others.
+
+examples:
+  tensorwire encode model.safetensors model.tw --codec nf4:double_quant=true
+  tensorwire encode weights.npz - --codec 'bf16|zstd' | nc host 9000
+  tar c folder | tensorwire encode - folder.tw --codec zstd
+"""
+_CHECKPOINTS: Final = (".pt", ".pth")
+_ARRAYS: Final = (".npz", ".npy")
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to the command line."""
+    parser = verb(verbs, "encode", _run, summary="encode a model or a file as a stream", text=_TEXT)
+    parser.add_argument("input", metavar="IN", help="a file, or - for stdin")
+    parser.add_argument("output", metavar="OUT", help="a .tw file, or - for stdout")
+    parser.add_argument("--codec", type=codec_spec, default="raw", metavar="SPEC", help="how to encode (raw)")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    path, output, codec = arguments.input, arguments.output, arguments.codec
+    suffix = Path(path).suffix.lower()
+    if suffix in _ARRAYS or suffix in _CHECKPOINTS:
+        container = _arrays(path) if suffix in _ARRAYS else _checkpoint(path)
+        if output != PIPE:
+            tensorwire.save_file(container, output, codec=codec)
+            return 0
+        buffers = tensorwire.encode(container, codec=codec)
+    elif suffix == ".safetensors":
+        buffers = tensorwire.safetensors.encode(path, codec=codec)
+    else:
+        buffers = tensorwire.encode_file(sys.stdin.buffer if path == PIPE else path, codec=codec)
+    write_stream(output, buffers, _expected(path, suffix, codec))
+    return 0
+
+
+def _arrays(path: str) -> Any:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+    except ValueError as error:
+        raise EncodeError(f"{path} does not load without pickle: {error}") from None
+
+
+def _checkpoint(path: str) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UsageError("reading a torch checkpoint takes torch: pip install 'tensorwire[torch]'") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise EncodeError(f"{path} does not load with weights_only=True: {reason}") from None
+
+
+def _expected(path: str, suffix: str, codec: str) -> int | None:
+    """Bytes of the stream, where they are nearly those of the input."""
+    return os.path.getsize(path) if codec == "raw" and path != PIPE and suffix else None
