@@ -57,8 +57,9 @@ class TensorFile:
             size = os.fstat(file.fileno()).st_size
             if size < PREAMBLE_SIZE + 2 * HEADER_SIZE + END_SIZE:
                 raise TruncatedError("too short for a stream", offset=size)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._data = memoryview(self._map)
+            self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            # torch has no read-only tensors: what `map` gives may be written to, privately, never to the file.
+            self._private = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         try:
             self.info, self._entries = self._read_index()
             self._items = [self._read_item(number) for number in range(len(self._entries))]
@@ -77,7 +78,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Unmap the file. Views that `map` gave stay valid: the memory goes when the last of them does."""
-        self._data = memoryview(b"")
+        self._data = self._private = memoryview(b"")
 
     def keys(self) -> list[str]:
         """Names of all tensors."""
