@@ -46,8 +46,8 @@ def iterate_file(path: str | os.PathLike, front: Front, **options: Any) -> Itera
 class TensorFile:
     """Random access to the tensors of a `.tw` file: only what is asked for is read and verified.
 
-    A context manager and a read-only mapping of names to tensors. `map(name)` gives a raw item as a read-only view
-    of the file itself. The file must have an index, as `save_file` writes; a recorded stream has none.
+    A context manager and a read-only mapping of names to tensors. `map(name)` gives a raw item as a view of
+    the file itself. The file must have an index, as `save_file` writes; a recorded stream has none.
     """
 
     def __init__(self, path: str | os.PathLike, front: Front, *, limits: Limits = DEFAULT) -> None:
@@ -108,7 +108,7 @@ class TensorFile:
         codec = check_codec(item)
         size = item.dtype.itemsize
         out = np.empty(item.total * size, np.uint8)
-        for header, payload in self._frames(name):
+        for header, payload, _ in self._frames(name):
             try:
                 check_slice(codec, header, item, self._limits)
                 region = out[header.start * size : (header.start + header.count) * size]
@@ -119,16 +119,21 @@ class TensorFile:
         return self._front.wrap(out, item.dtype, item.shape)
 
     def map(self, name: str) -> Any:
-        """A raw tensor as a read-only view of the file, verified once here, without a copy.
+        """A raw tensor as a view of the file, verified once here, without a copy.
 
+        NumPy arrays are read-only; writing to a torch tensor changes a private copy of its pages, not the file.
         Raises EncodeError for a tensor that is not stored raw in one frame.
         """
         item = self.item(name)
         frames = list(self._frames(name)) if check_codec(item).in_place else []
         if item.total and len(frames) != 1:
             raise EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
-        data = np.frombuffer(frames[0][1] if frames else b"", np.uint8)
-        return self._front.wrap(data, item.dtype, item.shape)
+        begin, length = (frames[0][2], frames[0][0].length) if frames else (0, 0)
+        data = np.frombuffer(self._private, np.uint8)[begin : begin + length]
+        tensor = self._front.wrap(data, item.dtype, item.shape)
+        if isinstance(tensor, np.ndarray):
+            tensor.flags.writeable = False
+        return tensor
 
     def _resolve(self, name: str) -> int:
         number = self._numbers[name]
@@ -166,7 +171,8 @@ class TensorFile:
             raise FormatError("alias of a later item", item=item.name)
         return item
 
-    def _frames(self, name: str) -> Iterator[tuple[Header, memoryview]]:
+    def _frames(self, name: str) -> Iterator[tuple[Header, memoryview, int]]:
+        """Header, payload and the payload's offset of each data frame."""
         number = self._resolve(name)
         item, entry = self._items[number], self._entries[number]
         offset, position = entry.data_offset, 0
@@ -179,8 +185,9 @@ class TensorFile:
             position += header.count
             if position > item.total:
                 raise FormatError("data beyond the end of the item", item=name, offset=offset)
-            yield header, payload
-            offset += HEADER_SIZE + header.pad + header.length
+            begin = offset + HEADER_SIZE + header.pad
+            yield header, payload, begin
+            offset = begin + header.length
             sequence, link = sequence + 1, header.crc
 
     def _frame(self, offset: int, kind: FrameType) -> tuple[Header, memoryview]:
