@@ -157,7 +157,7 @@ class SafetensorsFile(Mapping[str, TensorView]):
         return header, 8 + length, size - 8 - length
 
     def _make_views(self, header: dict[str, Any], begin: int, size: int) -> dict[str, TensorView]:
-        entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[3])
+        entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[3:])
         views = {}
         end = 0
         for name, dtype, shape, start, stop in entries:
@@ -173,6 +173,8 @@ class SafetensorsFile(Mapping[str, TensorView]):
 def _entry(name: str, entry: Any) -> tuple[str, DType, tuple[int, ...], int, int]:
     if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError("a safetensors entry must have dtype, shape and data_offsets", item=name)
+    if type(entry["dtype"]) is not str:
+        raise FormatError("dtype must be text", item=name)
     if entry["dtype"] not in _DTYPES:
         raise UnsupportedError(f"unknown safetensors dtype {entry['dtype']!r}", item=name)
     dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
