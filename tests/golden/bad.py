@@ -1,0 +1,530 @@
+"""Streams that must be refused, one for each kind of refusal, put together by hand with every other check satisfied.
+
+`BAD` maps a name to the error that the library must raise, words of its message, and the recipe.
+"""
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from frames import DATA, INDEX, ITEM, STREAM, Frame, assemble, cut, end, preamble
+from msgpack import packb
+
+__all__ = ["BAD"]
+
+BAD: dict[str, tuple[str, str, Callable[[], bytes]]] = {}
+
+TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
+RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, ZSTD = 1, 2, 3, 4, 5, 6, 7, 64
+BOOL, UINT8, INT64, FLOAT16, FLOAT32, FLOAT64 = 1, 2, 9, 16, 18, 19
+START = Frame(STREAM, packb({"align": 1}))
+
+
+def item(number: int, kind: int, path: list, **fields: Any) -> Frame:
+    return Frame(ITEM, packb({"kind": kind, "path": path, **fields}), number)
+
+
+def tensor(number: int, path: list, shape: Any = (3,), dtype: Any = UINT8, codec: Any = ((RAW,),)) -> Frame:
+    return item(number, TENSOR, path, dtype=dtype, shape=shape, codec=codec)
+
+
+def data(number: int, payload: bytes, count: int | None = None, start: int = 0) -> Frame:
+    return Frame(DATA, payload, number, start, len(payload) if count is None else count)
+
+
+def bad(name: str, error: str, says: str, stream: Any) -> None:
+    """`stream`: bytes, or the frames of one, or a function that gives either."""
+
+    def recipe() -> bytes:
+        made = stream() if callable(stream) else stream
+        return made if isinstance(made, bytes) else assemble(made)
+
+    BAD[name] = (error, says, recipe)
+
+
+ROOT = item(0, DICT, [])
+ITEM_A, DATA_A = tensor(1, ["a"]), data(1, b"abc")
+GOOD = (START, ROOT, ITEM_A, DATA_A, end())
+
+
+def patched(at: int, value: bytes) -> bytes:
+    """A good stream with bytes replaced and no checksum mended."""
+    stream = assemble(GOOD)
+    return stream[:at] + value + stream[at + len(value) :]
+
+
+# -------------------------------------------------------------------------------------------------- Preamble
+bad("empty", "TruncatedError", "ended", b"")
+bad("magic", "FormatError", "magic", lambda: assemble(GOOD, head=preamble(magic=b"\x93TWIX\r\n\x1a")))
+bad("magic-big-endian", "UnsupportedError", "big-endian", lambda: preamble(magic=b"\x1a\n\rRIWT\x93"))
+bad("zip", "FormatError", "magic", b"PK\x03\x04" + bytes(30))
+bad("text-mode", "FormatError", "magic", lambda: assemble(GOOD).replace(b"\r\n", b"\n"))
+bad("junk-before", "FormatError", "magic", lambda: b"\n" + assemble(GOOD))
+bad("major", "UnsupportedError", "version 2.0", lambda: assemble(GOOD, head=preamble(major=2)))
+bad("critical-feature", "UnsupportedError", "critical", lambda: assemble(GOOD, head=preamble(flags=0x0080)))
+bad("preamble-crc", "CorruptError", "preamble", lambda: patched(9, b"\x01"))
+
+# ----------------------------------------------------------------------------------------------------- Header
+bad("header-crc", "CorruptError", "header checksum", lambda: patched(16 + 8, b"\x09"))
+for number in (1, 2):
+    broken = START.having(**{f"reserved{number}": 1})
+    bad(f"header-reserved-{number}", "FormatError", "reserved", (broken,))
+bad("frame-type-0", "UnsupportedError", "frame type 0", (START, Frame(0)))
+bad("frame-type-127", "UnsupportedError", "frame type 127", (START, Frame(127)))
+bad("pad-outside-data", "FormatError", "must leave", (START, Frame(ITEM, ROOT.payload, padding=b"\0")))
+bad("start-outside-data", "FormatError", "must leave", (START, ROOT.having(start=1)))
+bad("count-outside-data", "FormatError", "must leave", (START, ROOT.having(count=1)))
+bad("item-in-stream", "FormatError", "must leave", (START.having(item=1),))
+bad("item-in-skippable", "FormatError", "must leave", (START, Frame(0x90, item=1)))
+bad("sequence-gap", "SequenceError", "expected frame 1", (START, ROOT.having(sequence=2)))
+bad("sequence-repeat", "SequenceError", "expected frame 1", (START, ROOT.having(sequence=0)))
+bad("link", "SequenceError", "spliced", (START, ROOT.having(link=0)))
+bad("payload-crc", "CorruptError", "payload checksum", (START, ROOT, ITEM_A, DATA_A.having(payload_crc=1)))
+bad("payload-crc-item", "CorruptError", "payload checksum", (START, ROOT.having(payload_crc=1)))
+bad(
+    "payload-crc-skipped",
+    "CorruptError",
+    "payload checksum",
+    (START, Frame(0x90, b"?").having(payload_crc=1)),
+)
+bad("length-metadata", "LimitError", "metadata", (START.having(length=(1 << 20) + 1),))
+bad("length-descriptor", "LimitError", "descriptor", (START, ROOT.having(length=(64 << 10) + 1)))
+bad("length-skippable", "LimitError", "skippable", (START, Frame(0x90).having(length=(8 << 20) + 1)))
+for exponent in (63, 64):
+    frame = ROOT.having(length=(1 << exponent) - 1)
+    bad(f"length-2-{exponent}", "LimitError", "stream", (START, frame))
+
+# ------------------------------------------------------------------------------------------------------ Order
+bad("no-stream-frame", "SequenceError", "ITEM frame cannot", (ROOT,))
+bad("no-frame", "SequenceError", "END frame cannot", (end(),))
+bad("skippable-first", "SequenceError", "cannot come", (Frame(0x90), START))
+bad("stream-frame-twice", "SequenceError", "STREAM frame cannot", (START, START))
+bad("data-first", "SequenceError", "without an item", (START, data(0, b"a")))
+bad("data-of-container", "SequenceError", "without an item", (START, ROOT, data(0, b"a")))
+bad(
+    "item-within-item",
+    "SequenceError",
+    "ITEM frame cannot",
+    (START, ROOT, ITEM_A, data(1, b"a"), tensor(2, ["b"])),
+)
+bad("end-within-item", "SequenceError", "END frame cannot", (START, ROOT, ITEM_A, data(1, b"a"), end()))
+bad("end-before-data", "FormatError", "before the data", (START, ROOT, ITEM_A, end()))
+bad("end-without-items", "FormatError", "root", (START, end()))
+bad("end-missing", "TruncatedError", "ended", GOOD[:-1])
+bad("end-twice", "FormatError", "after the end", (*GOOD, end()))
+bad("after-end", "FormatError", "after the end", lambda: assemble(GOOD) + b"\0")
+bad("two-streams", "FormatError", "after the end", lambda: assemble(GOOD) * 2)
+bad("item-number", "SequenceError", "expected item 1", (START, ROOT, tensor(2, ["a"])))
+bad(
+    "data-item",
+    "SequenceError",
+    "expected data of item 1",
+    (START, ROOT, ITEM_A, tensor(2, ["b"]), data(2, b"abc")),
+)
+bad(
+    "slice-gap",
+    "SequenceError",
+    "expected element 1",
+    (START, ROOT, ITEM_A, data(1, b"a"), data(1, b"c", 1, 2)),
+)
+bad(
+    "slice-overlap",
+    "SequenceError",
+    "expected element 2",
+    (START, ROOT, ITEM_A, data(1, b"ab"), data(1, b"bc", 2, 1)),
+)
+bad("slice-empty", "FormatError", "empty", (START, ROOT, ITEM_A, data(1, b"")))
+bad("slice-without-bytes", "FormatError", "empty", (START, ROOT, ITEM_A, data(1, b"", 3)))
+bad("slice-beyond", "FormatError", "beyond", (START, ROOT, ITEM_A, data(1, b"abcd")))
+bad("slice-wraps", "FormatError", "beyond", (START, ROOT, ITEM_A, data(1, b"abc", (1 << 64) - 1)))
+
+
+def aligned(pad: bytes) -> bytes:
+    return assemble(
+        (Frame(STREAM, packb({"align": 64})), ROOT, ITEM_A, Frame(DATA, b"abc", 1, 0, 3, pad)), align=64
+    )
+
+
+bad("pad-missing", "FormatError", "padding is 0", lambda: aligned(b""))
+bad("pad-too-long", "FormatError", "padding is 113", lambda: aligned(bytes(113)))
+bad(
+    "pad-unaligned-stream",
+    "FormatError",
+    "padding is 1,",
+    (START, ROOT, ITEM_A, Frame(DATA, b"abc", 1, 0, 3, b"\0")),
+)
+bad("pad-not-zero", "FormatError", "not zero", lambda: aligned(bytes(51) + b"\1"))
+
+# ----------------------------------------------------------------------------------------------- STREAM payload
+for name, says, payload in (
+    ("not-msgpack", "not msgpack", b"\xc1"),
+    ("cut", "not msgpack", b"\x81\xa5al"),
+    ("two-objects", "not msgpack", b"\x81\xa5align\x01\xc0"),
+    ("not-a-map", "must be a map", packb(["align", 1])),
+    ("without-align", "keys", packb({})),
+    ("unknown-key", "keys", packb({"align": 1, "zone": 1})),
+    ("key-order", "keys", packb({"id": b"i", "align": 1})),
+    ("wide-integer", "canonical", b"\x81\xa5align\xcc\x01"),
+    ("wide-text", "canonical", b"\x81\xd9\x05align\x01"),
+    ("wide-map", "canonical", b"\xde\x00\x01\xa5align\x01"),
+    ("key-twice", "canonical", b"\x82\xa5align\x01\xa5align\x01"),
+    ("align-2", "alignment", packb({"align": 2})),
+    ("align-true", "alignment", packb({"align": True})),
+    ("id-empty", "empty stream id", packb({"align": 1, "id": b""})),
+    ("id-long", "64 bytes", packb({"align": 1, "id": bytes(65)})),
+    ("id-text", "64 bytes", packb({"align": 1, "id": "i"})),
+    ("metadata-empty", "non-empty", packb({"align": 1, "metadata": {}})),
+    ("metadata-unsorted", "sorted", packb({"align": 1, "metadata": {"b": "", "a": ""}})),
+    ("metadata-number", "text to text", packb({"align": 1, "metadata": {"a": 1}})),
+):
+    bad(f"stream-{name}", "FormatError", says, (Frame(STREAM, payload),))
+
+# ------------------------------------------------------------------------------------------------- ITEM payload
+for name, error, says, frame in (
+    ("not-a-map", "FormatError", "must be a map", Frame(ITEM, packb([1]), 1)),
+    ("canonical", "FormatError", "canonical", Frame(ITEM, b"\x82\xa4kind\xcc\x07\xa4path\x91\xa1a", 1)),
+    ("without-kind", "FormatError", "without a kind", Frame(ITEM, packb({"path": ["a"]}), 1)),
+    ("kind-0", "UnsupportedError", "kind 0", item(1, 0, ["a"])),
+    ("kind-8", "UnsupportedError", "kind 8", item(1, 8, ["a"])),
+    ("kind-true", "FormatError", "without a kind", item(1, True, ["a"])),
+    ("keys-missing", "FormatError", "wrong keys", item(1, VALUE, ["a"])),
+    ("keys-of-another", "FormatError", "wrong keys", item(1, DICT, ["a"], size=1)),
+    ("keys-order", "FormatError", "wrong keys", Frame(ITEM, packb({"path": ["a"], "kind": LIST}), 1)),
+    ("path-text", "FormatError", "array", item(1, DICT, "a")),
+    ("path-33", "LimitError", "nesting", item(1, DICT, ["a"] * 33)),
+    ("name-1025", "LimitError", "name", item(1, DICT, ["a" * 1025])),
+    ("name-1025-bytes", "LimitError", "name", item(1, DICT, ["ä" * 512 + "a"])),
+    ("name-newline", "FormatError", "control", item(1, DICT, ["a\n"])),
+    ("name-escape", "FormatError", "control", item(1, DICT, ["\x1b[2J"])),
+    ("name-c1", "FormatError", "control", item(1, DICT, ["\x85"])),
+    ("name-bidi", "FormatError", "control", item(1, DICT, ["a\u202egpj"])),
+    ("name-isolate", "FormatError", "control", item(1, DICT, ["\u2066"])),
+    ("name-not-utf-8", "FormatError", "not msgpack", Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91\xa1\xff", 1)),
+    (
+        "name-overlong",
+        "FormatError",
+        "not msgpack",
+        Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91\xa2\xc0\x80", 1),
+    ),
+    (
+        "name-surrogate",
+        "FormatError",
+        "not msgpack",
+        Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91\xa3\xed\xa0\x80", 1),
+    ),
+    ("key-float", "FormatError", "key must", item(1, DICT, [1.0])),
+    ("key-nan", "FormatError", "key must", item(1, DICT, [float("nan")])),
+    ("key-bool", "FormatError", "key must", item(1, DICT, [True])),
+    ("key-nil", "FormatError", "key must", item(1, DICT, [None])),
+    ("key-bytes", "FormatError", "key must", item(1, DICT, [b"a"])),
+    ("key-2-53", "FormatError", "key must", item(1, DICT, [2**53 + 1])),
+    ("dtype-0", "UnsupportedError", "dtype number 0", tensor(1, ["a"], dtype=0)),
+    ("dtype-99", "UnsupportedError", "dtype number 99", tensor(1, ["a"], dtype=99)),
+    ("dtype-text", "FormatError", "dtype must", tensor(1, ["a"], dtype="float32")),
+    ("shape-number", "FormatError", "shape", tensor(1, ["a"], 3)),
+    ("shape-negative", "FormatError", "shape", tensor(1, ["a"], [-1])),
+    ("shape-float", "FormatError", "shape", tensor(1, ["a"], [3.0])),
+    ("shape-65", "LimitError", "ndim", tensor(1, ["a"], [1] * 65)),
+    ("shape-16-gib", "LimitError", "item", tensor(1, ["a"], [(16 << 30) + 1])),
+    ("shape-wraps-to-3", "LimitError", "item", tensor(1, ["a"], [2**32, 2**32, 3])),
+    ("shape-itemsize-wraps", "LimitError", "item", tensor(1, ["a"], [2**61], INT64)),
+    ("shape-zero-and-huge", "LimitError", "item", tensor(1, ["a"], [2**62, 0], FLOAT32)),
+    ("value-size", "LimitError", "value", item(1, VALUE, ["a"], size=(16 << 20) + 1)),
+    ("value-size-0", "FormatError", "msgpack", item(1, VALUE, ["a"], size=0)),
+    ("value-size-nil", "FormatError", "size", item(1, VALUE, ["a"], size=None)),
+    ("value-size-negative", "FormatError", "size", item(1, VALUE, ["a"], size=-1)),
+    ("alias-of-itself", "FormatError", "alias", item(1, ALIAS, ["a"], of=1)),
+    ("alias-of-later", "FormatError", "alias", item(1, ALIAS, ["a"], of=2)),
+    ("alias-of-container", "FormatError", "alias", item(1, ALIAS, ["a"], of=0)),
+    ("alias-negative", "FormatError", "alias", item(1, ALIAS, ["a"], of=-1)),
+    ("codec-none", "FormatError", "1 to 8 stages", tensor(1, ["a"], codec=[])),
+    ("codec-9", "FormatError", "1 to 8 stages", tensor(1, ["a"], codec=[[RAW]] + [[ZSTD]] * 8)),
+    ("codec-empty-stage", "FormatError", "stage", tensor(1, ["a"], codec=[[]])),
+    ("codec-text", "FormatError", "stage", tensor(1, ["a"], codec=["raw"])),
+    ("codec-0", "UnsupportedError", "codec id 0", tensor(1, ["a"], codec=[[0]])),
+    ("codec-99", "UnsupportedError", "codec id 99", tensor(1, ["a"], codec=[[99]])),
+    ("codec-zstd-first", "UnsupportedError", "codec id 64", tensor(1, ["a"], codec=[[ZSTD]])),
+    ("codec-zstd-twice", "UnsupportedError", "stages", tensor(1, ["a"], codec=[[RAW], [ZSTD], [ZSTD]])),
+    ("codec-zstd-inside", "UnsupportedError", "stages", tensor(1, ["a"], codec=[[RAW], [ZSTD], [RAW]])),
+    (
+        "codec-quantized-twice",
+        "UnsupportedError",
+        "stages",
+        tensor(1, ["a"], dtype=18, codec=[[INT8, 64], [INT8, 64]]),
+    ),
+    ("codec-raw-parameter", "FormatError", "parameters", tensor(1, ["a"], codec=[[RAW, 1]])),
+    ("codec-int8-no-blocksize", "FormatError", "parameters", tensor(1, ["a"], dtype=FLOAT32, codec=[[INT8]])),
+    (
+        "codec-nf4-one-parameter",
+        "FormatError",
+        "parameters",
+        tensor(1, ["a"], dtype=FLOAT32, codec=[[NF4, 64]]),
+    ),
+    (
+        "codec-double-quant-2",
+        "FormatError",
+        "double_quant",
+        tensor(1, ["a"], dtype=FLOAT32, codec=[[NF4, 64, 2]]),
+    ),
+    (
+        "codec-nf4-of-int64",
+        "FormatError",
+        "cannot carry",
+        tensor(1, ["a"], dtype=INT64, codec=[[NF4, 64, 0]]),
+    ),
+    ("codec-fp16-of-float64", "FormatError", "cannot carry", tensor(1, ["a"], dtype=FLOAT64, codec=[[FP16]])),
+    ("codec-bf16-of-float16", "FormatError", "cannot carry", tensor(1, ["a"], dtype=FLOAT16, codec=[[BF16]])),
+    ("codec-int8-of-file", "FormatError", "cannot carry", item(1, FILE, ["a"], size=3, codec=[[INT8, 64]])),
+):
+    bad(f"item-{name}", error, says, (START, ROOT, frame))
+for blocksize in (0, 1, 8, 63, 131072, 2**31, 2**64 - 1):
+    frame = tensor(1, ["a"], dtype=FLOAT32, codec=[[LINEAR, blocksize]])
+    bad(f"item-blocksize-{blocksize}", "FormatError", "blocksize", (START, ROOT, frame))
+for blocksize in (16, 8192):
+    frame = tensor(1, ["a"], dtype=FLOAT32, codec=[[FP4, blocksize, 0]])
+    bad(f"item-blocksize-fp4-{blocksize}", "FormatError", "blocksize", (START, ROOT, frame))
+
+# --------------------------------------------------------------------------------------------- Tree and aliases
+bad("root-twice", "SequenceError", "root", (START, ROOT, item(1, DICT, [])))
+bad("root-missing", "FormatError", "outside", (START, tensor(0, ["a"])))
+bad("root-alias", "FormatError", "alias", (START, item(0, ALIAS, [], of=0)))
+bad("parent-missing", "FormatError", "outside", (START, ROOT, tensor(1, ["a", "b"])))
+bad("parent-no-container", "FormatError", "outside", (START, ROOT, ITEM_A, tensor(2, ["a", "b"])))
+bad(
+    "parent-closed", "FormatError", "outside",
+    (START, ROOT, item(1, DICT, ["a"]), tensor(2, ["b"], [0]), tensor(3, ["a", "b"])),
+)  # fmt: skip
+bad("key-twice", "SequenceError", "duplicate", (START, ROOT, ITEM_A, tensor(2, ["a"])))
+bad(
+    "key-twice-apart", "SequenceError", "duplicate",
+    (START, ROOT, item(1, DICT, ["a"]), tensor(2, ["a", "x"]), tensor(3, ["b"]), item(4, LIST, ["a"])),
+)  # fmt: skip
+bad("list-gap", "FormatError", "expected element 0", (START, item(0, LIST, []), tensor(1, [1])))
+bad("list-negative", "FormatError", "expected element 0", (START, item(0, LIST, []), tensor(1, [-1])))
+bad("list-text", "FormatError", "expected element 0", (START, item(0, LIST, []), tensor(1, ["0"])))
+bad(
+    "list-repeat",
+    "FormatError",
+    "expected element 1",
+    (START, item(0, TUPLE, []), tensor(1, [0]), tensor(2, [0])),
+)
+bad(
+    "alias-of-value",
+    "FormatError",
+    "alias",
+    (START, ROOT, item(1, VALUE, ["v"], size=1), item(2, ALIAS, ["a"], of=1)),
+)
+bad(
+    "alias-of-alias",
+    "FormatError",
+    "alias",
+    (START, ROOT, ITEM_A, item(2, ALIAS, ["b"], of=1), item(3, ALIAS, ["c"], of=2)),
+)
+bad(
+    "alias-of-empty",
+    "FormatError",
+    "alias",
+    (START, ROOT, tensor(1, ["a"], [0]), item(2, ALIAS, ["b"], of=1)),
+)
+bad("alias-too-late", "FormatError", "alias", (START, ROOT, ITEM_A, DATA_A, item(2, ALIAS, ["b"], of=1)))
+bad(
+    "alias-of-file", "FormatError", "alias",
+    (START, ROOT, item(1, FILE, ["f"], size=3, codec=[[RAW]]), item(2, ALIAS, ["b"], of=1)),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- DATA payloads
+def carried(payload: bytes, count: int, codec: list, dtype: int = FLOAT32, shape: int | None = None) -> tuple:
+    described = tensor(1, ["a"], [count if shape is None else shape], dtype, codec)
+    return (START, ROOT, described, data(1, payload, count), end())
+
+
+def scales(*bits: int) -> bytes:
+    return struct.pack(f"<{len(bits)}I", *bits)
+
+
+ONE, MINUS_ZERO, MINUS_ONE, INFINITY, NAN, HUGE = (
+    0x3F800000,
+    0x80000000,
+    0xBF800000,
+    0x7F800000,
+    0x7FC00000,
+    0x7F7FFFFF,
+)
+
+for name, payload, count, codec, dtype in (
+    ("raw-short", bytes(11), 3, [[RAW]], FLOAT32),
+    ("raw-long", bytes(13), 3, [[RAW]], FLOAT32),
+    ("fp16-short", bytes(5), 3, [[FP16]], FLOAT32),
+    ("int8-short", bytes(4 + 16), 17, [[INT8, 16]], FLOAT32),
+    ("int8-one-absmax-short", bytes(4 + 17), 17, [[INT8, 16]], FLOAT32),
+    ("int8-one-absmax-long", bytes(12 + 17), 17, [[INT8, 16]], FLOAT32),
+    ("linear-float32-scale", bytes(4 + 16), 16, [[LINEAR, 16]], FLOAT32),
+    ("nf4-short", bytes(4 + 16), 33, [[NF4, 64, 0]], FLOAT32),
+    ("nf4-double-without-offset", bytes(4 + 1 + 2), 3, [[NF4, 64, 1]], FLOAT32),
+    ("fp4-long", bytes(4 + 3), 3, [[FP4, 64, 0]], FLOAT16),
+):
+    bad(f"data-{name}", "FormatError", "must have", carried(payload, count, codec, dtype))
+bad("data-bool-2", "FormatError", "neither 0 nor 1", carried(b"\0\2\1", 3, [[RAW]], BOOL))
+bad(
+    "data-block-cut",
+    "FormatError",
+    "between blocks",
+    carried(bytes(4 + 15), 15, [[INT8, 16]], FLOAT32, shape=17),
+)
+bad(
+    "data-nested-block-cut",
+    "FormatError",
+    "between blocks",
+    carried(bytes(9 + 32), 64, [[NF4, 64, 1]], FLOAT32, shape=65),
+)
+for name, bits in (("nan", NAN), ("infinite", INFINITY), ("negative", MINUS_ONE), ("minus-zero", MINUS_ZERO)):
+    for codec_name, codec in (("int8", [[INT8, 16]]), ("fp4", [[FP4, 64, 0]])):
+        codes = bytes(3) if codec_name == "int8" else bytes(2)
+        bad(
+            f"data-{codec_name}-absmax-{name}",
+            "FormatError",
+            "absmax",
+            carried(scales(bits) + codes, 3, codec),
+        )
+    double = [[NF4, 64, 1]]
+    bad(f"data-offset-{name}", "FormatError", "absmax", carried(scales(bits, ONE) + bytes(3), 3, double))
+    bad(
+        f"data-nested-absmax-{name}",
+        "FormatError",
+        "absmax",
+        carried(scales(ONE, bits) + bytes(3), 3, double),
+    )
+    short = struct.pack("<H", bits >> 16)
+    bad(f"data-scale-{name}", "FormatError", "scale", carried(short + bytes(3), 3, [[LINEAR, 16]]))
+bad(
+    "data-double-overflow",
+    "FormatError",
+    "infinite",
+    carried(scales(HUGE, HUGE) + b"\xff\0\0", 3, [[NF4, 64, 1]]),
+)
+bad("data-code-minus-128", "FormatError", "-128", carried(b"\x80\x3f\0\x80\0", 3, [[LINEAR, 16]]))
+bad("data-unused-half", "FormatError", "unused half", carried(scales(ONE) + b"\x12\x34", 3, [[NF4, 64, 0]]))
+bad(
+    "data-fp16-absmax-nan", "FormatError", "absmax", carried(scales(NAN) + bytes(3), 3, [[INT8, 16]], FLOAT16)
+)
+
+
+# A zstd frame of uncompressed blocks: magic, descriptor, window, content size, blocks of a 3-byte head and bytes.
+def zstd_frame(
+    content: bytes, *, size: int | None = None, window: int | None = None, dictionary: bytes = b""
+) -> bytes:
+    length = len(content) if size is None else size
+    descriptor = 0x80 | (0x20 if window is None else 0) | len(dictionary)
+    head = (
+        bytes([descriptor])
+        + (b"" if window is None else bytes([window]))
+        + dictionary
+        + struct.pack("<I", length)
+    )
+    return b"\x28\xb5\x2f\xfd" + head + (len(content) << 3 | 1).to_bytes(3, "little") + content
+
+
+ZRAW = [[RAW], [ZSTD]]
+for name, says, payload in (
+    ("garbage", "not a zstd frame", b"no zstandard"),
+    ("cut-header", "zstd", zstd_frame(b"abc")[:5]),
+    ("cut", "zstd", zstd_frame(b"abc")[:-1]),
+    ("content-size-missing", "must say 3 bytes", b"\x28\xb5\x2f\xfd\x00\x58\x19\x00\x00abc"),
+    ("content-size-more", "must say 3 bytes", zstd_frame(b"abcd")),
+    ("content-size-less", "must say 3 bytes", zstd_frame(b"ab")),
+    ("content-size-lies-up", "zstd", zstd_frame(b"ab", size=3)),
+    ("content-size-lies-down", "zstd", zstd_frame(b"abcd", size=3)),
+    (
+        "content-size-1-tib",
+        "must say 3 bytes",
+        b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 1 << 40) + b"\x19\0\0abc",
+    ),
+    ("dictionary", "must say 3 bytes", zstd_frame(b"abc", dictionary=b"\x07")),
+    ("window-16-mib", "must say 3 bytes", zstd_frame(b"abc", window=(24 - 10) << 3)),
+    ("two-frames", "zstd", zstd_frame(b"abc") + zstd_frame(b"")),
+    ("garbage-behind", "zstd", zstd_frame(b"abc") + b"\0"),
+    ("skippable-before", "not a zstd frame", b"\x50\x2a\x4d\x18\0\0\0\0" + zstd_frame(b"abc")),
+    ("skippable-behind", "zstd", zstd_frame(b"abc") + b"\x50\x2a\x4d\x18\0\0\0\0"),
+    ("reserved-block", "zstd", zstd_frame(b"abc").replace(b"\x19\0\0abc", b"\x1f\0\0abc")),
+    ("checksum", "zstd", zstd_frame(b"abc").replace(b"\xfd\xa0", b"\xfd\xa4") + b"\0\0\0\0"),
+    ("longer-than-compressors-make", "uncompressed", zstd_frame(b"") * 8),
+):
+    bad(f"zstd-{name}", "FormatError", says, carried(payload, 3, ZRAW, UINT8))
+# 2^31 bytes out of a run-length block: refused by what it declares, before anything is unpacked.
+BOMB = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", 1 << 31) + b"\x0b\0\x10\0"
+bad("zstd-bomb", "LimitError", "frame", carried(BOMB, 1 << 31, ZRAW, UINT8))
+bad(
+    "zstd-inside",
+    "FormatError",
+    "unused half",
+    carried(zstd_frame(scales(ONE) + b"\x12\x34"), 3, [[NF4, 64, 0], [ZSTD]]),
+)
+
+
+# --------------------------------------------------------------------------------------------------------- Values
+def value(payload: bytes) -> tuple:
+    return (START, ROOT, item(1, VALUE, ["v"], size=len(payload)), data(1, payload), end())
+
+
+for name, error, says, payload in (
+    ("not-msgpack", "FormatError", "msgpack", b"\xc1"),
+    ("cut", "FormatError", "msgpack", b"\x92\x01"),
+    ("two-objects", "FormatError", "msgpack", b"\xc0\xc0"),
+    ("float32", "FormatError", "canonical", b"\xca\x3f\x80\0\0"),
+    ("wide-integer", "FormatError", "canonical", b"\xd1\0\x01"),
+    ("signed-positive", "FormatError", "canonical", b"\xd2\x7f\xff\xff\xff"),
+    ("wide-bytes", "FormatError", "canonical", b"\xc5\0\x01a"),
+    ("not-utf-8", "FormatError", "msgpack", b"\xa1\xff"),
+    ("extension-2", "FormatError", "extension", b"\xd4\x02\x90"),
+    ("extension-timestamp", "FormatError", "", b"\xd6\xff\0\0\0\0"),
+    ("tuple-of-map", "FormatError", "not an array", b"\xd4\x01\x80"),
+    ("tuple-with-more", "FormatError", "msgpack", b"\xd5\x01\x90\xc0"),
+    ("tuple-wide", "FormatError", "canonical", b"\xc7\x01\x01\x90"),
+    ("key-twice", "FormatError", "twice", b"\x82\xa1a\x01\xa1a\x02"),
+    ("key-bool", "FormatError", "key", b"\x81\xc3\x01"),
+    ("key-float", "FormatError", "key", packb({1.0: 1})),
+    ("key-bytes", "FormatError", "key", packb({b"a": 1})),
+    ("key-2-53", "FormatError", "key", packb({-(2**53) - 1: 1})),
+    ("nested-33", "FormatError", "deep", b"\x91" * 33 + b"\xc0"),
+    ("nested-1000", "FormatError", "", b"\x91" * 1000 + b"\xc0"),
+    ("array-claims-4-gi", "FormatError", "msgpack", b"\xdd\xff\xff\xff\xff"),
+    ("text-claims-4-gib", "FormatError", "msgpack", b"\xdb\xff\xff\xff\xff"),
+):
+    bad(f"value-{name}", error, says, value(payload))
+
+# --------------------------------------------------------------------------------------------------- END and INDEX
+BEFORE = GOOD[:-1]
+bad("end-items", "FormatError", "items=3", (*BEFORE, end(items=3)))
+bad("end-frames", "FormatError", "frames=5", (*BEFORE, end(frames=5)))
+bad("end-size", "FormatError", "size=1", (*BEFORE, end(size=1)))
+bad("end-index", "FormatError", "index_offset=64", (*BEFORE, end(index=64)))
+bad("end-index-missing", "FormatError", "index_offset=0", (*BEFORE, Frame(INDEX, bytes(64)), end(index=0)))
+bad("end-digest", "CorruptError", "digest", (*BEFORE, end(digest=bytes(32))))
+bad("end-short", "FormatError", "63 bytes", (*BEFORE, Frame(4, bytes(63))))
+bad("end-long", "LimitError", "END", (*BEFORE, Frame(4, bytes(65))))
+
+
+def without(*gone: int) -> bytes:
+    """A good stream of twelve frames without some of them."""
+    slices = [data(1, bytes([number]), 1, number) for number in range(8)]
+    pieces = [*cut(assemble((START, ROOT, tensor(1, ["a"], [8]), *slices, end())))]
+    return b"".join(piece for number, piece in enumerate(pieces) if number not in gone)
+
+
+bad("frame-lost", "SequenceError", "expected frame 5", lambda: without(6))
+bad("frames-lost", "SequenceError", "expected frame 3", lambda: without(*range(4, 12)))
+
+# ---------------------------------------------------------------------------------------------------------- Files
+bad(
+    "file-closed-with-bytes", "FormatError", "closing",
+    (START, ROOT, item(1, FILE, ["f"], size=None, codec=[[RAW]]), data(1, b"a", 0)),
+)  # fmt: skip
+bad(
+    "file-not-closed", "SequenceError", "END frame cannot",
+    (START, ROOT, item(1, FILE, ["f"], size=None, codec=[[RAW]]), data(1, b"a"), end()),
+)  # fmt: skip
+bad(
+    "file-size", "LimitError", "file",
+    (START, ROOT, item(1, FILE, ["f"], size=(64 << 30) + 1, codec=[[RAW]])),
+)  # fmt: skip

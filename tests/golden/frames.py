@@ -1,0 +1,119 @@
+"""Streams by hand: take a stream apart into frames, and put frames together with every field right or as told.
+
+Needs only the standard library and the reference reader's CRC, so that what it builds owes nothing to the library.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reference import crc32c
+
+__all__ = [
+    "DATA",
+    "END",
+    "INDEX",
+    "ITEM",
+    "STREAM",
+    "Frame",
+    "assemble",
+    "cut",
+    "end",
+    "preamble",
+    "take_apart",
+]
+
+STREAM, ITEM, DATA, END, INDEX = 1, 2, 3, 4, 0x81
+PREAMBLE_SIZE, HEADER_SIZE = 16, 48
+_HEADER = struct.Struct("<BBBBIQIIQQII")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame; `fields` overrides header fields that `assemble` would compute, `padding` the bytes before the payload.
+
+    An END frame without a payload gets the right one, with `fields` of its own: items, frames, size, index, digest.
+    """
+
+    type: int
+    payload: bytes | None = b""
+    item: int = 0
+    start: int = 0
+    count: int = 0
+    padding: bytes | None = None
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def having(self, **fields: Any) -> "Frame":
+        return replace(self, fields=(*self.fields, *fields.items()))
+
+
+def preamble(*, magic: bytes = b"\x93TWIR\r\n\x1a", major: int = 1, minor: int = 0, flags: int = 0) -> bytes:
+    body = struct.pack("<8sBBH", magic, major, minor, flags)
+    return body + struct.pack("<I", crc32c(body))
+
+
+def end(**fields: Any) -> Frame:
+    return Frame(END, None).having(**fields)
+
+
+def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = None) -> bytes:
+    """The stream of these frames, sequence, links, padding, checksums and totals computed."""
+    stream = preamble() if head is None else head
+    digest = hashlib.sha256(stream)
+    link = int.from_bytes(stream[-4:], "little")
+    items, index = 0, 0
+    for sequence, frame in enumerate(frames):
+        fields = dict(frame.fields)
+        payload = frame.payload
+        if payload is None:
+            totals = {"items": items, "frames": sequence, "size": len(stream), "index": index}
+            totals |= {key: fields.pop(key) for key in [*totals] if key in fields}
+            payload = struct.pack("<QQQQ", *totals.values()) + fields.pop("digest", digest.digest())
+        padding = frame.padding
+        if padding is None:
+            padding = bytes(-(len(stream) + HEADER_SIZE) % align if frame.type == DATA else 0)
+        header = {
+            "type": frame.type,
+            "reserved1": 0,
+            "pad": len(padding),
+            "reserved2": 0,
+            "sequence": sequence,
+            "length": len(payload),
+            "item": frame.item,
+            "link": link,
+            "start": frame.start,
+            "count": frame.count,
+            "payload_crc": crc32c(payload),
+            "crc": 0,
+        } | fields
+        packed = _HEADER.pack(*header.values())[:-4]
+        packed += struct.pack("<I", header["crc"] or crc32c(packed))
+        if frame.type == INDEX:
+            index = len(stream)
+        stream += packed + padding + payload
+        digest.update(packed)
+        link = int.from_bytes(packed[-4:], "little")
+        items += frame.type == ITEM
+    return stream
+
+
+def cut(stream: bytes) -> Iterator[bytes]:
+    """The preamble, then each frame of a good stream, as bytes."""
+    yield stream[:PREAMBLE_SIZE]
+    at = PREAMBLE_SIZE
+    while at < len(stream):
+        header = _HEADER.unpack(stream[at : at + HEADER_SIZE])
+        size = HEADER_SIZE + header[2] + header[5]
+        yield stream[at : at + size]
+        at += size
+
+
+def take_apart(stream: bytes) -> list[Frame]:
+    """The frames of a good stream, such that `assemble` gives it back."""
+    frames = []
+    for raw in [*cut(stream)][1:]:
+        kind, _, pad, _, _, _, item, _, start, count, _, _ = _HEADER.unpack(raw[:HEADER_SIZE])
+        frames.append(Frame(kind, None if kind == END else raw[HEADER_SIZE + pad :], item, start, count))
+    return frames

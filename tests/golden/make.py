@@ -1,0 +1,326 @@
+"""Makes the golden vectors: `python tests/golden/make.py` writes those that are missing, `--all` every one.
+
+A vector is a name and a recipe. Values come from SHA-256 in counter mode, so that a recipe means the same bytes for
+ever; the streams come from the library, a few are put together by hand. README.md says what made the stored ones.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import struct
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+import numpy as np
+from bad import BAD
+from frames import Frame, assemble, take_apart
+from reference import crc32c
+
+import tensorwire.numpy as tw
+from tensorwire import dtypes, encode_file
+
+LIBZSTD = (1, 5, 7)  # of the stored vectors: another version may compress to other bytes
+GOLDEN: dict[str, Callable[[], bytes]] = {}
+
+NATIVE = {dtype.name for dtype in dtypes.ALL if dtype.name in np.sctypeDict and dtype.name != "complex32"}
+SPECIAL = np.array(
+    [0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFA00001,
+     0x3F800000, 0x477FE000, 0x33000000, 0x33800001, 0x3F808000, 0x3F818000, 0x387FE000, 0x00800000],
+    np.uint32,
+).view(np.float32)  # fmt: skip
+
+
+def random_bytes(count: int, seed: str) -> bytes:
+    blocks = (hashlib.sha256(f"{seed} {number}".encode()).digest() for number in range(-(-count // 32)))
+    return b"".join(blocks)[:count]
+
+
+def weights(shape: tuple[int, ...] | int, seed: str) -> np.ndarray:
+    """float32 values near a normal distribution: sums of four uniform ones, exact in float32."""
+    count = int(np.prod(shape))
+    quarters = np.frombuffer(random_bytes(8 * count, seed), "<u2").reshape(count, 4).astype(np.int64)
+    return ((quarters.sum(axis=1) - 131070) / 65536).astype(np.float32).reshape(shape)
+
+
+def bits(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Bit patterns as an array of a dtype that NumPy alone does not have."""
+    return array.view(np.dtype(array.dtype, metadata={"tensorwire": dtype}))
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    return bits((values.view(np.uint32) >> 16).astype(np.uint16), "bfloat16")
+
+
+def every_dtype() -> dict[str, np.ndarray]:
+    """Three elements of each dtype of the format."""
+    tensors = {}
+    for dtype in dtypes.ALL:
+        raw = np.frombuffer(random_bytes(3 * dtype.itemsize, dtype.name), np.uint8)
+        if dtype is dtypes.BOOL:
+            tensors[dtype.name] = raw > 127
+        elif dtype.name in NATIVE:
+            tensors[dtype.name] = raw.view(dtype.name)
+        else:
+            tensors[dtype.name] = bits(raw.view(f"u{dtype.itemsize}"), dtype.name)
+    return tensors
+
+
+def floats(count: int, seed: str) -> dict[str, np.ndarray]:
+    """What quantizing codecs carry: each float dtype, and a dtype and a value that they do not."""
+    values = weights(count, seed)
+    return {
+        "f32": values,
+        "f16": values[: count // 2].astype(np.float16),
+        "bf16": bfloat16(values[: count // 2 + 1]),
+        "zero": np.zeros(17, np.float32),
+        "scalar": values[3],
+        "none": np.zeros((0, 3), np.float32),
+        "int64": np.arange(-1, 2),
+    }
+
+
+VALUES: dict[str, Any] = {
+    "none": None,
+    "bools": [True, False],
+    "ints": [
+        0,
+        127,
+        128,
+        255,
+        256,
+        65535,
+        65536,
+        2**32 - 1,
+        2**32,
+        2**64 - 1,
+        -1,
+        -32,
+        -33,
+        -128,
+        -129,
+        -(2**63),
+    ],
+    "floats": [0.0, -0.0, 1.5, float("inf"), float("-inf"), 5e-324],
+    "text": ["", "weight", "größe ✓ 𝛼", "\n\x00\x1b", "x" * 32],
+    "bytes": [b"", b"\x00\xff", b"y" * 17],
+    "tuple": (1, (), (2.0, [None]), {"k": ()}),
+    "keys": {0: "int", "0": "text", -(2**53): 1, 2**53: 2, "": 3},
+    "empty": [{}, [], ()],
+}
+
+# An optimizer's state dict: tensors, values and containers in one another, integer keys.
+NESTED: dict[str, Any] = {
+    "state": {
+        0: {"step": np.float32(3), "exp_avg": np.arange(3, dtype=np.float32)},
+        1: {"step": np.float32(4), "exp_avg": np.arange(2, dtype=np.float32)},
+    },
+    "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "amsgrad": False, "params": [0, 1]}],
+    "pair": (np.int8(7), [], {"x": (np.bool_(True),)}),
+}
+
+
+def golden(recipe: Callable[[], bytes]) -> Callable[[], bytes]:
+    GOLDEN[recipe.__name__.replace("_", "-")] = recipe
+    return recipe
+
+
+def join(buffers: Any) -> bytes:
+    return b"".join(bytes(buffer) for buffer in buffers)
+
+
+@golden
+def dtypes_raw() -> bytes:
+    return tw.dumps(every_dtype())
+
+
+@golden
+def values() -> bytes:
+    return tw.dumps(VALUES)
+
+
+@golden
+def value_root() -> bytes:
+    return tw.dumps((None, -1, "x"))
+
+
+@golden
+def tensor_root() -> bytes:
+    return tw.dumps(np.float64(-0.0))
+
+
+@golden
+def empty() -> bytes:
+    return tw.dumps({})
+
+
+@golden
+def nested() -> bytes:
+    return tw.dumps(NESTED)
+
+
+@golden
+def tied() -> bytes:
+    shared = np.arange(6, dtype=np.int16).reshape(2, 3)
+    return tw.dumps({"embed": shared, "between": np.uint8(1), "layers": [{"head": shared}, shared]})
+
+
+@golden
+def shapes() -> bytes:
+    shapes = [(), (0,), (3, 0, 2), (1,), (1, 1, 1, 1, 5), (2, 3), (1,) * 32]
+    return tw.dumps([np.arange(np.prod(shape), dtype=np.uint8).reshape(shape) for shape in shapes])
+
+
+@golden
+def casts() -> bytes:
+    tensors = {"fp16": SPECIAL, "bf16": SPECIAL, "odd": weights(5, "casts"), "left": np.arange(3)}
+    return tw.dumps(tensors, codec={"bf16": "bf16", "*": "fp16"})
+
+
+@golden
+def int8() -> bytes:
+    return tw.dumps(floats(37, "int8"), codec={"*": "int8:blocksize=16"})
+
+
+@golden
+def int8_linear() -> bytes:
+    return tw.dumps(floats(37, "int8-linear"), codec={"bf16": "int8-linear", "*": "int8-linear:blocksize=16"})
+
+
+@golden
+def nf4() -> bytes:
+    return tw.dumps(floats(71, "nf4"), codec={"f16": "nf4", "*": "nf4:blocksize=32"})
+
+
+@golden
+def fp4() -> bytes:
+    return tw.dumps(floats(71, "fp4"), codec={"f16": "fp4", "*": "fp4:blocksize=32"})
+
+
+@golden
+def double_quant() -> bytes:
+    tensors = {
+        "nf4": weights(32 * 257 + 1, "double"),
+        "fp4": weights(33, "double").astype(np.float16),
+        "one": np.float32(-2.5),
+        "zero": np.zeros(65, np.float32),
+    }
+    codecs = {"nf4": "nf4:blocksize=32,double_quant=true", "*": "fp4:double_quant=true"}
+    return tw.dumps(tensors, codec=codecs)
+
+
+@golden
+def zstd() -> bytes:
+    tensors = {
+        "ramp": np.arange(100),
+        "bf16": weights(20, "zstd"),
+        "nf4": weights(64, "zstd"),
+        "text": "value",
+    }
+    return tw.dumps(tensors, codec={"bf16": "bf16|zstd", "nf4": "nf4|zstd:level=9", "*": "zstd"})
+
+
+@golden
+def slices() -> bytes:
+    tensors = {"raw": np.zeros(4049, np.uint8), "nf4": np.zeros(7169, np.float32), "text": "v" * 4048}
+    tensors["raw"][-1] = tensors["nf4"][-1] = tensors["nf4"][0] = 1
+    return join(tw.encode(tensors, codec={"nf4": "nf4"}, frame_size=4096))
+
+
+@golden
+def iterated() -> bytes:
+    pairs = [("a", np.arange(3, dtype=np.uint8)), ("none", np.zeros(0)), ("b", weights(4, "iterated"))]
+    return join(tw.encode(iter(pairs), codec="fp16"))
+
+
+@golden
+def metadata_id() -> bytes:
+    return join(tw.encode([], metadata={"b": "2", "a": "", "ä": "\n"}, stream_id=bytes(range(64))))
+
+
+@golden
+def at_rest() -> bytes:
+    tensors = {
+        "a": weights((2, 9), "rest"),
+        "q": weights(33, "rest"),
+        "s": [np.bool_(True), "v"],
+        "z": np.zeros(0),
+    }
+    tensors["tied"] = tensors["a"]
+    with tempfile.TemporaryDirectory() as folder:
+        tw.save_file(
+            tensors, Path(folder) / "x.tw", codec={"q": "int8-linear:blocksize=32"}, metadata={"k": "v"}
+        )
+        return (Path(folder) / "x.tw").read_bytes()
+
+
+@golden
+def file_known() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.bin"
+        path.write_bytes(random_bytes(100, "file"))
+        return join(encode_file(path))
+
+
+@golden
+def file_unknown() -> bytes:
+    return join(encode_file(io.BytesIO(random_bytes(4100, "file")), name="pipe", frame_size=4096))
+
+
+@golden
+def file_empty() -> bytes:
+    return join(encode_file(io.BytesIO(b"")))
+
+
+@golden
+def file_zstd() -> bytes:
+    return join(encode_file(io.BytesIO(b"tensorwire " * 30), codec="zstd", name="log"))
+
+
+@golden
+def skippable() -> bytes:
+    """By hand: frames of a type that version 1 does not know, wherever one may stand, also within an item."""
+    first, *others, last = take_apart(tw.dumps({"a": np.arange(4, dtype=np.uint8), "b": "v"}))
+    whole = others[-2]
+    halves = [
+        Frame(whole.type, whole.payload[:3], whole.item, 0, 3),
+        Frame(whole.type, whole.payload[3:], whole.item, 3, 1),
+    ]
+    strange = [Frame(0x80), Frame(0xFF, b"from the future"), Frame(0x9C, bytes(5))]
+    frames = [first, strange[0], *others[:-2], halves[0], strange[1], halves[1], others[-1], strange[2], last]
+    return assemble(frames)
+
+
+@golden
+def future_minor() -> bytes:
+    """By hand: minor version 9, with features that may be ignored."""
+    head = struct.pack("<8sBBH", b"\x93TWIR\r\n\x1a", 1, 9, 0xA500)
+    return assemble(take_apart(tw.dumps(7)), head=head + struct.pack("<I", crc32c(head)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="write also those that are there already")
+    everything = parser.parse_args().all
+    (HERE / "bad").mkdir(exist_ok=True)
+    for name, recipe in GOLDEN.items():
+        path = HERE / f"{name}.tw"
+        if everything or not path.exists():
+            path.write_bytes(recipe())
+    errors = {}
+    for name, (error, says, recipe) in BAD.items():
+        errors[name] = {"error": error, "says": says}
+        path = HERE / "bad" / f"{name}.tw"
+        if everything or not path.exists():
+            path.write_bytes(recipe())
+    (HERE / "bad" / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
