@@ -26,29 +26,46 @@ inline float inverse_of(uint32_t absmax_bits) {
     return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f);
 }
 
-// For each block i, factor(i, largest magnitude as bits), then encode(x, n, factor) in order; whether all is finite.
+// The blocksize that deserves a walk compiled for it: the default of 4-bit quantization. Whole blocks only.
+struct Fixed64 {
+    constexpr operator size_t() const { return 64; }
+};
+
+inline size_t size_of_block(Fixed64, size_t) { return 64; }
+inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blocksize, left); }
+
+// For each block i from `first`, factor(i, largest magnitude as bits), then encode(x, n, factor); the worst magnitude.
 //
 // Small blocks have their statistic taken some blocks before they are encoded: a block's maximum and reciprocal are a
 // long chain of dependent instructions, which would otherwise stand between one block's work and the next's.
-template <class T, class Factor, class Encode>
-inline bool quantize_blocks(const T* x, size_t n, size_t blocksize, Factor factor, Encode encode) {
+template <class T, class Size, class Factor, class Encode>
+inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, Factor factor, Encode encode) {
     constexpr size_t kRing = 16, kAheadElements = 1024;
     const size_t blocks = n / blocksize + (n % blocksize != 0);
     const size_t ahead = min_size(kRing - 1, kAheadElements / blocksize);
     uint32_t worst = 0;
     float factors[kRing];
-    size_t looked = 0;
+    const auto size = [&](size_t i) { return size_of_block(blocksize, n - i * blocksize); };
+    const auto look = [&](size_t i) {
+        const uint32_t largest = absmax_of(x + i * blocksize, size(i));
+        worst = worst > largest ? worst : largest;
+        factors[i % kRing] = factor(first + i, largest);
+    };
+    for (size_t i = 0; i < min_size(ahead, blocks); ++i) look(i);
     for (size_t i = 0; i < blocks; ++i) {
-        for (; looked < blocks && looked <= i + ahead; ++looked) {
-            const size_t begin = looked * blocksize;
-            const uint32_t largest = absmax_of(x + begin, min_size(blocksize, n - begin));
-            worst = worst > largest ? worst : largest;
-            factors[looked % kRing] = factor(looked, largest);
-        }
-        const size_t begin = i * blocksize;
-        encode(x + begin, min_size(blocksize, n - begin), factors[i % kRing]);
+        if (i + ahead < blocks) look(i + ahead);
+        encode(x + i * blocksize, size(i), factors[i % kRing]);
     }
-    return worst < kInfinityBits;
+    return worst;
+}
+
+// The walk over all blocks; whether all values are finite.
+template <class T, class Factor, class Encode>
+inline bool quantize_blocks(const T* x, size_t n, size_t blocksize, Factor factor, Encode encode) {
+    const size_t fixed = blocksize == Fixed64{} ? n / 64 : 0;
+    const uint32_t most = walk_blocks(x, fixed * 64, Fixed64{}, 0, factor, encode);
+    const uint32_t rest = walk_blocks(x + fixed * 64, n - fixed * 64, blocksize, fixed, factor, encode);
+    return (most > rest ? most : rest) < kInfinityBits;
 }
 
 }  // namespace
