@@ -1,6 +1,6 @@
 // Block statistics: absmax[i] = the largest |x| of block i, in float32 after exact widening.
+#include "blocks.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace tw {
 namespace TW_TIER {
@@ -12,7 +12,7 @@ bool blockwise_absmax(const void* values, float* absmax, size_t n, size_t blocks
     uint32_t worst = 0;
     for (size_t i = 0; i < n; i += blocksize) {
         const uint32_t largest = absmax_of(x + i, min_size(blocksize, n - i));
-        worst = max_of(worst, largest);
+        worst = worst > largest ? worst : largest;
         put(absmax++, float_of(largest));
     }
     return worst < kInfinityBits;

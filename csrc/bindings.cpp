@@ -32,7 +32,8 @@ const char* type_name(char format) {
 class Array {
 public:
     Array(const char* name, nb::handle object, const char* formats, Access access) : name_(name) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_RECORDS_RO) != 0) {
+        // A bytes object has the layout of a uint8 array but is none.
+        if (PyBytes_Check(object.ptr()) || PyObject_GetBuffer(object.ptr(), &view_, PyBUF_RECORDS_RO) != 0) {
             PyErr_Clear();
             view_.obj = nullptr;
             throw nb::type_error((name_ + ": expected an array of " + expected(formats)).c_str());
@@ -153,7 +154,11 @@ tw::QuantType checked_quant_type(const char* quant_type) {
 
 uint32_t crc32c(nb::handle data, uint32_t seed) {
     Py_buffer view;
-    if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
+    if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) throw nb::python_error();
+        PyErr_Clear();
+        throw nb::value_error("data: not contiguous");
+    }
     uint32_t checksum;
     {
         const Released released;

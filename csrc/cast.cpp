@@ -24,44 +24,51 @@ struct Limits<Bfloat16> {
     static constexpr float kLargest = 0x1.fep127f;
 };
 
-template <class Half, bool kSaturate>
-uint32_t narrow_piece(const float* x, Half* out, size_t n) {
+template <class Half, bool kSaturate, class Sink>
+uint64_t narrow_into(const float* x, size_t n, Sink& out) {
     uint32_t overflows = 0;
     const auto fitted = [&](Floats v) {
         const Mask over = within(magnitude(v), Limits<Half>::kOverflowBits, kInfinityBits);
         overflows += count(over);
-        return kSaturate ? select(over, with_sign_of(splat(Limits<Half>::kLargest), v), v) : v;
+        return narrow(kSaturate ? select(over, with_sign_of(splat(Limits<Half>::kLargest), v), v) : v, Half{});
     };
-    size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, fitted(load(x + i)));
-    if (i < n) store_part(out + i, fitted(load_part(x + i, n - i)), n - i);
-    return overflows;
+    uint64_t total = 0;
+    constexpr size_t kPiece = 4096;  // of which the overflows are counted in 32 bits, as compilers vectorise
+    for (size_t begin = 0; begin < n; begin += kPiece) {
+        const size_t end = begin + min_size(kPiece, n - begin);
+        size_t i = begin;
+        for (; i + kLanes <= end; i += kLanes) {
+            prefetch(x + i, kPrefetchBytes);
+            out.put(fitted(load(x + i)));
+        }
+        if (i < end) out.put_part(fitted(load_part(x + i, end - i)), (end - i) * sizeof(Half));
+        total += overflows;
+        overflows = 0;
+    }
+    return total;
 }
 
 template <class Half>
 uint64_t narrow_all(const void* values, void* out, size_t n, bool saturate, bool stream) {
     const float* x = static_cast<const float*>(values);
-    Out<Half> to(static_cast<Half*>(out), stream);
     uint64_t overflows = 0;
-    for (size_t i = 0; i < n; i += kPiece) {
-        const size_t length = min_size(kPiece, n - i);
-        Half* at = to.room(length);
-        overflows += saturate ? narrow_piece<Half, true>(x + i, at, length) : narrow_piece<Half, false>(x + i, at, length);
-    }
+    write_to<Packed<Half>>(out, stream, [&](auto& sink) {
+        overflows = saturate ? narrow_into<Half, true>(x, n, sink) : narrow_into<Half, false>(x, n, sink);
+    });
     return overflows;
 }
 
 template <class Half>
 void widen_all(const void* values, void* out, size_t n, bool stream) {
     const Half* x = static_cast<const Half*>(values);
-    Out<float> to(static_cast<float*>(out), stream);
-    for (size_t begin = 0; begin < n; begin += kPiece, x += kPiece) {
-        const size_t length = min_size(kPiece, n - begin);
-        float* at = to.room(length);
+    write_to<Packed<float>>(out, stream, [&](auto& sink) {
         size_t i = 0;
-        for (; i + kLanes <= length; i += kLanes) store(at + i, load(x + i));
-        if (i < length) store_part(at + i, load_part(x + i, length - i), length - i);
-    }
+        for (; i + kLanes <= n; i += kLanes) {
+            prefetch(x + i, kPrefetchBytes);
+            sink.put(narrow(load(x + i), float{}));
+        }
+        if (i < n) sink.put_part(narrow(load_part(x + i, n - i), float{}), (n - i) * sizeof(float));
+    });
 }
 
 }  // namespace

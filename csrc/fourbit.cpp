@@ -3,8 +3,8 @@
 // y = fl32(x * fl32(1 / max(absmax, 1e-38))). NF4's code is the number of thresholds strictly below y. FP4's level is
 // the number of thresholds strictly below |y|, with bit 3 of the code set iff y < 0. The last low nibble of an odd n
 // is 0. Decoding is fl32(value of code * absmax), then one rounding to the output's type.
+#include "blocks.h"
 #include "kernels.h"
-#include "simd.h"
 #include "tables.h"
 
 #if defined(TW_AVX512)
@@ -22,25 +22,25 @@ namespace {
 template <QuantType Q, class T>
 bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_t blocksize, bool stream) {
     const T* x = static_cast<const T*>(values);
-    Out<uint8_t> out(codes, stream);
-    uint32_t worst = 0;
-    for (size_t i = 0; i < n; i += blocksize) {
-        const size_t length = min_size(blocksize, n - i);
-        const uint32_t largest = absmax_of(x + i, length);
-        worst = max_of(worst, largest);
-        put(absmax++, float_of(largest));
-        encode<Q>(x + i, length, inverse_of(largest), out.room((length + 1) / 2));
-    }
-    return worst < kInfinityBits;
+    const auto factor = [=](size_t i, uint32_t largest) {
+        put(absmax + i, float_of(largest));
+        return inverse_of(largest);
+    };
+    bool finite = true;
+    write_to<PackedCodes>(codes, stream && blocksize % kStep == 0, [&](auto& out) {
+        finite = quantize_blocks(x, n, blocksize, factor,
+                                 [&](const T* block, size_t size, float inverse) { encode<Q>(block, size, inverse, out); });
+    });
+    return finite;
 }
 
 template <QuantType Q, class T>
 void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
-    Out<T> to(static_cast<T*>(out), stream);
-    for (size_t i = 0; i < n; i += blocksize) {
-        const size_t length = min_size(blocksize, n - i);
-        decode<Q>(codes + i / 2, length, get(absmax++), to.room(length));
-    }
+    write_to<Packed<T>>(out, stream && blocksize % kStep == 0, [&](auto& sink) {
+        for (size_t i = 0; i < n; i += blocksize) {
+            decode<Q, T>(codes + i / 2, min_size(blocksize, n - i), get(absmax + i / blocksize), sink);
+        }
+    });
 }
 
 template <QuantType Q>

@@ -75,20 +75,21 @@ inline __m128i packed_codes(const T* x, __m256 inv) {
     return _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 }
 
-template <QuantType Q, class T>
-void encode(const T* x, size_t n, float inverse, uint8_t* codes) {
+constexpr size_t kStep = 32;
+using PackedCodes = __m128i;
+
+template <QuantType Q, class T, class Sink>
+inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m256 inv = _mm256_set1_ps(inverse);
     size_t i = 0;
-    for (; i + 32 <= n; i += 32, codes += 16) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), packed_codes<Q>(x + i, inv));
-    }
+    for (; i + 32 <= n; i += 32) out.put(packed_codes<Q>(x + i, inv));
     if (i == n) return;
     T rest[32] = {};
-    uint8_t packed[16];
     memcpy(rest, x + i, (n - i) * sizeof(T));
+    uint8_t packed[16];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), packed_codes<Q>(rest, inv));
     if (n % 2) packed[(n - i) / 2] &= 0xF0;
-    memcpy(codes, packed, (n - i + 1) / 2);
+    out.put_part(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)), (n - i + 1) / 2);
 }
 
 // Four bytes to eight values: each byte in a 64-bit lane, its high nibble shifted down into the first half of the lane
@@ -100,20 +101,20 @@ inline __m256 code_values(uint32_t four, __m256 low, __m256 high) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
 }
 
-template <QuantType Q, class T>
-void decode(const uint8_t* codes, size_t n, float scale, T* out) {
+template <QuantType Q, class T, class Sink>
+inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const float* table = Q == kNf4 ? kNf4Code.value : kFp4Code.value;
     const __m256 low = _mm256_load_ps(table), high = _mm256_load_ps(table + 8);
     const __m256 s = _mm256_set1_ps(scale);
     size_t i = 0;
     for (; i + 8 <= n; i += 8, codes += 4) {
         const uint32_t four = get(reinterpret_cast<const uint32_t*>(codes));
-        store(out + i, _mm256_mul_ps(code_values(four, low, high), s));
+        out.put(narrow(_mm256_mul_ps(code_values(four, low, high), s), T{}));
     }
     if (i == n) return;
     uint32_t rest = 0;
     memcpy(&rest, codes, (n - i + 1) / 2);
-    store_part(out + i, _mm256_mul_ps(code_values(rest, low, high), s), n - i);
+    out.put_part(narrow(_mm256_mul_ps(code_values(rest, low, high), s), T{}), (n - i) * sizeof(T));
 }
 
 }  // namespace

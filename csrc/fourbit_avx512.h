@@ -113,23 +113,22 @@ inline __m256i packed_codes(__m512 a, __m512 b, __m512 c, __m512 d, __mmask64 va
     return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110)));
 }
 
-template <QuantType Q, class T>
-void encode(const T* x, size_t n, float inverse, uint8_t* codes) {
+constexpr size_t kStep = 64;
+using PackedCodes = __m256i;
+
+template <QuantType Q, class T, class Sink>
+inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
     const auto y = [&](size_t i) { return _mm512_mul_ps(load(x + i), inv); };
     size_t i = 0;
-    for (; i + 64 <= n; i += 64, codes += 32) {
-        const __m256i packed = packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0});
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), packed);
-    }
+    for (; i + 64 <= n; i += 64) out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
     if (i == n) return;
     const size_t rest = n - i;
     const auto part = [&](size_t from) {
         const size_t here = rest > from ? min_size(rest - from, 16) : 0;
         return _mm512_mul_ps(load_part(x + (here ? i + from : 0), here), inv);
     };
-    const __m256i packed = packed_codes<Q>(part(0), part(16), part(32), part(48), (__mmask64{1} << rest) - 1);
-    _mm256_mask_storeu_epi8(codes, static_cast<__mmask32>((uint64_t{1} << ((rest + 1) / 2)) - 1), packed);
+    out.put_part(packed_codes<Q>(part(0), part(16), part(32), part(48), first_bytes(rest)), (rest + 1) / 2);
 }
 
 // Eight bytes to sixteen values: each byte in a 64-bit lane, its high nibble shifted down into the first half of the
@@ -139,18 +138,18 @@ inline __m512 code_values(__m128i eight, __m512 table) {
     return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, _mm512_cvtepu8_epi64(eight)), table);
 }
 
-template <QuantType Q, class T>
-void decode(const uint8_t* codes, size_t n, float scale, T* out) {
+template <QuantType Q, class T, class Sink>
+inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const __m512 table = _mm512_load_ps(Q == kNf4 ? kNf4Code.value : kFp4Code.value);
     const __m512 s = _mm512_set1_ps(scale);
     size_t i = 0;
     for (; i + 16 <= n; i += 16, codes += 8) {
         const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-        store(out + i, _mm512_mul_ps(code_values(eight, table), s));
+        out.put(narrow(_mm512_mul_ps(code_values(eight, table), s), T{}));
     }
     if (i == n) return;
     const __m128i rest = _mm_maskz_loadu_epi8(first((n - i + 1) / 2), codes);
-    store_part(out + i, _mm512_mul_ps(code_values(rest, table), s), n - i);
+    out.put_part(narrow(_mm512_mul_ps(code_values(rest, table), s), T{}), (n - i) * sizeof(T));
 }
 
 }  // namespace

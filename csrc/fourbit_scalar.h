@@ -17,19 +17,22 @@ inline int32_t code_of(float y) {
     return fp4_code_of_level(code) | (y < 0 ? 8 : 0);
 }
 
-template <QuantType Q, class T>
-void encode(const T* x, size_t n, float inverse, uint8_t* codes) {
+constexpr size_t kStep = 2;
+using PackedCodes = uint8_t;
+
+template <QuantType Q, class T, class Sink>
+void encode(const T* x, size_t n, float inverse, Sink& out) {
     constexpr size_t kTile = 64;
     int32_t tile[kTile];
     size_t i = 0;
     for (; i + kTile <= n; i += kTile) {
         for (size_t j = 0; j < kTile; ++j) tile[j] = code_of<Q>(to_float(get(x + i + j)) * inverse);
-        for (size_t j = 0; j < kTile; j += 2) *codes++ = static_cast<uint8_t>(tile[j] << 4 | tile[j + 1]);
+        for (size_t j = 0; j < kTile; j += 2) out.put(static_cast<uint8_t>(tile[j] << 4 | tile[j + 1]));
     }
     for (; i < n; i += 2) {
         const int32_t high = code_of<Q>(to_float(get(x + i)) * inverse);
         const int32_t low = i + 1 < n ? code_of<Q>(to_float(get(x + i + 1)) * inverse) : 0;
-        *codes++ = static_cast<uint8_t>(high << 4 | low);
+        out.put(static_cast<uint8_t>(high << 4 | low));
     }
 }
 
@@ -45,15 +48,15 @@ struct CodePairs {
 constexpr CodePairs kNf4Pairs{kNf4Code};
 constexpr CodePairs kFp4Pairs{kFp4Code};
 
-template <QuantType Q, class T>
-void decode(const uint8_t* codes, size_t n, float scale, T* out) {
+template <QuantType Q, class T, class Sink>
+void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const auto& value = Q == kNf4 ? kNf4Pairs.value : kFp4Pairs.value;
     for (size_t i = 0; i + 2 <= n; i += 2) {
         const float* pair = value[*codes++];
-        store(out + i, pair[0] * scale);
-        store(out + i + 1, pair[1] * scale);
+        out.put(narrow(pair[0] * scale, T{}));
+        out.put(narrow(pair[1] * scale, T{}));
     }
-    if (n % 2) store(out + n - 1, value[*codes][0] * scale);
+    if (n % 2) out.put(narrow(value[*codes][0] * scale, T{}));
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // y = fl32(x * fl32(1 / max(absmax, 1e-38))) goes to the nearest value by the float32 midpoints, a tie to the even
 // code. Values are symmetric except that there is no -1, so the encoders find the level of |y| and then apply the
 // sign. Decoding is fl32(value of code * absmax), then one rounding to the output's type.
+#include "blocks.h"
 #include "kernels.h"
-#include "simd.h"
 #include "tables.h"
 
 #if defined(TW_AVX512)
@@ -20,33 +20,25 @@ namespace {
 template <class T>
 bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_t blocksize, bool stream) {
     const T* x = static_cast<const T*>(values);
-    Out<uint8_t> out(codes, stream);
-    uint32_t worst = 0;
-    for (size_t begin = 0; begin < n; begin += blocksize) {
-        const size_t end = begin + min_size(blocksize, n - begin);
-        const uint32_t largest = absmax_of(x + begin, end - begin);
-        worst = max_of(worst, largest);
-        put(absmax++, float_of(largest));
-        const float inverse = inverse_of(largest);
-        for (size_t i = begin; i < end; i += kPiece) {
-            const size_t length = min_size(kPiece, end - i);
-            encode(x + i, length, inverse, out.room(length));
-        }
-    }
-    return worst < kInfinityBits;
+    const auto factor = [=](size_t i, uint32_t largest) {
+        put(absmax + i, float_of(largest));
+        return inverse_of(largest);
+    };
+    bool finite = true;
+    write_to<PackedCodes>(codes, stream && blocksize % kStep == 0, [&](auto& out) {
+        finite = quantize_blocks(x, n, blocksize, factor,
+                                 [&](const T* block, size_t size, float inverse) { encode(block, size, inverse, out); });
+    });
+    return finite;
 }
 
 template <class T>
 void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
-    Out<T> to(static_cast<T*>(out), stream);
-    for (size_t begin = 0; begin < n; begin += blocksize) {
-        const size_t end = begin + min_size(blocksize, n - begin);
-        const float scale = get(absmax++);
-        for (size_t i = begin; i < end; i += kPiece) {
-            const size_t length = min_size(kPiece, end - i);
-            decode(codes + i, length, scale, to.room(length));
+    write_to<Packed<T>>(out, stream && blocksize % kStep == 0, [&](auto& sink) {
+        for (size_t i = 0; i < n; i += blocksize) {
+            decode<T>(codes + i, min_size(blocksize, n - i), get(absmax++), sink);
         }
-    }
+    });
 }
 
 }  // namespace

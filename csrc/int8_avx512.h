@@ -133,14 +133,17 @@ inline __m512i codes_of(const __m512* y) {
     return transposed(codes);
 }
 
-template <class T>
-void encode(const T* x, size_t n, float inverse, uint8_t* codes) {
+constexpr size_t kStep = 64;
+using PackedCodes = __m512i;
+
+template <class T, class Sink>
+inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
     __m512 y[4];
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
         for (int k = 0; k < 4; ++k) y[k] = _mm512_mul_ps(load(x + i + 16 * k), inv);
-        _mm512_storeu_si512(codes + i, codes_of(y));
+        out.put(codes_of(y));
     }
     if (i == n) return;
     const size_t rest = n - i;
@@ -148,7 +151,7 @@ void encode(const T* x, size_t n, float inverse, uint8_t* codes) {
         const size_t here = rest > 16 * k ? min_size(rest - 16 * k, 16) : 0;
         y[k] = _mm512_mul_ps(load_part(x + (here ? i + 16 * k : 0), here), inv);
     }
-    _mm512_mask_storeu_epi8(codes + i, (__mmask64{1} << rest) - 1, codes_of(y));
+    out.put_part(codes_of(y), rest);
 }
 
 inline void values_of(__m512i codes, __m512i* values) {
@@ -165,20 +168,21 @@ inline void values_of(__m512i codes, __m512i* values) {
     unpacked(plane, values);
 }
 
-template <class T>
-void decode(const uint8_t* codes, size_t n, float scale, T* out) {
+template <class T, class Sink>
+inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const __m512 s = _mm512_set1_ps(scale);
     __m512i values[4];
+    const auto value = [&](size_t k) { return narrow(_mm512_mul_ps(_mm512_castsi512_ps(values[k]), s), T{}); };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
         values_of(_mm512_loadu_si512(codes + i), values);
-        for (int k = 0; k < 4; ++k) store(out + i + 16 * k, _mm512_mul_ps(_mm512_castsi512_ps(values[k]), s));
+        for (size_t k = 0; k < 4; ++k) out.put(value(k));
     }
     if (i == n) return;
-    values_of(_mm512_maskz_loadu_epi8((__mmask64{1} << (n - i)) - 1, codes + i), values);
-    for (size_t k = 0; i < n; ++k, i += 16) {
-        store_part(out + i, _mm512_mul_ps(_mm512_castsi512_ps(values[k]), s), min_size(n - i, 16));
-    }
+    values_of(_mm512_maskz_loadu_epi8(first_bytes(n - i), codes + i), values);
+    size_t k = 0;
+    for (; i + 16 <= n; ++k, i += 16) out.put(value(k));
+    if (i < n) out.put_part(value(k), (n - i) * sizeof(T));
 }
 
 }  // namespace

@@ -51,31 +51,41 @@ inline uint8_t code_of(float y) {
     return static_cast<uint8_t>(bits & kSignBit ? 127 - min_of(level, 127) : 127 + level);
 }
 
-template <class T>
-void encode(const T* x, size_t n, float inverse, uint8_t* codes) {
+constexpr size_t kStep = kLanes;
+using PackedCodes = PackedInt8;
+
+template <class T, class Sink>
+inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const Floats inv = splat(inverse);
-    float y[kLanes];
-    size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        store(y, mul(load(x + i), inv));
-        for (size_t lane = 0; lane < kLanes; ++lane) codes[i + lane] = code_of(y[lane]);
+    for (size_t i = 0; i < n; i += kLanes) {
+        const size_t here = min_size(kLanes, n - i);
+        const Floats scaled = mul(here == kLanes ? load(x + i) : load_part(x + i, here), inv);
+        float y[kLanes];
+        uint8_t code[kLanes];
+        memcpy(y, &scaled, sizeof y);
+        for (size_t lane = 0; lane < kLanes; ++lane) code[lane] = code_of(y[lane]);
+        PackedCodes codes;
+        memcpy(&codes, code, sizeof codes);
+        if (here == kLanes) {
+            out.put(codes);
+        } else {
+            out.put_part(codes, here);
+        }
     }
-    if (i < n) store(y, mul(load_part(x + i, n - i), inv));
-    for (size_t lane = 0; i < n; ++lane, ++i) codes[i] = code_of(y[lane]);
 }
 
-template <class T>
-void decode(const uint8_t* codes, size_t n, float scale, T* out) {
+template <class T, class Sink>
+inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const Floats s = splat(scale);
     float value[kLanes] = {};
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
         for (size_t lane = 0; lane < kLanes; ++lane) value[lane] = kInt8Code.value[codes[i + lane]];
-        store(out + i, mul(load(value), s));
+        out.put(narrow(mul(load(value), s), T{}));
     }
     if (i == n) return;
     for (size_t lane = 0; i + lane < n; ++lane) value[lane] = kInt8Code.value[codes[i + lane]];
-    store_part(out + i, mul(load(value), s), n - i);
+    out.put_part(narrow(mul(load(value), s), T{}), (n - i) * sizeof(T));
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 // One vocabulary of vector operations over every instruction set, so that a kernel's loop is written once.
 //
 // The tier being compiled (TW_AVX512, TW_AVX2, or neither) chooses the file. Each defines kLanes; Floats, Words and
-// Mask; load, store (with their *_part forms for the first n < kLanes elements) for float, Float16 and Bfloat16,
-// which convert on the way; a little arithmetic; int8 loads and rounded stores; and stream_line, a 64-byte store past
-// the caches. On top of it stand two things that every kernel needs: absmax_of and Out.
+// Mask; load for float, Float16 and Bfloat16, and load_part for the first n < kLanes of them; narrow, back to those
+// types; a little arithmetic; int8 loads and roundings; and store_bytes, for the first bytes of a vector.
+//
+// On top stand the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter end. Plain
+// stores where it is told. Stream stores whole aligned vectors past the caches, wherever the output begins.
 //
 // All of it is in unnamed namespaces: two tiers must never share a function (see floats.h).
 #pragma once
@@ -19,73 +21,99 @@
 namespace tw {
 namespace {
 
-// The largest magnitude as float bits. The order of magnitudes is that of their bits as integers, with infinity and
-// then NaN above every finite value: kInfinityBits or more means "not all finite".
-template <class T>
-inline uint32_t absmax_of(const T* x, size_t n) {
-    Words largest = no_words();
-    size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) largest = max(largest, magnitude(load(x + i)));
-    if (i < n) largest = max(largest, magnitude(load_part(x + i, n - i)));
-    return max_lane(largest);
-}
-
-// bitsandbytes' guard against an all-zero block: 1 / 1e-38 is still finite.
-inline float inverse_of(uint32_t absmax_bits) {
-    const float absmax = float_of(absmax_bits);
-    return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f);
-}
-
-// The most elements that a kernel produces in one go.
-constexpr size_t kPiece = 4096;
-
-// Where results go: straight to memory, or, when streaming, into a tile in the first-level cache that leaves in whole
-// cache lines past the others, however the output is aligned.
-template <class T>
-class Out {
+class Plain {
 public:
-    Out(T* out, bool stream) : to_(reinterpret_cast<uint8_t*>(out)), stream_(stream) {}
-    Out(const Out&) = delete;
-    Out& operator=(const Out&) = delete;
-    ~Out() {
-        if (!stream_) return;
-        drain();
-        memcpy(to_, tile_, filled_);
-        stream_fence();
-    }
+    explicit Plain(void* out) : to_(static_cast<uint8_t*>(out)) {}
 
-    // Room for the next n <= kPiece elements, all of which are written before the next call.
-    T* room(size_t n) {
-        const size_t size = n * sizeof(T);
-        if (!stream_) {
-            uint8_t* at = to_;
-            to_ += size;
-            return reinterpret_cast<T*>(at);
-        }
-        if (filled_ + size > sizeof tile_) drain();
-        uint8_t* at = tile_ + filled_;
-        filled_ += size;
-        return reinterpret_cast<T*>(at);
+    template <class V>
+    void put(V v) {
+        memcpy(to_, &v, sizeof v);
+        to_ += sizeof v;
+    }
+    template <class V>
+    void put_part(V v, size_t size) {
+        store_bytes(to_, v, size);
+        to_ += size;
     }
 
 private:
-    void drain() {
-        const size_t head = min_size((0 - reinterpret_cast<uintptr_t>(to_)) % kLine, filled_);
-        memcpy(to_, tile_, head);
-        to_ += head;
-        size_t done = head;
-        for (; done + kLine <= filled_; done += kLine, to_ += kLine) stream_line(to_, tile_ + done);
-        memmove(tile_, tile_ + done, filled_ - done);
-        filled_ -= done;
+    uint8_t* to_;
+};
+
+#if defined(TW_AVX512) || defined(TW_AVX2)
+
+// The output begins `late` bytes after a border between vectors. Each aligned vector is therefore joined from the last
+// `late` bytes of one result and the first bytes of the next; both ends are stored plainly.
+template <class V>
+class Stream {
+public:
+    explicit Stream(void* out)
+        : to_(static_cast<uint8_t*>(out)), late_(reinterpret_cast<uintptr_t>(out) % sizeof(V)), joint_(late_) {}
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    ~Stream() {
+        finish();
+        _mm_sfence();
     }
 
-    static constexpr size_t kLine = 64;
+    static bool takes(const void* out) { return Joint<V>::takes(reinterpret_cast<uintptr_t>(out) % sizeof(V)); }
+
+    void put(V v) {
+        if (begun_) {
+            stream(to_, joint_(last_, v));
+            to_ += sizeof v;
+        } else {
+            memcpy(to_, &v, sizeof v);
+            to_ += sizeof v - late_;
+            begun_ = true;
+        }
+        last_ = v;
+    }
+
+    // Ends the output.
+    void put_part(V v, size_t size) {
+        finish();
+        store_bytes(to_, v, size);
+    }
+
+private:
+    void finish() {
+        if (!begun_) return;
+        uint8_t bytes[sizeof(V)];
+        memcpy(bytes, &last_, sizeof bytes);
+        memcpy(to_, bytes + sizeof bytes - late_, late_);
+        to_ += late_;
+        begun_ = false;
+    }
 
     uint8_t* to_;
-    bool stream_;
-    size_t filled_ = 0;
-    alignas(64) uint8_t tile_[kPiece * sizeof(T) + kLine];
+    size_t late_;
+    Joint<V> joint_;
+    V last_{};
+    bool begun_ = false;
 };
+
+#endif
+
+// Calls body(sink) with the sink for results of type V. To stream, only the last of them may be partial.
+template <class V, class Body>
+inline void write_to(void* out, bool stream, Body body) {
+#if defined(TW_AVX512) || defined(TW_AVX2)
+    if constexpr (sizeof(V) >= sizeof(__m128i)) {
+        if (stream && Stream<V>::takes(out)) {
+            Stream<V> sink(out);
+            return body(sink);
+        }
+    }
+#endif
+    (void)stream;
+    Plain sink(out);
+    body(sink);
+}
+
+// The type of sixteen, eight or one T, as narrow makes them.
+template <class T>
+using Packed = decltype(narrow(Floats{}, T{}));
 
 }  // namespace
 }  // namespace tw

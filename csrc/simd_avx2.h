@@ -18,6 +18,7 @@ inline Floats widen(__m128i halves, Float16) { return _mm256_cvtph_ps(halves); }
 inline Floats widen(__m128i halves, Bfloat16) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
+inline __m256i narrow(Floats v, float) { return _mm256_castps_si256(v); }
 inline __m128i narrow(Floats v, Float16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline __m128i narrow(Floats v, Bfloat16) {
     const Words bits = _mm256_castps_si256(v);
@@ -31,14 +32,9 @@ inline __m128i narrow(Floats v, Bfloat16) {
 }
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 template <class Half>
 inline Floats load(const Half* p) {
     return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Half{});
-}
-template <class Half>
-inline void store(Half* p, Floats v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, Half{}));
 }
 template <class T>
 inline Floats load_part(const T* p, size_t n) {
@@ -46,13 +42,6 @@ inline Floats load_part(const T* p, size_t n) {
     memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
 }
-template <class T>
-inline void store_part(T* p, Floats v, size_t n) {
-    T lanes[kLanes];
-    store(lanes, v);
-    memcpy(p, lanes, n * sizeof(T));
-}
-
 inline Floats splat(float v) { return _mm256_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats select(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
@@ -88,22 +77,60 @@ inline Floats load_int8_part(const int8_t* p, size_t n) {
     memcpy(lanes, p, n);
     return load_int8(lanes);
 }
-inline void store_int8(int8_t* p, Floats v) {
+using PackedInt8 = int64_t;
+inline int64_t rounded_int8(Floats v) {
     const Words words = _mm256_cvtps_epi32(v);
     const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(pairs, pairs));
-}
-inline void store_int8_part(int8_t* p, Floats v, size_t n) {
-    int8_t lanes[kLanes];
-    store_int8(lanes, v);
-    memcpy(p, lanes, n);
+    return _mm_cvtsi128_si64(_mm_packs_epi16(pairs, pairs));
 }
 
-inline void stream_line(void* to, const void* from) {
-    _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
-    _mm256_stream_si256(static_cast<__m256i*>(to) + 1, _mm256_loadu_si256(static_cast<const __m256i*>(from) + 1));
+template <class V>
+inline void store_bytes(uint8_t* to, V v, size_t size) {
+    memcpy(to, &v, size);
 }
-inline void stream_fence() { _mm_sfence(); }
+
+inline void stream(uint8_t* to, __m256i v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(to), v); }
+inline void stream(uint8_t* to, __m128i v) { _mm_stream_si128(reinterpret_cast<__m128i*>(to), v); }
+
+// The last `late` bytes of one vector and the first of the next: blended where they are, then rotated.
+template <class V>
+class Joint;
+
+template <>
+class Joint<__m256i> {
+public:
+    explicit Joint(size_t late) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const int late_lanes = static_cast<int>(late / 4);
+        is_last_ = _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(7 - late_lanes));
+        rotation_ = _mm256_sub_epi32(lane, _mm256_set1_epi32(late_lanes));  // of which three bits count
+    }
+    static bool takes(size_t late) { return late % 4 == 0; }
+    __m256i operator()(__m256i last, __m256i next) const {
+        return _mm256_permutevar8x32_epi32(_mm256_blendv_epi8(next, last, is_last_), rotation_);
+    }
+
+private:
+    __m256i is_last_, rotation_;
+};
+
+template <>
+class Joint<__m128i> {
+public:
+    explicit Joint(size_t late) {
+        const __m128i byte = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const int late_bytes = static_cast<int>(late);
+        is_last_ = _mm_cmpgt_epi8(byte, _mm_set1_epi8(static_cast<char>(15 - late_bytes)));
+        rotation_ = _mm_and_si128(_mm_sub_epi8(byte, _mm_set1_epi8(static_cast<char>(late_bytes))), _mm_set1_epi8(15));
+    }
+    static bool takes(size_t) { return true; }
+    __m128i operator()(__m128i last, __m128i next) const {
+        return _mm_shuffle_epi8(_mm_blendv_epi8(next, last, is_last_), rotation_);
+    }
+
+private:
+    __m128i is_last_, rotation_;
+};
 
 }  // namespace
 }  // namespace tw

@@ -20,6 +20,7 @@ inline Floats widen(__m256i halves, Float16) { return _mm512_cvtph_ps(halves); }
 inline Floats widen(__m256i halves, Bfloat16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+inline __m512i narrow(Floats v, float) { return _mm512_castps_si512(v); }
 inline __m256i narrow(Floats v, Float16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // In integers: VCVTNE2PS2BF16 would flush subnormals.
 inline __m256i narrow(Floats v, Bfloat16) {
@@ -33,8 +34,6 @@ inline __m256i narrow(Floats v, Bfloat16) {
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load_part(const float* p, size_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
-inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline void store_part(float* p, Floats v, size_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 
 template <class Half>
 inline Floats load(const Half* p) {
@@ -44,15 +43,6 @@ template <class Half>
 inline Floats load_part(const Half* p, size_t n) {
     return widen(_mm256_maskz_loadu_epi16(first(n), p), Half{});
 }
-template <class Half>
-inline void store(Half* p, Floats v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, Half{}));
-}
-template <class Half>
-inline void store_part(Half* p, Floats v, size_t n) {
-    _mm256_mask_storeu_epi16(p, first(n), narrow(v, Half{}));
-}
-
 inline Floats splat(float v) { return _mm512_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats select(Mask m, Floats a, Floats b) { return _mm512_mask_blend_ps(m, b, a); }
@@ -78,14 +68,39 @@ inline Floats load_int8(const int8_t* p) {
 inline Floats load_int8_part(const int8_t* p, size_t n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
 }
+using PackedInt8 = __m128i;
 inline __m128i rounded_int8(Floats v) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)); }
-inline void store_int8(int8_t* p, Floats v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded_int8(v)); }
-inline void store_int8_part(int8_t* p, Floats v, size_t n) { _mm_mask_storeu_epi8(p, first(n), rounded_int8(v)); }
 
-inline void stream_line(void* to, const void* from) {
-    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+inline __mmask64 first_bytes(size_t n) { return n < 64 ? (__mmask64{1} << n) - 1 : ~__mmask64{0}; }
+inline void store_bytes(uint8_t* to, __m512i v, size_t n) { _mm512_mask_storeu_epi8(to, first_bytes(n), v); }
+inline void store_bytes(uint8_t* to, __m256i v, size_t n) {
+    _mm256_mask_storeu_epi8(to, static_cast<__mmask32>(first_bytes(n)), v);
 }
-inline void stream_fence() { _mm_sfence(); }
+inline void store_bytes(uint8_t* to, __m128i v, size_t n) { _mm_mask_storeu_epi8(to, first(n), v); }
+
+inline void stream(uint8_t* to, __m512i v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v); }
+inline void stream(uint8_t* to, __m256i v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(to), v); }
+inline void stream(uint8_t* to, __m128i v) { _mm_stream_si128(reinterpret_cast<__m128i*>(to), v); }
+
+inline __m512i picked(__m512i a, __m512i at, __m512i b) { return _mm512_permutex2var_epi8(a, at, b); }
+inline __m256i picked(__m256i a, __m256i at, __m256i b) { return _mm256_permutex2var_epi8(a, at, b); }
+inline __m128i picked(__m128i a, __m128i at, __m128i b) { return _mm_permutex2var_epi8(a, at, b); }
+
+// The last `late` bytes of one vector and the first of the next: one permutation of both.
+template <class V>
+class Joint {
+public:
+    explicit Joint(size_t late) {
+        uint8_t at[sizeof(V)];
+        for (size_t i = 0; i < sizeof at; ++i) at[i] = static_cast<uint8_t>(sizeof at - late + i);
+        memcpy(&at_, at, sizeof at);
+    }
+    static bool takes(size_t) { return true; }
+    V operator()(V last, V next) const { return picked(last, at_, next); }
+
+private:
+    V at_;
+};
 
 }  // namespace
 }  // namespace tw

@@ -3,10 +3,6 @@
 
 #include "floats.h"
 
-#if defined(__SSE2__) || defined(_M_X64)
-#include <emmintrin.h>
-#endif
-
 namespace tw {
 namespace {
 
@@ -26,14 +22,10 @@ inline Floats load_part(const T* p, size_t) {
 }
 
 template <class T>
-inline void store(T* p, Floats v) {
+inline T narrow(Floats v, T) {
     T narrowed;
     from_float(v, narrowed);
-    put(p, narrowed);
-}
-template <class T>
-inline void store_part(T* p, Floats v, size_t) {
-    store(p, v);
+    return narrowed;
 }
 
 inline Floats splat(float v) { return v; }
@@ -54,23 +46,13 @@ inline uint32_t count(Mask m) { return m; }
 
 inline Floats load_int8(const int8_t* p) { return static_cast<float>(*p); }
 inline Floats load_int8_part(const int8_t* p, size_t) { return load_int8(p); }
+using PackedInt8 = int8_t;
 // Adding 1.5 * 2^23, whose ulp is 1, rounds to the nearest even integer and leaves it in the low bits.
-inline void store_int8(int8_t* p, Floats v) { *p = static_cast<int8_t>(bits_of(v + 0x1.8p23f)); }
-inline void store_int8_part(int8_t* p, Floats v, size_t) { store_int8(p, v); }
+inline int8_t rounded_int8(Floats v) { return static_cast<int8_t>(bits_of(v + 0x1.8p23f)); }
 
-inline void stream_line(void* to, const void* from) {
-#if defined(__SSE2__) || defined(_M_X64)
-    for (int i = 0; i < 4; ++i) {
-        _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
-    }
-#else
-    memcpy(to, from, 64);
-#endif
-}
-inline void stream_fence() {
-#if defined(__SSE2__) || defined(_M_X64)
-    _mm_sfence();
-#endif
+template <class V>
+inline void store_bytes(uint8_t* to, V v, size_t size) {
+    memcpy(to, &v, size);
 }
 
 }  // namespace

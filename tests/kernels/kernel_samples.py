@@ -11,7 +11,18 @@ Array = npt.NDArray
 
 METHODS = ("nf4", "fp4", "int8", "linear")
 FLOATS = ("float32", "float16", "bfloat16")
-SAMPLES = ("normal", "weights", "magnitudes", "bits", "subnormal", "sparse", "zeros", "ties", "linear ties")
+SAMPLES = (
+    "normal",
+    "weights",
+    "magnitudes",
+    "bits",
+    "subnormal",
+    "sparse",
+    "zeros",
+    "ties",
+    "linear ties",
+    "scale ties",
+)
 
 MARGIN = 64
 FILLER = 0xA5
@@ -48,10 +59,16 @@ def sample(kind: str, n: int, seed: int) -> npt.NDArray[np.float32]:
         y = np.where(rng.random(n) < 0.4, at, np.nextafter(at, towards))
         y[::32] = np.copysign(np.float32(1), y[::32])
         return y * np.float32(2.0 ** rng.integers(-60, 60))
-    assert kind == "linear ties"
-    y = rng.integers(-127, 127, n).astype(np.float32) + np.float32(0.5)
-    y[::32] = np.copysign(np.float32(127), y[::32])
-    return y * np.float32(2.0 ** rng.integers(-60, 60))
+    if kind == "linear ties":
+        # Half-way between codes, where the scale is a power of two.
+        y = rng.integers(-127, 127, n).astype(np.float32) + np.float32(0.5)
+        y[::32] = np.copysign(np.float32(127), y[::32])
+        return y * np.float32(2.0 ** rng.integers(-60, 60))
+    assert kind == "scale ties"
+    # absmax / 127 is half-way between two bfloat16, or next to that: with a value a block, in every block.
+    midpoints = 1 + (2 * rng.integers(0, 128, n) + 1) / 256
+    at = (127 * midpoints * 2.0 ** rng.integers(-130, 100, n)).astype(np.float32)
+    return np.copysign((at.view(np.int32) + rng.integers(-2, 3, n, dtype=np.int32)).view(np.float32), normal)
 
 
 def as_float(values: npt.NDArray[np.float32], dtype: str) -> Array:

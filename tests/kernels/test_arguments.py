@@ -102,7 +102,7 @@ class TestArguments:
                 assert key in refused(kernels, name, TypeError, **{key: np.zeros(right.size, dtype)})
 
     @pytest.mark.parametrize("name, key", ARRAYS)
-    @pytest.mark.parametrize("value", [None, 1, b"\0" * N, [0.0] * N])
+    @pytest.mark.parametrize("value", [None, 1, [0.0] * N])
     def test_no_array(self, kernels: ModuleType, name: str, key: str, value: Any) -> None:
         refused(kernels, name, TypeError, **{key: value})
 

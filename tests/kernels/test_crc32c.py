@@ -77,7 +77,7 @@ class TestCrc32c:
             with pytest.raises(TypeError):
                 kernels.crc32c(no_buffer)
         for with_gaps in (NOISE[:100:2], memoryview(NOISE)[:100:2]):
-            with pytest.raises(ValueError):
+            with pytest.raises((ValueError, BufferError)):  # the exporter's own
                 kernels.crc32c(with_gaps)
         for seed in (-1, 1 << 32):
             with pytest.raises((TypeError, ValueError)):

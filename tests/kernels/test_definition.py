@@ -231,8 +231,8 @@ class TestExamples:
     def test_linear(self, kernels: ModuleType) -> None:
         one = 0x3F80
         assert self.encode(kernels, "linear", 127, -126.5, 0.5, -1.5) == ([127, -126, 0, -2], [one])
-        # absmax / 127 is rounded down to the scale 1: the code would be 127.3.
-        assert self.encode(kernels, "linear", 127.3, -127.3) == ([127, -127], [one])
+        # absmax / 127 is rounded down to the scale 1, by as much as that goes.
+        assert self.encode(kernels, "linear", 127.496, -127.496) == ([127, -127], [one])
 
     def test_linear_scale_is_zero_or_normal(self, kernels: ModuleType) -> None:
         assert self.encode(kernels, "linear", 127 * 2.0**-126, 2.0**-126) == ([127, 1], [0x0080])

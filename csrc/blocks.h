@@ -1,0 +1,72 @@
+// The walk over the blocks of a quantizer: statistic first, then codes, with memory kept busy throughout.
+#pragma once
+
+#include "simd.h"
+
+namespace tw {
+namespace {
+
+// The largest magnitude as float bits. The order of magnitudes is that of their bits as integers, with infinity and
+// then NaN above every finite value: kInfinityBits or more means "not all finite".
+template <class T>
+inline uint32_t absmax_of(const T* x, size_t n) {
+    Words largest = no_words();
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        prefetch(x + i, kPrefetchBytes);
+        largest = max(largest, magnitude(load(x + i)));
+    }
+    if (i < n) largest = max(largest, magnitude(load_part(x + i, n - i)));
+    return max_lane(largest);
+}
+
+// bitsandbytes' guard against an all-zero block: 1 / 1e-38 is still finite.
+inline float inverse_of(uint32_t absmax_bits) {
+    const float absmax = float_of(absmax_bits);
+    return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f);
+}
+
+// The blocksize that deserves a walk compiled for it: the default of 4-bit quantization. Whole blocks only.
+struct Fixed64 {
+    constexpr operator size_t() const { return 64; }
+};
+
+inline size_t size_of_block(Fixed64, size_t) { return 64; }
+inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blocksize, left); }
+
+// For each block i from `first`, factor(i, largest magnitude as bits), then encode(x, n, factor); the worst magnitude.
+//
+// Small blocks have their statistic taken some blocks before they are encoded: a block's maximum and reciprocal are a
+// long chain of dependent instructions, which would otherwise stand between one block's work and the next's.
+template <class T, class Size, class Factor, class Encode>
+inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, Factor factor, Encode encode) {
+    constexpr size_t kRing = 16, kAheadElements = 1024;
+    const size_t blocks = n / blocksize + (n % blocksize != 0);
+    const size_t ahead = min_size(kRing - 1, kAheadElements / blocksize);
+    uint32_t worst = 0;
+    float factors[kRing];
+    const auto size = [&](size_t i) { return size_of_block(blocksize, n - i * blocksize); };
+    const auto look = [&](size_t i) {
+        const uint32_t largest = absmax_of(x + i * blocksize, size(i));
+        worst = worst > largest ? worst : largest;
+        factors[i % kRing] = factor(first + i, largest);
+    };
+    for (size_t i = 0; i < min_size(ahead, blocks); ++i) look(i);
+    for (size_t i = 0; i < blocks; ++i) {
+        if (i + ahead < blocks) look(i + ahead);
+        encode(x + i * blocksize, size(i), factors[i % kRing]);
+    }
+    return worst;
+}
+
+// The walk over all blocks; whether all values are finite.
+template <class T, class Factor, class Encode>
+inline bool quantize_blocks(const T* x, size_t n, size_t blocksize, Factor factor, Encode encode) {
+    const size_t fixed = blocksize == Fixed64{} ? n / 64 : 0;
+    const uint32_t most = walk_blocks(x, fixed * 64, Fixed64{}, 0, factor, encode);
+    const uint32_t rest = walk_blocks(x + fixed * 64, n - fixed * 64, blocksize, fixed, factor, encode);
+    return (most > rest ? most : rest) < kInfinityBits;
+}
+
+}  // namespace
+}  // namespace tw
