@@ -10,7 +10,6 @@ array holds, in ascending order, the points where the nearest code changes. The 
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 __all__ = [
     "FP4_CODE",
@@ -22,21 +21,19 @@ __all__ = [
     "NF4_THRESHOLDS",
 ]
 
-Table = npt.NDArray[np.float32]
 
-
-def _constant(array: npt.NDArray) -> npt.NDArray:
+def _constant(array: np.ndarray) -> np.ndarray:
     array.setflags(write=False)
     return array
 
 
-def _midpoints(code: Table) -> Table:
+def _midpoints(code: np.ndarray) -> np.ndarray:
     """fl32(fl32(c[k] + c[k+1]) / 2) of a sorted table, as bitsandbytes' encoders take it."""
     return (code[:-1] + code[1:]) * np.float32(0.5)
 
 
 # Quantiles of the normal distribution, chosen so that 0 and both ends are exact (QLoRA, arXiv:2305.14314).
-NF4_CODE: Final[Table] = _constant(
+NF4_CODE: Final = _constant(
     np.array(
         [
             -1.0,
@@ -59,24 +56,24 @@ NF4_CODE: Final[Table] = _constant(
         np.float32,
     )
 )
-NF4_THRESHOLDS: Final[Table] = _constant(_midpoints(NF4_CODE))
+NF4_THRESHOLDS: Final = _constant(_midpoints(NF4_CODE))
 
 # One sign, two exponent, one mantissa bit, over the largest value, 12. Code 8, "minus zero", is +0.0.
-FP4_CODE: Final[Table] = _constant(
+FP4_CODE: Final = _constant(
     np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
 )
 # Of the magnitude; the literals of bitsandbytes' CUDA encoder (csrc/kernels.cu: dQuantizeFP4), up to 14 ulp
 # away from the midpoints of FP4_CODE. A magnitude above k of them has level k.
-FP4_THRESHOLDS: Final[Table] = _constant(
+FP4_THRESHOLDS: Final = _constant(
     np.array(
         [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333],
         np.float32,
     )
 )
-FP4_CODE_OF_LEVEL: Final[npt.NDArray[np.uint8]] = _constant(np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8))
+FP4_CODE_OF_LEVEL: Final = _constant(np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8))
 
 
-def _dynamic_code() -> Table:
+def _dynamic_code() -> np.ndarray:
     """The signed 8-bit dynamic map (arXiv:1511.04561): 256 sorted values from -0.993 to 1, code 127 is 0.
 
     Decade i of seven, 10**(i-7) to 10**(i-6), holds the centres of 2**i equal steps, each sign; 0 and 1
@@ -98,5 +95,5 @@ def _dynamic_code() -> Table:
     return np.concatenate([-positive[::-1], np.zeros(1, np.float32), positive, np.ones(1, np.float32)])
 
 
-INT8_CODE: Final[Table] = _constant(_dynamic_code())
-INT8_THRESHOLDS: Final[Table] = _constant(_midpoints(INT8_CODE))
+INT8_CODE: Final = _constant(_dynamic_code())
+INT8_THRESHOLDS: Final = _constant(_midpoints(INT8_CODE))
