@@ -22,6 +22,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Schema
 from tensorwire.streams.atomic import read_at, replacing, write_at
 from tensorwire.streams.chunks import FileSink, file_reader
+from tensorwire.streams.pool import Pool
 from tensorwire.streams.receive import Receiver
 from tensorwire.streams.rules import CodecChoice
 from tensorwire.streams.source import as_source
@@ -159,12 +160,13 @@ class SafetensorsFile(Mapping[str, TensorView]):
     def _make_views(self, header: dict[str, Any], begin: int, size: int) -> dict[str, TensorView]:
         entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[3:])
         views = {}
+        pool = Pool()  # one for all tensors: they are read one after the other
         end = 0
         for name, dtype, shape, start, stop in entries:
             if start != end:
                 raise FormatError("tensors overlap or leave holes", item=name)
             end = stop
-            views[name] = TensorView(dtype, shape, file_reader(self._fd, begin + start, dtype.itemsize))
+            views[name] = TensorView(dtype, shape, file_reader(self._fd, begin + start, dtype.itemsize, pool))
         if end != size:
             raise FormatError(f"tensors take {end} bytes, the file has {size}")
         return views

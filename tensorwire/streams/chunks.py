@@ -46,7 +46,7 @@ def _open_and_send(path: Path, codec: Codec, name: str | None, frame_size: int, 
     fd = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
-        yield from _send(size, file_reader(fd, 0, 1), codec, name or path.name, frame_size, limits)
+        yield from _send(size, file_reader(fd, 0, 1, Pool()), codec, name or path.name, frame_size, limits)
     finally:
         os.close(fd)
 
@@ -58,9 +58,8 @@ def _send(size: int | None, read: Any, codec: Codec, name: str, frame_size: int,
     return encode_leaves(leaves, frame_size=frame_size, info=stream_info(None), limits=limits)
 
 
-def file_reader(fd: int, offset: int, itemsize: int) -> Any:
+def file_reader(fd: int, offset: int, itemsize: int, pool: Pool) -> Any:
     """`TensorView.read` over bytes of an open file from `offset` on, through pooled memory."""
-    pool = Pool()
 
     def read(start: int, stop: int) -> np.ndarray:
         buffer = pool.take((stop - start) * itemsize)
