@@ -1,0 +1,205 @@
+"""GB/s of fp32 input per codec, beside a copy and beside what a user would otherwise pick, in one run.
+
+Every contender works on the same array of seeded weights. After one warm-up each, rounds go over all of them in turn,
+so that whatever else the machine does falls on all alike; a figure is the median of the rounds. `warm` writes into
+memory that was written before, `fresh` into what it allocates itself. memcpy is `np.copyto` of the same array into
+warm memory, each byte counted once; vs_memcpy and vs_rival are ratios to figures of this run.
+
+encode and decode are the codec alone, on `threads` equal parts of the array. encode_stream drains `tensorwire.encode`
+and decode_stream runs `tensorwire.decode` from one message into an existing array: frames, checksums and Python
+included.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from time import perf_counter
+from typing import Any, Final
+
+import numpy as np
+
+import tensorwire
+from tensorwire import dtypes, kernels
+from tensorwire.bench import rivals
+from tensorwire.bench.models import MIB, weights
+from tensorwire.bench.options import Note, Options
+from tensorwire.bench.rivals import Contender
+from tensorwire.bench.tables import Column, Row
+from tensorwire.codecs import Codec, crc32c
+
+DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "raw")
+DEFAULT_SIZE_MIB: Final = {"native": 64, "numpy": 4}
+ROUNDS: Final = 9
+FEWER_ROUNDS: Final = 5  # for what takes longer than
+_SLOW: Final = 0.2  # seconds
+COLUMNS: Final = (
+    Column("size_mib", "MiB"),
+    Column("codec", "codec"),
+    Column("op", "op"),
+    Column("output", "output"),
+    Column("impl", "by"),
+    Column("gbps", "GB/s", ".2f"),
+    Column("vs_memcpy", "of memcpy", ".3f"),
+    Column("vs_rival", "of rival", ".2f"),
+)
+
+
+def title(rows: list[Row]) -> str:
+    """What stands above the table."""
+    return f"speed, {rows[0]['threads']} thread(s), GB/s of fp32, medians of {ROUNDS} rounds"
+
+
+def run(options: Options, note: Note) -> Iterator[Row]:
+    """Rows for each size: memcpy first, then codec by codec."""
+    if options.model is not None:
+        note("speed measures seeded weights, whatever the model")
+    codecs = [tensorwire.codec(spec) for spec in options.codecs or DEFAULT_CODECS]
+    rivals.import_rivals(codecs, options.threads, note)
+    for size_mib in options.sizes_mib or (DEFAULT_SIZE_MIB[kernels.implementation],):
+        yield from _measure(codecs, size_mib, options.threads)
+
+
+def _measure(codecs: list[Codec], size_mib: int, threads: int) -> list[Row]:
+    values = weights(size_mib * MIB // 4)
+    out = np.zeros_like(values)
+    with ThreadPoolExecutor(threads) as pool:
+        contenders = list(_copies(values, out, threads, pool))
+        contenders += [_checksum(values), rivals.crc32(values)]
+        for codec in codecs:
+            contenders += _ours(codec, values, out, threads, pool)
+            contenders += rivals.contenders(codec, values, out, threads)
+        seconds = time_all([contender.run for contender in contenders])
+    rows = [
+        {
+            "suite": "speed",
+            "codec": contender.codec,
+            "op": contender.op,
+            "output": contender.output,
+            "impl": contender.impl,
+            "isa": kernels.isa if contender.impl == kernels.implementation else None,
+            "threads": threads,
+            "size_mib": size_mib,
+            "gbps": values.nbytes / 1e9 / time,
+        }
+        for contender, time in zip(contenders, seconds, strict=True)
+    ]
+    return _with_ratios(rows)
+
+
+def time_all(runs: list[Callable[[], Any]]) -> list[float]:
+    """Median seconds of each, over rounds that go through all of them in turn."""
+    gc.collect()
+    gc.disable()
+    try:
+        slow = [_time(run) > _SLOW for run in runs]  # the warm-up, too
+        times: list[list[float]] = [[] for _ in runs]
+        for number in range(ROUNDS):
+            for run, record, is_slow in zip(runs, times, slow, strict=True):
+                if number < FEWER_ROUNDS or not is_slow:
+                    record.append(_time(run))
+    finally:
+        gc.enable()
+    return [median(record) for record in times]
+
+
+def _time(run: Callable[[], Any]) -> float:
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def _copies(values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
+    parts = [slice(start, stop) for start, stop in _parts(values.size, 1, threads)]
+    copy = _together([lambda part=part: np.copyto(out[part], values[part]) for part in parts], pool)
+    fresh = _together([lambda part=part: values[part].copy() for part in parts], pool)
+    yield Contender("raw", "copy", "memcpy", "warm", copy)
+    yield Contender("raw", "copy", "memcpy", "fresh", fresh)
+
+
+def _checksum(values: np.ndarray) -> Contender:
+    return Contender("crc32c", "checksum", kernels.implementation, "none", lambda: crc32c(values))
+
+
+def _ours(
+    codec: Codec, values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor
+) -> Iterator[Contender]:
+    name, impl = repr(codec), kernels.implementation
+    if not codec.in_place:
+        parts = [
+            _Part(codec, values[start:stop], out[start:stop])
+            for start, stop in _parts(values.size, codec.block(dtypes.FLOAT32), threads)
+        ]
+        yield Contender(name, "encode", impl, "warm", _together([part.encode for part in parts], pool))
+        yield Contender(name, "encode", impl, "fresh", _together([part.encode_fresh for part in parts], pool))
+        yield Contender(name, "decode", impl, "warm", _together([part.decode for part in parts], pool))
+        yield Contender(name, "decode", impl, "fresh", _together([part.decode_fresh for part in parts], pool))
+    if threads == 1:
+        message = tensorwire.dumps({"x": values}, codec=codec)
+        yield Contender(name, "encode_stream", impl, "warm", lambda: _drain(tensorwire.encode({"x": values}, codec=codec)))
+        yield Contender(name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into={"x": out})))
+
+
+class _Part:
+    """What one thread encodes and decodes."""
+
+    def __init__(self, codec: Codec, values: np.ndarray, out: np.ndarray) -> None:
+        self._codec = codec
+        self._view = tensorwire.numpy.FRONT.view(values)
+        self._data = values.view(np.uint8)
+        self._out = out.view(np.uint8)
+        self._warm = np.zeros(codec.sizes(values.size, dtypes.FLOAT32).total, np.uint8)
+        self._payload = bytes(self._encode(self._take_warm))
+
+    def encode(self) -> None:
+        self._encode(self._take_warm)
+
+    def encode_fresh(self) -> None:
+        self._encode(lambda size: np.empty(size, np.uint8))
+
+    def decode(self) -> None:
+        self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, self._out)
+
+    def decode_fresh(self) -> None:
+        self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, np.empty(self._out.size, np.uint8))
+
+    def _encode(self, take: Callable[[int], np.ndarray]) -> Any:
+        # What a codec must know of the whole tensor (double quantization: its mean absmax) is part of the work.
+        return self._codec.encode(self._data, dtypes.FLOAT32, take, self._codec.prepare(self._view))
+
+    def _take_warm(self, size: int) -> np.ndarray:
+        return self._warm[:size]
+
+
+def _parts(count: int, block: int, threads: int) -> list[tuple[int, int]]:
+    """[start, stop) of about equal parts, each a whole number of blocks but the last."""
+    step = -(-count // threads)
+    step = -(-step // block) * block
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _together(jobs: list[Callable[[], Any]], pool: ThreadPoolExecutor) -> Callable[[], Any]:
+    """One callable that does all jobs at once, without a pool in the way of a single one."""
+    return jobs[0] if len(jobs) == 1 else lambda: list(pool.map(lambda job: job(), jobs))
+
+
+def _drain(iterator: Iterator[Any]) -> None:
+    for _ in iterator:
+        pass
+
+
+def _with_ratios(rows: list[Row]) -> list[Row]:
+    memcpy = rows[0]["gbps"]
+    theirs: dict[tuple[str, str, str], float] = {}
+    for row in rows:
+        if row["impl"] not in ("memcpy", kernels.implementation):
+            theirs[row["codec"], row["op"], row["output"]] = row["gbps"]
+    for row in rows:
+        row["vs_memcpy"] = row["gbps"] / memcpy
+        row["vs_rival"] = None
+        if row["impl"] == kernels.implementation:
+            # A rival that offers only one kind of output is compared with both of ours.
+            outputs = (row["output"], "warm", "fresh")
+            rival = next((theirs[key] for o in outputs if (key := (row["codec"], row["op"], o)) in theirs), None)
+            row["vs_rival"] = row["gbps"] / rival if rival else None
+    return rows
