@@ -1,10 +1,8 @@
 """Files that appear under their name only when they are complete."""
 
 import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -14,8 +12,8 @@ def replacing(path: str | os.PathLike) -> Iterator[int]:
     The file is made beside its target (O_EXCL, no links followed), synced, renamed over it, and the folder synced.
     On any error it is removed and a file already at `path` stays untouched.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    folder, name = os.path.split(os.fspath(path))
+    temporary = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     fd = os.open(temporary, flags, 0o666)
     try:
@@ -24,11 +22,12 @@ def replacing(path: str | os.PathLike) -> Iterator[int]:
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(temporary, target)
+        os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
-    _sync_folder(target.parent)
+    _sync_folder(folder or os.curdir)
 
 
 def write_all(fd: int, buffers: Iterator) -> int:
@@ -62,7 +61,7 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> int:
     return size - len(rest)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: str) -> None:
     if os.name != "posix":
         return
     fd = os.open(folder, os.O_RDONLY)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -39,14 +38,16 @@ def encode_file(
         raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
     if hasattr(file, "read"):
         return _send(None, _piped(file), chosen, name or "-", frame_size, limits)
-    return _open_and_send(Path(file), chosen, name, frame_size, limits)
+    return _open_and_send(file, chosen, name, frame_size, limits)
 
 
-def _open_and_send(path: Path, codec: Codec, name: str | None, frame_size: int, limits: Limits) -> Iterator[Any]:
+def _open_and_send(
+    path: str | os.PathLike, codec: Codec, name: str | None, frame_size: int, limits: Limits
+) -> Iterator[Any]:
     fd = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
-        yield from _send(size, file_reader(fd, 0, 1, Pool()), codec, name or path.name, frame_size, limits)
+        yield from _send(size, file_reader(fd, 0, 1, Pool()), codec, name or os.path.basename(os.fspath(path)), frame_size, limits)
     finally:
         os.close(fd)
 
