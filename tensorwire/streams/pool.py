@@ -29,12 +29,12 @@ class Pool:
 
     def take(self, size: int) -> np.ndarray:
         """A uint8 array of `size` bytes with arbitrary content, 64-byte aligned as far as NumPy aligns."""
-        for index in range(len(self._arrays)):
-            if _count(self._arrays, index) == _FREE:
-                if self._arrays[index].size >= size:
-                    return self._arrays[index][:size]
-                del self._arrays[index]
-                break
+        free = [index for index in range(len(self._arrays)) if _count(self._arrays, index) == _FREE]
+        for index in free:
+            if self._arrays[index].size >= size:
+                return self._arrays[index][:size]
+        if free:
+            del self._arrays[free[0]]  # too small: the new one takes its place
         array = np.empty(size, np.uint8)
         if len(self._arrays) < _KEPT:
             self._arrays.append(array)
