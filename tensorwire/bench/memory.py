@@ -104,11 +104,11 @@ def transfer(
         port = receiver.result()["port"]
         sender = stack.enter_context(_Peer(sender_job | {"role": "send", "port": port}))
         try:
-            return sender.result(), receiver.result()
-        except BenchError:
-            if receiver.failed:  # then that is the cause, and the broken connection only what followed
-                receiver.result()
-            raise
+            sent = sender.result()
+        except BenchError as error:
+            # Either may be the cause of the other. A receiver that still waits for a connection is not.
+            raise BenchError(f"{error}; {receiver.last_words()}" if receiver.failed else str(error)) from None
+        return sent, receiver.result()
 
 
 class _Peer:
@@ -148,9 +148,14 @@ class _Peer:
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
+        raise BenchError(self.last_words())
+
+    def last_words(self) -> str:
+        """Why it ended."""
+        assert self._process.stderr is not None
         lines = self._process.stderr.read().strip().splitlines()
         killed = f"exit code {self._process.wait()}"
-        raise BenchError(f"the process to {self._role} failed: {lines[-1] if lines else killed}")
+        return f"the process to {self._role} failed: {lines[-1] if lines else killed}"
 
 
 def _source(model: Model, folder: str) -> str:
