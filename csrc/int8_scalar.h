@@ -12,8 +12,8 @@ struct Int8Buckets {
     static constexpr uint32_t kFirst = (127 - 22) << 6;   // the bucket of 2^-22
     static constexpr uint32_t kCount = 22 * 64 + 1;
 
-    float bound[kCount] = {};    // its bound, or the next above it
-    uint8_t level[kCount] = {};  // the level of its lower end
+    uint32_t bound[kCount] = {};  // the bits of its bound, or of the next above it
+    uint8_t level[kCount] = {};   // the level of its lower end
 
     constexpr Int8Buckets() {
         uint32_t bucket = 0;
@@ -22,7 +22,7 @@ struct Int8Buckets {
         for (; octave <= 1; octave *= 2) {
             for (int step = 0; step < 64 && bucket < kCount; ++step, ++bucket) {
                 const float end = octave + octave * (static_cast<float>(step + 1) / 64);
-                bound[bucket] = below < 128 ? kInt8Bounds.above[below] : 2.0f;
+                bound[bucket] = __builtin_bit_cast(uint32_t, below < 128 ? kInt8Bounds.above[below] : 2.0f);
                 level[bucket] = below;
                 while (below < 128 && kInt8Bounds.above[below] < end) {
                     ++below;
@@ -41,14 +41,17 @@ struct Int8Buckets {
 constexpr Int8Buckets kInt8Buckets;
 static_assert(kInt8Buckets.exact(), "a bucket holds two bounds");
 
+// Without branches, which the signs of real data would make unpredictable.
 inline uint8_t code_of(float y) {
     constexpr uint32_t kFirst = Int8Buckets::kFirst;
     constexpr uint32_t kLast = kFirst + Int8Buckets::kCount - 1;
     const uint32_t bits = bits_of(y);
     const uint32_t size = bits & ~kSignBit;
+    const uint32_t negative = bits >> 31;
     const uint32_t bucket = min_of(max_of(size >> Int8Buckets::kShift, kFirst), kLast) - kFirst;
-    const uint32_t level = kInt8Buckets.level[bucket] + (float_of(size) > kInt8Buckets.bound[bucket]);
-    return static_cast<uint8_t>(bits & kSignBit ? 127 - min_of(level, 127) : 127 + level);
+    const uint32_t above = (kInt8Buckets.bound[bucket] - size) >> 31;
+    const uint32_t level = min_of(kInt8Buckets.level[bucket] + above, 128 - negative);
+    return static_cast<uint8_t>(127 + ((level ^ (0 - negative)) + negative));
 }
 
 constexpr size_t kStep = kLanes;

@@ -36,6 +36,10 @@ template <class Half>
 inline Floats load(const Half* p) {
     return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Half{});
 }
+inline void prefetch(const void* p, size_t bytes_ahead) {
+    _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
+}
+
 template <class T>
 inline Floats load_part(const T* p, size_t n) {
     T lanes[kLanes] = {};
