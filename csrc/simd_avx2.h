@@ -88,6 +88,11 @@ inline int64_t rounded_int8(Floats v) {
     return _mm_cvtsi128_si64(_mm_packs_epi16(pairs, pairs));
 }
 
+// Bytes packed from four vectors of 32-bit lanes, which packing leaves in the order of 128-bit lanes, put in theirs.
+inline __m256i in_order(__m256i bytes) {
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
 template <class V>
 inline void store_bytes(uint8_t* to, V v, size_t size) {
     memcpy(to, &v, size);
