@@ -49,7 +49,9 @@ COLUMNS: Final = (
 
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
-    return f"speed, {rows[0]['threads']} thread(s), GB/s of fp32, medians of {ROUNDS} rounds"
+    threads = rows[0]["threads"]
+    plural = "s" if threads > 1 else ""
+    return f"speed with {threads} thread{plural}, GB/s of fp32, medians of {ROUNDS} rounds"
 
 
 def run(options: Options, note: Note) -> Iterator[Row]:
