@@ -48,8 +48,10 @@ class TorchFront:
     def target(self, value: object) -> memoryview:
         if not isinstance(value, torch.Tensor) or not value.is_contiguous() or value.device.type != "cpu":
             raise EncodeError("into= takes contiguous CPU tensors")
-        tensor = _plain(value)
-        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        if value.is_conj() or value.is_neg():
+            raise EncodeError("into= cannot write through a conjugate or negative view")
+        array = _plain(value).view(_BITS[value.element_size()]).numpy()
+        return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
