@@ -171,8 +171,10 @@ def test_a_torch_tensor_of_any_dtype_and_layout_comes_back_bit_exact(number, sha
     assert not result.requires_grad
     assert result.is_contiguous()
 
-    def as_bytes(t: Any) -> list:
-        return t.detach().contiguous().reshape(-1).view(torch.uint8).tolist() if t.numel() else []
+    same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+    def as_bytes(t: Any) -> bytes:
+        return t.detach().view(same_size[t.element_size()]).numpy().tobytes()
 
     assert as_bytes(result) == as_bytes(tensor)
     # The top level takes either library and gives NumPy; both fronts write the same bytes.
@@ -497,10 +499,14 @@ def test_into_torch_tensors():
 
     values = torch.randn(300)
     for codec in ("raw", "bf16", "nf4"):
-        room = torch.zeros(300)
-        result = front.loads(front.dumps({"x": values}, codec=codec), into={"x": room})["x"]
-        assert result is room
-        assert torch.equal(room, front.loads(front.dumps({"x": values}, codec=codec))["x"])
+        for sent in (values, values[:1], values[0], values[:0]):
+            data = front.dumps({"x": sent}, codec=codec)
+            room = torch.zeros(300)[:: 300 // max(sent.numel(), 1)][: sent.numel()].reshape(sent.shape)
+            assert front.loads(data, into={"x": room})["x"] is room
+            assert torch.equal(room, front.loads(data)["x"])
+    for room in (torch.zeros(3, dtype=torch.complex64).conj(), torch.zeros(3, 2)[:, 0]):
+        with pytest.raises(EncodeError, match="into="):
+            front.loads(front.dumps({"x": room + 1}), into={"x": room})
 
 
 EXPECTED = {"w": np.zeros((2, 3), np.float32), "n": {"v": 1, "t": (np.int8(0),)}}
