@@ -5,7 +5,7 @@ verified. Memory, files and `.safetensors` files differ in nothing else.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -24,10 +24,15 @@ from tensorwire.wire import (
     Kind,
     Reader,
     Slice,
+    SlicePart,
     SliceStart,
     StreamEnd,
     StreamStart,
 )
+
+
+# A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
+_PIECE: Final = 4 << 20
 
 
 class Sink(Protocol):
@@ -37,7 +42,7 @@ class Sink(Protocol):
         """A writable flat uint8 array for bytes [start, stop)."""
 
     def commit(self, start: int, region: np.ndarray) -> None:
-        """The region now holds verified bytes from `start` on."""
+        """The region now holds the bytes from `start` on; they are all verified when `close` is called, not before."""
 
     def close(self) -> Any:
         """The item is complete: give its value."""
@@ -73,6 +78,9 @@ class Receiver:
         self._pool = Pool()
         self._codecs: dict[int, Codec] = {}
         self._sinks: dict[int, Any] = {}
+        self._raw: SliceStart | None = None  # the raw slice that is landing,
+        self._landing: tuple[int, np.ndarray] = 0, np.empty(0, np.uint8)  # its current piece,
+        self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
 
     def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
         reader = self._reader
@@ -87,6 +95,9 @@ class Receiver:
                     yield event.number, event.item, self._sinks.pop(event.number).close()
             elif isinstance(event, SliceStart):
                 self._start_slice(event)
+            elif isinstance(event, SlicePart):
+                self._land()
+                self._direct_piece(event.done, event.left)
             elif isinstance(event, ItemStart):
                 if self._start_item(event.number, event.item) and event.item.total == 0:
                     yield event.number, event.item, self._sinks.pop(event.number).close()
@@ -116,14 +127,28 @@ class Receiver:
         codec = self._codecs[event.number]
         try:
             check_slice(codec, event, event.item, self._limits)
-            if codec.in_place and not self._stays_encoded(event.number):
-                destination = self._region(event)
-            else:
-                destination = self._pool.take(event.length)
         except TensorwireError as error:
             error.item = event.item.name
             raise
-        self._reader.direct(memoryview(destination))
+        if codec.in_place and not self._stays_encoded(event.number):
+            self._raw = event
+            self._direct_piece(0, event.length)
+        else:
+            self._reader.direct(memoryview(self._pool.take(event.length)))
+
+    def _direct_piece(self, done: int, left: int) -> None:
+        begin = self._raw.start * _dtype(self._raw.item).itemsize + done
+        region = self._sinks[self._raw.number].region(begin, begin + min(left, _PIECE))
+        self._landing = begin, region
+        self._reader.direct(memoryview(region))
+
+    def _land(self) -> None:
+        begin, region = self._landing
+        try:
+            self._codecs[self._raw.number].decode(memoryview(region), _dtype(self._raw.item), region)
+        except WireError as error:
+            self._unfit = self._unfit or error
+        self._sinks[self._raw.number].commit(begin, region)
 
     def _finish_slice(self, event: Slice) -> None:
         if event.count == 0:
@@ -132,20 +157,20 @@ class Receiver:
         try:
             if self._stays_encoded(event.number):
                 sink.accept(event.start, event.count, event.payload)
-                return
-            region = np.frombuffer(event.payload, np.uint8) if codec.in_place else self._region(event)
-            codec.decode(event.payload, dtype, region)
+            elif codec.in_place:
+                self._land()
+                if self._unfit is not None:
+                    raise self._unfit
+            else:
+                region = sink.region(event.start * dtype.itemsize, (event.start + event.count) * dtype.itemsize)
+                codec.decode(event.payload, dtype, region)
+                sink.commit(event.start * dtype.itemsize, region)
         except WireError as error:
             error.item = event.item.name
             raise
-        sink.commit(event.start * dtype.itemsize, region)
 
     def _stays_encoded(self, number: int) -> bool:
         return hasattr(self._sinks[number], "accept")
-
-    def _region(self, event: SliceStart | Slice) -> np.ndarray:
-        size = _dtype(event.item).itemsize
-        return self._sinks[event.number].region(event.start * size, (event.start + event.count) * size)
 
 
 def check_slice(codec: Codec, place: SliceStart | Header, item: Item, limits: Limits) -> None:

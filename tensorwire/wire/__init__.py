@@ -9,7 +9,16 @@ from tensorwire.wire.descriptors import Item, Kind, StreamInfo
 from tensorwire.wire.frames import FrameType, Header
 from tensorwire.wire.index import IndexEntry, pack_index, unpack_index
 from tensorwire.wire.ledger import Summary
-from tensorwire.wire.reader import NEED_DATA, ItemStart, Reader, Slice, SliceStart, StreamEnd, StreamStart
+from tensorwire.wire.reader import (
+    NEED_DATA,
+    ItemStart,
+    Reader,
+    Slice,
+    SlicePart,
+    SliceStart,
+    StreamEnd,
+    StreamStart,
+)
 from tensorwire.wire.writer import Writer
 
 __all__ = [
@@ -22,6 +31,7 @@ __all__ = [
     "Kind",
     "Reader",
     "Slice",
+    "SlicePart",
     "SliceStart",
     "StreamEnd",
     "StreamInfo",

@@ -7,7 +7,9 @@
             n = source.readinto(reader.get_buffer())     # straight to where the bytes belong
             reader.buffer_updated(n)                     # n == 0: end of input
         elif isinstance(event, SliceStart):
-            reader.direct(view)                          # optional: where this slice's payload shall land
+            reader.direct(view)                          # optional: where this slice's payload shall land,
+        elif isinstance(event, SlicePart):               # or its first bytes, to be asked for the next when they have
+            reader.direct(view)
 
 Decode order, never reordered: header CRC, then every field and limit, then the payload's bytes as they arrive,
 then the payload CRC, then the event. The reader never asks for a byte beyond the end frame.
@@ -71,8 +73,21 @@ class SliceStart:
 
 
 @dataclass(frozen=True, slots=True)
+class SlicePart:
+    """The place that was directed is full, not verified yet; `left` bytes of the payload are to be directed."""
+
+    number: int
+    item: Item
+    done: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
-    """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`."""
+    """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`.
+
+    `payload` is where it was directed (its last part) or, where it was not, a buffer of its own.
+    """
 
     number: int
     item: Item
@@ -89,7 +104,7 @@ class StreamEnd:
     summary: Summary
 
 
-Event = StreamStart | ItemStart | SliceStart | Slice | StreamEnd
+Event = StreamStart | ItemStart | SliceStart | SlicePart | Slice | StreamEnd
 
 
 class Reader:
@@ -155,8 +170,14 @@ class Reader:
         return taken
 
     def direct(self, destination: memoryview) -> None:
-        """Let the payload of the slice just started land in `destination`, exactly as long as it."""
+        """Let the payload of the slice just started, or its next bytes, land in `destination`."""
         self._destination = destination
+
+    def _directed(self, left: int) -> memoryview | None:
+        destination, self._destination = self._destination, None
+        if destination is not None and not min(left, 1) <= destination.nbytes <= left:
+            raise ValueError(f"destination of {destination.nbytes} bytes for {left} bytes of payload")
+        return destination
 
     def _run(self) -> Generator[Event | _NeedData, None, None]:
         preamble = bytearray(PREAMBLE_SIZE)
@@ -180,9 +201,7 @@ class Reader:
         number, item = ledger.pending[0]
         self._destination = None
         yield SliceStart(number, item, header.start, header.count, header.length)
-        destination, self._destination = self._destination, None
-        if destination is not None and destination.nbytes != header.length:
-            raise ValueError(f"destination of {destination.nbytes} bytes for a payload of {header.length}")
+        destination = self._directed(header.length)
         pad = bytearray(header.pad)
         yield from self._fill(memoryview(pad))
         if any(pad):
@@ -191,7 +210,15 @@ class Reader:
             destination = yield from self._buffer(header.length)
             crc = self._checksum(destination, 0)
         else:
-            crc = yield from self._fill_checked(destination)
+            crc = yield from self._fill_checked(destination, 0)
+            left = header.length - destination.nbytes
+            while left:
+                yield SlicePart(number, item, header.length - left, left)
+                destination = self._directed(left)
+                if destination is None:
+                    raise ValueError(f"{left} bytes of payload that were not directed")
+                crc = yield from self._fill_checked(destination, crc)
+                left -= destination.nbytes
         self._verify(crc, header, item)
         last = header.start + header.count == item.total if item.total is not None else header.count == 0
         return Slice(number, item, header.start, header.count, destination, last)
@@ -244,9 +271,9 @@ class Reader:
         while self._wanted:
             yield NEED_DATA
 
-    def _fill_checked(self, buffer: memoryview) -> Generator[_NeedData, None, int]:
+    def _fill_checked(self, buffer: memoryview, crc: int) -> Generator[_NeedData, None, int]:
         self._wanted = buffer
-        crc = done = 0
+        done = 0
         while self._wanted:
             yield NEED_DATA
             filled = len(buffer) - len(self._wanted)
