@@ -215,6 +215,7 @@ class _Layout:
 
     def __init__(self, fd: int, schema: Schema | None) -> None:
         self.fd = fd
+        self.pool = Pool()
         self._schema = schema
         self.receiver: Receiver | None = None
         self._items: dict[int, Item] = {}
@@ -291,6 +292,8 @@ class _Layout:
 class _LateSink:
     """A FileSink whose place is asked for when its first slice comes."""
 
+    stable = True
+
     def __init__(self, layout: _Layout, number: int) -> None:
         self._layout = layout
         self._number = number
@@ -298,7 +301,7 @@ class _LateSink:
 
     def region(self, start: int, stop: int) -> np.ndarray:
         if self._sink is None:
-            self._sink = FileSink(self._layout.fd, self._layout.offset(self._number))
+            self._sink = FileSink(self._layout.fd, self._layout.offset(self._number), self._layout.pool)
         return self._sink.region(start, stop)
 
     def commit(self, start: int, region: np.ndarray) -> None:

@@ -99,6 +99,7 @@ class TensorSink:
         self._item = item
         self._front = front
         self._memory = GrowingMemory(prod(item.shape) * item.dtype.itemsize, trusted=trusted)
+        self.stable = trusted
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._memory.region(start, stop)
@@ -112,6 +113,8 @@ class TensorSink:
 
 class _IntoSink:
     """A tensor that the caller preallocated."""
+
+    stable = True
 
     def __init__(self, item: Item, tensor: Any, front: Front) -> None:
         view = front.view(tensor)
@@ -133,6 +136,8 @@ class _IntoSink:
 
 class _ValueSink:
     """A plain Python value."""
+
+    stable = True
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

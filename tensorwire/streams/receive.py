@@ -5,6 +5,7 @@ verified. Memory, files and `.safetensors` files differ in nothing else.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireEr
 from tensorwire.limits import Limits
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.source import Source, finish
+from tensorwire.streams.workers import Workers, thread_count
 from tensorwire.wire import (
     NEED_DATA,
     Header,
@@ -33,11 +35,14 @@ from tensorwire.wire import (
 class Sink(Protocol):
     """The place of one item. Offsets in bytes of the decoded item."""
 
+    # Whether regions stay valid when the next one is asked for. Memory that still grows may move.
+    stable: bool
+
     def region(self, start: int, stop: int) -> np.ndarray:
         """A writable flat uint8 array for bytes [start, stop)."""
 
     def commit(self, start: int, region: np.ndarray) -> None:
-        """The region now holds verified bytes from `start` on."""
+        """The region now holds verified bytes from `start` on. Called in order, maybe in another thread."""
 
     def close(self) -> Any:
         """The item is complete: give its value."""
@@ -63,7 +68,7 @@ class Receiver:
     `start` holds the stream's info and `summary` what its end frame said, once they have passed.
     """
 
-    def __init__(self, source: Source, open_item: OpenItem, limits: Limits) -> None:
+    def __init__(self, source: Source, open_item: OpenItem, limits: Limits, *, threads: int | None = None) -> None:
         self.start: StreamStart | None = None
         self.end: StreamEnd | None = None
         self._source = source
@@ -71,10 +76,20 @@ class Receiver:
         self._open_item = open_item
         self._limits = limits
         self._pool = Pool()
+        self._workers = Workers(min(thread_count(threads), 1))
         self._codecs: dict[int, Codec] = {}
         self._sinks: dict[int, Any] = {}
 
     def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
+        try:
+            yield from self._receive()
+        except WireError:
+            self._workers.drain()  # an earlier slice's error comes first, whatever the threads did
+            raise
+        finally:
+            self._workers.close()
+
+    def _receive(self) -> Iterator[tuple[int, Item, Any]]:
         reader = self._reader
         while not reader.ended:
             event = reader.next_event()
@@ -83,6 +98,7 @@ class Receiver:
             elif isinstance(event, Slice):
                 self._finish_slice(event)
                 if event.last:
+                    self._workers.drain()
                     del self._codecs[event.number]
                     yield event.number, event.item, self._sinks.pop(event.number).close()
             elif isinstance(event, SliceStart):
@@ -128,17 +144,30 @@ class Receiver:
     def _finish_slice(self, event: Slice) -> None:
         if event.count == 0:
             return
+        sink = self._sinks[event.number]
+        if self._stays_encoded(event.number):
+            self._decode(event, None)
+        elif self._codecs[event.number].in_place:
+            self._decode(event, np.frombuffer(event.payload, np.uint8))
+        else:
+            if not sink.stable:
+                self._workers.drain()
+            region = self._region(event)
+            self._workers.submit(partial(self._decode, event, region), region.size)
+            if self._workers.full:
+                self._workers.take()
+
+    def _decode(self, event: Slice, region: np.ndarray | None) -> None:
         codec, dtype, sink = self._codecs[event.number], _dtype(event.item), self._sinks[event.number]
         try:
-            if self._stays_encoded(event.number):
+            if region is None:
                 sink.accept(event.start, event.count, event.payload)
-                return
-            region = np.frombuffer(event.payload, np.uint8) if codec.in_place else self._region(event)
-            codec.decode(event.payload, dtype, region)
+            else:
+                codec.decode(event.payload, dtype, region)
+                sink.commit(event.start * dtype.itemsize, region)
         except WireError as error:
             error.item = event.item.name
             raise
-        sink.commit(event.start * dtype.itemsize, region)
 
     def _stays_encoded(self, number: int) -> bool:
         return hasattr(self._sinks[number], "accept")
