@@ -156,12 +156,8 @@ class _Unpacker:
     def tuple(self, size: int, depth: int) -> tuple:
         check(self.take(1) == b"\x01", "msgpack: an extension type other than 1")
         end = self.at + size
-        check(
-            size > 0 and 0x90 <= self.data[self.at] < 0xA0 or self.data[self.at] in (0xDC, 0xDD),
-            "tuple: no array",
-        )
         value = self.object(depth)
-        check(self.at == end, "tuple: not one array")
+        check(type(value) is list and self.at == end, "tuple: not one array")
         return tuple(value)
 
 
@@ -296,7 +292,7 @@ class Item:
         self.size: int | None = 0  # Elements to come.
         if self.kind == TENSOR:
             check(
-                fields["dtype"] in DTYPES and type(fields["dtype"]) is int, f"ITEM: dtype {fields['dtype']}"
+                type(fields["dtype"]) is int and fields["dtype"] in DTYPES, f"ITEM: dtype {fields['dtype']}"
             )
             self.dtype, self.width = DTYPES[fields["dtype"]]
             shape = fields["shape"]

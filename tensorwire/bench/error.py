@@ -38,11 +38,10 @@ def title(rows: list[Row]) -> str:
 
 def run(options: Options, note: Note) -> Iterator[Row]:
     """One row a codec."""
-    name = options.model or trained()
-    if name is None:
+    model = resolve(options.model) if options.model else trained()
+    if model is None:
         note(f"error of seeded normal weights ({FALLBACK_MODEL}); give a trained model with --model")
-        name = FALLBACK_MODEL
-    model = resolve(name)
+        model = resolve(FALLBACK_MODEL)
     for spec in options.codecs or DEFAULT_CODECS:
         yield error_row(model, spec)
 

@@ -127,13 +127,13 @@ def view_of(value: object) -> TensorView | None:
     return tensorwire.numpy.FRONT.view(value)
 
 
-def trained() -> str | None:
-    """The path of a small trained model, if a package on this machine carries one."""
+def trained() -> Model | None:
+    """A small trained model, if a package on this machine carries one."""
     spec = importlib.util.find_spec(_MINILM)
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).with_name("model") / "model.safetensors"
-    return str(path) if path.exists() else None
+    return Model("all-MiniLM-L6-v2", SafetensorsFile(path)) if path.exists() else None
 
 
 def seeded(name: str, shapes: Shapes) -> Model:

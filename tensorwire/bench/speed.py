@@ -28,8 +28,8 @@ from tensorwire.bench.rivals import Contender
 from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import Codec, crc32c
 
-DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "raw")
-DEFAULT_SIZE_MIB: Final = {"native": 64, "numpy": 4}
+DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "raw")
+DEFAULT_SIZE_MIB: Final = {"native": 32, "numpy": 4}
 ROUNDS: Final = 9
 FEWER_ROUNDS: Final = 5  # for what takes longer than
 _SLOW: Final = 0.2  # seconds

@@ -19,7 +19,7 @@ from tensorwire.kernels import tables
 from tensorwire.tensor import TensorView
 
 NESTED_BLOCKSIZE: Final = 256
-_SCAN_BLOCKS: Final = 16384  # blocks looked at in one go for their mean absmax
+_SCAN_BLOCKS: Final = 4096  # blocks looked at in one go for their mean absmax
 
 
 @dataclass(frozen=True, repr=False)

@@ -42,6 +42,7 @@ class Verdict(NamedTuple):
     message: str = ""
     frame: int | None = None
     offset: int | None = None
+    name: str | None = None  # of a file
 
     @property
     def place(self) -> tuple:
@@ -63,7 +64,7 @@ def library(data: bytes | Iterable[bytes], *, file: bool = False) -> Verdict:
             except TensorwireError:
                 assert [*Path(folder).iterdir()] == [], "a failure left something behind"
                 raise
-            return Verdict({name: reference.File(target.read_bytes())})
+            return Verdict(reference.File(target.read_bytes()), name=name)
     except TensorwireError as error:
         return Verdict(None, type(error).__name__, str(error), error.frame, error.offset)
 
@@ -74,6 +75,12 @@ def single_bytes(data: bytes) -> Iterable[bytes]:
 
 def zstd_decompress(frame: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+
+
+def content(root: Any) -> Any:
+    """A tree, or the file in it where there is one."""
+    files = [*root.values()] if type(root) is dict else [root]
+    return files[0] if len(files) == 1 and isinstance(files[0], reference.File) else root
 
 
 def read_reference(data: bytes) -> reference.Stream:
