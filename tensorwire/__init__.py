@@ -86,6 +86,9 @@ class _AnyFront(_numpy.NumPyFront):
             return self._torch().target(value)
         return super().target(value)
 
+    def device_target(self, value: object) -> Any:
+        return self._torch().device_target(value) if "torch" in sys.modules else None
+
     @staticmethod
     def _torch() -> Any:
         return importlib.import_module("tensorwire.torch").FRONT

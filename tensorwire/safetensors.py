@@ -209,6 +209,9 @@ class _ViewFront:
     def target(self, value: object) -> memoryview:
         raise NotImplementedError
 
+    def device_target(self, value: object) -> Any:
+        raise NotImplementedError
+
 
 class _Layout:
     """Where each tensor goes in the file being written: known once the stream has described all of them."""

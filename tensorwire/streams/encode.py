@@ -154,7 +154,8 @@ class _Emitter:
             yield partial(self._slice, leaf, start, stop, context), (stop - start) * leaf.view.dtype.itemsize
 
     def _slice(self, leaf: Leaf, start: int, stop: int, context: Any) -> list[_Frame]:
-        data = leaf.view.read(start, stop)
+        on_device = leaf.codec.on_device and leaf.view.device_read is not None
+        data = (leaf.view.device_read if on_device else leaf.view.read)(start, stop)
         try:
             payload = leaf.codec.encode(data, leaf.view.dtype, self._pool.take, context)
         except NonFiniteError as error:

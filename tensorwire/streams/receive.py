@@ -38,10 +38,10 @@ class Sink(Protocol):
     # Whether regions stay valid when the next one is asked for. Memory that still grows may move.
     stable: bool
 
-    def region(self, start: int, stop: int) -> np.ndarray:
-        """A writable flat uint8 array for bytes [start, stop)."""
+    def region(self, start: int, stop: int) -> Any:
+        """Memory for bytes [start, stop): a writable flat uint8 array, or a device tensor where the codec takes one."""
 
-    def commit(self, start: int, region: np.ndarray) -> None:
+    def commit(self, start: int, region: Any) -> None:
         """The region now holds verified bytes from `start` on. Called in order, maybe in another thread."""
 
     def close(self) -> Any:
@@ -153,7 +153,7 @@ class Receiver:
             if not sink.stable:
                 self._workers.drain()
             region = self._region(event)
-            self._workers.submit(partial(self._decode, event, region), region.size)
+            self._workers.submit(partial(self._decode, event, region), event.count * _dtype(event.item).itemsize)
             if self._workers.full:
                 self._workers.take()
 
