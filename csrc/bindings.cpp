@@ -4,12 +4,14 @@
 // to check (type, shape, layout, writability) and keeps their memory alive and in place meanwhile.
 #include <nanobind/nanobind.h>
 
+#include <atomic>
 #include <cfenv>
 #include <cstdlib>
+#include <cstring>
 #include <string>
-#include <vector>
 
 #include "dispatch.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -57,9 +59,12 @@ public:
 
     tw::Dtype dtype() const { return format_ == 'f' ? tw::kFloat32 : format_ == 'e' ? tw::kFloat16 : tw::kBfloat16; }
 
+    size_t item_size() const { return format_ == 'f' ? 4 : format_ == 'e' || format_ == 'H' ? 2 : 1; }
+
+    // From element `begin` on.
     template <class T>
-    T* data() const {
-        return static_cast<T*>(view_.buf);
+    T* data(size_t begin = 0) const {
+        return reinterpret_cast<T*>(static_cast<char*>(view_.buf) + begin * item_size());
     }
 
     void expect_size(size_t expected) const {
@@ -69,7 +74,7 @@ public:
     }
 
     void expect_apart_from(const Array& other) const {
-        const char *a = data<char>(), *b = other.data<char>();
+        const char *a = static_cast<char*>(view_.buf), *b = static_cast<char*>(other.view_.buf);
         if (a < b + other.view_.len && b < a + view_.len) {
             throw nb::value_error((name_ + " overlaps " + other.name_).c_str());
         }
@@ -123,11 +128,24 @@ private:
 // Larger outputs bypass the caches, which they would leave again before anyone reads them: half of a common L3.
 constexpr size_t kStreamBytes = size_t{16} << 20;
 
-bool streams(size_t output_bytes) { return output_bytes >= kStreamBytes; }
+bool streams(const Array& out) { return out.size() * out.item_size() >= kStreamBytes; }
 
-size_t item_size(const Array& array) { return array.format() == 'f' ? 4 : array.format() == 'B' || array.format() == 'b' ? 1 : 2; }
+// Calls work(begin, size) on parts of [0, n), on several threads if the pool has them.
+template <class Work>
+void split(size_t n, size_t granule, Work work) {
+    tw::share(
+        n, granule, [](void* w, size_t begin, size_t size) { (*static_cast<Work*>(w))(begin, size); }, &work);
+}
 
-bool streams(const Array& out) { return streams(out.size() * item_size(out)); }
+// The same for a quantizer: whether every part was finite.
+template <class Work>
+bool all_finite(size_t n, size_t granule, Work work) {
+    std::atomic<bool> finite{true};
+    split(n, granule, [&](size_t begin, size_t size) {
+        if (!work(begin, size)) finite.store(false, std::memory_order_relaxed);
+    });
+    return finite.load(std::memory_order_relaxed);
+}
 
 size_t block_count(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
 
@@ -178,12 +196,17 @@ uint64_t cast(nb::handle values, nb::handle out, bool saturate) {
     y.expect_size(x.size());
     y.expect_apart_from(x);
     const tw::Kernels& k = tw::kernels();
+    const bool stream = streams(y);
+    std::atomic<uint64_t> overflows{0};
     const Released released;
-    if (narrows) {
-        return k.narrow[y.dtype()](x.data<void>(), y.data<void>(), x.size(), saturate, streams(y));
-    }
-    k.widen[x.dtype()](x.data<void>(), y.data<void>(), x.size(), streams(y));
-    return 0;
+    split(x.size(), 64, [&](size_t i, size_t n) {
+        if (narrows) {
+            overflows += k.narrow[y.dtype()](x.data<void>(i), y.data<void>(i), n, saturate, stream);
+        } else {
+            k.widen[x.dtype()](x.data<void>(i), y.data<void>(i), n, stream);
+        }
+    });
+    return overflows;
 }
 
 bool blockwise_absmax(nb::handle values, nb::handle absmax, Py_ssize_t blocksize) {
@@ -191,8 +214,11 @@ bool blockwise_absmax(nb::handle values, nb::handle absmax, Py_ssize_t blocksize
     const Array x("values", values, kFloats, kInput), m("absmax", absmax, "f", kOutput);
     m.expect_size(block_count(x.size(), bs));
     m.expect_apart_from(x);
+    const auto kernel = tw::kernels().absmax[x.dtype()];
     const Released released;
-    return tw::kernels().absmax[x.dtype()](x.data<void>(), m.data<float>(), x.size(), bs);
+    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
+        return kernel(x.data<void>(i), m.data<float>(i / bs), n, bs);
+    });
 }
 
 bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, Py_ssize_t blocksize,
@@ -206,9 +232,12 @@ bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, Py_ss
     q.expect_apart_from(x);
     m.expect_apart_from(x);
     q.expect_apart_from(m);
+    const auto kernel = tw::kernels().quantize_4bit[type][x.dtype()];
+    const bool stream = streams(q);
     const Released released;
-    return tw::kernels().quantize_4bit[type][x.dtype()](x.data<void>(), q.data<uint8_t>(), m.data<float>(), x.size(),
-                                                        bs, streams(q));
+    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
+        return kernel(x.data<void>(i), q.data<uint8_t>(i / 2), m.data<float>(i / bs), n, bs, stream);
+    });
 }
 
 void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize,
@@ -220,9 +249,12 @@ void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssi
     m.expect_size(block_count(y.size(), bs));
     y.expect_apart_from(q);
     y.expect_apart_from(m);
+    const auto kernel = tw::kernels().dequantize_4bit[type][y.dtype()];
+    const bool stream = streams(y);
     const Released released;
-    tw::kernels().dequantize_4bit[type][y.dtype()](q.data<uint8_t>(), m.data<float>(), y.data<void>(), y.size(), bs,
-                                                   streams(y));
+    split(y.size(), bs, [&](size_t i, size_t n) {
+        kernel(q.data<uint8_t>(i / 2), m.data<float>(i / bs), y.data<void>(i), n, bs, stream);
+    });
 }
 
 bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, Py_ssize_t blocksize) {
@@ -234,9 +266,12 @@ bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, Py_ss
     q.expect_apart_from(x);
     m.expect_apart_from(x);
     q.expect_apart_from(m);
+    const auto kernel = tw::kernels().quantize_int8[x.dtype()];
+    const bool stream = streams(q);
     const Released released;
-    return tw::kernels().quantize_int8[x.dtype()](x.data<void>(), q.data<uint8_t>(), m.data<float>(), x.size(), bs,
-                                                  streams(q));
+    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
+        return kernel(x.data<void>(i), q.data<uint8_t>(i), m.data<float>(i / bs), n, bs, stream);
+    });
 }
 
 void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize) {
@@ -246,9 +281,12 @@ void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssi
     m.expect_size(block_count(y.size(), bs));
     y.expect_apart_from(q);
     y.expect_apart_from(m);
+    const auto kernel = tw::kernels().dequantize_int8[y.dtype()];
+    const bool stream = streams(y);
     const Released released;
-    tw::kernels().dequantize_int8[y.dtype()](q.data<uint8_t>(), m.data<float>(), y.data<void>(), y.size(), bs,
-                                             streams(y));
+    split(y.size(), bs, [&](size_t i, size_t n) {
+        kernel(q.data<uint8_t>(i), m.data<float>(i / bs), y.data<void>(i), n, bs, stream);
+    });
 }
 
 bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, Py_ssize_t blocksize) {
@@ -260,9 +298,12 @@ bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, Py_
     q.expect_apart_from(x);
     s.expect_apart_from(x);
     q.expect_apart_from(s);
+    const auto kernel = tw::kernels().quantize_linear[x.dtype()];
+    const bool stream = streams(q);
     const Released released;
-    return tw::kernels().quantize_linear[x.dtype()](x.data<void>(), q.data<int8_t>(), s.data<uint16_t>(), x.size(), bs,
-                                                    streams(q));
+    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
+        return kernel(x.data<void>(i), q.data<int8_t>(i), s.data<uint16_t>(i / bs), n, bs, stream);
+    });
 }
 
 void dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_ssize_t blocksize) {
@@ -272,9 +313,12 @@ void dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_s
     s.expect_size(block_count(y.size(), bs));
     y.expect_apart_from(q);
     y.expect_apart_from(s);
+    const auto kernel = tw::kernels().dequantize_linear[y.dtype()];
+    const bool stream = streams(y);
     const Released released;
-    tw::kernels().dequantize_linear[y.dtype()](q.data<int8_t>(), s.data<uint16_t>(), y.data<void>(), y.size(), bs,
-                                               streams(y));
+    split(y.size(), bs, [&](size_t i, size_t n) {
+        kernel(q.data<int8_t>(i), s.data<uint16_t>(i / bs), y.data<void>(i), n, bs, stream);
+    });
 }
 
 std::string supported_names() {
@@ -294,6 +338,21 @@ void use(const char* tier) {
     throw nb::value_error((std::string("no instruction set '") + tier + "' here; supported: " + supported_names()).c_str());
 }
 
+void set_threads(int count) {
+    if (count < 1) throw nb::value_error(("threads: expected at least 1, got " + std::to_string(count)).c_str());
+    tw::set_threads(count);
+}
+
+// An environment variable's positive integer, or an ImportError.
+int threads_asked_for(const char* text) {
+    char* end;
+    const long count = std::strtol(text, &end, 10);
+    if (*end || count < 1 || count > 4096) {
+        throw nb::import_error((std::string("TENSORWIRE_THREADS: expected 1 to 4096, got '") + text + "'").c_str());
+    }
+    return static_cast<int>(count);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -302,6 +361,9 @@ NB_MODULE(_native, m) {
         throw nb::import_error((std::string("TENSORWIRE_ISA=") + forced + " is not supported here; supported: " +
                                 supported_names()).c_str());
     }
+
+    const char* threads = std::getenv("TENSORWIRE_THREADS");
+    if (threads && *threads) tw::set_threads(threads_asked_for(threads));
 
     m.doc() = "The kernels in C++; tensorwire.kernels has their contract.";
     m.def("crc32c", crc32c, "data"_a, "seed"_a = 0);
@@ -319,4 +381,6 @@ NB_MODULE(_native, m) {
     m.def("isa", [] { return tw::kernels().isa; }, "The instruction set in use.");
     m.def("supported", supported, "The instruction sets that run here, best first.");
     m.def("use", use, "tier"_a, "Switch to another instruction set; for tests.");
+    m.def("set_threads", set_threads, "count"_a, "Threads a call may use on large arrays, its own included.");
+    m.def("get_threads", tw::threads, "The number set_threads, or TENSORWIRE_THREADS at import, has set; else 1.");
 }

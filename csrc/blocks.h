@@ -20,6 +20,16 @@ inline uint32_t absmax_of(const T* x, size_t n) {
     return max_lane(largest);
 }
 
+// Blocks up to this many elements in all have their statistic taken before their turn.
+constexpr size_t kAheadElements = 1024;
+
+// While a larger block is encoded, fetch the next one, of the same size; but nothing that the second-level cache would
+// lose again.
+template <class T>
+inline void prefetch_next(const T* x, size_t n) {
+    if (n > kAheadElements) prefetch(x, min_size(n, 8192) * sizeof(T));
+}
+
 // bitsandbytes' guard against an all-zero block: 1 / 1e-38 is still finite.
 inline float inverse_of(uint32_t absmax_bits) {
     const float absmax = float_of(absmax_bits);
@@ -40,7 +50,7 @@ inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blo
 // long chain of dependent instructions, which would otherwise stand between one block's work and the next's.
 template <class T, class Size, class Factor, class Encode>
 inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, Factor factor, Encode encode) {
-    constexpr size_t kRing = 16, kAheadElements = 1024;
+    constexpr size_t kRing = 16;
     const size_t blocks = n / blocksize + (n % blocksize != 0);
     const size_t ahead = min_size(kRing - 1, kAheadElements / blocksize);
     uint32_t worst = 0;

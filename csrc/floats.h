@@ -49,15 +49,8 @@ inline uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
-// Ask for the cache line some way ahead; where there is nothing, nothing happens.
+// How far ahead the vector tiers fetch what they read in order.
 constexpr size_t kPrefetchBytes = 4096;
-inline void prefetch(const void* p, size_t bytes_ahead) {
-#if defined(__GNUC__)
-    __builtin_prefetch(static_cast<const char*>(p) + bytes_ahead);
-#else
-    (void)p, (void)bytes_ahead;
-#endif
-}
 
 inline float to_float(float value) { return value; }
 

@@ -23,7 +23,7 @@ struct Fp4Steps {
     constexpr Fp4Steps() {
         for (int k = 0; k < 8; ++k) {
             third[k] = kFp4Thresholds[2 * (k % 4)];
-            code[k] = fp4_code_of_level(k);
+            code[k] = static_cast<int32_t>(fp4_code_of_level(static_cast<uint32_t>(k)));
         }
     }
 };
@@ -67,11 +67,9 @@ inline __m256i search<kFp4>(__m256 y) {
 template <QuantType Q, class T>
 inline __m128i packed_codes(const T* x, __m256 inv) {
     const auto codes = [&](size_t k) { return search<Q>(_mm256_mul_ps(load(x + 8 * k), inv)); };
-    const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(codes(0), codes(1)),
-                                              _mm256_packs_epi32(codes(2), codes(3)));
-    // Packing works within 128-bit lanes: put groups of four elements back in order.
-    const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    const __m256i pairs = _mm256_maddubs_epi16(ordered, _mm256_set1_epi16(0x0110));
+    const __m256i bytes = in_order(_mm256_packus_epi16(_mm256_packs_epi32(codes(0), codes(1)),
+                                                       _mm256_packs_epi32(codes(2), codes(3))));
+    const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
     return _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 }
 

@@ -1,38 +1,44 @@
-// NF4 and FP4 in plain C++. Encoding compares with every threshold and adds up, which vectorises without look-ups;
-// decoding looks up both values of a byte at once.
+// NF4 and FP4 in plain C++. NF4 is encoded by the buckets of fourbit_buckets.h; FP4 has so few thresholds that comparing
+// with all of them, which vectorises, is faster. Decoding looks up both values of a byte at once.
 #pragma once
+
+#include "fourbit_buckets.h"
 
 namespace tw {
 namespace {
 
-template <QuantType Q>
-inline int32_t code_of(float y) {
-    int32_t code = 0;
-    if (Q == kNf4) {
-        for (float t : kNf4Thresholds.t) code += y > t;
-        return code;
-    }
-    const float magnitude = y < 0 ? -y : y;
-    for (float t : kFp4Thresholds) code += magnitude > t;
-    return fp4_code_of_level(code) | (y < 0 ? 8 : 0);
+inline uint32_t nf4_code(float y) {
+    const uint32_t bucket = bits_of(y * Nf4Search::kScale + (0x1p23f + Nf4Search::kOffset)) % 32;
+    return kNf4Search.code[bucket + 32u * (y > kNf4Search.threshold[bucket])];
 }
+
+inline uint32_t fp4_code(float y) {
+    const float size = float_of(bits_of(y) & ~kSignBit);
+    uint32_t level = 0;
+    for (float t : kFp4Thresholds) level += size > t;
+    return fp4_code_of_level(level) | 8u * (y < 0);
+}
+
+inline uint8_t packed(uint32_t high, uint32_t low) { return static_cast<uint8_t>(high << 4 | low); }
 
 constexpr size_t kStep = 2;
 using PackedCodes = uint8_t;
 
 template <QuantType Q, class T, class Sink>
-void encode(const T* x, size_t n, float inverse, Sink& out) {
-    constexpr size_t kTile = 64;
-    int32_t tile[kTile];
-    size_t i = 0;
-    for (; i + kTile <= n; i += kTile) {
-        for (size_t j = 0; j < kTile; ++j) tile[j] = code_of<Q>(to_float(get(x + i + j)) * inverse);
-        for (size_t j = 0; j < kTile; j += 2) out.put(static_cast<uint8_t>(tile[j] << 4 | tile[j + 1]));
+inline void encode(const T* x, size_t n, float inverse, Sink& out) {
+    const auto y = [&](size_t i) { return load(x + i) * inverse; };
+    if constexpr (Q == kNf4) {
+        for (size_t i = 0; i + 2 <= n; i += 2) out.put(packed(nf4_code(y(i)), nf4_code(y(i + 1))));
+        if (n % 2) out.put(packed(nf4_code(y(n - 1)), 0));
+        return;
     }
-    for (; i < n; i += 2) {
-        const int32_t high = code_of<Q>(to_float(get(x + i)) * inverse);
-        const int32_t low = i + 1 < n ? code_of<Q>(to_float(get(x + i + 1)) * inverse) : 0;
-        out.put(static_cast<uint8_t>(high << 4 | low));
+    constexpr size_t kTile = 64;
+    uint32_t tile[kTile + 1];
+    for (size_t begin = 0; begin < n; begin += kTile) {
+        const size_t size = min_size(kTile, n - begin);
+        for (size_t i = 0; i < size; ++i) tile[i] = fp4_code(y(begin + i));
+        tile[size] = 0;
+        for (size_t i = 0; i < size; i += 2) out.put(packed(tile[i], tile[i + 1]));
     }
 }
 

@@ -9,6 +9,8 @@
 
 #if defined(TW_AVX512)
 #include "int8_avx512.h"
+#elif defined(TW_AVX2)
+#include "int8_avx2.h"
 #else
 #include "int8_scalar.h"
 #endif

@@ -142,7 +142,10 @@ inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     __m512 y[4];
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        for (int k = 0; k < 4; ++k) y[k] = _mm512_mul_ps(load(x + i + 16 * k), inv);
+        for (int k = 0; k < 4; ++k) {
+            prefetch_next(x + i + 16 * k, n);
+            y[k] = _mm512_mul_ps(load(x + i + 16 * k), inv);
+        }
         out.put(codes_of(y));
     }
     if (i == n) return;

@@ -20,7 +20,10 @@ template <class T, class Sink>
 void encode(const T* x, size_t n, float inverse, Sink& out) {
     const Floats inv = splat(inverse);
     size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) out.put(rounded_int8(mul(load(x + i), inv)));
+    for (; i + kLanes <= n; i += kLanes) {
+        prefetch_next(x + i, n);
+        out.put(rounded_int8(mul(load(x + i), inv)));
+    }
     if (i < n) out.put_part(rounded_int8(mul(load_part(x + i, n - i), inv)), n - i);
 }
 

@@ -36,6 +36,10 @@ template <class Half>
 inline Floats load(const Half* p) {
     return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Half{});
 }
+inline void prefetch(const void* p, size_t bytes_ahead) {
+    _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
+}
+
 template <class T>
 inline Floats load_part(const T* p, size_t n) {
     T lanes[kLanes] = {};
@@ -82,6 +86,11 @@ inline int64_t rounded_int8(Floats v) {
     const Words words = _mm256_cvtps_epi32(v);
     const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     return _mm_cvtsi128_si64(_mm_packs_epi16(pairs, pairs));
+}
+
+// Bytes packed from four vectors of 32-bit lanes, which packing leaves in the order of 128-bit lanes, put in theirs.
+inline __m256i in_order(__m256i bytes) {
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 template <class V>

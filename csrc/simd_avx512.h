@@ -32,6 +32,10 @@ inline __m256i narrow(Floats v, Bfloat16) {
     return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40)));
 }
 
+inline void prefetch(const void* p, size_t bytes_ahead) {
+    _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
+}
+
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load_part(const float* p, size_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 

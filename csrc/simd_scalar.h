@@ -12,6 +12,8 @@ using Floats = float;
 using Words = int32_t;
 using Mask = bool;
 
+inline void prefetch(const void*, size_t) {}  // it would keep loops from being vectorised
+
 template <class T>
 inline Floats load(const T* p) {
     return to_float(get(p));

@@ -41,7 +41,7 @@ constexpr float kFp4Thresholds[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.291
                                      0.8333333f};
 
 // Levels 0..7 are codes 0 1 6 7 4 5 2 3: the upper two bits count down from 3 where the lower of them is set.
-constexpr int fp4_code_of_level(int level) { return level ^ ((level & 2) << 1); }
+constexpr uint32_t fp4_code_of_level(uint32_t level) { return level ^ ((level & 2) << 1); }
 
 // The positive half of the int8 dynamic map by level: 0, then decade i of seven holds levels 2^i to 2^(i+1) - 1, then 1.
 // Code 127 + level is +kInt8Level[level]; code 127 - level is its negative, which ends at level 127: there is no -1.

@@ -49,11 +49,13 @@ class TorchFront:
     def target(self, value: object) -> memoryview:
         if not isinstance(value, torch.Tensor) or not value.is_contiguous() or value.device.type != "cpu":
             raise EncodeError("into= takes contiguous tensors on the CPU or a CUDA device")
-        tensor = _plain(value)
-        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        if value.is_conj() or value.is_neg():
+            raise EncodeError("into= cannot write through a conjugate or negative view")
+        array = _plain(value).view(_BITS[value.element_size()]).numpy()
+        return memoryview(array.reshape(-1).view(np.uint8))
 
     def device_target(self, value: object) -> torch.Tensor | None:
-        if not isinstance(value, torch.Tensor) or not value.is_cuda or not value.is_contiguous():
+        if not isinstance(value, torch.Tensor) or not value.is_cuda or not value.is_contiguous() or value.is_conj():
             return None
         return _plain(value).reshape(-1)
 

@@ -9,6 +9,7 @@ on whether it is and on what it holds.
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import reference
@@ -62,7 +63,7 @@ def assert_both_refuse(data: bytes, *, file: bool = False, error: str | None = N
 @pytest.mark.parametrize("name", SMALL)
 def test_every_substituted_byte_is_refused(name):
     data = stored(name)
-    for at, mutant in substitutions(data, others=2):
+    for at, mutant in substitutions(data, others=1):
         verdict = library(mutant, file=is_file(name))
         assert verdict.error is not None, f"byte {at} may be {mutant[at]:#x}"
         # Every byte is under a checksum, but for the magic, which comes before one, and padding, which is zero.
@@ -91,7 +92,7 @@ def test_every_truncation_is_truncated(name):
         boundary = 0
         near = set()
         for piece in cut(data):
-            near |= {boundary + delta for delta in range(-2, 52)}
+            near |= {boundary + delta for delta in (-2, -1, 0, 1, 2, 24, 47, 48, 49)}
             boundary += len(piece)
         lengths &= near | set(random.Random(name).sample(range(len(data)), 100))
     for length in lengths:
@@ -175,9 +176,10 @@ def read_all(path) -> dict:
     values = {}
     with tw.open_file(path) as file:
         for name in file:
+            if file.item(name).codec == ((1,),):
+                values[name] = plain(file.map(name))
+                assert same(values[name], plain(file[name]))
             values[name] = plain(file[name])
-            if file.item(name).of is None and file.item(name).codec == ((1,),):
-                assert same(plain(file.map(name)), values[name])
     return values
 
 
@@ -188,7 +190,7 @@ def test_random_access_to_a_changed_file_gives_what_was_saved_or_refuses(tmp_pat
     wanted = read_all(path)
     spread = random.Random(0)
     mutants = [data[:length] for length in range(0, len(data), 7)]
-    for at in range(len(data)):
+    for at in range(0, len(data), 1 if EXHAUSTIVE else 2):
         mutants.append(data[:at] + bytes([data[at] ^ spread.randrange(1, 256)]) + data[at + 1 :])
     refused = 0
     for mutant in mutants:
@@ -198,6 +200,31 @@ def test_random_access_to_a_changed_file_gives_what_was_saved_or_refuses(tmp_pat
         except TensorwireError:
             refused += 1
     assert refused > 0.8 * len(mutants)  # the rest is what random access need not look at
+
+
+def test_random_access_survives_changes_whose_checksums_hold(tmp_path):
+    path = tmp_path / "x.tw"
+    frames = take_apart(stored("at-rest"))
+    spread = random.Random(1)
+    for _ in range(20_000 if EXHAUSTIVE else 300):
+        mutant = mended_mutant(frames, 64, spread)
+        path.write_bytes(mutant)
+        verdict = library(mutant)
+        try:
+            values = read_all(path)
+        except TensorwireError:  # maybe only for the index, which nobody needs who reads from front to back
+            continue
+        assert verdict.error is not None or same(values, tensors(verdict.value))
+
+
+def tensors(value: Any, path: tuple = ()) -> dict[str, Any]:
+    """The tensors of a tree by dotted name, in the order of the tree."""
+    if isinstance(value, reference.Tensor):
+        return {".".join(map(str, path)): value}
+    if not isinstance(value, (dict, list, tuple)):
+        return {}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: leaf for key, child in pairs for name, leaf in tensors(child, (*path, key)).items()}
 
 
 # ------------------------------------------------------------------------- Changes with every checksum mended

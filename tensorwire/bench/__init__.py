@@ -1,8 +1,8 @@
 """`tensorwire bench`: size, speed, memory and error, beside what a user would otherwise pick.
 
-Each suite is a module with a `run(options, note)` that yields rows (plain dicts, the same that `--json` writes),
-and a `title(rows)` and `COLUMNS` for their table. Rivals that are not installed are left out with a note. docs/bench.md says
-what each suite measures and how.
+Each suite is a module with a `run(options, note)` that yields rows (plain dicts, the same that `--json`
+writes), and a `title(rows)` and `COLUMNS` for their table. Rivals that are not installed are left out with a
+note. docs/bench.md says what each suite measures and how.
 """
 
 import importlib

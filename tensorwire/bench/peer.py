@@ -1,9 +1,9 @@
 """One of the two processes of `bench memory`: `python -m tensorwire.bench.peer`, a job as JSON on stdin.
 
 The receiver prints the port it listens on, takes one model, and answers one byte when all of it is there and
-verified. The sender loads its model, connects, waits for the receiver's "ready" byte and sends. Both print the memory
-that this took beyond the level right before, in bytes; the sender also prints the seconds from its first byte to the
-answer. torch is imported only for the methods that need it.
+verified. The sender loads its model, connects, waits for the receiver's "ready" byte and sends. Both print
+the memory that this took beyond the level right before, in bytes; the sender also prints the seconds from its
+first byte to the answer. torch is imported only for the methods that need it.
 """
 
 import io

@@ -1,8 +1,8 @@
 """The same work done by what a user would otherwise pick: torch's casts, bitsandbytes, zstd, zlib.
 
-`contenders(...)` gives one group a rival; a rival that is not installed gives none and a note. bitsandbytes is
-measured twice: through its public functions, which allocate what they return (`fresh`), and where its CPU library has
-the kernel, by calling that with warm buffers (`warm`), so that kernels are compared with kernels.
+`contenders(...)` gives one group a rival; a rival that is not installed gives none and a note. bitsandbytes
+is measured twice: through its public functions, which allocate what they return (`fresh`), and where its CPU
+library has the kernel, by calling that with warm buffers (`warm`), so that kernels are compared with kernels.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from tensorwire.codecs.fourbit import FourBit
 
 @dataclass(frozen=True)
 class Contender:
-    """One thing to be timed: `run()` processes the whole input once. `output`: warm (reused) or fresh memory."""
+    """One thing to be timed: `run()` processes the whole input once. `output`: warm, fresh or none."""
 
     codec: str
     op: str
@@ -45,7 +45,9 @@ def import_rivals(codecs: list[Codec], threads: int, note: Note) -> None:
         note("torch and bitsandbytes left out: not installed")
         return
     try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what its import advises on is not used here
+        logging.getLogger("bitsandbytes").setLevel(
+            logging.ERROR
+        )  # what its import advises on is not used here
         import bitsandbytes  # noqa: F401
     except ImportError:
         note("bitsandbytes left out: not installed")
@@ -93,7 +95,10 @@ def _bitsandbytes_4bit(codec: FourBit, values: np.ndarray, out: np.ndarray) -> I
 
     def encode() -> Any:
         return bnb.quantize_4bit(
-            wide, blocksize=codec.blocksize, quant_type=codec.quant_type, compress_statistics=codec.double_quant
+            wide,
+            blocksize=codec.blocksize,
+            quant_type=codec.quant_type,
+            compress_statistics=codec.double_quant,
         )
 
     codes, state = encode()

@@ -1,7 +1,7 @@
 """How far this process's resident memory rises above where it stood.
 
-On Linux the kernel's high-water mark (VmHWM) is reset first, so that nothing before counts; elsewhere the mark of
-`getrusage` cannot be reset, and only what rises above all that was before is seen.
+On Linux the kernel's high-water mark (VmHWM) is reset first, so that nothing before counts; elsewhere the
+mark of `getrusage` cannot be reset, and only what rises above all that was before is seen.
 """
 
 import ctypes

@@ -1,21 +1,23 @@
 """How many bytes a model takes: as published tables count them, and on the wire.
 
-Published tables count the elements (payload) and, as metadata, the fp32 absmax together with the fp32 code table of
-every item. On the wire a codec id stands for its table, and frames and descriptors come on top. Both are computed
-from shapes alone: the wire format's own writer is driven with sizes, so that not a byte of the model is needed.
+Published tables count the elements (payload) and, as metadata, the fp32 absmax together with the fp32 code
+table of every item. On the wire a codec id stands for its table, and frames and descriptors come on top. Both
+are computed from shapes alone: the wire format's own writer is driven with sizes, so that not a byte of the
+model is needed.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import tensorwire
+from tensorwire import dtypes
 from tensorwire.bench.models import MIB, Model, resolve
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.tables import Column, Row
-from tensorwire.codecs import FP4, NF4, Codec, Int8, Zstd
+from tensorwire.codecs import FP4, NF4, Codec, Int8, Raw, Zstd
 from tensorwire.streams import FRAME_SIZE
 from tensorwire.streams.tree import Leaf
-from tensorwire.wire import Kind, StreamInfo, Writer
+from tensorwire.wire import StreamInfo, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
 DEFAULT_MODEL: Final = "llama-3.2-1b"
@@ -49,15 +51,15 @@ def run(options: Options, note: Note) -> Iterator[Row]:
         elif model.values:
             yield compressed_row(model, spec)
         else:
-            note(f"{spec} left out: what zstd makes of a model depends on its values, and {model.name} is only shapes")
+            note(f"{spec} left out: what zstd makes of {model.name} depends on values, and it is only shapes")
 
 
 def size_row(model: Model, spec: str) -> Row:
     """Sizes under a codec whose payloads have a known length."""
     leaves = model.leaves(spec)
-    tensors = [leaf for leaf in leaves if leaf.codec is not None]
-    sizes = [leaf.codec.sizes(leaf.view.numel, leaf.view.dtype) for leaf in tensors]
-    tables = sum(table_bytes(leaf.codec) for leaf in tensors if leaf.view.numel)
+    tensors = [(leaf.view, leaf.codec) for leaf in leaves if leaf.view is not None and leaf.codec is not None]
+    sizes = [codec.sizes(view.numel, view.dtype) for view, codec in tensors]
+    tables = sum(table_bytes(codec) for view, codec in tensors if view.numel > 0)
     payload = sum(size.data for size in sizes)
     meta = sum(size.metadata for size in sizes) + tables
     wire, wire_meta = wire_sizes(leaves)
@@ -87,7 +89,7 @@ def _row(model: Model, spec: str, *, payload: int, meta: int, wire: int, wire_me
 
 
 def table_bytes(codec: Codec) -> int:
-    """The fp32 code tables that a published item carries; double quantization brings an 8-bit one of its own."""
+    """The fp32 code tables that a published item carries; double quantization brings an 8-bit one too."""
     if isinstance(codec, (NF4, FP4)):
         return _4BIT_TABLE + (_INT8_TABLE if codec.double_quant else 0)
     return _INT8_TABLE if isinstance(codec, Int8) else 0
@@ -112,13 +114,16 @@ def wire_sizes(leaves: Iterable[Leaf], *, payloads: bool = True) -> tuple[int, i
 
 
 def _slices(leaf: Leaf) -> Iterator[tuple[int, int, int, int]]:
-    """(start, count, payload bytes, metadata bytes) of each data frame, cut as `tensorwire.encode` cuts them."""
-    item, budget = leaf.item, FRAME_SIZE - HEADER_SIZE
-    step = budget if item.kind == Kind.VALUE else leaf.codec.fit(budget, item.dtype) if item.total else 1
-    for start in range(0, item.total or 0, step):
-        count = min(step, item.total - start)
-        if item.kind == Kind.VALUE:
-            yield start, count, count, 0
-        else:
-            sizes: Any = leaf.codec.sizes(count, item.dtype)
-            yield start, count, sizes.total, sizes.metadata
+    """(start, count, payload bytes, metadata bytes) of each data frame, as `tensorwire.encode` cuts them."""
+    total, budget = leaf.item.total or 0, FRAME_SIZE - HEADER_SIZE
+    if not total:
+        return
+    codec: Codec = Raw()
+    dtype = dtypes.UINT8
+    if leaf.view is not None and leaf.codec is not None:  # else a plain value's bytes
+        codec, dtype = leaf.codec, leaf.view.dtype
+    step = codec.fit(budget, dtype)
+    for start in range(0, total, step):
+        count = min(step, total - start)
+        sizes = codec.sizes(count, dtype)
+        yield start, count, sizes.total, sizes.metadata

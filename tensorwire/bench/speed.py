@@ -1,18 +1,20 @@
 """GB/s of fp32 input per codec, beside a copy and beside what a user would otherwise pick, in one run.
 
-Every contender works on the same array of seeded weights. After one warm-up each, rounds go over all of them in turn,
-so that whatever else the machine does falls on all alike; a figure is the median of the rounds. `warm` writes into
-memory that was written before, `fresh` into what it allocates itself. memcpy is `np.copyto` of the same array into
-warm memory, each byte counted once; vs_memcpy and vs_rival are ratios to figures of this run.
+Every contender works on the same array of seeded weights. After one warm-up each, rounds go over all of them
+in turn, so that whatever else the machine does falls on all alike; a figure is the median of the rounds.
+`warm` writes into memory that was written before, `fresh` into what it allocates itself. memcpy is
+`np.copyto` of the same array into warm memory, each byte counted once; vs_memcpy and vs_rival are ratios to
+figures of this run.
 
-encode and decode are the codec alone, on `threads` equal parts of the array. encode_stream drains `tensorwire.encode`
-and decode_stream runs `tensorwire.decode` from one message into an existing array: frames, checksums and Python
-included.
+encode and decode are the codec alone, on `threads` equal parts of the array. encode_stream drains
+`tensorwire.encode` and decode_stream runs `tensorwire.decode` from one message into an existing array:
+frames, checksums and Python included.
 """
 
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any, Final
@@ -22,7 +24,7 @@ import numpy as np
 import tensorwire
 from tensorwire import dtypes, kernels
 from tensorwire.bench import rivals
-from tensorwire.bench.models import MIB, weights
+from tensorwire.bench.models import MIB, view_of, weights
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.rivals import Contender
 from tensorwire.bench.tables import Column, Row
@@ -47,7 +49,9 @@ COLUMNS: Final = (
 
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
-    return f"speed, {rows[0]['threads']} thread(s), GB/s of fp32, medians of {ROUNDS} rounds"
+    threads = rows[0]["threads"]
+    plural = "s" if threads > 1 else ""
+    return f"speed with {threads} thread{plural}, GB/s of fp32, medians of {ROUNDS} rounds"
 
 
 def run(options: Options, note: Note) -> Iterator[Row]:
@@ -109,10 +113,12 @@ def _time(run: Callable[[], Any]) -> float:
     return perf_counter() - start
 
 
-def _copies(values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
-    parts = [slice(start, stop) for start, stop in _parts(values.size, 1, threads)]
-    copy = _together([lambda part=part: np.copyto(out[part], values[part]) for part in parts], pool)
-    fresh = _together([lambda part=part: values[part].copy() for part in parts], pool)
+def _copies(
+    values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor
+) -> Iterator[Contender]:
+    parts = _parts(values.size, 1, threads)
+    copy = _together([partial(np.copyto, out[start:stop], values[start:stop]) for start, stop in parts], pool)
+    fresh = _together([values[start:stop].copy for start, stop in parts], pool)
     yield Contender("raw", "copy", "memcpy", "warm", copy)
     yield Contender("raw", "copy", "memcpy", "fresh", fresh)
 
@@ -135,9 +141,14 @@ def _ours(
         yield Contender(name, "decode", impl, "warm", _together([part.decode for part in parts], pool))
         yield Contender(name, "decode", impl, "fresh", _together([part.decode_fresh for part in parts], pool))
     if threads == 1:
-        message = tensorwire.dumps({"x": values}, codec=codec)
-        yield Contender(name, "encode_stream", impl, "warm", lambda: _drain(tensorwire.encode({"x": values}, codec=codec)))
-        yield Contender(name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into={"x": out})))
+        state, into = {"x": values}, {"x": out}
+        message = tensorwire.dumps(state, codec=codec)
+        yield Contender(
+            name, "encode_stream", impl, "warm", lambda: _drain(tensorwire.encode(state, codec=codec))
+        )
+        yield Contender(
+            name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into=into))
+        )
 
 
 class _Part:
@@ -145,7 +156,7 @@ class _Part:
 
     def __init__(self, codec: Codec, values: np.ndarray, out: np.ndarray) -> None:
         self._codec = codec
-        self._view = tensorwire.numpy.FRONT.view(values)
+        self._view = view_of(values)
         self._data = values.view(np.uint8)
         self._out = out.view(np.uint8)
         self._warm = np.zeros(codec.sizes(values.size, dtypes.FLOAT32).total, np.uint8)
@@ -164,8 +175,9 @@ class _Part:
         self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, np.empty(self._out.size, np.uint8))
 
     def _encode(self, take: Callable[[int], np.ndarray]) -> Any:
-        # What a codec must know of the whole tensor (double quantization: its mean absmax) is part of the work.
-        return self._codec.encode(self._data, dtypes.FLOAT32, take, self._codec.prepare(self._view))
+        # What a codec must know of the whole tensor (double quantization: its mean) is part of the work.
+        context = self._codec.prepare(self._view) if self._view is not None else None
+        return self._codec.encode(self._data, dtypes.FLOAT32, take, context)
 
     def _take_warm(self, size: int) -> np.ndarray:
         return self._warm[:size]
@@ -200,6 +212,8 @@ def _with_ratios(rows: list[Row]) -> list[Row]:
         if row["impl"] == kernels.implementation:
             # A rival that offers only one kind of output is compared with both of ours.
             outputs = (row["output"], "warm", "fresh")
-            rival = next((theirs[key] for o in outputs if (key := (row["codec"], row["op"], o)) in theirs), None)
+            rival = next(
+                (theirs[key] for o in outputs if (key := (row["codec"], row["op"], o)) in theirs), None
+            )
             row["vs_rival"] = row["gbps"] / rival if rival else None
     return rows

@@ -1,7 +1,7 @@
 """The `tensorwire` command: thin verbs over the public API, one a file.
 
-Data goes to stdout, everything meant for people to stderr. A verb raises; `main` alone turns errors into one line
-and an exit code.
+Data goes to stdout, everything meant for people to stderr. A verb raises; `main` alone turns errors into one
+line and an exit code.
 """
 
 import argparse

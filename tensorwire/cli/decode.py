@@ -21,8 +21,8 @@ what OUT becomes:
   *.safetensors  all tensors, written slice by slice; the model is never loaded
   *.npz          all tensors, one in memory at a time
   any other      the file that the stream carries, under the name you give
---to says so where the name does not. OUT appears only when the whole stream is verified, and nothing is written to a
-pipe before that either: on its way to - the result waits in a temporary file.
+--to says so where the name does not. OUT appears only when the whole stream is verified, and nothing is
+written to a pipe before that either: on its way to - the result waits in a temporary file.
 
 examples:
   tensorwire decode model.tw model.safetensors
@@ -73,6 +73,8 @@ def _decode_npz(source: Iterator[bytes], path: str) -> None:
                 raise SchemaError(f"a .npz file holds arrays only, not a {type(value).__name__}", item=name)
             # bfloat16 and the like, whether ml_dtypes knows them here or not: .npy has no name for them.
             if value.dtype.isbuiltin != 1 or value.dtype.metadata:
-                raise SchemaError(f"a .npz file cannot hold {show(value.dtype.name)}; use .safetensors", item=name)
+                raise SchemaError(
+                    f"a .npz file cannot hold {show(value.dtype.name)}; use .safetensors", item=name
+                )
             with archive.open(f"{name or 'arr_0'}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, value, allow_pickle=False)

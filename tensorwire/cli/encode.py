@@ -20,8 +20,8 @@ what IN is:
   *.pt, *.pth      a torch checkpoint that loads with weights_only=True
   any other, or -  a file, sent in chunks; codec raw or zstd
 
-codecs: raw, fp16, bf16, int8, int8-linear, nf4, fp4; parameters after a colon, zstd behind any of them. Tensors that
-a codec cannot represent (integers, for example) travel losslessly beside the others.
+codecs: raw, fp16, bf16, int8, int8-linear, nf4, fp4; parameters after a colon, zstd behind any of them.
+Tensors that a codec cannot represent (integers, for example) travel losslessly beside the others.
 
 examples:
   tensorwire encode model.safetensors model.tw --codec nf4:double_quant=true

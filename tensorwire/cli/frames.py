@@ -48,7 +48,8 @@ class Frame:
 class Frames:
     """Iterate for the frames of a stream, each once it is verified.
 
-    When the stream breaks, the WireError is raised, and `broken` is the frame it broke in, if its header was good.
+    When the stream breaks, the WireError is raised, and `broken` is the frame it broke in, if its header was
+    good.
     """
 
     def __init__(self, source: Source) -> None:

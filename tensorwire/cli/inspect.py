@@ -57,7 +57,9 @@ def _run(arguments: argparse.Namespace) -> int:
         except WireError as caught:
             error = caught
     if arguments.json:
-        print_json(account.fields() | ({"frames": listed} if arguments.frames else {}) | _broken(frames, error))
+        print_json(
+            account.fields() | ({"frames": listed} if arguments.frames else {}) | _broken(frames, error)
+        )
     else:
         if error is not None and frames.broken is not None and arguments.frames:
             print(f"{_frame_line(frames.broken)}  <- breaks here")
@@ -127,7 +129,9 @@ class _Account:
         lines = [f"metadata {show(key)}: {show(text)}" for key, text in info.metadata]
         if info.id:
             lines.append(f"stream id {info.id.hex()}")
-        rows = [item | {"name": show(item["name"])} for item in self._items if item["kind"] not in _CONTAINERS]
+        rows = [
+            item | {"name": show(item["name"])} for item in self._items if item["kind"] not in _CONTAINERS
+        ]
         if items and rows:
             lines.append(render(rows, _COLUMNS))
         lines.append(
@@ -173,7 +177,12 @@ def _codec(stages: tuple[tuple[int, ...], ...]) -> str | None:
 
 def _frame_fields(frame: Frame) -> dict[str, Any]:
     header = frame.header
-    fields = {"sequence": header.sequence, "offset": frame.offset, "type": frame.type_name, "length": header.length}
+    fields = {
+        "sequence": header.sequence,
+        "offset": frame.offset,
+        "type": frame.type_name,
+        "length": header.length,
+    }
     if frame.type_name == "ITEM":
         fields |= {"item": header.item}
     if frame.type_name == "DATA":
@@ -209,6 +218,7 @@ def _describe(item: Item) -> str:
     if item.kind == Kind.ALIAS:
         return f"{name} is #{item.of}"
     if item.kind == Kind.FILE:
-        return f"{name} file of {'unknown length' if item.size is None else f'{item.size} bytes'}, {_codec(item.codec)}"
+        size = "unknown length" if item.size is None else f"{item.size} bytes"
+        return f"{name} file of {size}, {_codec(item.codec)}"
     size = f" of {item.size} bytes" if item.size is not None else ""
     return f"{name} {item.kind.name.lower()}{size}"

@@ -17,8 +17,8 @@ from tensorwire.wire.frames import HEADER_SIZE
 from tensorwire.wire.ledger import END_SIZE
 
 _TEXT: Final = """\
-Every checksum, link, descriptor and payload is checked as a receiver would check it: exit code 0 says that the whole
-stream decodes, 1 that it does not, with the frame, item and byte where it breaks.
+Every checksum, link, descriptor and payload is checked as a receiver would check it: exit code 0 says that
+the whole stream decodes, 1 that it does not, with the frame, item and byte where it breaks.
 
 examples:
   tensorwire verify model.tw
@@ -46,12 +46,16 @@ def _run(arguments: argparse.Namespace) -> int:
             raise
     assert receiver.end is not None
     summary = receiver.end.summary
-    size = summary.size + HEADER_SIZE + END_SIZE  # the END frame itself comes on top
+    result = {
+        "items": summary.items,
+        "frames": summary.frames + 1,  # the END frame counts those before it
+        "bytes": summary.size + HEADER_SIZE + END_SIZE,
+        "digest": summary.digest.hex(),
+    }
     if arguments.json:
-        digest = summary.digest.hex()
-        print_json({"ok": True, "items": summary.items, "frames": summary.frames + 1, "bytes": size, "digest": digest})
+        print_json({"ok": True, **result})
     else:
-        print(f"ok: {summary.items} items, {summary.frames + 1} frames, {size} bytes, SHA-256 {summary.digest.hex()}")
+        print("ok: {items} items, {frames} frames, {bytes} bytes, SHA-256 {digest}".format(**result))
     return 0
 
 

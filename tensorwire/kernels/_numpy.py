@@ -87,11 +87,11 @@ def _check_overlap(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
                 raise ValueError(f"{name} overlaps {other}")
 
 
-def _check_blocksize(blocksize: int, n: int) -> int:
+def _check_blocksize(blocksize: int) -> int:
     blocksize = operator.index(blocksize)
     if blocksize < 1:
         raise ValueError(f"blocksize: expected at least 1, got {blocksize}")
-    return min(blocksize, max(n, 1))  # one block either way, and products with it stay small
+    return blocksize
 
 
 def _check_4bit(blocksize: int, quant_type: str) -> int:
@@ -206,7 +206,7 @@ def blockwise_absmax(values: Array, absmax: Float32, *, blocksize: int) -> bool:
     """absmax[i] = the largest |x| of block i, exactly; whether all values are finite."""
     _check_array("values", values, *FLOAT_DTYPES)
     _check_array("absmax", absmax, np.float32, output=True)
-    blocksize = _check_blocksize(blocksize, values.size)
+    blocksize = _check_blocksize(blocksize)
     _check_size("absmax", absmax, _blocks(values.size, blocksize))
     _check_overlap({"absmax": absmax}, {"values": values})
     return _absmax(values, absmax, blocksize)
@@ -296,7 +296,7 @@ def quantize_int8(values: Array, codes: npt.NDArray[np.uint8], absmax: Float32, 
     _check_array("values", values, *FLOAT_DTYPES)
     _check_array("codes", codes, np.uint8, output=True)
     _check_array("absmax", absmax, np.float32, output=True)
-    blocksize = _check_blocksize(blocksize, values.size)
+    blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, values.size)
     _check_size("absmax", absmax, _blocks(values.size, blocksize))
     _check_overlap({"codes": codes, "absmax": absmax}, {"values": values})
@@ -314,7 +314,7 @@ def dequantize_int8(codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *
     _check_array("codes", codes, np.uint8)
     _check_array("absmax", absmax, np.float32)
     _check_array("out", out, *FLOAT_DTYPES, output=True)
-    blocksize = _check_blocksize(blocksize, out.size)
+    blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, out.size)
     _check_size("absmax", absmax, _blocks(out.size, blocksize))
     _check_overlap({"out": out}, {"codes": codes, "absmax": absmax})
@@ -339,7 +339,7 @@ def quantize_linear(
     _check_array("values", values, *FLOAT_DTYPES)
     _check_array("codes", codes, np.int8, output=True)
     _check_array("scales", scales, np.uint16, output=True)
-    blocksize = _check_blocksize(blocksize, values.size)
+    blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, values.size)
     _check_size("scales", scales, _blocks(values.size, blocksize))
     _check_overlap({"codes": codes, "scales": scales}, {"values": values})
@@ -365,7 +365,7 @@ def dequantize_linear(
     _check_array("codes", codes, np.int8)
     _check_array("scales", scales, np.uint16)
     _check_array("out", out, *FLOAT_DTYPES, output=True)
-    blocksize = _check_blocksize(blocksize, out.size)
+    blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, out.size)
     _check_size("scales", scales, _blocks(out.size, blocksize))
     _check_overlap({"out": out}, {"codes": codes, "scales": scales})

@@ -13,6 +13,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.atomic import replacing, write_all
 from tensorwire.streams.decode import collect, decode
 from tensorwire.streams.encode import encode
+from tensorwire.streams.pool import GrowingMemory
 from tensorwire.streams.receive import check_codec, check_slice
 from tensorwire.tensor import Front
 from tensorwire.wire import Header, IndexEntry, Item, Kind, StreamInfo, Summary, unpack_index
@@ -107,16 +108,16 @@ class TensorFile:
         item = self.item(name)
         codec = check_codec(item)
         size = item.dtype.itemsize
-        out = np.empty(item.total * size, np.uint8)
+        memory = GrowingMemory(item.total * size)
         for header, payload, _ in self._frames(name):
             try:
                 check_slice(codec, header, item, self._limits)
-                region = out[header.start * size : (header.start + header.count) * size]
+                region = memory.region(header.start * size, (header.start + header.count) * size)
                 codec.decode(payload, item.dtype, region)
             except TensorwireError as error:
                 error.item = name
                 raise
-        return self._front.wrap(out, item.dtype, item.shape)
+        return self._front.wrap(memory.data, item.dtype, item.shape)
 
     def map(self, name: str) -> Any:
         """A raw tensor as a view of the file, verified once here, without a copy.
@@ -125,11 +126,15 @@ class TensorFile:
         Raises EncodeError for a tensor that is not stored raw in one frame.
         """
         item = self.item(name)
-        frames = list(self._frames(name)) if check_codec(item).in_place else []
+        codec = check_codec(item)
+        frames = list(self._frames(name)) if codec.in_place else []
         if item.total and len(frames) != 1:
             raise EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
         begin, length = (frames[0][2], frames[0][0].length) if frames else (0, 0)
         data = np.frombuffer(self._private, np.uint8)[begin : begin + length]
+        for header, payload, _ in frames:
+            check_slice(codec, header, item, self._limits)
+            codec.decode(payload, item.dtype, np.frombuffer(payload, np.uint8))  # in place: only looks
         tensor = self._front.wrap(data, item.dtype, item.shape)
         if isinstance(tensor, np.ndarray):
             tensor.flags.writeable = False

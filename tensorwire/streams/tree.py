@@ -58,9 +58,15 @@ class Walk:
             return self._tensor(value, view, path)
         kind = _container(value)
         if kind is None or (path and not self._holds_tensor(value, self._limits.nesting - len(path))):
-            packed = pack_value(value, self._limits)
-            if kind is None or len(packed) <= self._limits.composite:
-                return Leaf(Item(Kind.VALUE, path, size=len(packed)), value=packed)
+            try:
+                packed = pack_value(value, self._limits)
+            except EncodeError:
+                if kind is None:
+                    raise
+                # Something in this container cannot be sent: the walk comes to it, and names it.
+            else:
+                if kind is None or len(packed) <= self._limits.composite:
+                    return Leaf(Item(Kind.VALUE, path, size=len(packed)), value=packed)
         if len(path) == self._limits.nesting:
             raise EncodeError("nested too deep")
         return Leaf(Item(kind, path))
@@ -81,15 +87,17 @@ class Walk:
         return key
 
     def _holds_tensor(self, value: Any, depth: int) -> bool:
-        if self._front.view(value) is not None:
+        """Whether there is a tensor in `value`, or what the walk has to refuse: a strange tensor, endless depth."""
+        try:
+            if self._front.view(value) is not None:
+                return True
+        except EncodeError:
             return True
         kind = _container(value)
         if kind is None:
             return False
-        if depth <= 0:
-            raise EncodeError("nested too deep")
         children = value.values() if kind == Kind.DICT else value
-        return any(self._holds_tensor(child, depth - 1) for child in children)
+        return depth <= 0 or any(self._holds_tensor(child, depth - 1) for child in children)
 
 
 def _container(value: Any) -> Kind | None:

@@ -34,7 +34,7 @@ _HEADER = struct.Struct("<BBBBIQIIQQII")
 class Frame:
     """A frame; `fields` overrides header fields that `assemble` would compute, `padding` the bytes before the payload.
 
-    An END frame without a payload gets the right one, with `fields` of its own: items, frames, size, index, digest.
+    An INDEX or END frame without a payload gets the right one; `fields` of END are items, frames, size, index, digest.
     """
 
     type: int
@@ -63,12 +63,15 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
     stream = preamble() if head is None else head
     digest = hashlib.sha256(stream)
     link = int.from_bytes(stream[-4:], "little")
-    items, index = 0, 0
+    index = 0
+    entries: list[list[int]] = []  # of the INDEX frame
     for sequence, frame in enumerate(frames):
         fields = dict(frame.fields)
         payload = frame.payload
-        if payload is None:
-            totals = {"items": items, "frames": sequence, "size": len(stream), "index": index}
+        if payload is None and frame.type == INDEX:
+            payload = b"".join(struct.pack("<QIIQII", *entry) for entry in entries)
+        elif payload is None:
+            totals = {"items": len(entries), "frames": sequence, "size": len(stream), "index": index}
             totals |= {key: fields.pop(key) for key in [*totals] if key in fields}
             payload = struct.pack("<QQQQ", *totals.values()) + fields.pop("digest", digest.digest())
         padding = frame.padding
@@ -90,12 +93,16 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
         } | fields
         packed = _HEADER.pack(*header.values())[:-4]
         packed += struct.pack("<I", header["crc"] or crc32c(packed))
+        place = [len(stream), sequence, link]
         if frame.type == INDEX:
             index = len(stream)
+        elif frame.type == ITEM:
+            entries.append([*place, 0, 0, 0])
+        elif frame.type == DATA and frame.item < len(entries) and entries[frame.item][3] == 0:
+            entries[frame.item][3:] = place
         stream += packed + padding + payload
         digest.update(packed)
         link = int.from_bytes(packed[-4:], "little")
-        items += frame.type == ITEM
     return stream
 
 
@@ -115,5 +122,6 @@ def take_apart(stream: bytes) -> list[Frame]:
     frames = []
     for raw in [*cut(stream)][1:]:
         kind, _, pad, _, _, _, item, _, start, count, _, _ = _HEADER.unpack(raw[:HEADER_SIZE])
-        frames.append(Frame(kind, None if kind == END else raw[HEADER_SIZE + pad :], item, start, count))
+        payload = None if kind in (INDEX, END) else raw[HEADER_SIZE + pad :]
+        frames.append(Frame(kind, payload, item, start, count))
     return frames

@@ -34,6 +34,10 @@ def stored(name: str) -> bytes:
     return (FOLDER / f"{name}.tw").read_bytes()
 
 
+_KEPT = tempfile.TemporaryDirectory()  # until the process ends
+_FOLDER = Path(_KEPT.name)
+
+
 class Verdict(NamedTuple):
     """What a reader says: a value, or the kind and place of what is wrong."""
 
@@ -57,14 +61,14 @@ def library(data: bytes | Iterable[bytes], *, file: bool = False) -> Verdict:
     try:
         if not file:
             return Verdict(plain(tw.loads(data)))
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "received"
-            try:
-                name = decode_file(data, target)
-            except TensorwireError:
-                assert [*Path(folder).iterdir()] == [], "a failure left something behind"
-                raise
-            return Verdict(reference.File(target.read_bytes()), name=name)
+        target = _FOLDER / "received"
+        target.unlink(missing_ok=True)
+        try:
+            name = decode_file(data, target)
+        except TensorwireError:
+            assert not any(_FOLDER.iterdir()), "a failure left something behind"
+            raise
+        return Verdict(reference.File(target.read_bytes()), name=name)
     except TensorwireError as error:
         return Verdict(None, type(error).__name__, str(error), error.frame, error.offset)
 

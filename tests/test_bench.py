@@ -1,0 +1,262 @@
+"""`tensorwire bench`: published sizes to the digit, every suite on something tiny, no word about time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tensorwire
+from tensorwire.bench import SUITES, BenchError, Options, memory, models, rivals, shapes, size, speed, suite
+from tensorwire.bench.error import error_row
+from tensorwire.bench.rss import Rise
+from tensorwire.bench.tables import Column, render
+from tensorwire.cli import main
+
+MIB = 1 << 20
+CODECS = ("raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true")
+TINY = shapes.llama(vocabulary=500, hidden=64, layers=1, feed_forward=96, key_value=16)
+KEYS = {
+    "size": {"suite", "model", "codec", "payload_mib", "meta_mib", "wire_mib", "percent_of_fp32"},
+    "speed": {"suite", "codec", "op", "impl", "threads", "size_mib", "gbps", "vs_memcpy"},
+    "memory": {"suite", "mode", "codec", "model_mib", "sender_extra_mib", "receiver_extra_mib", "seconds"},
+    "error": {"suite", "codec", "rel_l2", "max_abs", "sqnr_db"},
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.NAMED, "tiny", TINY)
+
+
+def quiet(line: str) -> None:
+    """Nobody reads these notes."""
+
+
+def test_the_model_has_its_published_shape() -> None:
+    table = shapes.NAMED["llama-3.2-1b"]
+    assert len(table) == 147
+    assert sum(int(np.prod(shape)) for shape in table.values()) == 1_498_482_688
+
+
+@pytest.mark.parametrize(
+    ("codec", "payload", "meta", "percent"),
+    [
+        ("raw", 5716.26, 0, 100.00),
+        ("fp16", 2858.13, 0, 50.00),
+        ("bf16", 2858.13, 0, 50.00),
+        ("int8", 1429.06, 1.54, 25.03),
+        ("nf4", 714.53, 89.33, 14.06),
+        ("fp4", 714.53, 89.33, 14.06),
+    ],
+)
+def test_published_sizes(codec: str, payload: float, meta: float, percent: float) -> None:
+    row = next(size.run(Options(model="llama-3.2-1b", codecs=(codec,)), quiet))
+    assert row["codec"] == ("fp32" if codec == "raw" else codec)
+    got = [round(row[key], 2) for key in ("payload_mib", "meta_mib", "percent_of_fp32")]
+    assert got == [payload, meta, percent]
+    assert row["framing_percent"] < 0.1
+
+
+def test_double_quantization_needs_less_than_23_mib() -> None:
+    for spec in ("nf4:double_quant=true", "fp4:double_quant=true"):
+        row = next(size.run(Options(model="llama-3.2-1b", codecs=(spec,)), quiet))
+        assert row["meta_mib"] < 23 and row["wire_meta_mib"] < 23
+
+
+@pytest.mark.parametrize("codec", [*CODECS, "nf4|zstd"])
+def test_wire_size_is_that_of_the_stream(codec: str) -> None:
+    generator = np.random.default_rng(3)
+    state = {name: generator.standard_normal(shape, np.float32) for name, shape in TINY.items()}
+    state["large"] = generator.standard_normal((1000, 1201), np.float32)
+    state |= {
+        "odd": np.float32(generator.standard_normal(77)),
+        "steps": np.arange(9),
+        "empty": np.zeros((0, 2)),
+    }
+    model = models.from_state_dict("state", state)
+    row = size.compressed_row(model, codec) if "zstd" in codec else size.size_row(model, codec)
+    assert row["wire_mib"] * MIB == len(tensorwire.dumps(state, codec=codec))
+
+
+def test_a_compressor_is_not_guessed() -> None:
+    notes: list[str] = []
+    assert list(size.run(Options(model="tiny", codecs=("nf4|zstd",)), notes.append)) == []
+    assert "depends on values" in notes[0]
+
+
+def test_seeded_weights_are_the_same_however_they_are_read() -> None:
+    view = models.resolve("tiny").tensors["lm_head.weight"]
+    whole = view.read(0, view.numel)
+    parts = np.concatenate([view.read(0, 1001), view.read(1001, view.numel)])
+    assert np.array_equal(whole, parts)
+    assert abs(whole.view(np.float32).std() - 0.02) < 0.001
+    around = models.weights(100, phase=(4 << 20) - 50)  # across the end of the block
+    assert np.array_equal(around[50:], models.weights(50)) and not np.array_equal(around[:50], around[50:])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_error_of_known_weights(codec: str) -> None:
+    values = (np.random.default_rng(4).standard_normal(300_000) * 0.02).astype(np.float32)
+    row = error_row(models.from_state_dict("x", {"x": values, "steps": np.arange(3)}), codec)
+    back = tensorwire.loads(tensorwire.dumps(values, codec=codec)).astype(np.float64)
+    noise = np.linalg.norm(values - back)
+    assert row["max_abs"] == pytest.approx(np.abs(values - back).max())
+    assert row["rel_l2"] == pytest.approx(noise / np.linalg.norm(values.astype(np.float64)))
+    assert (row["sqnr_db"] is None) == (noise == 0)
+    assert row["sqnr_db"] is None or row["sqnr_db"] == pytest.approx(-20 * np.log10(row["rel_l2"]))
+
+
+def test_error_of_a_bfloat16_model_is_measured_in_its_own_values() -> None:
+    torch = pytest.importorskip("torch")
+    values = torch.randn(5000).to(torch.bfloat16)
+    row = error_row(models.from_state_dict("x", {"x": values}), "nf4")
+    assert 15 < row["sqnr_db"] < 25
+    assert error_row(models.from_state_dict("x", {"x": values}), "bf16")["sqnr_db"] is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_speed_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(rivals, "import_rivals", lambda codecs, threads, note: None)
+    monkeypatch.setattr(rivals, "contenders", lambda codec, values, out, threads: iter(()))
+    options = Options(codecs=("bf16", "nf4:double_quant=true", "raw"), threads=threads, sizes_mib=(1,))
+    rows = list(speed.run(options, quiet))
+    assert all(KEYS["speed"] <= row.keys() and row["gbps"] > 0 for row in rows)
+    assert rows[0]["impl"] == "memcpy" and rows[0]["vs_memcpy"] == 1
+    ours = {
+        (row["codec"], row["op"], row["output"])
+        for row in rows
+        if row["impl"] == tensorwire.kernels.implementation
+    }
+    assert {("bf16", op, output) for op in ("encode", "decode") for output in ("warm", "fresh")} <= ours
+    assert (("raw", "encode_stream", "warm") in ours) == (threads == 1)
+    assert ("raw", "encode", "warm") not in ours
+
+
+def test_rivals_do_the_work_they_are_timed_for() -> None:
+    pytest.importorskip("bitsandbytes")
+    values = models.weights(64 * 4096)
+    for spec in ("bf16", "fp16", "int8", "nf4", "fp4", "nf4:double_quant=true", "zstd"):
+        out = np.zeros_like(values)
+        found = list(rivals.contenders(tensorwire.codec(spec), values, out, 1))
+        assert {contender.op for contender in found} == {"encode", "decode"}
+        for contender in found:
+            contender.run()
+            if (contender.op, contender.output) == ("decode", "warm"):
+                assert np.abs(out - values).max() < 0.02
+                out[:] = 0
+
+
+def test_a_rival_is_compared_with_like_outputs() -> None:
+    def row(impl: str, output: str, gbps: float) -> dict:
+        return {"codec": "nf4", "op": "decode", "impl": impl, "output": output, "gbps": gbps}
+
+    ours = tensorwire.kernels.implementation
+    rows = [row("memcpy", "warm", 10.0), row(ours, "warm", 20.0), row(ours, "fresh", 8.0)]
+    rows += [row("bitsandbytes", "warm", 5.0), row("bitsandbytes", "fresh", 2.0)]
+    ratios = [(r["vs_memcpy"], r["vs_rival"]) for r in speed._with_ratios(rows)]
+    assert ratios == [(1.0, None), (2.0, 4.0), (0.8, 4.0), (0.5, None), (0.2, None)]
+
+
+def test_memory_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_RIVALS", {})
+    tensorwire.safetensors.decode(models.resolve("tiny").encode(), tmp_path / "tiny.safetensors")
+    options = Options(model=str(tmp_path / "tiny.safetensors"), codecs=("nf4",))
+    rows = list(memory.run(options, quiet))
+    assert [row["mode"] for row in rows] == ["regular", "container", "file"]
+    for row in rows:
+        assert KEYS["memory"] <= row.keys() and row["seconds"] > 0
+        assert 0 <= row["sender_extra_mib"] < 16 and row["receiver_extra_mib"] < 16
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
+
+
+def test_what_does_not_fit_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 30)
+    notes: list[str] = []
+    options = Options(model="llama-3.2-1b", codecs=("raw",), modes=("regular",))
+    assert list(memory.run(options, notes.append)) == []
+    assert "regular raw left out: both processes together need" in notes[0]
+
+
+def test_a_process_that_fails_says_why() -> None:
+    job = {"method": "regular", "codec": "nonsense", "model": "llama-tiny"}
+    with pytest.raises(BenchError, match="unknown codec"):
+        memory.transfer(job, job)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory can be reset on Linux only")
+def test_a_rise_is_the_peak_and_not_what_is_left() -> None:
+    rise = Rise()
+    data = np.ones(32 * MIB, np.uint8)
+    del data
+    assert 31 * MIB < rise.peak() < 48 * MIB
+
+
+def test_json_is_one_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "size", "error", "--model", "tiny", "--codec", "nf4", "bf16", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert [(row["suite"], row["codec"]) for row in rows] == [
+        ("size", "nf4"),
+        ("size", "bf16"),
+        ("error", "nf4"),
+        ("error", "bf16"),
+    ]
+    assert all(KEYS[row["suite"]] <= row.keys() for row in rows)
+    assert "| nf4 " in captured.err and "tensorwire 0" in captured.err
+    assert main(["bench", "size", "--model", "tiny", "--json", str(tmp_path / "rows.json")]) == 0
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == len(CODECS)
+
+
+def test_every_suite_has_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tensorwire.bench import plots
+
+    assert list(plots._PICTURES) == list(SUITES)
+    common = {"suite": "speed", "output": "warm", "threads": 1, "size_mib": 4}
+    speed_rows = [
+        common | {"codec": "raw", "op": "copy", "impl": "memcpy", "gbps": 9.0},
+        common | {"codec": "nf4", "op": "encode", "impl": "native", "gbps": 12.0},
+    ]
+    memory_row = {"suite": "memory", "model": "tiny", "mode": "file", "codec": "nf4", "model_mib": 1.0}
+    memory_row |= {"sender_extra_mib": 0.0, "receiver_extra_mib": -0.5, "seconds": 1.0}
+    rows = [
+        *size.run(Options(model="tiny"), quiet),
+        *suite("error").run(Options(model="tiny", codecs=("raw", "nf4")), quiet),
+        *speed_rows,
+        memory_row,
+    ]
+    paths = plots.draw(rows, str(tmp_path / "new"))
+    assert [path.name for path in paths] == [f"{name}.png" for name in SUITES]
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_tables_align_numbers_and_leave_gaps() -> None:
+    text = render(
+        [{"a": "x", "b": 1.5}, {"a": "longer", "b": None}], [Column("a", "name"), Column("b", "n", ".2f")]
+    )
+    assert text.splitlines() == [
+        "| name   |    n |",
+        "| ------ | ---: |",
+        "| x      | 1.50 |",
+        "| longer |      |",
+    ]
+
+
+def test_the_core_install_is_enough() -> None:
+    """size, and the imports of every suite, with nothing but NumPy, msgpack and zstandard."""
+    code = """
+import sys
+for name in ("torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm", "ml_dtypes"):
+    sys.modules[name] = None
+from tensorwire.cli import main
+from tensorwire.bench import SUITES, suite, peer
+[suite(name) for name in SUITES]
+assert main(["bench", "size", "--model", "llama-tiny"]) == 0
+assert main(["bench", "size", "--plot", "x"]) == 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

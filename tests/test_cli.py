@@ -1,0 +1,283 @@
+"""The command line: what each verb reads and writes, and what its exit code says."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tensorwire
+from tensorwire.bench.models import from_state_dict
+from tensorwire.cli import main
+
+MODEL = {
+    "w": (np.random.default_rng(1).standard_normal((40, 130)) * 0.02).astype(np.float32),
+    "steps": np.arange(5, dtype=np.int64),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "model.npz", **MODEL)
+    return tmp_path / "model.npz"
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Path:
+    tensorwire.save_file(MODEL, tmp_path / "model.tw", codec="nf4")
+    return tmp_path / "model.tw"
+
+
+@pytest.fixture
+def safetensors(tmp_path: Path) -> Path:
+    tensorwire.safetensors.decode(tensorwire.encode(MODEL), tmp_path / "in.safetensors")
+    return tmp_path / "in.safetensors"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def shell(arguments: list[object], data: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+    command = [sys.executable, "-m", "tensorwire", *map(str, arguments)]
+    return subprocess.run(command, input=data, capture_output=True, timeout=60)
+
+
+def test_arrays_there_and_back(npz: Path, tmp_path: Path) -> None:
+    assert run("encode", npz, tmp_path / "a.tw") == 0
+    assert run("decode", tmp_path / "a.tw", tmp_path / "b.npz") == 0
+    with np.load(tmp_path / "b.npz") as got:
+        assert set(got) == set(MODEL)
+        assert all(got[name].dtype == MODEL[name].dtype for name in MODEL)
+        assert all(np.array_equal(got[name], MODEL[name]) for name in MODEL)
+
+
+def test_an_encoded_container_file_has_an_index(npz: Path, tmp_path: Path) -> None:
+    run("encode", npz, tmp_path / "a.tw", "--codec", "nf4")
+    with tensorwire.open_file(tmp_path / "a.tw") as file:
+        assert file.item("w").codec[0][0] == 6
+        assert np.array_equal(file["steps"], MODEL["steps"])
+
+
+def test_a_single_array_is_a_root(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", MODEL["w"])
+    run("encode", tmp_path / "x.npy", tmp_path / "x.tw")
+    assert np.array_equal(tensorwire.load_file(tmp_path / "x.tw"), MODEL["w"])
+    assert run("decode", tmp_path / "x.tw", tmp_path / "y.npz") == 0
+    with np.load(tmp_path / "y.npz") as got:
+        assert np.array_equal(got["arr_0"], MODEL["w"])
+
+
+def test_safetensors_there_and_back(safetensors: Path, tmp_path: Path) -> None:
+    assert run("encode", safetensors, tmp_path / "a.tw", "--codec", "raw|zstd") == 0
+    assert run("decode", tmp_path / "a.tw", tmp_path / "back.safetensors") == 0
+    assert (tmp_path / "back.safetensors").read_bytes() == safetensors.read_bytes()
+
+
+def test_a_checkpoint_that_loads_safely(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.from_numpy(MODEL["w"]), "epoch": 3}, tmp_path / "c.pt")
+    assert run("encode", tmp_path / "c.pt", tmp_path / "c.tw") == 0
+    got = tensorwire.load_file(tmp_path / "c.tw")
+    assert np.array_equal(got["w"], MODEL["w"]) and got["epoch"] == 3
+
+
+def test_a_checkpoint_that_needs_pickle_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"path": tmp_path}, tmp_path / "c.pt")
+    assert run("encode", tmp_path / "c.pt", tmp_path / "c.tw") == 1
+    assert "weights_only" in capsys.readouterr().err
+    assert not (tmp_path / "c.tw").exists()
+
+
+def test_any_file_through_pipes() -> None:
+    data = bytes(range(256)) * 20_000
+    encoded = shell(["encode", "-", "-", "--codec", "zstd"], data)
+    assert encoded.returncode == 0 and len(encoded.stdout) < len(data) / 10
+    decoded = shell(["decode", "-", "-"], encoded.stdout)
+    assert (decoded.returncode, decoded.stdout, decoded.stderr) == (0, data, b"")
+
+
+def test_tensors_through_a_pipe_to_safetensors(safetensors: Path) -> None:
+    encoded = shell(["encode", safetensors, "-"])
+    decoded = shell(["decode", "-", "-", "--to", "safetensors"], encoded.stdout)
+    assert decoded.stdout == safetensors.read_bytes()
+
+
+def test_a_reader_that_has_enough_is_no_accident(stream: Path) -> None:
+    command = f"{sys.executable} -m tensorwire inspect {stream} --frames --json | head -c 20"
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+    assert len(done.stdout) == 20 and done.stderr == b""
+
+
+@pytest.mark.parametrize("verb", ["verify", "inspect"])
+def test_every_truncation_and_every_flip_is_refused(verb: str, tmp_path: Path) -> None:
+    whole = tensorwire.dumps({"x": np.arange(3, dtype=np.float32)}, codec="int8")
+    broken = tmp_path / "broken.tw"
+    for cut in range(0, len(whole), 7):
+        broken.write_bytes(whole[:cut])
+        assert run(verb, broken, "--json") == 1
+    for place in range(0, len(whole), 3):
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert run(verb, broken, "--json") == 1
+    broken.write_bytes(whole + b"x")
+    assert run(verb, broken) == 1
+
+
+def test_one_line_and_no_output_for_a_broken_stream(stream: Path, tmp_path: Path) -> None:
+    broken = stream.read_bytes()[:-1]
+    out = tmp_path / "out.safetensors"
+    done = shell(["decode", "-", out], broken)
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.startswith(b"tensorwire: error: ") and done.stderr.count(b"\n") == 1
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*"))
+
+
+def test_bytes_after_the_stream_leave_no_file(tmp_path: Path) -> None:
+    data = b"".join(tensorwire.encode_file(io.BytesIO(b"hello"))) + b"!"
+    assert shell(["decode", "-", tmp_path / "f"], data).returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_says_what_it_saw(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", stream) == 0
+    assert capsys.readouterr().out.startswith("ok: 4 items")
+    assert run("verify", stream, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["ok"] and result["bytes"] == stream.stat().st_size and len(result["digest"]) == 64
+
+
+def test_verify_decodes_what_checksums_cannot_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Wrong(tensorwire.codecs.Int8):
+        """Writes a NaN for its absmax, under a good checksum."""
+
+        def encode(self, *arguments: object) -> np.ndarray:
+            payload = super().encode(*arguments)
+            payload[:4] = 0xFF
+            return payload
+
+    (tmp_path / "wrong.tw").write_bytes(tensorwire.dumps({"x": np.ones(8, np.float32)}, codec=Wrong()))
+    assert run("inspect", tmp_path / "wrong.tw") == 0
+    assert run("verify", tmp_path / "wrong.tw", "--json") == 1
+    captured = capsys.readouterr()
+    assert '"ok": false' in captured.out and "absmax" in captured.err
+
+
+def test_inspect_counts_every_byte(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", stream, "--json", "--frames") == 0
+    report = json.loads(capsys.readouterr().out)
+    frames, totals = report["frames"], report["totals"]
+    assert [frame["type"] for frame in frames][:2] == ["STREAM", "ITEM"]
+    assert [frame["type"] for frame in frames][-2:] == ["INDEX", "END"]
+    assert [frame["sequence"] for frame in frames] == list(range(totals["frames"]))
+    assert totals["wire_bytes"] == stream.stat().st_size
+    assert totals["bytes"] == sum(array.nbytes for array in MODEL.values())
+    assert report["error"] is None
+    items = {item["name"]: item for item in report["items"]}
+    assert (items["w"]["dtype"], items["w"]["shape"], items["w"]["codec"]) == ("float32", [40, 130], "nf4")
+    assert (items["steps"]["codec"], items["steps"]["ratio"]) == ("raw", 1.0)
+    assert all(item["complete"] for item in items.values())
+
+
+def test_inspect_explains_itself(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", stream) == 0
+    summary = capsys.readouterr().out
+    assert "| 'w'" in summary and "40 x 130" in summary and "4 items in" in summary
+    assert run("inspect", stream, "--frames") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "#1 'w' float32 [40, 130] nf4" in lines[2] and "SHA-256" in lines[-2]
+
+
+def test_inspect_shows_where_a_stream_breaks(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(stream.read_bytes())
+    run("inspect", stream, "--frames", "--json")
+    frame = next(f for f in json.loads(capsys.readouterr().out)["frames"] if f["type"] == "DATA")
+    data[frame["offset"] + 200] ^= 1
+    stream.write_bytes(data)
+    assert run("inspect", stream, "--frames") == 1
+    captured = capsys.readouterr()
+    assert f"{frame['offset']}  DATA" in captured.out and "breaks here" in captured.out
+    assert "payload checksum mismatch" in captured.err
+    assert run("inspect", stream, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["error"]["kind"] == "CorruptError" and report["broken_frame"]["offset"] == frame["offset"]
+    assert not report["items"][1]["complete"]
+
+
+def test_inspect_names_aliases_values_and_containers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = np.ones(4, np.float32)
+    tensorwire.save_file(
+        {"a": shared, "b": shared, "n": 1, "l": [shared + 1]}, tmp_path / "t.tw", metadata={"k": "v"}
+    )
+    assert run("inspect", tmp_path / "t.tw", "--frames") == 0
+    out = capsys.readouterr().out
+    assert "'b' is #1" in out and "'n' value of 1 bytes" in out and "'l' list" in out and "1 metadata" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["encode", "missing.npz", "out.tw"], 3),
+        (["decode", "missing.tw", "out.npz"], 3),
+        (["verify", "missing.tw"], 3),
+        (["bench", "nonsense"], 2),
+        (["bench", "size", "--model", "nonsense"], 2),
+        (["bench", "size", "--model", "json:nonsense"], 2),
+    ],
+)
+def test_exit_codes(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") <= 2 and "error: " in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["encode", "a", "b", "--codec", "nonsense"], ["bench", "--threads", "0"]]
+)
+def test_usage_errors_are_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+
+
+def test_what_cannot_be_encoded_as_asked_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "nan.npz", x=np.array([1, np.nan], np.float32))
+    assert run("encode", tmp_path / "nan.npz", tmp_path / "nan.tw", "--codec", "nf4") == 1
+    assert "element 1" in capsys.readouterr().err
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    assert run("encode", tmp_path / "object.npy", tmp_path / "o.tw") == 1
+    (tmp_path / "text.txt").write_text("hi")
+    assert run("encode", tmp_path / "text.txt", tmp_path / "o.tw", "--codec", "nf4") == 1
+    assert [path.name for path in tmp_path.glob("*.tw")] == []
+
+
+def test_an_npz_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    bits = np.zeros(2, np.dtype(np.uint16, metadata={"tensorwire": "bfloat16"}))
+    for obj in ({"x": bits}, {"n": 3}):
+        tensorwire.save_file(obj, tmp_path / "in.tw")
+        assert run("decode", tmp_path / "in.tw", tmp_path / "out.npz") == 1
+        assert not (tmp_path / "out.npz").exists()
+
+
+def test_a_state_dict_of_a_module_is_a_model() -> None:
+    torch = pytest.importorskip("torch")
+    model = from_state_dict("linear", torch.nn.Linear(4, 3))
+    assert {name: view.shape for name, view in model.tensors.items()} == {"weight": (3, 4), "bias": (3,)}
+    assert from_state_dict("numpy", lambda: MODEL).nbytes == sum(array.nbytes for array in MODEL.values())
+
+
+@pytest.mark.parametrize("verb", ["", "bench", "encode", "decode", "inspect", "verify"])
+def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*filter(None, [verb]), "--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and "examples:" in text
+    assert verb or "exit codes:" in text
