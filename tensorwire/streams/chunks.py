@@ -114,10 +114,10 @@ class _OneFile:
         return FileSink(self._fd, 0, Pool())
 
 
-class FileSink:
+class FileSink(Sink):
     """An item whose decoded bytes stand in an open file from `offset` on."""
 
-    stable = True
+    unverified = True
 
     def __init__(self, fd: int, offset: int, pool: Pool) -> None:
         self._fd = fd

@@ -84,7 +84,7 @@ class _Memory:
             self._aliases.setdefault(item.of, []).append((number, item))
             return None
         if item.kind == Kind.VALUE:
-            return _ValueSink(self._limits)
+            return ValueSink(self._limits)
         if item.kind != Kind.TENSOR:
             return None
         if item.name in self._into:
@@ -92,7 +92,7 @@ class _Memory:
         return TensorSink(item, self._front, trusted=self._schema is not None)
 
 
-class TensorSink:
+class TensorSink(Sink):
     """A new tensor."""
 
     def __init__(self, item: Item, front: Front, *, trusted: bool) -> None:
@@ -103,9 +103,6 @@ class TensorSink:
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._memory.region(start, stop)
-
-    def commit(self, start: int, region: np.ndarray) -> None:
-        pass
 
     def close(self) -> Any:
         return self._front.wrap(self._memory.data, self._item.dtype, self._item.shape)
@@ -123,10 +120,8 @@ def _into_sink(item: Item, tensor: Any, front: Front) -> Sink:
     return _HostSink(tensor, np.frombuffer(front.target(tensor), np.uint8))
 
 
-class _HostSink:
+class _HostSink(Sink):
     """A preallocated tensor in host memory."""
-
-    stable = True
 
     def __init__(self, tensor: Any, data: np.ndarray) -> None:
         self._tensor = tensor
@@ -135,17 +130,12 @@ class _HostSink:
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._data[start:stop]
 
-    def commit(self, start: int, region: np.ndarray) -> None:
-        pass
-
     def close(self) -> Any:
         return self._tensor
 
 
-class _DeviceSink:
+class _DeviceSink(Sink):
     """A preallocated tensor on a CUDA device: what a codec cannot decode there is copied to it, slice by slice."""
-
-    stable = True
 
     def __init__(self, item: Item, tensor: Any, flat: Any, front: Front) -> None:
         self._tensor = tensor
@@ -168,10 +158,8 @@ class _DeviceSink:
         return self._tensor
 
 
-class _ValueSink:
+class ValueSink(Sink):
     """A plain Python value."""
-
-    stable = True
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

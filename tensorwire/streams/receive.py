@@ -4,9 +4,10 @@ A sink is the place of one item: it lends the memory that a slice is decoded int
 verified. Memory, files and `.safetensors` files differ in nothing else.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final
 
 import numpy as np
 
@@ -32,30 +33,41 @@ from tensorwire.wire import (
 )
 
 
-class Sink(Protocol):
+# A raw payload up to this long is verified before it is committed anywhere; the frames of a stream are.
+_PART: Final = 2 << 20
+
+
+class Sink(ABC):
     """The place of one item. Offsets in bytes of the decoded item."""
 
     # Whether regions stay valid when the next one is asked for. Memory that still grows may move.
-    stable: bool
+    stable = True
+    # Whether raw bytes may be committed before they are verified, so that a frame of any length passes in parts.
+    # For files that get their name only once all is verified.
+    unverified = False
 
+    @abstractmethod
     def region(self, start: int, stop: int) -> Any:
         """Memory for bytes [start, stop): a writable flat uint8 array, or a device tensor where the codec takes one."""
 
     def commit(self, start: int, region: Any) -> None:
-        """The region now holds verified bytes from `start` on. Called in order, maybe in another thread."""
+        """The region now holds the bytes from `start` on. Called in order, maybe in another thread."""
 
+    @abstractmethod
     def close(self) -> Any:
-        """The item is complete: give its value."""
+        """The item is complete and verified: give its value."""
 
 
-class EncodedSink(Protocol):
-    """The place of an item that stays encoded. `accept` gets each verified payload instead of decoded bytes."""
+class EncodedSink(ABC):
+    """The place of an item that stays encoded: it gets verified payloads instead of decoded bytes."""
 
+    @abstractmethod
     def accept(self, start: int, count: int, payload: memoryview) -> None:
         """Elements [start, start + count), encoded. The payload is valid during the call only."""
 
+    @abstractmethod
     def close(self) -> Any:
-        """The item is complete: give its value."""
+        """The item is complete and verified: give its value."""
 
 
 # Called with each item as it is described, before any memory is taken for it; None: it has no data of its own.
@@ -108,7 +120,7 @@ class Receiver:
                     yield event.number, event.item, self._sinks.pop(event.number).close()
             elif isinstance(event, StreamStart):
                 self.start = event
-            else:
+            elif isinstance(event, StreamEnd):
                 self.end = event
         finish(self._source)
 
@@ -132,7 +144,11 @@ class Receiver:
         codec = self._codecs[event.number]
         try:
             check_slice(codec, event, event.item, self._limits)
-            if codec.in_place and not self._stays_encoded(event.number):
+            sink = self._sinks[event.number]
+            if codec.in_place and isinstance(sink, Sink):
+                if sink.unverified and event.length > _PART:
+                    self._reader.divert(partial(self._part, event))
+                    return
                 destination = self._region(event)
             else:
                 destination = self._pool.take(event.length)
@@ -145,7 +161,9 @@ class Receiver:
         if event.count == 0:
             return
         sink = self._sinks[event.number]
-        if self._stays_encoded(event.number):
+        if event.payload is None:  # it was diverted, and is committed
+            return
+        if isinstance(sink, EncodedSink):
             self._decode(event, None)
         elif self._codecs[event.number].in_place:
             self._decode(event, np.frombuffer(event.payload, np.uint8))
@@ -169,8 +187,15 @@ class Receiver:
             error.item = event.item.name
             raise
 
-    def _stays_encoded(self, number: int) -> bool:
-        return hasattr(self._sinks[number], "accept")
+    def _part(self, event: SliceStart, offset: int, part: memoryview) -> None:
+        """A part of a raw payload too long to be held."""
+        data = np.frombuffer(part, np.uint8)
+        try:
+            self._codecs[event.number].decode(part, _dtype(event.item), data)
+        except WireError as error:
+            error.item = event.item.name
+            raise
+        self._sinks[event.number].commit(event.start * _dtype(event.item).itemsize + offset, data)
 
     def _region(self, event: SliceStart | Slice) -> np.ndarray:
         size = _dtype(event.item).itemsize

@@ -9,11 +9,22 @@ from tensorwire.wire.descriptors import Item, Kind, StreamInfo
 from tensorwire.wire.frames import FrameType, Header
 from tensorwire.wire.index import IndexEntry, pack_index, unpack_index
 from tensorwire.wire.ledger import Summary
-from tensorwire.wire.reader import NEED_DATA, ItemStart, Reader, Slice, SliceStart, StreamEnd, StreamStart
+from tensorwire.wire.reader import (
+    NEED_DATA,
+    Event,
+    ItemStart,
+    Reader,
+    Skipped,
+    Slice,
+    SliceStart,
+    StreamEnd,
+    StreamStart,
+)
 from tensorwire.wire.writer import Writer
 
 __all__ = [
     "NEED_DATA",
+    "Event",
     "FrameType",
     "Header",
     "IndexEntry",
@@ -21,6 +32,7 @@ __all__ = [
     "ItemStart",
     "Kind",
     "Reader",
+    "Skipped",
     "Slice",
     "SliceStart",
     "StreamEnd",

@@ -13,7 +13,7 @@ Decode order, never reordered: header CRC, then every field and limit, then the 
 then the payload CRC, then the event. The reader never asks for a byte beyond the end frame.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,9 +31,12 @@ from tensorwire.wire.frames import (
 )
 from tensorwire.wire.ledger import Ledger, Summary
 
-_SKIP_BUFFER: Final = 64 << 10
+_PART: Final = 256 << 10  # of a payload that is skipped or diverted
 _STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
 _CRC_CHUNK: Final = 256 << 10  # checksummed while still in cache, but not byte by byte
+
+
+Consume = Callable[[int, memoryview], None]
 
 
 class _NeedData:
@@ -72,14 +75,22 @@ class SliceStart:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`."""
+    """A verified slice: elements [start, start + count) of an item. The payload is None where it was diverted."""
 
     number: int
     item: Item
     start: int
     count: int
-    payload: memoryview
+    payload: memoryview | None
     last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A skippable frame, the index or one of a type that this version does not know, was verified and dropped."""
+
+    type: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +100,26 @@ class StreamEnd:
     summary: Summary
 
 
-Event = StreamStart | ItemStart | SliceStart | Slice | StreamEnd
+Event = StreamStart | ItemStart | SliceStart | Slice | Skipped | StreamEnd
 
 
 class Reader:
-    """One stream being read. See the module's docstring."""
+    """One stream being read. See the module's docstring.
+
+    `frame` is the header of the frame being read, and the byte of the stream that it begins at, from when the header
+    is verified until the next one is: what an event came of, and where a stream breaks.
+    """
 
     def __init__(self, checksum: Checksum, limits: Limits = DEFAULT) -> None:
         self.ended = False
+        self.frame: tuple[Header, int] | None = None
         self._checksum = checksum
         self._limits = limits
         self._ledger: Ledger | None = None
         self._wanted = memoryview(b"")  # the part of the current buffer that is still to be filled
         self._received = 0
         self._destination: memoryview | None = None
+        self._consume: Consume | None = None
         self._error: WireError | None = None
         self._steps = self._run()
 
@@ -158,6 +175,13 @@ class Reader:
         """Let the payload of the slice just started land in `destination`, exactly as long as it."""
         self._destination = destination
 
+    def divert(self, consume: Consume) -> None:
+        """Let the payload of the slice just started pass through `consume(offset, part)`, part by part.
+
+        The parts are not verified yet: for places where that does no harm until the `Slice` event comes.
+        """
+        self._consume = consume
+
     def _run(self) -> Generator[Event | _NeedData, None, None]:
         preamble = bytearray(PREAMBLE_SIZE)
         yield from self._fill(memoryview(preamble))
@@ -166,28 +190,32 @@ class Reader:
         packed = bytearray(HEADER_SIZE)
         while not self.ended:
             yield from self._fill(memoryview(packed))
+            self.frame = None
             header = unpack_header(packed, self._checksum, frame=ledger.sequence, offset=ledger.offset)
+            self.frame = header, ledger.offset
             ledger.admit(header)
             if header.type == FrameType.DATA:
-                event: Event | None = yield from self._read_slice(ledger, header)
+                event = yield from self._read_slice(ledger, header)
             else:
                 event = yield from self._read_message(ledger, header)
             ledger.pass_frame(header, bytes(packed))
-            if event is not None:
-                yield event
+            yield event
 
     def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event]:
         number, item = ledger.pending[0]
-        self._destination = None
+        self._destination = self._consume = None
         yield SliceStart(number, item, header.start, header.count, header.length)
-        destination, self._destination = self._destination, None
+        destination, consume = self._destination, self._consume
+        self._destination = self._consume = None
         if destination is not None and destination.nbytes != header.length:
             raise ValueError(f"destination of {destination.nbytes} bytes for a payload of {header.length}")
         pad = bytearray(header.pad)
         yield from self._fill(memoryview(pad))
         if any(pad):
             raise FormatError("padding is not zero", frame=ledger.sequence, offset=ledger.offset)
-        if destination is None:
+        if consume is not None:
+            crc = yield from self._pass(header.length, consume)
+        elif destination is None:
             destination = yield from self._buffer(header.length)
             crc = self._checksum(destination, 0)
         else:
@@ -196,10 +224,11 @@ class Reader:
         last = header.start + header.count == item.total if item.total is not None else header.count == 0
         return Slice(number, item, header.start, header.count, destination, last)
 
-    def _read_message(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event | None]:
+    def _read_message(self, ledger: Ledger, header: Header) -> Generator[_NeedData, None, Event]:
         if header.type not in FrameType._value2member_map_ or header.type == FrameType.INDEX:
-            yield from self._skip(header)
-            return None
+            crc = yield from self._pass(header.length, lambda offset, part: None)
+            self._verify(crc, header, None)
+            return Skipped(header.type, header.length)
         payload = bytes((yield from self._buffer(header.length)))
         self._verify(self._checksum(payload, 0), header, None)
         try:
@@ -219,15 +248,15 @@ class Reader:
         self.ended = True
         return StreamEnd(summary)
 
-    def _skip(self, header: Header) -> Generator[_NeedData, None, None]:
-        scratch = memoryview(bytearray(min(header.length, _SKIP_BUFFER)))
-        crc, left = 0, header.length
-        while left:
-            part = scratch[: min(left, _SKIP_BUFFER)]
+    def _pass(self, length: int, consume: Consume) -> Generator[_NeedData, None, int]:
+        scratch = memoryview(bytearray(min(length, _PART)))
+        crc = 0
+        for offset in range(0, length, _PART):
+            part = scratch[: min(_PART, length - offset)]
             yield from self._fill(part)
             crc = self._checksum(part, crc)
-            left -= len(part)
-        self._verify(crc, header, None)
+            consume(offset, part)
+        return crc
 
     def _verify(self, crc: int, header: Header, item: Item | None) -> None:
         if crc != header.payload_crc:
