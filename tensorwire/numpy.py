@@ -13,7 +13,7 @@ from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import TensorView, reader
 
 _NATIVE: Final = {
     np.dtype(dtype.name): dtype
@@ -56,14 +56,6 @@ class NumPyFront:
 
 
 _LITTLE: Final = np.dtype("<u2").isnative
-
-
-def reader(array: np.ndarray, itemsize: int) -> Any:
-    """`TensorView.read` over an array of any layout; only a slice is ever copied."""
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1).view(np.uint8)
-        return lambda start, stop: flat[start * itemsize : stop * itemsize]
-    return lambda start, stop: np.frombuffer(array.flat[start:stop], np.uint8)
 
 
 def _dtype(dtype: np.dtype) -> DType | None:

@@ -33,6 +33,14 @@ class TensorView:
         return prod(self.shape)
 
 
+def reader(array: Any, itemsize: int) -> Callable[[int, int], Any]:
+    """`TensorView.read` over a NumPy array of any layout; only a slice is ever copied."""
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1).view("u1")
+        return lambda start, stop: flat[start * itemsize : stop * itemsize]
+    return lambda start, stop: array.flat[start:stop].view("u1")
+
+
 class Front(Protocol):
     """One foreign tensor library."""
 

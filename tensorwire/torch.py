@@ -13,12 +13,13 @@ from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
-from tensorwire.numpy import reader
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import TensorView, reader
 
 # Every dtype of the wire that this torch has; looked up by our own names, never by a peer's.
 _TORCH: Final = {
-    dtype: getattr(torch, dtype.name) for dtype in dtypes.ALL if isinstance(getattr(torch, dtype.name, None), torch.dtype)
+    dtype: getattr(torch, dtype.name)
+    for dtype in dtypes.ALL
+    if isinstance(getattr(torch, dtype.name, None), torch.dtype)
 }
 _OURS: Final = {theirs: ours for ours, theirs in _TORCH.items()}
 # Integers of the same width, through which NumPy can see any layout of any dtype.
@@ -35,7 +36,13 @@ class TorchFront:
         dtype = _OURS[tensor.dtype]
         identity = None
         if tensor.numel() and tensor.device.type != "meta":
-            identity = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype.number)
+            identity = (
+                str(tensor.device),
+                tensor.data_ptr(),
+                tuple(tensor.shape),
+                tensor.stride(),
+                dtype.number,
+            )
         read, device_read = _readers(tensor, dtype)
         return TensorView(dtype, tuple(tensor.shape), read, device_read, identity)
 

@@ -1,0 +1,181 @@
+"""The layers hold: each room imports only from those above it in docs/architecture.md, the core needs NumPy, msgpack and
+zstandard alone, and `import tensorwire` loads nothing that was not asked for.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tensorwire
+
+PACKAGE = Path(tensorwire.__file__).parent
+CI_IMPORT_SECONDS = 0.5  # 0.15 on a machine of its own; `tensorwire bench` and docs/ give the measured figure
+
+# Rooms, and modules of the top level, from the ground up. Each imports from those before it, but for NEVER.
+LAYERS = [
+    {"errors", "limits", "dtypes", "tensor"},
+    {"wire", "kernels"},
+    {"codecs"},
+    {"streams"},
+    {"transports"},
+    {"api", "numpy", "torch", "safetensors", "integrations"},
+    {"__init__"},
+    {"bench", "cli", "fl", "__main__"},
+]
+LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+NEVER = {
+    "wire": {"codecs", "kernels"},
+    "kernels": {"wire", "codecs"},
+    "codecs": {"wire"},
+    "streams": {"kernels"},
+    "transports": {"codecs", "kernels"},
+}
+FOREIGN = {
+    "wire": {"msgpack"},
+    "kernels": {"numpy"},
+    "codecs": {"numpy", "zstandard"},
+    "streams": {"numpy", "msgpack"},
+    "numpy": {"numpy", "ml_dtypes"},
+    "torch": {"numpy", "torch"},
+    "safetensors": {"numpy"},
+    "integrations": {"numpy", "torch", "bitsandbytes"},
+    "cli": {"numpy", "torch", "tqdm"},
+    "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
+}
+CORE = {"numpy", "msgpack", "zstandard"}
+NEEDS_EXTRA = {
+    "torch",
+    "integrations",
+}  # rooms for one foreign library; elsewhere extras come late, inside functions
+BARE = {"wire", "kernels", "codecs", "streams"}  # rooms that know no sockets, processes or threads
+OUTSIDE = {"socket", "ssl", "asyncio", "threading", "multiprocessing", "subprocess", "concurrent"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(dotted name, whether it is imported with the module) of everything a file imports, also inside functions."""
+    tree = ast.parse(path.read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
+    late = {id(node) for function in functions for node in ast.walk(function)}
+    typing_only = [
+        n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)
+    ]
+    skipped = {id(node) for block in typing_only for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) not in late
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} uses a relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) not in late
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of this package that a file imports; `__init__` for the package's own public names."""
+    found = set()
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] == "tensorwire":
+            found.add(parts[1] if len(parts) > 1 and parts[1] in LAYER else "__init__")
+    return found
+
+
+def test_every_room_has_a_layer():
+    assert {room_of(path) for path in FILES} <= {*LAYER}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_the_layers_above(path):
+    room = room_of(path)
+    for other in rooms_imported(path) - {room}:
+        assert other not in NEVER.get(room, ())
+        if LAYER[room] == LAYER[other]:
+            # Nouns use one another, as commands do; fronts use `api`, an integration the front of its library.
+            beside = (room, other)
+            assert (
+                LAYER[room] in (0, LAYER["cli"]) or other == "api" or beside == ("integrations", "torch")
+            ), beside
+        else:
+            assert LAYER[other] < LAYER[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_the_foreign_libraries_of_its_room(path):
+    room = room_of(path)
+    roots = {name.split(".")[0] for name, _ in imports(path)} - {"tensorwire"}
+    assert roots - sys.stdlib_module_names <= FOREIGN.get(room, set())
+    early = {name.split(".")[0] for name, at_import in imports(path) if at_import} - {"tensorwire"}
+    assert room in NEEDS_EXTRA or path.stem == "plots" or early - sys.stdlib_module_names <= CORE
+    if room in BARE:
+        assert not roots & OUTSIDE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_room(path):
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] == "tensorwire" and len(parts) > 1 and parts[1] != room_of(path):
+            assert not any(re.match(r"_[^_]", part) for part in parts), name
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    return {*done.stdout.split()}
+
+
+def test_import_tensorwire_loads_no_foreign_library_and_no_room_it_does_not_need():
+    modules = loaded_by("import tensorwire")
+    roots = {name.split(".")[0] for name in modules}
+    assert not roots & {
+        "torch",
+        "bitsandbytes",
+        "safetensors",
+        "ml_dtypes",
+        "matplotlib",
+        "asyncio",
+        "socket",
+    }
+    rooms = {name.split(".")[1] for name in modules if name.startswith("tensorwire.")}
+    assert rooms <= LAYERS[0] | {"wire", "kernels", "codecs", "streams", "api", "numpy"}
+
+
+def test_rooms_come_when_asked_for():
+    assert "tensorwire.transports" in loaded_by("import tensorwire; tensorwire.transports")
+    assert "torch" not in loaded_by("import tensorwire; tensorwire.loads(tensorwire.dumps({'a': 1}))")
+
+
+def test_import_tensorwire_is_quick():
+    code = "import time, numpy; start = time.perf_counter(); import tensorwire; print(time.perf_counter() - start)"
+    runs = [
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) < CI_IMPORT_SECONDS
+
+
+def test_the_page_and_this_table_agree():
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d)[ab]? \| (.*?) \|", page, re.MULTILINE)
+    found = {
+        name.strip("`/").removesuffix(".py"): int(number) for number, names in rows for name in names.split()
+    }
+    ours = {room: number if number < LAYER["__init__"] else number - 1 for room, number in LAYER.items()}
+    assert found == {room: ours[room] for room in found}
+    assert {*ours} - {*found} == {"__init__", "__main__", "fl"}
