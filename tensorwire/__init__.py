@@ -33,6 +33,7 @@ from tensorwire.errors import (
     UnsupportedError,
     WireError,
 )
+from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.streams import Schema, TensorFile, decode_file, encode_file
 from tensorwire.tensor import TensorView
@@ -65,11 +66,13 @@ __all__ = [
     "dumps",
     "encode",
     "encode_file",
+    "get_threads",
     "load_file",
     "loads",
     "open_file",
     "save_file",
     "schema",
+    "set_threads",
 ]
 
 _LAZY: Final = frozenset({"torch", "safetensors", "transports", "integrations"})

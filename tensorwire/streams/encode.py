@@ -16,7 +16,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.rules import CodecChoice, rule
 from tensorwire.streams.tree import Leaf, Walk
-from tensorwire.streams.workers import in_order, thread_count
+from tensorwire.streams.helper import in_order
 from tensorwire.tensor import Front, TensorView
 from tensorwire.wire import Item, Kind, StreamInfo, Writer
 from tensorwire.wire.frames import HEADER_SIZE
@@ -36,19 +36,18 @@ def encode(
     stream_id: bytes = b"",
     tie: bool = True,
     at_rest: bool = False,
-    threads: int | None = None,
     limits: Limits = DEFAULT,
 ) -> Iterator[Any]:
     """The buffers of one stream.
 
     `frame_size`: bytes of a data frame with its header, at most. `at_rest`: lay the stream out as a file, with an
     index, aligned payloads and each raw item in one frame, so that it can be mapped. An iterator of (name, tensor)
-    pairs is sent as a dict without being collected first. `threads` encode ahead of the consumer, see workers.py.
+    pairs is sent as a dict without being collected first.
     """
     if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
         raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
     writer = Writer(crc32c, limits, index=at_rest)
-    emit = _Emitter(writer, frame_size, whole=at_rest, threads=thread_count(threads))
+    emit = _Emitter(writer, frame_size, whole=at_rest)
     try:
         head = writer.start(stream_info(metadata, stream_id, align=64 if at_rest else 1))
     except WireError as error:
@@ -67,7 +66,7 @@ def encode(
 def encode_leaves(leaves: list[Leaf], *, frame_size: int, info: StreamInfo, limits: Limits) -> Iterator[Any]:
     """The buffers of a stream whose items were made elsewhere: files, tensors inside files."""
     writer = Writer(crc32c, limits)
-    emit = _Emitter(writer, frame_size, whole=False, threads=thread_count(None))
+    emit = _Emitter(writer, frame_size, whole=False)
     head = writer.start(info)
     for leaf in leaves:
         head += emit.describe(leaf)
@@ -95,11 +94,10 @@ class _Frame(NamedTuple):
 class _Emitter:
     """Writes leaves through one Writer."""
 
-    def __init__(self, writer: Writer, frame_size: int, *, whole: bool, threads: int) -> None:
+    def __init__(self, writer: Writer, frame_size: int, *, whole: bool) -> None:
         self._writer = writer
         self._frame_size = frame_size
         self._whole = whole
-        self._threads = threads
         self._pool = Pool()
 
     def describe(self, leaf: Leaf) -> bytes:
@@ -127,7 +125,7 @@ class _Emitter:
         yield self._writer.end()
 
     def _data(self, leaves: Iterable[Leaf]) -> Iterator[Any]:
-        for frames in in_order(self._jobs(leaves), self._threads):
+        for frames in in_order(self._jobs(leaves)):
             for frame in frames:
                 yield self._writer.data(*frame[:4])
                 yield from frame.payload
