@@ -303,8 +303,6 @@ class _Layout:
 class _LateSink(Sink):
     """A FileSink whose place is asked for when its first slice comes."""
 
-    unverified = True
-
     def __init__(self, layout: _Layout, number: int) -> None:
         self._layout = layout
         self._number = number

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from tensorwire.codecs import crc32c
 from tensorwire.streams.source import Source, finish
-from tensorwire.wire import NEED_DATA, Event, FrameType, Header, Reader, SliceStart
+from tensorwire.wire import NEED_DATA, Event, FrameType, Header, Reader, SlicePart, SliceStart
 from tensorwire.wire.frames import HEADER_SIZE
+
+_SCRATCH: Final = 1 << 20  # bytes of a payload that are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Frames:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._reader = Reader(crc32c)
+        self._scratch = memoryview(bytearray(_SCRATCH))
 
     @property
     def broken(self) -> Frame | None:
@@ -51,7 +55,9 @@ class Frames:
             if event is NEED_DATA:
                 reader.buffer_updated(self._source.readinto(reader.get_buffer()))
             elif isinstance(event, SliceStart):
-                reader.divert(lambda offset, part: None)
+                reader.direct(self._scratch[: event.length])
+            elif isinstance(event, SlicePart):
+                reader.direct(self._scratch[: event.left])
             else:
                 assert reader.frame is not None
                 yield Frame(*reader.frame, event)

@@ -62,8 +62,6 @@ def _run(arguments: argparse.Namespace) -> int:
 class _Nowhere(Sink):
     """Lends every item the same few buffers."""
 
-    unverified = True
-
     def __init__(self) -> None:
         self._pool = Pool()
 

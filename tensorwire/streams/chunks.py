@@ -117,8 +117,6 @@ class _OneFile:
 class FileSink(Sink):
     """An item whose decoded bytes stand in an open file from `offset` on."""
 
-    unverified = True
-
     def __init__(self, fd: int, offset: int, pool: Pool) -> None:
         self._fd = fd
         self._offset = offset

@@ -6,7 +6,6 @@ verified. Memory, files and `.safetensors` files differ in nothing else.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -16,9 +15,9 @@ from tensorwire.codecs import Codec, Raw, crc32c, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import Limits
+from tensorwire.streams.helper import Helper
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.source import Source, finish
-from tensorwire.streams.workers import Workers, thread_count
 from tensorwire.wire import (
     NEED_DATA,
     Header,
@@ -27,14 +26,14 @@ from tensorwire.wire import (
     Kind,
     Reader,
     Slice,
+    SlicePart,
     SliceStart,
     StreamEnd,
     StreamStart,
 )
 
-
-# A raw payload up to this long is verified before it is committed anywhere; the frames of a stream are.
-_PART: Final = 2 << 20
+# A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
+_PIECE: Final = 4 << 20
 
 
 class Sink(ABC):
@@ -42,16 +41,16 @@ class Sink(ABC):
 
     # Whether regions stay valid when the next one is asked for. Memory that still grows may move.
     stable = True
-    # Whether raw bytes may be committed before they are verified, so that a frame of any length passes in parts.
-    # For files that get their name only once all is verified.
-    unverified = False
 
     @abstractmethod
     def region(self, start: int, stop: int) -> Any:
         """Memory for bytes [start, stop): a writable flat uint8 array, or a device tensor where the codec takes one."""
 
     def commit(self, start: int, region: Any) -> None:
-        """The region now holds the bytes from `start` on. Called in order, maybe in another thread."""
+        """The region now holds the bytes from `start` on. Called in order, maybe in another thread.
+
+        A raw slice longer than 4 MiB is committed in pieces before it is verified; all is when `close` is called.
+        """
 
     @abstractmethod
     def close(self) -> Any:
@@ -80,7 +79,7 @@ class Receiver:
     `start` holds the stream's info and `summary` what its end frame said, once they have passed.
     """
 
-    def __init__(self, source: Source, open_item: OpenItem, limits: Limits, *, threads: int | None = None) -> None:
+    def __init__(self, source: Source, open_item: OpenItem, limits: Limits) -> None:
         self.start: StreamStart | None = None
         self.end: StreamEnd | None = None
         self._source = source
@@ -88,18 +87,21 @@ class Receiver:
         self._open_item = open_item
         self._limits = limits
         self._pool = Pool()
-        self._workers = Workers(min(thread_count(threads), 1))
         self._codecs: dict[int, Codec] = {}
         self._sinks: dict[int, Any] = {}
+        self._helper = Helper()
+        self._raw: SliceStart | None = None  # the raw slice that is landing,
+        self._landing: tuple[int, np.ndarray] = 0, np.empty(0, np.uint8)  # its current piece,
+        self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
 
     def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
         try:
             yield from self._receive()
         except WireError:
-            self._workers.drain()  # an earlier slice's error comes first, whatever the threads did
+            self._helper.drain()  # an earlier slice's error comes first, whatever the threads did
             raise
         finally:
-            self._workers.close()
+            self._helper.close()
 
     def _receive(self) -> Iterator[tuple[int, Item, Any]]:
         reader = self._reader
@@ -110,11 +112,14 @@ class Receiver:
             elif isinstance(event, Slice):
                 self._finish_slice(event)
                 if event.last:
-                    self._workers.drain()
+                    self._helper.drain()
                     del self._codecs[event.number]
                     yield event.number, event.item, self._sinks.pop(event.number).close()
             elif isinstance(event, SliceStart):
                 self._start_slice(event)
+            elif isinstance(event, SlicePart):
+                self._land()
+                self._direct_piece(event.done, event.left)
             elif isinstance(event, ItemStart):
                 if self._start_item(event.number, event.item) and event.item.total == 0:
                     yield event.number, event.item, self._sinks.pop(event.number).close()
@@ -144,62 +149,65 @@ class Receiver:
         codec = self._codecs[event.number]
         try:
             check_slice(codec, event, event.item, self._limits)
-            sink = self._sinks[event.number]
-            if codec.in_place and isinstance(sink, Sink):
-                if sink.unverified and event.length > _PART:
-                    self._reader.divert(partial(self._part, event))
-                    return
-                destination = self._region(event)
-            else:
-                destination = self._pool.take(event.length)
         except TensorwireError as error:
             error.item = event.item.name
             raise
-        self._reader.direct(memoryview(destination))
+        if codec.in_place and isinstance(self._sinks[event.number], Sink):
+            self._raw = event
+            self._direct_piece(0, event.length)
+        else:
+            self._reader.direct(memoryview(self._pool.take(event.length)))
+
+    def _direct_piece(self, done: int, left: int) -> None:
+        begin = self._raw.start * _dtype(self._raw.item).itemsize + done
+        region = self._sinks[self._raw.number].region(begin, begin + min(left, _PIECE))
+        self._landing = begin, region
+        self._reader.direct(memoryview(region))
+
+    def _land(self) -> None:
+        begin, region = self._landing
+        try:
+            self._codecs[self._raw.number].decode(memoryview(region), _dtype(self._raw.item), region)
+        except WireError as error:
+            self._unfit = self._unfit or error
+        self._sinks[self._raw.number].commit(begin, region)
 
     def _finish_slice(self, event: Slice) -> None:
         if event.count == 0:
             return
-        sink = self._sinks[event.number]
-        if event.payload is None:  # it was diverted, and is committed
-            return
-        if isinstance(sink, EncodedSink):
-            self._decode(event, None)
-        elif self._codecs[event.number].in_place:
-            self._decode(event, np.frombuffer(event.payload, np.uint8))
-        else:
-            if not sink.stable:
-                self._workers.drain()
-            region = self._region(event)
-            self._workers.submit(partial(self._decode, event, region), event.count * _dtype(event.item).itemsize)
-            if self._workers.full:
-                self._workers.take()
-
-    def _decode(self, event: Slice, region: np.ndarray | None) -> None:
-        codec, dtype, sink = self._codecs[event.number], _dtype(event.item), self._sinks[event.number]
+        codec, sink = self._codecs[event.number], self._sinks[event.number]
         try:
-            if region is None:
+            if isinstance(sink, EncodedSink):
                 sink.accept(event.start, event.count, event.payload)
+            elif codec.in_place:
+                self._land()
+                if self._unfit is not None:
+                    raise self._unfit
             else:
+                self._decode_later(event, codec, sink)
+        except WireError as error:
+            error.item = event.item.name if error.item is None else error.item
+            raise
+
+    def _decode_later(self, event: Slice, codec: Codec, sink: Sink) -> None:
+        """Let the helper decode a slice while the next one is received."""
+        if not sink.stable:
+            self._helper.drain()
+        dtype = _dtype(event.item)
+        begin, size = event.start * dtype.itemsize, event.count * dtype.itemsize
+        region = sink.region(begin, begin + size)
+
+        def job() -> None:
+            try:
                 codec.decode(event.payload, dtype, region)
-                sink.commit(event.start * dtype.itemsize, region)
-        except WireError as error:
-            error.item = event.item.name
-            raise
+            except WireError as error:
+                error.item = event.item.name
+                raise
+            sink.commit(begin, region)
 
-    def _part(self, event: SliceStart, offset: int, part: memoryview) -> None:
-        """A part of a raw payload too long to be held."""
-        data = np.frombuffer(part, np.uint8)
-        try:
-            self._codecs[event.number].decode(part, _dtype(event.item), data)
-        except WireError as error:
-            error.item = event.item.name
-            raise
-        self._sinks[event.number].commit(event.start * _dtype(event.item).itemsize + offset, data)
-
-    def _region(self, event: SliceStart | Slice) -> np.ndarray:
-        size = _dtype(event.item).itemsize
-        return self._sinks[event.number].region(event.start * size, (event.start + event.count) * size)
+        self._helper.submit(job, size)
+        if self._helper.full:
+            self._helper.take()
 
 
 def check_slice(codec: Codec, place: SliceStart | Header, item: Item, limits: Limits) -> None:

@@ -7,13 +7,15 @@
             n = source.readinto(reader.get_buffer())     # straight to where the bytes belong
             reader.buffer_updated(n)                     # n == 0: end of input
         elif isinstance(event, SliceStart):
-            reader.direct(view)                          # optional: where this slice's payload shall land
+            reader.direct(view)                          # optional: where this slice's payload shall land,
+        elif isinstance(event, SlicePart):               # or its first bytes, to be asked for the next when they have
+            reader.direct(view)
 
 Decode order, never reordered: header CRC, then every field and limit, then the payload's bytes as they arrive,
 then the payload CRC, then the event. The reader never asks for a byte beyond the end frame.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,12 +33,9 @@ from tensorwire.wire.frames import (
 )
 from tensorwire.wire.ledger import Ledger, Summary
 
-_PART: Final = 256 << 10  # of a payload that is skipped or diverted
+_SKIP_BUFFER: Final = 64 << 10
 _STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
 _CRC_CHUNK: Final = 256 << 10  # checksummed while still in cache, but not byte by byte
-
-
-Consume = Callable[[int, memoryview], None]
 
 
 class _NeedData:
@@ -74,14 +73,27 @@ class SliceStart:
 
 
 @dataclass(frozen=True, slots=True)
+class SlicePart:
+    """The place that was directed is full, not verified yet; `left` bytes of the payload are to be directed."""
+
+    number: int
+    item: Item
+    done: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
-    """A verified slice: elements [start, start + count) of an item. The payload is None where it was diverted."""
+    """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`.
+
+    `payload` is where it was directed (its last part) or, where it was not, a buffer of its own.
+    """
 
     number: int
     item: Item
     start: int
     count: int
-    payload: memoryview | None
+    payload: memoryview
     last: bool
 
 
@@ -100,7 +112,7 @@ class StreamEnd:
     summary: Summary
 
 
-Event = StreamStart | ItemStart | SliceStart | Slice | Skipped | StreamEnd
+Event = StreamStart | ItemStart | SliceStart | SlicePart | Slice | Skipped | StreamEnd
 
 
 class Reader:
@@ -119,7 +131,6 @@ class Reader:
         self._wanted = memoryview(b"")  # the part of the current buffer that is still to be filled
         self._received = 0
         self._destination: memoryview | None = None
-        self._consume: Consume | None = None
         self._error: WireError | None = None
         self._steps = self._run()
 
@@ -172,15 +183,14 @@ class Reader:
         return taken
 
     def direct(self, destination: memoryview) -> None:
-        """Let the payload of the slice just started land in `destination`, exactly as long as it."""
+        """Let the payload of the slice just started, or its next bytes, land in `destination`."""
         self._destination = destination
 
-    def divert(self, consume: Consume) -> None:
-        """Let the payload of the slice just started pass through `consume(offset, part)`, part by part.
-
-        The parts are not verified yet: for places where that does no harm until the `Slice` event comes.
-        """
-        self._consume = consume
+    def _directed(self, left: int) -> memoryview | None:
+        destination, self._destination = self._destination, None
+        if destination is not None and not min(left, 1) <= destination.nbytes <= left:
+            raise ValueError(f"destination of {destination.nbytes} bytes for {left} bytes of payload")
+        return destination
 
     def _run(self) -> Generator[Event | _NeedData, None, None]:
         preamble = bytearray(PREAMBLE_SIZE)
@@ -203,31 +213,33 @@ class Reader:
 
     def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event]:
         number, item = ledger.pending[0]
-        self._destination = self._consume = None
+        self._destination = None
         yield SliceStart(number, item, header.start, header.count, header.length)
-        destination, consume = self._destination, self._consume
-        self._destination = self._consume = None
-        if destination is not None and destination.nbytes != header.length:
-            raise ValueError(f"destination of {destination.nbytes} bytes for a payload of {header.length}")
+        destination = self._directed(header.length)
         pad = bytearray(header.pad)
         yield from self._fill(memoryview(pad))
         if any(pad):
             raise FormatError("padding is not zero", frame=ledger.sequence, offset=ledger.offset)
-        if consume is not None:
-            crc = yield from self._pass(header.length, consume)
-        elif destination is None:
+        if destination is None:
             destination = yield from self._buffer(header.length)
             crc = self._checksum(destination, 0)
         else:
-            crc = yield from self._fill_checked(destination)
+            crc = yield from self._fill_checked(destination, 0)
+            left = header.length - destination.nbytes
+            while left:
+                yield SlicePart(number, item, header.length - left, left)
+                destination = self._directed(left)
+                if destination is None:
+                    raise ValueError(f"{left} bytes of payload that were not directed")
+                crc = yield from self._fill_checked(destination, crc)
+                left -= destination.nbytes
         self._verify(crc, header, item)
         last = header.start + header.count == item.total if item.total is not None else header.count == 0
         return Slice(number, item, header.start, header.count, destination, last)
 
     def _read_message(self, ledger: Ledger, header: Header) -> Generator[_NeedData, None, Event]:
         if header.type not in FrameType._value2member_map_ or header.type == FrameType.INDEX:
-            crc = yield from self._pass(header.length, lambda offset, part: None)
-            self._verify(crc, header, None)
+            yield from self._skip(header)
             return Skipped(header.type, header.length)
         payload = bytes((yield from self._buffer(header.length)))
         self._verify(self._checksum(payload, 0), header, None)
@@ -248,15 +260,15 @@ class Reader:
         self.ended = True
         return StreamEnd(summary)
 
-    def _pass(self, length: int, consume: Consume) -> Generator[_NeedData, None, int]:
-        scratch = memoryview(bytearray(min(length, _PART)))
-        crc = 0
-        for offset in range(0, length, _PART):
-            part = scratch[: min(_PART, length - offset)]
+    def _skip(self, header: Header) -> Generator[_NeedData, None, None]:
+        scratch = memoryview(bytearray(min(header.length, _SKIP_BUFFER)))
+        crc, left = 0, header.length
+        while left:
+            part = scratch[: min(left, _SKIP_BUFFER)]
             yield from self._fill(part)
             crc = self._checksum(part, crc)
-            consume(offset, part)
-        return crc
+            left -= len(part)
+        self._verify(crc, header, None)
 
     def _verify(self, crc: int, header: Header, item: Item | None) -> None:
         if crc != header.payload_crc:
@@ -273,9 +285,9 @@ class Reader:
         while self._wanted:
             yield NEED_DATA
 
-    def _fill_checked(self, buffer: memoryview) -> Generator[_NeedData, None, int]:
+    def _fill_checked(self, buffer: memoryview, crc: int) -> Generator[_NeedData, None, int]:
         self._wanted = buffer
-        crc = done = 0
+        done = 0
         while self._wanted:
             yield NEED_DATA
             filled = len(buffer) - len(self._wanted)

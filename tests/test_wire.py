@@ -1,0 +1,433 @@
+"""The reader and writer alone, without I/O: every illegal step fails by the table, every limit is held before memory is
+taken, events come in order, no byte beyond the end is asked for, an error stays.
+
+The checksum is handed in, so that most tests here use zlib's, which is quick everywhere.
+"""
+
+import tracemalloc
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from bad import BOOL, DICT, FILE, FLOAT32, START, UINT8, VALUE, data, item, tensor
+from frames import Frame, assemble, cut, end, take_apart
+from vectors import GOOD, stored
+
+import tensorwire.numpy as tw
+from tensorwire import (
+    CorruptError,
+    FormatError,
+    LimitError,
+    SequenceError,
+    TruncatedError,
+    WireError,
+    decode_file,
+    dtypes,
+)
+from tensorwire.codecs import crc32c
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.wire import (
+    NEED_DATA,
+    Item,
+    ItemStart,
+    Kind,
+    Reader,
+    Skipped,
+    Slice,
+    SlicePart,
+    SliceStart,
+    StreamEnd,
+    StreamInfo,
+    StreamStart,
+    Writer,
+)
+from tensorwire.wire.ledger import TRANSITIONS, State, Step
+
+MIB = 1 << 20
+
+
+def pull(reader: Reader, stream: bytes) -> Iterator[Any]:
+    """Events of a reader that is given exactly what it asks for, and told where the input ends."""
+    taken = 0
+    while not reader.ended:
+        event = reader.next_event()
+        if event is not NEED_DATA:
+            yield event
+            continue
+        room = reader.get_buffer()
+        part = stream[taken : taken + len(room)]
+        room[: len(part)] = part
+        reader.buffer_updated(len(part))
+        taken += len(part)
+    assert taken <= len(stream)
+
+
+# ---------------------------------------------------------------------------------------------------- The table
+
+ROOT, OPEN = item(0, DICT, []), tensor(1, ["a"], [3])
+BEFORE = {  # frames that lead to a state, with an item to go on with where the step needs one
+    State.OPENING: [],
+    State.READY: [START, ROOT, OPEN],
+    State.PARTIAL: [START, ROOT, OPEN, data(1, b"a")],
+}
+STEPS = {
+    Step.STREAM: START,
+    Step.ITEM: tensor(2, ["b"], [3]),
+    Step.SLICE: data(1, b"b"),
+    Step.LAST: data(1, b"abc"),
+    Step.SKIP: Frame(0xEE, b"?"),
+    Step.END: end(),
+}
+
+
+def frames_for(state: State, step: Step) -> list[Frame]:
+    frame, before = STEPS[step], BEFORE[state]
+    if state is State.PARTIAL and step in (Step.SLICE, Step.LAST):
+        frame = data(1, b"b" if step is Step.SLICE else b"bc", start=1)
+    if state is State.READY and step is Step.END:
+        before = [START, ROOT]
+    if state is State.OPENING and step is Step.ITEM:
+        frame = ROOT
+    return [*before, frame]
+
+
+@pytest.mark.parametrize("step", [*Step])
+@pytest.mark.parametrize("state", [*BEFORE])
+def test_the_reader_takes_a_step_where_the_table_has_one_and_refuses_it_elsewhere(state, step):
+    reader = Reader(crc32c)
+    stream = assemble(frames_for(state, step))
+    if step in TRANSITIONS[state]:
+        reader_ended = TRANSITIONS[state][step] is State.ENDED
+        events = [*reader.feed(stream)]
+        assert reader.ended == reader_ended
+        assert reader_ended == isinstance(events[-1], StreamEnd)
+        return
+    with pytest.raises(SequenceError) as caught:
+        [*reader.feed(stream)]
+    assert caught.value.frame == len(BEFORE[state])
+
+
+def test_the_table_has_every_state_and_no_way_out_of_the_end():
+    assert {*TRANSITIONS} == {*State}
+    assert TRANSITIONS[State.ENDED] == {}
+    assert {target for steps in TRANSITIONS.values() for target in steps.values()} == {*State} - {
+        State.OPENING
+    }
+
+
+def writer_in(state: State) -> Writer:
+    writer = Writer(zlib.crc32)
+    if state is not State.OPENING:
+        writer.start(StreamInfo())
+        writer.item(Item(Kind.DICT, ()))
+        writer.item(Item(Kind.TENSOR, ("a",), dtypes.UINT8, (3,), ((1,),)))
+    if state in (State.PARTIAL, State.ENDED):
+        writer.data(0, 1, 1, 0)
+    if state is State.ENDED:
+        writer.data(1, 2, 2, 0)
+        writer.end()
+    return writer
+
+
+@pytest.mark.parametrize("step", [Step.STREAM, Step.ITEM, Step.SLICE, Step.END])
+@pytest.mark.parametrize("state", [*State])
+def test_the_writer_refuses_what_the_reader_would_refuse(state, step):
+    writer = writer_in(state)
+    position = 1 if state is State.PARTIAL else 0
+    act = {
+        Step.STREAM: lambda: writer.start(StreamInfo()),
+        Step.ITEM: lambda: writer.item(Item(Kind.DICT, ("b",))),
+        Step.SLICE: lambda: writer.data(position, 1, 1, 0),
+        Step.END: writer.end,
+    }[step]
+    offset = writer.offset
+    if step in TRANSITIONS[state] and (state, step) != (
+        State.READY,
+        Step.END,
+    ):  # an item is still to come there
+        assert act()
+        return
+    with pytest.raises(WireError):
+        act()
+    assert writer.offset == offset, "a refused step leaves no trace"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [(1, 1, 1), (0, 0, 0), (0, 4, 4), (0, 1, 0), (0, 2**63, 1)],
+    ids=["gap", "empty", "beyond", "no bytes", "wraps"],
+)  # fmt: skip
+def test_the_writer_refuses_slices_out_of_place(wrong):
+    writer = writer_in(State.READY)
+    with pytest.raises(WireError):
+        writer.data(*wrong, 0)
+    assert writer.data(0, 3, 3, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- Events
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_events_come_in_order_and_account_for_every_frame(name):
+    stream = stored(name)
+    first, *events, last = pull(Reader(crc32c), stream)
+    assert isinstance(first, StreamStart)
+    assert isinstance(last, StreamEnd)
+    described: dict[int, Item] = {}
+    position: dict[int, int] = {}
+    complete = set()
+    for before, event in zip([first, *events], events, strict=False):
+        if isinstance(event, ItemStart):
+            assert event.number == len(described)
+            described[event.number] = event.item
+        elif isinstance(event, SliceStart):
+            assert event.item is described[event.number]
+            assert event.start == position.setdefault(event.number, 0)
+            assert event.number not in complete
+        elif isinstance(event, Skipped):
+            assert event.type >= 0x80
+        else:
+            assert isinstance(before, SliceStart)
+            assert (event.number, event.start, event.count) == (before.number, before.start, before.count)
+            assert len(event.payload) == before.length
+            position[event.number] += event.count
+            complete |= {event.number} if event.last else set()
+    assert complete == {number for number, item in described.items() if item.total != 0}
+    assert last.summary.items == len(described)
+    assert (last.summary.frames, last.summary.size) == (len(take_apart(stream)) - 1, len(stream) - 48 - 64)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_no_byte_beyond_the_end_frame_is_asked_for(name):
+    stream = stored(name)
+    reader = Reader(crc32c)
+    asked = 0
+    while not reader.ended:
+        if reader.next_event() is NEED_DATA:
+            room = reader.get_buffer()
+            assert 0 < len(room) <= len(stream) - asked
+            room[:] = stream[asked : asked + len(room)]
+            reader.buffer_updated(len(room))
+            asked += len(room)
+    assert asked == len(stream)
+    assert len(reader.get_buffer()) == 0
+    with pytest.raises(FormatError, match="ended"):
+        reader.next_event()
+
+
+def test_feed_says_how_much_it_took():
+    stream = stored("tied")
+
+    def taken(generator) -> int:
+        while True:
+            try:
+                next(generator)
+            except StopIteration as stop:
+                return stop.value
+
+    reader = Reader(crc32c)
+    assert taken(reader.feed(stream[:100])) == 100
+    assert taken(reader.feed(stream[100:] + b"next stream")) == len(stream) - 100
+    assert reader.ended
+    assert taken(reader.feed(b"more")) == 0
+
+
+def test_an_error_stays():
+    stream = bytearray(stored("tied"))
+    stream[300] ^= 1
+    reader = Reader(crc32c)
+    with pytest.raises(WireError) as first:
+        [*reader.feed(stream)]
+    for _ in range(3):
+        with pytest.raises(WireError) as again:
+            reader.next_event()
+        assert again.value is first.value
+    reader = Reader(crc32c)
+    assert reader.next_event() is NEED_DATA
+    reader.buffer_updated(0)
+    for _ in range(3):
+        with pytest.raises(TruncatedError):
+            reader.next_event()
+
+
+def test_a_payload_lands_where_it_is_directed_and_nowhere_else():
+    reader = Reader(crc32c)
+    room = bytearray(6)
+    for event in pull(reader, assemble([START, ROOT, OPEN, data(1, b"abc"), end()])):
+        if isinstance(event, SliceStart):
+            reader.direct(memoryview(room)[2:5])
+        elif isinstance(event, Slice):
+            assert event.payload.obj is room
+    assert room == b"\0\0abc\0"
+    reader = Reader(crc32c)
+    with pytest.raises(ValueError, match="4 bytes for 3"):
+        for event in pull(reader, assemble([START, ROOT, OPEN, data(1, b"abc"), end()])):
+            if isinstance(event, SliceStart):
+                reader.direct(memoryview(room)[:4])
+
+
+def test_a_payload_may_be_directed_part_by_part():
+    stream = assemble([START, ROOT, OPEN, data(1, b"abc"), end()])
+    for goes_on in (True, False):
+        reader = Reader(crc32c)
+        rooms = []
+        try:
+            for event in pull(reader, stream):
+                if isinstance(event, SlicePart):
+                    assert (event.done, event.left) == (len(rooms), 3 - len(rooms))
+                if isinstance(event, SliceStart) or isinstance(event, SlicePart) and goes_on:
+                    rooms.append(bytearray(1))
+                    reader.direct(memoryview(rooms[-1]))
+            assert (reader.ended, rooms) == (True, [b"a", b"b", b"c"])
+        except ValueError as error:
+            assert not goes_on
+            assert "not directed" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------------- Limits
+
+VALUES = np.linspace(-1, 1, 100, dtype=np.float32)
+# The field, a stream, and what the stream needs of it.
+AT_LIMIT: dict[str, tuple[bytes, int]] = {
+    "descriptor": (tw.dumps({"name": VALUES}), len(take_apart(tw.dumps({"name": VALUES}))[2].payload)),
+    "metadata": (stored("metadata-id"), len(take_apart(stored("metadata-id"))[0].payload)),
+    "name": (tw.dumps({"ääb": VALUES}), 5),
+    "ndim": (tw.dumps(np.zeros((1, 2, 3))), 3),
+    "items": (tw.dumps([VALUES, 1, 2]), 4),
+    "nesting": (tw.dumps({"a": [VALUES]}), 2),
+    "item": (tw.dumps(VALUES), 400),
+    "value": (tw.dumps({"a": "x" * 31, "b": "y"}), 32),
+    "composite": (tw.dumps({"a": [1, 2, 3]}), 4),
+    "frame": (tw.dumps(VALUES, codec="nf4"), 2 * 4 + 50),
+    "skippable": (stored("skippable"), 15),
+    "stream": (stored("slices"), len(stored("slices"))),
+}
+
+
+def test_every_limit_has_a_case():
+    assert {*AT_LIMIT} == {*Limits.__slots__}
+
+
+@pytest.mark.parametrize("field", [*AT_LIMIT])
+def test_a_limit_admits_what_it_says_and_not_one_more(field):
+    stream, needed = AT_LIMIT[field]
+    tw.loads(stream, limits=replace(DEFAULT, **{field: needed}))
+    with pytest.raises(LimitError) as caught:
+        tw.loads(stream, limits=replace(DEFAULT, **{field: needed - 1}))
+    assert (caught.value.allowed, caught.value.got) == (needed - 1, needed)
+    assert str(needed - 1) in str(caught.value)
+
+
+def test_what_a_zstd_frame_unpacks_to_is_under_the_frame_limit():
+    stream = tw.dumps(np.zeros(100_000, np.uint8), codec="zstd")
+    assert len(stream) < 1000
+    with pytest.raises(LimitError):
+        tw.loads(stream, limits=replace(DEFAULT, frame=99_999))
+
+
+# ------------------------------------------------------------------------------------------------------- Memory
+
+WIDE = replace(DEFAULT, item=1 << 50, stream=1 << 60, value=1 << 40)
+
+
+def peak(act: Any) -> int:
+    """Bytes of the most memory that Python and NumPy held while `act` ran, beyond what they held before."""
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def claims(elements: int, kind: int, **fields: Any) -> bytes:
+    """A stream that describes `elements` and has one data frame of as many, of which 1 KiB comes."""
+    narrow = 2 if fields.get("codec", [[1]])[0] == [2] else 1
+    frame = data(1, bytes(1024), elements).having(length=elements * narrow)
+    return assemble([START, ROOT, item(1, kind, ["x"], **fields), frame])
+
+
+CLAIMS = {
+    "raw": claims(16 << 30, 1, dtype=UINT8, shape=[16 << 30], codec=[[1]]),
+    "raw of many dimensions": claims(16 << 30, 1, dtype=UINT8, shape=[1 << 17, 1 << 17], codec=[[1]]),
+    "bool": claims(16 << 30, 1, dtype=BOOL, shape=[16 << 30], codec=[[1]]),
+    "raw, 1 TiB": claims(1 << 40, 1, dtype=UINT8, shape=[1 << 40], codec=[[1]]),
+    "fp16, 1 TiB": claims(1 << 38, 1, dtype=FLOAT32, shape=[1 << 38], codec=[[2]]),
+    "zstd, 1 TiB": claims(1 << 40, 1, dtype=UINT8, shape=[1 << 40], codec=[[1], [64]]),
+    "value, 1 TiB": claims(1 << 40, VALUE, size=1 << 40),
+    "file, 1 TiB": claims(1 << 40, FILE, size=1 << 40, codec=[[1]]),
+    "file of unknown size": claims(1 << 40, FILE, size=None, codec=[[1]]),
+}
+
+
+@pytest.mark.parametrize("limits", [DEFAULT, WIDE], ids=["default", "wide"])
+@pytest.mark.parametrize("what", [*CLAIMS])
+def test_memory_follows_what_has_arrived_not_what_is_declared(what, limits, tmp_path):
+    def act() -> None:
+        with pytest.raises((TruncatedError, LimitError)):
+            if what.startswith("file"):
+                decode_file(CLAIMS[what], tmp_path / "target", limits=limits)
+            else:
+                tw.loads(CLAIMS[what], limits=limits)
+
+    assert peak(act) < 9 * MIB
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole():
+    """A frame's checksum comes before any complaint about its content, however many pieces it lands in."""
+    size = 9 * MIB + 5
+    flags = bytearray(size)
+    frames = [START, ROOT, tensor(1, ["x"], [size], BOOL), data(1, bytes(flags)), end()]
+    stream = assemble(frames)
+    assert not tw.loads(stream)["x"].any()
+    assert tw.loads(stream, into={"x": np.ones(size, bool)})["x"].sum() == 0
+    flags[100] = 2
+    with pytest.raises(FormatError, match="neither 0 nor 1"):
+        tw.loads(assemble([*frames[:3], data(1, bytes(flags)), end()]))
+    damaged = bytearray(stream)
+    damaged[damaged.index(bytes(1000)) + 100] = 2
+    with pytest.raises(CorruptError):
+        tw.loads(damaged)
+
+
+def test_a_skipped_frame_takes_no_memory_of_its_size():
+    stream = assemble([START, ROOT, Frame(0x99, bytes(8 * MIB)), end()])
+    assert peak(lambda: tw.loads(memoryview(stream))) < MIB
+
+
+def many_slices(count: int) -> Iterator[bytes]:
+    writer = Writer(zlib.crc32)
+    yield writer.start(StreamInfo())
+    yield writer.item(Item(Kind.TENSOR, (), dtypes.UINT8, (count,), ((1,),)))
+    crc = zlib.crc32(b"x")
+    for start in range(count):
+        yield writer.data(start, 1, 1, crc)
+        yield b"x"
+    yield writer.end()
+
+
+def slices_seen(count: int) -> int:
+    reader = Reader(zlib.crc32)
+    seen = sum(isinstance(event, Slice) for piece in many_slices(count) for event in reader.feed(piece))
+    assert reader.ended
+    return seen
+
+
+def test_a_hundred_thousand_tiny_frames_are_read_and_none_is_remembered():
+    assert slices_seen(100_000) == 100_000
+    few, many = (peak(lambda count=count: slices_seen(count)) for count in (1000, 10_000))
+    assert many < few + 8192
+
+
+def test_frames_of_no_use_are_bounded_by_the_limit_of_the_stream():
+    def endless() -> Iterator[bytes]:
+        yield from cut(assemble([START, ROOT]))
+        pieces = [*cut(assemble([START, ROOT, *[Frame(0x80)] * 50]))][3:]
+        yield from pieces
+
+    with pytest.raises(LimitError, match="stream"):
+        tw.loads(endless(), limits=replace(DEFAULT, stream=1000))
