@@ -33,6 +33,7 @@ from tensorwire.errors import (
     UnsupportedError,
     WireError,
 )
+from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.streams import Schema, TensorFile, decode_file, encode_file
 from tensorwire.tensor import TensorView
@@ -65,11 +66,13 @@ __all__ = [
     "dumps",
     "encode",
     "encode_file",
+    "get_threads",
     "load_file",
     "loads",
     "open_file",
     "save_file",
     "schema",
+    "set_threads",
 ]
 
 _LAZY: Final = frozenset({"torch", "safetensors", "transports", "integrations"})
@@ -85,6 +88,9 @@ class _AnyFront(_numpy.NumPyFront):
         if "torch" in sys.modules and self._torch().view(value) is not None:
             return self._torch().target(value)
         return super().target(value)
+
+    def device_target(self, value: object) -> Any:
+        return self._torch().device_target(value) if "torch" in sys.modules else None
 
     @staticmethod
     def _torch() -> Any:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from typing import Any
 
 from tensorwire import streams
@@ -71,7 +72,10 @@ class Api:
 
     def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
         """A container as one message: all buffers of `encode`, joined."""
-        return b"".join(self.encode(obj, codec=codec, metadata=metadata))
+        message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
+        for buffer in self.encode(obj, codec=codec, metadata=metadata):
+            message.write(buffer)
+        return message.getvalue()
 
     def loads(
         self,

@@ -39,7 +39,7 @@ class NumPyFront:
         identity = None
         if array.size and isinstance(value, np.ndarray):
             identity = (array.ctypes.data, array.shape, array.strides, dtype.number)
-        return TensorView(dtype, array.shape, reader(array, dtype.itemsize), identity)
+        return TensorView(dtype, array.shape, reader(array, dtype.itemsize), identity=identity)
 
     def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
         return data.view(_numpy_dtype(dtype)).reshape(shape)
@@ -50,6 +50,9 @@ class NumPyFront:
         if not value.dtype.isnative:
             raise EncodeError("into= takes arrays in native byte order")
         return memoryview(value.reshape(-1).view(np.uint8))
+
+    def device_target(self, value: object) -> None:
+        return None
 
 
 _LITTLE: Final = np.dtype("<u2").isnative

@@ -23,7 +23,7 @@ from tensorwire.streams import Schema
 from tensorwire.streams.atomic import read_at, replacing, write_at
 from tensorwire.streams.chunks import FileSink, file_reader
 from tensorwire.streams.pool import Pool
-from tensorwire.streams.receive import Receiver
+from tensorwire.streams.receive import Receiver, Sink
 from tensorwire.streams.rules import CodecChoice
 from tensorwire.streams.source import as_source
 from tensorwire.tensor import TensorView
@@ -62,18 +62,26 @@ def encode(
     *,
     codec: CodecChoice = "raw",
     frame_size: int = streams.FRAME_SIZE,
+    at_rest: bool = False,
     limits: Limits = DEFAULT,
 ) -> Iterator[Any]:
     """The buffers of a stream of all tensors in a `.safetensors` file, read piece by piece as they are sent.
 
-    `codec` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along.
+    `codec` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along. With
+    `at_rest` the stream is laid out as `save_file` does, to become a `.tw` file that `open_file` can open.
     Raises, before the first buffer, FormatError or TruncatedError for a file that is not valid, EncodeError for
     what cannot be sent.
     """
     file = SafetensorsFile(path)
     try:
         buffers = streams.encode(
-            dict(file), _ViewFront(), codec=codec, frame_size=frame_size, metadata=file.metadata, limits=limits
+            dict(file),
+            _ViewFront(),
+            codec=codec,
+            frame_size=frame_size,
+            metadata=file.metadata,
+            at_rest=at_rest,
+            limits=limits,
         )
     except BaseException:
         file.close()
@@ -209,12 +217,16 @@ class _ViewFront:
     def target(self, value: object) -> memoryview:
         raise NotImplementedError
 
+    def device_target(self, value: object) -> Any:
+        raise NotImplementedError
+
 
 class _Layout:
     """Where each tensor goes in the file being written: known once the stream has described all of them."""
 
     def __init__(self, fd: int, schema: Schema | None) -> None:
         self.fd = fd
+        self.pool = Pool()
         self._schema = schema
         self.receiver: Receiver | None = None
         self._items: dict[int, Item] = {}
@@ -288,7 +300,7 @@ class _Layout:
         self._offsets = {number: 8 + len(text) + begin for number, begin in begins.items()}
 
 
-class _LateSink:
+class _LateSink(Sink):
     """A FileSink whose place is asked for when its first slice comes."""
 
     def __init__(self, layout: _Layout, number: int) -> None:
@@ -297,13 +309,15 @@ class _LateSink:
         self._sink: FileSink | None = None
 
     def region(self, start: int, stop: int) -> np.ndarray:
-        if self._sink is None:
-            self._sink = FileSink(self._layout.fd, self._layout.offset(self._number))
-        return self._sink.region(start, stop)
+        return self._file().region(start, stop)
 
     def commit(self, start: int, region: np.ndarray) -> None:
-        assert self._sink is not None
-        self._sink.commit(start, region)
+        self._file().commit(start, region)
+
+    def _file(self) -> FileSink:
+        if self._sink is None:
+            self._sink = FileSink(self._layout.fd, self._layout.offset(self._number), self._layout.pool)
+        return self._sink
 
     def close(self) -> None:
         return None

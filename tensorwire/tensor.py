@@ -18,12 +18,14 @@ class TensorView:
 
     `read(start, stop)` returns elements [start, stop) of the flattened tensor as a C-contiguous buffer of
     little-endian bytes: the caller's own memory where it is contiguous, else a copy of those elements only.
+    `device_read`, where the tensor lives on a CUDA device, gives those elements as a 1-D tensor there.
     `identity` is equal for two tensors that are the same view of the same memory, None when unknown.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     read: Callable[[int, int], Any]
+    device_read: Callable[[int, int], Any] | None = None
     identity: tuple | None = None
 
     @property
@@ -53,3 +55,6 @@ class Front(Protocol):
 
     def target(self, value: object) -> memoryview:
         """The writable bytes of a preallocated contiguous tensor, flat. Raises EncodeError otherwise."""
+
+    def device_target(self, value: object) -> Any:
+        """A preallocated contiguous tensor on a CUDA device as a 1-D view of it; None when `value` is on the host."""

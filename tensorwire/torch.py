@@ -43,7 +43,8 @@ class TorchFront:
                 tensor.stride(),
                 dtype.number,
             )
-        return TensorView(dtype, tuple(tensor.shape), _reader(tensor, dtype), identity)
+        read, device_read = _readers(tensor, dtype)
+        return TensorView(dtype, tuple(tensor.shape), read, device_read, identity)
 
     def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
         if dtype not in _TORCH:
@@ -54,11 +55,16 @@ class TorchFront:
 
     def target(self, value: object) -> memoryview:
         if not isinstance(value, torch.Tensor) or not value.is_contiguous() or value.device.type != "cpu":
-            raise EncodeError("into= takes contiguous CPU tensors")
+            raise EncodeError("into= takes contiguous tensors on the CPU or a CUDA device")
         if value.is_conj() or value.is_neg():
             raise EncodeError("into= cannot write through a conjugate or negative view")
         array = _plain(value).view(_BITS[value.element_size()]).numpy()
         return memoryview(array.reshape(-1).view(np.uint8))
+
+    def device_target(self, value: object) -> torch.Tensor | None:
+        if not isinstance(value, torch.Tensor) or not value.is_cuda or not value.is_contiguous() or value.is_conj():
+            return None
+        return _plain(value).reshape(-1)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,16 +88,16 @@ def _is_fake(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
-def _reader(tensor: torch.Tensor, dtype: DType) -> Any:
+def _readers(tensor: torch.Tensor, dtype: DType) -> tuple[Any, Any]:
+    """`TensorView.read` and `device_read`."""
     if tensor.device.type == "cpu":
-        array = tensor.view(_BITS[dtype.itemsize]).numpy()
-        return reader(array, dtype.itemsize)
+        return reader(tensor.view(_BITS[dtype.itemsize]).numpy(), dtype.itemsize), None
     flat = tensor.contiguous().reshape(-1)
 
     def read(start: int, stop: int) -> np.ndarray:
-        return flat[start:stop].cpu().view(torch.uint8).numpy()
+        return flat[start:stop].view(torch.uint8).cpu().numpy()
 
-    return read
+    return read, lambda start, stop: flat[start:stop]
 
 
 FRONT: Final = TorchFront()

@@ -132,7 +132,7 @@ def test_speed_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if row["impl"] == tensorwire.kernels.implementation
     }
     assert {("bf16", op, output) for op in ("encode", "decode") for output in ("warm", "fresh")} <= ours
-    assert (("raw", "encode_stream", "warm") in ours) == (threads == 1)
+    assert ("raw", "encode_stream", "warm") in ours
     assert ("raw", "encode", "warm") not in ours
 
 

@@ -42,9 +42,13 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+# `python -m` puts the working directory first: run where the package under test is, installed or not.
+HOME = Path(tensorwire.__file__).parents[1]
+
+
 def shell(arguments: list[object], data: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
     command = [sys.executable, "-m", "tensorwire", *map(str, arguments)]
-    return subprocess.run(command, input=data, capture_output=True, timeout=60)
+    return subprocess.run(command, input=data, capture_output=True, timeout=60, cwd=HOME)
 
 
 def test_arrays_there_and_back(npz: Path, tmp_path: Path) -> None:
@@ -112,7 +116,7 @@ def test_tensors_through_a_pipe_to_safetensors(safetensors: Path) -> None:
 
 def test_a_reader_that_has_enough_is_no_accident(stream: Path) -> None:
     command = f"{sys.executable} -m tensorwire inspect {stream} --frames --json | head -c 20"
-    done = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=60, cwd=HOME)
     assert len(done.stdout) == 20 and done.stderr == b""
 
 

@@ -6,6 +6,7 @@ import pytest
 from tensorwire import dtypes
 from tensorwire.codecs import CODECS, Codec, from_stages, parse
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError, UnsupportedError
+from tensorwire.tensor import TensorView
 
 SPECS = [
     "raw",
@@ -32,14 +33,8 @@ def take(size: int) -> np.ndarray:
 
 
 def payload_of(codec: Codec, values: np.ndarray) -> bytearray:
-    class View:
-        numel, dtype = values.size, dtypes.FLOAT32
-
-        @staticmethod
-        def read(start: int, stop: int) -> np.ndarray:
-            return values[start:stop]
-
-    return bytearray(codec.encode(values, dtypes.FLOAT32, take, codec.prepare(View)))
+    view = TensorView(dtypes.FLOAT32, values.shape, lambda start, stop: values[start:stop])
+    return bytearray(codec.encode(values, dtypes.FLOAT32, take, codec.prepare(view)))
 
 
 def decoded(codec: Codec, payload: bytes | bytearray, count: int) -> np.ndarray:

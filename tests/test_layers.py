@@ -37,7 +37,7 @@ NEVER = {
 }
 FOREIGN = {
     "wire": {"msgpack"},
-    "kernels": {"numpy"},
+    "kernels": {"numpy", "torch", "bitsandbytes"},
     "codecs": {"numpy", "zstandard"},
     "streams": {"numpy", "msgpack"},
     "numpy": {"numpy", "ml_dtypes"},
@@ -48,12 +48,12 @@ FOREIGN = {
     "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
 }
 CORE = {"numpy", "msgpack", "zstandard"}
-NEEDS_EXTRA = {
-    "torch",
-    "integrations",
-}  # rooms for one foreign library; elsewhere extras come late, inside functions
-BARE = {"wire", "kernels", "codecs", "streams"}  # rooms that know no sockets, processes or threads
-OUTSIDE = {"socket", "ssl", "asyncio", "threading", "multiprocessing", "subprocess", "concurrent"}
+# Rooms for one foreign library, and single files; elsewhere extras come late, inside functions.
+NEEDS_EXTRA = {"torch", "integrations", "kernels/cuda.py", "bench/plots.py"}
+# Rooms that know no sockets or processes, and those that know no threads either.
+OUTSIDE = {"socket", "ssl", "asyncio", "multiprocessing", "subprocess"}
+THREADS = {"threading", "concurrent"}
+BARE = {room: OUTSIDE | THREADS for room in ("wire", "kernels", "codecs")} | {"streams": OUTSIDE}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -119,9 +119,9 @@ def test_a_file_imports_only_the_foreign_libraries_of_its_room(path):
     roots = {name.split(".")[0] for name, _ in imports(path)} - {"tensorwire"}
     assert roots - sys.stdlib_module_names <= FOREIGN.get(room, set())
     early = {name.split(".")[0] for name, at_import in imports(path) if at_import} - {"tensorwire"}
-    assert room in NEEDS_EXTRA or path.stem == "plots" or early - sys.stdlib_module_names <= CORE
-    if room in BARE:
-        assert not roots & OUTSIDE
+    needs_extra = {room, path.relative_to(PACKAGE).as_posix()} & NEEDS_EXTRA
+    assert needs_extra or early - sys.stdlib_module_names <= CORE
+    assert not roots & BARE.get(room, set())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -35,6 +35,7 @@ from tensorwire.wire import (
     ItemStart,
     Kind,
     Reader,
+    Skipped,
     Slice,
     SlicePart,
     SliceStart,
@@ -186,6 +187,8 @@ def test_events_come_in_order_and_account_for_every_frame(name):
             assert event.item is described[event.number]
             assert event.start == position.setdefault(event.number, 0)
             assert event.number not in complete
+        elif isinstance(event, Skipped):
+            assert event.type >= 0x80
         else:
             assert isinstance(before, SliceStart)
             assert (event.number, event.start, event.count) == (before.number, before.start, before.count)

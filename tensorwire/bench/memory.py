@@ -121,6 +121,8 @@ class _Peer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Not the working directory first: it may hold the sources, without the extension.
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
         self._role = job["role"]
         assert self._process.stdin is not None

@@ -6,7 +6,8 @@ in turn, so that whatever else the machine does falls on all alike; a figure is 
 `np.copyto` of the same array into warm memory, each byte counted once; vs_memcpy and vs_rival are ratios to
 figures of this run.
 
-encode and decode are the codec alone, on `threads` equal parts of the array. encode_stream drains
+encode and decode are the codec alone, in one call that may use `threads` threads; memcpy copies as many
+equal parts at once. encode_stream drains
 `tensorwire.encode` and decode_stream runs `tensorwire.decode` from one message into an existing array:
 frames, checksums and Python included.
 """
@@ -60,8 +61,13 @@ def run(options: Options, note: Note) -> Iterator[Row]:
         note("speed measures seeded weights, whatever the model")
     codecs = [tensorwire.codec(spec) for spec in options.codecs or DEFAULT_CODECS]
     rivals.import_rivals(codecs, options.threads, note)
-    for size_mib in options.sizes_mib or (DEFAULT_SIZE_MIB[kernels.implementation],):
-        yield from _measure(codecs, size_mib, options.threads)
+    before = kernels.get_threads()
+    kernels.set_threads(options.threads)
+    try:
+        for size_mib in options.sizes_mib or (DEFAULT_SIZE_MIB[kernels.implementation],):
+            yield from _measure(codecs, size_mib, options.threads)
+    finally:
+        kernels.set_threads(before)
 
 
 def _measure(codecs: list[Codec], size_mib: int, threads: int) -> list[Row]:
@@ -71,7 +77,7 @@ def _measure(codecs: list[Codec], size_mib: int, threads: int) -> list[Row]:
         contenders = list(_copies(values, out, threads, pool))
         contenders += [_checksum(values), rivals.crc32(values)]
         for codec in codecs:
-            contenders += _ours(codec, values, out, threads, pool)
+            contenders += _ours(codec, values, out)
             contenders += rivals.contenders(codec, values, out, threads)
         seconds = time_all([contender.run for contender in contenders])
     rows = [
@@ -116,7 +122,7 @@ def _time(run: Callable[[], Any]) -> float:
 def _copies(
     values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor
 ) -> Iterator[Contender]:
-    parts = _parts(values.size, 1, threads)
+    parts = _parts(values.size, threads)
     copy = _together([partial(np.copyto, out[start:stop], values[start:stop]) for start, stop in parts], pool)
     fresh = _together([values[start:stop].copy for start, stop in parts], pool)
     yield Contender("raw", "copy", "memcpy", "warm", copy)
@@ -127,32 +133,26 @@ def _checksum(values: np.ndarray) -> Contender:
     return Contender("crc32c", "checksum", kernels.implementation, "none", lambda: crc32c(values))
 
 
-def _ours(
-    codec: Codec, values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor
-) -> Iterator[Contender]:
+def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contender]:
     name, impl = repr(codec), kernels.implementation
     if not codec.in_place:
-        parts = [
-            _Part(codec, values[start:stop], out[start:stop])
-            for start, stop in _parts(values.size, codec.block(dtypes.FLOAT32), threads)
-        ]
-        yield Contender(name, "encode", impl, "warm", _together([part.encode for part in parts], pool))
-        yield Contender(name, "encode", impl, "fresh", _together([part.encode_fresh for part in parts], pool))
-        yield Contender(name, "decode", impl, "warm", _together([part.decode for part in parts], pool))
-        yield Contender(name, "decode", impl, "fresh", _together([part.decode_fresh for part in parts], pool))
-    if threads == 1:
-        state, into = {"x": values}, {"x": out}
-        message = tensorwire.dumps(state, codec=codec)
-        yield Contender(
-            name, "encode_stream", impl, "warm", lambda: _drain(tensorwire.encode(state, codec=codec))
-        )
-        yield Contender(
-            name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into=into))
-        )
+        ours = _Ours(codec, values, out)
+        yield Contender(name, "encode", impl, "warm", ours.encode)
+        yield Contender(name, "encode", impl, "fresh", ours.encode_fresh)
+        yield Contender(name, "decode", impl, "warm", ours.decode)
+        yield Contender(name, "decode", impl, "fresh", ours.decode_fresh)
+    state, into = {"x": values}, {"x": out}
+    message = tensorwire.dumps(state, codec=codec)
+    yield Contender(
+        name, "encode_stream", impl, "warm", lambda: _drain(tensorwire.encode(state, codec=codec))
+    )
+    yield Contender(
+        name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into=into))
+    )
 
 
-class _Part:
-    """What one thread encodes and decodes."""
+class _Ours:
+    """Our codec over one array, into warm memory and into fresh."""
 
     def __init__(self, codec: Codec, values: np.ndarray, out: np.ndarray) -> None:
         self._codec = codec
@@ -183,10 +183,9 @@ class _Part:
         return self._warm[:size]
 
 
-def _parts(count: int, block: int, threads: int) -> list[tuple[int, int]]:
-    """[start, stop) of about equal parts, each a whole number of blocks but the last."""
-    step = -(-count // threads)
-    step = -(-step // block) * block
+def _parts(count: int, parts: int) -> list[tuple[int, int]]:
+    """[start, stop) of about equal parts."""
+    step = -(-count // parts)
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 

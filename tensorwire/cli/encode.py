@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         buffers = tensorwire.encode(container, codec=codec)
     elif suffix == ".safetensors":
-        buffers = tensorwire.safetensors.encode(path, codec=codec)
+        buffers = tensorwire.safetensors.encode(path, codec=codec, at_rest=output != PIPE)
     else:
         buffers = tensorwire.encode_file(sys.stdin.buffer if path == PIPE else path, codec=codec)
     write_stream(output, buffers, _expected(path, suffix, codec))

@@ -101,7 +101,7 @@ class _Account:
             fields = self._items[event.number]
             itemsize = event.item.dtype.itemsize if event.item.dtype else 1
             fields["bytes"] += event.count * itemsize
-            fields["wire_bytes"] += event.payload.nbytes
+            fields["wire_bytes"] += frame.header.length
             fields["complete"] = event.last
             fields["ratio"] = fields["bytes"] / fields["wire_bytes"] if fields["wire_bytes"] else None
 

@@ -8,10 +8,10 @@ import numpy as np
 from tensorwire.cli.common import error_fields, print_json, reading, verb
 from tensorwire.errors import WireError
 from tensorwire.limits import DEFAULT
+from tensorwire.streams.decode import ValueSink
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.receive import Receiver, Sink
 from tensorwire.streams.source import as_source
-from tensorwire.streams.values import unpack_value
 from tensorwire.wire import Item, Kind
 from tensorwire.wire.frames import HEADER_SIZE
 from tensorwire.wire.ledger import END_SIZE
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class _Nowhere:
+class _Nowhere(Sink):
     """Lends every item the same few buffers."""
 
     def __init__(self) -> None:
@@ -67,30 +67,11 @@ class _Nowhere:
 
     def __call__(self, number: int, item: Item) -> Sink | None:
         if item.kind == Kind.VALUE:
-            return _Value()
+            return ValueSink(DEFAULT)
         return self if item.kind in _WITH_DATA else None
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._pool.take(stop - start)
 
-    def commit(self, start: int, region: np.ndarray) -> None:
-        return None
-
     def close(self) -> None:
         return None
-
-
-class _Value:
-    """A plain value: small, and good only if it unpacks."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def region(self, start: int, stop: int) -> np.ndarray:
-        return np.empty(stop - start, np.uint8)
-
-    def commit(self, start: int, region: np.ndarray) -> None:
-        self._data += memoryview(region)
-
-    def close(self) -> Any:
-        return unpack_value(bytes(self._data), DEFAULT)

@@ -7,9 +7,11 @@ is the spec string that rebuilds it, it keeps no state and never writes to its i
 Layout and arithmetic of every codec stand in docs/codecs.md; an id names one of them for ever.
 """
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from types import ModuleType
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -47,6 +49,8 @@ class Codec(ABC):
     name: ClassVar[str]
     # The payload is the tensor's own bytes: it can land in its destination and be mapped from a file.
     in_place: ClassVar[bool] = False
+    # Slices of tensors on a CUDA device are encoded and decoded there.
+    on_device: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self) -> tuple[tuple[int, ...], ...]:
@@ -88,13 +92,15 @@ class Codec(ABC):
     def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
         """The payload of a slice, as one buffer.
 
-        `data`: the slice's little-endian bytes; `take(n)`: a uint8 array of n bytes to write into.
+        `data`: the slice's little-endian bytes, or with `on_device` maybe a 1-D device tensor; `take(n)`: a uint8
+        array of n bytes to write into.
         Raises NonFiniteError with the offending element's index in the slice.
         """
 
     @abstractmethod
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        """Write a slice's elements to `out`, a flat uint8 array of exactly their bytes.
+        """Write a slice's elements to `out`, a flat uint8 array of exactly their bytes, or with `on_device` maybe a
+        1-D device tensor of them.
 
         Raises FormatError for a payload that no encoder produces.
         """
@@ -108,13 +114,30 @@ class Codec(ABC):
         return self.name + (":" + ",".join(given) if given else "")
 
 
-def floats(data: Any, dtype: DType) -> np.ndarray:
-    """The bytes of a slice as the float array that kernels take."""
-    return np.frombuffer(data, dtype=FLOATS[dtype])
+def floats(data: Any, dtype: DType) -> Any:
+    """A slice as the float array that kernels take: its bytes seen as one, or the device tensor that it is."""
+    return data if on_device(data) else np.frombuffer(data, dtype=FLOATS[dtype])
 
 
-def widen(values: np.ndarray) -> np.ndarray:
-    """A float array as float32, exactly. For error paths and small arrays: it copies."""
+def float_target(out: Any, dtype: DType) -> Any:
+    """The memory of a decoded slice as the float array that kernels fill."""
+    return out if on_device(out) else out.view(FLOATS[dtype])
+
+
+def on_device(data: Any) -> bool:
+    """Whether a slice is a torch tensor on a device rather than host memory."""
+    return hasattr(data, "is_cuda")
+
+
+def kernels_for(values: Any) -> ModuleType:
+    """The kernels for where a float array lives."""
+    return importlib.import_module("tensorwire.kernels.cuda") if on_device(values) else kernels
+
+
+def widen(values: Any) -> np.ndarray:
+    """A float array as float32 on the host, exactly. For error paths: it copies."""
+    if on_device(values):
+        return values.float().cpu().numpy()
     if values.dtype == np.float32:
         return values
     out = np.empty(values.size, np.float32)
@@ -122,7 +145,7 @@ def widen(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def refuse_nonfinite(values: np.ndarray, codec: Codec) -> None:
+def refuse_nonfinite(values: Any, codec: Codec) -> None:
     """Raise NonFiniteError naming the first NaN or infinity."""
     wide = widen(values)
     index = int(np.flatnonzero(~np.isfinite(wide))[0])
@@ -136,9 +159,9 @@ def largest(view: TensorView) -> float:
     """max|x| over a whole float tensor, NaN or infinity included."""
     top = np.float32(0)
     for start in range(0, view.numel, _SCAN):
-        values = floats(view.read(start, min(start + _SCAN, view.numel)), view.dtype)
-        absmax = np.empty(-(-values.size // _SCAN_BLOCK), np.float32)
-        if not kernels.blockwise_absmax(values, absmax, blocksize=_SCAN_BLOCK):
+        values = floats((view.device_read or view.read)(start, min(start + _SCAN, view.numel)), view.dtype)
+        absmax = np.empty(-(-len(values) // _SCAN_BLOCK), np.float32)
+        if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=_SCAN_BLOCK):
             return float("inf")
         top = max(top, absmax.max())
     return float(top)

@@ -5,8 +5,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tensorwire import dtypes, kernels
-from tensorwire.codecs.base import FLOATS, Codec, Sizes, Take, check_choice, floats, largest
+from tensorwire import dtypes
+from tensorwire.codecs.base import (
+    FLOATS,
+    Codec,
+    Sizes,
+    Take,
+    check_choice,
+    float_target,
+    floats,
+    kernels_for,
+    largest,
+    widen,
+)
 from tensorwire.dtypes import DType
 from tensorwire.errors import NonFiniteError
 from tensorwire.tensor import TensorView
@@ -20,6 +31,7 @@ class _Cast(Codec):
 
     overflow: str = "error"
 
+    on_device = True
     narrow: ClassVar[DType]
     # The smallest magnitude that rounds to infinity.
     bound: ClassVar[float]
@@ -41,9 +53,11 @@ class _Cast(Codec):
 
     def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
         values = floats(data, dtype)
-        payload = take(self.sizes(values.size, dtype).total)
+        payload = take(self.sizes(len(values), dtype).total)
         narrow = payload.view(FLOATS[self.narrow])
-        if kernels.cast(values, narrow, saturate=self.overflow == "saturate") and self.overflow == "error":
+        overflowed = kernels_for(values).cast(values, narrow, saturate=self.overflow == "saturate")
+        if overflowed and self.overflow == "error":
+            values = widen(values)
             index = int(np.flatnonzero(np.isfinite(values) & (np.abs(values) >= np.float32(self.bound)))[0])
             raise NonFiniteError(
                 f"{values[index]}, beyond {self.narrow}; "
@@ -53,7 +67,8 @@ class _Cast(Codec):
         return payload
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        kernels.cast(np.frombuffer(payload, FLOATS[self.narrow]), out.view(np.float32))
+        values = float_target(out, dtype)
+        kernels_for(values).cast(np.frombuffer(payload, FLOATS[self.narrow]), values)
 
 
 @dataclass(frozen=True, repr=False)

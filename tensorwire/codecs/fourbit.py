@@ -11,7 +11,15 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from tensorwire import kernels
-from tensorwire.codecs.base import FLOATS, Sizes, Take, check_choice, floats, refuse_nonfinite
+from tensorwire.codecs.base import (
+    Sizes,
+    Take,
+    check_choice,
+    float_target,
+    floats,
+    kernels_for,
+    refuse_nonfinite,
+)
 from tensorwire.codecs.int8 import Quantizer, checked_absmax, split
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
@@ -55,11 +63,11 @@ class FourBit(Quantizer):
 
     def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
         values = floats(data, dtype)
-        sizes = self.sizes(values.size, dtype)
+        sizes = self.sizes(len(values), dtype)
         payload = take(sizes.total)
         metadata, codes = split(payload, sizes.metadata)
-        absmax = np.empty(self.blocks(values.size), np.float32) if self.double_quant else metadata.view(np.float32)
-        if not kernels.quantize_4bit(
+        absmax = np.empty(self.blocks(len(values)), np.float32) if self.double_quant else metadata.view(np.float32)
+        if not kernels_for(values).quantize_4bit(
             values, codes, absmax, blocksize=self.blocksize, quant_type=self.quant_type
         ):
             refuse_nonfinite(values, self)
@@ -68,13 +76,13 @@ class FourBit(Quantizer):
         return payload
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        values = out.view(FLOATS[dtype])
-        sizes = self.sizes(values.size, dtype)
+        values = float_target(out, dtype)
+        sizes = self.sizes(len(values), dtype)
         metadata, codes = split(np.frombuffer(payload, np.uint8), sizes.metadata)
-        if values.size % 2 and codes[-1] & 0x0F:
+        if len(values) % 2 and codes[-1] & 0x0F:
             raise FormatError("the unused half of the last byte is not zero")
-        absmax = _unnest(metadata, self.blocks(values.size)) if self.double_quant else checked_absmax(metadata)
-        kernels.dequantize_4bit(codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type)
+        absmax = _unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
+        kernels_for(values).dequantize_4bit(codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type)
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,9 +108,9 @@ def mean_absmax(view: TensorView, blocksize: int) -> np.float32:
     total = np.float64(0)
     step = _SCAN_BLOCKS * blocksize
     for start in range(0, view.numel, step):
-        values = floats(view.read(start, min(start + step, view.numel)), view.dtype)
-        absmax = np.empty(-(-values.size // blocksize), np.float32)
-        if not kernels.blockwise_absmax(values, absmax, blocksize=blocksize):
+        values = floats((view.device_read or view.read)(start, min(start + step, view.numel)), view.dtype)
+        absmax = np.empty(-(-len(values) // blocksize), np.float32)
+        if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=blocksize):
             return np.float32(0)  # the quantizer will name the element
         total = np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1]
     return np.float32(total / -(-view.numel // blocksize))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tensorwire import dtypes, kernels
+from tensorwire import dtypes
 from tensorwire.codecs.base import (
     FLOATS,
     Codec,
@@ -18,7 +18,9 @@ from tensorwire.codecs.base import (
     Take,
     check_choice,
     check_power_of_two,
+    float_target,
     floats,
+    kernels_for,
     largest,
     refuse_nonfinite,
 )
@@ -37,6 +39,7 @@ class Quantizer(Codec):
     blocksize: int = 0
     nonfinite: str = "error"
 
+    on_device = True
     smallest: ClassVar[int] = 16
     biggest: ClassVar[int] = 65536
 
@@ -76,16 +79,16 @@ class Int8(Quantizer):
 
     def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
         values = floats(data, dtype)
-        payload = take(self.sizes(values.size, dtype).total)
-        absmax, codes = split(payload, 4 * self.blocks(values.size))
-        if not kernels.quantize_int8(values, codes, absmax.view(np.float32), blocksize=self.blocksize):
+        payload = take(self.sizes(len(values), dtype).total)
+        absmax, codes = split(payload, 4 * self.blocks(len(values)))
+        if not kernels_for(values).quantize_int8(values, codes, absmax.view(np.float32), blocksize=self.blocksize):
             refuse_nonfinite(values, self)
         return payload
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        values = out.view(FLOATS[dtype])
-        absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(values.size))
-        kernels.dequantize_int8(codes, checked_absmax(absmax), values, blocksize=self.blocksize)
+        values = float_target(out, dtype)
+        absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(len(values)))
+        kernels_for(values).dequantize_int8(codes, checked_absmax(absmax), values, blocksize=self.blocksize)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,23 +104,23 @@ class Int8Linear(Quantizer):
 
     def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
         values = floats(data, dtype)
-        payload = take(self.sizes(values.size, dtype).total)
-        scales, codes = split(payload, 2 * self.blocks(values.size))
-        if not kernels.quantize_linear(
+        payload = take(self.sizes(len(values), dtype).total)
+        scales, codes = split(payload, 2 * self.blocks(len(values)))
+        if not kernels_for(values).quantize_linear(
             values, codes.view(np.int8), scales.view(np.uint16), blocksize=self.blocksize
         ):
             refuse_nonfinite(values, self)
         return payload
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        values = out.view(FLOATS[dtype])
-        scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(values.size))
+        values = float_target(out, dtype)
+        scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(len(values)))
         scales = scale_bytes.view(np.uint16)
         if scales.size and scales.max() >= 0x7F80:
             raise FormatError("a scale is negative, infinite or NaN")
         if codes.size and (codes == 0x80).any():
             raise FormatError("code -128 is not used")
-        kernels.dequantize_linear(codes.view(np.int8), scales, values, blocksize=self.blocksize)
+        kernels_for(values).dequantize_linear(codes.view(np.int8), scales, values, blocksize=self.blocksize)
 
 
 def split(payload: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:

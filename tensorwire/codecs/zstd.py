@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import zstandard
 
-from tensorwire.codecs.base import Codec, Sizes, Take
+from tensorwire.codecs.base import Codec, Sizes, Take, on_device
 from tensorwire.codecs.raw import Raw
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError
@@ -38,6 +38,10 @@ class Zstd(Codec):
 
     def __repr__(self) -> str:
         return f"{self.inner}|zstd" + ("" if self.level == 3 else f":level={self.level}")
+
+    @property
+    def on_device(self) -> bool:  # type: ignore[override]
+        return self.inner.on_device
 
     def stages(self) -> tuple[tuple[int, ...], ...]:
         return (*self.inner.stages(), (self.id,))
@@ -72,7 +76,8 @@ class Zstd(Codec):
         return compressor.compress(payload)
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        self.inner.decode(self.decompress(payload, out.size // dtype.itemsize, dtype), dtype, out)
+        count = len(out) if on_device(out) else out.size // dtype.itemsize
+        self.inner.decode(self.decompress(payload, count, dtype), dtype, out)
 
     def decompress(self, payload: memoryview, count: int, dtype: DType) -> memoryview:
         """The payload of the inner codec. Raises FormatError unless it is the one frame it must be."""

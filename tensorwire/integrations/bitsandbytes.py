@@ -28,7 +28,7 @@ from tensorwire.errors import EncodeError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.decode import TensorSink
 from tensorwire.streams.pool import GrowingMemory
-from tensorwire.streams.receive import Receiver
+from tensorwire.streams.receive import EncodedSink, Receiver
 from tensorwire.streams.rules import CodecChoice, rule
 from tensorwire.streams.source import as_source
 from tensorwire.tensor import TensorView
@@ -196,7 +196,7 @@ class _Opener:
         return TensorSink(item, torch_front.FRONT, trusted=False)
 
 
-class _QuantizedSink:
+class _QuantizedSink(EncodedSink):
     """Collects the codes and absmax of one item."""
 
     def __init__(self, item: Item, codec: Codec) -> None:

@@ -14,12 +14,14 @@ A *float array* is float32, float16, or uint16 holding bfloat16 bit patterns (Nu
     dequantize_int8(codes, absmax, out, *, blocksize) -> None
     quantize_linear(values, codes, scales, *, blocksize) -> bool
     dequantize_linear(codes, scales, out, *, blocksize) -> None
+    set_threads(count), get_threads()                   threads that one call may use, its own included
 
 A quantizer returns whether all its input was finite; when it returns False the outputs are to be thrown away.
 A wrong dtype raises TypeError, wrong sizes or overlap ValueError: callers pass checked sizes, so either is a bug.
 
 The implementation is chosen once, at import: ``TENSORWIRE_ISA=numpy`` forces the twins, ``portable``, ``avx2``,
-``avx512`` or ``neon`` an instruction set; `isa` says which one serves.
+``avx512`` or ``neon`` an instruction set; `isa` says which one serves. A call uses one thread unless ``set_threads`` or
+``TENSORWIRE_THREADS`` says otherwise; the twin always does.
 """
 
 import os
@@ -33,11 +35,13 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
+    "get_threads",
     "implementation",
     "isa",
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
+    "set_threads",
 ]
 
 
@@ -74,3 +78,5 @@ quantize_int8 = _module.quantize_int8
 dequantize_int8 = _module.dequantize_int8
 quantize_linear = _module.quantize_linear
 dequantize_linear = _module.dequantize_linear
+set_threads = _module.set_threads
+get_threads = _module.get_threads

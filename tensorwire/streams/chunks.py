@@ -111,16 +111,16 @@ class _OneFile:
         if self._taken:
             raise SchemaError("the stream carries more than one file")
         self._taken = True
-        return FileSink(self._fd, 0)
+        return FileSink(self._fd, 0, Pool())
 
 
-class FileSink:
+class FileSink(Sink):
     """An item whose decoded bytes stand in an open file from `offset` on."""
 
-    def __init__(self, fd: int, offset: int) -> None:
+    def __init__(self, fd: int, offset: int, pool: Pool) -> None:
         self._fd = fd
         self._offset = offset
-        self._pool = Pool()
+        self._pool = pool
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._pool.take(stop - start)

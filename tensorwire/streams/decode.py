@@ -9,7 +9,7 @@ import numpy as np
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.pool import GrowingMemory
-from tensorwire.streams.receive import Receiver, Sink, reject_files
+from tensorwire.streams.receive import Receiver, Sink, check_codec, reject_files
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.source import as_source
 from tensorwire.streams.tree import Tree
@@ -84,54 +84,81 @@ class _Memory:
             self._aliases.setdefault(item.of, []).append((number, item))
             return None
         if item.kind == Kind.VALUE:
-            return _ValueSink(self._limits)
+            return ValueSink(self._limits)
         if item.kind != Kind.TENSOR:
             return None
         if item.name in self._into:
-            return _IntoSink(item, self._into[item.name], self._front)
+            return _into_sink(item, self._into[item.name], self._front)
         return TensorSink(item, self._front, trusted=self._schema is not None)
 
 
-class TensorSink:
+class TensorSink(Sink):
     """A new tensor."""
 
     def __init__(self, item: Item, front: Front, *, trusted: bool) -> None:
         self._item = item
         self._front = front
         self._memory = GrowingMemory(prod(item.shape) * item.dtype.itemsize, trusted=trusted)
+        self.stable = trusted
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._memory.region(start, stop)
-
-    def commit(self, start: int, region: np.ndarray) -> None:
-        pass
 
     def close(self) -> Any:
         return self._front.wrap(self._memory.data, self._item.dtype, self._item.shape)
 
 
-class _IntoSink:
-    """A tensor that the caller preallocated."""
+def _into_sink(item: Item, tensor: Any, front: Front) -> Sink:
+    """The sink of a tensor that the caller preallocated. Raises SchemaError where it does not match the item."""
+    view = front.view(tensor)
+    if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
+        got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
+        raise SchemaError(f"into= has {got} where the stream has {item.dtype} {list(item.shape)}")
+    flat = front.device_target(tensor)
+    if flat is not None:
+        return _DeviceSink(item, tensor, flat, front)
+    return _HostSink(tensor, np.frombuffer(front.target(tensor), np.uint8))
 
-    def __init__(self, item: Item, tensor: Any, front: Front) -> None:
-        view = front.view(tensor)
-        if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
-            got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
-            raise SchemaError(f"into= has {got} where the stream has {item.dtype} {list(item.shape)}")
+
+class _HostSink(Sink):
+    """A preallocated tensor in host memory."""
+
+    def __init__(self, tensor: Any, data: np.ndarray) -> None:
         self._tensor = tensor
-        self._data = np.frombuffer(front.target(tensor), np.uint8)
+        self._data = data
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._data[start:stop]
-
-    def commit(self, start: int, region: np.ndarray) -> None:
-        pass
 
     def close(self) -> Any:
         return self._tensor
 
 
-class _ValueSink:
+class _DeviceSink(Sink):
+    """A preallocated tensor on a CUDA device: what a codec cannot decode there is copied to it, slice by slice."""
+
+    def __init__(self, item: Item, tensor: Any, flat: Any, front: Front) -> None:
+        self._tensor = tensor
+        self._flat = flat
+        self._front = front
+        self._dtype = item.dtype
+        self._on_device = check_codec(item).on_device
+
+    def region(self, start: int, stop: int) -> Any:
+        if self._on_device:
+            return self._flat[start // self._dtype.itemsize : stop // self._dtype.itemsize]
+        return np.empty(stop - start, np.uint8)
+
+    def commit(self, start: int, region: Any) -> None:
+        if not self._on_device:
+            first, count = start // self._dtype.itemsize, region.size // self._dtype.itemsize
+            self._flat[first : first + count].copy_(self._front.wrap(region, self._dtype, (count,)))
+
+    def close(self) -> Any:
+        return self._tensor
+
+
+class ValueSink(Sink):
     """A plain Python value."""
 
     def __init__(self, limits: Limits) -> None:

@@ -5,8 +5,9 @@ tensor is encoded frame by frame. Buffers are either small bytes, the caller's o
 that is used again once the consumer lets go of it.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.codecs import Codec, crc32c
@@ -15,6 +16,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.rules import CodecChoice, rule
 from tensorwire.streams.tree import Leaf, Walk
+from tensorwire.streams.helper import in_order
 from tensorwire.tensor import Front, TensorView
 from tensorwire.wire import Item, Kind, StreamInfo, Writer
 from tensorwire.wire.frames import HEADER_SIZE
@@ -61,7 +63,7 @@ def encode(
     return emit.leaves(head, leaves)
 
 
-def encode_leaves(leaves: list[Leaf], *, frame_size: int = FRAME_SIZE, info: StreamInfo, limits: Limits) -> Iterator[Any]:
+def encode_leaves(leaves: list[Leaf], *, frame_size: int, info: StreamInfo, limits: Limits) -> Iterator[Any]:
     """The buffers of a stream whose items were made elsewhere: files, tensors inside files."""
     writer = Writer(crc32c, limits)
     emit = _Emitter(writer, frame_size, whole=False)
@@ -77,6 +79,16 @@ def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, a
     if not all(type(key) is str and type(text) is str for key, text in pairs):
         raise EncodeError("metadata must map text to text")
     return StreamInfo(align, stream_id, tuple(sorted(pairs)))
+
+
+class _Frame(NamedTuple):
+    """A data frame to be sent: what its header says, and the buffers of its payload."""
+
+    start: int
+    count: int
+    length: int
+    crc: int
+    payload: Iterable[Any]
 
 
 class _Emitter:
@@ -100,8 +112,7 @@ class _Emitter:
     def leaves(self, head: bytes, leaves: list[Leaf]) -> Iterator[Any]:
         """All buffers, the items having been described."""
         yield head
-        for leaf in leaves:
-            yield from self._data(leaf)
+        yield from self._data(leaves)
         yield self._writer.end()
 
     def pairs(self, head: bytes, pairs: Iterator[tuple[str, Any]], walk: Walk) -> Iterator[Any]:
@@ -110,67 +121,70 @@ class _Emitter:
         for name, value in pairs:
             for leaf in walk.leaves(value, (name,)):
                 yield self.describe(leaf)
-                yield from self._data(leaf)
+                yield from self._data([leaf])
         yield self._writer.end()
 
-    def _data(self, leaf: Leaf) -> Iterator[Any]:
-        if leaf.item.total == 0:
-            return
-        if leaf.item.kind == Kind.VALUE:
-            yield from self._bytes(leaf.value)
-        elif leaf.item.total is None:
-            yield from self._open_ended(leaf)
-        elif self._whole and leaf.codec.in_place:
-            yield from self._in_one_frame(leaf.view)
-        else:
-            yield from self._slices(leaf)
+    def _data(self, leaves: Iterable[Leaf]) -> Iterator[Any]:
+        for frames in in_order(self._jobs(leaves)):
+            for frame in frames:
+                yield self._writer.data(*frame[:4])
+                yield from frame.payload
 
-    def _slices(self, leaf: Leaf) -> Iterator[Any]:
-        view, codec, numel = leaf.view, leaf.codec, leaf.item.total
-        step = self._slice_size(codec, leaf.item)
-        context = codec.prepare(view)
-        for start in range(0, numel, step):
-            stop = min(start + step, numel)
-            data = view.read(start, stop)
-            try:
-                payload = codec.encode(data, view.dtype, self._pool.take, context)
-            except NonFiniteError as error:
-                error.index += start
-                error.item = leaf.item.name
-                raise
-            yield from self._frame(start, stop - start, payload)
-            del data, payload  # so that the pool may have them back
+    def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[Callable[[], Iterable[_Frame]], int]]:
+        """(job, size) for every piece of work; a job gives the frames to be sent next."""
+        for leaf in leaves:
+            if leaf.item.total == 0:
+                continue
+            if leaf.item.kind == Kind.VALUE:
+                yield partial(self._bytes, leaf.value), 0
+            elif leaf.item.total is None:
+                yield partial(self._open_ended, leaf), 0
+            elif self._whole and leaf.codec.in_place:
+                yield partial(self._in_one_frame, leaf.view), 0
+            else:
+                yield from self._slices(leaf)
 
-    def _open_ended(self, leaf: Leaf) -> Iterator[Any]:
+    def _slices(self, leaf: Leaf) -> Iterator[tuple[Callable[[], Iterable[_Frame]], int]]:
+        step = self._slice_size(leaf.codec, leaf.item)
+        context = leaf.codec.prepare(leaf.view)
+        for start in range(0, leaf.item.total, step):
+            stop = min(start + step, leaf.item.total)
+            yield partial(self._slice, leaf, start, stop, context), (stop - start) * leaf.view.dtype.itemsize
+
+    def _slice(self, leaf: Leaf, start: int, stop: int, context: Any) -> list[_Frame]:
+        on_device = leaf.codec.on_device and leaf.view.device_read is not None
+        data = (leaf.view.device_read if on_device else leaf.view.read)(start, stop)
+        try:
+            payload = leaf.codec.encode(data, leaf.view.dtype, self._pool.take, context)
+        except NonFiniteError as error:
+            error.index += start
+            error.item = leaf.item.name
+            raise
+        return [_frame(start, stop - start, payload)]
+
+    def _open_ended(self, leaf: Leaf) -> Iterator[_Frame]:
         step = self._slice_size(leaf.codec, leaf.item)
         start = 0
         while data := leaf.view.read(start, start + step):
-            payload = leaf.codec.encode(data, dtypes.UINT8, self._pool.take)
-            yield from self._frame(start, len(data), payload)
+            yield _frame(start, len(data), leaf.codec.encode(data, dtypes.UINT8, self._pool.take))
             start += len(data)
-        yield self._writer.data(start, 0, 0, 0)
+        yield _Frame(start, 0, 0, 0, ())
 
-    def _in_one_frame(self, view: TensorView) -> Iterator[Any]:
+    def _in_one_frame(self, view: TensorView) -> list[_Frame]:
         """A raw item in a single frame. Its checksum stands before it, so its bytes are read twice."""
         step = max(_PIECE // view.dtype.itemsize, 1)
         pieces = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
         crc = 0
         for start, stop in pieces:
             crc = crc32c(view.read(start, stop), crc)
-        yield self._writer.data(0, view.numel, view.numel * view.dtype.itemsize, crc)
-        for start, stop in pieces:
-            yield view.read(start, stop)
+        payload = (view.read(start, stop) for start, stop in pieces)
+        return [_Frame(0, view.numel, view.numel * view.dtype.itemsize, crc, payload)]
 
-    def _bytes(self, data: bytes) -> Iterator[Any]:
+    def _bytes(self, data: bytes) -> Iterator[_Frame]:
         step = self._frame_size - HEADER_SIZE
         for start in range(0, len(data), step):
             part = memoryview(data)[start : start + step]
-            yield from self._frame(start, len(part), part)
-
-    def _frame(self, start: int, count: int, payload: Any) -> Iterator[Any]:
-        payload = memoryview(payload)
-        yield self._writer.data(start, count, payload.nbytes, crc32c(payload, 0))
-        yield payload
+            yield _frame(start, len(part), part)
 
     def _slice_size(self, codec: Codec, item: Item) -> int:
         budget = self._frame_size - HEADER_SIZE
@@ -184,3 +198,7 @@ class _Emitter:
             )
         return count
 
+
+def _frame(start: int, count: int, payload: Any) -> _Frame:
+    payload = memoryview(payload)
+    return _Frame(start, count, payload.nbytes, crc32c(payload, 0), (payload,))

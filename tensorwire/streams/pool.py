@@ -1,11 +1,12 @@
 """Memory: buffers that are used again, and memory that grows with what has arrived."""
 
 import sys
+import threading
 from typing import Final
 
 import numpy as np
 
-_KEPT: Final = 4
+_KEPT: Final = 8
 # Taken for an item at once, before its bytes have come; beyond it memory doubles as they do.
 _FIRST_TAKE: Final = 4 << 20
 
@@ -18,7 +19,7 @@ _FREE: Final = _count([np.empty(0, np.uint8)], 0)
 
 
 class Pool:
-    """Up to four warm buffers of one owner; not for use by several threads.
+    """A few warm buffers, shared by the threads of one stream.
 
     First touch of fresh memory costs ten times more than writing warm memory, so frames share a few buffers. Whether
     one is free is read off its reference count: a consumer that keeps what it was given simply keeps it.
@@ -26,19 +27,21 @@ class Pool:
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
-        """A uint8 array of `size` bytes with arbitrary content, 64-byte aligned as far as NumPy aligns."""
-        free = [index for index in range(len(self._arrays)) if _count(self._arrays, index) == _FREE]
-        for index in free:
-            if self._arrays[index].size >= size:
-                return self._arrays[index][:size]
-        if free:
-            del self._arrays[free[0]]  # too small: the new one takes its place
-        array = np.empty(size, np.uint8)
-        if len(self._arrays) < _KEPT:
-            self._arrays.append(array)
-        return array[:size]
+        """A uint8 array of `size` bytes with arbitrary content."""
+        with self._lock:
+            free = [i for i in range(len(self._arrays)) if _count(self._arrays, i) == _FREE]
+            for index in free:
+                if self._arrays[index].size >= size:
+                    return self._arrays[index][:size]
+            if free:
+                del self._arrays[free[0]]
+            array = np.empty(size, np.uint8)
+            if len(self._arrays) < _KEPT:
+                self._arrays.append(array)
+            return array[:size]
 
 
 class GrowingMemory:

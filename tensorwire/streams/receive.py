@@ -4,8 +4,9 @@ A sink is the place of one item: it lends the memory that a slice is decoded int
 verified. Memory, files and `.safetensors` files differ in nothing else.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from tensorwire.codecs import Codec, Raw, crc32c, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import Limits
+from tensorwire.streams.helper import Helper
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.source import Source, finish
 from tensorwire.wire import (
@@ -30,32 +32,41 @@ from tensorwire.wire import (
     StreamStart,
 )
 
-
 # A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
 _PIECE: Final = 4 << 20
 
 
-class Sink(Protocol):
+class Sink(ABC):
     """The place of one item. Offsets in bytes of the decoded item."""
 
-    def region(self, start: int, stop: int) -> np.ndarray:
-        """A writable flat uint8 array for bytes [start, stop)."""
+    # Whether regions stay valid when the next one is asked for. Memory that still grows may move.
+    stable = True
 
-    def commit(self, start: int, region: np.ndarray) -> None:
-        """The region now holds the bytes from `start` on; they are all verified when `close` is called, not before."""
+    @abstractmethod
+    def region(self, start: int, stop: int) -> Any:
+        """Memory for bytes [start, stop): a writable flat uint8 array, or a device tensor where the codec takes one."""
 
+    def commit(self, start: int, region: Any) -> None:
+        """The region now holds the bytes from `start` on. Called in order, maybe in another thread.
+
+        A raw slice longer than 4 MiB is committed in pieces before it is verified; all is when `close` is called.
+        """
+
+    @abstractmethod
     def close(self) -> Any:
-        """The item is complete: give its value."""
+        """The item is complete and verified: give its value."""
 
 
-class EncodedSink(Protocol):
-    """The place of an item that stays encoded. `accept` gets each verified payload instead of decoded bytes."""
+class EncodedSink(ABC):
+    """The place of an item that stays encoded: it gets verified payloads instead of decoded bytes."""
 
+    @abstractmethod
     def accept(self, start: int, count: int, payload: memoryview) -> None:
         """Elements [start, start + count), encoded. The payload is valid during the call only."""
 
+    @abstractmethod
     def close(self) -> Any:
-        """The item is complete: give its value."""
+        """The item is complete and verified: give its value."""
 
 
 # Called with each item as it is described, before any memory is taken for it; None: it has no data of its own.
@@ -78,11 +89,21 @@ class Receiver:
         self._pool = Pool()
         self._codecs: dict[int, Codec] = {}
         self._sinks: dict[int, Any] = {}
+        self._helper = Helper()
         self._raw: SliceStart | None = None  # the raw slice that is landing,
         self._landing: tuple[int, np.ndarray] = 0, np.empty(0, np.uint8)  # its current piece,
         self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
 
     def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
+        try:
+            yield from self._receive()
+        except WireError:
+            self._helper.drain()  # an earlier slice's error comes first, whatever the threads did
+            raise
+        finally:
+            self._helper.close()
+
+    def _receive(self) -> Iterator[tuple[int, Item, Any]]:
         reader = self._reader
         while not reader.ended:
             event = reader.next_event()
@@ -91,6 +112,7 @@ class Receiver:
             elif isinstance(event, Slice):
                 self._finish_slice(event)
                 if event.last:
+                    self._helper.drain()
                     del self._codecs[event.number]
                     yield event.number, event.item, self._sinks.pop(event.number).close()
             elif isinstance(event, SliceStart):
@@ -103,7 +125,7 @@ class Receiver:
                     yield event.number, event.item, self._sinks.pop(event.number).close()
             elif isinstance(event, StreamStart):
                 self.start = event
-            else:
+            elif isinstance(event, StreamEnd):
                 self.end = event
         finish(self._source)
 
@@ -130,7 +152,7 @@ class Receiver:
         except TensorwireError as error:
             error.item = event.item.name
             raise
-        if codec.in_place and not self._stays_encoded(event.number):
+        if codec.in_place and isinstance(self._sinks[event.number], Sink):
             self._raw = event
             self._direct_piece(0, event.length)
         else:
@@ -153,24 +175,39 @@ class Receiver:
     def _finish_slice(self, event: Slice) -> None:
         if event.count == 0:
             return
-        codec, dtype, sink = self._codecs[event.number], _dtype(event.item), self._sinks[event.number]
+        codec, sink = self._codecs[event.number], self._sinks[event.number]
         try:
-            if self._stays_encoded(event.number):
+            if isinstance(sink, EncodedSink):
                 sink.accept(event.start, event.count, event.payload)
             elif codec.in_place:
                 self._land()
                 if self._unfit is not None:
                     raise self._unfit
             else:
-                region = sink.region(event.start * dtype.itemsize, (event.start + event.count) * dtype.itemsize)
-                codec.decode(event.payload, dtype, region)
-                sink.commit(event.start * dtype.itemsize, region)
+                self._decode_later(event, codec, sink)
         except WireError as error:
-            error.item = event.item.name
+            error.item = event.item.name if error.item is None else error.item
             raise
 
-    def _stays_encoded(self, number: int) -> bool:
-        return hasattr(self._sinks[number], "accept")
+    def _decode_later(self, event: Slice, codec: Codec, sink: Sink) -> None:
+        """Let the helper decode a slice while the next one is received."""
+        if not sink.stable:
+            self._helper.drain()
+        dtype = _dtype(event.item)
+        begin, size = event.start * dtype.itemsize, event.count * dtype.itemsize
+        region = sink.region(begin, begin + size)
+
+        def job() -> None:
+            try:
+                codec.decode(event.payload, dtype, region)
+            except WireError as error:
+                error.item = event.item.name
+                raise
+            sink.commit(begin, region)
+
+        self._helper.submit(job, size)
+        if self._helper.full:
+            self._helper.take()
 
 
 def check_slice(codec: Codec, place: SliceStart | Header, item: Item, limits: Limits) -> None:

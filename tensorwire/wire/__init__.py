@@ -11,8 +11,10 @@ from tensorwire.wire.index import IndexEntry, pack_index, unpack_index
 from tensorwire.wire.ledger import Summary
 from tensorwire.wire.reader import (
     NEED_DATA,
+    Event,
     ItemStart,
     Reader,
+    Skipped,
     Slice,
     SlicePart,
     SliceStart,
@@ -23,6 +25,7 @@ from tensorwire.wire.writer import Writer
 
 __all__ = [
     "NEED_DATA",
+    "Event",
     "FrameType",
     "Header",
     "IndexEntry",
@@ -30,6 +33,7 @@ __all__ = [
     "ItemStart",
     "Kind",
     "Reader",
+    "Skipped",
     "Slice",
     "SlicePart",
     "SliceStart",

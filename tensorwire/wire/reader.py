@@ -98,20 +98,33 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """A skippable frame, the index or one of a type that this version does not know, was verified and dropped."""
+
+    type: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class StreamEnd:
     """The whole stream is verified."""
 
     summary: Summary
 
 
-Event = StreamStart | ItemStart | SliceStart | SlicePart | Slice | StreamEnd
+Event = StreamStart | ItemStart | SliceStart | SlicePart | Slice | Skipped | StreamEnd
 
 
 class Reader:
-    """One stream being read. See the module's docstring."""
+    """One stream being read. See the module's docstring.
+
+    `frame` is the header of the frame being read, and the byte of the stream that it begins at, from when the header
+    is verified until the next one is: what an event came of, and where a stream breaks.
+    """
 
     def __init__(self, checksum: Checksum, limits: Limits = DEFAULT) -> None:
         self.ended = False
+        self.frame: tuple[Header, int] | None = None
         self._checksum = checksum
         self._limits = limits
         self._ledger: Ledger | None = None
@@ -187,15 +200,16 @@ class Reader:
         packed = bytearray(HEADER_SIZE)
         while not self.ended:
             yield from self._fill(memoryview(packed))
+            self.frame = None
             header = unpack_header(packed, self._checksum, frame=ledger.sequence, offset=ledger.offset)
+            self.frame = header, ledger.offset
             ledger.admit(header)
             if header.type == FrameType.DATA:
-                event: Event | None = yield from self._read_slice(ledger, header)
+                event = yield from self._read_slice(ledger, header)
             else:
                 event = yield from self._read_message(ledger, header)
             ledger.pass_frame(header, bytes(packed))
-            if event is not None:
-                yield event
+            yield event
 
     def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event]:
         number, item = ledger.pending[0]
@@ -223,10 +237,10 @@ class Reader:
         last = header.start + header.count == item.total if item.total is not None else header.count == 0
         return Slice(number, item, header.start, header.count, destination, last)
 
-    def _read_message(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event | None]:
+    def _read_message(self, ledger: Ledger, header: Header) -> Generator[_NeedData, None, Event]:
         if header.type not in FrameType._value2member_map_ or header.type == FrameType.INDEX:
             yield from self._skip(header)
-            return None
+            return Skipped(header.type, header.length)
         payload = bytes((yield from self._buffer(header.length)))
         self._verify(self._checksum(payload, 0), header, None)
         try:

@@ -1,0 +1,120 @@
+"""The kernels for tensors on a CUDA device: bitsandbytes quantizes there, only the small result crosses.
+
+The contract is that of `tensorwire.kernels`, except that the float side of each call (`values` of encoders, `out` of
+decoders) is a 1-D torch tensor on the device and the other arrays are NumPy's, on the host.
+
+Same bytes as on the CPU but for three things, which docs/codecs.md lists: bitsandbytes' device code takes an
+approximate reciprocal, so values next to a threshold may get the neighbouring code; 4 NF4 thresholds lie one unit in the
+last place apart; the payload bits of a NaN may differ after a cast. What its device code does to blocks of zeros and
+to NaN is put right here.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from bitsandbytes import functional
+
+_ZERO_NF4: Final = 0x77  # code 7 twice: 0.0 in both halves
+_ZERO_INT8: Final = 127
+_SMALLEST_SCALE: Final = torch.finfo(torch.bfloat16).tiny
+_HALVES: Final = {np.dtype(np.uint16): torch.bfloat16, np.dtype(np.float16): torch.float16}
+
+
+def cast(values: Any, out: Any, *, saturate: bool = False) -> int:
+    """Narrow a float32 device tensor into a host array, or widen a host array into a float32 device tensor."""
+    if isinstance(out, torch.Tensor):
+        out.copy_(_half_tensor(values).to(out.device).to(out.dtype))
+        return 0
+    dtype = _HALVES[out.dtype]
+    narrow = values.to(dtype)
+    overflowed = torch.isinf(narrow) & torch.isfinite(values)
+    count = int(overflowed.sum())
+    if count and saturate:
+        limit = torch.finfo(dtype).max
+        narrow = torch.where(overflowed, values.clamp(-limit, limit).to(dtype), narrow)
+    _half_tensor(out).copy_(narrow)
+    return count
+
+
+def blockwise_absmax(values: torch.Tensor, absmax: np.ndarray, *, blocksize: int) -> bool:
+    """max|x| of each block."""
+    torch.from_numpy(absmax).copy_(_absmax(values, blocksize))
+    return bool(np.isfinite(absmax).all())
+
+
+def quantize_4bit(
+    values: torch.Tensor, codes: np.ndarray, absmax: np.ndarray, *, blocksize: int, quant_type: str
+) -> bool:
+    """nf4 or fp4 codes and absmax."""
+    if not torch.isfinite(values).all():
+        return False
+    packed, state = functional.quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
+    torch.from_numpy(codes).copy_(packed.reshape(-1))
+    torch.from_numpy(absmax).copy_(state.absmax)
+    fill = _ZERO_NF4 if quant_type == "nf4" else 0
+    for block in np.flatnonzero(absmax == 0):
+        codes[block * blocksize // 2 : (block + 1) * blocksize // 2] = fill
+    if values.numel() % 2:
+        codes[-1] &= 0xF0
+    return True
+
+
+def dequantize_4bit(codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int, quant_type: str) -> None:
+    """table[code] * absmax, rounded to the dtype of `out`."""
+    state = functional.QuantState(
+        _to(absmax, out), shape=out.shape, dtype=out.dtype, blocksize=blocksize, quant_type=quant_type
+    )
+    out.copy_(functional.dequantize_4bit(_to(codes, out).reshape(-1, 1), state).reshape(-1))
+
+
+def quantize_int8(values: torch.Tensor, codes: np.ndarray, absmax: np.ndarray, *, blocksize: int) -> bool:
+    """Dynamic 8-bit codes and absmax."""
+    if not torch.isfinite(values).all():
+        return False
+    quantized, state = functional.quantize_blockwise(values, blocksize=blocksize)
+    torch.from_numpy(codes).copy_(quantized)
+    torch.from_numpy(absmax).copy_(state.absmax)
+    for block in np.flatnonzero(absmax == 0):
+        codes[block * blocksize : (block + 1) * blocksize] = _ZERO_INT8
+    return True
+
+
+def dequantize_int8(codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int) -> None:
+    """table[code] * absmax, rounded to the dtype of `out`."""
+    code = functional.create_dynamic_map().to(out.device)
+    state = functional.QuantState(_to(absmax, out), code=code, blocksize=blocksize, dtype=out.dtype)
+    out.copy_(functional.dequantize_blockwise(_to(codes, out), state))
+
+
+def quantize_linear(values: torch.Tensor, codes: np.ndarray, scales: np.ndarray, *, blocksize: int) -> bool:
+    """Symmetric codes and bfloat16 scales; plain torch, whose device arithmetic is IEEE's."""
+    if not torch.isfinite(values).all():
+        return False
+    scale = (_absmax(values, blocksize) / 127).to(torch.bfloat16)
+    scale = torch.where(scale < _SMALLEST_SCALE, torch.zeros_like(scale), scale)
+    inverse = torch.where(scale == 0, torch.zeros_like(scale, dtype=torch.float32), 1 / scale.float())
+    scaled = values.float() * inverse.repeat_interleave(blocksize)[: values.numel()]
+    torch.from_numpy(codes).copy_(scaled.round().clamp(-127, 127).to(torch.int8))
+    _half_tensor(scales).copy_(scale)
+    return True
+
+
+def dequantize_linear(codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, *, blocksize: int) -> None:
+    """code * scale, rounded to the dtype of `out`."""
+    scale = _half_tensor(scales).to(out.device).float().repeat_interleave(blocksize)[: out.numel()]
+    out.copy_(_to(codes, out).float() * scale)
+
+
+def _absmax(values: torch.Tensor, blocksize: int) -> torch.Tensor:
+    padding = -values.numel() % blocksize
+    return torch.nn.functional.pad(values.float().abs(), (0, padding)).reshape(-1, blocksize).amax(1)
+
+
+def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array.copy() if not array.flags.writeable else array).to(like.device)
+
+
+def _half_tensor(array: np.ndarray) -> torch.Tensor:
+    """A float16 array, or uint16 bfloat16 bits, as a torch tensor over the same memory."""
+    return torch.from_numpy(array.view(np.int16)).view(_HALVES[array.dtype])
