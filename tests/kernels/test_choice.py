@@ -1,0 +1,55 @@
+"""Which implementation serves: the best the machine has, the one asked for, or the twin, loudly."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensorwire
+from tensorwire import kernels
+
+HOME = Path(tensorwire.__file__).parents[1]
+
+
+def run(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=HOME,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+def test_a_missing_extension_is_loud() -> None:
+    hide = "import sys; sys.modules['tensorwire.kernels._native'] = None; "
+    done = run(hide + "from tensorwire import kernels; print(kernels.isa, kernels.implementation)", TENSORWIRE_ISA="")
+    assert done.stdout.split() == ["numpy", "numpy"]
+    assert "RuntimeWarning" in done.stderr and "extension is missing" in done.stderr
+
+
+def test_the_twin_can_be_asked_for_quietly() -> None:
+    done = run("from tensorwire import kernels; print(kernels.isa)", TENSORWIRE_ISA="numpy")
+    assert done.stdout.split() == ["numpy"] and done.stderr == ""
+
+
+@pytest.mark.skipif(kernels.implementation == "numpy", reason="the extension does not serve here")
+def test_an_instruction_set_can_be_asked_for_and_an_unknown_one_is_refused() -> None:
+    for isa in kernels._module.supported():
+        done = run("from tensorwire import kernels; print(kernels.isa)", TENSORWIRE_ISA=isa)
+        assert done.stdout.split() == [isa]
+    assert "supported" in run("import tensorwire", TENSORWIRE_ISA="avx9").stderr
+
+
+def test_threads_are_counted_from_one() -> None:
+    before = tensorwire.get_threads()
+    try:
+        tensorwire.set_threads(2)
+        assert tensorwire.get_threads() == (2 if kernels.implementation == "native" else 1)
+        with pytest.raises(ValueError, match="at least 1"):
+            tensorwire.set_threads(0)
+    finally:
+        tensorwire.set_threads(before)
