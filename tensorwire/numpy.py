@@ -5,7 +5,7 @@ ml_dtypes arrays; where ml_dtypes is not installed they are received as their bi
 `dtype.metadata["tensorwire"]` names the type, which can be sent on.
 """
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 

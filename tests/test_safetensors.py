@@ -9,7 +9,14 @@ import pytest
 
 import tensorwire
 import tensorwire.safetensors as front
-from tensorwire.errors import EncodeError, FormatError, LimitError, SchemaError, TruncatedError, UnsupportedError
+from tensorwire.errors import (
+    EncodeError,
+    FormatError,
+    LimitError,
+    SchemaError,
+    TruncatedError,
+    UnsupportedError,
+)
 
 MODEL = {
     "b": np.arange(3, dtype=np.int64),

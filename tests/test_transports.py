@@ -95,10 +95,9 @@ def test_a_peer_that_leaves_in_the_middle_is_a_truncation() -> None:
 
 
 def test_a_silent_peer_is_a_timeout() -> None:
-    with TcpListener(timeout=0.2) as listener:
-        with TcpTransport.connect("127.0.0.1", listener.port), listener.accept() as receiver:
-            with pytest.raises(TransportError, match="timed out"):
-                tensorwire.loads(receiver.receive())
+    with TcpListener(timeout=0.2) as listener, TcpTransport.connect("127.0.0.1", listener.port):
+        with listener.accept() as receiver, pytest.raises(TransportError, match="timed out"):
+            tensorwire.loads(receiver.receive())
         with pytest.raises(TransportError, match="timed out"):
             listener.accept()
 

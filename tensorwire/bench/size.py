@@ -16,6 +16,7 @@ from tensorwire.bench.options import Note, Options
 from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import FP4, NF4, Codec, Int8, Raw, Zstd
 from tensorwire.streams import FRAME_SIZE
+from tensorwire.streams.encode import slice_size
 from tensorwire.streams.tree import Leaf
 from tensorwire.wire import StreamInfo, Writer
 from tensorwire.wire.frames import HEADER_SIZE
@@ -115,14 +116,12 @@ def wire_sizes(leaves: Iterable[Leaf], *, payloads: bool = True) -> tuple[int, i
 
 def _slices(leaf: Leaf) -> Iterator[tuple[int, int, int, int]]:
     """(start, count, payload bytes, metadata bytes) of each data frame, as `tensorwire.encode` cuts them."""
-    total, budget = leaf.item.total or 0, FRAME_SIZE - HEADER_SIZE
+    total = leaf.item.total or 0
     if not total:
         return
-    codec: Codec = Raw()
-    dtype = dtypes.UINT8
-    if leaf.view is not None and leaf.codec is not None:  # else a plain value's bytes
-        codec, dtype = leaf.codec, leaf.view.dtype
-    step = codec.fit(budget, dtype)
+    codec = leaf.codec or Raw()  # a plain value's bytes
+    dtype = leaf.item.dtype or dtypes.UINT8
+    step = slice_size(codec, leaf.item, FRAME_SIZE) if leaf.codec else FRAME_SIZE - HEADER_SIZE
     for start in range(0, total, step):
         count = min(step, total - start)
         sizes = codec.sizes(count, dtype)

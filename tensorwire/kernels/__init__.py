@@ -52,7 +52,7 @@ def _choose() -> tuple[ModuleType, str]:
 
         return _numpy, "numpy"
     try:
-        import tensorwire.kernels._native as _native
+        from tensorwire.kernels import _native
     except ModuleNotFoundError as error:
         from tensorwire.kernels import _numpy
 

@@ -1,11 +1,13 @@
 """Buffers to tensors."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from tensorwire.codecs import Raw
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.pool import GrowingMemory
@@ -61,6 +63,7 @@ class _Memory:
         self.tree = Tree()
         self._front = front
         self._into = into or {}
+        self._filled: set[str] = set()
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._limits = limits
         self._receiver = Receiver(as_source(source), self._open, limits)
@@ -70,9 +73,22 @@ class _Memory:
         for number, item, value in self._receiver:
             yield number, item, value
             for alias_number, alias in self._aliases.pop(number, ()):
-                yield alias_number, alias, value
+                yield alias_number, alias, self._other_name(alias, item, value)
         if self._schema is not None:
             self._schema.check_complete()
+        for name in self._into.keys() - self._filled:
+            raise SchemaError("into= has a tensor that the stream does not carry: it was not written", item=name)
+
+    def _other_name(self, alias: Item, item: Item, value: Any) -> Any:
+        """What an alias gives: the tensor itself, or the tensor that `into` has for it, filled alike."""
+        if alias.name not in self._into:
+            return value
+        source = self._front.view(value)
+        sink = _into_sink(replace(item, path=alias.path, codec=Raw().stages()), self._into[alias.name], self._front)
+        region = sink.region(0, source.numel * source.dtype.itemsize)
+        region[:] = np.frombuffer(source.read(0, source.numel), np.uint8)
+        sink.commit(0, region)
+        return sink.close()
 
     def _open(self, number: int, item: Item) -> Sink | None:
         reject_files(item)
@@ -81,6 +97,7 @@ class _Memory:
         self.tree.declare(item)
         if item.kind == Kind.ALIAS:
             assert item.of is not None
+            self._filled.add(item.name)
             self._aliases.setdefault(item.of, []).append((number, item))
             return None
         if item.kind == Kind.VALUE:
@@ -88,6 +105,7 @@ class _Memory:
         if item.kind != Kind.TENSOR:
             return None
         if item.name in self._into:
+            self._filled.add(item.name)
             return _into_sink(item, self._into[item.name], self._front)
         return TensorSink(item, self._front, trusted=self._schema is not None)
 

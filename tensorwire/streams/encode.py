@@ -13,16 +13,18 @@ from tensorwire import dtypes
 from tensorwire.codecs import Codec, crc32c
 from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.helper import in_order
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.rules import CodecChoice, rule
 from tensorwire.streams.tree import Leaf, Walk
-from tensorwire.streams.helper import in_order
 from tensorwire.tensor import Front, TensorView
 from tensorwire.wire import Item, Kind, StreamInfo, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
 FRAME_SIZE: Final = 1 << 20
 _MIN_FRAME_SIZE: Final = 1 << 12
+# A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
+_DECODED: Final = 4
 _PIECE: Final = 1 << 20  # raw frames larger than this are read and checksummed piece by piece
 
 
@@ -103,7 +105,7 @@ class _Emitter:
     def describe(self, leaf: Leaf) -> bytes:
         """The leaf's ITEM frame. Raises EncodeError, also where its codec's blocks do not fit into a frame."""
         if leaf.codec is not None and leaf.item.total != 0:
-            self._slice_size(leaf.codec, leaf.item)
+            slice_size(leaf.codec, leaf.item, self._frame_size)
         try:
             return self._writer.item(leaf.item)
         except WireError as error:
@@ -145,7 +147,7 @@ class _Emitter:
                 yield from self._slices(leaf)
 
     def _slices(self, leaf: Leaf) -> Iterator[tuple[Callable[[], Iterable[_Frame]], int]]:
-        step = self._slice_size(leaf.codec, leaf.item)
+        step = slice_size(leaf.codec, leaf.item, self._frame_size)
         context = leaf.codec.prepare(leaf.view)
         for start in range(0, leaf.item.total, step):
             stop = min(start + step, leaf.item.total)
@@ -163,7 +165,7 @@ class _Emitter:
         return [_frame(start, stop - start, payload)]
 
     def _open_ended(self, leaf: Leaf) -> Iterator[_Frame]:
-        step = self._slice_size(leaf.codec, leaf.item)
+        step = slice_size(leaf.codec, leaf.item, self._frame_size)
         start = 0
         while data := leaf.view.read(start, start + step):
             yield _frame(start, len(data), leaf.codec.encode(data, dtypes.UINT8, self._pool.take))
@@ -186,17 +188,24 @@ class _Emitter:
             part = memoryview(data)[start : start + step]
             yield _frame(start, len(part), part)
 
-    def _slice_size(self, codec: Codec, item: Item) -> int:
-        budget = self._frame_size - HEADER_SIZE
-        count = codec.fit(budget, item.dtype)
-        if count == 0:
-            block = codec.block(item.dtype)
-            raise EncodeError(
-                f"one block of {codec} ({block} elements) does not fit into a frame of {self._frame_size} bytes; "
-                "raise frame_size",
-                item=item.name,
-            )
+
+def slice_size(codec: Codec, item: Item, frame_size: int) -> int:
+    """Elements of a full slice of `item`: as many whole blocks as fit into a frame, encoded, and into
+    `_DECODED` frames, decoded; at least one block, or an item that is smaller than one.
+
+    Raises EncodeError where a frame is too small for that.
+    """
+    budget, dtype = frame_size - HEADER_SIZE, item.dtype
+    block = codec.block(dtype)
+    count = min(codec.fit(budget, dtype), max(_DECODED * frame_size // dtype.itemsize // block, 1) * block)
+    if count:
         return count
+    if item.total is not None and codec.sizes(item.total, dtype).total <= budget:
+        return item.total
+    raise EncodeError(
+        f"one block of {codec} ({block} elements) does not fit into a frame of {frame_size} bytes; raise frame_size",
+        item=item.name,
+    )
 
 
 def _frame(start: int, count: int, payload: Any) -> _Frame:

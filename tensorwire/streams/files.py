@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from tensorwire.codecs import crc32c
-from tensorwire.errors import CorruptError, EncodeError, FormatError, SchemaError, TensorwireError, TruncatedError
+from tensorwire.errors import (
+    CorruptError,
+    EncodeError,
+    FormatError,
+    SchemaError,
+    TensorwireError,
+    TruncatedError,
+)
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.atomic import replacing, write_all
 from tensorwire.streams.decode import collect, decode

@@ -7,7 +7,8 @@ How many threads a job itself may use is the kernels' business (`tensorwire.set_
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
 from typing import Any, Final
 
 # Slices of fewer bytes are not worth handing to another thread.
@@ -16,34 +17,66 @@ _WORTHWHILE: Final = 256 << 10
 _AHEAD: Final = 1
 
 
+class _Job:
+    """Work that is done once, by whoever comes first, and lets go of all it holds when its result is taken."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work: Callable[[], Any] | None = work
+        self._claim = Lock()
+        self._done = Event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def attempt(self) -> None:
+        """Do the work unless somebody has begun it."""
+        if not self._claim.acquire(blocking=False):
+            return
+        work, self._work = self._work, None
+        try:
+            self._value = work()  # type: ignore[misc]
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    def result(self) -> Any:
+        """What the work gave, or raise what it raised."""
+        self.attempt()
+        self._done.wait()
+        value, error = self._value, self._error
+        self._value = self._error = None
+        if error is not None:
+            raise error
+        return value
+
+
 class Helper:
     """A queue of jobs and a thread that starts with the first job worth one; `close` ends it."""
 
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
-        self._jobs: deque[tuple[Callable[[], Any], Future | None]] = deque()
+        self._jobs: deque[_Job] = deque()
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def submit(self, job: Callable[[], Any], size: int) -> None:
-        """Add a job over `size` bytes."""
-        future = None
+    def submit(self, work: Callable[[], Any], size: int) -> None:
+        """Add work over `size` bytes."""
+        job = _Job(work)
+        self._jobs.append(job)
         if size >= _WORTHWHILE:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorwire")
-            future = self._executor.submit(job)
-        self._jobs.append((job, future))
+            self._executor.submit(job.attempt)
 
     @property
     def full(self) -> bool:
-        """Whether a result should be taken before another job is added."""
+        """Whether a result should be taken before more work is added."""
         return len(self._jobs) > _AHEAD
 
     def take(self) -> Any:
         """The result of the oldest job, or the exception that it raised."""
-        job, future = self._jobs.popleft()
-        return job() if future is None or future.cancel() else future.result()
+        return self._jobs.popleft().result()
 
     def drain(self) -> None:
         """Finish all jobs."""

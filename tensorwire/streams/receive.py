@@ -6,6 +6,7 @@ verified. Memory, files and `.safetensors` files differ in nothing else.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -130,12 +131,9 @@ class Receiver:
         finish(self._source)
 
     def _start_item(self, number: int, item: Item) -> bool:
-        try:
+        with self._located(item):
             codec = check_codec(item) if item.codec else Raw()
             sink = self._open_item(number, item)
-        except TensorwireError as error:
-            error.item = item.name if error.item is None else error.item
-            raise
         if sink is None:
             return False
         self._sinks[number] = sink
@@ -147,11 +145,8 @@ class Receiver:
         if event.count == 0:  # the close of an open-ended file
             return
         codec = self._codecs[event.number]
-        try:
+        with self._located(event.item):
             check_slice(codec, event, event.item, self._limits)
-        except TensorwireError as error:
-            error.item = event.item.name
-            raise
         if codec.in_place and isinstance(self._sinks[event.number], Sink):
             self._raw = event
             self._direct_piece(0, event.length)
@@ -176,38 +171,51 @@ class Receiver:
         if event.count == 0:
             return
         codec, sink = self._codecs[event.number], self._sinks[event.number]
-        try:
+        if isinstance(sink, Sink) and not codec.in_place:
+            self._decode_later(event, codec, sink)
+            return
+        with self._located(event.item):
             if isinstance(sink, EncodedSink):
                 sink.accept(event.start, event.count, event.payload)
-            elif codec.in_place:
+            else:
                 self._land()
                 if self._unfit is not None:
                     raise self._unfit
-            else:
-                self._decode_later(event, codec, sink)
-        except WireError as error:
-            error.item = event.item.name if error.item is None else error.item
-            raise
 
     def _decode_later(self, event: Slice, codec: Codec, sink: Sink) -> None:
         """Let the helper decode a slice while the next one is received."""
         if not sink.stable:
             self._helper.drain()
-        dtype = _dtype(event.item)
+        dtype, located = _dtype(event.item), self._located(event.item)
         begin, size = event.start * dtype.itemsize, event.count * dtype.itemsize
         region = sink.region(begin, begin + size)
 
-        def job() -> None:
-            try:
+        def work() -> None:
+            with located:
                 codec.decode(event.payload, dtype, region)
-            except WireError as error:
-                error.item = event.item.name
-                raise
-            sink.commit(begin, region)
+                sink.commit(begin, region)
 
-        self._helper.submit(job, size)
+        self._helper.submit(work, size)
         if self._helper.full:
             self._helper.take()
+
+    def _located(self, item: Item) -> AbstractContextManager[None]:
+        """Errors inside name `item` and the frame being read now."""
+        assert self._reader.frame is not None
+        header, offset = self._reader.frame
+        return _located(item.name, header.sequence, offset)
+
+
+@contextmanager
+def _located(item: str, frame: int, offset: int) -> Iterator[None]:
+    try:
+        yield
+    except TensorwireError as error:
+        if error.item is None:
+            error.item = item
+        if error.frame is None:
+            error.frame, error.offset = frame, offset
+        raise
 
 
 def check_slice(codec: Codec, place: SliceStart | Header, item: Item, limits: Limits) -> None:

@@ -15,7 +15,7 @@ from tensorwire.kernels import tables
 
 torch = pytest.importorskip("torch")
 bitsandbytes = pytest.importorskip("bitsandbytes")
-import bnb_compat  # noqa: E402
+import bnb_compat
 
 pytestmark = pytest.mark.skipif(
     bitsandbytes.__version__ != "0.50.2", reason=f"bitsandbytes is {bitsandbytes.__version__}, not 0.50.2"
