@@ -20,7 +20,7 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Schema
-from tensorwire.streams.atomic import read_at, replacing, write_at
+from tensorwire.streams.atomic import Output, read_at, replacing
 from tensorwire.streams.chunks import FileSink, file_reader
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.receive import Receiver, Sink
@@ -225,7 +225,8 @@ class _Layout:
     """Where each tensor goes in the file being written: known once the stream has described all of them."""
 
     def __init__(self, fd: int, schema: Schema | None) -> None:
-        self.fd = fd
+        self._fd = fd
+        self.output = Output(fd)
         self.pool = Pool()
         self._schema = schema
         self.receiver: Receiver | None = None
@@ -266,8 +267,8 @@ class _Layout:
             buffer = memoryview(bytearray(min(size, _COPY)))
             for done in range(0, size, _COPY):
                 part = buffer[: min(_COPY, size - done)]
-                read_at(self.fd, part, self.offset(number) + done)
-                write_at(self.fd, part, self.offset(alias) + done)
+                read_at(self._fd, part, self.offset(number) + done)
+                self.output.write_at(part, self.offset(alias) + done)
 
     def finish(self) -> None:
         """All data has come."""
@@ -296,7 +297,7 @@ class _Layout:
         text += b" " * (-len(text) % 8)
         if len(text) > _MAX_HEADER:
             raise LimitError("safetensors header", _MAX_HEADER, len(text))
-        write_at(self.fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        self.output.write_at(memoryview(len(text).to_bytes(8, "little") + text), 0)
         self._offsets = {number: 8 + len(text) + begin for number, begin in begins.items()}
 
 
@@ -316,7 +317,7 @@ class _LateSink(Sink):
 
     def _file(self) -> FileSink:
         if self._sink is None:
-            self._sink = FileSink(self._layout.fd, self._layout.offset(self._number), self._layout.pool)
+            self._sink = FileSink(self._layout.output, self._layout.offset(self._number), self._layout.pool)
         return self._sink
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.errors import EncodeError, TensorwireError
-from tensorwire.streams.atomic import replacing, write_all
+from tensorwire.streams.atomic import Output, replacing
 
 PIPE: Final = "-"
 _CHUNK: Final = 1 << 20
@@ -62,7 +62,7 @@ def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
     roughly."""
     if path != PIPE:
         with replacing(path) as fd:
-            write_all(fd, tracked(buffers, total))
+            Output(fd).append(tracked(buffers, total))
         return
     out = binary_stdout()
     for buffer in tracked(buffers, total):

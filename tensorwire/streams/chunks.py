@@ -10,7 +10,7 @@ from tensorwire import dtypes
 from tensorwire.codecs import Codec, parse
 from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.atomic import read_at, replacing, write_at
+from tensorwire.streams.atomic import Output, read_at, replacing
 from tensorwire.streams.encode import FRAME_SIZE, encode_leaves, stream_info
 from tensorwire.streams.pool import Pool
 from tensorwire.streams.receive import Receiver, Sink
@@ -111,14 +111,14 @@ class _OneFile:
         if self._taken:
             raise SchemaError("the stream carries more than one file")
         self._taken = True
-        return FileSink(self._fd, 0, Pool())
+        return FileSink(Output(self._fd), 0, Pool())
 
 
 class FileSink(Sink):
     """An item whose decoded bytes stand in an open file from `offset` on."""
 
-    def __init__(self, fd: int, offset: int, pool: Pool) -> None:
-        self._fd = fd
+    def __init__(self, output: Output, offset: int, pool: Pool) -> None:
+        self._output = output
         self._offset = offset
         self._pool = pool
 
@@ -126,7 +126,7 @@ class FileSink(Sink):
         return self._pool.take(stop - start)
 
     def commit(self, start: int, region: np.ndarray) -> None:
-        write_at(self._fd, memoryview(region), self._offset + start)
+        self._output.write_at(memoryview(region), self._offset + start)
 
     def close(self) -> None:
         return None

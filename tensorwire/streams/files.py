@@ -17,7 +17,7 @@ from tensorwire.errors import (
     TruncatedError,
 )
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.atomic import replacing, write_all
+from tensorwire.streams.atomic import Output, replacing
 from tensorwire.streams.decode import collect, decode
 from tensorwire.streams.encode import encode
 from tensorwire.streams.pool import GrowingMemory
@@ -33,7 +33,7 @@ def save_file(value: Any, path: str | os.PathLike, front: Front, **options: Any)
     """Write `value` to `path`, which appears only when complete. Returns the bytes written."""
     buffers = encode(value, front, at_rest=True, **options)
     with replacing(path) as fd:
-        return write_all(fd, buffers)
+        return Output(fd).append(buffers)
 
 
 def load_file(path: str | os.PathLike, front: Front, **options: Any) -> Any:
