@@ -7,8 +7,8 @@
 `sender_extra_mib` is the peak resident memory during the transfer beyond the level right before it (model
 loaded, imports done, connected); `receiver_extra_mib` likewise, less the model it is meant to end up holding
 (in file mode: nothing). `seconds` run from the sender's first step to the receiver's word that all is there
-and verified; in file mode that includes putting the file on disk (fsync). `torch.save` and `safetensors` do
-the regular thing as their users do it.
+and verified; in file mode that includes putting the file on disk (fsync). Of several runs, the largest peaks
+and the median time count. `torch.save` and `safetensors` do the regular thing as their users do it.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from statistics import median
 from typing import Any, Final
 
 import tensorwire
@@ -56,16 +57,16 @@ def run(options: Options, note: Note) -> Iterator[Row]:
         for mode in options.modes:
             source = _source(model, folder) if mode == "file" else name
             for codec in options.codecs or DEFAULT_CODECS:
-                yield from _row(model, source, mode, mode, codec, folder, note)
+                yield from _row(model, source, mode, mode, codec, folder, options, note)
             for rival, package in _RIVALS.items() if mode == "regular" else ():
                 if importlib.util.find_spec("torch") and importlib.util.find_spec(package):
-                    yield from _row(model, source, mode, rival, rival, folder, note)
+                    yield from _row(model, source, mode, rival, rival, folder, options, note)
                 else:
                     note(f"{rival} left out: not installed")
 
 
 def _row(
-    model: Model, source: str, mode: str, method: str, codec: str, folder: str, note: Note
+    model: Model, source: str, mode: str, method: str, codec: str, folder: str, options: Options, note: Note
 ) -> Iterator[Row]:
     problem = _does_not_fit(model, mode, method, codec)
     if problem:
@@ -74,13 +75,16 @@ def _row(
     target = os.path.join(folder, "received.safetensors")
     job = {"method": method, "codec": codec, "model": source}
     tensors = [(name, view.dtype.name, view.shape) for name, view in model.tensors.items()]
-    try:
-        sender, receiver = transfer(job | {"path": source}, job | {"path": target, "tensors": tensors})
-    except BenchError as error:
-        note(f"{mode} {codec} left out: {error}")
-        return
-    if mode == "file":
-        os.unlink(target)
+    runs = []
+    for _ in range(options.repeat):
+        try:
+            runs.append(transfer(job | {"path": source}, job | {"path": target, "tensors": tensors}))
+        except BenchError as error:
+            note(f"{mode} {codec} left out: {error}")
+            return
+        if mode == "file":
+            os.unlink(target)
+    seconds = median(sender["seconds"] for sender, _ in runs)
     kept = 0 if mode == "file" else model.nbytes
     yield {
         "suite": "memory",
@@ -88,10 +92,10 @@ def _row(
         "mode": mode,
         "codec": codec,
         "model_mib": model.nbytes / MIB,
-        "sender_extra_mib": sender["extra"] / MIB,
-        "receiver_extra_mib": (receiver["extra"] - kept) / MIB,
-        "seconds": sender["seconds"],
-        "mib_per_second": model.nbytes / MIB / sender["seconds"],
+        "sender_extra_mib": max(sender["extra"] for sender, _ in runs) / MIB,
+        "receiver_extra_mib": (max(receiver["extra"] for _, receiver in runs) - kept) / MIB,
+        "seconds": seconds,
+        "mib_per_second": model.nbytes / MIB / seconds,
     }
 
 

@@ -19,6 +19,7 @@ class Options:
     threads: int = 1
     sizes_mib: tuple[int, ...] | None = None
     modes: tuple[str, ...] = MODES
+    repeat: int = 1
 
 
 class BenchError(RuntimeError):

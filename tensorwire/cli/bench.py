@@ -40,6 +40,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--size-mib", nargs="+", action="extend", type=_positive, metavar="N", help="speed: MiB of fp32 input"
     )
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="memory: transfers of each (1)")
     parser.add_argument(
         "--mode",
         nargs="+",
@@ -62,6 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         sizes_mib=_tuple(arguments.size_mib),
         modes=_tuple(arguments.mode) or MODES,
+        repeat=max(arguments.repeat, 1),
     )
     out = sys.stderr if arguments.json == PIPE else sys.stdout
     rows = _measure(names, options, out)
