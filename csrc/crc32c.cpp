@@ -30,6 +30,7 @@ constexpr uint32_t x_to_the(size_t power) {
 }
 
 #if defined(TW_NEON)
+inline void fetch(const uint8_t*) {}
 inline uint32_t append(uint32_t r, uint64_t eight) { return __crc32cd(r, eight); }
 inline uint32_t append(uint32_t r, uint8_t one) { return __crc32cb(r, one); }
 
@@ -45,6 +46,7 @@ inline uint32_t shifted(uint32_t r) {
     return product;
 }
 #else
+inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline uint32_t append(uint32_t r, uint64_t eight) { return static_cast<uint32_t>(_mm_crc32_u64(r, eight)); }
 inline uint32_t append(uint32_t r, uint8_t one) { return _mm_crc32_u8(r, one); }
 
@@ -66,10 +68,13 @@ template <size_t kStripe>
 inline uint32_t append_stripes(uint32_t r, const uint8_t*& p, size_t& size) {
     for (; size >= 3 * kStripe; p += 3 * kStripe, size -= 3 * kStripe) {
         uint32_t b = 0, c = 0;
-        for (size_t i = 0; i < kStripe; i += 8) {
-            r = append(r, eight_at(p + i));
-            b = append(b, eight_at(p + kStripe + i));
-            c = append(c, eight_at(p + 2 * kStripe + i));
+        for (size_t i = 0; i < kStripe; i += 64) {
+            for (size_t stripe = 3; stripe < 6; ++stripe) fetch(p + stripe * kStripe + i);
+            for (size_t j = i; j < i + 64; j += 8) {
+                r = append(r, eight_at(p + j));
+                b = append(b, eight_at(p + kStripe + j));
+                c = append(c, eight_at(p + 2 * kStripe + j));
+            }
         }
         r = shifted<16 * kStripe>(r) ^ shifted<8 * kStripe>(b) ^ c;
     }
@@ -107,7 +112,10 @@ uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
     a[0] = _mm512_xor_si512(a[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(r))));
     const __m512i by_2048 = fold_factors<2048>();
     for (p += 256, size -= 256; size >= 256; p += 256, size -= 256) {
-        for (int k = 0; k < 4; ++k) a[k] = folded(a[k], by_2048, _mm512_loadu_si512(p + 64 * k));
+        for (int k = 0; k < 4; ++k) {
+            fetch(p + 64 * k + kPrefetchBytes);
+            a[k] = folded(a[k], by_2048, _mm512_loadu_si512(p + 64 * k));
+        }
     }
     const __m512i by_512 = fold_factors<512>();
     for (int k = 1; k < 4; ++k) a[k] = folded(a[k - 1], by_512, a[k]);

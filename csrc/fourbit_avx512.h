@@ -65,7 +65,10 @@ inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
     const auto y = [&](size_t i) { return _mm512_mul_ps(load(x + i), inv); };
     size_t i = 0;
-    for (; i + 64 <= n; i += 64) out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
+    for (; i + 64 <= n; i += 64) {
+        for (size_t k = 0; k < 64; k += 16) prefetch_next(x + i + k, n);
+        out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
+    }
     if (i == n) return;
     const size_t rest = n - i;
     const auto part = [&](size_t from) {
