@@ -63,10 +63,11 @@ using PackedCodes = __m256i;
 template <QuantType Q, class T, class Sink>
 inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
+    const size_t next = bytes_to_next<T>(n);
     const auto y = [&](size_t i) { return _mm512_mul_ps(load(x + i), inv); };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        for (size_t k = 0; k < 64; k += 16) prefetch_next(x + i + k, n);
+        for (size_t k = 0; next && k < 64; k += 16) prefetch(x + i + k, next);
         out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
     }
     if (i == n) return;

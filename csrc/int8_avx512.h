@@ -139,11 +139,12 @@ using PackedCodes = __m512i;
 template <class T, class Sink>
 inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
+    const size_t next = bytes_to_next<T>(n);
     __m512 y[4];
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
         for (int k = 0; k < 4; ++k) {
-            prefetch_next(x + i + 16 * k, n);
+            prefetch(x + i + 16 * k, next);
             y[k] = _mm512_mul_ps(load(x + i + 16 * k), inv);
         }
         out.put(codes_of(y));

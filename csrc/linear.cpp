@@ -19,9 +19,10 @@ Bfloat16 scale_of(uint32_t absmax_bits) {
 template <class T, class Sink>
 void encode(const T* x, size_t n, float inverse, Sink& out) {
     const Floats inv = splat(inverse);
+    const size_t next = bytes_to_next<T>(n);
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        prefetch_next(x + i, n);
+        prefetch(x + i, next);
         out.put(rounded_int8(mul(load(x + i), inv)));
     }
     if (i < n) out.put_part(rounded_int8(mul(load_part(x + i, n - i), inv)), n - i);
