@@ -23,8 +23,8 @@ inline uint32_t absmax_of(const T* x, size_t n) {
 // Blocks of fewer elements have their statistic taken before their turn.
 constexpr size_t kAheadElements = 1024;
 
-// While a larger block is encoded, the next one, of the same size, is fetched from this many bytes on; but nothing that
-// the second-level cache would lose again.
+// While a larger block is encoded, the next one, of the same size, is fetched from this many bytes on; but nothing
+// that the second-level cache would lose again.
 template <class T>
 inline size_t bytes_to_next(size_t n) {
     return n >= kAheadElements ? min_size(n, 8192) * sizeof(T) : 0;
@@ -44,7 +44,8 @@ struct Fixed64 {
 inline size_t size_of_block(Fixed64, size_t) { return 64; }
 inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blocksize, left); }
 
-// For each block i from `first`, factor(i, largest magnitude as bits), then encode(x, n, factor); the worst magnitude.
+// For each block i from `first`, factor(i, largest magnitude as bits), then encode(x, n, factor); the worst
+// magnitude.
 //
 // Small blocks have their statistic taken some blocks before they are encoded: a block's maximum and reciprocal are a
 // long chain of dependent instructions, which would otherwise stand between one block's work and the next's.

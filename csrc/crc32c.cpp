@@ -1,11 +1,10 @@
 // CRC-32C (Castagnoli, RFC 3720): reflected, initial and final complement.
 //
-// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k zero bits multiplies it by x^k, and
-// what is appended adds; so parts of a message can be taken separately, moved into place by a multiplication, and
+// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k zero bits multiplies it by x^k,
+// and what is appended adds; so parts of a message can be taken separately, moved into place by a multiplication, and
 // added. The constants x^k mod P come from the compiler.
-#include "kernels.h"
-
 #include "floats.h"
+#include "kernels.h"
 
 #if defined(TW_AVX512) || defined(TW_AVX2)
 #include <immintrin.h>
@@ -55,8 +54,8 @@ inline uint32_t append(uint32_t r, uint8_t one) { return _mm_crc32_u8(r, one); }
 template <size_t kBits>
 inline uint32_t shifted(uint32_t r) {
     constexpr uint32_t kFactor = x_to_the(kBits - 33);
-    const __m128i product = _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(r)),
-                                                 _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
+    const __m128i product =
+        _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(r)), _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
     return append(0, static_cast<uint64_t>(_mm_cvtsi128_si64(product)));
 }
 #endif
@@ -152,8 +151,8 @@ constexpr SliceTables kSlice;
 uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
     for (; size >= 8; p += 8, size -= 8) {
         r ^= p[0] | uint32_t{p[1]} << 8 | uint32_t{p[2]} << 16 | uint32_t{p[3]} << 24;
-        r = kSlice.of[7][r & 0xFF] ^ kSlice.of[6][r >> 8 & 0xFF] ^ kSlice.of[5][r >> 16 & 0xFF] ^ kSlice.of[4][r >> 24] ^
-            kSlice.of[3][p[4]] ^ kSlice.of[2][p[5]] ^ kSlice.of[1][p[6]] ^ kSlice.of[0][p[7]];
+        r = kSlice.of[7][r & 0xFF] ^ kSlice.of[6][r >> 8 & 0xFF] ^ kSlice.of[5][r >> 16 & 0xFF] ^
+            kSlice.of[4][r >> 24] ^ kSlice.of[3][p[4]] ^ kSlice.of[2][p[5]] ^ kSlice.of[1][p[6]] ^ kSlice.of[0][p[7]];
     }
     for (; size; ++p, --size) r = r >> 8 ^ kSlice.of[0][(r ^ *p) & 0xFF];
     return r;

@@ -1,4 +1,5 @@
-// NF4 and FP4 on AVX-512: a bucket of the threshold table by one FMA, the threshold by one permutation, one comparison.
+// NF4 and FP4 on AVX-512: a bucket of the threshold table by one FMA, the threshold by one permutation, one
+// comparison.
 //
 // Bucket and outcome together index the code in a table of 64 bytes (fourbit_buckets.h).
 #pragma once
@@ -25,8 +26,8 @@ inline __m512i search<kNf4>(__m512 y) {
 template <>
 inline __m512i search<kFp4>(__m512 y) {
     const __m512 size = _mm512_abs_ps(y);
-    const __m512i bucket = _mm512_castps_si512(
-        _mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
+    const __m512i bucket =
+        _mm512_castps_si512(_mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
     const __m512 threshold = _mm512_permutexvar_ps(bucket, _mm512_load_ps(kFp4Search.threshold));
     const __mmask16 above = _mm512_cmp_ps_mask(size, threshold, _CMP_GT_OQ);
     const __mmask16 negative = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ);

@@ -38,8 +38,9 @@ bool quantize(const void* values, int8_t* codes, uint16_t* scales, size_t n, siz
     };
     bool finite = true;
     write_to<PackedInt8>(codes, stream && blocksize % kLanes == 0, [&](auto& out) {
-        finite = quantize_blocks(x, n, blocksize, factor,
-                                 [&](const T* block, size_t size, float inverse) { encode(block, size, inverse, out); });
+        finite = quantize_blocks(x, n, blocksize, factor, [&](const T* block, size_t size, float inverse) {
+            encode(block, size, inverse, out);
+        });
     });
     return finite;
 }
