@@ -180,6 +180,7 @@ inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const auto value = [&](size_t k) { return narrow(_mm512_mul_ps(_mm512_castsi512_ps(values[k]), s), T{}); };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
+        prefetch(codes + i, kPrefetchBytes);
         values_of(_mm512_loadu_si512(codes + i), values);
         for (size_t k = 0; k < 4; ++k) out.put(value(k));
     }
