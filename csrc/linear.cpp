@@ -49,7 +49,10 @@ template <class T, class Sink>
 void decode(const int8_t* codes, size_t n, float scale, Sink& out) {
     const Floats s = splat(scale);
     size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) out.put(narrow(mul(load_int8(codes + i), s), T{}));
+    for (; i + kLanes <= n; i += kLanes) {
+        prefetch(codes + i, kPrefetchBytes);
+        out.put(narrow(mul(load_int8(codes + i), s), T{}));
+    }
     if (i < n) out.put_part(narrow(mul(load_int8_part(codes + i, n - i), s), T{}), (n - i) * sizeof(T));
 }
 
