@@ -1,7 +1,7 @@
 // The Python face of the kernels: checks every argument, releases the GIL, calls through the table.
 //
-// The contract is the docstring of tensorwire.kernels. Arrays are taken by the buffer protocol, which says all there is
-// to check (type, shape, layout, writability) and keeps their memory alive and in place meanwhile.
+// The contract is the docstring of tensorwire.kernels. Arrays are taken by the buffer protocol, which says all there
+// is to check (type, shape, layout, writability) and keeps their memory alive and in place meanwhile.
 #include <nanobind/nanobind.h>
 
 #include <atomic>
@@ -69,8 +69,8 @@ public:
 
     void expect_size(size_t expected) const {
         if (size() == expected) return;
-        throw nb::value_error((name_ + ": expected " + std::to_string(expected) + " elements, got " +
-                               std::to_string(size())).c_str());
+        throw nb::value_error(
+            (name_ + ": expected " + std::to_string(expected) + " elements, got " + std::to_string(size())).c_str());
     }
 
     void expect_apart_from(const Array& other) const {
@@ -91,8 +91,8 @@ private:
         const char* format = view_.format ? view_.format : "B";
         if (*format == '@' || *format == '=') ++format;
         if (!*format || format[1] || !strchr(formats, *format)) {
-            throw nb::type_error((name_ + ": expected an array of " + expected(formats) + ", got format '" + format +
-                                  "'").c_str());
+            throw nb::type_error(
+                (name_ + ": expected an array of " + expected(formats) + ", got format '" + format + "'").c_str());
         }
         format_ = *format;
         if (view_.ndim != 1) {
@@ -190,8 +190,9 @@ uint64_t cast(nb::handle values, nb::handle out, bool saturate) {
     const Array x("values", values, kFloats, kInput), y("out", out, kFloats, kOutput);
     const bool narrows = x.format() == 'f';
     if (narrows == (y.format() == 'f')) {
-        throw nb::type_error((std::string("cast: no conversion from ") + type_name(x.format()) + " to " +
-                              type_name(y.format())).c_str());
+        throw nb::type_error(
+            (std::string("cast: no conversion from ") + type_name(x.format()) + " to " + type_name(y.format()))
+                .c_str());
     }
     y.expect_size(x.size());
     y.expect_apart_from(x);
@@ -216,9 +217,8 @@ bool blockwise_absmax(nb::handle values, nb::handle absmax, Py_ssize_t blocksize
     m.expect_apart_from(x);
     const auto kernel = tw::kernels().absmax[x.dtype()];
     const Released released;
-    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
-        return kernel(x.data<void>(i), m.data<float>(i / bs), n, bs);
-    });
+    return all_finite(x.size(), bs,
+                      [&](size_t i, size_t n) { return kernel(x.data<void>(i), m.data<float>(i / bs), n, bs); });
 }
 
 bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, Py_ssize_t blocksize,
@@ -323,7 +323,8 @@ void dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_s
 
 std::string supported_names() {
     std::string names;
-    for (const tw::Kernels* const* k = tw::supported(); *k; ++k) names = names + (names.empty() ? "" : ", ") + (*k)->isa;
+    for (const tw::Kernels* const* k = tw::supported(); *k; ++k)
+        names = names + (names.empty() ? "" : ", ") + (*k)->isa;
     return names;
 }
 
@@ -335,7 +336,8 @@ nb::list supported() {
 
 void use(const char* tier) {
     if (tw::use(tier)) return;
-    throw nb::value_error((std::string("no instruction set '") + tier + "' here; supported: " + supported_names()).c_str());
+    throw nb::value_error(
+        (std::string("no instruction set '") + tier + "' here; supported: " + supported_names()).c_str());
 }
 
 void set_threads(int count) {
@@ -358,8 +360,9 @@ int threads_asked_for(const char* text) {
 NB_MODULE(_native, m) {
     const char* forced = std::getenv("TENSORWIRE_ISA");
     if (forced && *forced && !tw::use(forced)) {
-        throw nb::import_error((std::string("TENSORWIRE_ISA=") + forced + " is not supported here; supported: " +
-                                supported_names()).c_str());
+        throw nb::import_error(
+            (std::string("TENSORWIRE_ISA=") + forced + " is not supported here; supported: " + supported_names())
+                .c_str());
     }
 
     const char* threads = std::getenv("TENSORWIRE_THREADS");
@@ -378,7 +381,8 @@ NB_MODULE(_native, m) {
     m.def("quantize_linear", quantize_linear, "values"_a, "codes"_a, "scales"_a, nb::kw_only(), "blocksize"_a);
     m.def("dequantize_linear", dequantize_linear, "codes"_a, "scales"_a, "out"_a, nb::kw_only(), "blocksize"_a);
 
-    m.def("isa", [] { return tw::kernels().isa; }, "The instruction set in use.");
+    m.def(
+        "isa", [] { return tw::kernels().isa; }, "The instruction set in use.");
     m.def("supported", supported, "The instruction sets that run here, best first.");
     m.def("use", use, "tier"_a, "Switch to another instruction set; for tests.");
     m.def("set_threads", set_threads, "count"_a, "Threads a call may use on large arrays, its own included.");

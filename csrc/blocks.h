@@ -20,14 +20,14 @@ inline uint32_t absmax_of(const T* x, size_t n) {
     return max_lane(largest);
 }
 
-// Blocks up to this many elements in all have their statistic taken before their turn.
+// Blocks of fewer elements have their statistic taken before their turn.
 constexpr size_t kAheadElements = 1024;
 
-// While a larger block is encoded, fetch the next one, of the same size; but nothing that the second-level cache would
-// lose again.
+// While a larger block is encoded, the next one, of the same size, is fetched from this many bytes on; but nothing
+// that the second-level cache would lose again.
 template <class T>
-inline void prefetch_next(const T* x, size_t n) {
-    if (n > kAheadElements) prefetch(x, min_size(n, 8192) * sizeof(T));
+inline size_t bytes_to_next(size_t n) {
+    return n >= kAheadElements ? min_size(n, 8192) * sizeof(T) : 0;
 }
 
 // bitsandbytes' guard against an all-zero block: 1 / 1e-38 is still finite.
@@ -44,7 +44,8 @@ struct Fixed64 {
 inline size_t size_of_block(Fixed64, size_t) { return 64; }
 inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blocksize, left); }
 
-// For each block i from `first`, factor(i, largest magnitude as bits), then encode(x, n, factor); the worst magnitude.
+// For each block i from `first`, factor(i, largest magnitude as bits), then encode(x, n, factor); the worst
+// magnitude.
 //
 // Small blocks have their statistic taken some blocks before they are encoded: a block's maximum and reciprocal are a
 // long chain of dependent instructions, which would otherwise stand between one block's work and the next's.
@@ -52,7 +53,7 @@ template <class T, class Size, class Factor, class Encode>
 inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, Factor factor, Encode encode) {
     constexpr size_t kRing = 16;
     const size_t blocks = n / blocksize + (n % blocksize != 0);
-    const size_t ahead = min_size(kRing - 1, kAheadElements / blocksize);
+    const size_t ahead = blocksize < kAheadElements ? min_size(kRing - 1, kAheadElements / blocksize) : 0;
     uint32_t worst = 0;
     float factors[kRing];
     const auto size = [&](size_t i) { return size_of_block(blocksize, n - i * blocksize); };

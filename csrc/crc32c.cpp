@@ -1,11 +1,10 @@
 // CRC-32C (Castagnoli, RFC 3720): reflected, initial and final complement.
 //
-// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k zero bits multiplies it by x^k, and
-// what is appended adds; so parts of a message can be taken separately, moved into place by a multiplication, and
+// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k zero bits multiplies it by x^k,
+// and what is appended adds; so parts of a message can be taken separately, moved into place by a multiplication, and
 // added. The constants x^k mod P come from the compiler.
-#include "kernels.h"
-
 #include "floats.h"
+#include "kernels.h"
 
 #if defined(TW_AVX512) || defined(TW_AVX2)
 #include <immintrin.h>
@@ -30,6 +29,7 @@ constexpr uint32_t x_to_the(size_t power) {
 }
 
 #if defined(TW_NEON)
+inline void fetch(const uint8_t*) {}
 inline uint32_t append(uint32_t r, uint64_t eight) { return __crc32cd(r, eight); }
 inline uint32_t append(uint32_t r, uint8_t one) { return __crc32cb(r, one); }
 
@@ -45,6 +45,7 @@ inline uint32_t shifted(uint32_t r) {
     return product;
 }
 #else
+inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline uint32_t append(uint32_t r, uint64_t eight) { return static_cast<uint32_t>(_mm_crc32_u64(r, eight)); }
 inline uint32_t append(uint32_t r, uint8_t one) { return _mm_crc32_u8(r, one); }
 
@@ -53,8 +54,8 @@ inline uint32_t append(uint32_t r, uint8_t one) { return _mm_crc32_u8(r, one); }
 template <size_t kBits>
 inline uint32_t shifted(uint32_t r) {
     constexpr uint32_t kFactor = x_to_the(kBits - 33);
-    const __m128i product = _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(r)),
-                                                 _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
+    const __m128i product =
+        _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(r)), _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
     return append(0, static_cast<uint64_t>(_mm_cvtsi128_si64(product)));
 }
 #endif
@@ -66,10 +67,13 @@ template <size_t kStripe>
 inline uint32_t append_stripes(uint32_t r, const uint8_t*& p, size_t& size) {
     for (; size >= 3 * kStripe; p += 3 * kStripe, size -= 3 * kStripe) {
         uint32_t b = 0, c = 0;
-        for (size_t i = 0; i < kStripe; i += 8) {
-            r = append(r, eight_at(p + i));
-            b = append(b, eight_at(p + kStripe + i));
-            c = append(c, eight_at(p + 2 * kStripe + i));
+        for (size_t i = 0; i < kStripe; i += 64) {
+            for (size_t stripe = 3; stripe < 6; ++stripe) fetch(p + stripe * kStripe + i);
+            for (size_t j = i; j < i + 64; j += 8) {
+                r = append(r, eight_at(p + j));
+                b = append(b, eight_at(p + kStripe + j));
+                c = append(c, eight_at(p + 2 * kStripe + j));
+            }
         }
         r = shifted<16 * kStripe>(r) ^ shifted<8 * kStripe>(b) ^ c;
     }
@@ -107,7 +111,10 @@ uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
     a[0] = _mm512_xor_si512(a[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(r))));
     const __m512i by_2048 = fold_factors<2048>();
     for (p += 256, size -= 256; size >= 256; p += 256, size -= 256) {
-        for (int k = 0; k < 4; ++k) a[k] = folded(a[k], by_2048, _mm512_loadu_si512(p + 64 * k));
+        for (int k = 0; k < 4; ++k) {
+            fetch(p + 64 * k + kPrefetchBytes);
+            a[k] = folded(a[k], by_2048, _mm512_loadu_si512(p + 64 * k));
+        }
     }
     const __m512i by_512 = fold_factors<512>();
     for (int k = 1; k < 4; ++k) a[k] = folded(a[k - 1], by_512, a[k]);
@@ -144,8 +151,8 @@ constexpr SliceTables kSlice;
 uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
     for (; size >= 8; p += 8, size -= 8) {
         r ^= p[0] | uint32_t{p[1]} << 8 | uint32_t{p[2]} << 16 | uint32_t{p[3]} << 24;
-        r = kSlice.of[7][r & 0xFF] ^ kSlice.of[6][r >> 8 & 0xFF] ^ kSlice.of[5][r >> 16 & 0xFF] ^ kSlice.of[4][r >> 24] ^
-            kSlice.of[3][p[4]] ^ kSlice.of[2][p[5]] ^ kSlice.of[1][p[6]] ^ kSlice.of[0][p[7]];
+        r = kSlice.of[7][r & 0xFF] ^ kSlice.of[6][r >> 8 & 0xFF] ^ kSlice.of[5][r >> 16 & 0xFF] ^
+            kSlice.of[4][r >> 24] ^ kSlice.of[3][p[4]] ^ kSlice.of[2][p[5]] ^ kSlice.of[1][p[6]] ^ kSlice.of[0][p[7]];
     }
     for (; size; ++p, --size) r = r >> 8 ^ kSlice.of[0][(r ^ *p) & 0xFF];
     return r;

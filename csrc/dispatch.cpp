@@ -67,21 +67,22 @@ struct Cpu {
         if (!has(one.c, kPclmul | kFma | kSse42 | kPopcnt | kOsxsave | kAvx | kF16c)) return;
         const uint64_t saved = saved_states();
         avx2 = has(seven.b, kBmi1 | kAvx2 | kBmi2) && has(saved, kYmmSaved);
-        avx512 = avx2 && has(seven.b, kF | kDq | kBw | kVl) && has(seven.c, kVbmi | kVpclmul) && has(saved, kZmmSaved);
+        avx512 =
+            avx2 && has(seven.b, kF | kDq | kBw | kVl) && has(seven.c, kVbmi | kVpclmul) && has(saved, kZmmSaved);
     }
 };
 
 #endif
 
-#define TW_FILL(tier)          \
-    [](Kernels& k) {           \
-        k.isa = #tier;         \
-        tier::add_crc32c(k);   \
-        tier::add_cast(k);     \
-        tier::add_absmax(k);   \
-        tier::add_fourbit(k);  \
-        tier::add_int8(k);     \
-        tier::add_linear(k);   \
+#define TW_FILL(tier)         \
+    [](Kernels& k) {          \
+        k.isa = #tier;        \
+        tier::add_crc32c(k);  \
+        tier::add_cast(k);    \
+        tier::add_absmax(k);  \
+        tier::add_fourbit(k); \
+        tier::add_int8(k);    \
+        tier::add_linear(k);  \
     }
 
 struct Tiers {

@@ -58,8 +58,8 @@ inline __m256i search<kFp4>(__m256 y) {
                                            _mm256_castsi256_ps(first_bit));
     __m256i level = longer(_mm256_sub_epi32(_mm256_setzero_si256(), first_bit), above(size, second));
     level = longer(level, above(size, _mm256_permutevar8x32_ps(_mm256_load_ps(kFp4Steps.third), level)));
-    const __m256i code = _mm256_permutevar8x32_epi32(
-        _mm256_load_si256(reinterpret_cast<const __m256i*>(kFp4Steps.code)), level);
+    const __m256i code =
+        _mm256_permutevar8x32_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(kFp4Steps.code)), level);
     const __m256i negative = above(_mm256_setzero_ps(), y);
     return _mm256_or_si256(code, _mm256_and_si256(negative, _mm256_set1_epi32(8)));
 }
@@ -67,8 +67,8 @@ inline __m256i search<kFp4>(__m256 y) {
 template <QuantType Q, class T>
 inline __m128i packed_codes(const T* x, __m256 inv) {
     const auto codes = [&](size_t k) { return search<Q>(_mm256_mul_ps(load(x + 8 * k), inv)); };
-    const __m256i bytes = in_order(_mm256_packus_epi16(_mm256_packs_epi32(codes(0), codes(1)),
-                                                       _mm256_packs_epi32(codes(2), codes(3))));
+    const __m256i bytes =
+        in_order(_mm256_packus_epi16(_mm256_packs_epi32(codes(0), codes(1)), _mm256_packs_epi32(codes(2), codes(3))));
     const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
     return _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 }
@@ -90,8 +90,8 @@ inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     out.put_part(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)), (n - i + 1) / 2);
 }
 
-// Four bytes to eight values: each byte in a 64-bit lane, its high nibble shifted down into the first half of the lane
-// and its low nibble up into the second. Bit 3 chooses between the halves of the table.
+// Four bytes to eight values: each byte in a 64-bit lane, its high nibble shifted down into the first half of the
+// lane and its low nibble up into the second. Bit 3 chooses between the halves of the table.
 inline __m256 code_values(uint32_t four, __m256 low, __m256 high) {
     const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(static_cast<int>(four)));
     const __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));

@@ -1,4 +1,5 @@
-// NF4 and FP4 on AVX-512: a bucket of the threshold table by one FMA, the threshold by one permutation, one comparison.
+// NF4 and FP4 on AVX-512: a bucket of the threshold table by one FMA, the threshold by one permutation, one
+// comparison.
 //
 // Bucket and outcome together index the code in a table of 64 bytes (fourbit_buckets.h).
 #pragma once
@@ -25,8 +26,8 @@ inline __m512i search<kNf4>(__m512 y) {
 template <>
 inline __m512i search<kFp4>(__m512 y) {
     const __m512 size = _mm512_abs_ps(y);
-    const __m512i bucket = _mm512_castps_si512(
-        _mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
+    const __m512i bucket =
+        _mm512_castps_si512(_mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
     const __m512 threshold = _mm512_permutexvar_ps(bucket, _mm512_load_ps(kFp4Search.threshold));
     const __mmask16 above = _mm512_cmp_ps_mask(size, threshold, _CMP_GT_OQ);
     const __mmask16 negative = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ);
@@ -63,9 +64,13 @@ using PackedCodes = __m256i;
 template <QuantType Q, class T, class Sink>
 inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
+    const size_t next = bytes_to_next<T>(n);
     const auto y = [&](size_t i) { return _mm512_mul_ps(load(x + i), inv); };
     size_t i = 0;
-    for (; i + 64 <= n; i += 64) out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
+    for (; i + 64 <= n; i += 64) {
+        for (size_t k = 0; next && k < 64; k += 16) prefetch(x + i + k, next);
+        out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
+    }
     if (i == n) return;
     const size_t rest = n - i;
     const auto part = [&](size_t from) {

@@ -1,8 +1,8 @@
 // The thresholds of NF4 and FP4 by bucket, so that one comparison decides.
 //
-// Adding 2^23 to a multiple of y leaves it, rounded, in the low mantissa bits: the bucket of y. Buckets are monotone in
-// y and hold at most one threshold each: all thresholds in lower buckets are below y, all in higher ones are not, for
-// every float. No threshold is so near the border of a bucket that it matters whether the multiplication rounds.
+// Adding 2^23 to a multiple of y leaves it, rounded, in the low mantissa bits: the bucket of y. Buckets are monotone
+// in y and hold at most one threshold each: all thresholds in lower buckets are below y, all in higher ones are not,
+// for every float. No threshold is so near the border of a bucket that it matters whether the multiplication rounds.
 #pragma once
 
 namespace tw {

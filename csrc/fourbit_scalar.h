@@ -1,5 +1,5 @@
-// NF4 and FP4 in plain C++. NF4 is encoded by the buckets of fourbit_buckets.h; FP4 has so few thresholds that comparing
-// with all of them, which vectorises, is faster. Decoding looks up both values of a byte at once.
+// NF4 and FP4 in plain C++. NF4 is encoded by the buckets of fourbit_buckets.h; FP4 has so few thresholds that
+// comparing with all of them, which vectorises, is faster. Decoding looks up both values of a byte at once.
 #pragma once
 
 #include "fourbit_buckets.h"

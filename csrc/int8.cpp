@@ -28,8 +28,9 @@ bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_
     };
     bool finite = true;
     write_to<PackedCodes>(codes, stream && blocksize % kStep == 0, [&](auto& out) {
-        finite = quantize_blocks(x, n, blocksize, factor,
-                                 [&](const T* block, size_t size, float inverse) { encode(block, size, inverse, out); });
+        finite = quantize_blocks(x, n, blocksize, factor, [&](const T* block, size_t size, float inverse) {
+            encode(block, size, inverse, out);
+        });
     });
     return finite;
 }

@@ -9,7 +9,8 @@ namespace {
 // Eight codes in 32-bit lanes.
 inline __m256i codes_of(__m256 y) {
     const auto all = [](uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); };
-    const __m256i bits = _mm256_min_epi32(_mm256_max_epi32(magnitude(y), all(Int8Buckets::kLowest)), all(Int8Buckets::kHighest));
+    const __m256i bits =
+        _mm256_min_epi32(_mm256_max_epi32(magnitude(y), all(Int8Buckets::kLowest)), all(Int8Buckets::kHighest));
     const __m256i bucket = _mm256_sub_epi32(_mm256_srli_epi32(bits, Int8Buckets::kShift), all(Int8Buckets::kFirst));
     const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int*>(kInt8Buckets.entry), bucket, 4);
     const __m256i low_bits = _mm256_and_si256(bits, all((1u << Int8Buckets::kShift) - 1));
@@ -26,7 +27,8 @@ using PackedCodes = __m256i;
 template <class T>
 inline __m256i packed_codes(const T* x, __m256 inv) {
     const auto codes = [&](size_t k) { return codes_of(_mm256_mul_ps(load(x + 8 * k), inv)); };
-    return in_order(_mm256_packus_epi16(_mm256_packs_epi32(codes(0), codes(1)), _mm256_packs_epi32(codes(2), codes(3))));
+    return in_order(
+        _mm256_packus_epi16(_mm256_packs_epi32(codes(0), codes(1)), _mm256_packs_epi32(codes(2), codes(3))));
 }
 
 template <class T, class Sink>

@@ -1,10 +1,10 @@
 // int8 on AVX-512: 64 elements at a time, with no look-up in memory.
 //
-// Encoding. The decade of |y| comes from its exponent and one comparison with the power of ten in that octave, if any.
-// Levels are evenly spaced within a decade, so one FMA turns |y| into a bucket number j, such that bucket j holds the
-// bound between levels j and j + 1 and no other. The bound is looked up by bytes: VPERMI2B indexes 128 bytes at once,
-// so four look-ups give the bounds of 64 elements in four planes, and unpacking puts their bytes together. One
-// subtraction decides.
+// Encoding. The decade of |y| comes from its exponent and one comparison with the power of ten in that octave, if
+// any. Levels are evenly spaced within a decade, so one FMA turns |y| into a bucket number j, such that bucket j
+// holds the bound between levels j and j + 1 and no other. The bound is looked up by bytes: VPERMI2B indexes 128
+// bytes at once, so four look-ups give the bounds of 64 elements in four planes, and unpacking puts their bytes
+// together. One subtraction decides.
 //
 // Decoding looks the 256 values up in four byte planes the same way.
 #pragma once
@@ -13,8 +13,8 @@ namespace tw {
 namespace {
 
 struct Int8Search {
-    // By exponent modulo 32, for 2^-31 up: the power of ten in [2^e, 2^(e+1)), or 2. The number of the decade at 2^e is
-    // in its low four bits: the power need only lie somewhere between two bounds.
+    // By exponent modulo 32, for 2^-31 up: the power of ten in [2^e, 2^(e+1)), or 2. The number of the decade at 2^e
+    // is in its low four bits: the power need only lie somewhere between two bounds.
     alignas(64) uint32_t border[32] = {};
     // By decade: |y| * slope + offset = 2^15 + bucket + a fraction, so that byte 1 of the sum is the bucket.
     alignas(64) float slope[16] = {};
@@ -58,8 +58,8 @@ struct Int8Planes {
 };
 constexpr Int8Planes kInt8Planes;
 
-// Unpacking works within 128-bit lanes, so bytes travel in its order: lane L holds elements 4L to 4L + 3 of each of four
-// vectors. As 32-bit units that is the transpose of their natural order, and its own inverse.
+// Unpacking works within 128-bit lanes, so bytes travel in its order: lane L holds elements 4L to 4L + 3 of each of
+// four vectors. As 32-bit units that is the transpose of their natural order, and its own inverse.
 struct LaneOrder {
     alignas(64) uint32_t transposed[16] = {};
     alignas(64) uint8_t byte1[64] = {};  // of two vectors' 32-bit elements
@@ -89,7 +89,8 @@ inline __m512i gathered(const __m512i* v, const uint8_t* which) {
 // Four planes of bytes in lane order to four vectors of 32-bit elements.
 inline void unpacked(const __m512i* plane, __m512i* v) {
     const __m512i low01 = _mm512_unpacklo_epi8(plane[0], plane[1]), low23 = _mm512_unpacklo_epi8(plane[2], plane[3]);
-    const __m512i high01 = _mm512_unpackhi_epi8(plane[0], plane[1]), high23 = _mm512_unpackhi_epi8(plane[2], plane[3]);
+    const __m512i high01 = _mm512_unpackhi_epi8(plane[0], plane[1]),
+                  high23 = _mm512_unpackhi_epi8(plane[2], plane[3]);
     v[0] = _mm512_unpacklo_epi16(low01, low23);
     v[1] = _mm512_unpackhi_epi16(low01, low23);
     v[2] = _mm512_unpacklo_epi16(high01, high23);
@@ -139,11 +140,12 @@ using PackedCodes = __m512i;
 template <class T, class Sink>
 inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
+    const size_t next = bytes_to_next<T>(n);
     __m512 y[4];
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
         for (int k = 0; k < 4; ++k) {
-            prefetch_next(x + i + 16 * k, n);
+            prefetch(x + i + 16 * k, next);
             y[k] = _mm512_mul_ps(load(x + i + 16 * k), inv);
         }
         out.put(codes_of(y));
@@ -178,6 +180,7 @@ inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const auto value = [&](size_t k) { return narrow(_mm512_mul_ps(_mm512_castsi512_ps(values[k]), s), T{}); };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
+        prefetch(codes + i, kPrefetchBytes);
         values_of(_mm512_loadu_si512(codes + i), values);
         for (size_t k = 0; k < 4; ++k) out.put(value(k));
     }

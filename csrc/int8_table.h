@@ -1,8 +1,8 @@
 // The level of |y| for int8, by one look-up: for the tiers that cannot hold the bounds in registers.
 //
 // The top bits of |y| name a bucket that at most one bound divides: 1/64 of an octave. From 2^-22, below which all is
-// level 0, to 1 these are 1408, and one more for 1 itself. An entry is the level at the bucket's lower end in units of
-// 2^17, plus what the low 17 bits of |y| lack to be above the bound: adding those bits carries into the level.
+// level 0, to 1 these are 1408, and one more for 1 itself. An entry is the level at the bucket's lower end in units
+// of 2^17, plus what the low 17 bits of |y| lack to be above the bound: adding those bits carries into the level.
 #pragma once
 
 namespace tw {
@@ -27,8 +27,8 @@ struct Int8Buckets {
             if (bound < begin || bound - begin >= kUnit) continue;
             entry[bucket] += kUnit - 1 - (bound - begin);
             ++level;
-            exact = exact && (level == 128 ||
-                              __builtin_bit_cast(uint32_t, kInt8Bounds.above[level]) - begin >= kUnit);
+            exact =
+                exact && (level == 128 || __builtin_bit_cast(uint32_t, kInt8Bounds.above[level]) - begin >= kUnit);
         }
         exact = exact && level == 128;
     }

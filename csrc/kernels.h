@@ -1,9 +1,9 @@
 // The kernel table: one function per kernel and element type, filled once per instruction set ("tier").
 //
-// Kernels are pure loops over memory the caller owns. They hold no Python, allocate nothing, start no thread and check
-// nothing: sizes and types are the callers' promise (bindings.cpp). Contents are not: a decoder takes any codes and
-// any scales. Pointers need not be aligned. The arithmetic is defined by tensorwire/kernels/_numpy.py, bit for bit,
-// under the default floating-point environment (round to nearest even, subnormals kept).
+// Kernels are pure loops over memory the caller owns. They hold no Python, allocate nothing, start no thread and
+// check nothing: sizes and types are the callers' promise (bindings.cpp). Contents are not: a decoder takes any codes
+// and any scales. Pointers need not be aligned. The arithmetic is defined by tensorwire/kernels/_numpy.py, bit for
+// bit, under the default floating-point environment (round to nearest even, subnormals kept).
 //
 // n counts elements; block i is elements [i * blocksize, (i + 1) * blocksize), the last one may be shorter.
 // `stream` asks for stores that bypass the caches: right for an output that will not stay in them anyway.
@@ -50,14 +50,14 @@ struct Kernels {
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
-#define TW_DECLARE_TIER(tier)       \
-    namespace tier {                \
-    void add_crc32c(Kernels&);      \
-    void add_cast(Kernels&);        \
-    void add_absmax(Kernels&);      \
-    void add_fourbit(Kernels&);     \
-    void add_int8(Kernels&);        \
-    void add_linear(Kernels&);      \
+#define TW_DECLARE_TIER(tier)   \
+    namespace tier {            \
+    void add_crc32c(Kernels&);  \
+    void add_cast(Kernels&);    \
+    void add_absmax(Kernels&);  \
+    void add_fourbit(Kernels&); \
+    void add_int8(Kernels&);    \
+    void add_linear(Kernels&);  \
     }
 
 TW_DECLARE_TIER(portable)

@@ -19,9 +19,10 @@ Bfloat16 scale_of(uint32_t absmax_bits) {
 template <class T, class Sink>
 void encode(const T* x, size_t n, float inverse, Sink& out) {
     const Floats inv = splat(inverse);
+    const size_t next = bytes_to_next<T>(n);
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        prefetch_next(x + i, n);
+        prefetch(x + i, next);
         out.put(rounded_int8(mul(load(x + i), inv)));
     }
     if (i < n) out.put_part(rounded_int8(mul(load_part(x + i, n - i), inv)), n - i);
@@ -37,8 +38,9 @@ bool quantize(const void* values, int8_t* codes, uint16_t* scales, size_t n, siz
     };
     bool finite = true;
     write_to<PackedInt8>(codes, stream && blocksize % kLanes == 0, [&](auto& out) {
-        finite = quantize_blocks(x, n, blocksize, factor,
-                                 [&](const T* block, size_t size, float inverse) { encode(block, size, inverse, out); });
+        finite = quantize_blocks(x, n, blocksize, factor, [&](const T* block, size_t size, float inverse) {
+            encode(block, size, inverse, out);
+        });
     });
     return finite;
 }
@@ -47,7 +49,10 @@ template <class T, class Sink>
 void decode(const int8_t* codes, size_t n, float scale, Sink& out) {
     const Floats s = splat(scale);
     size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) out.put(narrow(mul(load_int8(codes + i), s), T{}));
+    for (; i + kLanes <= n; i += kLanes) {
+        prefetch(codes + i, kPrefetchBytes);
+        out.put(narrow(mul(load_int8(codes + i), s), T{}));
+    }
     if (i < n) out.put_part(narrow(mul(load_int8_part(codes + i, n - i), s), T{}), (n - i) * sizeof(T));
 }
 

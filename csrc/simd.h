@@ -4,8 +4,8 @@
 // Mask; load for float, Float16 and Bfloat16, and load_part for the first n < kLanes of them; narrow, back to those
 // types; a little arithmetic; int8 loads and roundings; and store_bytes, for the first bytes of a vector.
 //
-// On top stand the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter end. Plain
-// stores where it is told. Stream stores whole aligned vectors past the caches, wherever the output begins.
+// On top stand the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter end.
+// Plain stores where it is told. Stream stores whole aligned vectors past the caches, wherever the output begins.
 //
 // All of it is in unnamed namespaces: two tiers must never share a function (see floats.h).
 #pragma once
@@ -42,8 +42,8 @@ private:
 
 #if defined(TW_AVX512) || defined(TW_AVX2)
 
-// The output begins `late` bytes after a border between vectors. Each aligned vector is therefore joined from the last
-// `late` bytes of one result and the first bytes of the next; both ends are stored plainly.
+// The output begins `late` bytes after a border between vectors. Each aligned vector is therefore joined from the
+// last `late` bytes of one result and the first bytes of the next; both ends are stored plainly.
 template <class V>
 class Stream {
 public:

@@ -24,7 +24,8 @@ inline __m128i narrow(Floats v, Bfloat16) {
     const Words bits = _mm256_castps_si256(v);
     const Words top = _mm256_srli_epi32(bits, 16);
     const Words odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
-    const Words rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
+    const Words rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
     const Words quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
     const Words nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const Words words = _mm256_blendv_epi8(rounded, quiet, nan);
@@ -54,9 +55,7 @@ inline Floats with_sign_of(Floats magnitude, Floats sign) {
 }
 
 inline Words no_words() { return _mm256_setzero_si256(); }
-inline Words magnitude(Floats v) {
-    return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF));
-}
+inline Words magnitude(Floats v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)); }
 inline Words max(Words a, Words b) { return _mm256_max_epi32(a, b); }
 inline uint32_t max_lane(Words v) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -130,7 +129,8 @@ public:
         const __m128i byte = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const int late_bytes = static_cast<int>(late);
         is_last_ = _mm_cmpgt_epi8(byte, _mm_set1_epi8(static_cast<char>(15 - late_bytes)));
-        rotation_ = _mm_and_si128(_mm_sub_epi8(byte, _mm_set1_epi8(static_cast<char>(late_bytes))), _mm_set1_epi8(15));
+        rotation_ =
+            _mm_and_si128(_mm_sub_epi8(byte, _mm_set1_epi8(static_cast<char>(late_bytes))), _mm_set1_epi8(15));
     }
     static bool takes(size_t) { return true; }
     __m128i operator()(__m128i last, __m128i next) const {

@@ -27,7 +27,8 @@ inline __m256i narrow(Floats v, Bfloat16) {
     const Words bits = _mm512_castps_si512(v);
     const Words top = _mm512_srli_epi32(bits, 16);
     const Words odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-    const Words rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+    const Words rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
     const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40)));
 }
@@ -55,9 +56,7 @@ inline Floats with_sign_of(Floats magnitude, Floats sign) {
 }
 
 inline Words no_words() { return _mm512_setzero_si512(); }
-inline Words magnitude(Floats v) {
-    return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
-}
+inline Words magnitude(Floats v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)); }
 inline Words max(Words a, Words b) { return _mm512_max_epi32(a, b); }
 inline uint32_t max_lane(Words v) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }
 inline Mask within(Words v, uint32_t low, uint32_t high) {

@@ -41,9 +41,7 @@ inline Words no_words() { return 0; }
 inline Words magnitude(Floats v) { return static_cast<Words>(bits_of(v) & ~kSignBit); }
 inline Words max(Words a, Words b) { return a > b ? a : b; }
 inline uint32_t max_lane(Words v) { return static_cast<uint32_t>(v); }
-inline Mask within(Words v, uint32_t low, uint32_t high) {
-    return static_cast<uint32_t>(v) - low < high - low;
-}
+inline Mask within(Words v, uint32_t low, uint32_t high) { return static_cast<uint32_t>(v) - low < high - low; }
 inline uint32_t count(Mask m) { return m; }
 
 inline Floats load_int8(const int8_t* p) { return static_cast<float>(*p); }
