@@ -258,5 +258,6 @@ from tensorwire.bench import SUITES, suite, peer
 assert main(["bench", "size", "--model", "llama-tiny"]) == 0
 assert main(["bench", "size", "--plot", "x"]) == 2
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    home = Path(tensorwire.__file__).parents[1]  # `python -c` puts the working directory first
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=home)
     assert done.returncode == 0, done.stderr

@@ -135,7 +135,7 @@ def test_private_names_stay_in_their_room(path):
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     return {*done.stdout.split()}
 
@@ -164,7 +164,7 @@ def test_rooms_come_when_asked_for():
 def test_import_tensorwire_is_quick():
     code = "import time, numpy; start = time.perf_counter(); import tensorwire; print(time.perf_counter() - start)"
     runs = [
-        subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True, cwd=PACKAGE.parent)
         for _ in range(3)
     ]
     assert min(float(run.stdout) for run in runs) < CI_IMPORT_SECONDS

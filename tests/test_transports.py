@@ -49,6 +49,7 @@ def test_a_real_model_goes_through_every_codec_over_tcp_between_two_processes() 
     pipe, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, SPECS))
     process.start()
+    theirs.close()  # so that a child that dies ends the wait
     with TcpTransport.connect("127.0.0.1", pipe.recv()) as transport:
         for spec in SPECS:
             transport.send(tensorwire.encode(model, codec=spec))

@@ -114,7 +114,7 @@ def resolve(text: str) -> Model:
             f"no model {text!r}: give {', '.join(NAMED)}, a .safetensors file, or module:attribute"
         )
     if os.getcwd() not in sys.path:  # installed commands do not search it, `python -m` does
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         value: Any = importlib.import_module(module)
         for name in attribute.split("."):

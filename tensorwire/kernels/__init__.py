@@ -24,6 +24,7 @@ The implementation is chosen once, at import: ``TENSORWIRE_ISA=numpy`` forces th
 ``TENSORWIRE_THREADS`` says otherwise; the twin always does.
 """
 
+import importlib
 import os
 import warnings
 from types import ModuleType
@@ -52,7 +53,7 @@ def _choose() -> tuple[ModuleType, str]:
 
         return _numpy, "numpy"
     try:
-        from tensorwire.kernels import _native
+        _native = importlib.import_module("tensorwire.kernels._native")
     except ModuleNotFoundError as error:
         from tensorwire.kernels import _numpy
 
