@@ -57,22 +57,14 @@ def encode(
     if isinstance(value, Iterator):
         # Memory of tensors that are made one after the other is used again: equal addresses mean nothing.
         return emit.pairs(head, value, Walk(front, rule(codec), limits, tie=False))
-    walk = Walk(front, rule(codec), limits, tie=tie)
-    leaves = []
-    for leaf in walk.leaves(value):
-        head += emit.describe(leaf)
-        leaves.append(leaf)
-    return emit.leaves(head, leaves)
+    return emit.container(head, Walk(front, rule(codec), limits, tie=tie).leaves(value))
 
 
 def encode_leaves(leaves: list[Leaf], *, frame_size: int, info: StreamInfo, limits: Limits) -> Iterator[Any]:
     """The buffers of a stream whose items were made elsewhere: files, tensors inside files."""
     writer = Writer(crc32c, limits)
     emit = _Emitter(writer, frame_size, whole=False)
-    head = writer.start(info)
-    for leaf in leaves:
-        head += emit.describe(leaf)
-    return emit.leaves(head, leaves)
+    return emit.container(writer.start(info), leaves)
 
 
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, align: int = 1) -> StreamInfo:
@@ -111,8 +103,15 @@ class _Emitter:
         except WireError as error:
             raise EncodeError(error.detail, item=leaf.item.name) from None
 
-    def leaves(self, head: bytes, leaves: list[Leaf]) -> Iterator[Any]:
-        """All buffers, the items having been described."""
+    def container(self, head: bytes, leaves: Iterable[Leaf]) -> Iterator[Any]:
+        """All buffers. Every item is described, and refused if it must be, before this returns."""
+        parts, described = [head], []
+        for leaf in leaves:
+            parts.append(self.describe(leaf))
+            described.append(leaf)
+        return self._container(b"".join(parts), described)
+
+    def _container(self, head: bytes, leaves: list[Leaf]) -> Iterator[Any]:
         yield head
         yield from self._data(leaves)
         yield self._writer.end()
