@@ -20,6 +20,7 @@ from tensorwire.api import Api
 from tensorwire.codecs import Codec
 from tensorwire.codecs import parse as codec
 from tensorwire.errors import (
+    AuthError,
     CorruptError,
     EncodeError,
     FormatError,
@@ -27,6 +28,7 @@ from tensorwire.errors import (
     NonFiniteError,
     SchemaError,
     SequenceError,
+    StorageError,
     TensorwireError,
     TransportError,
     TruncatedError,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __version__: Final = "0.1.0"
 
 __all__ = [
+    "AuthError",
     "Codec",
     "CorruptError",
     "EncodeError",
@@ -54,6 +57,7 @@ __all__ = [
     "Schema",
     "SchemaError",
     "SequenceError",
+    "StorageError",
     "TensorFile",
     "TensorwireError",
     "TransportError",

@@ -109,3 +109,17 @@ class TransportError(TensorwireError, OSError):
     def __init__(self, detail: str, *, retryable: bool = True) -> None:
         super().__init__(detail)
         self.retryable = retryable
+
+
+class AuthError(TensorwireError, ValueError):
+    """A tag, key or peer identity does not check out: the bytes may be whole, but not from whom they should be."""
+
+
+class StorageError(TensorwireError, OSError):
+    """A file could not be written, synced or renamed: a full disk, a quota, a missing folder. Nothing partial stands
+    under the final name; what was verified can be resumed where the call says so. `errno` is the system's.
+    """
+
+    def __init__(self, detail: str, *, errno: int | None = None) -> None:
+        super().__init__(detail)
+        self.errno = errno
