@@ -66,6 +66,7 @@ __all__ = [
     "WireError",
     "codec",
     "decode",
+    "decode_async",
     "decode_file",
     "dumps",
     "encode",
@@ -104,6 +105,7 @@ class _AnyFront(_numpy.NumPyFront):
 _api: Final = Api(_AnyFront())
 encode = _api.encode
 decode = _api.decode
+decode_async = _api.decode_async
 dumps = _api.dumps
 loads = _api.loads
 save_file = _api.save_file

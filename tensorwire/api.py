@@ -1,7 +1,7 @@
 """The public functions, bound to one tensor library. `tensorwire`, `tensorwire.numpy` and `tensorwire.torch` share them."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from io import BytesIO
 from typing import Any
 
@@ -69,6 +69,20 @@ class Api:
         before is good; tensors in `into` may then hold parts of an item that was not given.
         """
         return streams.decode(source, self._front, into=into, expect=expect, limits=limits)
+
+    def decode_async(
+        self,
+        source: Any,
+        *,
+        into: Mapping[str, Any] | None = None,
+        expect: Any = None,
+        limits: Limits = DEFAULT,
+    ) -> AsyncIterator[tuple[str, Any]]:
+        """As `decode`, for `async for`: `source` has a coroutine function `readinto`, as `AsyncTransport` does.
+
+        Decoding itself runs where the event loop runs; a slice takes well under a millisecond.
+        """
+        return streams.decode_async(source, self._front, into=into, expect=expect, limits=limits)
 
     def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
         """A container as one message: all buffers of `encode`, joined."""

@@ -83,6 +83,7 @@ FRONT: Final = NumPyFront()
 _api: Final = Api(FRONT)
 encode = _api.encode
 decode = _api.decode
+decode_async = _api.decode_async
 dumps = _api.dumps
 loads = _api.loads
 save_file = _api.save_file

@@ -5,9 +5,9 @@ from typing import Any, Final
 
 from tensorwire.bench.tables import Column, render
 from tensorwire.cli.common import error_fields, print_json, reading, verb
-from tensorwire.cli.frames import Frame, Frames
 from tensorwire.codecs import from_stages
 from tensorwire.errors import WireError, show
+from tensorwire.streams.frames import Frame, Frames
 from tensorwire.streams.source import as_source
 from tensorwire.wire import Item, ItemStart, Kind, Slice, StreamEnd, StreamInfo, StreamStart
 from tensorwire.wire.frames import PREAMBLE_SIZE

@@ -1,7 +1,7 @@
 """Containers and files <-> streams: where codecs and the wire format meet."""
 
 from tensorwire.streams.chunks import decode_file, encode_file
-from tensorwire.streams.decode import collect, decode
+from tensorwire.streams.decode import collect, decode, decode_async
 from tensorwire.streams.encode import FRAME_SIZE, encode
 from tensorwire.streams.files import TensorFile, iterate_file, load_file, save_file
 from tensorwire.streams.schema import Schema
@@ -12,6 +12,7 @@ __all__ = [
     "TensorFile",
     "collect",
     "decode",
+    "decode_async",
     "decode_file",
     "encode",
     "encode_file",

@@ -1,6 +1,7 @@
 """Buffers to tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -13,11 +14,11 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.pool import GrowingMemory
 from tensorwire.streams.receive import Receiver, Sink, check_codec, reject_files
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.source import as_source
+from tensorwire.streams.source import as_source, pull
 from tensorwire.streams.tree import Tree
 from tensorwire.streams.values import unpack_value
 from tensorwire.tensor import Front
-from tensorwire.wire import Item, Kind
+from tensorwire.wire import NEED_DATA, Item, Kind
 
 
 def decode(
@@ -35,8 +36,26 @@ def decode(
     memory is taken. When an error is raised, items already given are good and the rest is not delivered, but
     tensors in `into` may hold parts of what was received.
     """
-    for _, item, value in _Memory(source, front, into, expect, limits):
+    for _, item, value in pull(_Memory(front, into, expect, limits), as_source(source)):
         yield item.name, value
+
+
+async def decode_async(
+    source: Any,
+    front: Front,
+    *,
+    into: Mapping[str, Any] | None = None,
+    expect: Any = None,
+    limits: Limits = DEFAULT,
+) -> AsyncIterator[tuple[str, Any]]:
+    """As `decode`, from a source whose `readinto` is a coroutine function."""
+    memory = _Memory(front, into, expect, limits)
+    with closing(memory.steps()) as steps:
+        for step in steps:
+            if step is NEED_DATA:
+                memory.buffer_updated(await source.readinto(memory.get_buffer()))
+            else:
+                yield step[1].name, step[2]
 
 
 def collect(
@@ -48,8 +67,8 @@ def collect(
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    memory = _Memory(source, front, into, expect, limits)
-    for _, item, value in memory:
+    memory = _Memory(front, into, expect, limits)
+    for _, item, value in pull(memory, as_source(source)):
         memory.tree.fill(item.path, value)
     return memory.tree.result()
 
@@ -57,21 +76,24 @@ def collect(
 class _Memory:
     """Receives a stream into memory."""
 
-    def __init__(
-        self, source: Any, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits
-    ) -> None:
+    def __init__(self, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits) -> None:
         self.tree = Tree()
         self._front = front
         self._into = into or {}
         self._filled: set[str] = set()
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._limits = limits
-        self._receiver = Receiver(as_source(source), self._open, limits)
+        self._receiver = Receiver(None, self._open, limits)
         self._aliases: dict[int, list[tuple[int, Item]]] = {}
+        self.get_buffer, self.buffer_updated = self._receiver.get_buffer, self._receiver.buffer_updated
 
-    def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
-        for number, item, value in self._receiver:
-            yield number, item, value
+    def steps(self) -> Generator[Any, None, None]:
+        """NEED_DATA, and (number, item, value) of what is complete."""
+        for step in self._receiver.steps():
+            yield step
+            if step is NEED_DATA:
+                continue
+            number, item, value = step
             for alias_number, alias in self._aliases.pop(number, ()):
                 yield alias_number, alias, self._other_name(alias, item, value)
         if self._schema is not None:

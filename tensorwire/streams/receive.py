@@ -5,7 +5,7 @@ verified. Memory, files and `.safetensors` files differ in nothing else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireEr
 from tensorwire.limits import Limits
 from tensorwire.streams.helper import Helper
 from tensorwire.streams.pool import Pool
-from tensorwire.streams.source import Source, finish
+from tensorwire.streams.source import Source, pull
 from tensorwire.wire import (
     NEED_DATA,
     Header,
@@ -77,10 +77,11 @@ OpenItem = Callable[[int, Item], Sink | EncodedSink | None]
 class Receiver:
     """One stream being received: iterate for (number, item, value) of each completed item.
 
-    `start` holds the stream's info and `summary` what its end frame said, once they have passed.
+    `start` holds the stream's info and `end` what its end frame said, once they have passed. Without a source,
+    drive `steps`.
     """
 
-    def __init__(self, source: Source, open_item: OpenItem, limits: Limits) -> None:
+    def __init__(self, source: Source | None, open_item: OpenItem, limits: Limits) -> None:
         self.start: StreamStart | None = None
         self.end: StreamEnd | None = None
         self._source = source
@@ -96,6 +97,19 @@ class Receiver:
         self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
 
     def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
+        assert self._source is not None
+        return pull(self, self._source)
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go."""
+        return self._reader.get_buffer()
+
+    def buffer_updated(self, size: int) -> None:
+        """`size` bytes went there; 0: the input has ended."""
+        self._reader.buffer_updated(size)
+
+    def steps(self) -> Generator[Any, None, None]:
+        """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and completed items."""
         try:
             yield from self._receive()
         except WireError:
@@ -104,12 +118,12 @@ class Receiver:
         finally:
             self._helper.close()
 
-    def _receive(self) -> Iterator[tuple[int, Item, Any]]:
+    def _receive(self) -> Iterator[Any]:
         reader = self._reader
         while not reader.ended:
             event = reader.next_event()
             if event is NEED_DATA:
-                reader.buffer_updated(self._source.readinto(reader.get_buffer()) or 0)
+                yield event
             elif isinstance(event, Slice):
                 self._finish_slice(event)
                 if event.last:
@@ -128,7 +142,6 @@ class Receiver:
                 self.start = event
             elif isinstance(event, StreamEnd):
                 self.end = event
-        finish(self._source)
 
     def _start_item(self, number: int, item: Item) -> bool:
         with self._located(item):

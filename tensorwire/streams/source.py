@@ -1,9 +1,11 @@
 """Where bytes come from: anything with `readinto`, any buffer, any iterable of buffers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any, Protocol
 
 from tensorwire.errors import FormatError
+from tensorwire.wire import NEED_DATA
 
 
 class Source(Protocol):
@@ -70,3 +72,26 @@ def finish(source: Source) -> None:
     """After the end frame: refuse what is left of a buffer or iterable. A file or socket may carry on."""
     if isinstance(source, (_Bytes, _Chunks)):
         source.finish()
+
+
+class Consumer(Protocol):
+    """What takes a stream in, without its input: `steps` yields NEED_DATA, after which `get_buffer()` is to be filled and
+    `buffer_updated(n)` told (0: the input has ended), and results. Whoever drives it decides how bytes are waited for.
+    """
+
+    def steps(self) -> Generator[Any, None, None]: ...
+
+    def get_buffer(self) -> memoryview: ...
+
+    def buffer_updated(self, size: int) -> None: ...
+
+
+def pull(consumer: Consumer, source: Source) -> Iterator[Any]:
+    """The results of a consumer that is fed from a blocking source."""
+    with closing(consumer.steps()) as steps:
+        for step in steps:
+            if step is NEED_DATA:
+                consumer.buffer_updated(source.readinto(consumer.get_buffer()) or 0)
+            else:
+                yield step
+    finish(source)

@@ -1,11 +1,12 @@
 """A stream frame by frame: each header together with the event it led to, also where the stream breaks."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from tensorwire.codecs import crc32c
-from tensorwire.streams.source import Source, finish
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.source import Source, pull
 from tensorwire.wire import NEED_DATA, Event, FrameType, Header, Reader, SlicePart, SliceStart
 from tensorwire.wire.frames import HEADER_SIZE
 
@@ -38,9 +39,9 @@ class Frames:
     When the stream breaks, the WireError is raised, and `broken` is the frame it broke in, if its header was good.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source | None = None, limits: Limits = DEFAULT) -> None:
         self._source = source
-        self._reader = Reader(crc32c)
+        self._reader = Reader(crc32c, limits)
         self._scratch = memoryview(bytearray(_SCRATCH))
 
     @property
@@ -49,11 +50,24 @@ class Frames:
         return Frame(*self._reader.frame, None) if self._reader.frame and not self._reader.ended else None
 
     def __iter__(self) -> Iterator[Frame]:
+        assert self._source is not None
+        return pull(self, self._source)
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go."""
+        return self._reader.get_buffer()
+
+    def buffer_updated(self, size: int) -> None:
+        """`size` bytes went there; 0: the input has ended."""
+        self._reader.buffer_updated(size)
+
+    def steps(self) -> Generator[Any, None, None]:
+        """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and Frames."""
         reader = self._reader
         while not reader.ended:
             event = reader.next_event()
             if event is NEED_DATA:
-                reader.buffer_updated(self._source.readinto(reader.get_buffer()))
+                yield event
             elif isinstance(event, SliceStart):
                 reader.direct(self._scratch[: event.length])
             elif isinstance(event, SlicePart):
@@ -61,4 +75,3 @@ class Frames:
             else:
                 assert reader.frame is not None
                 yield Frame(*reader.frame, event)
-        finish(self._source)
