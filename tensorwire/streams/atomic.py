@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike) -> Iterator[int]:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(folder or os.curdir)
+    sync_folder(folder or os.curdir)
 
 
 class Output:
@@ -84,7 +84,8 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> int:
     return size - len(rest)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """Put on disk which names a folder holds."""
     if os.name != "posix":
         return
     fd = os.open(folder, os.O_RDONLY)

@@ -1,0 +1,311 @@
+"""asyncio: many connections in one thread, for servers above all. Reads land straight in the destination, here too."""
+
+import asyncio
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, TypeVar
+
+from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, Pace, failed
+from tensorwire.transports.session import Conversation, Do, Fill
+from tensorwire.transports.tls import require_protection
+
+_HIGH_WATER: Final = 1 << 20  # bytes that wait to be sent before the sender has to
+_SPARE: Final = 64 << 10
+_LINGER: Final = 5.0  # seconds that last words have to leave after a connection is closed
+
+T = TypeVar("T")
+
+
+class AsyncTransport:
+    """One connection, as `TcpTransport`, for coroutines; an async context manager. Made by `connect` and by `AsyncListener`."""
+
+    def __init__(self, wire: "_Wire", *, timeout: float | None, min_rate: float) -> None:
+        self._wire = wire
+        self._timeout = timeout
+        self._pace = Pace(min_rate)
+
+    @classmethod
+    async def connect(
+        cls,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        plaintext: bool = False,
+        timeout: float | None = TIMEOUT,
+        min_rate: float = MIN_RATE,
+    ) -> "AsyncTransport":
+        """Connect to a listener; as `TcpTransport.connect`."""
+        require_protection(host, tls, plaintext)
+        options = {"server_hostname": host, "ssl_handshake_timeout": HANDSHAKE} if tls is not None else {}
+        loop = asyncio.get_running_loop()
+        try:
+            connecting = loop.create_connection(_Wire, host, port, ssl=tls, **options)
+            _, wire = await asyncio.wait_for(connecting, timeout)
+        except OSError as error:
+            raise failed(f"connecting to {host}:{port}", error) from error
+        return cls(wire, timeout=timeout, min_rate=min_rate)
+
+    async def run(self, conversation: Conversation[T], *, within: float | None = None) -> T:
+        """Hold a conversation (see `session`) and return its result. `within`: seconds that it may take in all.
+
+        Raises what the conversation raises, and TransportError.
+        """
+        try:
+            return await asyncio.wait_for(self._run(conversation), within)
+        except asyncio.TimeoutError:
+            raise TransportError(f"the peer took longer than {within} s") from None
+
+    async def send(self, buffers: Iterable[Any]) -> int:
+        """Send every buffer in order; returns the bytes sent. The next one is asked for when the last is on its way."""
+        total = 0
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            began = time.monotonic()
+            await self._in_time(self._wire.write(view), "sending")
+            self._pace.moved(len(view), time.monotonic() - began)
+            total += len(view)
+        return total
+
+    def receive(self) -> "AsyncTransport":
+        """What `decode_async` reads from: exactly one stream is taken, the next one stays."""
+        return self
+
+    async def readinto(self, buffer: memoryview, /) -> int:
+        """Receive straight into `buffer`: at least one byte, 0 once the peer has closed. Raises TransportError."""
+        began = time.monotonic()
+        got = await self._read(buffer)
+        self._pace.moved(got, time.monotonic() - began)
+        return got
+
+    def close(self) -> None:
+        """Close the connection, dropping what could not be sent yet."""
+        self._wire.close()
+
+    async def __aenter__(self) -> "AsyncTransport":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+    async def _run(self, conversation: Conversation[T]) -> T:
+        try:
+            step = next(conversation)
+            while True:
+                try:
+                    answer = await self._step(step)
+                except BaseException as error:
+                    step = conversation.throw(error)
+                else:
+                    step = conversation.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            conversation.close()
+
+    async def _step(self, step: Any) -> Any:
+        if isinstance(step, Fill):
+            return await (self.readinto if step.steady else self._read)(step.buffer)
+        if isinstance(step, Do):
+            return await self._do(step)
+        return await self.send(step.buffers)
+
+    async def _do(self, step: Do) -> Any:
+        work = asyncio.ensure_future(asyncio.to_thread(step.work))
+        while True:
+            await asyncio.wait([work], timeout=self._timeout / 4 if step.meanwhile and self._timeout else None)
+            if work.done():
+                return work.result()
+            await self.send([step.meanwhile])
+
+    async def _read(self, buffer: memoryview) -> int:
+        return await self._in_time(self._wire.read(buffer), "receiving")
+
+    async def _in_time(self, waiter: "asyncio.Future[T]", doing: str) -> T:
+        """The result of a future, or TransportError after `timeout`. Cheaper than a task around each read."""
+        if waiter.done():
+            return waiter.result()
+        timer = None
+        if self._timeout is not None:
+            late = TransportError(f"no progress while {doing}: timed out")
+            timer = waiter.get_loop().call_later(self._timeout, _fail, waiter, late)
+        try:
+            return await waiter
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
+class AsyncListener:
+    """Accepts connections and calls `serve(transport)` for each, at most `connections` at a time; those beyond wait unserved.
+
+        async with AsyncListener(serve, host, port, tls=server_tls(...)) as listener:
+            await listener.serve_forever()
+
+    An error that `serve` raises ends its connection and is given to `on_error`. Other parameters as for `TcpListener`.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[[AsyncTransport], Awaitable[None]],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        tls: ssl.SSLContext | None = None,
+        plaintext: bool = False,
+        timeout: float | None = TIMEOUT,
+        min_rate: float = MIN_RATE,
+        connections: int = 1024,
+        on_error: Callable[[TensorwireError], None] = lambda error: None,
+    ) -> None:
+        require_protection(host, tls, plaintext)
+        self._serve = serve
+        self._address = host, port
+        self._tls = tls
+        self._timeout = timeout
+        self._min_rate = min_rate
+        self._connections = connections
+        self._on_error = on_error
+        self._tasks: set[asyncio.Task] = set()
+        self.port = port
+
+    async def __aenter__(self) -> "AsyncListener":
+        loop = asyncio.get_running_loop()
+        options = {"ssl_handshake_timeout": HANDSHAKE} if self._tls is not None else {}
+        host, port = self._address
+        try:
+            self._server = await loop.create_server(
+                lambda: _Wire(self._accepted), host, port, ssl=self._tls, backlog=1024, **options
+            )
+        except OSError as error:
+            raise TransportError(f"cannot listen on {host}:{port}: {error}") from error
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def serve_forever(self) -> None:
+        """Until cancelled."""
+        await self._server.serve_forever()
+
+    def _accepted(self, wire: "_Wire") -> None:
+        if len(self._tasks) >= self._connections:
+            wire.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._serve_one(wire))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve_one(self, wire: "_Wire") -> None:
+        async with AsyncTransport(wire, timeout=self._timeout, min_rate=self._min_rate) as transport:
+            try:
+                await self._serve(transport)
+            except TensorwireError as error:
+                self._on_error(error)
+
+
+class _Wire(asyncio.BufferedProtocol):
+    """Between the event loop and a transport: one read and one drain are waited for at most. Without a read nothing is taken from
+    the socket, so that whoever sends has to wait as well.
+    """
+
+    def __init__(self, accepted: Callable[["_Wire"], None] = lambda wire: None) -> None:
+        self._accepted = accepted
+        self._loop = asyncio.get_running_loop()
+        self._reading: asyncio.Future[int] | None = None
+        self._draining: asyncio.Future[None] | None = None
+        self._wanted = memoryview(b"")  # where the read that is waited for wants its bytes,
+        self._spare = memoryview(b"")  # and where those go that the loop delivers although nobody reads
+        self._early = bytearray()
+        self._full = self._ended = False
+        self._broken: TensorwireError | None = None  # what reading meets,
+        self._gone: TensorwireError | None = None  # and what writing does
+
+    def read(self, buffer: memoryview) -> "asyncio.Future[int]":
+        """Will be the number of bytes that were read into `buffer`, 0 at the end."""
+        self._reading = self._loop.create_future()
+        if self._early:
+            size = min(len(buffer), len(self._early))
+            buffer[:size] = self._early[:size]
+            del self._early[:size]
+            self._reading.set_result(size)
+        elif self._broken is not None:
+            self._reading.set_exception(self._broken)
+        elif self._ended:
+            self._reading.set_result(0)
+        else:
+            self._wanted = buffer
+            self._transport.resume_reading()
+        return self._reading
+
+    def write(self, data: memoryview) -> "asyncio.Future[None]":
+        """Takes `data` to be sent; done when there is room for more."""
+        self._draining = self._loop.create_future()
+        if self._gone is not None:
+            self._draining.set_exception(self._gone)
+            return self._draining
+        self._transport.write(data)
+        if not self._full:
+            self._draining.set_result(None)
+        return self._draining
+
+    def close(self) -> None:
+        """Send what waits to be sent, for a while, and close."""
+        self._transport.close()
+        self._loop.call_later(_LINGER, self._transport.abort)
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(high=_HIGH_WATER)
+        transport.pause_reading()
+        self._accepted(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._reading is not None and not self._reading.done():
+            return self._wanted
+        self._spare = memoryview(bytearray(_SPARE))
+        return self._spare
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._transport.pause_reading()
+        if self._reading is not None and not self._reading.done():
+            self._reading.set_result(nbytes)
+        else:
+            self._early += self._spare[:nbytes]
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        _settle(self._draining, None)
+
+    def eof_received(self) -> bool:
+        self._ended = True
+        _settle(self._reading, 0)
+        return self._transport.get_extra_info("sslcontext") is None  # stay open for our answer; TLS knows no half
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ended = True
+        self._gone = TransportError("the peer has closed the connection")
+        if isinstance(exc, OSError):
+            self._gone = self._broken = failed("talking to the peer", exc)
+            _fail(self._reading, self._broken)
+        _settle(self._reading, 0)
+        _fail(self._draining, self._gone)
+
+
+def _settle(future: "asyncio.Future[Any] | None", result: Any) -> None:
+    if future is not None and not future.done():
+        future.set_result(result)
+
+
+def _fail(future: "asyncio.Future[Any] | None", error: Exception) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)

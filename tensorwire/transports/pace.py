@@ -1,0 +1,42 @@
+"""When a peer is given up: what counts is progress on the monotonic clock, never how long a transfer takes in all."""
+
+import ssl
+from typing import Final
+
+from tensorwire.errors import AuthError, TransportError
+
+TIMEOUT: Final = 60.0  # seconds without a byte
+HANDSHAKE: Final = 10.0  # seconds for TLS and for the greeting
+MIN_RATE: Final = 1024.0  # bytes a second, over
+_WINDOW: Final = 30.0  # seconds of waiting
+
+
+class Pace:
+    """Watches the bytes of a stream, so that a peer cannot hold a connection by trickling."""
+
+    def __init__(self, min_rate: float = MIN_RATE) -> None:
+        self._min_rate = min_rate
+        self._waited = 0.0
+        self._moved = 0
+
+    def moved(self, size: int, seconds: float) -> None:
+        """`size` bytes moved after so long a wait. Raises TransportError for a peer that is too slow."""
+        self._waited += seconds
+        self._moved += size
+        if self._waited < _WINDOW:
+            return
+        if self._moved < self._min_rate * self._waited:
+            rate = self._moved / self._waited
+            raise TransportError(f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are asked")
+        self._waited, self._moved = 0.0, 0
+
+
+def failed(doing: str, error: OSError) -> TransportError | AuthError:
+    """The library's error for one of a socket."""
+    if isinstance(error, TransportError):
+        return error
+    if isinstance(error, TimeoutError):
+        return TransportError(f"no progress while {doing}: timed out")
+    if isinstance(error, ssl.SSLError) and "CERTIFICATE" in (error.reason or ""):
+        return AuthError(f"the other end refuses our certificate, or we have none: {error.reason}")
+    return TransportError(f"connection failed while {doing}: {error}")

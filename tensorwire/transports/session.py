@@ -1,0 +1,309 @@
+"""What two ends say to one another around a stream: versions, what is offered, how much of it is there, the receipt.
+
+Without I/O: a conversation is a generator that yields what is to be done next, `Fill`, `Send` or `Do`, and is sent the result. The
+same conversations run over blocking sockets (`TcpTransport.run`) and under asyncio (`AsyncTransport.run`).
+
+    greet               greet
+    send_stream  ---->  receive_stream      offer, have (position), the rest of the stream, receipt, bye
+    say          ---->  hear                a message of the application's own
+
+Messages are small msgpack maps behind 12 bytes of magic, length and CRC-32. docs/transports.md has them all.
+"""
+
+import errno
+import struct
+import zlib
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
+
+from tensorwire.errors import (
+    CorruptError,
+    EncodeError,
+    FormatError,
+    LimitError,
+    SequenceError,
+    StorageError,
+    TensorwireError,
+    TransportError,
+    TruncatedError,
+    UnsupportedError,
+    show,
+)
+from tensorwire.limits import DEFAULT
+from tensorwire.streams.outgoing import Outgoing
+from tensorwire.streams.recording import Outcome, Position
+from tensorwire.streams.values import pack_value, unpack_value
+from tensorwire.wire.frames import MAJOR as FORMAT
+
+VERSION: Final = 1
+_MAGIC: Final = b"\x93TWM"
+_HEAD: Final = struct.Struct("<4sII")
+_MESSAGE_LIMIT: Final = 64 << 10  # bytes that somebody we know nothing of yet can make us hold
+_TEXT_LIMIT: Final = 500
+_TRANSFER_LIMIT: Final = 64
+_MOST_WAITS: Final = 1000  # in a row; at one in 15 s, four hours of work between two bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Receive at least one byte into `buffer`; the answer is how many, 0 once the peer has closed.
+
+    `steady`: a stream is on its way, so that a peer that only trickles is given up.
+    """
+
+    buffer: memoryview
+    steady: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send all buffers; the answer is the number of bytes."""
+
+    buffers: Iterable[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """Call `work`, which may take long, and answer with what it gives. `meanwhile` is sent now and then until it is done,
+    so that the peer knows that we are alive."""
+
+    work: Callable[[], Any]
+    meanwhile: bytes = b""
+
+
+T = TypeVar("T")
+Conversation = Generator[Fill | Send | Do, Any, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What the other end said of itself. `codecs`: ids it can decode. `software`: for people."""
+
+    format: int
+    codecs: tuple[int, ...]
+    software: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A stream that somebody wants to send. `transfer`: 1 to 64 bytes that name this transfer, the same on every attempt.
+    `name`: what it is, data and never a path. `size`: bytes of the stream where known. `about`: the application's own.
+    """
+
+    transfer: bytes
+    name: str = ""
+    size: int | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A stream has arrived whole and verified and is on disk, or wherever the receiver keeps it. `sent`: bytes that this attempt
+    sent. `about`: the application's own.
+    """
+
+    digest: str
+    size: int
+    sent: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RefusedError(TransportError):
+    """The receiver said no. `kind`: the reason in one word, "busy", "corrupt", "schema", or the application's own."""
+
+    def __init__(self, detail: str, *, kind: str, retryable: bool = False) -> None:
+        super().__init__(detail, retryable=retryable)
+        self.kind = kind
+
+
+class Place(Protocol):
+    """Where a stream is received to; `streams.recording.Recording` is one."""
+
+    position: Position
+    outcome: Outcome | None
+
+    def steps(self) -> Generator[Any, None, None]: ...
+
+    def get_buffer(self) -> memoryview: ...
+
+    def buffer_updated(self, size: int) -> None: ...
+
+    def commit(self) -> Any: ...
+
+    def forget(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def greet(codecs: Sequence[int], software: str) -> Conversation[Peer]:
+    """Both ends begin so: nothing is offered before each knows that it understands the other.
+
+    Raises UnsupportedError naming both versions, FormatError where the peer speaks something else.
+    """
+    mine = {"session": VERSION, "format": FORMAT, "codecs": list(codecs), "software": software}
+    yield Send([_pack("hello", mine)])
+    hello = yield from _read("hello", session=int, format=int, codecs=list, software=str)
+    theirs = hello["session"], hello["format"]
+    if theirs != (VERSION, FORMAT):
+        raise UnsupportedError(
+            f"the peer ({show(hello['software'])}) speaks session {theirs[0]} and format {theirs[1]}, "
+            f"this end session {VERSION} and format {FORMAT}"
+        )
+    if not all(type(codec) is int for codec in hello["codecs"]):
+        raise FormatError("hello: codecs are not numbers")
+    return Peer(hello["format"], tuple(hello["codecs"]), hello["software"])
+
+
+def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
+    """Send a stream from where the receiver has it. Raises RefusedError, CorruptError where the receiver ended up with another
+    digest, SequenceError where it has the beginning of another stream.
+    """
+    yield Send([_pack("offer", asdict(offer))])
+    have = yield from _read("have", frames=int, offset=int, link=int)
+    position = Position(have["frames"], have["offset"], have["link"])
+    if min(position.frames, position.offset, position.link) < 0:
+        raise FormatError("have: a negative position")
+    try:
+        sent = yield Send(outgoing.after(position))
+    except TransportError:
+        yield from _read("receipt")  # raises what the peer said before it closed, if it did
+        raise
+    receipt = yield from _read("receipt", digest=str, size=int, about=dict)
+    if receipt["digest"] != outgoing.digest:
+        raise CorruptError(f"the receiver's digest is {show(receipt['digest'])}, ours {outgoing.digest}")
+    yield Send([_pack("bye", {})])
+    return Receipt(receipt["digest"], receipt["size"], sent, receipt["about"])
+
+
+def receive_stream(
+    open_place: Callable[[Offer], Place], *, about: Callable[[], Mapping[str, Any]] = dict
+) -> Conversation[tuple[Offer, Outcome, bool]]:
+    """Receive a stream to where `open_place` says. What that raises of this library's errors refuses the offer; a RefusedError
+    gives the reason in the caller's own word. The receipt is sent after `commit`, with what `about` gives then.
+
+    Returns the offer, what was received, and whether the sender has said that it has its receipt. On any error what was
+    received so far stays for the next attempt.
+    """
+    offer = yield from _hear_offer()
+    try:
+        place = yield Do(partial(open_place, offer), _WAIT)
+        try:
+            yield Send([_pack("have", asdict(place.position))])
+            for _ in place.steps():
+                place.buffer_updated((yield Fill(place.get_buffer(), steady=True)))
+            yield Do(place.commit, _WAIT)
+            outcome = place.outcome
+            assert outcome is not None
+            receipt = {"digest": outcome.digest, "size": outcome.end.offset, "about": dict(about())}
+            yield Send([_pack("receipt", receipt)])
+            acknowledged = yield from _acknowledged()
+            if acknowledged:
+                place.forget()
+        finally:
+            place.close()
+    except TensorwireError as error:
+        if not isinstance(error, (TransportError, TruncatedError)) or isinstance(error, RefusedError):
+            yield Send([_refusal(error)])
+        raise
+    return offer, outcome, acknowledged
+
+
+def say(message: Mapping[str, Any]) -> Conversation[None]:
+    """Send a message of the application's own: a map of plain values, 64 KiB at most."""
+    yield Send([_pack("note", {"note": dict(message)})])
+
+
+def hear() -> Conversation[dict[Any, Any]]:
+    """Receive a message of the application's own. It is not to be trusted: check every field."""
+    return (yield from _read("note", note=dict))["note"]
+
+
+def _hear_offer() -> Conversation[Offer]:
+    message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), about=dict)
+    offer = Offer(**message)
+    if not 0 < len(offer.transfer) <= _TRANSFER_LIMIT or (offer.size or 0) < 0:
+        raise FormatError("an offer without a transfer of 1 to 64 bytes, or of a negative size")
+    return offer
+
+
+def _acknowledged() -> Conversation[bool]:
+    try:
+        yield from _read("bye")
+    except TransportError:
+        return False
+    return True
+
+
+def _refusal(error: TensorwireError) -> bytes:
+    if isinstance(error, RefusedError):
+        kind, retryable = error.kind, error.retryable
+    elif isinstance(error, StorageError):
+        kind, retryable = "busy" if error.errno == errno.EWOULDBLOCK else "storage", True
+    else:
+        kind, retryable = type(error).__name__.removesuffix("Error").lower(), isinstance(error, CorruptError)
+    return _pack("refuse", {"kind": kind, "detail": str(error)[:_TEXT_LIMIT], "retryable": retryable})
+
+
+def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
+    body = pack_value([kind, dict(fields)], DEFAULT)
+    if len(body) > _MESSAGE_LIMIT:
+        raise EncodeError(f"a message of {len(body)} bytes; {_MESSAGE_LIMIT} is the most")
+    return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
+
+
+_WAIT: Final = _pack("wait", {})
+
+
+def _read(wanted: str, **fields: Any) -> Conversation[dict[str, Any]]:
+    """The next message that is not "wait", with exactly these fields of these types."""
+    for _ in range(_MOST_WAITS):
+        kind, message = yield from _read_any()
+        if kind != "wait":
+            break
+    else:
+        raise TransportError("the peer has only asked to wait")
+    if kind == "refuse":
+        _check_fields(kind, message, kind=str, detail=str, retryable=bool)
+        refused = message["kind"], message["retryable"]
+        raise RefusedError(f"the receiver refuses: {show(message['detail'])}", kind=refused[0], retryable=refused[1])
+    if kind != wanted:
+        raise SequenceError(f"expected the message {wanted!r}, got {show(kind)}")
+    _check_fields(kind, message, **fields)
+    return message
+
+
+def _read_any() -> Conversation[tuple[str, dict[str, Any]]]:
+    head = yield from _receive(_HEAD.size)
+    magic, length, crc = _HEAD.unpack(head)
+    if magic != _MAGIC:
+        raise FormatError("the peer does not speak this protocol (does one end use TLS and the other not?)")
+    if length > _MESSAGE_LIMIT:
+        raise LimitError("message", _MESSAGE_LIMIT, length)
+    body = yield from _receive(length)
+    if zlib.crc32(body) != crc:
+        raise CorruptError("message checksum mismatch")
+    message = unpack_value(body, DEFAULT)
+    if not (type(message) is list and len(message) == 2 and type(message[0]) is str and type(message[1]) is dict):
+        raise FormatError("a message that is no kind and map")
+    return message[0], message[1]
+
+
+def _receive(size: int) -> Conversation[bytes]:
+    buffer = memoryview(bytearray(size))
+    done = 0
+    while done < size:
+        got = yield Fill(buffer[done:])
+        if got == 0:
+            raise TransportError("the peer has closed the connection")
+        done += got
+    return bytes(buffer)
+
+
+def _check_fields(kind: str, message: dict[str, Any], **fields: Any) -> None:
+    if message.keys() != fields.keys():
+        raise FormatError(f"{kind}: has the fields {show(list(message))}, expected {list(fields)}")
+    for name, types in fields.items():
+        if type(message[name]) not in (types if isinstance(types, tuple) else (types,)):
+            raise FormatError(f"{kind}: {name} is of the wrong type")

@@ -1,0 +1,65 @@
+"""TLS 1.3 through the standard library, and where plain text may go.
+
+Certificates come as PEM files. A listener has a certificate and its key; whoever connects checks it against `ca` and against the
+host name. With mutual TLS the one who connects has a certificate too, and the listener checks it against its own `ca`.
+"""
+
+import os
+import ssl
+from ipaddress import ip_address
+
+from tensorwire.errors import AuthError, TransportError
+
+Path = str | os.PathLike
+
+
+def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.SSLContext:
+    """For listeners. `ca`: also demand a certificate signed by this authority from whoever connects (mutual TLS).
+
+    Raises AuthError where a file is missing or no PEM, or key and certificate do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _load(context, certificate, key, ca)
+    if ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_tls(
+    *, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None
+) -> ssl.SSLContext:
+    """For those who connect. `ca`: trust this authority alone, and not those the system trusts. `certificate`, `key`: who we are,
+    for mutual TLS. Raises AuthError as `server_tls` does.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if ca is None:
+        context.load_default_certs()
+    _load(context, certificate, key, ca)
+    return context
+
+
+def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -> None:
+    """Refuse plain text to or from anywhere but this machine, unless it was asked for. Raises TransportError."""
+    if tls is None and not plaintext and not _is_loopback(host):
+        raise TransportError(
+            f"{host or 'every address'} is not this machine: pass tls=, or plaintext=True if the network is trusted",
+            retryable=False,
+        )
+
+
+def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, ca: Path | None) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        if ca is not None:
+            context.load_verify_locations(ca)
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise AuthError(f"cannot use the certificate, key or authority given: {error}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
