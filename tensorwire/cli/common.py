@@ -79,25 +79,37 @@ def binary_stdout() -> Any:
 
 def tracked(buffers: Iterable[Any], total: int | None) -> Iterator[Any]:
     """`buffers`, with a progress bar on a terminal for those who have tqdm."""
-    bar = _bar(total)
-    try:
+    with Progress(total) as progress:
         for buffer in buffers:
             yield buffer
-            if bar is not None:
-                bar.update(memoryview(buffer).nbytes)
-    finally:
-        if bar is not None:
-            bar.close()
+            progress.update(memoryview(buffer).nbytes)
 
 
-def _bar(total: int | None) -> Any:
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=_PROGRESS_DELAY, leave=False)
+class Progress:
+    """A bar of bytes on stderr, where that is a terminal and tqdm is installed. `begin`: bytes that are there already."""
+
+    def __init__(self, total: int | None, begin: int = 0) -> None:
+        self._bar: Any = None
+        if not sys.stderr.isatty():
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+        self._bar = tqdm(total=total, initial=begin, delay=_PROGRESS_DELAY, leave=False, **units)
+
+    def update(self, size: int) -> None:
+        """`size` more bytes are through."""
+        if self._bar is not None:
+            self._bar.update(size)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def error_fields(error: TensorwireError) -> dict[str, Any]:

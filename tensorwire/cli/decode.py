@@ -29,7 +29,7 @@ examples:
   nc -l 9000 | tensorwire decode - weights.npz
   tensorwire decode folder.tw - | tar x
 """
-_FORMATS: Final = ("safetensors", "npz", "file")
+KINDS: Final = ("safetensors", "npz", "file")
 
 
 def add_parser(verbs: Any) -> None:
@@ -37,27 +37,33 @@ def add_parser(verbs: Any) -> None:
     parser = verb(verbs, "decode", _run, summary="decode a stream to a model or a file", text=_TEXT)
     parser.add_argument("input", metavar="IN", help="a .tw file, or - for stdin")
     parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
-    parser.add_argument("--to", choices=_FORMATS, help="what OUT becomes, whatever its name")
+    parser.add_argument("--to", choices=KINDS, help="what OUT becomes, whatever its name")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
-    suffix = Path(output).suffix.lower().removeprefix(".")
-    kind = arguments.to or (suffix if suffix in _FORMATS else "file")
+    kind = arguments.to or kind_of(output)
     with reading(arguments.input) as source:
         if output != PIPE:
-            _decode(source, output, kind)
+            write(source, output, kind)
             return 0
         out = binary_stdout()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "decoded")
-            _decode(source, path, kind)
+            write(source, path, kind)
             with open(path, "rb") as file:
                 shutil.copyfileobj(file, out, 1 << 20)
     return 0
 
 
-def _decode(source: Iterator[bytes], path: str, kind: str) -> None:
+def kind_of(output: str) -> str:
+    """What a stream becomes in a file of this name: one of `KINDS`."""
+    suffix = Path(output).suffix.lower().removeprefix(".")
+    return suffix if suffix in KINDS else "file"
+
+
+def write(source: Iterator[bytes], path: str, kind: str) -> None:
+    """Decode a stream into a file, which appears only when all is verified."""
     if kind == "safetensors":
         tensorwire.safetensors.decode(source, path)
     elif kind == "npz":

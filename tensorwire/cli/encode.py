@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,18 +44,30 @@ def add_parser(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     path, output, codec = arguments.input, arguments.output, arguments.codec
     suffix = Path(path).suffix.lower()
-    if suffix in _ARRAYS or suffix in _CHECKPOINTS:
-        container = _arrays(path) if suffix in _ARRAYS else _checkpoint(path)
-        if output != PIPE:
-            tensorwire.save_file(container, output, codec=codec)
-            return 0
-        buffers = tensorwire.encode(container, codec=codec)
-    elif suffix == ".safetensors":
-        buffers = tensorwire.safetensors.encode(path, codec=codec, at_rest=output != PIPE)
-    else:
-        buffers = tensorwire.encode_file(sys.stdin.buffer if path == PIPE else path, codec=codec)
-    write_stream(output, buffers, _expected(path, suffix, codec))
+    if suffix in _ARRAYS + _CHECKPOINTS and output != PIPE:
+        tensorwire.save_file(_container(path, suffix), output, codec=codec)
+        return 0
+    write_stream(output, stream(path, codec, at_rest=output != PIPE), expected_size(path, codec))
     return 0
+
+
+def stream(path: str, codec: str, *, at_rest: bool = False) -> Iterator[Any]:
+    """The stream that a file becomes, by its name. `at_rest`: of a .safetensors file, laid out as `save_file` does."""
+    suffix = Path(path).suffix.lower()
+    if suffix in _ARRAYS + _CHECKPOINTS:
+        return tensorwire.encode(_container(path, suffix), codec=codec)
+    if suffix == ".safetensors":
+        return tensorwire.safetensors.encode(path, codec=codec, at_rest=at_rest)
+    return tensorwire.encode_file(sys.stdin.buffer if path == PIPE else path, codec=codec)
+
+
+def expected_size(path: str, codec: str) -> int | None:
+    """Bytes of the stream, where they are nearly those of the input."""
+    return os.path.getsize(path) if codec == "raw" and path != PIPE and Path(path).suffix else None
+
+
+def _container(path: str, suffix: str) -> Any:
+    return _arrays(path) if suffix in _ARRAYS else _checkpoint(path)
 
 
 def _arrays(path: str) -> Any:
@@ -75,8 +88,3 @@ def _checkpoint(path: str) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise EncodeError(f"{path} does not load with weights_only=True: {reason}") from None
-
-
-def _expected(path: str, suffix: str, codec: str) -> int | None:
-    """Bytes of the stream, where they are nearly those of the input."""
-    return os.path.getsize(path) if codec == "raw" and path != PIPE and suffix else None

@@ -20,6 +20,7 @@ from tensorwire.transports.session import (
 )
 from tensorwire.transports.tcp import TcpListener, TcpTransport
 from tensorwire.transports.tls import client_tls, server_tls
+from tensorwire.transports.transfer import send_resuming
 
 __all__ = [
     "AsyncListener",
@@ -39,6 +40,7 @@ __all__ = [
     "hear",
     "receive_stream",
     "say",
+    "send_resuming",
     "send_stream",
     "server_tls",
 ]

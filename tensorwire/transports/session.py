@@ -13,7 +13,7 @@ Messages are small msgpack maps behind 12 bytes of magic, length and CRC-32. doc
 import errno
 import struct
 import zlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
@@ -32,6 +32,7 @@ from tensorwire.errors import (
     show,
 )
 from tensorwire.limits import DEFAULT
+from tensorwire.streams import CODEC_IDS
 from tensorwire.streams.outgoing import Outgoing
 from tensorwire.streams.recording import Outcome, Position
 from tensorwire.streams.values import pack_value, unpack_value
@@ -137,12 +138,12 @@ class Place(Protocol):
     def close(self) -> None: ...
 
 
-def greet(codecs: Sequence[int], software: str) -> Conversation[Peer]:
+def greet(software: str = "tensorwire") -> Conversation[Peer]:
     """Both ends begin so: nothing is offered before each knows that it understands the other.
 
     Raises UnsupportedError naming both versions, FormatError where the peer speaks something else.
     """
-    mine = {"session": VERSION, "format": FORMAT, "codecs": list(codecs), "software": software}
+    mine = {"session": VERSION, "format": FORMAT, "codecs": list(CODEC_IDS), "software": software}
     yield Send([_pack("hello", mine)])
     hello = yield from _read("hello", session=int, format=int, codecs=list, software=str)
     theirs = hello["session"], hello["format"]

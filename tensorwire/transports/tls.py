@@ -40,9 +40,10 @@ def client_tls(
 
 def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -> None:
     """Refuse plain text to or from anywhere but this machine, unless it was asked for. Raises TransportError."""
-    if tls is None and not plaintext and not _is_loopback(host):
+    if tls is None and not plaintext and not is_loopback(host):
         raise TransportError(
-            f"{host or 'every address'} is not this machine: pass tls=, or plaintext=True if the network is trusted",
+            f"{host or 'every address'} is not this machine: use TLS, or say that the network is trusted "
+            "(plaintext=True, --plaintext)",
             retryable=False,
         )
 
@@ -58,7 +59,8 @@ def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, c
         raise AuthError(f"cannot use the certificate, key or authority given: {error}") from error
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine and nothing else."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

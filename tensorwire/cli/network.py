@@ -1,0 +1,63 @@
+"""What `send` and `receive` share: addresses, TLS options, the report."""
+
+import argparse
+import ssl
+import sys
+from typing import Any, Final
+
+from tensorwire.cli.common import UsageError, print_json
+from tensorwire.transports import client_tls, server_tls
+from tensorwire.transports.tls import is_loopback
+
+PORT: Final = 7453
+SECURITY: Final = """\
+Beyond this machine TLS 1.3 is spoken: the receiver needs --cert and --key, the sender checks them against the system's
+authorities or --ca. --plaintext goes without, where the network between the two is trusted."""
+
+
+def address(text: str) -> tuple[str, int]:
+    """An argument HOST:PORT, HOST, :PORT or [IPv6]:PORT."""
+    host, colon, port = text.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = text, str(PORT)
+    if not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def add_security(parser: argparse.ArgumentParser, *, listens: bool) -> None:
+    """The options for TLS."""
+    whose = "those who connect must have a certificate of" if listens else "trust only"
+    parser.add_argument("--cert", metavar="PEM", help="our certificate")
+    parser.add_argument("--key", metavar="PEM", help="and its private key")
+    parser.add_argument("--ca", metavar="PEM", help=f"{whose} this authority")
+    parser.add_argument("--plaintext", action="store_true", help="no TLS: the network is trusted")
+
+
+def listener_tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    """For `receive`. Raises UsageError, AuthError."""
+    if not (arguments.cert or arguments.key or arguments.ca):
+        return None
+    if not (arguments.cert and arguments.key):
+        raise UsageError("to listen with TLS takes --cert and --key")
+    return server_tls(arguments.cert, arguments.key, ca=arguments.ca)
+
+
+def connection_tls(arguments: argparse.Namespace, host: str) -> ssl.SSLContext | None:
+    """For `send`. Raises UsageError, AuthError."""
+    if bool(arguments.cert) != bool(arguments.key):
+        raise UsageError("--cert and --key belong together")
+    if arguments.plaintext or is_loopback(host) and not (arguments.ca or arguments.cert):
+        return None
+    return client_tls(ca=arguments.ca, certificate=arguments.cert, key=arguments.key)
+
+
+def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> None:
+    """Say how a transfer ended: one line for people, or JSON."""
+    if as_json:
+        print_json(result)
+        return
+    rate = result["moved"] / max(result["seconds"], 1e-9) / 1e6
+    resumed = f", {result['moved']:,} of them now" if result["moved"] < result["bytes"] else ""
+    line = f"{verb} {name}: {result['bytes']:,} bytes{resumed} in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
+    print(f"{line}, SHA-256 {result['digest']}", file=sys.stderr)

@@ -1,0 +1,138 @@
+"""`tensorwire receive`: wait for a `tensorwire send` and put what comes into a file."""
+
+import argparse
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, Final
+
+from tensorwire.cli import decode
+from tensorwire.cli.common import PIPE, Progress, binary_stdout, verb
+from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report
+from tensorwire.errors import SchemaError, TensorwireError, show
+from tensorwire.streams import Outcome, Recording
+from tensorwire.transports import AsyncListener, AsyncTransport, Offer, RefusedError, greet, receive_stream
+from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
+from tensorwire.wire import Item, Kind
+
+_TEXT: Final = f"""\
+OUT becomes what `tensorwire decode` makes of a stream, by its name; *.tw keeps the stream as it was sent. It appears only
+when all is verified. What has arrived waits beside it under a hidden name (*.part), and the transfer goes on there
+when the sender, or this command, is started again.
+
+{SECURITY}
+examples:
+  tensorwire receive model.safetensors --listen 0.0.0.0:7453 --cert server.pem --key server.key
+  tensorwire receive model.tw
+"""
+_CHUNK: Final = 1 << 20
+_WITH_DATA: Final = (Kind.TENSOR, Kind.FILE)
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to the command line."""
+    parser = verb(verbs, "receive", _run, summary="receive a model or a file from a `tensorwire send`", text=_TEXT)
+    parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
+    parser.add_argument("--to", choices=(*decode.KINDS, "tw"), help="what OUT becomes, whatever its name")
+    where = ("127.0.0.1", PORT)
+    listen = parser.add_argument("--listen", metavar="HOST:PORT", type=address, default=where)
+    listen.help = f"where to listen (127.0.0.1:{PORT}; port 0 picks one)"
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    add_security(parser, listens=True)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    kind = arguments.to or ("tw" if arguments.output.endswith(".tw") else decode.kind_of(arguments.output))
+    if arguments.output != PIPE:
+        result = asyncio.run(_Reception(arguments, arguments.output, kind).result())
+    else:
+        out = binary_stdout()
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "received")
+            result = asyncio.run(_Reception(arguments, path, kind).result())
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, out, _CHUNK)
+    report("received", arguments.output, result, as_json=arguments.json)
+    return 0
+
+
+class _Reception:
+    """Serves whoever connects until one transfer is through."""
+
+    def __init__(self, arguments: argparse.Namespace, path: str, kind: str) -> None:
+        self._arguments = arguments
+        self._path = path
+        self._kind = kind
+        self._place: _Place | None = None
+        self._opening = threading.Lock()
+
+    async def result(self) -> dict[str, Any]:
+        """Listen until a transfer is through, and give its report."""
+        self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        host, port = self._arguments.listen
+        options = {"tls": listener_tls(self._arguments), "plaintext": self._arguments.plaintext}
+        async with AsyncListener(self._serve, host, port, on_error=_complain, **options) as listener:
+            print(f"listening on {host}:{listener.port}", file=sys.stderr, flush=True)
+            outcome = await self._outcome
+        assert self._place is not None
+        result = {"bytes": outcome.end.offset, "moved": self._place.moved, "seconds": self._place.seconds}
+        return {**result, "digest": outcome.digest}
+
+    async def _serve(self, transport: AsyncTransport) -> None:
+        await transport.run(greet(), within=HANDSHAKE)
+        _, outcome, acknowledged = await transport.run(receive_stream(self._open))
+        if not acknowledged:  # it may come again for its receipt
+            await asyncio.sleep(TIMEOUT)
+        if not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def _open(self, offer: Offer) -> "_Place":
+        with self._opening:  # this runs in a thread per connection
+            if self._place is not None and self._place.open:
+                raise RefusedError("another sender is at it", kind="busy", retryable=True)
+            self._place = _Place(self._path, self._kind, offer)
+            return self._place
+
+
+class _Place(Recording):
+    """A recording with progress that becomes a file of the kind asked for."""
+
+    def __init__(self, path: str, kind: str, offer: Offer) -> None:
+        self.open = True
+        self.moved = 0
+        self._kind = kind
+        self._began = time.monotonic()
+        finish = None if kind == "tw" else self._decode
+        super().__init__(path, offer.transfer, check=self._check_item, finish=finish)
+        print(f"receiving {show(offer.name)}", file=sys.stderr)
+        self._progress = Progress(offer.size, self.position.offset)
+
+    def buffer_updated(self, size: int) -> None:
+        super().buffer_updated(size)
+        self.moved += size
+        self._progress.update(size)
+
+    def commit(self) -> Outcome:
+        self.seconds = time.monotonic() - self._began
+        return super().commit()
+
+    def close(self) -> None:
+        super().close()
+        self.open = False
+
+    def _check_item(self, item: Item) -> None:
+        if self._kind != "tw" and (item.kind == Kind.FILE) != (self._kind == "file") and item.kind in _WITH_DATA:
+            wanted = "a file" if self._kind == "file" else "tensors"
+            raise SchemaError(f"{self.path} is to hold {wanted}; this is not", item=item.name)
+
+    def _decode(self, part: str) -> None:
+        with open(part, "rb", buffering=0) as file:
+            decode.write(iter(lambda: file.read(_CHUNK), b""), self.path, self._kind)
+
+
+def _complain(error: TensorwireError) -> None:
+    print(f"tensorwire: {error}", file=sys.stderr)

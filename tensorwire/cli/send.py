@@ -1,0 +1,95 @@
+"""`tensorwire send`: a model or any file to another machine."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Any, Final
+
+import tensorwire
+from tensorwire.cli import encode
+from tensorwire.cli.common import PIPE, Progress, UsageError, codec_spec, verb
+from tensorwire.cli.network import SECURITY, add_security, address, connection_tls, report
+from tensorwire.errors import UnsupportedError
+from tensorwire.streams import Position, Regenerated
+from tensorwire.transports import Offer, Peer, TcpTransport, send_resuming
+
+_TEXT: Final = f"""\
+IN is what `tensorwire encode` takes. When the connection breaks, or either side is killed and started again with the
+same arguments, the transfer goes on from the last frame that the receiver has verified.
+
+{SECURITY}
+examples:
+  tensorwire send model.safetensors host.example:7453 --codec nf4 --ca authority.pem
+  tensorwire send checkpoint.bin 127.0.0.1
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to the command line."""
+    parser = verb(verbs, "send", _run, summary="send a model or a file to a `tensorwire receive`", text=_TEXT)
+    parser.add_argument("input", metavar="IN", help="a file, or - for stdin (which cannot be resumed)")
+    parser.add_argument("address", metavar="HOST:PORT", type=address, help="where the receiver listens")
+    parser.add_argument("--codec", type=codec_spec, default="raw", metavar="SPEC", help="how to encode (raw)")
+    parser.add_argument("--patience", type=float, default=60, metavar="S", help="give up after S s without progress (60)")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    add_security(parser, listens=False)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    host, port = arguments.address
+    if not host:
+        raise UsageError("send to which host? HOST:PORT")
+    tls = connection_tls(arguments, host)
+    began = time.monotonic()
+    source = _Source(arguments.input, arguments.codec)
+    receipt = send_resuming(
+        lambda: TcpTransport.connect(host, port, tls=tls, plaintext=arguments.plaintext),
+        Offer(_transfer(arguments.input, arguments.codec), os.path.basename(arguments.input), source.size),
+        source,
+        patience=arguments.patience,
+        check_peer=lambda peer: _check_codecs(peer, arguments.codec),
+    )
+    seconds = time.monotonic() - began
+    result = {"bytes": receipt.size, "moved": receipt.sent, "seconds": seconds, "digest": receipt.digest}
+    report("sent", arguments.input, result, as_json=arguments.json)
+    return 0
+
+
+def _transfer(path: str, codec: str) -> bytes:
+    """The same for the same file and codec, whoever asks and whenever."""
+    if path == PIPE:
+        return os.urandom(32)
+    status = os.stat(path)
+    return sha256(json.dumps([os.path.basename(path), status.st_size, status.st_mtime_ns, codec]).encode()).digest()
+
+
+def _check_codecs(peer: Peer, codec: str) -> None:
+    missing = {stage[0] for stage in tensorwire.codec(codec).stages()} - set(peer.codecs)
+    if missing:
+        raise UnsupportedError(f"the receiver ({peer.software}) does not know codec {codec}: ids {sorted(missing)}")
+
+
+class _Source:
+    """A file's stream, with progress."""
+
+    def __init__(self, path: str, codec: str) -> None:
+        self.size = encode.expected_size(path, codec)
+        self._pipe = path == PIPE
+        self._began = False
+        self._stream = Regenerated(lambda: encode.stream(path, codec))
+
+    def after(self, position: Position) -> Iterator[Any]:
+        if self._pipe and self._began:
+            raise UsageError("the connection broke, and what came from stdin cannot be read again")
+        self._began = True
+        with Progress(self.size, position.offset) as progress:
+            for buffer in self._stream.after(position):
+                yield buffer
+                progress.update(len(buffer))
+
+    @property
+    def digest(self) -> str:
+        return self._stream.digest
