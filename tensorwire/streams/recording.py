@@ -54,7 +54,7 @@ class Recording:
 
     `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` is called with
     each item before its data is taken, and raises to refuse the stream. `finish` is called instead of the
-    renaming, with the path of the temporary file, and has to make `path` from it atomically.
+    renaming, with the path of the temporary file, and has to make `path` from it atomically, or to raise.
 
     `position` says where the sender has to go on, `outcome` is set once the stream is whole. Raises StorageError, with errno
     EWOULDBLOCK where somebody else is receiving the same transfer.
@@ -125,7 +125,8 @@ class Recording:
                     os.replace(self._part, self.path)
                 else:
                     self._finish(self._part)
-                    os.unlink(self._part)
+                    with suppress(FileNotFoundError):
+                        os.unlink(self._part)
                 sync_folder(os.path.dirname(self.path) or os.curdir)
             except OSError as error:
                 raise _storage(self.path, error) from error

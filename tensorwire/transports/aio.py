@@ -19,12 +19,17 @@ T = TypeVar("T")
 
 
 class AsyncTransport:
-    """One connection, as `TcpTransport`, for coroutines; an async context manager. Made by `connect` and by `AsyncListener`."""
+    """One connection, as `TcpTransport`, for coroutines; an async context manager. Made by `connect` and by `AsyncListener`.
+
+    `sent`, `received`: bytes so far, without those of TLS. `peer_name`: the common name in the peer's certificate, None without.
+    """
 
     def __init__(self, wire: "_Wire", *, timeout: float | None, min_rate: float) -> None:
         self._wire = wire
         self._timeout = timeout
         self._pace = Pace(min_rate)
+        self.sent = self.received = 0
+        self.peer_name = wire.peer_name
 
     @classmethod
     async def connect(
@@ -67,6 +72,7 @@ class AsyncTransport:
             await self._in_time(self._wire.write(view), "sending")
             self._pace.moved(len(view), time.monotonic() - began)
             total += len(view)
+            self.sent += len(view)
         return total
 
     def receive(self) -> "AsyncTransport":
@@ -121,7 +127,9 @@ class AsyncTransport:
             await self.send([step.meanwhile])
 
     async def _read(self, buffer: memoryview) -> int:
-        return await self._in_time(self._wire.read(buffer), "receiving")
+        got = await self._in_time(self._wire.read(buffer), "receiving")
+        self.received += got
+        return got
 
     async def _in_time(self, waiter: "asyncio.Future[T]", doing: str) -> T:
         """The result of a future, or TransportError after `timeout`. Cheaper than a task around each read."""
@@ -264,6 +272,9 @@ class _Wire(asyncio.BufferedProtocol):
         self._transport = transport
         transport.set_write_buffer_limits(high=_HIGH_WATER)
         transport.pause_reading()
+        subject = (transport.get_extra_info("peercert") or {}).get("subject", ())
+        names = [value for part in subject for key, value in part if key == "commonName"]
+        self.peer_name = names[0] if names else None
         self._accepted(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
