@@ -107,7 +107,7 @@ class _Place(Recording):
         self._kind = kind
         self._began = time.monotonic()
         finish = None if kind == "tw" else self._decode
-        super().__init__(path, offer.transfer, check=self._check_item, finish=finish)
+        super().__init__(path, offer.transfer, check=lambda: self._check_item, finish=finish)
         print(f"receiving {show(offer.name)}", file=sys.stderr)
         self._progress = Progress(offer.size, self.position.offset)
 

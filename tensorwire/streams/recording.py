@@ -52,8 +52,9 @@ class Outcome:
 class Recording:
     """The place of one transfer; a `streams.source.Consumer` that gives no results.
 
-    `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` is called with
-    each item before its data is taken, and raises to refuse the stream. `finish` is called instead of the
+    `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` gives a function
+    that is called with each item before its data is taken, and raises to refuse the stream (`lambda: schema(model).check`);
+    it is called anew for every time that the stream is read from its beginning. `finish` is called instead of the
     renaming, with the path of the temporary file, and has to make `path` from it atomically, or to raise.
 
     `position` says where the sender has to go on, `outcome` is set once the stream is whole. Raises StorageError, with errno
@@ -65,14 +66,14 @@ class Recording:
         path: str | os.PathLike,
         transfer: bytes,
         *,
-        check: Callable[[Item], None] | None = None,
+        check: Callable[[], Callable[[Item], None]] = lambda: _accept,
         finish: Callable[[str], None] | None = None,
         limits: Limits = DEFAULT,
     ) -> None:
         self.path = os.fspath(path)
         self.position = Position()
         self.outcome: Outcome | None = None
-        self._check = check
+        self._new_check = check
         self._finish = finish
         self._limits = limits
         folder, name = os.path.split(self.path)
@@ -190,6 +191,7 @@ class Recording:
         """Feed the file's first `size` bytes back in. Returns whether they are whole frames."""
         self._frames = Frames(limits=self._limits)
         self._events = self._frames.steps()
+        self._check = self._new_check()
         self.position, self.outcome = Position(), None
         done = 0
         try:
@@ -207,7 +209,7 @@ class Recording:
         return self.position.offset == size
 
     def _verified(self, frame: Frame) -> None:
-        if isinstance(frame.event, ItemStart) and self._check is not None:
+        if isinstance(frame.event, ItemStart):
             self._check(frame.event.item)
         end = Position(frame.header.sequence + 1, frame.offset + frame.size, frame.header.crc)
         if isinstance(frame.event, StreamEnd):
@@ -221,6 +223,10 @@ class Recording:
             raise _storage(self.path, error) from error
         self._written += len(self._pending)
         self._pending = bytearray()
+
+
+def _accept(item: Item) -> None:
+    pass
 
 
 def _open_alone(path: str) -> int:
