@@ -14,7 +14,7 @@ import tensorwire
 from tensorwire.bench import BenchError
 from tensorwire.cli import bench, decode, encode, inspect, verify
 from tensorwire.cli.common import UsageError
-from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.errors import StorageError, TensorwireError, TransportError
 
 OK: Final = 0
 REFUSED: Final = 1
@@ -42,8 +42,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return IO_TROUBLE
     except UsageError as error:
         return _fail(error, USAGE)
-    except TransportError as error:
+    except (TransportError, StorageError) as error:
         return _fail(error, IO_TROUBLE)
     except TensorwireError as error:
         return _fail(error, REFUSED)

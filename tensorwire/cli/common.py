@@ -62,7 +62,7 @@ def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
     roughly."""
     if path != PIPE:
         with replacing(path) as fd:
-            Output(fd).append(tracked(buffers, total))
+            Output(fd, path).append(tracked(buffers, total))
         return
     out = binary_stdout()
     for buffer in tracked(buffers, total):
