@@ -12,7 +12,7 @@ from typing import Final
 
 import tensorwire
 from tensorwire.bench import BenchError
-from tensorwire.cli import bench, decode, encode, inspect, verify
+from tensorwire.cli import bench, decode, digest, encode, inspect, verify
 from tensorwire.cli.common import UsageError
 from tensorwire.errors import StorageError, TensorwireError, TransportError
 
@@ -22,11 +22,12 @@ USAGE: Final = 2
 IO_TROUBLE: Final = 3
 INTERRUPTED: Final = 130
 
-_VERBS: Final = (bench, encode, decode, inspect, verify)
+_VERBS: Final = (bench, encode, decode, inspect, verify, digest)
 _EPILOG: Final = """\
 exit codes:
   0    done, and the stream is good
-  1    refused: the stream is broken or not what was asked for, or the input cannot be encoded as asked
+  1    refused: the stream is broken, not what was asked for or not from whom it should be, or the input cannot be
+       encoded as asked
   2    usage
   3    trouble with a file, a pipe, or what this machine has
   130  interrupted

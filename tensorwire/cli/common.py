@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import tensorwire
-from tensorwire.errors import EncodeError, TensorwireError
+from tensorwire.errors import AuthError, EncodeError, TensorwireError
 from tensorwire.streams.atomic import Output, replacing
 
 PIPE: Final = "-"
 _CHUNK: Final = 1 << 20
+_MAX_KEY: Final = 4096
 _PROGRESS_DELAY: Final = 1.0  # seconds; what is done sooner needs no bar
 
 
@@ -55,6 +56,15 @@ def reading(path: str) -> Iterator[Iterator[bytes]]:
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         yield tracked(iter(lambda: file.read(_CHUNK), b""), size)
+
+
+def read_key(path: str) -> bytes:
+    """The key in a file: all of its bytes. Raises AuthError for what cannot be meant as one."""
+    with open(path, "rb") as file:
+        key = file.read(_MAX_KEY + 1)
+    if len(key) > _MAX_KEY:
+        raise AuthError(f"{path} has more than {_MAX_KEY} bytes: that is no key")
+    return key
 
 
 def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
