@@ -246,6 +246,7 @@ def test_two_threads_at_one_descriptor_where_seeking_takes_a_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lacking = SimpleNamespace(**{name: getattr(os, name) for name in ("lseek", "write", "read", "SEEK_SET", "fsdecode")})
+    seek, lacking.lseek = lacking.lseek, lambda *place: (seek(*place), time.sleep(0.0001))  # the other thread's turn
     monkeypatch.setattr(atomic, "os", lacking)
     pieces = [bytes([number]) * 100 for number in range(200)]
     with open(tmp_path / "file", "w+b") as file:
@@ -718,8 +719,10 @@ def test_ctrl_c_at_random_moments(verb: str, inputs: Path, tmp_path: Path) -> No
         assert codes[-1] in (0, 130, -signal.SIGINT), said
         if target.read_bytes() == OLD:
             assert (codes[-1], said) == (130, b"")
+        elif verb == "decode":
+            assert target.read_bytes() == data
         else:
-            assert tensorwire.loads is not None and target.stat().st_size >= len(data)
+            assert main(["verify", str(target)]) == 0
         assert [path.name for path in target.parent.iterdir()] == ["target"]
     assert codes
 
