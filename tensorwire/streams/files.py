@@ -30,10 +30,13 @@ from tensorwire.wire.ledger import END_SIZE
 
 
 def save_file(value: Any, path: str | os.PathLike, front: Front, **options: Any) -> int:
-    """Write `value` to `path`, which appears only when complete. Returns the bytes written."""
+    """Write `value` to `path`, which appears only when complete. Returns the bytes written.
+
+    Raises StorageError where the system does not take the file; one that was at `path` is untouched then.
+    """
     buffers = encode(value, front, at_rest=True, **options)
     with replacing(path) as fd:
-        return Output(fd).append(buffers)
+        return Output(fd, path).append(buffers)
 
 
 def load_file(path: str | os.PathLike, front: Front, **options: Any) -> Any:
