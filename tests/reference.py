@@ -237,7 +237,7 @@ def read_stream_payload(payload: bytes) -> dict:
         check(type(entries["id"]) is bytes and 1 <= len(entries["id"]) <= 64, "STREAM: id")
     if "metadata" in entries:
         metadata = entries["metadata"]
-        check(type(metadata) is dict and len(metadata) > 0, "STREAM: metadata")
+        check(type(metadata) is dict and 0 < len(metadata) <= LIMIT_PAIRS, "STREAM: metadata")
         check(all(type(text) is str for pair in metadata.items() for text in pair), "STREAM: metadata")
         check([*metadata] == sorted(metadata), "STREAM: order of the metadata")
     return entries
@@ -526,7 +526,8 @@ LIMIT_ITEM_PAYLOAD = 64 << 10
 LIMIT_ITEMS = 262_144
 LIMIT_ITEM = 16 << 30
 LIMIT_TEXT = 16 << 20
-LIMIT_COMPOSITE = 256 << 10
+LIMIT_COMPOSITE = 128 << 10
+LIMIT_PAIRS = 16_384
 LIMIT_DATA = 64 << 20
 LIMIT_SKIPPABLE = 8 << 20
 LIMIT_STREAM = 64 << 30

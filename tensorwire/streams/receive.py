@@ -32,6 +32,7 @@ from tensorwire.wire import (
     StreamEnd,
     StreamStart,
 )
+from tensorwire.wire.frames import HEADER_SIZE
 
 # A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
 _PIECE: Final = 4 << 20
@@ -115,7 +116,7 @@ class Receiver:
                 if event.last:
                     self._helper.drain()
                     del self._codecs[event.number]
-                    yield event.number, event.item, self._sinks.pop(event.number).close()
+                    yield event.number, event.item, self._close(event.number, event.item)
             elif isinstance(event, SliceStart):
                 self._start_slice(event)
             elif isinstance(event, SlicePart):
@@ -123,12 +124,17 @@ class Receiver:
                 self._direct_piece(event.done, event.left)
             elif isinstance(event, ItemStart):
                 if self._start_item(event.number, event.item) and event.item.total == 0:
-                    yield event.number, event.item, self._sinks.pop(event.number).close()
+                    yield event.number, event.item, self._close(event.number, event.item)
             elif isinstance(event, StreamStart):
                 self.start = event
             elif isinstance(event, StreamEnd):
                 self.end = event
-        finish(self._source)
+        header, offset = reader.frame
+        finish(self._source, offset + HEADER_SIZE + header.length)
+
+    def _close(self, number: int, item: Item) -> Any:
+        with self._located(item):
+            return self._sinks.pop(number).close()
 
     def _start_item(self, number: int, item: Item) -> bool:
         with self._located(item):

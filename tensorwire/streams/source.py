@@ -25,9 +25,9 @@ class _Bytes:
         self._rest = self._rest[size:]
         return size
 
-    def finish(self) -> None:
+    def finish(self, offset: int | None) -> None:
         if self._rest:
-            raise FormatError(f"{len(self._rest)} bytes after the end frame")
+            raise FormatError(f"{len(self._rest)} bytes after the end frame", offset=offset)
 
 
 class _Chunks:
@@ -48,9 +48,9 @@ class _Chunks:
         self._rest = self._rest[size:]
         return size
 
-    def finish(self) -> None:
+    def finish(self, offset: int | None) -> None:
         if self._rest or any(memoryview(chunk).nbytes for chunk in self._chunks):
-            raise FormatError("bytes after the end frame")
+            raise FormatError("bytes after the end frame", offset=offset)
 
 
 def as_source(data: Any) -> Source:
@@ -66,7 +66,9 @@ def as_source(data: Any) -> Source:
     raise TypeError(f"expected a buffer, an iterable of buffers or something with readinto, not {type(data).__name__}")
 
 
-def finish(source: Source) -> None:
-    """After the end frame: refuse what is left of a buffer or iterable. A file or socket may carry on."""
+def finish(source: Source, offset: int | None = None) -> None:
+    """After the end frame, which ended at `offset` where that is known: refuse what is left of a buffer or iterable. A file or socket may
+    carry on.
+    """
     if isinstance(source, (_Bytes, _Chunks)):
-        source.finish()
+        source.finish(offset)
