@@ -406,7 +406,6 @@ def payload_length(codec: list, width: int, count: int) -> int:
 
 def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | None) -> bytes | None:
     """The content of one zstd frame; what RFC 8878 says around its compressed blocks is checked here."""
-    check(len(frame) <= length + length // 256 + 64, "zstd: longer than any compressor makes it")
     check(len(frame) >= 6 and frame[:4] == b"\x28\xb5\x2f\xfd", "zstd: magic")
     descriptor, at = frame[4], 5
     single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
@@ -647,7 +646,10 @@ class _Reader:
         length = payload_length(item.codec, item.width, header.count)
         if item.codec != [[RAW]]:
             check(max(length, header.length) <= LIMIT_DATA, "limit: data frame")
-        check(len(item.codec) > 1 or header.length == length, "slice: length")
+        if len(item.codec) == 1:
+            check(header.length == length, "slice: length")
+        else:
+            check(header.length <= length + length // 256 + 64, "zstd: longer than any compressor makes it")
 
     def add_data(self, header: Header, payload: bytes) -> None:
         item = self.items[self.current]
