@@ -47,9 +47,18 @@ def material() -> dict[str, bytes]:
     """Small good streams, and a few of several things at once."""
     streams = {name: stored(name) for name in GOOD if len(stored(name)) < SMALL}
     rng = np.random.default_rng(0)
-    for codec in ("int8:blocksize=16", "int8-linear:blocksize=16", "nf4:blocksize=32", "fp4|zstd", "nf4:double_quant=true", "bf16|zstd"):
+    for codec in (
+        "int8:blocksize=16",
+        "int8-linear:blocksize=16",
+        "nf4:blocksize=32",
+        "fp4|zstd",
+        "nf4:double_quant=true",
+        "bf16|zstd",
+    ):
         values = rng.standard_normal(45).astype(np.float32)
-        streams[codec] = tw.dumps({"a": values, "n": [1, (2.5, "x")], "b": values[:7].astype(np.float16)}, codec=codec)
+        streams[codec] = tw.dumps(
+            {"a": values, "n": [1, (2.5, "x")], "b": values[:7].astype(np.float16)}, codec=codec
+        )
     return streams
 
 
@@ -58,14 +67,19 @@ def compare(stream: bytes) -> tuple[str, str | None]:
     verdict: Verdict = library(stream)
     if verdict.error == "SchemaError":
         verdict = library(stream, file=True)
-        if verdict.error == "SchemaError":  # a file beside tensors: a valid stream that no function takes as a whole
+        if (
+            verdict.error == "SchemaError"
+        ):  # a file beside tensors: a valid stream that no function takes as a whole
             return "SchemaError", None
     try:
         theirs = read_reference(stream)
     except reference.Refused as error:
         truncated = isinstance(error, reference.Truncated)
         if verdict.error is None or (verdict.error == "TruncatedError") != truncated:
-            return verdict.error or "accepted", f"reference: {type(error).__name__} {error}; library: {verdict}"
+            return (
+                verdict.error or "accepted",
+                f"reference: {type(error).__name__} {error}; library: {verdict}",
+            )
         return verdict.error, None
     if verdict.error is not None:
         return verdict.error, f"reference: accepts; library: {verdict}"

@@ -53,7 +53,14 @@ def _described(payload: bytes, spread: random.Random) -> bytes:
     value = holder[key]
     options = [spread.choice(NUMBERS), None, True, 1.0, "", "a", b"", [], {}, [value, value], str(value)]
     if type(value) is int:
-        options += [value + 1, value - 1, value * 2, spread.choice(NUMBERS), spread.choice(NUMBERS), spread.randrange(70)]
+        options += [
+            value + 1,
+            value - 1,
+            value * 2,
+            spread.choice(NUMBERS),
+            spread.choice(NUMBERS),
+            spread.randrange(70),
+        ]
     if type(value) is list:
         options += [value[:-1], value[::-1], value * 2]
     holder[key] = spread.choice(options)
@@ -67,7 +74,9 @@ def mutate(frames: list[Frame], spread: random.Random, change: Change | None = N
     kind = spread.random()
     if kind < 0.65 and frame.payload is not None:
         described = frame.type in (STREAM, ITEM) and spread.random() < 0.5
-        payload = change(frame.payload) if change else (_described if described else changed)(frame.payload, spread)
+        payload = (
+            change(frame.payload) if change else (_described if described else changed)(frame.payload, spread)
+        )
         count = frame.count
         if frame.type == DATA and spread.random() < 0.5 and frame.count == len(frame.payload):
             count = len(payload)
@@ -85,7 +94,11 @@ def mutate(frames: list[Frame], spread: random.Random, change: Change | None = N
         mutants = [Frame(spread.choice((0x80, 0x81, 0xFF, 5)), spread.randbytes(spread.randrange(4))), frame]
     else:
         field = spread.choice(FIELDS)
-        value = getattr(frame, field, 0) + spread.choice([-1, 1, 2, 1 << 31]) if spread.random() < 0.6 else spread.choice(NUMBERS)
+        value = (
+            getattr(frame, field, 0) + spread.choice([-1, 1, 2, 1 << 31])
+            if spread.random() < 0.6
+            else spread.choice(NUMBERS)
+        )
         mutants = [frame.having(**{field: max(0, min(value, (1 << WIDTH.get(field, 64)) - 1))})]
     return [*frames[:at], *mutants, *frames[at + 1 :]]
 
