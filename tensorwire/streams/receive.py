@@ -219,8 +219,7 @@ def _located(item: str, frame: int, offset: int) -> Iterator[None]:
     except TensorwireError as error:
         if error.item is None:
             error.item = item
-        if error.frame is None:
-            error.frame, error.offset = frame, offset
+        error.frame, error.offset = frame, offset
         raise
 
 

@@ -288,12 +288,13 @@ class Reader:
     def _fill_checked(self, buffer: memoryview, crc: int) -> Generator[_NeedData, None, int]:
         self._wanted = buffer
         done = 0
-        while self._wanted:
+        while done < len(buffer):
             yield NEED_DATA
             filled = len(buffer) - len(self._wanted)
-            if filled - done >= _CRC_CHUNK or not self._wanted:
-                crc = self._checksum(buffer[done:filled], crc)
-                done = filled
+            if self._wanted and filled - done < _CRC_CHUNK:
+                continue
+            crc = self._checksum(buffer[done:filled], crc)
+            done = filled
         return crc
 
     def _buffer(self, length: int) -> Generator[_NeedData, None, memoryview]:

@@ -64,7 +64,10 @@ def _described(payload: bytes, spread: random.Random) -> bytes:
     if type(value) is list:
         options += [value[:-1], value[::-1], value * 2]
     holder[key] = spread.choice(options)
-    return packb(body)
+    try:
+        return packb(body)
+    except OverflowError:  # a number doubled out of 64 bits
+        return changed(payload, spread)
 
 
 def mutate(frames: list[Frame], spread: random.Random, change: Change | None = None) -> list[Frame]:
