@@ -1,0 +1,93 @@
+"""A call shared by threads gives the bits of a call alone: over odd lengths, from several callers at once, and after a fork."""
+
+import os
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+N = (1 << 20) + 12_345  # more than what the pool thinks worth sharing, and no multiple of anything
+VALUES = np.random.default_rng(0).standard_normal(N).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def two_threads(native: ModuleType) -> Iterator[None]:
+    before = native.get_threads()
+    native.set_threads(2)
+    yield
+    native.set_threads(before)
+
+
+def everything(native: ModuleType, values: np.ndarray = VALUES) -> list[bytes]:
+    """What each kernel makes of the values and gives back of that."""
+    n = values.size
+    made = []
+    half = np.empty(n, np.float16)
+    made.append((native.cast(values, half), half.tobytes()))
+    back = np.empty(n, np.float32)
+    native.cast(half, back)
+    for blocksize in (64, 4096, 1 << 17):
+        absmax = np.empty(-(-n // blocksize), np.float32)
+        made.append((native.blockwise_absmax(values, absmax, blocksize=blocksize), absmax.tobytes()))
+        codes = np.empty(n, np.uint8)
+        finite = native.quantize_int8(values, codes, absmax, blocksize=blocksize)
+        native.dequantize_int8(codes, absmax, back, blocksize=blocksize)
+        made.append((finite, codes.tobytes(), back.tobytes()))
+    packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // 64), np.float32)
+    finite = native.quantize_4bit(values, packed, absmax, blocksize=64, quant_type="nf4")
+    native.dequantize_4bit(packed, absmax, back, blocksize=64, quant_type="nf4")
+    made.append((finite, packed.tobytes(), back.tobytes()))
+    linear, scales = np.empty(n, np.int8), np.empty(-(-n // 64), np.uint16)
+    finite = native.quantize_linear(values, linear, scales, blocksize=64)
+    native.dequantize_linear(linear, scales, back, blocksize=64)
+    made.append((finite, linear.tobytes(), back.tobytes()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(native: ModuleType) -> list[bytes]:
+    before = native.get_threads()
+    native.set_threads(1)
+    try:
+        return everything(native)
+    finally:
+        native.set_threads(before)
+
+
+def test_two_threads_give_the_bits_of_one(native: ModuleType, alone: list[bytes]) -> None:
+    for _ in range(3):
+        assert everything(native) == alone
+    assert native.get_threads() == 2
+    native.set_threads(10_000)  # no more than there are processors
+    assert everything(native) == alone
+
+
+def test_several_callers_share_one_pool(native: ModuleType, alone: list[bytes]) -> None:
+    results: list[list[bytes]] = []
+    callers = [threading.Thread(target=lambda: results.append(everything(native))) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(result == alone for result in results)
+    assert len(results) == 4
+
+
+def test_what_is_not_finite_is_found_whichever_thread_meets_it(native: ModuleType) -> None:
+    absmax = np.empty(-(-N // 64), np.float32)
+    for at in (0, N // 2, N - 1):
+        values = VALUES.copy()
+        values[at] = np.inf
+        assert not native.blockwise_absmax(values, absmax, blocksize=64)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_has_a_pool_of_its_own(native: ModuleType, alone: list[bytes]) -> None:
+    assert everything(native) == alone
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if everything(native) == alone else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
