@@ -1,12 +1,17 @@
 """A call shared by threads gives the bits of a call alone: over odd lengths, from several callers at once, and after a fork."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+
+import tensorwire
 
 N = (1 << 20) + 12_345  # more than what the pool thinks worth sharing, and no multiple of anything
 VALUES = np.random.default_rng(0).standard_normal(N).astype(np.float32)
@@ -91,3 +96,50 @@ def test_a_forked_child_has_a_pool_of_its_own(native: ModuleType, alone: list[by
     if child == 0:
         os._exit(0 if everything(native) == alone else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("blocksize", [64, 1000, 4096])
+def test_outputs_too_large_for_the_caches_have_the_bits_of_small_ones(
+    native: ModuleType, blocksize: int
+) -> None:
+    """16 MiB and more are stored past the caches, where blocks are whole vectors; each part by itself is not."""
+    n, part = (17 << 20) + 3000, blocksize * 96
+    values = np.resize(VALUES, n)
+    codes, absmax, linear, scales = (np.empty(size, dtype) for size, dtype in (
+        (n, np.uint8), (-(-n // blocksize), np.float32), (n, np.int8), (-(-n // blocksize), np.uint16)))  # fmt: skip
+    out, small = np.empty(n, np.float32), np.empty(part, np.float32)
+    assert native.quantize_int8(values, codes, absmax, blocksize=blocksize)
+    assert native.quantize_linear(values, linear, scales, blocksize=blocksize)
+    for decode, q, s in ((native.dequantize_int8, codes, absmax), (native.dequantize_linear, linear, scales)):
+        decode(q, s, out, blocksize=blocksize)
+        for begin in (0, part * 3):
+            decode(q[begin : begin + part], s[begin // blocksize :][:96], small, blocksize=blocksize)
+            assert np.array_equal(out[begin : begin + part], small)
+    packed = np.empty((2 * n + 1) // 2, np.uint8)
+    wide, absmax = np.resize(VALUES, 2 * n), np.empty(-(-2 * n // blocksize), np.float32)
+    assert native.quantize_4bit(wide, packed, absmax, blocksize=blocksize, quant_type="nf4")
+    back = np.empty(2 * n, np.float16)
+    native.dequantize_4bit(packed, absmax, back, blocksize=blocksize, quant_type="nf4")
+    half = np.empty(part, np.float16)
+    native.dequantize_4bit(packed[: part // 2], absmax[:96], half, blocksize=blocksize, quant_type="nf4")
+    assert np.array_equal(back[:part].view(np.uint16), half.view(np.uint16))
+
+
+def test_any_buffer_of_the_right_format_will_do(native: ModuleType) -> None:
+    memory = memoryview(bytearray(64 * 4))
+    absmax = np.empty(1, np.float32)
+    assert native.blockwise_absmax(memory.cast("@f"), absmax, blocksize=64)
+    for wrong in (memory.cast("@i"), np.zeros(64, ">f4"), np.zeros(64, "f4,f4")):
+        with pytest.raises(TypeError, match="format"):
+            native.blockwise_absmax(wrong, absmax, blocksize=64)
+
+
+@pytest.mark.parametrize("count", ["0", "x", "5000", "-1", "1.5"])
+def test_a_wrong_number_of_threads_in_the_environment_is_loud(native: ModuleType, count: str) -> None:
+    command = [sys.executable, "-c", "import tensorwire"]
+    home = str(Path(tensorwire.__file__).parents[1])
+    run = subprocess.run(
+        command, env=os.environ | {"TENSORWIRE_THREADS": count}, capture_output=True, text=True, cwd=home
+    )
+    assert "TENSORWIRE_THREADS: expected 1 to 4096" in run.stderr
+    assert run.returncode != 0
