@@ -88,14 +88,60 @@ def test_what_is_not_finite_is_found_whichever_thread_meets_it(native: ModuleTyp
         assert not native.blockwise_absmax(values, absmax, blocksize=64)
 
 
+FORK = """
+import os, sys
+import numpy as np
+from tensorwire.kernels import _native as native
+native.set_threads(2)
+values, absmax = np.ones(1 << 20, np.float32), np.zeros(1 << 14, np.float32)
+native.blockwise_absmax(values, absmax, blocksize=64)
+child = os.fork()
+absmax[:] = 0
+native.blockwise_absmax(values, absmax, blocksize=64)
+good = absmax.min() == 1
+sys.exit(not good if child == 0 else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not good)
+"""
+
+
+def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    home = str(Path(tensorwire.__file__).parents[1])  # the package under test, installed or not
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, cwd=home, timeout=60
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_has_a_pool_of_its_own(native: ModuleType, alone: list[bytes]) -> None:
-    assert everything(native) == alone
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if everything(native) == alone else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def test_a_forked_child_has_a_pool_of_its_own(native: ModuleType) -> None:
+    run = python(FORK)
+    assert run.returncode == 0, run.stderr
+
+
+def test_one_block_or_one_processor_leaves_nothing_to_share(native: ModuleType, alone: list[bytes]) -> None:
+    absmax = np.empty(1, np.float32)
+    assert native.blockwise_absmax(VALUES, absmax, blocksize=1 << 21)
+    assert absmax[0] == np.abs(VALUES).max()
+    if hasattr(os, "sched_setaffinity"):
+        mine = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, [min(mine)])
+        try:
+            assert everything(native) == alone
+        finally:
+            os.sched_setaffinity(0, mine)
+
+
+def test_an_unknown_instruction_set_is_refused_and_changes_nothing(native: ModuleType) -> None:
+    before = native.isa()
+    with pytest.raises(ValueError, match="supported"):
+        native.use("avx9")
+    assert native.isa() == before
+
+
+def test_empty_variables_in_the_environment_are_none(native: ModuleType) -> None:
+    run = python(
+        "import tensorwire; print(tensorwire.get_threads())", TENSORWIRE_ISA="", TENSORWIRE_THREADS=""
+    )
+    assert run.stdout.strip() == "1", run.stderr
 
 
 @pytest.mark.parametrize("blocksize", [64, 1000, 4096])
@@ -136,10 +182,6 @@ def test_any_buffer_of_the_right_format_will_do(native: ModuleType) -> None:
 
 @pytest.mark.parametrize("count", ["0", "x", "5000", "-1", "1.5"])
 def test_a_wrong_number_of_threads_in_the_environment_is_loud(native: ModuleType, count: str) -> None:
-    command = [sys.executable, "-c", "import tensorwire"]
-    home = str(Path(tensorwire.__file__).parents[1])
-    run = subprocess.run(
-        command, env=os.environ | {"TENSORWIRE_THREADS": count}, capture_output=True, text=True, cwd=home
-    )
+    run = python("import tensorwire", TENSORWIRE_THREADS=count)
     assert "TENSORWIRE_THREADS: expected 1 to 4096" in run.stderr
     assert run.returncode != 0
