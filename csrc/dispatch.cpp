@@ -56,7 +56,7 @@ struct Cpu {
     bool avx512 = false;
 
     Cpu() {
-        if (cpuid(0).a < 7) return;
+        if (cpuid(0).a < 7) return;  // another processor
         const Registers one = cpuid(1), seven = cpuid(7);
         constexpr uint32_t kPclmul = bit(1), kFma = bit(12), kSse42 = bit(20), kPopcnt = bit(23), kOsxsave = bit(27),
                            kAvx = bit(28), kF16c = bit(29);
@@ -64,11 +64,11 @@ struct Cpu {
         constexpr uint32_t kF = bit(16), kDq = bit(17), kBw = bit(30), kVl = bit(31);
         constexpr uint32_t kVbmi = bit(1), kVpclmul = bit(10);
         constexpr uint64_t kYmmSaved = 0x6, kZmmSaved = 0xE6;
-        if (!has(one.c, kPclmul | kFma | kSse42 | kPopcnt | kOsxsave | kAvx | kF16c)) return;
+        if (!has(one.c, kPclmul | kFma | kSse42 | kPopcnt | kOsxsave | kAvx | kF16c)) return;  // another processor
         const uint64_t saved = saved_states();
-        avx2 = has(seven.b, kBmi1 | kAvx2 | kBmi2) && has(saved, kYmmSaved);
-        avx512 =
-            avx2 && has(seven.b, kF | kDq | kBw | kVl) && has(seven.c, kVbmi | kVpclmul) && has(saved, kZmmSaved);
+        avx2 = has(seven.b, kBmi1 | kAvx2 | kBmi2) && has(saved, kYmmSaved);  // another processor
+        avx512 = avx2 && has(seven.b, kF | kDq | kBw | kVl) && has(seven.c, kVbmi | kVpclmul) &&  // another processor
+                 has(saved, kZmmSaved);  // another processor
     }
 };
 
@@ -93,8 +93,8 @@ struct Tiers {
     Tiers() {
 #if defined(__x86_64__) || defined(_M_X64)
         const Cpu cpu;
-        if (cpu.avx512) add(TW_FILL(avx512));
-        if (cpu.avx2) add(TW_FILL(avx2));
+        if (cpu.avx512) add(TW_FILL(avx512));  // another processor
+        if (cpu.avx2) add(TW_FILL(avx2));  // another processor
 #elif defined(__aarch64__) && defined(__linux__)
         if (getauxval(AT_HWCAP) & HWCAP_CRC32) add(TW_FILL(neon));
 #elif defined(__aarch64__) && defined(__APPLE__)

@@ -15,6 +15,9 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+if sys.byteorder != "little":  # the streams are, and the kernels look at them as they are: values would come out wrong
+    raise ImportError("tensorwire runs on little-endian machines only; tests/reference.py reads streams on any")
+
 from tensorwire import numpy as _numpy
 from tensorwire.api import Api
 from tensorwire.codecs import Codec

@@ -16,6 +16,8 @@ class Limits:
     descriptor: int = 64 * KIB
     # The stream's own metadata (user's text pairs), as much as safetensors files carry in practice.
     metadata: int = 1 * MIB
+    # Text pairs in it: so many short ones that Python needs thirty times their bytes are nobody's.
+    pairs: int = 16_384
     # One key of a path, as UTF-8; file systems and frameworks stop far below.
     name: int = 1 * KIB
     # NumPy's own ceiling.
@@ -28,9 +30,9 @@ class Limits:
     item: int = 16 * GIB
     # Bytes of one text or bytes value; a tokenizer's JSON fits.
     value: int = 16 * MIB
-    # Bytes of a list, tuple or dict that travels as one value. Python needs up to 64 times as much for it, so
-    # that larger ones travel as containers, item by item.
-    composite: int = 256 * KIB
+    # Bytes of a list, tuple or dict that travels as one value. Python needs up to 72 times as much for it (a byte
+    # may be an empty dict), so that larger ones travel as containers, item by item.
+    composite: int = 128 * KIB
     # Bytes of one encoded data frame that has to be held before it can be decoded. Raw frames land in place
     # in their tensor and are bound by `item` alone.
     frame: int = 64 * MIB

@@ -12,7 +12,7 @@ import numpy as np
 from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
-from tensorwire.errors import EncodeError
+from tensorwire.errors import EncodeError, UnsupportedError
 from tensorwire.tensor import TensorView, reader
 
 _NATIVE: Final = {
@@ -42,7 +42,10 @@ class NumPyFront:
         return TensorView(dtype, array.shape, reader(array, dtype.itemsize), identity=identity)
 
     def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
-        return data.view(_numpy_dtype(dtype)).reshape(shape)
+        try:
+            return data.view(_numpy_dtype(dtype)).reshape(shape)
+        except ValueError:  # NumPy 1 has 32 dimensions
+            raise UnsupportedError(f"NumPy {np.__version__} has no arrays of {len(shape)} dimensions") from None
 
     def target(self, value: object) -> memoryview:
         if not isinstance(value, np.ndarray) or not value.flags.c_contiguous or not value.flags.writeable:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tensorwire import dtypes, streams
 from tensorwire.dtypes import DType
-from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, UnsupportedError
+from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, UnsupportedError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Schema
 from tensorwire.streams.atomic import Output, read_at, replacing
@@ -100,7 +100,7 @@ def decode(source: Any, path: str | os.PathLike, *, expect: Schema | None = None
     system does not take the file.
     """
     with replacing(path) as fd:
-        layout = _Layout(Output(fd, path), None if expect is None else Schema.of(expect, _ViewFront()))
+        layout = _Layout(Output(fd, path), None if expect is None else Schema.of(expect, _ViewFront()), limits)
         receiver = Receiver(as_source(source), layout.open, limits)
         layout.receiver = receiver  # for the metadata that its stream carries
         for number, _, _ in receiver:
@@ -189,11 +189,13 @@ def _entry(name: str, entry: Any) -> tuple[str, DType, tuple[int, ...], int, int
     if type(entry["dtype"]) is not str:
         raise FormatError("dtype must be text", item=name)
     if entry["dtype"] not in _DTYPES:
-        raise UnsupportedError(f"unknown safetensors dtype {entry['dtype']!r}", item=name)
+        raise UnsupportedError(f"unknown safetensors dtype {show(entry['dtype'])}", item=name)
     dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     for numbers in (shape, offsets):
         if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
             raise FormatError("shape and data_offsets must be lists of non-negative integers", item=name)
+    if len(shape) > DEFAULT.ndim:
+        raise LimitError("ndim", DEFAULT.ndim, len(shape), item=name)
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
         raise FormatError("data_offsets do not match dtype and shape", item=name)
     return name, dtype, tuple(shape), *offsets
@@ -228,8 +230,9 @@ class _ViewFront:
 class _Layout:
     """Where each tensor goes in the file being written: known once the stream has described all of them."""
 
-    def __init__(self, output: Output, schema: Schema | None) -> None:
+    def __init__(self, output: Output, schema: Schema | None, limits: Limits) -> None:
         self.output = output
+        self._limits = limits
         self.pool = Pool()
         self._schema = schema
         self.receiver: Receiver | None = None
@@ -291,6 +294,8 @@ class _Layout:
             item = self._items[number]
             begins[number] = end
             end += _bytes(item)
+            if end > self._limits.stream:  # every other name of a tensor is another copy of it here
+                raise LimitError("safetensors file", self._limits.stream, end)
             header[item.path[0]] = {
                 "dtype": _NAMES[item.dtype],
                 "shape": list(item.shape),

@@ -12,7 +12,7 @@ import torch
 from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
-from tensorwire.errors import EncodeError
+from tensorwire.errors import EncodeError, UnsupportedError
 from tensorwire.tensor import TensorView, reader
 
 # Every dtype of the wire that this torch has; looked up by our own names, never by a peer's.
@@ -48,7 +48,7 @@ class TorchFront:
 
     def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
         if dtype not in _TORCH:
-            raise EncodeError(f"this torch ({torch.__version__}) has no {dtype}")
+            raise UnsupportedError(f"this torch ({torch.__version__}) has no {dtype}")
         if not prod(shape):
             return torch.empty(shape, dtype=_TORCH[dtype])
         return torch.frombuffer(data, dtype=_TORCH[dtype]).reshape(shape)

@@ -237,7 +237,7 @@ def read_stream_payload(payload: bytes) -> dict:
         check(type(entries["id"]) is bytes and 1 <= len(entries["id"]) <= 64, "STREAM: id")
     if "metadata" in entries:
         metadata = entries["metadata"]
-        check(type(metadata) is dict and len(metadata) > 0, "STREAM: metadata")
+        check(type(metadata) is dict and 0 < len(metadata) <= LIMIT_PAIRS, "STREAM: metadata")
         check(all(type(text) is str for pair in metadata.items() for text in pair), "STREAM: metadata")
         check([*metadata] == sorted(metadata), "STREAM: order of the metadata")
     return entries
@@ -406,7 +406,6 @@ def payload_length(codec: list, width: int, count: int) -> int:
 
 def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | None) -> bytes | None:
     """The content of one zstd frame; what RFC 8878 says around its compressed blocks is checked here."""
-    check(len(frame) <= length + length // 256 + 64, "zstd: longer than any compressor makes it")
     check(len(frame) >= 6 and frame[:4] == b"\x28\xb5\x2f\xfd", "zstd: magic")
     descriptor, at = frame[4], 5
     single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
@@ -526,7 +525,8 @@ LIMIT_ITEM_PAYLOAD = 64 << 10
 LIMIT_ITEMS = 262_144
 LIMIT_ITEM = 16 << 30
 LIMIT_TEXT = 16 << 20
-LIMIT_COMPOSITE = 256 << 10
+LIMIT_COMPOSITE = 128 << 10
+LIMIT_PAIRS = 16_384
 LIMIT_DATA = 64 << 20
 LIMIT_SKIPPABLE = 8 << 20
 LIMIT_STREAM = 64 << 30
@@ -646,7 +646,10 @@ class _Reader:
         length = payload_length(item.codec, item.width, header.count)
         if item.codec != [[RAW]]:
             check(max(length, header.length) <= LIMIT_DATA, "limit: data frame")
-        check(len(item.codec) > 1 or header.length == length, "slice: length")
+        if len(item.codec) == 1:
+            check(header.length == length, "slice: length")
+        else:
+            check(header.length <= length + length // 256 + 64, "zstd: longer than any compressor makes it")
 
     def add_data(self, header: Header, payload: bytes) -> None:
         item = self.items[self.current]

@@ -29,3 +29,22 @@ def test_the_figure_of_the_frame_order_is_the_table() -> None:
         cells = [cell.strip() for cell in row.group(0).split("|")[2:-1]] if row else [""] * len(columns)
         expected = [TRANSITIONS[state].get(step) for step in columns]
         assert cells == [target.name.lower() if target else "" for target in expected], state
+
+
+def test_the_limits_of_the_security_page_are_those_of_the_code() -> None:
+    """docs/security.md, Limits: every limit, in the order of tensorwire/limits.py, with its default."""
+    from tensorwire.limits import DEFAULT
+
+    text = (ROOT / "docs" / "security.md").read_text()
+    table = text[text.index("## Limits") : text.index("## Transports")]
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+)(?: (\w+))? \|", table, re.MULTILINE)
+    units = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    found = {name: int(number.replace(",", "")) * units[unit] for name, number, unit in rows}
+    assert found == {name: getattr(DEFAULT, name) for name in DEFAULT.__slots__}
+    assert [name for name, _, _ in rows] == [*DEFAULT.__slots__]
+
+
+def test_the_files_that_the_security_page_names_are_there() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    for path in re.findall(r"tests/[\w/.]+", text):
+        assert (ROOT / path).exists(), path

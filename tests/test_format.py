@@ -132,11 +132,13 @@ def test_the_page_gives_the_default_limits():
         "dimensions": "ndim", "items": "items", "nesting": "nesting", "bytes of a tensor, decoded": "item",
         "text or binary value": "value", "composite value": "composite",
         "data frame that is not raw, also before zstd": "frame", "skippable frame": "skippable",
-        "stream, file": "stream",
+        "stream, file": "stream", "pairs of stream metadata": "pairs",
     }  # fmt: skip
     found = {}
     for row in rows("## 9.")[2:]:
         for name, default in (row[:2], row[2:]):
+            if not name:
+                continue
             number, _, unit = default.replace(",", "").partition(" ")
             found[fields[name]] = int(number) * units.get(unit, 1)
     assert found == {field: getattr(Limits(), field) for field in Limits.__slots__}

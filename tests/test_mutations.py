@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import reference
-from frames import DATA, Frame, assemble, cut, take_apart
+from frames import assemble, cut, take_apart
+from fuzz.mutants import mended_mutant
 from vectors import GOOD, content, library, plain, read_reference, same, single_bytes, stored
 
 import tensorwire.numpy as tw
@@ -228,44 +229,6 @@ def tensors(value: Any, path: tuple = ()) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------- Changes with every checksum mended
-
-
-def changed(payload: bytes, spread: random.Random) -> bytes:
-    """A payload with a small change; the values are those that tend to matter."""
-    at = spread.randrange(len(payload) + 1)
-    new = spread.choice(
-        [spread.randbytes(1), b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\xc0", b"\xcc\x01", b"\x90"]
-    )
-    kind = spread.randrange(4)
-    if kind == 0:
-        return payload[:at] + payload[at + 1 :]
-    if kind == 1:
-        return payload[:at] + new + payload[at:]
-    if kind == 2 and payload:
-        at = min(at, len(payload) - 1)
-        return payload[:at] + bytes([payload[at] ^ 1 << spread.randrange(8)]) + payload[at + 1 :]
-    return payload[:at] + new + payload[at + len(new) :]
-
-
-def mended_mutant(frames: list[Frame], align: int, spread: random.Random) -> bytes:
-    """A stream with one change and every sequence number, link, checksum and total right again."""
-    at = spread.randrange(len(frames))
-    frame = frames[at]
-    kind = spread.random()
-    if kind < 0.6 and frame.payload is not None:
-        mutants = [Frame(frame.type, changed(frame.payload, spread), frame.item, frame.start, frame.count)]
-        if frame.type == DATA and spread.random() < 0.5 and frame.count == len(frame.payload):
-            mutants = [Frame(DATA, mutants[0].payload, frame.item, frame.start, len(mutants[0].payload))]
-    elif kind < 0.7:
-        mutants = []
-    elif kind < 0.8:
-        mutants = [frame, frame]
-    else:
-        field = spread.choice(["type", "item", "start", "count", "length", "pad"])
-        value = getattr(frame, field, 0) + spread.choice([-1, 1, 2, 1 << 31]) if spread.random() < 0.8 else 0
-        limit = {"type": 0xFF, "pad": 0xFF, "item": 0xFFFFFFFF}.get(field, (1 << 64) - 1)
-        mutants = [frame.having(**{field: max(0, min(value, limit))})]
-    return assemble([*frames[:at], *mutants, *frames[at + 1 :]], align=align)
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name not in ("slices", "double-quant")])

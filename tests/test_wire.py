@@ -294,6 +294,7 @@ VALUES = np.linspace(-1, 1, 100, dtype=np.float32)
 AT_LIMIT: dict[str, tuple[bytes, int]] = {
     "descriptor": (tw.dumps({"name": VALUES}), len(take_apart(tw.dumps({"name": VALUES}))[2].payload)),
     "metadata": (stored("metadata-id"), len(take_apart(stored("metadata-id"))[0].payload)),
+    "pairs": (stored("metadata-id"), 3),
     "name": (tw.dumps({"ääb": VALUES}), 5),
     "ndim": (tw.dumps(np.zeros((1, 2, 3))), 3),
     "items": (tw.dumps([VALUES, 1, 2]), 4),

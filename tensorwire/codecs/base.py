@@ -136,7 +136,7 @@ def kernels_for(values: Any) -> ModuleType:
 
 def widen(values: Any) -> np.ndarray:
     """A float array as float32 on the host, exactly. For error paths: it copies."""
-    if on_device(values):
+    if on_device(values):  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
         return values.float().cpu().numpy()
     if values.dtype == np.float32:
         return values

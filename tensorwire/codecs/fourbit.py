@@ -77,12 +77,17 @@ class FourBit(Quantizer):
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
         values = float_target(out, dtype)
-        sizes = self.sizes(len(values), dtype)
-        metadata, codes = split(np.frombuffer(payload, np.uint8), sizes.metadata)
-        if len(values) % 2 and codes[-1] & 0x0F:
-            raise FormatError("the unused half of the last byte is not zero")
-        absmax = _unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
+        metadata, codes = self.parts(payload, len(values), dtype)
+        absmax = unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
         kernels_for(values).dequantize_4bit(codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type)
+
+
+    def parts(self, payload: memoryview, count: int, dtype: DType) -> tuple[np.ndarray, np.ndarray]:
+        """Metadata and codes of a received payload of the right length. Raises FormatError."""
+        metadata, codes = split(np.frombuffer(payload, np.uint8), self.sizes(count, dtype).metadata)
+        if count % 2 and codes[-1] & 0x0F:
+            raise FormatError("the unused half of the last byte is not zero")
+        return metadata, codes
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,7 +129,8 @@ def _nest(absmax: np.ndarray, offset: np.float32, metadata: np.ndarray) -> None:
     kernels.quantize_int8(differences, codes, head.view(np.float32)[1:], blocksize=NESTED_BLOCKSIZE)
 
 
-def _unnest(metadata: np.ndarray, blocks: int) -> np.ndarray:
+def unnest(metadata: np.ndarray, blocks: int) -> np.ndarray:
+    """The float32 absmax of `blocks` blocks that double quantization stands for. Raises FormatError."""
     head, codes = split(metadata, 4 + 4 * -(-blocks // NESTED_BLOCKSIZE))
     nested = checked_absmax(head)
     absmax = np.empty(blocks, np.float32)

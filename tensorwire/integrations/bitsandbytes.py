@@ -21,10 +21,10 @@ from tensorwire import dtypes, streams
 from tensorwire import torch as torch_front
 from tensorwire.codecs import FP4, NF4, Codec, Int8, Sizes, Zstd, from_stages
 from tensorwire.codecs.base import Take
-from tensorwire.codecs.fourbit import NESTED_BLOCKSIZE, FourBit
+from tensorwire.codecs.fourbit import NESTED_BLOCKSIZE, FourBit, unnest
 from tensorwire.codecs.int8 import checked_absmax, split
 from tensorwire.dtypes import DType
-from tensorwire.errors import EncodeError, SchemaError, UnsupportedError
+from tensorwire.errors import EncodeError, FormatError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.decode import TensorSink
 from tensorwire.streams.pool import GrowingMemory
@@ -146,9 +146,10 @@ class _Front(torch_front.TorchFront):
         data, state = _quantized(value)
         if data.dtype != torch.uint8:
             raise EncodeError(f"quant_storage {data.dtype} cannot be sent; use torch.uint8")
-        _codec(state)
         shape = tuple(data.shape if state.shape is None else state.shape)
-        dtype = dtypes.BY_NAME[str(state.dtype).removeprefix("torch.")]
+        dtype = dtypes.BY_NAME.get(str(state.dtype).removeprefix("torch."))
+        if dtype is None or not _codec(state).accepts(dtype):
+            raise EncodeError(f"a quantized tensor of {state.dtype} cannot be sent")
         return TensorView(dtype, shape, _payload_reader(data, state, prod(shape)))
 
 
@@ -158,13 +159,18 @@ def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Any:
     per_byte = 1 if state.quant_type is None else 2
     if codes.size != -(-numel // per_byte) or absmax.size != -(-numel // state.blocksize):
         raise EncodeError("codes, absmax and shape of the quantized tensor do not match")
+    nested, offset = np.empty(0, np.float32), np.empty(0, np.float32)
+    if state.nested:
+        nested = state.state2.absmax.detach().cpu().contiguous().numpy()
+        offset = np.float32([float(state.offset)])
+        if nested.dtype != np.float32 or nested.size != -(-absmax.size // NESTED_BLOCKSIZE):
+            raise EncodeError("the nested absmax of the quantized tensor does not match its absmax")
+    _check_scales(absmax, nested, offset)
 
     def read(start: int, stop: int) -> np.ndarray:
         first, last = start // state.blocksize, -(-stop // state.blocksize)
         parts = [absmax[first:last]]
         if state.nested:
-            nested = state.state2.absmax.detach().cpu().numpy()
-            offset = np.float32([float(state.offset)])
             parts = [offset, nested[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)], *parts]
         parts.append(codes[start // per_byte : -(-stop // per_byte)])
         payload = np.concatenate([part.view(np.uint8) for part in parts])
@@ -173,6 +179,17 @@ def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Any:
         return payload
 
     return read
+
+
+def _check_scales(absmax: np.ndarray, nested: np.ndarray, offset: np.ndarray) -> None:
+    """Raise EncodeError for what a receiver would refuse: absmax that are negative, infinite or NaN."""
+    try:
+        if offset.size:
+            unnest(np.concatenate([part.view(np.uint8) for part in (offset, nested, absmax)]), absmax.size)
+        else:
+            checked_absmax(absmax.view(np.uint8))
+    except FormatError as error:
+        raise EncodeError(f"{error.detail}: no quantizer made this state") from None
 
 
 class _Opener:
@@ -215,14 +232,17 @@ class _QuantizedSink(EncodedSink):
     def accept(self, start: int, count: int, payload: memoryview) -> None:
         if isinstance(self._codec, Zstd):
             payload = self._codec.decompress(payload, count, self._item.dtype)
-        metadata_size = self._inner.sizes(count, self._item.dtype).metadata
-        metadata, codes = split(np.frombuffer(payload, np.uint8), metadata_size)
+        if isinstance(self._inner, FourBit):
+            metadata, codes = self._inner.parts(payload, count, self._item.dtype)
+        else:
+            metadata, codes = split(np.frombuffer(payload, np.uint8), self._inner.sizes(count, self._item.dtype).metadata)
         _put(self._codes, start // self._per_byte, codes)
         first, blocks = start // self._inner.blocksize, self._inner.blocks(count)
         if not self._nested:
             _put(self._absmax, first * 4, checked_absmax(metadata).view(np.uint8))
             return
-        head, absmax_codes = split(metadata, metadata_size - blocks)
+        unnest(metadata, blocks)  # bitsandbytes does this later, and would not look whether the result is finite
+        head, absmax_codes = split(metadata, metadata.size - blocks)
         offset, nested_absmax = split(checked_absmax(head).view(np.uint8), 4)
         if self._offset not in (None, bytes(offset)):
             raise UnsupportedError("bitsandbytes has one offset a tensor, this one has several; use decode")

@@ -155,7 +155,7 @@ def _into_sink(item: Item, tensor: Any, front: Front) -> Sink:
         got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
         raise SchemaError(f"into= has {got} where the stream has {item.dtype} {list(item.shape)}")
     flat = front.device_target(tensor)
-    if flat is not None:
+    if flat is not None:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
         return _DeviceSink(item, tensor, flat, front)
     return _HostSink(tensor, np.frombuffer(front.target(tensor), np.uint8))
 
@@ -174,7 +174,7 @@ class _HostSink(Sink):
         return self._tensor
 
 
-class _DeviceSink(Sink):
+class _DeviceSink(Sink):  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
     """A preallocated tensor on a CUDA device: what a codec cannot decode there is copied to it, slice by slice."""
 
     def __init__(self, item: Item, tensor: Any, flat: Any, front: Front) -> None:

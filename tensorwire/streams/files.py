@@ -12,6 +12,7 @@ from tensorwire.errors import (
     CorruptError,
     EncodeError,
     FormatError,
+    LimitError,
     SchemaError,
     TensorwireError,
     TruncatedError,
@@ -23,7 +24,7 @@ from tensorwire.streams.encode import encode
 from tensorwire.streams.pool import GrowingMemory
 from tensorwire.streams.receive import check_codec, check_slice
 from tensorwire.tensor import Front
-from tensorwire.wire import Header, IndexEntry, Item, Kind, StreamInfo, Summary, unpack_index
+from tensorwire.wire import Header, Index, Item, Kind, StreamInfo, Summary
 from tensorwire.wire.descriptors import unpack_item, unpack_stream
 from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE, FrameType, check_preamble, unpack_header
 from tensorwire.wire.ledger import END_SIZE
@@ -44,7 +45,7 @@ def load_file(path: str | os.PathLike, front: Front, **options: Any) -> Any:
     with open(path, "rb", buffering=0) as file:
         value = collect(file, front, **options)
         if file.read(1):
-            raise FormatError("bytes after the end frame")
+            raise FormatError("bytes after the end frame", offset=file.tell() - 1)
     return value
 
 
@@ -155,7 +156,7 @@ class TensorFile:
         item = self._items[number]
         return number if item.of is None else item.of
 
-    def _read_index(self) -> tuple[StreamInfo, list[IndexEntry]]:
+    def _read_index(self) -> tuple[StreamInfo, Index]:
         link = check_preamble(bytes(self._data[:PREAMBLE_SIZE]), crc32c)
         end_offset = len(self._data) - HEADER_SIZE - END_SIZE
         end, payload = self._frame(end_offset, FrameType.END)
@@ -171,9 +172,11 @@ class TensorFile:
         index, payload = self._frame(summary.index_offset, FrameType.INDEX)
         if index.crc != end.link or index.sequence + 1 != end.sequence:
             raise FormatError("the index does not stand before the end frame", offset=summary.index_offset)
-        entries = unpack_index(bytes(payload))
+        entries = Index(payload)
         if len(entries) != summary.items:
             raise FormatError(f"the index has {len(entries)} entries for {summary.items} items")
+        if len(entries) > self._limits.items:
+            raise LimitError("items", self._limits.items, len(entries))
         return info, entries
 
     def _read_item(self, number: int) -> Item:

@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 
 _KEPT: Final = 8
-# Taken for an item at once, before its bytes have come; beyond it memory doubles as they do.
+# Taken for an item when its first bytes come; beyond it memory doubles as they do.
 _FIRST_TAKE: Final = 4 << 20
+_NOTHING: Final = np.empty(0, np.uint8)
 
 
 def _count(arrays: list[np.ndarray], index: int) -> int:
@@ -45,14 +46,23 @@ class Pool:
 
 
 class GrowingMemory:
-    """`size` bytes for an item that a peer declared: unless trusted, only as much is taken as has arrived."""
+    """`size` bytes for an item that a peer declared: unless trusted, only as much is taken as has arrived.
+
+    Nothing is taken before the first region is asked for: a stream may describe a quarter of a million items in a few
+    megabytes, and bring none of them.
+    """
+
+    __slots__ = ("_size", "_trusted", "data")
 
     def __init__(self, size: int, *, trusted: bool = False) -> None:
         self._size = size
-        self.data = np.empty(size if trusted else min(size, _FIRST_TAKE), np.uint8)
+        self._trusted = trusted
+        self.data = _NOTHING
 
     def region(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop). Regions given before must no longer be in use."""
-        if stop > self.data.size:
+        if self.data is _NOTHING:
+            self.data = np.empty(self._size if self._trusted else min(self._size, max(stop, _FIRST_TAKE)), np.uint8)
+        elif stop > self.data.size:
             self.data.resize(min(self._size, max(stop, 2 * self.data.size)), refcheck=False)
         return self.data[start:stop]

@@ -129,7 +129,7 @@ class Receiver:
                 if event.last:
                     self._helper.drain()
                     del self._codecs[event.number]
-                    yield event.number, event.item, self._sinks.pop(event.number).close()
+                    yield event.number, event.item, self._close(event.number, event.item)
             elif isinstance(event, SliceStart):
                 self._start_slice(event)
             elif isinstance(event, SlicePart):
@@ -137,11 +137,15 @@ class Receiver:
                 self._direct_piece(event.done, event.left)
             elif isinstance(event, ItemStart):
                 if self._start_item(event.number, event.item) and event.item.total == 0:
-                    yield event.number, event.item, self._sinks.pop(event.number).close()
+                    yield event.number, event.item, self._close(event.number, event.item)
             elif isinstance(event, StreamStart):
                 self.start = event
             elif isinstance(event, StreamEnd):
                 self.end = event
+
+    def _close(self, number: int, item: Item) -> Any:
+        with self._located(item):
+            return self._sinks.pop(number).close()
 
     def _start_item(self, number: int, item: Item) -> bool:
         with self._located(item):
@@ -226,8 +230,7 @@ def _located(item: str, frame: int, offset: int) -> Iterator[None]:
     except TensorwireError as error:
         if error.item is None:
             error.item = item
-        if error.frame is None:
-            error.frame, error.offset = frame, offset
+        error.frame, error.offset = frame, offset
         raise
 
 

@@ -50,6 +50,4 @@ class Schema:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "none"
     return show(list(value)) if isinstance(value, tuple) else str(getattr(value, "name", value))

@@ -27,9 +27,9 @@ class _Bytes:
         self._rest = self._rest[size:]
         return size
 
-    def finish(self) -> None:
+    def finish(self, offset: int) -> None:
         if self._rest:
-            raise FormatError(f"{len(self._rest)} bytes after the end frame")
+            raise FormatError(f"{len(self._rest)} bytes after the end frame", offset=offset)
 
 
 class _Chunks:
@@ -50,9 +50,9 @@ class _Chunks:
         self._rest = self._rest[size:]
         return size
 
-    def finish(self) -> None:
+    def finish(self, offset: int) -> None:
         if self._rest or any(memoryview(chunk).nbytes for chunk in self._chunks):
-            raise FormatError("bytes after the end frame")
+            raise FormatError("bytes after the end frame", offset=offset)
 
 
 def as_source(data: Any) -> Source:
@@ -68,10 +68,10 @@ def as_source(data: Any) -> Source:
     raise TypeError(f"expected a buffer, an iterable of buffers or something with readinto, not {type(data).__name__}")
 
 
-def finish(source: Source) -> None:
-    """After the end frame: refuse what is left of a buffer or iterable. A file or socket may carry on."""
+def finish(source: Source, offset: int) -> None:
+    """After the end frame, which ended at `offset`: refuse what is left of a buffer or iterable. A file or socket may carry on."""
     if isinstance(source, (_Bytes, _Chunks)):
-        source.finish()
+        source.finish(offset)
 
 
 class Consumer(Protocol):
@@ -88,10 +88,13 @@ class Consumer(Protocol):
 
 def pull(consumer: Consumer, source: Source) -> Iterator[Any]:
     """The results of a consumer that is fed from a blocking source."""
+    offset = 0
     with closing(consumer.steps()) as steps:
         for step in steps:
             if step is NEED_DATA:
-                consumer.buffer_updated(source.readinto(consumer.get_buffer()) or 0)
+                got = source.readinto(consumer.get_buffer()) or 0
+                consumer.buffer_updated(got)
+                offset += got
             else:
                 yield step
-    finish(source)
+    finish(source, offset)

@@ -7,7 +7,7 @@ the checksum is handed in.
 
 from tensorwire.wire.descriptors import Item, Kind, StreamInfo
 from tensorwire.wire.frames import FrameType, Header
-from tensorwire.wire.index import IndexEntry, pack_index, unpack_index
+from tensorwire.wire.index import Index, IndexEntry, pack_index
 from tensorwire.wire.ledger import Summary
 from tensorwire.wire.reader import (
     NEED_DATA,
@@ -28,6 +28,7 @@ __all__ = [
     "Event",
     "FrameType",
     "Header",
+    "Index",
     "IndexEntry",
     "Item",
     "ItemStart",
@@ -43,5 +44,4 @@ __all__ = [
     "Summary",
     "Writer",
     "pack_index",
-    "unpack_index",
 ]

@@ -13,7 +13,7 @@ import msgpack
 
 from tensorwire import dtypes
 from tensorwire.dtypes import DType
-from tensorwire.errors import FormatError, LimitError, UnsupportedError, show
+from tensorwire.errors import FormatError, LimitError, UnsupportedError, WireError, show
 from tensorwire.limits import Limits
 
 # Integers a double represents exactly: JSON-safe, and no two of them share a Python hash, so that a hostile
@@ -100,17 +100,58 @@ def unpack_stream(payload: bytes, limits: Limits) -> StreamInfo:
     """The validated STREAM payload."""
     if len(payload) > limits.metadata:
         raise LimitError("stream metadata", limits.metadata, len(payload))
-    body = _unpack(payload, "stream metadata")
-    _check(_ordered(body, ("align",), ("id", "metadata")), "stream metadata has wrong keys")
+    body = _unpack_stream(payload, limits)
+    ordered = [key for key in _STREAM_KEYS if key in body]
+    _check("align" in body and list(body) == ordered, "stream metadata has wrong keys")
     align, stream_id, metadata = body["align"], body.get("id", b""), body.get("metadata", {})
     _check(_is_int(align) and align in ALIGNMENTS, "stream alignment must be 1 or 64")
     _check(type(stream_id) is bytes and len(stream_id) <= _MAX_ID, "stream id must be at most 64 bytes")
     _check("id" not in body or stream_id, "an empty stream id must be left out")
-    _check(type(metadata) is dict and ("metadata" not in body or metadata), "metadata must be a non-empty map")
-    pairs = tuple(metadata.items())
-    _check(all(type(k) is str and type(v) is str for k, v in pairs), "metadata must map text to text")
+    _check("metadata" not in body or metadata, "metadata must be a non-empty map")
     _check(list(metadata) == sorted(metadata), "metadata must be sorted by key")
-    return StreamInfo(align, stream_id, pairs)
+    return StreamInfo(align, stream_id, tuple(metadata.items()))
+
+
+def _unpack_stream(payload: bytes, limits: Limits) -> dict[str, Any]:
+    """The map of a STREAM payload, read object by object: a payload of this size may hold a million empty containers,
+    and nothing is built of what has no place here.
+    """
+    unpacker = msgpack.Unpacker(max_array_len=0, max_map_len=0, max_ext_len=0, max_buffer_size=len(payload) or 1)
+    body: dict[str, Any] = {}
+    try:
+        unpacker.feed(payload)
+        unpacker.skip()
+        _check(unpacker.tell() == len(payload), "stream metadata is not msgpack: something follows it")
+        _check(_is_map(payload[:1]), "stream metadata must be a map")
+        unpacker.feed(payload)
+        for _ in range(unpacker.read_map_header()):
+            key = unpacker.unpack()
+            _check(key in _STREAM_KEYS, "stream metadata has wrong keys")
+            body[key] = _text_pairs(unpacker, limits) if key == "metadata" else unpacker.unpack()
+        canonical = msgpack.packb(body) == payload
+    except (ValueError, msgpack.UnpackException) as error:
+        if isinstance(error, WireError):
+            raise
+        raise FormatError(f"stream metadata is not msgpack: {show(str(error))}") from None
+    _check(canonical, "stream metadata is not in canonical form")
+    return body
+
+
+def _text_pairs(unpacker: Any, limits: Limits) -> dict[str, str]:
+    count = unpacker.read_map_header()
+    if count > limits.pairs:
+        raise LimitError("pairs of stream metadata", limits.pairs, count)
+    pairs = {}
+    for _ in range(count):
+        key, value = unpacker.unpack(), unpacker.unpack()
+        _check(type(key) is str and type(value) is str, "metadata must map text to text")
+        pairs[key] = value
+    return pairs
+
+
+def _is_map(first: bytes) -> bool:
+    """Whether a msgpack object with this first byte is a map."""
+    return b"\x80" <= first <= b"\x8f" or first in (b"\xde", b"\xdf")
 
 
 def pack_item(item: Item, limits: Limits) -> bytes:
@@ -133,6 +174,7 @@ def pack_item(item: Item, limits: Limits) -> bytes:
     return payload
 
 
+_STREAM_KEYS: Final = ("align", "id", "metadata")
 _FIELDS: Final = {
     Kind.TENSOR: ("kind", "path", "dtype", "shape", "codec"),
     Kind.VALUE: ("kind", "path", "size"),
@@ -200,7 +242,8 @@ def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, .
     if len(dims) > limits.ndim:
         raise LimitError("ndim", limits.ndim, len(dims))
     # Python's integers do not wrap. A zero counts as one: no tensor library holds (0, 2**62).
-    _size(prod(d or 1 for d in dims) * dtype.itemsize, "item", limits.item)
+    # Beyond 64 bits the exact product is nobody's business, and may have more digits than Python prints.
+    _size(min(prod(d or 1 for d in dims) * dtype.itemsize, 1 << 64), "item", limits.item)
     return dtype, tuple(dims)
 
 
@@ -232,11 +275,6 @@ def _unpack(payload: bytes, what: str) -> dict:
     _check(type(body) is dict, f"{what} must be a map")
     _check(canonical, f"{what} is not in canonical form")
     return body
-
-
-def _ordered(body: dict, required: tuple[str, ...], optional: tuple[str, ...]) -> bool:
-    expected = [key for key in required + optional if key in required or key in body]
-    return list(body) == expected
 
 
 def _is_int(value: Any) -> bool:

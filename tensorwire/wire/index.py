@@ -27,8 +27,16 @@ def pack_index(entries: list[IndexEntry]) -> bytes:
     return b"".join(_ENTRY.pack(*entry) for entry in entries)
 
 
-def unpack_index(payload: bytes) -> list[IndexEntry]:
-    """The entries of an INDEX payload."""
-    if len(payload) % _ENTRY.size:
-        raise FormatError("index is not a whole number of entries")
-    return [IndexEntry(*fields) for fields in _ENTRY.iter_unpack(payload)]
+class Index:
+    """The entries of an INDEX payload by item number, unpacked one by one: as objects, they take ten times the memory."""
+
+    def __init__(self, payload: bytes | memoryview) -> None:
+        if len(payload) % _ENTRY.size:
+            raise FormatError("index is not a whole number of entries")
+        self._payload = payload
+
+    def __len__(self) -> int:
+        return len(self._payload) // _ENTRY.size
+
+    def __getitem__(self, number: int) -> IndexEntry:
+        return IndexEntry(*_ENTRY.unpack_from(self._payload, number * _ENTRY.size))

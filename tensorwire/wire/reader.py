@@ -35,7 +35,6 @@ from tensorwire.wire.ledger import Ledger, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
 _STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
-_CRC_CHUNK: Final = 256 << 10  # checksummed while still in cache, but not byte by byte
 
 
 class _NeedData:
@@ -282,19 +281,12 @@ class Reader:
 
     def _fill(self, buffer: memoryview) -> Generator[_NeedData, None, None]:
         self._wanted = buffer
-        while self._wanted:
+        if buffer:  # `next_event` comes back when all of it is filled
             yield NEED_DATA
 
     def _fill_checked(self, buffer: memoryview, crc: int) -> Generator[_NeedData, None, int]:
-        self._wanted = buffer
-        done = 0
-        while self._wanted:
-            yield NEED_DATA
-            filled = len(buffer) - len(self._wanted)
-            if filled - done >= _CRC_CHUNK or not self._wanted:
-                crc = self._checksum(buffer[done:filled], crc)
-                done = filled
-        return crc
+        yield from self._fill(buffer)
+        return self._checksum(buffer, crc)
 
     def _buffer(self, length: int) -> Generator[_NeedData, None, memoryview]:
         parts = []

@@ -60,7 +60,7 @@ def end(**fields: Any) -> Frame:
 
 def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = None) -> bytes:
     """The stream of these frames, sequence, links, padding, checksums and totals computed."""
-    stream = preamble() if head is None else head
+    stream = bytearray(preamble() if head is None else head)
     digest = hashlib.sha256(stream)
     link = int.from_bytes(stream[-4:], "little")
     index = 0
@@ -103,7 +103,7 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
         stream += packed + padding + payload
         digest.update(packed)
         link = int.from_bytes(packed[-4:], "little")
-    return stream
+    return bytes(stream)
 
 
 def cut(stream: bytes) -> Iterator[bytes]:

@@ -1,0 +1,192 @@
+// libFuzzer over the kernel table, without Python: any codes, scales and values, any length, block size and address that
+// the bindings let through. Buffers are exactly as long as the kernels are promised, each an allocation of its own, so that
+// AddressSanitizer sees the first byte too far; and every instruction set must give the bits of the portable one.
+//
+//     cmake -S csrc -B build/fuzz -DTENSORWIRE_FUZZ=ON -DCMAKE_CXX_COMPILER=clang++ && cmake --build build/fuzz
+//     build/fuzz/fuzz_kernels -max_total_time=60
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../csrc/dispatch.h"
+
+namespace {
+
+// What the fuzzer gave, taken from the front; zeros when there is no more.
+class Input {
+public:
+    Input(const uint8_t* data, size_t size) : data_(data), left_(size) {}
+
+    template <class T>
+    T take() {
+        T value{};
+        const size_t size = left_ < sizeof(T) ? left_ : sizeof(T);
+        memcpy(&value, data_, size);
+        skip(size);
+        return value;
+    }
+
+    // `size` bytes: the rest of the input again and again, so that a short input can describe a long array.
+    void fill(uint8_t* out, size_t size) const {
+        if (left_ == 0) {
+            memset(out, 0, size);
+            return;
+        }
+        for (size_t i = 0; i < size; ++i) out[i] = data_[i % left_];
+    }
+
+    void skip(size_t size) {
+        data_ += size;
+        left_ -= size;
+    }
+
+private:
+    const uint8_t* data_;
+    size_t left_;
+};
+
+// Bytes of exactly this size, at `shift` bytes after an aligned address.
+class Buffer {
+public:
+    Buffer(size_t size, size_t shift) : memory_(new uint8_t[size + shift]), data_(memory_.get() + shift), size_(size) {}
+    uint8_t* data() { return data_; }
+    template <class T>
+    T* as() {
+        return reinterpret_cast<T*>(data_);
+    }
+    size_t size() const { return size_; }
+
+private:
+    std::unique_ptr<uint8_t[]> memory_;
+    uint8_t* data_;
+    size_t size_;
+};
+
+size_t size_of(int dtype) { return dtype == tw::kFloat32 ? 4 : 2; }
+
+// What one tier made of the input: all outputs, and what it returned.
+struct Result {
+    std::vector<uint8_t> bytes;
+    uint64_t returned = 0;
+    bool keep = true;  // a quantizer that says "not finite" leaves outputs that nobody may look at
+};
+
+void keep(Result& result, Buffer& buffer) {
+    result.bytes.insert(result.bytes.end(), buffer.data(), buffer.data() + buffer.size());
+}
+
+Result run(const tw::Kernels& k, Input in) {
+    const int kernel = in.take<uint8_t>() % 10;
+    const int dtype = in.take<uint8_t>() % tw::kDtypes;
+    const int type = in.take<uint8_t>() % tw::kQuantTypes;
+    const bool stream = in.take<uint8_t>() & 1;
+    const size_t n = in.take<uint16_t>() % 9000;
+    // Elements are at their natural alignment, as NumPy's; bytes may stand anywhere.
+    const size_t shift = in.take<uint8_t>() % 64;
+    const uint16_t wanted = in.take<uint16_t>();
+    const bool four_bit = kernel == 3 || kernel == 4;
+    size_t blocksize = four_bit ? 2 + wanted % 2048 * 2 : 1 + wanted;
+    if (shift & 1) blocksize = size_t{32} << wanted % 8;
+    if (four_bit && blocksize > 4096) blocksize = 4096;
+    const size_t blocks = n / blocksize + (n % blocksize != 0), nibbles = n / 2 + n % 2;
+    const size_t aligned = shift & ~size_t{3}, width = size_of(dtype);
+    Result result;
+
+    if (kernel == 0) {
+        Buffer data(n, shift);
+        in.fill(data.data(), n);
+        result.returned = k.crc32c(in.take<uint32_t>(), data.data(), n);
+        return result;
+    }
+    if (kernel == 1 || kernel == 2) {  // narrow, widen
+        if (dtype == tw::kFloat32) return result;
+        const bool narrows = kernel == 1;
+        Buffer values(n * (narrows ? 4 : 2), aligned), out(n * (narrows ? 2 : 4), aligned);
+        in.fill(values.data(), values.size());
+        if (narrows) {
+            result.returned = k.narrow[dtype](values.data(), out.data(), n, shift & 2, stream);
+        } else {
+            k.widen[dtype](values.data(), out.data(), n, stream);
+        }
+        keep(result, out);
+        return result;
+    }
+    if (kernel == 9) {
+        Buffer values(n * width, aligned), absmax(blocks * 4, aligned);
+        in.fill(values.data(), values.size());
+        result.keep = k.absmax[dtype](values.data(), absmax.as<float>(), n, blocksize);
+        keep(result, absmax);
+        return result;
+    }
+    const bool quantizes = kernel % 2;  // 3, 5, 7
+    const bool linear = kernel == 7 || kernel == 8;
+    Buffer values(n * width, aligned), codes(four_bit ? nibbles : n, shift), scales(blocks * (linear ? 2 : 4), aligned);
+    if (quantizes) {
+        in.fill(values.data(), values.size());
+        if (four_bit) {
+            result.keep = k.quantize_4bit[type][dtype](values.data(), codes.data(), scales.as<float>(), n, blocksize, stream);
+        } else if (linear) {
+            result.keep = k.quantize_linear[dtype](values.data(), codes.as<int8_t>(), scales.as<uint16_t>(), n, blocksize, stream);
+        } else {
+            result.keep = k.quantize_int8[dtype](values.data(), codes.data(), scales.as<float>(), n, blocksize, stream);
+        }
+        keep(result, codes);
+        keep(result, scales);
+        return result;
+    }
+    in.fill(codes.data(), codes.size());
+    in.take<uint32_t>();
+    in.fill(scales.data(), scales.size());
+    if (four_bit) {
+        k.dequantize_4bit[type][dtype](codes.data(), scales.as<float>(), values.data(), n, blocksize, stream);
+    } else if (linear) {
+        k.dequantize_linear[dtype](codes.as<int8_t>(), scales.as<uint16_t>(), values.data(), n, blocksize, stream);
+    } else {
+        k.dequantize_int8[dtype](codes.data(), scales.as<float>(), values.data(), n, blocksize, stream);
+    }
+    keep(result, values);
+    return result;
+}
+
+bool is_nan(const uint8_t* at, size_t width, int dtype) {
+    if (width == 4) {
+        uint32_t bits;
+        memcpy(&bits, at, 4);
+        return (bits & 0x7FFFFFFF) > 0x7F800000;
+    }
+    uint16_t bits;
+    memcpy(&bits, at, 2);
+    return (bits & 0x7FFF) > (dtype == tw::kFloat16 ? 0x7C00 : 0x7F80);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    const tw::Kernels* const* tier = tw::supported();
+    const tw::Kernels* portable = nullptr;
+    for (const tw::Kernels* const* k = tier; *k; ++k) portable = *k;
+    const Result wanted = run(*portable, Input(data, size));
+    const int kernel = size > 0 ? data[0] % 10 : 0, dtype = size > 1 ? data[1] % tw::kDtypes : 0;
+    for (; *tier != portable; ++tier) {
+        const Result got = run(**tier, Input(data, size));
+        bool same = got.returned == wanted.returned && got.keep == wanted.keep;
+        if (same && wanted.keep && got.bytes != wanted.bytes) {
+            // Decoders are given any scales, NaN too, which no codec lets through: which NaN comes out is nobody's promise.
+            const bool decodes = kernel == 4 || kernel == 6 || kernel == 8;
+            const size_t width = size_of(dtype);
+            same = decodes;
+            for (size_t i = 0; same && i < got.bytes.size(); i += width) {
+                same = memcmp(&got.bytes[i], &wanted.bytes[i], width) == 0 ||
+                       (is_nan(&got.bytes[i], width, dtype) && is_nan(&wanted.bytes[i], width, dtype));
+            }
+        }
+        if (!same) {
+            fprintf(stderr, "%s differs from portable in kernel %d\n", (*tier)->isa, kernel);
+            abort();
+        }
+    }
+    return 0;
+}
