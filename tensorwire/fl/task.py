@@ -136,10 +136,9 @@ def split(clients: int) -> tuple[list[np.ndarray], np.ndarray]:
     packages = sorted(_packages().items(), key=lambda package: (-sum(map(len, package[1])), package[0]))
     for _, files in packages:
         poorest = min(texts, key=lambda text: sum(map(len, text)))
-        poorest += [file for number, file in enumerate(files) if number % _HELD_OUT]
-        held_out += files[::_HELD_OUT] if len(files) > 1 else []
-        if len(files) == 1:
-            poorest += files
+        shown = files[::_HELD_OUT] if len(files) > 1 else []
+        poorest += [file for file in files if file not in shown]
+        held_out += shown
     return [np.frombuffer(b"".join(text), np.uint8) for text in texts], np.frombuffer(b"".join(held_out), np.uint8)
 
 

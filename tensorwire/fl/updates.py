@@ -1,7 +1,8 @@
 """What travels between server and clients: models and updates, as lazy views that are encoded slice by slice.
 
     views(state)                          the weights themselves
-    views(state, base)                    what training changed, to be added to the round's base
+    views(state, base)                    what training changed, to be added to the round's base; or, from the server,
+                                          what the last round changed, to be added to what the clients hold
     views(state, base, feedback)          and what earlier rounds' quantization dropped
 
 Nothing is computed until `encode` reads a slice, so a difference takes no memory of its own.
@@ -27,6 +28,7 @@ from tensorwire.numpy import FRONT
 from tensorwire.streams.rules import CodecChoice, rule
 from tensorwire.streams.slices import Slices
 from tensorwire.tensor import TensorView
+from tensorwire.wire import Item
 
 Kind = Literal["weights", "difference"]
 Views = dict[str, TensorView]
@@ -40,8 +42,8 @@ _FLOATS: Final = {dtypes.FLOAT16: np.float16, dtypes.FLOAT32: np.float32, dtypes
 class Terms:
     """What a stream of the loop says of itself, in its metadata.
 
-    `base`: digest, as hex, of the broadcast that the client trained on; empty in a broadcast. `weight`: what the update
-    counts in the mean, the number of examples for instance. `metrics`: what the client reports beside it.
+    `base`: digest, as hex, of the broadcast that an update was trained on, or that a broadcast of kind difference adds to.
+    `weight`: what an update counts in the mean, the number of examples for instance. `metrics`: what the client reports.
     """
 
     run: str
@@ -89,7 +91,7 @@ def views(state: Mapping[str, Any], base: Mapping[str, Any] | None = None, feedb
     made = {}
     for name, tensor in state.items():
         view = _view(name, tensor)
-        if base is not None and view.dtype in (*_FLOATS, dtypes.BFLOAT16):
+        if base is not None and _is_float(view.dtype):
             residual = None if feedback is None else feedback.of(name, view)
             view = TensorView(view.dtype, view.shape, _subtract(view, _view(name, base[name]), residual), identity=view.identity)
         made[name] = view
@@ -121,19 +123,36 @@ def encode(
     )
 
 
-def receive(source: Any, into: Mapping[str, Any], *, limits: Limits = DEFAULT) -> tuple[Terms, str]:
+def receive(
+    source: Any, into: Mapping[str, Any], *, held: str = "", limits: Limits = DEFAULT
+) -> tuple[Terms, str]:
     """Decode a stream of the loop into the tensors `into`; its terms and the digest of the stream, as hex.
 
-    Raises a WireError, with `into` maybe partly written, for whatever is not a whole stream of just these tensors.
+    A difference is added to what `into` holds, which must be what the broadcast with digest `held` made of it. Server and
+    clients do this alike and so hold the same bits. Raises a WireError, with `into` maybe partly written, for whatever is
+    not a whole stream of just these tensors: take differences from a recording that has been verified.
     """
     memory = arrays(into)
     schema = tensorwire.schema(memory)
-    slices = Slices(source, schema.check, limits=limits)
+    terms: Terms | None = None
+
+    def open_item(item: Item) -> None:
+        nonlocal terms
+        if terms is None:
+            terms = Terms.parse(slices.start.info.metadata)
+            if terms.kind == "difference" and terms.base != held:
+                raise SchemaError(f"a difference to {terms.base[:16] or 'nothing'}..., not to the {held[:16]}... held here")
+        schema.check(item)
+
+    slices = Slices(source, open_item, limits=limits)
     for piece in slices:
-        begin = piece.start * piece.item.dtype.itemsize
-        np.frombuffer(FRONT.target(memory[piece.item.name]), np.uint8)[begin : begin + piece.data.size] = piece.data
+        data, dtype, begin = piece.data, piece.item.dtype, piece.start * piece.item.dtype.itemsize
+        place = np.frombuffer(FRONT.target(memory[piece.item.name]), np.uint8)[begin : begin + data.size]
+        if terms.kind == "difference" and _is_float(dtype):
+            data = _bytes(_floats(place, dtype) + _floats(data, dtype), dtype)
+        place[:] = data
     schema.check_complete()
-    return Terms.parse(slices.start.info.metadata), slices.end.summary.digest.hex()
+    return terms, slices.end.summary.digest.hex()
 
 
 def arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -222,6 +241,10 @@ def _dithered(view: TensorView, seed: list[int]) -> TensorView:
 
 def _stem(codec: Codec) -> str:
     return str(codec).partition("|")[0]
+
+
+def _is_float(dtype: DType) -> bool:
+    return dtype == dtypes.BFLOAT16 or dtype in _FLOATS
 
 
 def _floats(data: Any, dtype: DType) -> np.ndarray:
