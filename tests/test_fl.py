@@ -15,7 +15,6 @@ import tensorwire
 from tensorwire.errors import (
     CorruptError,
     EncodeError,
-    FormatError,
     LimitError,
     SchemaError,
     TensorwireError,
@@ -27,7 +26,18 @@ from tensorwire.fl.updates import ErrorFeedback, Terms, arrays, encode, receive,
 from tensorwire.limits import Limits
 from tensorwire.streams.slices import Slices
 
-CODECS = ["raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "bf16|zstd", "raw|zstd"]
+CODECS = [
+    "raw",
+    "fp16",
+    "bf16",
+    "int8",
+    "int8-linear",
+    "nf4",
+    "fp4",
+    "nf4:double_quant=true",
+    "bf16|zstd",
+    "raw|zstd",
+]
 
 
 def make_model(seed=0):
@@ -47,7 +57,9 @@ def make_model(seed=0):
 def trained(model, seed):
     draw = np.random.default_rng(seed)
     return {
-        name: (array + 0.1 * draw.standard_normal(array.shape)).astype(array.dtype) if array.dtype.kind == "f" else array
+        name: (array + 0.1 * draw.standard_normal(array.shape)).astype(array.dtype)
+        if array.dtype.kind == "f"
+        else array
         for name, array in model.items()
     }
 
@@ -63,7 +75,11 @@ def upload(model, number, *, kind="difference", codec="nf4", frame_size=1 << 13,
     """What client `number` sends, its terms, and its model as the server is to see it, in float64."""
     terms = replace(TERMS, client=f"c{number}", kind=kind, weight=weight or 1.5 + number)
     state = trained(model, 100 + number)
-    data = joined(encode(views(state, model if kind == "difference" else None), terms, codec=codec, frame_size=frame_size))
+    data = joined(
+        encode(
+            views(state, model if kind == "difference" else None), terms, codec=codec, frame_size=frame_size
+        )
+    )
     sent = tensorwire.loads(data)
     values = {}
     for name, array in model.items():
@@ -87,7 +103,9 @@ def plain_mean(model, uploads):
 
 
 def same(one, other):
-    return all(one[name].dtype == other[name].dtype and one[name].tobytes() == other[name].tobytes() for name in one)
+    return all(
+        one[name].dtype == other[name].dtype and one[name].tobytes() == other[name].tobytes() for name in one
+    )
 
 
 # Slices
@@ -157,7 +175,9 @@ def test_an_error_inside_a_slice_names_its_item():
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order(codec, kind):
     frame_size = 1 << 20 if codec.startswith("int8") or "double" in codec else 1 << 13
-    uploads = [upload(make_model(), number, kind=kind, codec=codec, frame_size=frame_size) for number in range(4)]
+    uploads = [
+        upload(make_model(), number, kind=kind, codec=codec, frame_size=frame_size) for number in range(4)
+    ]
     expected = plain_mean(make_model(), uploads)
     for order in range(3):
         random.Random(order).shuffle(uploads)
@@ -167,13 +187,21 @@ def test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order(codec, ki
 
 
 def test_clients_may_differ_in_codec_kind_and_frame_size():
-    settings = [("weights", "nf4", 1 << 12), ("difference", "raw", 1 << 13), ("weights", "int8", 1 << 20), ("difference", "bf16|zstd", 1 << 12)]  # fmt: skip
+    settings = [
+        ("weights", "nf4", 1 << 12),
+        ("difference", "raw", 1 << 13),
+        ("weights", "int8", 1 << 20),
+        ("difference", "bf16|zstd", 1 << 12),
+    ]
     uploads = [
         upload(make_model(), number, kind=kind, codec=codec, frame_size=size)
         for number, (kind, codec, size) in enumerate(settings)
     ]
     for turn in range(4):  # each of them leads once, and cuts the others into pieces
-        turned = [(data, replace(terms, client=f"c{(number + turn) % 4}"), values) for number, (data, terms, values) in enumerate(uploads)]  # fmt: skip
+        turned = [
+            (data, replace(terms, client=f"c{(number + turn) % 4}"), values)
+            for number, (data, terms, values) in enumerate(uploads)
+        ]
         model = make_model()
         updates = [
             replace(check_update(data, model, original, Rules()), terms=terms)
@@ -255,7 +283,9 @@ def test_a_recording_that_rots_after_it_was_checked_is_an_error(tmp_path):
         aggregate([update], model)
     other, _, _ = upload({"weight": model["weight"]}, 1)
     path.write_bytes(other)
-    with pytest.raises(SchemaError):
+    with pytest.raises(CorruptError, match="not the recording"):
+        aggregate([update], model)
+    with pytest.raises(WireError):
         aggregate([update, replace(update, terms=replace(terms, client="c1"), recording=data)], model)
 
 
@@ -276,10 +306,13 @@ def refused(data, model, rules=None, expected=None):
     with pytest.raises(TensorwireError) as caught:
         check_update(data, model, expected or replace(TERMS, client="c0"), rules or Rules())
     assert same(model, before)
+    assert isinstance(caught.value, (WireError, UpdateError))
     return caught.value
 
 
-@pytest.mark.parametrize("field, value", [("run", "other"), ("round", 2), ("round", 4), ("base", "cd"), ("client", "c9")])
+@pytest.mark.parametrize(
+    "field, value", [("run", "other"), ("round", 2), ("round", 4), ("base", "cd"), ("client", "c9")]
+)
 def test_another_run_round_base_or_client_is_refused(field, value):
     model = make_model()
     data, terms, _ = upload(model, 0)
@@ -330,17 +363,6 @@ def test_a_difference_that_would_overflow_the_model_is_refused():
     assert refused(data, model).reason == "finite"
 
 
-def test_an_absmax_that_is_not_finite_is_refused():
-    model = {"a": np.ones(64, np.float32)}
-    data = joined(encode(views(model), TERMS, codec="nf4"))
-    view = tensorwire.codec("nf4")
-    assert view.sizes(64, tensorwire.numpy.FRONT.view(model["a"]).dtype).metadata == 4
-    writer_side = bytearray(data)
-    at = data.index(np.float32(1).tobytes())
-    writer_side[at : at + 4] = np.float32(np.nan).tobytes()
-    assert isinstance(refused(bytes(writer_side), model), (CorruptError, FormatError))
-
-
 @pytest.mark.parametrize("weight", [True, "3", 0, -1.0, float("nan"), float("inf"), 1e10, None, 10**400])
 def test_a_weight_that_is_none_is_refused(weight):
     model = {"a": np.ones(3, np.float32)}
@@ -369,8 +391,12 @@ def test_norms_are_measured_from_the_base_rejected_and_clipped(kind):
     model = make_model()
     before = {name: array.copy() for name, array in model.items()}
     data, terms, values = upload(model, 0, kind=kind)
-    norm = math.sqrt(sum(np.sum((values[name] - model[name]) ** 2) for name in model if model[name].dtype.kind == "f"))
-    assert check_update(data, model, terms, Rules(max_norm=norm * 1.001)).norm == pytest.approx(norm, rel=1e-6)
+    norm = math.sqrt(
+        sum(np.sum((values[name] - model[name]) ** 2) for name in model if model[name].dtype.kind == "f")
+    )
+    assert check_update(data, model, terms, Rules(max_norm=norm * 1.001)).norm == pytest.approx(
+        norm, rel=1e-6
+    )
     assert refused(data, model, Rules(max_norm=norm / 2), terms).reason == "norm"
 
     update = check_update(data, model, terms, Rules(max_norm=norm / 2, on_norm="clip"))
@@ -429,12 +455,16 @@ def test_views_are_lazy_and_leave_their_input_alone():
     assert same(state, keep)
     with pytest.raises(EncodeError, match="bias"):
         encode(views({**state, "bias": "no tensor"}, model), TERMS)
-    with pytest.raises(EncodeError, match="training made"):
+    with pytest.raises(EncodeError, match="before"):
         views({**state, "bias": state["weight"]}, model)
+    with pytest.raises(EncodeError, match="more"):
+        views({**state, "more": state["weight"]}, model)
 
 
 def test_codecs_are_chosen_by_item():
-    data = joined(encode(views(make_model()), TERMS, codec={"weight": "nf4", "b*": "bf16"}, stochastic=1))
+    codec = {"weight": "nf4", "b*": "bf16:overflow=saturate"}
+    data = joined(encode(views(make_model()), TERMS, codec=codec, stochastic=1))
+    assert data != joined(encode(views(make_model()), TERMS, codec=codec))
     received = {item.name: item for item in described(data)}
     assert [len(received[name].codec) for name in ("weight", "bias")] == [1, 1]
     assert len({received[name].codec[0][0] for name in ("weight", "bias", "half")}) == 3
@@ -470,17 +500,32 @@ def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
     sent = views(state, model, feedback)
     data = joined(encode(sent, TERMS, codec="nf4"))
     assert not (tmp_path / "residual.tw").exists()  # nothing has counted yet
-    expected = {name: state[name] - model[name] - array for name, array in tensorwire.loads(data).items() if array.dtype.kind == "f"}  # fmt: skip
+    expected = {
+        name: state[name] - model[name] - array
+        for name, array in tensorwire.loads(data).items()
+        if array.dtype.kind == "f"
+    }
     feedback.settle(sent, data)
     again = joined(encode(views(state, model, ErrorFeedback(tmp_path / "residual.tw")), TERMS))
     for name, residual in expected.items():
-        assert np.allclose(tensorwire.loads(again)[name], state[name] - model[name] + residual, atol=2e-3 if name == "half" else 1e-6)
+        assert np.allclose(
+            tensorwire.loads(again)[name],
+            state[name] - model[name] + residual,
+            atol=2e-3 if name == "half" else 1e-6,
+        )
     with pytest.raises(EncodeError, match="another model"):
-        views({"bias": np.zeros(9, np.float32)}, {"bias": np.zeros(9, np.float32)}, ErrorFeedback(tmp_path / "residual.tw"))
+        views(
+            {"bias": np.zeros(9, np.float32)},
+            {"bias": np.zeros(9, np.float32)},
+            ErrorFeedback(tmp_path / "residual.tw"),
+        )
 
 
 def test_stochastic_rounding_is_right_on_average_and_the_same_for_the_same_seed():
-    state = {"a": np.full(1 << 16, 1 + 2**-10, np.float32), "n": np.arange(3)}  # an eighth of a unit above 1 in bf16
+    state = {
+        "a": np.full(1 << 16, 1 + 2**-10, np.float32),
+        "n": np.arange(3),
+    }  # an eighth of a unit above 1 in bf16
     data = joined(encode(views(state), TERMS, codec="bf16", stochastic=7))
     assert data == joined(encode(views(state), TERMS, codec="bf16", stochastic=7))
     assert data != joined(encode(views(state), TERMS, codec="bf16", stochastic=8))

@@ -18,9 +18,17 @@ def descend():
 
     def train(state, client, round):
         assert state["x"].dtype == np.float32 and state["x"].shape == (1000,)
-        return {"x": state["x"] + np.float32(0.3) * (points[client] - state["x"]), "round": state["round"]}, 1, {"client": client}
+        return (
+            {"x": state["x"] + np.float32(0.3) * (points[client] - state["x"]), "round": state["round"]},
+            1,
+            {"client": client},
+        )
 
-    return Task(lambda: {"x": np.zeros(1000, np.float32), "round": np.array(7)}, train, lambda state: float(np.abs(state["x"] - best).mean()))
+    return Task(
+        lambda: {"x": np.zeros(1000, np.float32), "round": np.array(7)},
+        train,
+        lambda state: float(np.abs(state["x"] - best).mean()),
+    )
 
 
 @pytest.mark.parametrize("up_kind", ["weights", "difference"])
@@ -28,7 +36,9 @@ def test_federated_averaging_in_fp32_is_what_it_says(up_kind):
     rounds = list(simulate(descend(), Plan(up_kind=up_kind), clients=4, rounds=5))
     start = rounds[0].loss
     assert [point.number for point in rounds] == [0, 1, 2, 3, 4, 5]
-    assert [point.loss for point in rounds] == pytest.approx([start * 0.7**number for number in range(6)], rel=1e-4)
+    assert [point.loss for point in rounds] == pytest.approx(
+        [start * 0.7**number for number in range(6)], rel=1e-4
+    )
     assert np.diff([point.bytes for point in rounds]) == pytest.approx(4 * 2 * 4000, rel=0.3)
 
 
@@ -47,9 +57,26 @@ def test_what_each_setting_does_to_a_message():
     assert exact.loss < fed.loss / 100
 
 
+def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
+    def train(state, client, round):
+        return {"x": state["x"] + np.float32(2**-11)}, 1, {}  # a sixteenth of a unit in the last place
+
+    task = Task(lambda: {"x": np.ones(10_000, np.float32)}, train, lambda state: float(state["x"].mean()))
+    ends = {
+        stochastic: list(simulate(task, Plan("bf16", "bf16", stochastic=stochastic), clients=2, rounds=16))[
+            -1
+        ].loss
+        for stochastic in (False, True)
+    }
+    assert ends[False] == 1
+    assert ends[True] == pytest.approx(1 + 2**-7, rel=1e-4)
+
+
 def test_the_same_plan_gives_the_same_bits():
     plan = Plan(down="bf16", up="nf4", up_kind="difference", feedback=True, stochastic=True)
-    assert list(simulate(descend(), plan, clients=4, rounds=3)) == list(simulate(descend(), plan, clients=4, rounds=3))
+    assert list(simulate(descend(), plan, clients=4, rounds=3)) == list(
+        simulate(descend(), plan, clients=4, rounds=3)
+    )
 
 
 def test_a_task_is_found_by_name():

@@ -1,19 +1,21 @@
 """From checked updates to the next global model, slice by slice.
 
-An update is a recording: the encoded stream as the client sent it. `check_update` reads one through, while it arrives or
-later, and says whether it may count. `aggregate` then reads all of them in step, each slice of every client before the
-next slice of any, and writes their weighted mean over the model. Memory: the model and a few slices, for any number of
-clients; no update is ever whole, decoded, anywhere.
+An update is a recording: the encoded stream as the client sent it. `check_update` reads one through, while it
+arrives or later, and says whether it may count. `aggregate` then reads all of them in step, each slice of
+every client before the next slice of any, and writes their weighted mean over the model. Memory: the model
+and a few slices, for any number of clients; no update is ever whole, decoded, anywhere.
 
-    mean = sum(w[c] * v[c] for c in sorted(clients)) / fsum(w)        # per element, in float64, in this order
-    v[c] = x[c], or base + d[c] where the client sent a difference    # and rounded once, to the model's own dtype
+    mean = sum(w[c] * v[c] for c in sorted(clients)) / fsum(w)
+    v[c] = x[c], or base + d[c] where the client sent a difference
 
-So the result depends on the updates alone: not on who came first, nor on whether the server died in between.
+per element, in float64, in this order, and rounded once, to the model's own dtype. So the result depends on
+the updates alone: not on who came first, nor on whether the server died in between.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
@@ -22,7 +24,7 @@ import numpy as np
 import tensorwire
 from tensorwire import dtypes, kernels
 from tensorwire.dtypes import DType
-from tensorwire.errors import SchemaError, TensorwireError
+from tensorwire.errors import CorruptError, SchemaError, TensorwireError, show
 from tensorwire.fl.updates import Kind, Terms, check_weight
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
@@ -35,7 +37,7 @@ Verdict = Literal["accept", "reject", "clip"]
 
 # Elements that are worked on at a time: float64 temporaries of this size stay in the second-level cache.
 _BLOCK: Final = 1 << 15
-# The largest finite value of the dtypes that are averaged. Everything else keeps the value that the server has.
+# The dtypes that are averaged and their largest finite values. Everything else stays as the server has it.
 _LARGEST: Final = {
     dtypes.FLOAT16: 65504.0,
     dtypes.BFLOAT16: float.fromhex("0x1.fep127"),
@@ -45,7 +47,9 @@ _LARGEST: Final = {
 
 
 class UpdateError(TensorwireError, ValueError):
-    """A whole, well-formed update that must not count. `reason`: stale, client, weight, finite, norm or hook."""
+    """A whole, well-formed update that must not count. `reason`: stale, client, weight, finite, norm or
+    hook.
+    """
 
     def __init__(self, detail: str, *, reason: str, item: object = None) -> None:
         super().__init__(detail, item=item)
@@ -56,8 +60,9 @@ class UpdateError(TensorwireError, ValueError):
 class Update:
     """A client's update that was read through and may count.
 
-    `recording`: the path of the stream, or a buffer that holds it. `norm`: L2 norm, over all averaged items, of what
-    it adds to the base. `scale`: what that is multiplied with, less than 1 where it was clipped. `digest`: of the stream.
+    `recording`: the path of the stream, or a buffer that holds it. `norm`: L2 norm, over all averaged items,
+    of what it adds to the base. `scale`: what that is multiplied with, less than 1 where it was clipped.
+    `digest`: of the stream.
     """
 
     terms: Terms
@@ -70,21 +75,25 @@ class Update:
     def client(self) -> str:
         return self.terms.client
 
-    def slices(self, open_item: Callable[[Item], None] = lambda item: None, **options: Any) -> Iterator[Piece]:
-        """The decoded slices, read once more."""
-        if not isinstance(self.recording, (str, os.PathLike)):
-            yield from Slices(self.recording, open_item, **options)
-            return
-        with open(self.recording, "rb", buffering=0) as file:
-            yield from Slices(file, open_item, **options)
+    def slices(
+        self, open_item: Callable[[Item], None] = lambda item: None, **options: Any
+    ) -> Iterator[Piece]:
+        """The decoded slices, read once more. Raises WireError where the recording is not what it was."""
+        in_file = isinstance(self.recording, (str, os.PathLike))
+        with open(self.recording, "rb", buffering=0) if in_file else nullcontext(self.recording) as source:
+            slices = Slices(source, open_item, **options)
+            yield from slices
+        if slices.digest != self.digest:
+            raise CorruptError("not the recording that was checked")
 
 
 @dataclass(frozen=True)
 class Rules:
     """What the server demands of an update beyond its schema.
 
-    `max_norm`: larger updates are rejected or, with `on_norm="clip"`, scaled down to it. `validate` is called with each
-    update that passes and the schema it was held against, and has the last word: accept, reject, or clip to `max_norm`.
+    `max_norm`: larger updates are rejected or, with `on_norm="clip"`, scaled down to it. `validate` is called
+    with each update that passes and the schema it was held against, and has the last word: accept, reject, or
+    clip to `max_norm`.
     """
 
     max_weight: float = 1e9
@@ -101,65 +110,55 @@ def check_update(
     rules: Rules,
     *,
     recording: Any = None,
-    schema: Schema | None = None,
 ) -> Update:
     """Read an update through and return it as one that may count. Takes O(frame) memory beside the model.
 
-    `source`: as in `decode`. `expected`: the terms that the update must carry, all but its kind, weight and metrics.
-    `recording`: where it can be read again (`source` itself). `schema`: what to hold it against, if not just the model;
-    order of items counts.
-    Raises UpdateError, SchemaError before any payload is read, or another WireError.
+    `source`: as in `decode`. `expected`: the terms that the update must carry, all but its kind, weight and
+    metrics. `recording`: where it can be read again (`source` itself). Names, their order, shapes and dtypes
+    must be the model's. Raises UpdateError, SchemaError before any payload is read, or another WireError.
     """
-    schema = tensorwire.schema(model if schema is None else schema)
-    gate = _Gate(model, schema, expected, rules)
-    slices = gate.slices = Slices(source, gate.open_item, limits=rules.limits)
-    energy = 0.0
-    for piece in slices:
-        if piece.item.dtype in _LARGEST:
-            energy += _energy(piece, _place(model, piece), gate.terms.kind)
-    gate.check_complete()
-    update = Update(gate.terms, source if recording is None else recording, math.sqrt(energy), slices.end.summary.digest)
-    return _judge(update, rules, schema)
+    schema, names = tensorwire.schema(model), iter(model)
+    terms: Terms | None = None
 
-
-class _Gate:
-    """What is known before any payload: the terms and the schema."""
-
-    def __init__(self, model: Model, schema: Schema, expected: Terms, rules: Rules) -> None:
-        self.slices: Slices | None = None
-        self.terms: Terms | None = None
-        self._schema = tensorwire.schema(schema)
-        self._names = iter(model)
-        self._expected = expected
-        self._rules = rules
-
-    def open_item(self, item: Item) -> None:
-        if self.terms is None:
-            self.terms = self._agree(Terms.parse(self.slices.start.info.metadata))
-        self._schema.check(item)
-        if item.path and item.name != (name := next(self._names)):
+    def open_item(item: Item) -> None:
+        nonlocal terms
+        if terms is None:
+            terms = _agreed(Terms.parse(slices.metadata), expected, rules)
+        schema.check(item)
+        if item.path and item.name != (name := next(names)):
             raise SchemaError(f"items come in another order: {name!r} was expected here")
 
-    def check_complete(self) -> None:
-        self._schema.check_complete()
+    slices = Slices(source, open_item, limits=rules.limits)
+    energy = 0.0
+    for piece in slices:
+        assert terms is not None
+        if piece.dtype in _LARGEST:
+            energy += _energy(piece, _place(model, piece), terms.kind)
+    schema.check_complete()
+    assert terms is not None
+    recording = source if recording is None else recording
+    return _judged(
+        Update(terms, recording, math.sqrt(energy), slices.digest), rules, tensorwire.schema(model)
+    )
 
-    def _agree(self, terms: Terms) -> Terms:
-        for name, reason in (("run", "stale"), ("round", "stale"), ("base", "stale"), ("client", "client")):
-            got, wanted = getattr(terms, name), getattr(self._expected, name)
-            if got != wanted:
-                raise UpdateError(f"{name} is {got!r}, this is {wanted!r}", reason=reason)
-        try:
-            check_weight(terms.weight, self._rules.max_weight)
-        except ValueError as error:
-            raise UpdateError(str(error), reason="weight") from None
-        return terms
+
+def _agreed(terms: Terms, expected: Terms, rules: Rules) -> Terms:
+    for name, reason in (("run", "stale"), ("round", "stale"), ("base", "stale"), ("client", "client")):
+        got, wanted = getattr(terms, name), getattr(expected, name)
+        if got != wanted:
+            raise UpdateError(f"{name} is {show(got)}, this is {wanted!r}", reason=reason)
+    try:
+        check_weight(terms.weight, rules.max_weight)
+    except ValueError as error:
+        raise UpdateError(str(error), reason="weight") from None
+    return terms
 
 
 def _energy(piece: Piece, base: np.ndarray, kind: Kind) -> float:
-    """The sum of squares of what a piece adds to the base. Raises UpdateError for what is not finite, or would not
-    be once added.
+    """The sum of squares of what a piece adds to the base. Raises UpdateError for what is not finite, or
+    would not be once added.
     """
-    dtype, energy = piece.item.dtype, 0.0
+    dtype, energy = piece.dtype, 0.0
     for values, was in _blocks(piece.data, base, dtype):
         change = values - was if kind == "weights" else values
         target = values if kind == "weights" else values + was
@@ -169,31 +168,28 @@ def _energy(piece: Piece, base: np.ndarray, kind: Kind) -> float:
     return energy
 
 
-def _judge(update: Update, rules: Rules, schema: Schema) -> Update:
-    verdict: Verdict = "accept"
-    if rules.max_norm is not None and not update.norm <= rules.max_norm:
-        verdict = rules.on_norm
-        if verdict == "reject":
-            raise UpdateError(f"norm {update.norm:.6g} is above {rules.max_norm:.6g}", reason="norm")
+def _judged(update: Update, rules: Rules, schema: Schema) -> Update:
+    limit = math.inf if rules.max_norm is None else rules.max_norm
+    clip = not update.norm <= limit
+    if clip and rules.on_norm == "reject":
+        raise UpdateError(f"norm {update.norm:.6g} is above {limit:.6g}", reason="norm")
     if rules.validate is not None:
-        said = rules.validate(update, schema)
-        if said not in ("accept", "reject", "clip"):
-            raise ValueError(f"validate must return accept, reject or clip, not {said!r}")
-        if said == "reject":
+        verdict = rules.validate(update, schema)
+        if verdict == "reject":
             raise UpdateError("refused by the server's validate", reason="hook")
-        if said == "clip" and rules.max_norm is None:
-            raise ValueError("validate returned clip, but there is no max_norm to clip to")
-        verdict = "clip" if "clip" in (said, verdict) else "accept"
-    if verdict == "clip" and update.norm > rules.max_norm:
-        return replace(update, scale=rules.max_norm / update.norm)
-    return update
+        if verdict not in ("accept", "clip") or verdict == "clip" and rules.max_norm is None:
+            raise ValueError(
+                f"validate must return accept, reject, or where there is a max_norm clip, not {verdict!r}"
+            )
+        clip = clip or verdict == "clip" and update.norm > limit
+    return replace(update, scale=limit / update.norm) if clip else update
 
 
 def aggregate(updates: Sequence[Update], model: dict[str, np.ndarray], *, limits: Limits = DEFAULT) -> None:
     """Write the weighted mean of `updates` over `model`, their base.
 
-    A recording that has changed since it was checked raises a WireError, or an UpdateError, with parts of the model
-    already written: load it again from where the server keeps it.
+    A recording that has changed since it was checked raises a WireError with parts of the model already
+    written: load it again from where the server keeps it.
     """
     ordered = sorted(updates, key=lambda update: update.client)
     if not ordered or len({update.client for update in ordered}) < len(ordered):
@@ -203,18 +199,18 @@ def aggregate(updates: Sequence[Update], model: dict[str, np.ndarray], *, limits
     first, *others = (_Contribution(update, model, scratch, limits) for update in ordered)
     total = np.empty(0)
     for piece in first.pieces:
-        item, place = piece.item, _place(model, piece)
-        count = piece.data.size // item.dtype.itemsize
+        dtype, place = piece.dtype, _place(model, piece)
+        count = piece.data.size // dtype.itemsize
         if total.size < count:
             total = np.empty(count)
         sums = total[:count]
         sums.fill(0.0)
-        first.add(piece.data, place, item.dtype, sums)
+        first.add(piece.data, place, dtype, sums)
         for other in others:
-            other.add_next(item, place, sums)
-        if item.dtype in _LARGEST:
+            other.add_next(piece.item.name, place, dtype, sums)
+        if dtype in _LARGEST:
             np.divide(sums, weight, out=sums)
-            _narrow(sums, item.dtype, place)
+            _narrow(sums, dtype, place)
     for other in others:
         other.finish()
 
@@ -229,26 +225,28 @@ class _Contribution:
         self.pieces = update.slices(self._schema.check, scratch=scratch, limits=limits)
         self._rest: np.ndarray | None = None  # of a piece that was longer than what the others had
 
-    def add_next(self, item: Item, place: np.ndarray, sums: np.ndarray) -> None:
-        """Add this client's elements of `item` that belong at `place`."""
-        done, itemsize = 0, item.dtype.itemsize
+    def add_next(self, name: str, place: np.ndarray, dtype: DType, sums: np.ndarray) -> None:
+        """Add this client's elements of an item that belong at `place`."""
+        done, itemsize = 0, dtype.itemsize
         while done < place.size:
-            data, kept = self._next(item)
+            data, kept = self._next(name)
             size = min(data.size, place.size - done)
             part = slice(done // itemsize, (done + size) // itemsize)
-            self.add(data[:size], place[done : done + size], item.dtype, sums[part])
+            self.add(data[:size], place[done : done + size], dtype, sums[part])
             done += size
             if size < data.size:
                 self._rest = data[size:] if kept else data[size:].copy()
 
-    def _next(self, item: Item) -> tuple[np.ndarray, bool]:
-        """The next bytes of `item`, and whether they are this client's own memory rather than shared scratch."""
+    def _next(self, name: str) -> tuple[np.ndarray, bool]:
+        """The next bytes of an item, and whether they are this client's own memory rather than shared
+        scratch.
+        """
         if self._rest is not None:
             rest, self._rest = self._rest, None
             return rest, True
         piece = next(self.pieces, None)
-        if piece is None or piece.item.name != item.name:
-            raise SchemaError("not where the other updates have it", item=item.name)
+        if piece is None or piece.item.name != name:
+            raise SchemaError("not where the other updates have it", item=name)
         return piece.data, False
 
     def add(self, data: np.ndarray, place: np.ndarray, dtype: DType, sums: np.ndarray) -> None:
@@ -272,7 +270,7 @@ class _Contribution:
 
 def _place(model: Model, piece: Piece) -> np.ndarray:
     """The bytes of the model that a piece is about."""
-    begin = piece.start * piece.item.dtype.itemsize
+    begin = piece.start * piece.dtype.itemsize
     return np.frombuffer(FRONT.target(model[piece.item.name]), np.uint8)[begin : begin + piece.data.size]
 
 

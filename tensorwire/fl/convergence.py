@@ -32,8 +32,8 @@ def _differences(codec: str, **options: Any) -> Plan:
     return Plan(down=codec, up=codec, down_kind="difference", up_kind="difference", **options)
 
 
-# start -> setting -> plan. A random start moves far and forgives much; fine-tuning takes steps that are smaller than
-# what four bits of a weight can tell apart.
+# start -> setting -> plan. A random start moves far and forgives much; fine-tuning takes steps that are smaller
+# than what four bits of a weight can tell apart.
 SETTINGS: Final[dict[str, dict[str, Plan]]] = {
     "random": _WEIGHTS | {f"{codec} differences": _differences(codec) for codec in ("nf4", "fp4")},
     "pre-trained": _WEIGHTS
@@ -66,13 +66,14 @@ def experiment(
         pool.submit(pretrain, pretrained, pretraining).result()
         jobs = [
             pool.submit(run, start, setting, plan, seed, rounds, pretrained)
-            for seed in range(seeds)
             for start, plans in settings.items()
             for setting, plan in plans.items()
+            for seed in range(seeds)
         ]
         for number, job in enumerate(as_completed(jobs), 1):
             done = job.result()
-            print(f"{number}/{len(jobs)} {done['start']} {done['setting']} {done['seed']}: {done['losses'][-1]}", file=sys.stderr)
+            name = f"{done['start']} {done['setting']} {done['seed']}"
+            print(f"{number}/{len(jobs)} {name}: {done['losses'][-1]}", file=sys.stderr)
     runs = [job.result() for job in jobs]
     (out / "convergence.json").write_text("".join(json.dumps(each) + "\n" for each in runs))
     (out / "convergence.md").write_text(table(runs))
@@ -83,9 +84,11 @@ def experiment(
 def pretrain(path: Path, schedule: tuple[tuple[float, int], ...]) -> None:
     """Train a start on the text of all clients, by (learning rate, steps), and save it."""
     _one_thread()
-    state: State | None = None
+    state: State = {}
     for number, (rate, steps) in enumerate(schedule):
-        task = language_model(clients=1, batch=2 * _BATCH, steps=steps, rate=rate, start=state, **_MODEL)
+        task = language_model(
+            clients=1, batch=2 * _BATCH, steps=steps, rate=rate, start=state or None, **_MODEL
+        )
         state, _, _ = task.train(task.initial(), 0, number)
     tensorwire.torch.save_file(dict(state), path)
 
@@ -94,7 +97,7 @@ def run(start: str, setting: str, plan: Plan, seed: int, rounds: int, pretrained
     """One curve: losses and bytes so far, from before the first round to after the last."""
     _one_thread()
     state = tensorwire.torch.load_file(pretrained) if start == "pre-trained" else None
-    # One client with everybody's text and as many examples a step is training as it was before it was federated.
+    # One client with everybody's text and as many examples a step: training before it was federated.
     clients, batch = (1, CLIENTS * _BATCH) if setting == CENTRAL else (CLIENTS, _BATCH)
     task = language_model(
         clients=clients, batch=batch, seed=seed, steps=_STEPS, rate=_RATES[start], start=state, **_MODEL
@@ -119,8 +122,8 @@ def table(runs: list[Run]) -> str:
         rounds = len(curves[FP32][0]["losses"]) - 1
         begin = mean(each["losses"][0] for each in curves[FP32])
         lines += [
-            f"Start: {start}, loss {begin:.4f}. After {rounds} rounds FL in fp32 ends between {low:.4f} and {high:.4f}, "
-            f"{high - low:.4f} apart.",
+            f"Start: {start}, loss {begin:.4f}. After {rounds} rounds FL in fp32 ends between {low:.4f} and "
+            f"{high:.4f}, {high - low:.4f} apart.",
             "",
             "| setting | MB a round and client | loss, mean | lowest to highest | above fp32 | within |",
             "|---|---|---|---|---|---|",
@@ -154,11 +157,18 @@ def draw(runs: list[Run], path: Path) -> None:
     starts = _by_setting(runs)
     figure = Figure(figsize=(11, 4.6 * len(starts)), layout="constrained")
     FigureCanvasAgg(figure)
-    for (left, right), (start, curves) in zip(figure.subplots(len(starts), 2, squeeze=False), starts.items(), strict=True):
+    for (left, right), (start, curves) in zip(
+        figure.subplots(len(starts), 2, squeeze=False), starts.items(), strict=True
+    ):
         for setting, found in curves.items():
             points = list(zip(*(each["losses"] for each in found), strict=True))
             sent = [count / 1e6 for count in found[0]["bytes"]]
-            look = {"color": _colour(setting), "linestyle": _dashes(setting), "linewidth": 1.3, "label": setting}
+            look = {
+                "color": _colour(setting),
+                "linestyle": _dashes(setting),
+                "linewidth": 1.3,
+                "label": setting,
+            }
             for axes, across in ((left, range(len(points))), (right, sent)):
                 if axes is left or setting != CENTRAL:  # which sends nothing
                     shown = list(zip(across, points, strict=True))[1:]
@@ -178,7 +188,14 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def _colour(setting: str) -> str:
-    colours = {CENTRAL: "#999999", FP32: "#000000", "fp16": "#0072B2", "int8": "#009E73", "nf4": "#E69F00", "fp4": "#D55E00"}
+    colours = {
+        CENTRAL: "#999999",
+        FP32: "#000000",
+        "fp16": "#0072B2",
+        "int8": "#009E73",
+        "nf4": "#E69F00",
+        "fp4": "#D55E00",
+    }
     return next((colour for name, colour in colours.items() if name in setting), "#56B4E9")  # bf16
 
 
@@ -190,7 +207,9 @@ def _dashes(setting: str) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tensorwire.fl.convergence", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tensorwire.fl.convergence", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for convergence.json, .md and .png")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)

@@ -17,9 +17,9 @@ from tensorwire.streams.rules import CodecChoice
 class Plan:
     """How models and updates travel.
 
-    `down`, `up`: codecs. `down_kind`: weights, or after the first round (which is sent raw) the difference to what the
-    clients hold. `up_kind`: weights, or the difference to what the client began from. `feedback`: clients keep what
-    quantizing their differences dropped. `stochastic`: bf16 rounds at random.
+    `down`, `up`: codecs. `down_kind`: weights, or after the first round (which is sent raw) the difference to
+    what the clients hold. `up_kind`: weights, or the difference to what the client began from. `feedback`:
+    clients keep what quantizing their differences dropped. `stochastic`: bf16 rounds at random.
     """
 
     down: CodecChoice = "raw"
@@ -32,7 +32,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Round:
-    """After `number` rounds: the loss of the global model, and bytes that all clients have received and sent so far."""
+    """After `number` rounds: the loss of the global model, and bytes that all clients have received and sent
+    so far.
+    """
 
     number: int
     loss: float
@@ -51,7 +53,11 @@ def simulate(task: Task, plan: Plan, *, clients: int, rounds: int) -> Iterator[R
     for number in range(rounds):
         # Server out, once for all clients; client in, which is the same for each.
         difference = plan.down_kind == "difference" and digest != ""
-        seeds = [number * (clients + 1) + place for place in range(clients + 1)] if plan.stochastic else [None] * (clients + 1)
+        seeds = (
+            [number * (clients + 1) + place for place in range(clients + 1)]
+            if plan.stochastic
+            else [None] * (clients + 1)
+        )
         broadcast = b"".join(
             encode(
                 views(state, held if difference else None),

@@ -1,7 +1,7 @@
 """What is learned: the three functions the loop asks for, and a small language model that gives them.
 
-A task of your own is a function that returns a `Task`, named on the command line as `--task module:function`. It sees
-plain tensors, in their own precision, whatever the messages were quantized to.
+A task of your own is a function that returns a `Task`, named on the command line as `--task module:function`.
+It sees plain tensors, in their own precision, whatever the messages were quantized to.
 """
 
 import importlib
@@ -17,7 +17,9 @@ import numpy as np
 State = Mapping[str, Any]
 
 # Not what people write: generated tables, vendored trees, other people's packages.
-_SKIPPED: Final = frozenset({"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"})
+_SKIPPED: Final = frozenset(
+    {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
+)
 _HELD_OUT: Final = 10  # every tenth file of a package is never trained on
 _EVALUATED: Final = 128  # windows of held-out text
 
@@ -26,8 +28,8 @@ _EVALUATED: Final = 128  # windows of held-out text
 class Task:
     """`initial()`: the tensors that training starts from, by name.
 
-    `train(state, client, round)`: what client number `client` makes of them, its weight in the mean (the number of
-    examples it saw, say) and what it wants to report. It leaves `state` as it is.
+    `train(state, client, round)`: what client number `client` makes of them, its weight in the mean (the
+    number of examples it saw, say) and what it wants to report. It leaves `state` as it is.
     `evaluate(state)`: the loss on data that nobody trains on.
     """
 
@@ -60,9 +62,10 @@ def language_model(
 ) -> Task:
     """A Llama of some 400,000 parameters over bytes, learning to write the Python standard library.
 
-    Each client has packages of its own, no line of the others'. A round is `steps` steps of AdamW over `batch` windows of
-    `context` bytes. `lora`: rank of adapters (peft) on every linear layer, which then are all that is trained and sent.
-    `start`: weights to begin with, for adapters above all; random otherwise, and the same for the same `seed`.
+    Each client has packages of its own, no line of the others'. A round is `steps` steps of AdamW over
+    `batch` windows of `context` bytes. `lora`: rank of adapters (peft) on every linear layer, which then are
+    all that is trained and sent. `start`: weights to begin with, for adapters above all; random otherwise,
+    and the same for the same `seed`.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,7 +80,7 @@ def language_model(
         max_position_embeddings=context,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     if start is not None:
         model.load_state_dict(start)
     if lora:
@@ -139,7 +142,9 @@ def split(clients: int) -> tuple[list[np.ndarray], np.ndarray]:
         shown = files[::_HELD_OUT] if len(files) > 1 else []
         poorest += [file for file in files if file not in shown]
         held_out += shown
-    return [np.frombuffer(b"".join(text), np.uint8) for text in texts], np.frombuffer(b"".join(held_out), np.uint8)
+    return [np.frombuffer(b"".join(text), np.uint8) for text in texts], np.frombuffer(
+        b"".join(held_out), np.uint8
+    )
 
 
 def _packages() -> dict[str, list[bytes]]:

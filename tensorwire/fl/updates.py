@@ -1,9 +1,9 @@
 """What travels between server and clients: models and updates, as lazy views that are encoded slice by slice.
 
-    views(state)                          the weights themselves
-    views(state, base)                    what training changed, to be added to the round's base; or, from the server,
-                                          what the last round changed, to be added to what the clients hold
-    views(state, base, feedback)          and what earlier rounds' quantization dropped
+    views(state)                    the weights themselves
+    views(state, base)              what training changed, to be added to the round's base; or, from the
+                                    server, what the last round changed, to be added to what clients hold
+    views(state, base, feedback)    and what earlier rounds' quantization dropped
 
 Nothing is computed until `encode` reads a slice, so a difference takes no memory of its own.
 """
@@ -20,11 +20,10 @@ import numpy as np
 
 import tensorwire
 from tensorwire import dtypes, kernels, streams
-from tensorwire.codecs import Codec
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.numpy import FRONT
+from tensorwire.numpy import FRONT, NumPyFront
 from tensorwire.streams.rules import CodecChoice, rule
 from tensorwire.streams.slices import Slices
 from tensorwire.tensor import TensorView
@@ -35,6 +34,7 @@ Views = dict[str, TensorView]
 
 _KINDS: Final = ("weights", "difference")
 _METADATA: Final = "tensorwire.fl"
+_BF16: Final = tensorwire.codec("bf16").stages()[0]
 _FLOATS: Final = {dtypes.FLOAT16: np.float16, dtypes.FLOAT32: np.float32, dtypes.FLOAT64: np.float64}
 
 
@@ -42,8 +42,9 @@ _FLOATS: Final = {dtypes.FLOAT16: np.float16, dtypes.FLOAT32: np.float32, dtypes
 class Terms:
     """What a stream of the loop says of itself, in its metadata.
 
-    `base`: digest, as hex, of the broadcast that an update was trained on, or that a broadcast of kind difference adds to.
-    `weight`: what an update counts in the mean, the number of examples for instance. `metrics`: what the client reports.
+    `base`: digest, as hex, of the broadcast that an update was trained on, or that a broadcast of kind
+    difference adds to. `weight`: what an update counts in the mean, the number of examples for instance.
+    `metrics`: what the client reports.
     """
 
     run: str
@@ -63,11 +64,13 @@ class Terms:
         return {_METADATA: json.dumps(asdict(self), allow_nan=False)}
 
     @classmethod
-    def parse(cls, metadata: Any) -> "Terms":
+    def parse(cls, metadata: Mapping[str, str]) -> "Terms":
         """From the metadata of a received stream. Raises SchemaError; a weight is left to `check_weight`."""
         try:
-            terms = cls(**json.loads(dict(metadata)[_METADATA]))
-            types = [type(value) for value in (terms.run, terms.round, terms.base, terms.client, terms.metrics)]
+            terms = cls(**json.loads(metadata[_METADATA]))
+            types = [
+                type(value) for value in (terms.run, terms.round, terms.base, terms.client, terms.metrics)
+            ]
             good = types == [str, int, str, str, dict] and terms.kind in _KINDS
             good = good and all(type(value) in (int, float) for value in terms.metrics.values())
         except (KeyError, TypeError, ValueError, RecursionError):
@@ -83,17 +86,24 @@ def check_weight(weight: Any, most: float = math.inf) -> None:
         raise ValueError(f"a weight must be a number above 0 and at most {most:g}, not {weight!r:.40}")
 
 
-def views(state: Mapping[str, Any], base: Mapping[str, Any] | None = None, feedback: "ErrorFeedback | None" = None) -> Views:
-    """The tensors of `state`, torch or NumPy, to be encoded: less `base`, plus what `feedback` holds, where given.
+def views(
+    state: Mapping[str, Any], base: Mapping[str, Any] | None = None, feedback: "ErrorFeedback | None" = None
+) -> Views:
+    """The tensors of `state`, torch or NumPy, to be encoded; less `base`, plus `feedback`, where given.
 
-    Only float tensors are subtracted from; others are what they are. Names, shapes and dtypes are those of `state`.
+    Only float tensors are subtracted from; others are what they are. Names, shapes and dtypes stay.
+    Raises EncodeError for what is no tensor or does not match the base.
     """
     made = {}
     for name, tensor in state.items():
         view = _view(name, tensor)
         if base is not None and _is_float(view.dtype):
-            residual = None if feedback is None else feedback.of(name, view)
-            view = TensorView(view.dtype, view.shape, _subtract(view, _view(name, base[name]), residual), identity=view.identity)
+            old = _view(name, base.get(name))
+            if (view.dtype, view.shape) != (old.dtype, old.shape):
+                detail = f"{view.dtype} {list(view.shape)} now, {old.dtype} {list(old.shape)} before"
+                raise EncodeError(detail, item=name)
+            read = _subtract(view, old, None if feedback is None else feedback.of(name, view))
+            view = TensorView(view.dtype, view.shape, read, identity=view.identity)
         made[name] = view
     return made
 
@@ -107,15 +117,18 @@ def encode(
     frame_size: int = streams.FRAME_SIZE,
     limits: Limits = DEFAULT,
 ) -> Iterator[Any]:
-    """The buffers of a stream of `tensors` under `terms`. `codec` as in `tensorwire.encode`; functions get a TensorView.
+    """The buffers of a stream of `tensors` under `terms`; `codec` as in `tensorwire.encode`, of TensorViews.
 
-    `stochastic`: a seed; items under bf16 are then rounded up or down at random, so that they are right on average
-    and a change of less than half a unit in the last place is not lost in every round. The same seed gives the same bytes.
+    `stochastic`: a seed; items under bf16 are then rounded up or down at random, so that they are right on
+    average and a change of less than half a unit in the last place is not lost in every round. The same seed
+    gives the same bytes.
     """
     if stochastic is not None:
         choose = rule(codec)
         tensors = {
-            name: _dithered(view, [stochastic, number]) if _stem(choose(name, view, view)) == "bf16" else view
+            name: _dithered(view, [stochastic, number])
+            if choose(name, view, view).stages()[0] == _BF16
+            else view
             for number, (name, view) in enumerate(tensors.items())
         }
     return streams.encode(
@@ -128,9 +141,10 @@ def receive(
 ) -> tuple[Terms, str]:
     """Decode a stream of the loop into the tensors `into`; its terms and the digest of the stream, as hex.
 
-    A difference is added to what `into` holds, which must be what the broadcast with digest `held` made of it. Server and
-    clients do this alike and so hold the same bits. Raises a WireError, with `into` maybe partly written, for whatever is
-    not a whole stream of just these tensors: take differences from a recording that has been verified.
+    A difference is added to what `into` holds, which must be what the broadcast with digest `held` made of
+    it. Server and clients do this alike and so hold the same bits. Raises a WireError, with `into` maybe
+    partly written, for whatever is not a whole stream of just these tensors: take differences from a
+    recording that has been verified.
     """
     memory = arrays(into)
     schema = tensorwire.schema(memory)
@@ -139,20 +153,24 @@ def receive(
     def open_item(item: Item) -> None:
         nonlocal terms
         if terms is None:
-            terms = Terms.parse(slices.start.info.metadata)
+            terms = Terms.parse(slices.metadata)
             if terms.kind == "difference" and terms.base != held:
-                raise SchemaError(f"a difference to {terms.base[:16] or 'nothing'}..., not to the {held[:16]}... held here")
+                raise SchemaError(
+                    f"a difference to {terms.base[:16] or 'nothing'}..., not to the {held[:16]}... held here"
+                )
         schema.check(item)
 
     slices = Slices(source, open_item, limits=limits)
     for piece in slices:
-        data, dtype, begin = piece.data, piece.item.dtype, piece.start * piece.item.dtype.itemsize
+        assert terms is not None
+        data, dtype, begin = piece.data, piece.dtype, piece.start * piece.dtype.itemsize
         place = np.frombuffer(FRONT.target(memory[piece.item.name]), np.uint8)[begin : begin + data.size]
         if terms.kind == "difference" and _is_float(dtype):
             data = _bytes(_floats(place, dtype) + _floats(data, dtype), dtype)
         place[:] = data
     schema.check_complete()
-    return terms, slices.end.summary.digest.hex()
+    assert terms is not None
+    return terms, slices.digest.hex()
 
 
 def arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -167,8 +185,8 @@ def arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
 class ErrorFeedback:
     """What quantization dropped of the updates that counted, to be added to the next one.
 
-    Seide et al., 1-Bit SGD (Interspeech 2014); Karimireddy et al., arXiv:1901.09847. A client keeps one, of the size of
-    the model, and with `path` in a file, so that it outlives the process.
+    Seide et al., 1-Bit SGD (Interspeech 2014); Karimireddy et al., arXiv:1901.09847. A client keeps one, of
+    the size of the model, and with `path` in a file, so that it outlives the process.
     """
 
     def __init__(self, path: str | os.PathLike | None = None) -> None:
@@ -188,36 +206,37 @@ class ErrorFeedback:
     def settle(self, sent: Views, recording: Any, *, limits: Limits = DEFAULT) -> None:
         """`sent`, encoded as `recording`, has counted: keep the difference between the two, and save it.
 
-        To be called once, when the server has acknowledged the update; one that never counted leaves no trace here.
+        To be called once, when the server has acknowledged the update; one that never counted leaves no trace
+        here.
         """
         for piece in Slices(recording, lambda item: None, limits=limits):
             residual = self._residual.get(piece.item.name)
             if residual is not None:
-                dtype = piece.item.dtype
+                dtype = piece.dtype
                 start, stop = piece.start, piece.start + piece.data.size // dtype.itemsize
-                residual[start:stop] = _floats(sent[piece.item.name].read(start, stop), dtype) - _floats(piece.data, dtype)
+                wanted = _floats(sent[piece.item.name].read(start, stop), dtype)
+                residual[start:stop] = wanted - _floats(piece.data, dtype)
         if self._path is not None:
             tensorwire.numpy.save_file(self._residual, self._path)
 
 
-class _ViewFront:
-    """Takes tensors that are views already; what it encodes is decoded by other fronts."""
+class _ViewFront(NumPyFront):
+    """Takes tensors that are views already."""
 
     def view(self, value: object) -> TensorView | None:
         return value if isinstance(value, TensorView) else None
 
 
 def _view(name: str, tensor: Any) -> TensorView:
-    view = FRONT.view(tensor) or tensorwire.torch.FRONT.view(tensor)
+    view = FRONT.view(tensor)
+    if view is None and "torch" in sys.modules:
+        view = tensorwire.torch.FRONT.view(tensor)
     if view is None:
         raise EncodeError(f"a state must map names to tensors, not to {type(tensor).__name__}", item=name)
     return view
 
 
 def _subtract(new: TensorView, old: TensorView, residual: np.ndarray | None) -> Callable[[int, int], Any]:
-    if (new.dtype, new.shape) != (old.dtype, old.shape):
-        raise EncodeError(f"training made {new.dtype} {list(new.shape)} of {old.dtype} {list(old.shape)}")
-
     def read(start: int, stop: int) -> Any:
         change = _floats(new.read(start, stop), new.dtype) - _floats(old.read(start, stop), new.dtype)
         if residual is not None:
@@ -239,16 +258,12 @@ def _dithered(view: TensorView, seed: list[int]) -> TensorView:
     return TensorView(view.dtype, view.shape, read, identity=view.identity)
 
 
-def _stem(codec: Codec) -> str:
-    return str(codec).partition("|")[0]
-
-
 def _is_float(dtype: DType) -> bool:
     return dtype == dtypes.BFLOAT16 or dtype in _FLOATS
 
 
 def _floats(data: Any, dtype: DType) -> np.ndarray:
-    """The bytes of a float tensor as an array to calculate with: bfloat16 as float32, the others as they are."""
+    """The bytes of a float tensor as an array to calculate with: bfloat16 becomes float32."""
     if dtype == dtypes.BFLOAT16:
         out = np.empty(memoryview(data).nbytes // 2, np.float32)
         kernels.cast(np.frombuffer(data, np.uint16), out)

@@ -1,7 +1,8 @@
 """A stream as decoded slices, one at a time, in the caller's hands.
 
-`receive.Receiver` pushes slices into sinks and gives whole items. Here the caller pulls: to look at, add up or pass on
-what is never held whole, and to advance many streams in step with one another in the memory of one slice.
+`receive.Receiver` pushes slices into sinks and gives whole items. Here the caller pulls: to look at, add up
+or pass on what is never held whole, and to advance many streams in step with one another in the memory of one
+slice.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from tensorwire.codecs import Codec, crc32c
+from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError, TensorwireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.receive import check_codec, check_slice, reject_files
@@ -28,7 +30,7 @@ from tensorwire.wire import (
     StreamStart,
 )
 
-# A raw payload comes in pieces of at most this, so that memory follows what arrives and not what a header claims.
+# A raw payload comes in pieces of at most this: memory follows what arrives and not what a header claims.
 _PIECE: Final = 4 << 20
 
 
@@ -52,21 +54,28 @@ class Scratch:
 
 
 class Piece(NamedTuple):
-    """Elements of `item` from `start` on: `data` are their bytes, valid until a stream on the same scratch goes on."""
+    """Elements of `item` from `start` on: `data` are their bytes, valid until a stream on the same scratch
+    goes on.
+    """
 
-    number: int
     item: Item
     start: int
     data: np.ndarray
+
+    @property
+    def dtype(self) -> DType:
+        """Of the elements."""
+        assert self.item.dtype is not None
+        return self.item.dtype
 
 
 class Slices:
     """Iterate for every `Piece` of the tensors in a stream, in order.
 
-    `source`: as in `decode`. `open_item` is called with each item as it is described, and raises for one that is not
-    wanted. A slice is verified before it is given, but for a raw one of more than 4 MiB, which is once the next slice
-    comes: trust the whole when the iterator has ended. `start` and `end` hold what the stream says of itself.
-    Raises a WireError for whatever is not a whole valid stream of tensors.
+    `source`: as in `decode`. `open_item` is called with each item as it is described, and raises for one that
+    is not wanted. A slice is verified before it is given, but for a raw one of more than 4 MiB, which is once
+    the next slice comes: trust the whole when the iterator has ended. `metadata` is there from the first item
+    on, `digest` at the end. Raises a WireError for whatever is not a whole valid stream of tensors.
     """
 
     def __init__(
@@ -77,8 +86,8 @@ class Slices:
         scratch: Scratch | None = None,
         limits: Limits = DEFAULT,
     ) -> None:
-        self.start: StreamStart | None = None
-        self.end: StreamEnd | None = None
+        self.metadata: dict[str, str] = {}
+        self.digest = b""
         self._source = as_source(source)
         self._open_item = open_item
         self._scratch = scratch or Scratch()
@@ -102,9 +111,9 @@ class Slices:
             elif isinstance(event, ItemStart):
                 self._start_item(event)
             elif isinstance(event, StreamStart):
-                self.start = event
+                self.metadata = dict(event.info.metadata)
             elif isinstance(event, StreamEnd):
-                self.end = event
+                self.digest = event.summary.digest
         finish(self._source)
 
     def _start_item(self, event: ItemStart) -> None:
@@ -134,7 +143,7 @@ class Slices:
         done, data = self._landed
         with self._located(item):
             self._codecs[number].decode(memoryview(data), item.dtype, data)  # in place: only looks
-        return Piece(number, item, (self._first + done) // item.dtype.itemsize, data)
+        return Piece(item, (self._first + done) // item.dtype.itemsize, data)
 
     def _slice(self, event: Slice) -> Piece:
         codec, item = self._codecs[event.number], event.item
@@ -143,7 +152,7 @@ class Slices:
         data = self._scratch.values(event.count * item.dtype.itemsize)
         with self._located(item):
             codec.decode(event.payload, item.dtype, data)
-        return Piece(event.number, item, event.start, data)
+        return Piece(item, event.start, data)
 
     @contextmanager
     def _located(self, item: Item) -> Iterator[None]:
