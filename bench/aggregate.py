@@ -1,7 +1,7 @@
 """Checking and averaging the updates of a round, by number of clients: `python bench/aggregate.py [MIB] [CODEC]`.
 
-An fp32 model of MIB mebibytes (1024) and updates encoded with CODEC (nf4), read from one recording in a file that stands
-for all clients. Prints seconds, and memory at peak beyond the model.
+An fp32 model of MIB mebibytes (1024) and updates encoded with CODEC (nf4), read from one recording in a file
+that stands for all clients. Prints seconds, and memory at peak beyond the model.
 """
 
 import sys
@@ -32,7 +32,9 @@ def main(mib: int, codec: str) -> None:
         start = perf_counter()
         with path.open("wb") as file:
             size = Output(file.fileno()).append(encode(views(model, model), terms, codec=codec))
-        print(f"{mib} MiB, {codec}: difference encoded to {size / 2**20:.0f} MiB in {perf_counter() - start:.2f} s")
+        print(
+            f"{mib} MiB, {codec}: difference encoded to {size / 2**20:.0f} MiB in {perf_counter() - start:.2f} s"
+        )
         rise, start = Rise(), perf_counter()
         with path.open("rb", buffering=0) as source:
             update = check_update(source, model, terms, Rules(), recording=path)
@@ -41,7 +43,9 @@ def main(mib: int, codec: str) -> None:
             updates = [replace(update, terms=replace(terms, client=str(client))) for client in range(count)]
             rise, start = Rise(), perf_counter()
             aggregate(updates, model)
-            print(f"{count} clients averaged in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB")
+            print(
+                f"{count} clients averaged in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB"
+            )
 
 
 if __name__ == "__main__":

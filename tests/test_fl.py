@@ -445,6 +445,23 @@ def test_what_a_client_receives_is_what_was_broadcast():
         receive(data, {**into, "more": np.zeros(1)})
 
 
+def test_a_difference_is_added_to_what_its_receivers_hold_and_to_nothing_else():
+    model = make_model()
+    held = {name: np.zeros_like(array) for name, array in model.items()}
+    first = joined(encode(views(model), Terms("run", 0), codec="bf16"))
+    _, digest = receive(first, held)
+    for number in range(1, 5):
+        terms = Terms("run", number, digest, kind="difference")
+        news = joined(encode(views(model, held), terms, codec="nf4"))
+        for stale in ("", "0" * 64):
+            with pytest.raises(SchemaError, match="difference to"):
+                receive(news, {name: np.zeros_like(array) for name, array in model.items()}, held=stale)
+        _, digest = receive(news, held, held=digest)
+    # Each round leaves a part of what the one before it left.
+    assert np.abs(held["weight"] - model["weight"]).max() < 1e-5
+    assert held["steps"] == model["steps"] and (held["mask"] == model["mask"]).all()
+
+
 def test_views_are_lazy_and_leave_their_input_alone():
     model, state = make_model(), trained(make_model(), 1)
     keep = {name: array.copy() for name, array in state.items()}
@@ -513,6 +530,8 @@ def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
             state[name] - model[name] + residual,
             atol=2e-3 if name == "half" else 1e-6,
         )
+    with pytest.raises(EncodeError, match="differences"):
+        views(state, None, feedback)
     with pytest.raises(EncodeError, match="another model"):
         views(
             {"bias": np.zeros(9, np.float32)},

@@ -1,6 +1,6 @@
 """The loop in one process: the same functions as between machines, with streams handed over as bytes.
 
-What a setting does to learning shows here in minutes; `tensorwire fl run` shows the rest.
+What a setting does to learning shows here within minutes.
 """
 
 import copy
@@ -32,9 +32,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Round:
-    """After `number` rounds: the loss of the global model, and bytes that all clients have received and sent
-    so far.
-    """
+    """The loss of the global model after `number` rounds, and the bytes of all messages until then."""
 
     number: int
     loss: float
@@ -51,21 +49,16 @@ def simulate(task: Task, plan: Plan, *, clients: int, rounds: int) -> Iterator[R
     total = 0
     yield Round(0, task.evaluate(state), 0)
     for number in range(rounds):
+
+        def seed(place: int, number: int = number) -> int | None:
+            return number * (clients + 1) + place if plan.stochastic else None
+
         # Server out, once for all clients; client in, which is the same for each.
-        difference = plan.down_kind == "difference" and digest != ""
-        seeds = (
-            [number * (clients + 1) + place for place in range(clients + 1)]
-            if plan.stochastic
-            else [None] * (clients + 1)
-        )
-        broadcast = b"".join(
-            encode(
-                views(state, held if difference else None),
-                Terms("simulation", number, digest, kind="difference" if difference else "weights"),
-                codec="raw" if plan.down_kind == "difference" and not difference else plan.down,
-                stochastic=seeds[clients],
-            )
-        )
+        kind: Kind = plan.down_kind if digest else "weights"
+        codec = "raw" if kind != plan.down_kind else plan.down
+        news = views(state, held if kind == "difference" else None)
+        terms = Terms("simulation", number, digest, kind=kind)
+        broadcast = b"".join(encode(news, terms, codec=codec, stochastic=seed(clients)))
         _, digest = receive(broadcast, held, held=digest)
         updates = []
         for client, feedback in enumerate(feedbacks):
@@ -74,7 +67,7 @@ def simulate(task: Task, plan: Plan, *, clients: int, rounds: int) -> Iterator[R
             # Client out, server in.
             terms = Terms("simulation", number, digest, f"client-{client}", plan.up_kind, weight, metrics)
             sent = views(trained, held if plan.up_kind == "difference" else None, feedback)
-            recording = b"".join(encode(sent, terms, codec=plan.up, stochastic=seeds[client]))
+            recording = b"".join(encode(sent, terms, codec=plan.up, stochastic=seed(client)))
             updates.append(check_update(recording, model, terms, Rules()))
             if feedback is not None:
                 feedback.settle(sent, recording)

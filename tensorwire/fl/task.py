@@ -1,7 +1,7 @@
 """What is learned: the three functions the loop asks for, and a small language model that gives them.
 
-A task of your own is a function that returns a `Task`, named on the command line as `--task module:function`.
-It sees plain tensors, in their own precision, whatever the messages were quantized to.
+A task of your own is a function that returns a `Task`, which `load` finds as "module:function". It sees plain
+tensors, in their own precision, whatever the messages were quantized to.
 """
 
 import importlib
@@ -79,14 +79,16 @@ def language_model(
         num_key_value_heads=2,
         max_position_embeddings=context,
     )
-    torch.manual_seed(seed)
-    model: Any = LlamaForCausalLM(config)
-    if start is not None:
-        model.load_state_dict(start)
-    if lora:
-        from peft import LoraConfig, get_peft_model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = LlamaForCausalLM(config)
+        if start is not None:
+            model.load_state_dict(start)
+        if lora:
+            from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
+            adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
+            model = get_peft_model(model, adapters)
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     texts, held_out = split(clients)
 
@@ -142,9 +144,8 @@ def split(clients: int) -> tuple[list[np.ndarray], np.ndarray]:
         shown = files[::_HELD_OUT] if len(files) > 1 else []
         poorest += [file for file in files if file not in shown]
         held_out += shown
-    return [np.frombuffer(b"".join(text), np.uint8) for text in texts], np.frombuffer(
-        b"".join(held_out), np.uint8
-    )
+    *shares, rest = (np.frombuffer(b"".join(files), np.uint8) for files in (*texts, held_out))
+    return shares, rest
 
 
 def _packages() -> dict[str, list[bytes]]:

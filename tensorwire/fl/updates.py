@@ -94,6 +94,8 @@ def views(
     Only float tensors are subtracted from; others are what they are. Names, shapes and dtypes stay.
     Raises EncodeError for what is no tensor or does not match the base.
     """
+    if feedback is not None and base is None:
+        raise EncodeError("error feedback is for differences; give their base")
     made = {}
     for name, tensor in state.items():
         view = _view(name, tensor)
