@@ -15,6 +15,7 @@ from tensorwire.bench import BenchError
 from tensorwire.cli import bench, decode, encode, inspect, receive, send, verify
 from tensorwire.cli.common import UsageError
 from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.transports import RefusedError
 
 OK: Final = 0
 REFUSED: Final = 1
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(error, USAGE)
     except TransportError as error:
-        return _fail(error, IO_TROUBLE)
+        return _fail(error, REFUSED if isinstance(error, RefusedError) and not error.retryable else IO_TROUBLE)
     except TensorwireError as error:
         return _fail(error, REFUSED)
     except (OSError, MemoryError, BenchError) as error:
