@@ -523,6 +523,7 @@ def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
         if array.dtype.kind == "f"
     }
     feedback.settle(sent, data)
+    feedback.save(tmp_path / "residual.tw")
     again = joined(encode(views(state, model, ErrorFeedback(tmp_path / "residual.tw")), TERMS))
     for name, residual in expected.items():
         assert np.allclose(

@@ -192,7 +192,6 @@ class ErrorFeedback:
     """
 
     def __init__(self, path: str | os.PathLike | None = None) -> None:
-        self._path = path
         self._residual: dict[str, np.ndarray] = {}
         if path is not None and os.path.exists(path):
             self._residual = tensorwire.numpy.load_file(path)
@@ -206,11 +205,7 @@ class ErrorFeedback:
         return residual
 
     def settle(self, sent: Views, recording: Any, *, limits: Limits = DEFAULT) -> None:
-        """`sent`, encoded as `recording`, has counted: keep the difference between the two, and save it.
-
-        To be called once, when the server has acknowledged the update; one that never counted leaves no trace
-        here.
-        """
+        """`sent`, encoded as `recording`, has counted: keep the difference between the two."""
         for piece in Slices(recording, lambda item: None, limits=limits):
             residual = self._residual.get(piece.item.name)
             if residual is not None:
@@ -218,8 +213,10 @@ class ErrorFeedback:
                 start, stop = piece.start, piece.start + piece.data.size // dtype.itemsize
                 wanted = _floats(sent[piece.item.name].read(start, stop), dtype)
                 residual[start:stop] = wanted - _floats(piece.data, dtype)
-        if self._path is not None:
-            tensorwire.numpy.save_file(self._residual, self._path)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """To a file, which appears under its name only when complete."""
+        tensorwire.numpy.save_file(self._residual, path)
 
 
 class _ViewFront(NumPyFront):
