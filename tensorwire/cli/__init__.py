@@ -12,7 +12,7 @@ from typing import Final
 
 import tensorwire
 from tensorwire.bench import BenchError
-from tensorwire.cli import bench, decode, encode, inspect, receive, send, verify
+from tensorwire.cli import bench, decode, encode, fl, inspect, receive, send, verify
 from tensorwire.cli.common import UsageError
 from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transports import RefusedError
@@ -23,7 +23,7 @@ USAGE: Final = 2
 IO_TROUBLE: Final = 3
 INTERRUPTED: Final = 130
 
-_VERBS: Final = (bench, encode, decode, inspect, verify, send, receive)
+_VERBS: Final = (bench, encode, decode, inspect, verify, send, receive, fl)
 _EPILOG: Final = """\
 exit codes:
   0    done, and the stream is good

@@ -90,6 +90,7 @@ class Server:
         self._corrupt: dict[str, int] = {}
         self._out: set[str] = set()  # whose update of this round is not wanted any more
         self._members: set[str] = set()
+        self._told: set[str] = set()  # that the run is over
         self._open = False
         self._traffic = {"down": 0, "up": 0}
 
@@ -103,6 +104,11 @@ class Server:
             await self._until_enough(began)
             await asyncio.to_thread(self._end_round, began)
         await self._tell()
+
+    async def all_told(self) -> None:
+        """Wait until every client has heard that the run is over."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._told >= self._members)
 
     async def serve(self, transport: AsyncTransport) -> None:
         """One connection, for as long as it lasts."""
@@ -139,6 +145,9 @@ class Server:
         except asyncio.TimeoutError:
             pass
         task = self._wanted(client)
+        if task == "stop":
+            self._told.add(client)
+            await self._tell()
         if task != "train":
             return {"task": task}
         plan = self.plan
