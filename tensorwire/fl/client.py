@@ -4,7 +4,6 @@ What must outlive a killed process stands in its folder: the model being receive
 server has acknowledged it, so that the same update is delivered again and none is trained twice.
 """
 
-import copy
 import os
 import random
 import re
@@ -13,6 +12,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
+
+import numpy as np
 
 from tensorwire.errors import CorruptError, SchemaError, TransportError, TruncatedError
 from tensorwire.fl.task import Task
@@ -99,7 +100,7 @@ class Client:
 
     def _train(self, order: Mapping[str, Any], update: str) -> None:
         """Make the update that answers an order, and put it on disk."""
-        base = {name: copy.deepcopy(tensor) for name, tensor in self._task.initial().items()}
+        base = {name: _empty_like(tensor) for name, tensor in self._task.initial().items()}
         with open(self._path("model.tw"), "rb", buffering=0) as file:
             terms, digest = receive(file, base)
         if (terms.run, terms.round, digest) != (order["run"], order["round"], order["base"]):
@@ -157,3 +158,7 @@ def _checked(order: Mapping[str, Any]) -> Mapping[str, Any]:
     if not re.fullmatch("[0-9a-f]{64}", order["base"]):
         raise SchemaError("the server's order has no digest for its model")
     return order
+
+
+def _empty_like(tensor: Any) -> Any:
+    return np.empty_like(tensor) if isinstance(tensor, np.ndarray) else tensor.new_empty(tensor.shape)

@@ -138,6 +138,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     """Loss over rounds and over bytes, and the server's memory, as one picture; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -151,6 +152,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         memory = axes is figure.axes[2]
         axes.plot(x, [row["server_mib"] for row in rows[1:]] if memory else losses, marker="o", markersize=3)
         axes.set_xlabel(label)
+        if label == "round":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("peak memory of the server, MiB" if memory else "loss on held-out data")
         axes.set_ylim(bottom=0) if memory else None
         axes.spines[["top", "right"]].set_visible(False)
