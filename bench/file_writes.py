@@ -31,7 +31,7 @@ def plain(fd: int, data: memoryview, offset: int) -> None:
 
 def behind() -> Callable[[int, memoryview, int], None]:
     outputs: dict[int, Output] = {}
-    return lambda fd, data, offset: outputs.setdefault(fd, Output(fd)).write_at(data, offset)
+    return lambda fd, data, offset: outputs.setdefault(fd, Output(fd, "the file")).write_at(data, offset)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ __all__ = [
     "set_threads",
 ]
 
-_LAZY: Final = frozenset({"torch", "safetensors", "transports", "integrations"})
+_LAZY: Final = frozenset({"torch", "safetensors", "transports", "integrations", "authenticity"})
 
 
 class _AnyFront(_numpy.NumPyFront):

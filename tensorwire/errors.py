@@ -16,7 +16,8 @@ def show(name: object) -> str:
 def _rebuild(cls: type, detail: str, state: dict) -> "TensorwireError":
     error = cls.__new__(cls, detail)
     error.args = (detail,)
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)
     return error
 
 
@@ -123,3 +124,7 @@ class StorageError(TensorwireError, OSError):
     def __init__(self, detail: str, *, errno: int | None = None) -> None:
         super().__init__(detail)
         self.errno = errno
+
+    def __reduce__(self) -> tuple:
+        # OSError keeps its errno outside of the attributes that every other error is rebuilt from.
+        return _rebuild, (type(self), self.detail, {**self.__dict__, "errno": self.errno})

@@ -86,7 +86,9 @@ def encode(
     except BaseException:
         file.close()
         raise
-    return _closing(file, buffers)
+    stream = _closing(file, buffers)
+    next(stream)
+    return stream
 
 
 def decode(source: Any, path: str | os.PathLike, *, expect: Schema | None = None, limits: Limits = DEFAULT) -> None:
@@ -94,10 +96,11 @@ def decode(source: Any, path: str | os.PathLike, *, expect: Schema | None = None
 
     The file appears under its name only when the whole stream is verified. The sender must describe all tensors
     before their data, as every sender does that knows its container. Tied tensors are written once each, since
-    the file format has no ties. Raises SchemaError for streams that such a file cannot hold.
+    the file format has no ties. Raises SchemaError for streams that such a file cannot hold, StorageError where the
+    system does not take the file.
     """
     with replacing(path) as fd:
-        layout = _Layout(fd, None if expect is None else Schema.of(expect, _ViewFront()))
+        layout = _Layout(Output(fd, path), None if expect is None else Schema.of(expect, _ViewFront()))
         receiver = Receiver(as_source(source), layout.open, limits)
         layout.receiver = receiver  # for the metadata that its stream carries
         for number, _, _ in receiver:
@@ -112,7 +115,7 @@ class SafetensorsFile(Mapping[str, TensorView]):
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             header, begin, size = self._read_header()
             metadata = header.pop(_METADATA, {})
@@ -202,6 +205,7 @@ def _is_text_map(value: Any) -> bool:
 
 def _closing(file: SafetensorsFile, buffers: Iterator[Any]) -> Iterator[Any]:
     with file:
+        yield  # begun, so that the file is closed even if the stream never is
         yield from buffers
 
 
@@ -224,9 +228,8 @@ class _ViewFront:
 class _Layout:
     """Where each tensor goes in the file being written: known once the stream has described all of them."""
 
-    def __init__(self, fd: int, schema: Schema | None) -> None:
-        self._fd = fd
-        self.output = Output(fd)
+    def __init__(self, output: Output, schema: Schema | None) -> None:
+        self.output = output
         self.pool = Pool()
         self._schema = schema
         self.receiver: Receiver | None = None
@@ -267,7 +270,7 @@ class _Layout:
             buffer = memoryview(bytearray(min(size, _COPY)))
             for done in range(0, size, _COPY):
                 part = buffer[: min(_COPY, size - done)]
-                read_at(self._fd, part, self.offset(number) + done)
+                self.output.read_at(part, self.offset(number) + done)
                 self.output.write_at(part, self.offset(alias) + done)
 
     def finish(self) -> None:

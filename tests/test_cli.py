@@ -278,7 +278,7 @@ def test_a_state_dict_of_a_module_is_a_model() -> None:
     assert from_state_dict("numpy", lambda: MODEL).nbytes == sum(array.nbytes for array in MODEL.values())
 
 
-@pytest.mark.parametrize("verb", ["", "bench", "encode", "decode", "inspect", "verify"])
+@pytest.mark.parametrize("verb", ["", "bench", "encode", "decode", "inspect", "verify", "digest"])
 def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*filter(None, [verb]), "--help"])

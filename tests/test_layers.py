@@ -23,7 +23,7 @@ LAYERS = [
     {"codecs"},
     {"streams"},
     {"transports"},
-    {"api", "numpy", "torch", "safetensors", "integrations"},
+    {"api", "numpy", "torch", "safetensors", "integrations", "authenticity"},
     {"__init__"},
     {"bench", "cli", "fl", "__main__"},
 ]

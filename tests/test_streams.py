@@ -127,3 +127,13 @@ def test_a_tensor_smaller_than_a_block_needs_no_frame_for_a_block() -> None:
     small = {"bias": BIG[:100]}
     data = b"".join(tensorwire.encode(small, codec="int8:blocksize=65536", frame_size=4096))
     assert np.abs(tensorwire.loads(data)["bias"] - small["bias"]).max() < 1e-3
+
+
+def test_no_thread_to_be_had_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    expected = tensorwire.dumps({"w": BIG}, codec="nf4")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert tensorwire.dumps({"w": BIG}, codec="nf4") == expected
+    assert tensorwire.loads(expected)["w"].shape == BIG.shape

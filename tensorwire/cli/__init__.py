@@ -12,9 +12,9 @@ from typing import Final
 
 import tensorwire
 from tensorwire.bench import BenchError
-from tensorwire.cli import bench, decode, encode, fl, inspect, receive, send, verify
+from tensorwire.cli import bench, decode, digest, encode, fl, inspect, receive, send, verify
 from tensorwire.cli.common import UsageError
-from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.errors import StorageError, TensorwireError, TransportError
 from tensorwire.transports import RefusedError
 
 OK: Final = 0
@@ -23,11 +23,12 @@ USAGE: Final = 2
 IO_TROUBLE: Final = 3
 INTERRUPTED: Final = 130
 
-_VERBS: Final = (bench, encode, decode, inspect, verify, send, receive, fl)
+_VERBS: Final = (bench, encode, decode, inspect, verify, digest, send, receive, fl)
 _EPILOG: Final = """\
 exit codes:
   0    done, and the stream is good
-  1    refused: the stream is broken or not what was asked for, or the input cannot be encoded as asked
+  1    refused: the stream is broken, not what was asked for or not from whom it should be, or the input cannot be
+       encoded as asked
   2    usage
   3    trouble with a file, a pipe, or what this machine has
   130  interrupted
@@ -43,8 +44,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return IO_TROUBLE
     except UsageError as error:
         return _fail(error, USAGE)
-    except TransportError as error:
+    except (TransportError, StorageError) as error:
         return _fail(error, REFUSED if isinstance(error, RefusedError) and not error.retryable else IO_TROUBLE)
     except TensorwireError as error:
         return _fail(error, REFUSED)

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import tensorwire
-from tensorwire.errors import EncodeError, TensorwireError
-from tensorwire.streams.atomic import Output, replacing
+from tensorwire.errors import AuthError, EncodeError, TensorwireError
+from tensorwire.streams.atomic import write_file
 
 PIPE: Final = "-"
 _CHUNK: Final = 1 << 20
+_MAX_KEY: Final = 4096
 _PROGRESS_DELAY: Final = 1.0  # seconds; what is done sooner needs no bar
 
 
@@ -57,12 +58,20 @@ def reading(path: str) -> Iterator[Iterator[bytes]]:
         yield tracked(iter(lambda: file.read(_CHUNK), b""), size)
 
 
+def read_key(path: str) -> bytes:
+    """The key in a file: all of its bytes. Raises AuthError for what cannot be meant as one."""
+    with open(path, "rb") as file:
+        key = file.read(_MAX_KEY + 1)
+    if len(key) > _MAX_KEY:
+        raise AuthError(f"{path} has more than {_MAX_KEY} bytes: that is no key")
+    return key
+
+
 def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
     """Write a stream to a file, which appears only when complete, or to stdout. `total`: bytes expected,
     roughly."""
     if path != PIPE:
-        with replacing(path) as fd:
-            Output(fd).append(tracked(buffers, total))
+        write_file(path, tracked(buffers, total))
         return
     out = binary_stdout()
     for buffer in tracked(buffers, total):

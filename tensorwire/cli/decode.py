@@ -1,6 +1,7 @@
 """`tensorwire decode`: a stream to a model or to the file it carries."""
 
 import argparse
+import io
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 import tensorwire
 from tensorwire.cli.common import PIPE, binary_stdout, reading, verb
 from tensorwire.errors import SchemaError, show
-from tensorwire.streams.atomic import replacing
+from tensorwire.streams.atomic import Output, OutputFile, replacing
 
 _TEXT: Final = """\
 what OUT becomes:
@@ -73,7 +74,11 @@ def write(source: Iterator[bytes], path: str, kind: str) -> None:
 
 
 def _decode_npz(source: Iterator[bytes], path: str) -> None:
-    with replacing(path) as fd, os.fdopen(os.dup(fd), "wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with (
+        replacing(path) as fd,
+        io.BufferedWriter(OutputFile(Output(fd, path))) as file,
+        zipfile.ZipFile(file, "w") as archive,
+    ):
         for name, value in tensorwire.decode(source):
             if not isinstance(value, np.ndarray):
                 raise SchemaError(f"a .npz file holds arrays only, not a {type(value).__name__}", item=name)

@@ -5,8 +5,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorwire.cli.common import error_fields, print_json, reading, verb
-from tensorwire.errors import WireError
+from tensorwire import authenticity
+from tensorwire.cli.common import PIPE, UsageError, error_fields, print_json, read_key, reading, verb
+from tensorwire.errors import AuthError, WireError
 from tensorwire.limits import DEFAULT
 from tensorwire.streams.decode import ValueSink
 from tensorwire.streams.pool import Pool
@@ -19,9 +20,13 @@ from tensorwire.wire.ledger import END_SIZE
 _TEXT: Final = """\
 Every checksum, link, descriptor and payload is checked as a receiver would check it: exit code 0 says that
 the whole stream decodes, 1 that it does not, with the frame, item and byte where it breaks.
+Whose it is, checksums do not say: --tag (as `tensorwire digest --key-file` prints it) and --manifest (verify its
+signature first) do, and they are checked before anything is decoded.
 
 examples:
   tensorwire verify model.tw
+  tensorwire verify model.tw --key-file key --tag 6ba3...
+  tensorwire verify model.tw --manifest manifest.json
   tensorwire verify model.tw --json | jq .digest
 """
 _WITH_DATA: Final = (Kind.TENSOR, Kind.FILE)
@@ -31,10 +36,19 @@ def add_parser(verbs: Any) -> None:
     """Add this verb to the command line."""
     parser = verb(verbs, "verify", _run, summary="check a stream from its first byte to its last", text=_TEXT)
     parser.add_argument("input", metavar="FILE", help="a .tw file, or - for stdin")
+    parser.add_argument("--key-file", metavar="KEY", help="a file with the key of --tag")
+    parser.add_argument("--tag", metavar="HEX", help="the HMAC-SHA256 that FILE must have")
+    parser.add_argument("--manifest", metavar="JSON", help="a manifest that must list FILE as it is")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    try:
+        _check_origin(arguments)
+    except AuthError as error:
+        if arguments.json:
+            print_json({"ok": False, "error": error_fields(error)})
+        raise
     with reading(arguments.input) as source:
         receiver = Receiver(as_source(source), _Nowhere(), DEFAULT)
         try:
@@ -57,6 +71,19 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         print("ok: {items} items, {frames} frames, {bytes} bytes, SHA-256 {digest}".format(**result))
     return 0
+
+
+def _check_origin(arguments: argparse.Namespace) -> None:
+    path, key_file, tag = arguments.input, arguments.key_file, arguments.tag
+    if (key_file is None) != (tag is None):
+        raise UsageError("--key-file and --tag belong together")
+    if path == PIPE and (tag is not None or arguments.manifest is not None):
+        raise UsageError("stdin cannot be checked before it is decoded; verify a file")
+    if tag is not None:
+        authenticity.check_tag(path, read_key(key_file), tag)
+    if arguments.manifest is not None:
+        with open(arguments.manifest, "rb") as file:
+            authenticity.check_manifest(file.read(authenticity.MAX_MANIFEST + 1), [path])
 
 
 class _Nowhere(Sink):

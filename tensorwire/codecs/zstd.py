@@ -73,7 +73,10 @@ class Zstd(Codec):
     def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
         payload = self.inner.encode(data, dtype, take, context)
         compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=False, write_content_size=True)
-        return compressor.compress(payload)
+        try:
+            return compressor.compress(payload)
+        except zstandard.ZstdError as error:
+            raise _memory_error(error) from error
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
         count = len(out) if on_device(out) else out.size // dtype.itemsize
@@ -88,7 +91,7 @@ class Zstd(Codec):
                 payload, max_output_size=size, allow_extra_data=False
             )
         except zstandard.ZstdError as error:
-            raise FormatError(f"not a zstd frame: {error}") from None
+            raise _memory_error(error, FormatError(f"not a zstd frame: {error}")) from None
         if len(data) != size:
             raise FormatError(f"zstd frame holds {len(data)} bytes, must hold {size}")
         return memoryview(data)
@@ -103,3 +106,8 @@ class Zstd(Codec):
             raise FormatError(f"not a zstd frame: {error}") from None
         if frame.content_size != size or frame.dict_id or frame.window_size > max(_MAX_WINDOW, size):
             raise FormatError(f"zstd frame must say {size} bytes, no dictionary and a window of at most 8 MiB")
+
+
+def _memory_error(error: zstandard.ZstdError, otherwise: Exception | None = None) -> Exception:
+    """MemoryError if that is what the library means, which has one kind of error for everything."""
+    return MemoryError(str(error)) if "not enough memory" in str(error) else otherwise or error

@@ -19,7 +19,7 @@ from tensorwire.errors import CorruptError, SchemaError, TransportError, Truncat
 from tensorwire.fl.task import Task
 from tensorwire.fl.updates import ErrorFeedback, Terms, encode, receive, views
 from tensorwire.streams import Recorded, Recording
-from tensorwire.streams.atomic import Output, replacing
+from tensorwire.streams.atomic import write_file
 from tensorwire.transports import Offer, RefusedError, TcpTransport, greet, hear, receive_stream, say, send_stream
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 
@@ -112,8 +112,7 @@ class Client:
         mine = Terms(order["run"], order["round"], order["base"], self.name, order["kind"], weight, metrics)
         seed = zlib.crc32(f"{order['base']}{self.name}".encode()) if order["stochastic"] else None
         part = self._path("update.part")
-        with replacing(part) as fd:
-            Output(fd).append(encode(sent, mine, codec=order["codec"], stochastic=seed))
+        write_file(part, encode(sent, mine, codec=order["codec"], stochastic=seed))
         if feedback is not None:
             feedback.settle(sent, part)
             feedback.save(f"{update}.residual")

@@ -31,7 +31,7 @@ from tensorwire.errors import CorruptError, SchemaError, WireError
 from tensorwire.fl.aggregate import Rules, Update, UpdateError, aggregate, check_update
 from tensorwire.fl.updates import Kind, Terms, arrays, encode, views
 from tensorwire.streams import Recorded, Recording
-from tensorwire.streams.atomic import Output, replacing
+from tensorwire.streams.atomic import write_file
 from tensorwire.transports import AsyncTransport, Offer, RefusedError, greet, hear, receive_stream, say, send_stream
 from tensorwire.transports.pace import HANDSHAKE
 
@@ -220,8 +220,7 @@ class Server:
         store, number = self._store, self.round
         if not os.path.exists(store.broadcast(number)):
             terms = Terms(self.plan.run, number)
-            with replacing(store.broadcast(number)) as fd:
-                Output(fd).append(encode(views(self.model), terms, codec=self.plan.down))
+            write_file(store.broadcast(number), encode(views(self.model), terms, codec=self.plan.down))
         self._accepted = {}
         for client in store.delivered(number):  # before this server was started again
             path = store.update(number, client)
@@ -344,8 +343,7 @@ class _Store:
 
     def close(self, number: int, clients: list[str]) -> None:
         """Write down whose updates the round counts."""
-        with replacing(os.path.join(self._round(number), "closed.json")) as fd:
-            Output(fd).append([json.dumps(clients).encode()])
+        write_file(os.path.join(self._round(number), "closed.json"), [json.dumps(clients).encode()])
 
     def closed(self, number: int) -> list[str] | None:
         """Whose updates the round counts, if that has been decided."""

@@ -1,6 +1,7 @@
 """Files of any kind, streamed in fixed-size chunks and received under a temporary name until verified."""
 
 import os
+import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -44,12 +45,13 @@ def encode_file(
 def _open_and_send(
     path: str | os.PathLike, codec: Codec, name: str | None, frame_size: int, limits: Limits
 ) -> Iterator[Any]:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(fd).st_size
-        yield from _send(size, file_reader(fd, 0, 1, Pool()), codec, name or os.path.basename(os.fspath(path)), frame_size, limits)
-    finally:
-        os.close(fd)
+    with open(path, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode):
+            size, read = status.st_size, file_reader(file.fileno(), 0, 1, Pool())
+        else:  # a FIFO or device, whose size says nothing
+            size, read = None, _piped(file)
+        yield from _send(size, read, codec, name or os.path.basename(os.fspath(path)), frame_size, limits)
 
 
 def _send(size: int | None, read: Any, codec: Codec, name: str, frame_size: int, limits: Limits) -> Iterator[Any]:
@@ -86,10 +88,11 @@ def _piped(file: BinaryIO) -> Any:
 def decode_file(source: Any, path: str | os.PathLike, *, limits: Limits = DEFAULT) -> str:
     """Receive a stream that carries one file into `path`, which appears only when complete and verified.
 
-    Returns the name that the sender gave, which is data and not a path. Raises SchemaError for other streams.
+    Returns the name that the sender gave, which is data and not a path. Raises SchemaError for other streams,
+    StorageError where the system does not take the file.
     """
     with replacing(path) as fd:
-        receiver = Receiver(as_source(source), _OneFile(fd), limits)
+        receiver = Receiver(as_source(source), _OneFile(Output(fd, path)), limits)
         names = [item.name for _, item, _ in receiver]
         if not names:
             raise SchemaError("the stream carries no file")
@@ -99,8 +102,8 @@ def decode_file(source: Any, path: str | os.PathLike, *, limits: Limits = DEFAUL
 class _OneFile:
     """Accepts a dict with one file in it."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, output: Output) -> None:
+        self._output = output
         self._taken = False
 
     def __call__(self, number: int, item: Item) -> Sink | None:
@@ -111,7 +114,7 @@ class _OneFile:
         if self._taken:
             raise SchemaError("the stream carries more than one file")
         self._taken = True
-        return FileSink(Output(self._fd), 0, Pool())
+        return FileSink(self._output, 0, Pool())
 
 
 class FileSink(Sink):

@@ -8,6 +8,7 @@ How many threads a job itself may use is the kernels' business (`tensorwire.set_
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Event, Lock
 from typing import Any, Final
 
@@ -46,7 +47,10 @@ class _Job:
         value, error = self._value, self._error
         self._value = self._error = None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame: together they would outlive the stream, and hold its files
         return value
 
 
@@ -67,7 +71,8 @@ class Helper:
         if size >= _WORTHWHILE:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorwire")
-            self._executor.submit(job.attempt)
+            with suppress(RuntimeError):  # no thread to be had: the caller does the work when its turn comes
+                self._executor.submit(job.attempt)
 
     @property
     def full(self) -> bool:

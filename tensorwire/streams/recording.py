@@ -87,7 +87,7 @@ class Recording:
         try:
             if not self._already_done():
                 self._fd = _open_alone(self._part)
-                self._output = Output(self._fd)
+                self._output = Output(self._fd, self.path)
                 self._take_up()
         except OSError as error:
             self.close()
@@ -258,4 +258,6 @@ def _open_alone(path: str) -> int:
 def _storage(path: str, error: OSError) -> StorageError:
     if isinstance(error, BlockingIOError):
         return StorageError(f"{path} is being received by somebody else", errno=errno.EWOULDBLOCK)
+    if isinstance(error, StorageError):
+        return StorageError(f"{error.detail}; what is verified stays and is resumed", errno=error.errno)
     return StorageError(f"cannot write {path}: {error.strerror}; what is verified stays and is resumed", errno=error.errno)

@@ -1,0 +1,185 @@
+"""Authenticity at rest: that a stream or file is from whom it should be, where checksums say only that it is whole.
+
+Two ways, both beside the bytes and not in them, and both made of what other tools know: a keyed digest (HMAC-SHA256) for
+those who share a secret, and a manifest, an in-toto Statement, for those who sign with a key of their own.
+
+    tag = authenticity.tag("model.tw", key)              # openssl dgst -sha256 -mac HMAC -macopt hexkey:... gives the same
+    authenticity.check_tag("model.tw", key, tag)         # before anything is decoded
+
+    manifest = authenticity.manifest(["model.tw"])       # to be signed by cosign, gpg, openssl ...
+    authenticity.check_manifest(manifest, ["model.tw"])  # once its signature is verified
+"""
+
+import hmac
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from typing import Any, BinaryIO, Final
+
+from tensorwire.errors import AuthError, EncodeError, FormatError, LimitError, UnsupportedError, show
+
+# RFC 2104 discourages keys shorter than the digest, 32 bytes; less than 16 can be guessed.
+MIN_KEY: Final = 16
+MAX_MANIFEST: Final = 16 << 20  # bytes: about 100,000 files
+
+STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
+# What OpenSSF model-signing calls a statement whose subjects are the files, each with its SHA-256.
+PREDICATE_TYPE: Final = "https://model_signing/Digests/v0.1"
+
+_PIECE: Final = 1 << 20
+_DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
+
+_File = str | os.PathLike | BinaryIO
+
+
+class Tagged:
+    """Buffers on their way to a transport or file, and their keyed digest once all have passed.
+
+    Iterate once, then ask for `tag`. Raises AuthError for a key that is too short.
+    """
+
+    def __init__(self, buffers: Iterable[Any], key: bytes) -> None:
+        self._buffers = buffers
+        self._mac = _mac(key)
+        self._complete = False
+
+    def __iter__(self) -> Iterator[Any]:
+        for buffer in self._buffers:
+            self._mac.update(buffer)
+            yield buffer
+        self._complete = True
+
+    @property
+    def tag(self) -> str:
+        """HMAC-SHA256 of all bytes, in hexadecimal. Raises AuthError before the last one has passed."""
+        if not self._complete:
+            raise AuthError("the stream has not passed to its end yet: a tag covers all of it")
+        return self._mac.hexdigest()
+
+
+def tag(file: _File, key: bytes) -> str:
+    """HMAC-SHA256 over all bytes of a file, in hexadecimal. `key`: at least 16 bytes, better 32 random ones.
+
+    `file`: a path, or an open binary file, read from where it stands. Raises AuthError for a short key.
+    """
+    mac = _mac(key)
+    for piece in _pieces(file):
+        mac.update(piece)
+    return mac.hexdigest()
+
+
+def check_tag(file: _File, key: bytes, expected: str) -> None:
+    """Raise AuthError unless `expected` is the tag of `file` under `key`; the comparison takes the same time always.
+
+    An open file is left where it stood, to be decoded from there: unlike a path, nobody can put another under its name.
+    """
+    if not isinstance(expected, str) or not _DIGEST.fullmatch(expected):
+        raise AuthError("a tag has 64 hexadecimal digits")
+    if isinstance(file, (str, os.PathLike)):
+        found = tag(file, key)
+    else:
+        begin = file.tell()
+        found = tag(file, key)
+        file.seek(begin)
+    if not hmac.compare_digest(bytes.fromhex(found), bytes.fromhex(expected)):
+        raise AuthError(f"{_called(file)} does not have this tag: its bytes or the tag were changed, or the key is another")
+
+
+def digest(file: _File) -> str:
+    """SHA-256 over all bytes of a file, in hexadecimal."""
+    hasher = sha256()
+    for piece in _pieces(file):
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def manifest(paths: Iterable[str | os.PathLike]) -> str:
+    """An in-toto Statement v1 as JSON: a name, without its folder, and a SHA-256 for each file.
+
+    It proves nothing by itself: sign it. Raises EncodeError for no file, and for two of one name.
+    """
+    subjects = {}
+    for path in paths:
+        name = os.path.basename(os.fsdecode(path))
+        if name in subjects:
+            raise EncodeError(f"two files are called {show(name)}: a manifest names files without their folders")
+        subjects[name] = digest(path)
+    if not subjects:
+        raise EncodeError("a manifest of no file")
+    statement = {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": name, "digest": {"sha256": subjects[name]}} for name in sorted(subjects)],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {"hash_type": "sha256"},
+    }
+    return json.dumps(statement, indent=1) + "\n"
+
+
+def check_manifest(manifest: str | bytes, paths: Iterable[str | os.PathLike]) -> None:
+    """Raise AuthError unless each file is listed under its name with the digest that it has.
+
+    Verify the manifest's signature first. It may list more files; its names are compared, never opened. Raises
+    FormatError, UnsupportedError or LimitError for what is no such manifest.
+    """
+    subjects = _subjects(manifest)
+    for path in paths:
+        name = os.path.basename(os.fsdecode(path))
+        if name not in subjects:
+            raise AuthError(f"{show(name)} is not in the manifest")
+        if not hmac.compare_digest(digest(path), subjects[name]):
+            raise AuthError(f"{show(name)} is not the file that the manifest describes")
+
+
+def _mac(key: bytes) -> hmac.HMAC:
+    if not isinstance(key, (bytes, bytearray)):
+        raise TypeError(f"a key is bytes, not {type(key).__name__}")
+    if len(key) < MIN_KEY:
+        raise AuthError(f"a key of {len(key)} bytes: take at least {MIN_KEY}, better 32 random ones")
+    return hmac.new(key, digestmod=sha256)
+
+
+def _pieces(file: _File) -> Iterator[bytes]:
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb", buffering=0) as opened:
+            yield from _pieces(opened)
+    else:
+        while piece := file.read(_PIECE):
+            yield piece
+
+
+def _called(file: _File) -> str:
+    return show(os.path.basename(os.fsdecode(file))) if isinstance(file, (str, os.PathLike)) else "the file"
+
+
+def _subjects(text: str | bytes) -> dict[str, str]:
+    """SHA-256 by name. Fields that this version does not know are ignored, as in-toto asks."""
+    if len(text) > MAX_MANIFEST:
+        raise LimitError("manifest", MAX_MANIFEST, len(text))
+    try:
+        statement = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the manifest is not JSON: {error}") from None
+    if type(statement) is not dict or type(statement.get("subject")) is not list:
+        raise FormatError("the manifest is not an in-toto statement")
+    if (statement.get("_type"), statement.get("predicateType")) != (STATEMENT_TYPE, PREDICATE_TYPE):
+        raise UnsupportedError(f"the manifest must be of type {STATEMENT_TYPE} and {PREDICATE_TYPE}")
+    subjects: dict[str, str] = {}
+    for subject in statement["subject"]:
+        name = subject.get("name") if type(subject) is dict else None
+        digests = subject.get("digest") if type(subject) is dict else None
+        found = digests.get("sha256") if type(digests) is dict else None
+        if type(name) is not str or type(found) is not str or not _DIGEST.fullmatch(found):
+            raise FormatError("a subject of the manifest lacks its name or its SHA-256")
+        if name in subjects:
+            raise FormatError(f"the manifest lists {show(name)} twice")
+        subjects[name] = found.lower()
+    return subjects
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # parsers differ in which one they take: a signer and we might not mean the same
+        raise ValueError("a key comes twice in one object")
+    return found

@@ -1,0 +1,42 @@
+"""`tensorwire digest`: what to publish beside a file, so that others can tell whose it is."""
+
+import argparse
+import sys
+from typing import Any, Final
+
+from tensorwire import authenticity
+from tensorwire.cli.common import PIPE, UsageError, read_key, verb
+
+_TEXT: Final = """\
+Prints a line a file, as sha256sum does: its SHA-256 or, with --key-file, its HMAC-SHA256. With --manifest: an
+in-toto statement of all files instead, as JSON, to be signed by cosign, gpg, openssl or the like.
+A key file is used as it stands, every byte of it: openssl rand -out key 32
+
+examples:
+  tensorwire digest model.tw
+  tensorwire digest model.tw --key-file key
+  tensorwire digest model.tw adapter.tw --manifest > manifest.json
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to the command line."""
+    parser = verb(verbs, "digest", _run, summary="print digests, keyed digests or a manifest of files", text=_TEXT)
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a file, or - for stdin")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--key-file", metavar="KEY", help="a file with the key: at least 16 bytes")
+    how.add_argument("--manifest", action="store_true", help="an in-toto statement on stdout")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.manifest:
+        if PIPE in arguments.files:
+            raise UsageError("a manifest names files; stdin has no name")
+        sys.stdout.write(authenticity.manifest(arguments.files))
+        return 0
+    key = None if arguments.key_file is None else read_key(arguments.key_file)
+    for path in arguments.files:
+        file = sys.stdin.buffer if path == PIPE else path
+        result = authenticity.digest(file) if key is None else authenticity.tag(file, key)
+        print(f"{result}  {path}")
+    return 0
