@@ -25,6 +25,7 @@ from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
+_HOLD: Final = 10.0
 _TRANSFER: Final = 64
 _FIELDS: Final = {
     "task": str,
@@ -40,7 +41,8 @@ _FIELDS: Final = {
 
 class Client:
     """One client of a run. `number`: which share of the task's data is its own. `connect` opens a connection to the server,
-    as often as it takes; `patience`: seconds without success after which the last error is raised. `on_refusal`: told when the server does
+    as often as it takes; `patience`: seconds without success after which the last error is raised. `hold`: seconds that the server may keep us waiting
+    for a task, less than the connection's time-out. `on_refusal`: told when the server does
     not want an update; the client then waits for the next round.
     """
 
@@ -53,6 +55,7 @@ class Client:
         folder: str | os.PathLike,
         *,
         patience: float = TIMEOUT,
+        hold: float = _HOLD,
         on_refusal: Callable[[RefusedError], None] = lambda error: None,
     ) -> None:
         self.name = name
@@ -61,6 +64,7 @@ class Client:
         self._connect = connect
         self._folder = os.fspath(folder)
         self._patience = patience
+        self._hold = hold
         self._on_refusal = on_refusal
         os.makedirs(self._folder, exist_ok=True)
 
@@ -82,7 +86,7 @@ class Client:
 
     def _step(self, transport: TcpTransport) -> bool:
         """Ask what to do and do it. Returns whether there may be more."""
-        transport.run(say({"client": self.name, "want": "task"}))
+        transport.run(say({"client": self.name, "want": "task", "hold": self._hold}))
         order = transport.run(hear())
         if order.get("task") == "train":
             update = self._path(f"update-{_checked(order)['base'][:16]}.tw")
@@ -114,7 +118,8 @@ class Client:
         part = self._path("update.part")
         write_file(part, encode(sent, mine, codec=order["codec"], stochastic=seed))
         if feedback is not None:
-            feedback.settle(sent, part)
+            with open(part, "rb", buffering=0) as file:
+                feedback.settle(sent, file)
             feedback.save(f"{update}.residual")
         os.replace(part, update)
 

@@ -32,11 +32,11 @@ from tensorwire.fl.aggregate import Rules, Update, UpdateError, aggregate, check
 from tensorwire.fl.updates import Kind, Terms, arrays, encode, views
 from tensorwire.streams import Recorded, Recording
 from tensorwire.streams.atomic import write_file
-from tensorwire.transports import AsyncTransport, Offer, RefusedError, greet, hear, receive_stream, say, send_stream
+from tensorwire.transports import AsyncTransport, Offer, RefusedError, greet, hear, receive_stream, refuse, say, send_stream
 from tensorwire.transports.pace import HANDSHAKE
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
-_POLL: Final = 10.0  # seconds that a client with nothing to do is kept before it is told to ask again
+_POLL: Final = 10.0  # seconds that a client with nothing to do is kept at most, before it asks again
 _MOST_CORRUPT: Final = 3  # broken uploads of one client in a round before it is out of it
 
 
@@ -60,10 +60,6 @@ class Plan:
     feedback: bool = False
     stochastic: bool = False
     rules: Rules = field(default_factory=Rules)
-
-
-class UnwantedError(RefusedError):
-    """A whole update that must not count."""
 
 
 class Server:
@@ -116,11 +112,17 @@ class Server:
         while True:
             request = await transport.run(hear())
             client, want = request.get("client"), request.get("want")
-            if type(client) is not str or not _NAME.fullmatch(client):
-                raise SchemaError("a request without the name of a client: 1 to 64 of A-Z, a-z, 0-9, '_' and '-'")
-            self._admit(client, transport)
+            try:
+                self._admit(client, transport)
+            except SchemaError as error:
+                await transport.run(refuse(error))
+                raise
             if want == "task":
-                await transport.run(say(await self._task(client)))
+                task = await self._task(client, request.get("hold"))
+                await transport.run(say(task))
+                if task["task"] == "stop":
+                    self._told.add(client)
+                    await self._tell()
             elif want == "model":
                 await self._send_model(transport)
             elif want == "deliver":
@@ -128,8 +130,10 @@ class Server:
             else:
                 raise SchemaError("a request for neither a task, the model, nor to deliver")
 
-    def _admit(self, client: str, transport: AsyncTransport) -> None:
+    def _admit(self, client: Any, transport: AsyncTransport) -> None:
         """A run has as many members as its plan says, and with mutual TLS a client is who its certificate says."""
+        if type(client) is not str or not _NAME.fullmatch(client):
+            raise SchemaError("a request without the name of a client: 1 to 64 of A-Z, a-z, 0-9, '_' and '-'")
         if transport.peer_name not in (None, client):
             raise SchemaError(f"the certificate of {transport.peer_name!r} does not speak for {client!r}")
         with self._lock:
@@ -137,17 +141,15 @@ class Server:
                 raise SchemaError(f"the run has its {self.plan.clients} clients")
             self._members.add(client)
 
-    async def _task(self, client: str) -> dict[str, Any]:
-        """What a client is to do now. One that has delivered waits here for the next round."""
+    async def _task(self, client: str, hold: Any) -> dict[str, Any]:
+        """What a client is to do now. One that has delivered waits here for the next round, `hold` seconds at most."""
+        hold = min(hold, _POLL) if type(hold) in (int, float) and hold >= 0 else 0
         try:
             async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._wanted(client) != "wait"), _POLL)
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._wanted(client) != "wait"), hold)
         except asyncio.TimeoutError:
             pass
         task = self._wanted(client)
-        if task == "stop":
-            self._told.add(client)
-            await self._tell()
         if task != "train":
             return {"task": task}
         plan = self.plan
@@ -183,9 +185,6 @@ class Server:
             self._corrupt[client] = self._corrupt.get(client, 0) + 1
             if self._corrupt[client] > _MOST_CORRUPT:
                 self._out.add(client)
-            raise
-        except UnwantedError:
-            self._out.add(client)
             raise
         finally:
             self._traffic["up"] += transport.received - before
@@ -289,8 +288,9 @@ class _Upload(Recording):
             update = self._server.check(self._client, part)
             self._server._accept(update, part, self.path, self._round)
         except UpdateError as error:
+            self._server._out.add(self._client)
             self.discard()
-            raise UnwantedError(str(error), kind=error.reason) from error
+            raise RefusedError(str(error), kind=error.reason) from error
         except RefusedError:
             self.discard()
             raise

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, Final
 
-from tensorwire.errors import SchemaError, StorageError, WireError
+from tensorwire.errors import SchemaError, StorageError, TensorwireError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.atomic import Output, read_at, sync_folder
 from tensorwire.streams.frames import Frame, Frames
@@ -136,6 +136,8 @@ class Recording:
                 sync_folder(os.path.dirname(self.path) or os.curdir)
             except WireError:
                 self.discard()
+                raise
+            except TensorwireError:  # of `finish`, some of which are OSErrors too
                 raise
             except OSError as error:
                 raise _storage(self.path, error) from error

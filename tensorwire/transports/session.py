@@ -242,6 +242,11 @@ def hear() -> Conversation[dict[Any, Any]]:
     return (yield from _read("note", note=dict))["note"]
 
 
+def refuse(error: TensorwireError) -> Conversation[None]:
+    """Answer no to a message, whatever the peer waits for: it gets a RefusedError that says why."""
+    yield Send([_refusal(error)])
+
+
 def _hear_offer() -> Conversation[Offer]:
     message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), about=dict)
     offer = Offer(**message)
@@ -339,7 +344,7 @@ def _receive(size: int, until: float | None, *, steady: bool = False) -> Convers
     return bytes(buffer)
 
 
-def _check_fields(kind: str, message: dict[str, Any], **fields: Any) -> None:
+def _check_fields(kind: str, message: dict[str, Any], /, **fields: Any) -> None:
     if message.keys() != fields.keys():
         raise FormatError(f"{kind}: has the fields {show(list(message))}, expected {list(fields)}")
     for name, types in fields.items():
