@@ -23,6 +23,11 @@ class Rise:
         return max(0, (_status("VmHWM") if self._marked else _maxrss()) - self._before)
 
 
+def highest() -> int:
+    """The most resident memory that this process has had, in bytes."""
+    return _status("VmHWM") if sys.platform.startswith("linux") else _maxrss()
+
+
 def _trim() -> None:
     """Give freed memory back to the system, which would otherwise serve the measured work for nothing."""
     if sys.platform.startswith("linux"):

@@ -12,9 +12,10 @@ from typing import Final
 
 import tensorwire
 from tensorwire.bench import BenchError
-from tensorwire.cli import bench, decode, digest, encode, inspect, receive, send, verify
+from tensorwire.cli import bench, decode, digest, encode, fl, inspect, receive, send, verify
 from tensorwire.cli.common import UsageError
 from tensorwire.errors import StorageError, TensorwireError, TransportError
+from tensorwire.transports import RefusedError
 
 OK: Final = 0
 REFUSED: Final = 1
@@ -22,7 +23,7 @@ USAGE: Final = 2
 IO_TROUBLE: Final = 3
 INTERRUPTED: Final = 130
 
-_VERBS: Final = (bench, encode, decode, inspect, verify, digest, send, receive)
+_VERBS: Final = (bench, encode, decode, inspect, verify, digest, send, receive, fl)
 _EPILOG: Final = """\
 exit codes:
   0    done, and the stream is good
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(error, USAGE)
     except (TransportError, StorageError) as error:
-        return _fail(error, IO_TROUBLE)
+        return _fail(error, REFUSED if isinstance(error, RefusedError) and not error.retryable else IO_TROUBLE)
     except TensorwireError as error:
         return _fail(error, REFUSED)
     except (OSError, MemoryError, BenchError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
-from tensorwire.streams.atomic import Output, replacing
+from tensorwire.streams.atomic import write_file
 
 PIPE: Final = "-"
 _CHUNK: Final = 1 << 20
@@ -71,8 +71,7 @@ def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
     """Write a stream to a file, which appears only when complete, or to stdout. `total`: bytes expected,
     roughly."""
     if path != PIPE:
-        with replacing(path) as fd:
-            Output(fd, path).append(tracked(buffers, total))
+        write_file(path, tracked(buffers, total))
         return
     out = binary_stdout()
     for buffer in tracked(buffers, total):

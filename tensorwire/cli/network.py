@@ -18,7 +18,7 @@ authorities or --ca. --plaintext goes without, where the network between the two
 def address(text: str) -> tuple[str, int]:
     """An argument HOST:PORT, HOST, :PORT or [IPv6]:PORT."""
     host, colon, port = text.rpartition(":")
-    if not colon or port.endswith("]"):
+    if not colon or port.endswith("]") or ":" in host and not host.endswith("]"):
         host, port = text, str(PORT)
     if not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -36,6 +36,7 @@ def add_security(parser: argparse.ArgumentParser, *, listens: bool) -> None:
 
 def listener_tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
     """For `receive`. Raises UsageError, AuthError."""
+    _check_plaintext(arguments)
     if not (arguments.cert or arguments.key or arguments.ca):
         return None
     if not (arguments.cert and arguments.key):
@@ -45,11 +46,17 @@ def listener_tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
 
 def connection_tls(arguments: argparse.Namespace, host: str) -> ssl.SSLContext | None:
     """For `send`. Raises UsageError, AuthError."""
+    _check_plaintext(arguments)
     if bool(arguments.cert) != bool(arguments.key):
         raise UsageError("--cert and --key belong together")
     if arguments.plaintext or is_loopback(host) and not (arguments.ca or arguments.cert):
         return None
     return client_tls(ca=arguments.ca, certificate=arguments.cert, key=arguments.key)
+
+
+def _check_plaintext(arguments: argparse.Namespace) -> None:
+    if arguments.plaintext and (arguments.cert or arguments.key or arguments.ca):
+        raise UsageError("--plaintext goes without --cert, --key and --ca")
 
 
 def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> None:

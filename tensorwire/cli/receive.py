@@ -68,6 +68,7 @@ class _Reception:
         self._path = path
         self._kind = kind
         self._place: _Place | None = None
+        self._through: bytes | None = None  # the transfer that is
         self._opening = threading.Lock()
 
     async def result(self) -> dict[str, Any]:
@@ -76,7 +77,8 @@ class _Reception:
         host, port = self._arguments.listen
         options = {"tls": listener_tls(self._arguments), "plaintext": self._arguments.plaintext}
         async with AsyncListener(self._serve, host, port, on_error=_complain, **options) as listener:
-            print(f"listening on {host}:{listener.port}", file=sys.stderr, flush=True)
+            shown = f"[{host}]" if ":" in host else host
+            print(f"listening on {shown}:{listener.port}", file=sys.stderr, flush=True)
             outcome = await self._outcome
         assert self._place is not None
         result = {"bytes": outcome.end.offset, "moved": self._place.moved, "seconds": self._place.seconds}
@@ -84,18 +86,27 @@ class _Reception:
 
     async def _serve(self, transport: AsyncTransport) -> None:
         await transport.run(greet(), within=HANDSHAKE)
-        _, outcome, acknowledged = await transport.run(receive_stream(self._open))
+        offer, outcome, acknowledged = await transport.run(receive_stream(self._open))
+        self._through = offer.transfer
         if not acknowledged:  # it may come again for its receipt
             await asyncio.sleep(TIMEOUT)
         if not self._outcome.done():
             self._outcome.set_result(outcome)
 
     def _open(self, offer: Offer) -> "_Place":
-        with self._opening:  # this runs in a thread per connection
+        # This runs in a thread per connection, and takes long where much is to be verified again.
+        busy = RefusedError("another sender is at it", kind="busy", retryable=True)
+        if not self._opening.acquire(blocking=False):
+            raise busy
+        try:
+            if self._through not in (None, offer.transfer):
+                raise RefusedError("another transfer is through", kind="done")
             if self._place is not None and self._place.open:
-                raise RefusedError("another sender is at it", kind="busy", retryable=True)
+                raise busy
             self._place = _Place(self._path, self._kind, offer)
             return self._place
+        finally:
+            self._opening.release()
 
 
 class _Place(Recording):
@@ -127,7 +138,7 @@ class _Place(Recording):
     def _check_item(self, item: Item) -> None:
         if self._kind != "tw" and (item.kind == Kind.FILE) != (self._kind == "file") and item.kind in _WITH_DATA:
             wanted = "a file" if self._kind == "file" else "tensors"
-            raise SchemaError(f"{self.path} is to hold {wanted}; this is not", item=item.name)
+            raise SchemaError(f"{wanted} is to be received; this is not", item=item.name)
 
     def _decode(self, part: str) -> None:
         with open(part, "rb", buffering=0) as file:

@@ -12,9 +12,10 @@ import tensorwire
 from tensorwire.cli import encode
 from tensorwire.cli.common import PIPE, Progress, UsageError, codec_spec, verb
 from tensorwire.cli.network import SECURITY, add_security, address, connection_tls, report
-from tensorwire.errors import UnsupportedError
+from tensorwire.errors import UnsupportedError, show
 from tensorwire.streams import Position, Regenerated
 from tensorwire.transports import Offer, Peer, TcpTransport, send_resuming
+from tensorwire.transports.transfer import PATIENCE
 
 _TEXT: Final = f"""\
 IN is what `tensorwire encode` takes. When the connection breaks, or either side is killed and started again with the
@@ -33,7 +34,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("input", metavar="IN", help="a file, or - for stdin (which cannot be resumed)")
     parser.add_argument("address", metavar="HOST:PORT", type=address, help="where the receiver listens")
     parser.add_argument("--codec", type=codec_spec, default="raw", metavar="SPEC", help="how to encode (raw)")
-    parser.add_argument("--patience", type=float, default=60, metavar="S", help="give up after S s without progress (60)")
+    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="S", help=f"give up after S s without progress ({PATIENCE:.0f})")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     add_security(parser, listens=False)
 
@@ -69,7 +70,7 @@ def _transfer(path: str, codec: str) -> bytes:
 def _check_codecs(peer: Peer, codec: str) -> None:
     missing = {stage[0] for stage in tensorwire.codec(codec).stages()} - set(peer.codecs)
     if missing:
-        raise UnsupportedError(f"the receiver ({peer.software}) does not know codec {codec}: ids {sorted(missing)}")
+        raise UnsupportedError(f"the receiver ({show(peer.software)}) does not know codec {codec}: ids {sorted(missing)}")
 
 
 class _Source:

@@ -163,6 +163,12 @@ class Place:
         )
 
 
+def write_file(path: str | os.PathLike, buffers: Iterable) -> int:
+    """Write a file that appears only when complete, of these buffers; returns its size. Raises StorageError."""
+    with replacing(path) as fd:
+        return Output(fd, path).append(buffers)
+
+
 class Output:
     """Writes to an open file, and has the system put on disk what was written a while ago. Raises StorageError.
 

@@ -18,7 +18,7 @@ from tensorwire.errors import (
     TruncatedError,
 )
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.atomic import Output, replacing
+from tensorwire.streams.atomic import write_file
 from tensorwire.streams.decode import collect, decode
 from tensorwire.streams.encode import encode
 from tensorwire.streams.pool import GrowingMemory
@@ -36,8 +36,7 @@ def save_file(value: Any, path: str | os.PathLike, front: Front, **options: Any)
     Raises StorageError where the system does not take the file; one that was at `path` is untouched then.
     """
     buffers = encode(value, front, at_rest=True, **options)
-    with replacing(path) as fd:
-        return Output(fd, path).append(buffers)
+    return write_file(path, buffers)
 
 
 def load_file(path: str | os.PathLike, front: Front, **options: Any) -> Any:

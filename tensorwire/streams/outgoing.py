@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
 from tensorwire.codecs import crc32c
-from tensorwire.errors import SequenceError, StorageError
+from tensorwire.errors import SequenceError, StorageError, WireError
 from tensorwire.streams.recording import Position
 from tensorwire.wire.frames import HEADER_SIZE, unpack_header
 
@@ -92,7 +92,12 @@ class Recorded:
 
 
 def _check(head: bytes, position: Position) -> None:
-    header = unpack_header(head, crc32c, frame=position.frames, offset=position.offset)
+    if len(head) < HEADER_SIZE:
+        raise _another_stream(position)
+    try:
+        header = unpack_header(head, crc32c, frame=position.frames, offset=position.offset)
+    except WireError:  # no frame of ours begins there
+        raise _another_stream(position) from None
     if (header.sequence, header.link) != (position.frames, position.link):
         raise _another_stream(position)
 

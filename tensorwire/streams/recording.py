@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, Final
 
-from tensorwire.errors import StorageError, WireError
+from tensorwire.errors import SchemaError, StorageError, TensorwireError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.atomic import Output, read_at, sync_folder
 from tensorwire.streams.frames import Frame, Frames
@@ -55,7 +55,8 @@ class Recording:
     `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` gives a function
     that is called with each item before its data is taken, and raises to refuse the stream (`lambda: schema(model).check`);
     it is called anew for every time that the stream is read from its beginning. `finish` is called instead of the
-    renaming, with the path of the temporary file, and has to make `path` from it atomically, or to raise.
+    renaming, with the path of the temporary file, and has to make `path` from it atomically, or to raise. What was received is
+    removed where `check` or `finish` finds it wanting (SchemaError; any WireError of `finish`) and stays in all other cases.
 
     `position` says where the sender has to go on, `outcome` is set once the stream is whole. Raises StorageError, with errno
     EWOULDBLOCK where somebody else is receiving the same transfer.
@@ -108,15 +109,19 @@ class Recording:
 
     def steps(self) -> Generator[Any, None, None]:
         """NEED_DATA until the stream is whole."""
-        for event in self._events:
-            if event is NEED_DATA:
-                yield event
-            else:
-                self._verified(event)
-                self._store()
+        try:
+            for event in self._events:
+                if event is NEED_DATA:
+                    yield event
+                else:
+                    self._verified(event)
+                    self._store()
+        except SchemaError:
+            self.discard()
+            raise
 
     def commit(self) -> Outcome:
-        """Give the whole stream its final name, once and for all. Raises StorageError."""
+        """Give the whole stream its final name, once and for all. Raises StorageError, and what `finish` raises."""
         assert self.outcome is not None
         if self._fd is not None:
             try:
@@ -129,6 +134,11 @@ class Recording:
                     with suppress(FileNotFoundError):
                         os.unlink(self._part)
                 sync_folder(os.path.dirname(self.path) or os.curdir)
+            except WireError:
+                self.discard()
+                raise
+            except TensorwireError:  # of `finish`, some of which are OSErrors too
+                raise
             except OSError as error:
                 raise _storage(self.path, error) from error
             self.close()
@@ -136,21 +146,22 @@ class Recording:
 
     def forget(self) -> None:
         """The sender has its receipt: the journal is no longer needed."""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(self._journal)
 
     def discard(self) -> None:
         """Remove what was received."""
         self.close()
         for path in (self._part, self._journal):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 os.unlink(path)
 
     def close(self) -> None:
         """Let go of the file; what is whole in it stays for the next attempt."""
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            fd, self._fd = self._fd, None
+            with suppress(OSError):  # what counts was synced
+                os.close(fd)
 
     @property
     def _part(self) -> str:
@@ -177,6 +188,7 @@ class Recording:
             json.dump(asdict(self.outcome), file)  # type: ignore[call-overload]
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(os.path.dirname(self.path) or os.curdir)  # there before the final name is
 
     def _take_up(self) -> None:
         """Verify what an earlier attempt left, and cut it off behind the last frame that is whole."""
@@ -201,9 +213,9 @@ class Recording:
                 elif done == size:
                     break
                 else:
-                    buffer = self._frames.get_buffer()[: size - done]
-                    done += read_at(self._fd, buffer, done)
-                    self._frames.buffer_updated(len(buffer))
+                    got = read_at(self._fd, self._frames.get_buffer()[: size - done], done)
+                    self._frames.buffer_updated(got)
+                    done += got
         except WireError:
             return False
         return self.position.offset == size
@@ -246,7 +258,7 @@ def _open_alone(path: str) -> int:
 
 
 def _storage(path: str, error: OSError) -> StorageError:
-    if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and isinstance(error, BlockingIOError):
+    if isinstance(error, BlockingIOError):
         return StorageError(f"{path} is being received by somebody else", errno=errno.EWOULDBLOCK)
     if isinstance(error, StorageError):
         return StorageError(f"{error.detail}; what is verified stays and is resumed", errno=error.errno)

@@ -15,6 +15,7 @@ from tensorwire.transports.session import (
     greet,
     hear,
     receive_stream,
+    refuse,
     say,
     send_stream,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "greet",
     "hear",
     "receive_stream",
+    "refuse",
     "say",
     "send_resuming",
     "send_stream",

@@ -4,16 +4,17 @@ import asyncio
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, Pace, failed
 from tensorwire.transports.session import Conversation, Do, Fill
+from tensorwire.transports.tcp import tune
 from tensorwire.transports.tls import require_protection
 
-_HIGH_WATER: Final = 1 << 20  # bytes that wait to be sent before the sender has to
 _SPARE: Final = 64 << 10
-_LINGER: Final = 5.0  # seconds that last words have to leave after a connection is closed
+_LINGER: Final = 2.0  # seconds that last words have to leave after a connection is closed
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class AsyncTransport:
         try:
             connecting = loop.create_connection(_Wire, host, port, ssl=tls, **options)
             _, wire = await asyncio.wait_for(connecting, timeout)
+        except asyncio.TimeoutError:
+            raise TransportError(f"no progress while connecting to {host}:{port}: timed out") from None
         except OSError as error:
             raise failed(f"connecting to {host}:{port}", error) from error
         return cls(wire, timeout=timeout, min_rate=min_rate)
@@ -59,14 +62,21 @@ class AsyncTransport:
         Raises what the conversation raises, and TransportError.
         """
         try:
-            return await asyncio.wait_for(self._run(conversation), within)
+            result = await asyncio.wait_for(self._run(conversation), within)
         except asyncio.TimeoutError:
-            raise TransportError(f"the peer took longer than {within} s") from None
+            raise TransportError("the peer takes longer than it may") from None
+        self._wire.known = True
+        return result
 
     async def send(self, buffers: Iterable[Any]) -> int:
         """Send every buffer in order; returns the bytes sent. The next one is asked for when the last is on its way."""
+        return await self._send(buffers, alert=False)
+
+    async def _send(self, buffers: Iterable[Any], *, alert: bool) -> int:
         total = 0
         for buffer in buffers:
+            if alert and self._wire.heard():
+                break
             view = memoryview(buffer).cast("B")
             began = time.monotonic()
             await self._in_time(self._wire.write(view), "sending")
@@ -81,13 +91,10 @@ class AsyncTransport:
 
     async def readinto(self, buffer: memoryview, /) -> int:
         """Receive straight into `buffer`: at least one byte, 0 once the peer has closed. Raises TransportError."""
-        began = time.monotonic()
-        got = await self._read(buffer)
-        self._pace.moved(got, time.monotonic() - began)
-        return got
+        return await self._read(buffer, steady=True)
 
     def close(self) -> None:
-        """Close the connection, dropping what could not be sent yet."""
+        """Close the connection. What waits to be sent has two seconds to leave."""
         self._wire.close()
 
     async def __aenter__(self) -> "AsyncTransport":
@@ -95,6 +102,7 @@ class AsyncTransport:
 
     async def __aexit__(self, *exc: object) -> None:
         self.close()
+        await asyncio.wait([self._wire.closed])
 
     async def _run(self, conversation: Conversation[T]) -> T:
         try:
@@ -113,32 +121,39 @@ class AsyncTransport:
 
     async def _step(self, step: Any) -> Any:
         if isinstance(step, Fill):
-            return await (self.readinto if step.steady else self._read)(step.buffer)
+            return await self._read(step.buffer, steady=step.steady, within=step.within)
         if isinstance(step, Do):
             return await self._do(step)
-        return await self.send(step.buffers)
+        return await self._send(step.buffers, alert=step.alert)
 
     async def _do(self, step: Do) -> Any:
         work = asyncio.ensure_future(asyncio.to_thread(step.work))
-        while True:
-            await asyncio.wait([work], timeout=self._timeout / 4 if step.meanwhile and self._timeout else None)
-            if work.done():
-                return work.result()
-            await self.send([step.meanwhile])
+        pause = self._timeout / 4 if step.meanwhile and self._timeout else None
+        try:
+            while not (await asyncio.wait([work], timeout=pause))[0]:
+                with suppress(TransportError):  # whether the peer is still there shows when the work is done
+                    await self.send([step.meanwhile])
+        finally:
+            await asyncio.wait([work])  # also when we are cancelled: a thread cannot be
+        return work.result()
 
-    async def _read(self, buffer: memoryview) -> int:
-        got = await self._in_time(self._wire.read(buffer), "receiving")
+    async def _read(self, buffer: memoryview, *, steady: bool, within: float | None = None) -> int:
+        began = time.monotonic()
+        got = await self._in_time(self._wire.read(buffer), "receiving", within)
+        if steady:
+            self._pace.moved(got, time.monotonic() - began)
         self.received += got
         return got
 
-    async def _in_time(self, waiter: "asyncio.Future[T]", doing: str) -> T:
-        """The result of a future, or TransportError after `timeout`. Cheaper than a task around each read."""
+    async def _in_time(self, waiter: "asyncio.Future[T]", doing: str, within: float | None = None) -> T:
+        """The result of a future, or TransportError after `timeout` or `within`. Cheaper than a task around each read."""
         if waiter.done():
             return waiter.result()
         timer = None
-        if self._timeout is not None:
+        times = [seconds for seconds in (self._timeout, within) if seconds is not None]
+        if times:
             late = TransportError(f"no progress while {doing}: timed out")
-            timer = waiter.get_loop().call_later(self._timeout, _fail, waiter, late)
+            timer = waiter.get_loop().call_later(min(times), _fail, waiter, late)
         try:
             return await waiter
         finally:
@@ -147,7 +162,8 @@ class AsyncTransport:
 
 
 class AsyncListener:
-    """Accepts connections and calls `serve(transport)` for each, at most `connections` at a time; those beyond wait unserved.
+    """Accepts connections and calls `serve(transport)` for each, at most `connections` at a time. When there are more, a new one takes
+    the place of the one that has for longest not held a conversation (the greeting, to begin with), and is closed where all have.
 
         async with AsyncListener(serve, host, port, tls=server_tls(...)) as listener:
             await listener.serve_forever()
@@ -176,17 +192,14 @@ class AsyncListener:
         self._min_rate = min_rate
         self._connections = connections
         self._on_error = on_error
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: dict[_Wire, asyncio.Task] = {}
         self.port = port
 
     async def __aenter__(self) -> "AsyncListener":
         loop = asyncio.get_running_loop()
-        options = {"ssl_handshake_timeout": HANDSHAKE} if self._tls is not None else {}
         host, port = self._address
         try:
-            self._server = await loop.create_server(
-                lambda: _Wire(self._accepted), host, port, ssl=self._tls, backlog=1024, **options
-            )
+            self._server = await loop.create_server(lambda: _Wire(self._accepted), host, port, backlog=1024)
         except OSError as error:
             raise TransportError(f"cannot listen on {host}:{port}: {error}") from error
         self.port = self._server.sockets[0].getsockname()[1]
@@ -194,28 +207,38 @@ class AsyncListener:
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
-        for task in self._tasks:
+        tasks = dict(self._tasks)
+        for task in tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        for wire in tasks:
+            wire.drop("the listener closes")
 
     async def serve_forever(self) -> None:
         """Until cancelled."""
         await self._server.serve_forever()
 
     def _accepted(self, wire: "_Wire") -> None:
-        if len(self._tasks) >= self._connections:
-            wire.close()
-            return
+        staying = [other for other in self._tasks if not other.leaving]
+        if len(staying) >= self._connections:
+            out = next((other for other in staying if not other.known), wire)
+            out.drop("too many connections")
+            if out is wire:
+                return
         task = asyncio.get_running_loop().create_task(self._serve_one(wire))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[wire] = task
+        task.add_done_callback(lambda _: self._tasks.pop(wire))
 
     async def _serve_one(self, wire: "_Wire") -> None:
-        async with AsyncTransport(wire, timeout=self._timeout, min_rate=self._min_rate) as transport:
-            try:
+        try:
+            if self._tls is not None:
+                await wire.start_tls(self._tls)
+            async with AsyncTransport(wire, timeout=self._timeout, min_rate=self._min_rate) as transport:
                 await self._serve(transport)
-            except TensorwireError as error:
-                self._on_error(error)
+        except TensorwireError as error:
+            self._on_error(error)
+        finally:
+            wire.drop("served")
 
 
 class _Wire(asyncio.BufferedProtocol):
@@ -231,13 +254,16 @@ class _Wire(asyncio.BufferedProtocol):
         self._wanted = memoryview(b"")  # where the read that is waited for wants its bytes,
         self._spare = memoryview(b"")  # and where those go that the loop delivers although nobody reads
         self._early = bytearray()
-        self._full = self._ended = False
+        self._full = self._ended = self._alert = False
         self._broken: TensorwireError | None = None  # what reading meets,
         self._gone: TensorwireError | None = None  # and what writing does
+        self.known = False  # whether a conversation has been held
+        self.leaving = False
+        self.closed: asyncio.Future[None] = self._loop.create_future()
 
     def read(self, buffer: memoryview) -> "asyncio.Future[int]":
         """Will be the number of bytes that were read into `buffer`, 0 at the end."""
-        self._reading = self._loop.create_future()
+        self._reading, self._alert = self._loop.create_future(), False
         if self._early:
             size = min(len(buffer), len(self._early))
             buffer[:size] = self._early[:size]
@@ -263,19 +289,56 @@ class _Wire(asyncio.BufferedProtocol):
             self._draining.set_result(None)
         return self._draining
 
+    def heard(self) -> bool:
+        """Whether the peer has said something that was not read yet, or is gone. If not, the next drain ends when it does."""
+        if self._early or self._ended:
+            return True
+        self._alert = True
+        self._transport.resume_reading()
+        return False
+
     def close(self) -> None:
         """Send what waits to be sent, for a while, and close."""
-        self._transport.close()
-        self._loop.call_later(_LINGER, self._transport.abort)
+        if not self.leaving:
+            self.leaving = True
+            self._transport.close()
+            timer = self._loop.call_later(_LINGER, self._transport.abort)
+            self.closed.add_done_callback(lambda _: timer.cancel())
+
+    def drop(self, reason: str) -> None:
+        """Close at once."""
+        self.leaving = True
+        self._broken = self._gone = self._gone or TransportError(f"dropped: {reason}")
+        self._transport.abort()
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """Agree on TLS with whoever has connected. Raises AuthError, TransportError."""
+        options = {"server_side": True, "ssl_handshake_timeout": HANDSHAKE}
+        try:
+            transport = await self._loop.start_tls(self._transport, self, context, **options)
+        except OSError as error:
+            raise failed("agreeing on TLS", error) from error
+        if transport is None:
+            raise TransportError("the peer has closed the connection")
+        self._take(transport)
 
     def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        transport.set_write_buffer_limits(high=_HIGH_WATER)
-        transport.pause_reading()
-        subject = (transport.get_extra_info("peercert") or {}).get("subject", ())
-        names = [value for part in subject for key, value in part if key == "commonName"]
-        self.peer_name = names[0] if names else None
+        tune(transport.get_extra_info("socket"))
+        self._take(transport)
         self._accepted(self)
+
+    @property
+    def peer_name(self) -> str | None:
+        """The common name in the peer's certificate."""
+        subject = (self._transport.get_extra_info("peercert") or {}).get("subject", ())
+        return next((value for part in subject for key, value in part if key == "commonName"), None)
+
+    def _take(self, transport: Any) -> None:
+        self._transport = transport
+        self._tls = transport.get_extra_info("sslcontext") is not None
+        transport.pause_reading()
+        # Whoever sends waits until all is with the system: memory is lent until then. (TLS takes 0 for always full.)
+        transport.set_write_buffer_limits(high=int(self._tls))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._reading is not None and not self._reading.done():
@@ -289,6 +352,7 @@ class _Wire(asyncio.BufferedProtocol):
             self._reading.set_result(nbytes)
         else:
             self._early += self._spare[:nbytes]
+            self._wake()
 
     def pause_writing(self) -> None:
         self._full = True
@@ -300,16 +364,23 @@ class _Wire(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         self._ended = True
         _settle(self._reading, 0)
-        return self._transport.get_extra_info("sslcontext") is None  # stay open for our answer; TLS knows no half
+        self._wake()
+        return not self._tls  # stay open for our answer; TLS knows no half
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended = True
-        self._gone = TransportError("the peer has closed the connection")
         if isinstance(exc, OSError):
-            self._gone = self._broken = failed("talking to the peer", exc)
+            self._broken = self._gone = failed("talking to the peer", exc)
+        self._gone = self._gone or TransportError("the peer has closed the connection")
+        if self._broken is not None:
             _fail(self._reading, self._broken)
         _settle(self._reading, 0)
         _fail(self._draining, self._gone)
+        _settle(self.closed, None)
+
+    def _wake(self) -> None:
+        if self._alert:
+            _settle(self._draining, None)
 
 
 def _settle(future: "asyncio.Future[Any] | None", result: Any) -> None:

@@ -9,6 +9,7 @@ TIMEOUT: Final = 60.0  # seconds without a byte
 HANDSHAKE: Final = 10.0  # seconds for TLS and for the greeting
 MIN_RATE: Final = 1024.0  # bytes a second, over
 _WINDOW: Final = 30.0  # seconds of waiting
+_ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")  # in OpenSSL's word for what a peer has against ours
 
 
 class Pace:
@@ -37,6 +38,9 @@ def failed(doing: str, error: OSError) -> TransportError | AuthError:
         return error
     if isinstance(error, TimeoutError):
         return TransportError(f"no progress while {doing}: timed out")
-    if isinstance(error, ssl.SSLError) and "CERTIFICATE" in (error.reason or ""):
-        return AuthError(f"the other end refuses our certificate, or we have none: {error.reason}")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return AuthError(f"the other end's certificate is refused: {error.verify_message}")
+    reason = getattr(error, "reason", None) or ""
+    if isinstance(error, ssl.SSLError) and any(word in reason for word in _ALERTS):
+        return AuthError(f"the other end refuses our certificate, or one of us has none: {reason}")
     return TransportError(f"connection failed while {doing}: {error}")

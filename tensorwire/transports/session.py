@@ -11,11 +11,13 @@ Messages are small msgpack maps behind 12 bytes of magic, length and CRC-32. doc
 """
 
 import errno
+import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from tensorwire.errors import (
@@ -40,35 +42,41 @@ from tensorwire.wire.frames import MAJOR as FORMAT
 
 VERSION: Final = 1
 _MAGIC: Final = b"\x93TWM"
-_HEAD: Final = struct.Struct("<4sII")
+_HEAD: Final = struct.Struct("<II")  # behind the magic: length, CRC-32
 _MESSAGE_LIMIT: Final = 64 << 10  # bytes that somebody we know nothing of yet can make us hold
 _TEXT_LIMIT: Final = 500
 _TRANSFER_LIMIT: Final = 64
 _MOST_WAITS: Final = 1000  # in a row; at one in 15 s, four hours of work between two bytes
+_LAST_WORDS: Final = 2.0  # seconds to hear or to be heard once a stream has failed
+_SCRATCH: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
     """Receive at least one byte into `buffer`; the answer is how many, 0 once the peer has closed.
 
-    `steady`: a stream is on its way, so that a peer that only trickles is given up.
+    `steady`: something is on its way, so that a peer that only trickles is given up. `within`: seconds to wait at most, where that
+    is less than the transport's time-out.
     """
 
     buffer: memoryview
     steady: bool = False
+    within: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send all buffers; the answer is the number of bytes."""
+    """Send all buffers; the answer is the number of bytes. `alert`: stop as soon as the peer says something."""
 
     buffers: Iterable[Any]
+    alert: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Do:
     """Call `work`, which may take long, and answer with what it gives. `meanwhile` is sent now and then until it is done,
-    so that the peer knows that we are alive."""
+    so that the peer knows that we are alive. Whatever happens, `work` has ended when the conversation goes on.
+    """
 
     work: Callable[[], Any]
     meanwhile: bytes = b""
@@ -112,7 +120,7 @@ class Receipt:
 
 
 class RefusedError(TransportError):
-    """The receiver said no. `kind`: the reason in one word, "busy", "corrupt", "schema", or the application's own."""
+    """The receiver said no. `kind`: the reason in one word, "busy", "storage", "corrupt", "schema", or the application's own."""
 
     def __init__(self, detail: str, *, kind: str, retryable: bool = False) -> None:
         super().__init__(detail, retryable=retryable)
@@ -145,7 +153,11 @@ def greet(software: str = "tensorwire") -> Conversation[Peer]:
     """
     mine = {"session": VERSION, "format": FORMAT, "codecs": list(CODEC_IDS), "software": software}
     yield Send([_pack("hello", mine)])
-    hello = yield from _read("hello", session=int, format=int, codecs=list, software=str)
+    kind, hello = yield from _read_any(None)
+    if kind != "hello":
+        raise SequenceError(f"expected the message 'hello', got {show(kind)}")
+    hello = {name: hello[name] for name in mine if name in hello}  # later versions may say more
+    _check_fields("hello", hello, session=int, format=int, codecs=list, software=str)
     theirs = hello["session"], hello["format"]
     if theirs != (VERSION, FORMAT):
         raise UnsupportedError(
@@ -158,8 +170,8 @@ def greet(software: str = "tensorwire") -> Conversation[Peer]:
 
 
 def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
-    """Send a stream from where the receiver has it. Raises RefusedError, CorruptError where the receiver ended up with another
-    digest, SequenceError where it has the beginning of another stream.
+    """Send a stream from where the receiver has it. Raises RefusedError, and SequenceError where the receiver has another stream,
+    or the beginning of one. After an error the connection is of no more use, unless a RefusedError came before any byte of the stream.
     """
     yield Send([_pack("offer", asdict(offer))])
     have = yield from _read("have", frames=int, offset=int, link=int)
@@ -167,13 +179,16 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
     if min(position.frames, position.offset, position.link) < 0:
         raise FormatError("have: a negative position")
     try:
-        sent = yield Send(outgoing.after(position))
+        sent = yield Send(outgoing.after(position), alert=True)
     except TransportError:
-        yield from _read("receipt")  # raises what the peer said before it closed, if it did
+        with suppress(TransportError):
+            yield from _read("receipt", until=time.monotonic() + _LAST_WORDS)
         raise
     receipt = yield from _read("receipt", digest=str, size=int, about=dict)
     if receipt["digest"] != outgoing.digest:
-        raise CorruptError(f"the receiver's digest is {show(receipt['digest'])}, ours {outgoing.digest}")
+        raise SequenceError(
+            f"the receiver has another stream: its digest is {show(receipt['digest'])}, ours {outgoing.digest}"
+        )
     yield Send([_pack("bye", {})])
     return Receipt(receipt["digest"], receipt["size"], sent, receipt["about"])
 
@@ -185,12 +200,14 @@ def receive_stream(
     gives the reason in the caller's own word. The receipt is sent after `commit`, with what `about` gives then.
 
     Returns the offer, what was received, and whether the sender has said that it has its receipt. On any error what was
-    received so far stays for the next attempt.
+    received so far stays for the next attempt; the connection is of no more use, unless `open_place` has refused the offer.
     """
     offer = yield from _hear_offer()
+    opened: list[Place] = []  # by the work itself: it may end after this conversation was given up
     try:
-        place = yield Do(partial(open_place, offer), _WAIT)
         try:
+            yield Do(lambda: opened.append(open_place(offer)), _WAIT)
+            place = opened[0]
             yield Send([_pack("have", asdict(place.position))])
             for _ in place.steps():
                 place.buffer_updated((yield Fill(place.get_buffer(), steady=True)))
@@ -202,11 +219,15 @@ def receive_stream(
             acknowledged = yield from _acknowledged()
             if acknowledged:
                 place.forget()
+        except MemoryError as error:
+            raise StorageError("no memory left to receive with", errno=errno.ENOMEM) from error
         finally:
-            place.close()
+            for place in opened:
+                place.close()
     except TensorwireError as error:
         if not isinstance(error, (TransportError, TruncatedError)) or isinstance(error, RefusedError):
-            yield Send([_refusal(error)])
+            with suppress(TransportError):
+                yield from _refuse(error, sending=bool(opened))
         raise
     return offer, outcome, acknowledged
 
@@ -221,6 +242,11 @@ def hear() -> Conversation[dict[Any, Any]]:
     return (yield from _read("note", note=dict))["note"]
 
 
+def refuse(error: TensorwireError) -> Conversation[None]:
+    """Answer no to a message, whatever the peer waits for: it gets a RefusedError that says why."""
+    yield Send([_refusal(error)])
+
+
 def _hear_offer() -> Conversation[Offer]:
     message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), about=dict)
     offer = Offer(**message)
@@ -232,37 +258,51 @@ def _hear_offer() -> Conversation[Offer]:
 def _acknowledged() -> Conversation[bool]:
     try:
         yield from _read("bye")
-    except TransportError:
+    except TensorwireError:
         return False
     return True
 
 
+def _refuse(error: TensorwireError, *, sending: bool) -> Conversation[None]:
+    """Say no. To a peer that is `sending`, also take in what it sends until it has heard: closing at once would reset the
+    connection, and our word be lost.
+    """
+    yield Send([_refusal(error)])
+    scratch = memoryview(bytearray(_SCRATCH))
+    until = time.monotonic() + _LAST_WORDS
+    while sending and (left := until - time.monotonic()) > 0:
+        sending = bool((yield Fill(scratch, within=left)))
+
+
 def _refusal(error: TensorwireError) -> bytes:
+    detail = str(error)
     if isinstance(error, RefusedError):
         kind, retryable = error.kind, error.retryable
-    elif isinstance(error, StorageError):
+    elif isinstance(error, StorageError):  # its own text has a path, which is no business of the peer's
         kind, retryable = "busy" if error.errno == errno.EWOULDBLOCK else "storage", True
+        detail = "somebody else is sending this" if kind == "busy" else os.strerror(error.errno or errno.EIO)
     else:
         kind, retryable = type(error).__name__.removesuffix("Error").lower(), isinstance(error, CorruptError)
-    return _pack("refuse", {"kind": kind, "detail": str(error)[:_TEXT_LIMIT], "retryable": retryable})
+    return _pack("refuse", {"kind": kind, "detail": detail[:_TEXT_LIMIT], "retryable": retryable})
 
 
 def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
     body = pack_value([kind, dict(fields)], DEFAULT)
     if len(body) > _MESSAGE_LIMIT:
         raise EncodeError(f"a message of {len(body)} bytes; {_MESSAGE_LIMIT} is the most")
-    return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
+    return _MAGIC + _HEAD.pack(len(body), zlib.crc32(body)) + body
 
 
 _WAIT: Final = _pack("wait", {})
 
 
-def _read(wanted: str, **fields: Any) -> Conversation[dict[str, Any]]:
-    """The next message that is not "wait", with exactly these fields of these types."""
+def _read(wanted: str, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
+    """The next message that is not "wait", with exactly these fields of these types. `until`: when not to wait any longer."""
     for _ in range(_MOST_WAITS):
-        kind, message = yield from _read_any()
+        kind, message = yield from _read_any(until)
         if kind != "wait":
             break
+        _check_fields(kind, message)
     else:
         raise TransportError("the peer has only asked to wait")
     if kind == "refuse":
@@ -275,14 +315,15 @@ def _read(wanted: str, **fields: Any) -> Conversation[dict[str, Any]]:
     return message
 
 
-def _read_any() -> Conversation[tuple[str, dict[str, Any]]]:
-    head = yield from _receive(_HEAD.size)
-    magic, length, crc = _HEAD.unpack(head)
+def _read_any(until: float | None) -> Conversation[tuple[str, dict[str, Any]]]:
+    magic = yield from _receive(1, until)
+    magic += yield from _receive(len(_MAGIC) - 1, until, steady=True)
     if magic != _MAGIC:
         raise FormatError("the peer does not speak this protocol (does one end use TLS and the other not?)")
+    length, crc = _HEAD.unpack((yield from _receive(_HEAD.size, until, steady=True)))
     if length > _MESSAGE_LIMIT:
         raise LimitError("message", _MESSAGE_LIMIT, length)
-    body = yield from _receive(length)
+    body = yield from _receive(length, until, steady=True)
     if zlib.crc32(body) != crc:
         raise CorruptError("message checksum mismatch")
     message = unpack_value(body, DEFAULT)
@@ -291,18 +332,19 @@ def _read_any() -> Conversation[tuple[str, dict[str, Any]]]:
     return message[0], message[1]
 
 
-def _receive(size: int) -> Conversation[bytes]:
+def _receive(size: int, until: float | None, *, steady: bool = False) -> Conversation[bytes]:
     buffer = memoryview(bytearray(size))
     done = 0
     while done < size:
-        got = yield Fill(buffer[done:])
+        left = None if until is None else max(until - time.monotonic(), 0)
+        got = yield Fill(buffer[done:], steady, left)
         if got == 0:
             raise TransportError("the peer has closed the connection")
         done += got
     return bytes(buffer)
 
 
-def _check_fields(kind: str, message: dict[str, Any], **fields: Any) -> None:
+def _check_fields(kind: str, message: dict[str, Any], /, **fields: Any) -> None:
     if message.keys() != fields.keys():
         raise FormatError(f"{kind}: has the fields {show(list(message))}, expected {list(fields)}")
     for name, types in fields.items():

@@ -54,7 +54,7 @@ def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, c
         if ca is not None:
             context.load_verify_locations(ca)
         if certificate is not None:
-            context.load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key, password="")  # rather than ask for one on a terminal
     except (OSError, ssl.SSLError) as error:
         raise AuthError(f"cannot use the certificate, key or authority given: {error}") from error
 

@@ -8,12 +8,14 @@ from typing import Any, Final
 from tensorwire.errors import CorruptError, TransportError
 from tensorwire.streams.outgoing import Outgoing
 from tensorwire.streams.recording import Position
-from tensorwire.transports.session import Offer, Peer, Receipt, greet, send_stream
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
+from tensorwire.transports.session import Offer, Peer, Receipt, greet, send_stream
 from tensorwire.transports.tcp import TcpTransport
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
+# A receiver finds out that a connection is dead after TIMEOUT, and until then is busy with it.
+PATIENCE: Final = 2 * TIMEOUT
 
 
 def send_resuming(
@@ -21,7 +23,7 @@ def send_resuming(
     offer: Offer,
     outgoing: Outgoing,
     *,
-    patience: float = TIMEOUT,
+    patience: float = PATIENCE,
     check_peer: Callable[[Peer], None] = lambda peer: None,
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.

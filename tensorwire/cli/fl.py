@@ -1,0 +1,236 @@
+"""`tensorwire fl`: the reference learning loop, all of it on this machine or its parts on several."""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import tensorwire
+from tensorwire.bench.rss import highest
+from tensorwire.cli.common import UsageError, codec_spec, print_json, verb
+from tensorwire.cli.network import PORT, SECURITY, add_security, address, connection_tls, listener_tls
+from tensorwire.errors import TensorwireError, TransportError
+
+_TEXT: Final = f"""\
+run      a server and its clients as processes on this machine; curves and rows under --out
+server   the server alone
+client   one client
+
+A task is a function "module:function" that returns a `tensorwire.fl.task.Task`; --set NAME=VALUE passes parameters
+to it. The default is a small language model that learns the Python standard library (the extra `fl`).
+
+{SECURITY}
+examples:
+  tensorwire fl run --clients 4 --rounds 10 --up nf4 --down bf16 --out run
+  tensorwire fl run --clients 2 --rounds 3 --set lora=4 --kind difference --feedback --out adapters
+  tensorwire fl server --listen 0.0.0.0:7453 --cert server.pem --key server.key --clients 2 --rounds 10 --state state
+  tensorwire fl client host.example:7453 --ca authority.pem --number 0 --folder me
+"""
+_TASK: Final = "tensorwire.fl.task:language_model"
+_STOPPED: Final = 10.0  # seconds that processes get to end once the run has
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to the command line."""
+    parser = verb(verbs, "fl", None, summary="learn together: the reference federated loop", text=_TEXT)
+    parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
+
+    run = parts.add_parser("run", help="a server and its clients on this machine")
+    _add_plan(run)
+    _add_task(run)
+    run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")
+    run.add_argument("--json", action="store_true", help="the rows as JSON on stdout too")
+    run.set_defaults(run=_run)
+
+    server = parts.add_parser("server", help="the server; a row of JSON on stdout for each round")
+    _add_plan(server)
+    _add_task(server)
+    server.add_argument("--listen", metavar="HOST:PORT", type=address, default=("127.0.0.1", PORT), help="where")
+    server.add_argument("--state", metavar="DIR", required=True, help="what must outlive this process; taken up again")
+    server.add_argument("--initial", metavar="FILE", help="a .tw file to start from instead of what the task gives")
+    add_security(server, listens=True)
+    server.set_defaults(run=_server)
+
+    client = parts.add_parser("client", help="one client")
+    _add_task(client)
+    client.add_argument("address", metavar="HOST:PORT", type=address, help="where the server listens")
+    client.add_argument("--number", type=int, required=True, help="which share of the data is ours: 0, 1, ...")
+    client.add_argument("--clients", type=int, default=4, help="how many shares there are (4)")
+    client.add_argument("--name", help="who we are; as in our certificate where we have one (client-NUMBER)")
+    client.add_argument("--folder", metavar="DIR", required=True, help="what must outlive this process; taken up again")
+    client.add_argument("--evaluate", action="store_true", help="report the loss of each model that comes, too")
+    client.add_argument("--patience", type=float, default=60, metavar="S", help="give up after S s without success (60)")
+    add_security(client, listens=False)
+    client.set_defaults(run=_client)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--clients", type=int, default=4, help="updates that close a round (4)")
+    add("--rounds", type=int, default=10, help="(10)")
+    add("--up", type=codec_spec, default="nf4", metavar="SPEC", help="codec of updates (nf4)")
+    add("--down", type=codec_spec, default="bf16", metavar="SPEC", help="codec of models (bf16)")
+    add("--kind", choices=("difference", "weights"), default="difference", help="what clients send (difference)")
+    add("--feedback", action="store_true", help="clients carry over what quantization dropped of their differences")
+    add("--stochastic", action="store_true", help="under bf16, round up or down at random")
+    add("--quorum", type=int, metavar="N", help="updates that suffice after the deadline (all)")
+    add("--deadline", type=float, default=600, metavar="S", help="seconds of a round (600)")
+    add("--max-norm", type=float, metavar="X", help="refuse updates of a larger L2 norm")
+    add("--name", dest="run_name", default="run", help="of this run (run)")
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", default=_TASK, metavar="MODULE:FUNCTION", help="what is learned")
+    parser.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="for the task")
+
+
+def _task(arguments: argparse.Namespace) -> Any:
+    from tensorwire.fl import task
+
+    options = {}
+    for option in arguments.options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes NAME=VALUE, not {option!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    try:
+        return task.load(arguments.task)(clients=arguments.clients, **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    except ImportError as error:
+        raise UsageError(f"the task takes {error.name}: pip install 'tensorwire[fl]'") from None
+
+
+def _server(arguments: argparse.Namespace) -> int:
+    from tensorwire.fl.aggregate import Rules
+    from tensorwire.fl.server import Plan, Server
+
+    plan = Plan(
+        arguments.run_name,
+        arguments.rounds,
+        arguments.clients,
+        arguments.quorum,
+        arguments.deadline,
+        down=arguments.down,
+        up=arguments.up,
+        kind=arguments.kind,
+        feedback=arguments.feedback,
+        stochastic=arguments.stochastic,
+        rules=Rules(max_norm=arguments.max_norm),
+    )
+
+    def initial() -> Any:
+        return tensorwire.load_file(arguments.initial) if arguments.initial else _task(arguments).initial()
+
+    def on_round(row: dict[str, Any]) -> None:
+        print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
+
+    server = Server(plan, initial, arguments.state, on_round=on_round)
+    asyncio.run(_serve(server, arguments))
+    return 0
+
+
+async def _serve(server: Any, arguments: argparse.Namespace) -> None:
+    from tensorwire.transports import AsyncListener
+
+    host, port = arguments.listen
+    options = {"tls": listener_tls(arguments), "plaintext": arguments.plaintext}
+    async with AsyncListener(server.serve, host, port, on_error=_complain, **options) as listener:
+        print(f"listening on {host}:{listener.port}", file=sys.stderr, flush=True)
+        await server.run()
+        with suppress(asyncio.TimeoutError):  # one that is not there will not hear it
+            await asyncio.wait_for(server.all_told(), _STOPPED)
+
+
+def _client(arguments: argparse.Namespace) -> int:
+    from tensorwire.fl.client import Client
+    from tensorwire.transports import TcpTransport
+
+    host, port = arguments.address
+    tls = connection_tls(arguments, host)
+    task = _task(arguments)
+    if arguments.evaluate:
+        task = _evaluating(task)
+    Client(
+        arguments.name or f"client-{arguments.number}",
+        arguments.number,
+        task,
+        lambda: TcpTransport.connect(host, port, tls=tls, plaintext=arguments.plaintext),
+        arguments.folder,
+        patience=arguments.patience,
+        on_refusal=_complain,
+    ).run()
+    return 0
+
+
+def _evaluating(task: Any) -> Any:
+    """The same task, reporting the loss of what it is given."""
+    from tensorwire.fl.task import Task
+
+    def train(state: Any, client: int, round: int) -> Any:
+        loss = task.evaluate(state)
+        state, weight, metrics = task.train(state, client, round)
+        return state, weight, {**metrics, "loss": loss}
+
+    return Task(task.initial, train, task.evaluate)
+
+
+def _complain(error: TensorwireError) -> None:
+    if isinstance(error, TransportError) and error.retryable:  # clients come and go
+        return
+    print(f"tensorwire: {error}", file=sys.stderr, flush=True)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from tensorwire.fl import local
+
+    out = Path(arguments.out)
+    if (out / "state").exists():
+        raise UsageError(f"{out} has a run in it: give another --out, or remove it")
+    task = _task(arguments)
+    asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
+    plan = [f"--{name.replace('_', '-')}={value}" for name, value in _plan(arguments).items() if value is not None]
+    flags = [f"--{name}" for name in ("feedback", "stochastic") if getattr(arguments, name)]
+    rows = []
+    for row in tracked_rounds(local.run(task, out, arguments.clients, [*plan, *flags], asked), arguments.rounds):
+        rows.append(row)
+    (out / "rows.json").write_text(json.dumps(rows, indent=1))
+    drawn = local.draw(rows, out / "curves.png")
+    if arguments.json:
+        print_json(rows)
+    last = rows[-1]
+    moved = last["bytes"] / 1e6
+    print(f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {moved:.1f} MB moved", file=sys.stderr)
+    print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("clients", "rounds", "up", "down", "kind", "quorum", "deadline", "max_norm")
+    return {**{name: getattr(arguments, name) for name in names}, "name": arguments.run_name}
+
+
+def tracked_rounds(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
+    """`rows`, with a bar of rounds on a terminal for those who have tqdm."""
+    bar: Any = None
+    if sys.stderr.isatty():
+        with suppress(ImportError):
+            from tqdm import tqdm
+
+            bar = tqdm(total=rounds, unit="round")
+    try:
+        for row in rows:
+            yield row
+            if bar is not None:
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                bar.update(row["round"] - bar.n)
+    finally:
+        if bar is not None:
+            bar.close()

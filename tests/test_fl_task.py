@@ -1,0 +1,164 @@
+"""Training that is real, at tiny settings, and the loop in one process."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tensorwire.fl.simulate import Plan, simulate
+from tensorwire.fl.task import Task, load, split
+
+TINY = {"hidden": 16, "layers": 1, "context": 16, "batch": 4, "steps": 3}
+
+
+def descend():
+    """A task without torch: four clients, each drawn to a point of its own, whose mean is the best."""
+    points = np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32)
+    best = points.mean(axis=0)
+
+    def train(state, client, round):
+        assert state["x"].dtype == np.float32 and state["x"].shape == (1000,)
+        return (
+            {"x": state["x"] + np.float32(0.3) * (points[client] - state["x"]), "round": state["round"]},
+            1,
+            {"client": client},
+        )
+
+    return Task(
+        lambda: {"x": np.zeros(1000, np.float32), "round": np.array(7)},
+        train,
+        lambda state: float(np.abs(state["x"] - best).mean()),
+    )
+
+
+@pytest.mark.parametrize("up_kind", ["weights", "difference"])
+def test_federated_averaging_in_fp32_is_what_it_says(up_kind):
+    rounds = list(simulate(descend(), Plan(up_kind=up_kind), clients=4, rounds=5))
+    start = rounds[0].loss
+    assert [point.number for point in rounds] == [0, 1, 2, 3, 4, 5]
+    assert [point.loss for point in rounds] == pytest.approx(
+        [start * 0.7**number for number in range(6)], rel=1e-4
+    )
+    assert np.diff([point.bytes for point in rounds]) == pytest.approx(4 * 2 * 4000, rel=0.3)
+
+
+def test_what_each_setting_does_to_a_message():
+    def ends(**plan):
+        return list(simulate(descend(), Plan(**plan), clients=4, rounds=30))[-1]
+
+    weights = ends(down="nf4", up="nf4")
+    up = ends(down="nf4", up="nf4", up_kind="difference")
+    both = ends(down="nf4", up="nf4", up_kind="difference", down_kind="difference")
+    fed = ends(down="nf4", up="nf4", up_kind="difference", down_kind="difference", feedback=True)
+    exact = ends()
+    assert weights.bytes < exact.bytes / 3
+    # Each step of the way helps where clients pull apart; see docs/fl.md for a language model.
+    assert 2 * fed.loss < both.loss < up.loss < weights.loss
+    assert exact.loss < fed.loss / 100
+
+
+def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
+    def train(state, client, round):
+        return {"x": state["x"] + np.float32(2**-11)}, 1, {}  # a sixteenth of a unit in the last place
+
+    task = Task(lambda: {"x": np.ones(10_000, np.float32)}, train, lambda state: float(state["x"].mean()))
+    ends = {
+        stochastic: list(simulate(task, Plan("bf16", "bf16", stochastic=stochastic), clients=2, rounds=16))[
+            -1
+        ].loss
+        for stochastic in (False, True)
+    }
+    assert ends[False] == 1
+    assert ends[True] == pytest.approx(1 + 2**-7, rel=1e-4)
+
+
+def test_the_same_plan_gives_the_same_bits():
+    plan = Plan(down="bf16", up="nf4", up_kind="difference", feedback=True, stochastic=True)
+    assert list(simulate(descend(), plan, clients=4, rounds=3)) == list(
+        simulate(descend(), plan, clients=4, rounds=3)
+    )
+
+
+def test_a_task_is_found_by_name():
+    assert load(f"{__name__}:descend") is descend
+    for spec in ("nothing", "no.such.module:f", f"{__name__}:missing", ":", "json:"):
+        with pytest.raises(ValueError, match="module:function"):
+            load(spec)
+
+
+def test_clients_have_packages_of_their_own_and_equal_shares():
+    texts, held_out = split(3)
+    sizes = [text.size for text in texts]
+    assert max(sizes) < 1.05 * min(sizes) and held_out.size > 100_000
+    marks = [b"class JSONDecodeError", b"class Message:", b"class BaseEventLoop"]
+    for mark in marks:
+        assert sum(mark in text.tobytes() for text in (*texts, held_out)) <= 1
+
+
+@pytest.fixture(scope="module")
+def torch():
+    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # which is faster for so small a model
+    yield torch
+    torch.set_num_threads(threads)
+
+
+def test_the_language_model_learns_and_leaves_its_input_alone(torch):
+    from tensorwire.fl.task import language_model
+
+    task = language_model(clients=2, **TINY | {"steps": 30, "rate": 1e-2})
+    state = task.initial()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    trained, weight, metrics = task.train(state, 1, 0)
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    assert weight == 120 and metrics["train_loss"] > 0
+    assert task.evaluate(trained) < task.evaluate(state) - 0.5
+    again, _, _ = task.train(state, 1, 0)
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    other, _, _ = task.train(state, 0, 0)
+    assert not torch.equal(other["lm_head.weight"], trained["lm_head.weight"])
+
+
+def test_a_round_of_the_language_model_through_every_setting(torch):
+    from tensorwire.fl.task import language_model
+
+    task = language_model(clients=2, **TINY)
+    losses = {}
+    for codec in ("raw", "bf16", "nf4"):
+        for kind in ("weights", "difference"):
+            plan = Plan(down=codec, up=codec, down_kind=kind, up_kind=kind, feedback=kind == "difference")
+            losses[codec, kind] = list(simulate(task, plan, clients=2, rounds=2))[-1].loss
+    assert losses["bf16", "difference"] == pytest.approx(losses["raw", "weights"], abs=1e-3)
+    assert losses["nf4", "difference"] == pytest.approx(losses["raw", "weights"], abs=0.02)
+    assert all(loss < 5.7 for loss in losses.values()), losses
+
+
+def test_adapters_are_all_that_is_trained_and_sent(torch):
+    pytest.importorskip("peft")
+    from tensorwire.fl.task import language_model
+
+    start = language_model(clients=2, **TINY).initial()
+    task = language_model(clients=2, lora=2, start=start, **TINY | {"rate": 3e-2})
+    names = set(task.initial())
+    assert names and all("lora_" in name for name in names)
+    rounds = list(simulate(task, Plan(down="bf16", up="nf4", up_kind="difference"), clients=2, rounds=2))
+    assert rounds[-1].loss < rounds[0].loss
+    assert rounds[-1].bytes < 40_000
+
+
+def test_the_experiment(torch, tmp_path):
+    pytest.importorskip("matplotlib")
+    from tensorwire.fl.convergence import SETTINGS, experiment
+
+    settings = {start: {name: plans[name] for name in ("fp32", "nf4")} for start, plans in SETTINGS.items()}
+    runs = experiment(tmp_path, settings, rounds=1, seeds=1, processes=1, pretraining=((3e-3, 1),))
+    assert [json.loads(line) for line in (tmp_path / "convergence.json").read_text().splitlines()] == runs
+    assert [(run["start"], run["setting"]) for run in runs] == [
+        (start, name) for start, plans in settings.items() for name in plans
+    ]
+    assert all(len(run["losses"]) == len(run["bytes"]) == 2 for run in runs)
+    assert runs[1]["bytes"][1] < runs[0]["bytes"][1] / 6
+    assert (tmp_path / "convergence.md").read_text().count("| nf4 |") == 2
+    assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
