@@ -43,6 +43,17 @@ SETTINGS: Final[dict[str, dict[str, Plan]]] = {
     | {f"{codec} differences": _differences(codec) for codec in ("nf4", "fp4")}
     | {f"{codec} differences, feedback": _differences(codec, feedback=True) for codec in ("nf4", "fp4")},
 }
+# Of Okabe and Ito; the first whose name is part of a setting's.
+_COLOURS: Final = {
+    CENTRAL: "#999999",
+    FP32: "#000000",
+    "bf16 down": "#CC79A7",
+    "bf16": "#56B4E9",
+    "fp16": "#0072B2",
+    "int8": "#009E73",
+    "nf4": "#E69F00",
+    "fp4": "#D55E00",
+}
 _MODEL: Final = {"hidden": 96, "layers": 2, "context": 64}
 _STEPS: Final = 20
 _BATCH: Final = 4
@@ -155,6 +166,7 @@ def draw(runs: list[Run], path: Path) -> None:
     """Loss over rounds and over bytes: means of the seeds, and from the lowest to the highest of them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     starts = _by_setting(runs)
     figure = Figure(figsize=(11, 4.6 * len(starts)), layout="constrained")
@@ -183,28 +195,22 @@ def draw(runs: list[Run], path: Path) -> None:
             axes.set_ylabel("held-out loss, nats a byte")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#DDDDDD", linewidth=0.6)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
         right.set_xscale("log")
+        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         left.set_title(f"{start} start", loc="left")
         left.legend(frameon=False, fontsize=7, ncols=2)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
 
 
 def _colour(setting: str) -> str:
-    colours = {
-        CENTRAL: "#999999",
-        FP32: "#000000",
-        "fp16": "#0072B2",
-        "int8": "#009E73",
-        "nf4": "#E69F00",
-        "fp4": "#D55E00",
-    }
-    return next((colour for name, colour in colours.items() if name in setting), "#56B4E9")  # bf16
+    return next(colour for name, colour in _COLOURS.items() if name in setting)
 
 
 def _dashes(setting: str) -> str:
     if setting in _WEIGHTS:
         return "-"
-    return "--" if setting.endswith(" differences") else ":"
+    return "--" if setting.endswith(" differences") else ":" if "feedback" in setting else "-."
 
 
 def main() -> None:
