@@ -5,7 +5,7 @@ or pass on what is never held whole, and to advance many streams in step with on
 slice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +16,7 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError, TensorwireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.receive import check_codec, check_slice, reject_files
-from tensorwire.streams.source import as_source, finish
+from tensorwire.streams.source import as_source, pull
 from tensorwire.wire import (
     NEED_DATA,
     Item,
@@ -95,12 +95,18 @@ class Slices:
         self._reader = Reader(crc32c, limits)
         self._codecs: dict[int, Codec] = {}
 
+        self.get_buffer, self.buffer_updated = self._reader.get_buffer, self._reader.buffer_updated
+
     def __iter__(self) -> Iterator[Piece]:
+        return pull(self, self._source)
+
+    def steps(self) -> Generator[Any, None, None]:
+        """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and pieces."""
         reader = self._reader
         while not reader.ended:
             event = reader.next_event()
             if event is NEED_DATA:
-                reader.buffer_updated(self._source.readinto(reader.get_buffer()) or 0)
+                yield event
             elif isinstance(event, SlicePart):
                 yield self._raw_piece(event.number, event.item)
                 self._direct_piece(event.done, event.left)
@@ -114,7 +120,6 @@ class Slices:
                 self.metadata = dict(event.info.metadata)
             elif isinstance(event, StreamEnd):
                 self.digest = event.summary.digest
-        finish(self._source)
 
     def _start_item(self, event: ItemStart) -> None:
         with self._located(event.item):
