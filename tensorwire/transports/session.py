@@ -291,7 +291,7 @@ def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
 _WAIT: Final = _pack("wait", {})
 
 
-def _read(wanted: str, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
+def _read(wanted: str, /, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
     """The next message that is not "wait", with exactly these fields of these types. `until`: when not to wait any longer."""
     for _ in range(_MOST_WAITS):
         kind, message = yield from _read_any(until)
@@ -339,7 +339,7 @@ def _receive(size: int, until: float | None, *, steady: bool = False) -> Convers
     return bytes(buffer)
 
 
-def _check_fields(kind: str, message: dict[str, Any], **fields: Any) -> None:
+def _check_fields(kind: str, message: dict[str, Any], /, **fields: Any) -> None:
     if message.keys() != fields.keys():
         raise FormatError(f"{kind}: has the fields {show(list(message))}, expected {list(fields)}")
     for name, types in fields.items():
