@@ -73,9 +73,9 @@ class End:
                 data = b""
                 try:
                     for buffer in step.buffers:
+                        data += bytes(buffer)
                         if step.alert and self.inbox:
                             break
-                        data += bytes(buffer)
                 except TensorwireError as error:
                     self._step = self._resume(self._conversation.throw, error)
                     continue
@@ -488,7 +488,7 @@ def test_last_words_are_heard_where_sending_fails() -> None:
         digest = ""
 
         def after(self, position: Position) -> Any:
-            yield STREAM[:100]
+            yield from ()
             raise TransportError("connection failed while sending: reset")
 
     refusal = message("refuse", {"kind": "schema", "detail": "no", "retryable": False})
