@@ -150,8 +150,8 @@ class TcpTransport:
             buffer[:size], self._early = self._early[:size], self._early[size:]
             return size
         began = time.monotonic()
-        self._set_patience(within)
         try:
+            self._set_patience(within)
             got = self._socket.recv_into(buffer)
         except OSError as error:
             raise failed("receiving", error) from error
@@ -162,8 +162,8 @@ class TcpTransport:
     def _send_all(self, batch: list[memoryview]) -> None:
         while batch:
             began = time.monotonic()
-            self._set_patience()
             try:
+                self._set_patience()
                 sent = self._send_some(batch)
             except OSError as error:
                 raise failed("sending", self._alert(error)) from error
@@ -193,8 +193,8 @@ class TcpTransport:
 
     def _heard(self) -> bool:
         """Whether the peer has said something since we began to send, or is gone."""
-        self._socket.settimeout(0)
         try:
+            self._socket.settimeout(0)
             self._early += self._socket.recv(_EARLY)
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
