@@ -7,8 +7,12 @@ import glob
 import hashlib
 import importlib.util
 import multiprocessing
+import os
+import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -629,6 +633,13 @@ def test_a_server_whose_client_reads_nothing_holds_a_bounded_part(tmp_path: Path
         resume.set()
 
 
+def test_no_clock_but_the_monotonic_one() -> None:
+    """Nothing in transports and streams asks for the time of day."""
+    package = Path(tensorwire.__file__).parent
+    for path in [*(package / "transports").glob("*.py"), *(package / "streams").glob("*.py")]:
+        assert not re.search(r"time\.time\b|datetime|time_ns|localtime", path.read_text()), path
+
+
 # asyncio.
 
 
@@ -875,3 +886,12 @@ def test_where_all_have_greeted_a_newcomer_is_turned_away(tmp_path: Path) -> Non
                 time.sleep(0.05)
         assert (tmp_path / "m").exists()
         known.pop().close()
+
+
+def test_a_crowd_costs_an_honest_peer_little() -> None:
+    """bench/idle_connections.py, small."""
+    bench = Path(__file__).parent.parent / "bench" / "idle_connections.py"
+    options = ["--idle", "40", "--trickling", "40", "--mib", "48", "--turns", "5"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tensorwire.__file__).parents[1])}
+    done = subprocess.run([sys.executable, bench, *options], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
