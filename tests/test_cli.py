@@ -2,8 +2,14 @@
 
 import io
 import json
+import os
+import re
+import socket
 import subprocess
 import sys
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +17,9 @@ import pytest
 
 import tensorwire
 from tensorwire.bench.models import from_state_dict
+from network import Certificates
 from tensorwire.cli import main
+from tensorwire.cli.network import address
 
 MODEL = {
     "w": (np.random.default_rng(1).standard_normal((40, 130)) * 0.02).astype(np.float32),
@@ -278,10 +286,161 @@ def test_a_state_dict_of_a_module_is_a_model() -> None:
     assert from_state_dict("numpy", lambda: MODEL).nbytes == sum(array.nbytes for array in MODEL.values())
 
 
-@pytest.mark.parametrize("verb", ["", "bench", "encode", "decode", "inspect", "verify", "digest"])
+@pytest.mark.parametrize(
+    "verb", ["", "bench", "encode", "decode", "inspect", "verify", "digest", "send", "receive", "fl"]
+)
 def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*filter(None, [verb]), "--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0 and "examples:" in text
     assert verb or "exit codes:" in text
+
+
+# send and receive.
+
+
+@contextmanager
+def receiving(*arguments: object) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """`tensorwire receive` on a free port, and the address it listens on."""
+    command = [sys.executable, "-m", "tensorwire", "receive", *map(str, arguments)]
+    if "--listen" not in arguments:
+        command += ["--listen", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HOME)
+    try:
+        line = process.stderr.readline().decode()
+        found = re.match(r"listening on (.*)$", line)
+        assert found, line + process.stderr.read().decode()
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ended(process: "subprocess.Popen[bytes]") -> tuple[int, bytes, str]:
+    out, error = process.communicate(timeout=30)
+    return process.returncode, out, error.decode()
+
+
+def test_a_model_goes_to_another_machine(safetensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with receiving(tmp_path / "out.safetensors", "--json") as (process, where):
+        assert run("send", safetensors, where, "--json") == 0
+        code, out, error = ended(process)
+    sent, received = json.loads(capsys.readouterr().out), json.loads(out)
+    assert code == 0 and sent["digest"] == received["digest"] and sent["moved"] == sent["bytes"] == received["bytes"]
+    assert (tmp_path / "out.safetensors").read_bytes() == safetensors.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["out.tw", "out.npz"])
+def test_what_out_becomes(name: str, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with receiving(tmp_path / name) as (process, where):
+        assert run("send", npz, where, "--codec", "nf4") == 0
+        assert "sent" in capsys.readouterr().err
+        code, _, error = ended(process)
+    assert code == 0 and "SHA-256" in error
+    if name == "out.tw":
+        assert run("verify", tmp_path / name) == 0
+    else:
+        with np.load(tmp_path / name) as got:
+            assert np.array_equal(got["steps"], MODEL["steps"])
+
+
+def test_any_file_from_stdin_to_stdout() -> None:
+    data = bytes(range(256)) * 9_999
+    with receiving("-") as (process, where):
+        assert shell(["send", "-", where], data).returncode == 0
+        assert ended(process)[:2] == (0, data)
+
+
+def test_what_is_not_wanted_is_refused_and_the_receiver_waits_on(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.bin").write_bytes(b"hello")
+    with receiving(tmp_path / "out.bin") as (process, where):
+        assert run("send", npz, where) == 1
+        error = capsys.readouterr().err
+        assert "a file is to be received" in error and str(tmp_path) not in error.replace(str(npz), "")
+        assert run("send", tmp_path / "in.bin", where) == 0
+        assert ended(process)[0] == 0
+    assert (tmp_path / "out.bin").read_bytes() == b"hello"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_whoever_speaks_nonsense_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in.bin").write_bytes(b"hello")
+    with receiving(tmp_path / "out.bin") as (process, where):
+        host, _, port = where.rpartition(":")
+        for words in (b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01" + bytes(50), b""):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(words)
+        assert run("send", tmp_path / "in.bin", where) == 0
+        code, _, error = ended(process)
+    assert code == 0 and error.count("does not speak this protocol") == 2
+
+
+def test_tls_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    certificates = Certificates(tmp_path)
+    (tmp_path / "in.bin").write_bytes(b"hello")
+    cert, key = certificates.server
+    with receiving(tmp_path / "out.bin", "--cert", cert, "--key", key, "--ca", certificates.ca) as (process, where):
+        assert run("send", tmp_path / "in.bin", where, "--ca", certificates.foreign_ca) == 1
+        assert "certificate is refused" in capsys.readouterr().err
+        ours = ["--cert", certificates.client[0], "--key", certificates.client[1]]
+        assert run("send", tmp_path / "in.bin", where, "--ca", certificates.ca, *ours) == 0
+        assert ended(process)[0] == 0
+    assert (tmp_path / "out.bin").read_bytes() == b"hello"
+
+
+def test_ipv6_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "in.bin").write_bytes(b"hello")
+    with receiving(tmp_path / "out.bin", "--listen", "[::1]:0") as (process, where):
+        assert where.startswith("[::1]:")
+        assert run("send", tmp_path / "in.bin", where) == 0
+        assert ended(process)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("host:1", ("host", 1)),
+        ("host", ("host", 7453)),
+        (":1", ("", 1)),
+        ("[::1]:1", ("::1", 1)),
+        ("[::1]", ("::1", 7453)),
+        ("::1", ("::1", 7453)),
+        ("2001:db8::7", ("2001:db8::7", 7453)),
+    ],
+)
+def test_addresses(text: str, parsed: tuple[str, int]) -> None:
+    assert address(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["host:x", "host:70000", "host:-1"])
+def test_addresses_that_are_none(text: str) -> None:
+    with pytest.raises(ArgumentTypeError):
+        address(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["send", "missing.bin", "127.0.0.1:1"], 3),
+        (["send", __file__, ":1"], 2),
+        (["send", __file__, "host:1", "--cert", "x"], 2),
+        (["send", __file__, "host:1", "--plaintext", "--ca", "x"], 2),
+        (["send", __file__, "127.0.0.1:1", "--patience", "0.1"], 3),
+        (["send", __file__, "192.0.2.1:1", "--cert", "missing.pem", "--key", "missing.key"], 1),
+        (["receive", "x", "--listen", "0.0.0.0:0"], 3),
+        (["receive", "x", "--ca", "x"], 2),
+        (["receive", "x", "--cert", "x"], 2),
+        (["receive", "x", "--plaintext", "--cert", "x", "--key", "x"], 2),
+        (["receive", os.path.join("missing", "folder"), "--listen", "192.0.2.1:0", "--plaintext"], 3),
+    ],
+)
+def test_exit_codes_of_send_and_receive(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert "error: " in captured.err and "Traceback" not in captured.err

@@ -1,6 +1,9 @@
 """The Python snippets of README and docs run, page by page, as a reader would type them."""
 
 import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,28 @@ def test_the_files_that_the_security_page_names_are_there() -> None:
     text = (ROOT / "docs" / "security.md").read_text()
     for path in re.findall(r"tests/[\w/.]+", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_promises_of_transports_name_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "transports.md").read_text()
+    rows = re.findall(r"^\| (P\d+) \|.*\|(.*?)\|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == [f"P{number}" for number in range(1, 11)]
+    assert all("tests/" in cell for _, cell in rows)
+    for path, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page):
+        assert f"def {name}(" in (ROOT / path).read_text(), name
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+def test_the_openssl_commands_make_certificates_that_serve(tmp_path: Path) -> None:
+    from tensorwire.transports import TcpListener, TcpTransport, client_tls, hear, say, server_tls
+
+    (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "transports.md").read_text(), re.DOTALL)
+    subprocess.run(commands, shell=True, check=True, cwd=tmp_path, capture_output=True)
+    files = {path.name: path for path in tmp_path.iterdir()}
+    tls = server_tls(files["server.pem"], files["server.key"], ca=files["authority.pem"])
+    ours = client_tls(ca=files["authority.pem"], certificate=files["client.pem"], key=files["client.key"])
+    with ThreadPoolExecutor(1) as executor, TcpListener(tls=tls) as listener:
+        accepting = executor.submit(listener.accept)
+        with TcpTransport.connect("localhost", listener.port, tls=ours) as client, accepting.result() as server:
+            client.run(say({"a": 1}))
+            assert server.run(hear()) == {"a": 1}

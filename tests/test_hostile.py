@@ -25,7 +25,7 @@ from vectors import Verdict, library, plain, read_reference, same, single_bytes,
 
 import tensorwire
 import tensorwire.numpy as tw
-from tensorwire import LimitError, TensorwireError, WireError, decode_file
+from tensorwire import LimitError, StorageError, TensorwireError, WireError, decode_file
 from tensorwire.cli import main
 from tensorwire.limits import DEFAULT, Limits
 

@@ -254,7 +254,7 @@ class _Wire(asyncio.BufferedProtocol):
         self._wanted = memoryview(b"")  # where the read that is waited for wants its bytes,
         self._spare = memoryview(b"")  # and where those go that the loop delivers although nobody reads
         self._early = bytearray()
-        self._full = self._ended = self._alert = False
+        self._full = self._ended = self._alert = self._agreeing = False
         self._broken: TensorwireError | None = None  # what reading meets,
         self._gone: TensorwireError | None = None  # and what writing does
         self.known = False  # whether a conversation has been held
@@ -286,7 +286,7 @@ class _Wire(asyncio.BufferedProtocol):
             return self._draining
         self._transport.write(data)
         if not self._full:
-            self._draining.set_result(None)
+            _settle(self._draining, None)  # TLS may have said so already
         return self._draining
 
     def heard(self) -> bool:
@@ -314,6 +314,7 @@ class _Wire(asyncio.BufferedProtocol):
     async def start_tls(self, context: ssl.SSLContext) -> None:
         """Agree on TLS with whoever has connected. Raises AuthError, TransportError."""
         options = {"server_side": True, "ssl_handshake_timeout": HANDSHAKE}
+        self._agreeing = True
         try:
             transport = await self._loop.start_tls(self._transport, self, context, **options)
         except OSError as error:
@@ -334,7 +335,7 @@ class _Wire(asyncio.BufferedProtocol):
         return next((value for part in subject for key, value in part if key == "commonName"), None)
 
     def _take(self, transport: Any) -> None:
-        self._transport = transport
+        self._transport, self._agreeing = transport, False
         self._tls = transport.get_extra_info("sslcontext") is not None
         transport.pause_reading()
         # Whoever sends waits until all is with the system: memory is lent until then. (TLS takes 0 for always full.)
@@ -347,7 +348,8 @@ class _Wire(asyncio.BufferedProtocol):
         return self._spare
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._transport.pause_reading()
+        if not self._agreeing:  # then TLS reads, and may give us the first bytes before its transport
+            self._transport.pause_reading()
         if self._reading is not None and not self._reading.done():
             self._reading.set_result(nbytes)
         else:

@@ -153,7 +153,10 @@ def greet(software: str = "tensorwire") -> Conversation[Peer]:
     """
     mine = {"session": VERSION, "format": FORMAT, "codecs": list(CODEC_IDS), "software": software}
     yield Send([_pack("hello", mine)])
-    kind, hello = yield from _read_any(None)
+    try:
+        kind, hello = yield from _read_any(None)
+    except TransportError as error:  # no alert of TLS reaches us from where asyncio listens
+        raise TransportError(f"{error.detail}, before its greeting: has it no place free, or does it refuse our certificate?") from error
     if kind != "hello":
         raise SequenceError(f"expected the message 'hello', got {show(kind)}")
     hello = {name: hello[name] for name in mine if name in hello}  # later versions may say more
@@ -181,8 +184,12 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
     try:
         sent = yield Send(outgoing.after(position), alert=True)
     except TransportError:
-        with suppress(TransportError):
+        try:  # whether the peer said why
             yield from _read("receipt", until=time.monotonic() + _LAST_WORDS)
+        except RefusedError:
+            raise
+        except TensorwireError:
+            pass
         raise
     receipt = yield from _read("receipt", digest=str, size=int, about=dict)
     if receipt["digest"] != outgoing.digest:
@@ -296,7 +303,7 @@ def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
 _WAIT: Final = _pack("wait", {})
 
 
-def _read(wanted: str, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
+def _read(wanted: str, /, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
     """The next message that is not "wait", with exactly these fields of these types. `until`: when not to wait any longer."""
     for _ in range(_MOST_WAITS):
         kind, message = yield from _read_any(until)

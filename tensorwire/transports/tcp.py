@@ -150,8 +150,8 @@ class TcpTransport:
             buffer[:size], self._early = self._early[:size], self._early[size:]
             return size
         began = time.monotonic()
-        self._set_patience(within)
         try:
+            self._set_patience(within)
             got = self._socket.recv_into(buffer)
         except OSError as error:
             raise failed("receiving", error) from error
@@ -162,11 +162,11 @@ class TcpTransport:
     def _send_all(self, batch: list[memoryview]) -> None:
         while batch:
             began = time.monotonic()
-            self._set_patience()
             try:
+                self._set_patience()
                 sent = self._send_some(batch)
             except OSError as error:
-                raise failed("sending", error) from error
+                raise failed("sending", self._alert(error)) from error
             self._pace.moved(sent, time.monotonic() - began)
             while batch and sent >= len(batch[0]):
                 sent -= len(batch.pop(0))
@@ -178,10 +178,23 @@ class TcpTransport:
             return self._socket.send(batch[0]) if batch[0] else 0
         return self._socket.sendmsg(batch)
 
+    def _alert(self, error: OSError) -> OSError:
+        """Why TLS has ended, where the peer has said so before it closed; else `error`."""
+        if isinstance(self._socket, ssl.SSLSocket) and not isinstance(error, TimeoutError):
+            with suppress(ssl.SSLWantReadError):
+                try:
+                    self._socket.settimeout(0)
+                    self._socket.recv(1)
+                except ssl.SSLError as said:
+                    return said if said.reason else error
+                except OSError:
+                    pass
+        return error
+
     def _heard(self) -> bool:
         """Whether the peer has said something since we began to send, or is gone."""
-        self._socket.settimeout(0)
         try:
+            self._socket.settimeout(0)
             self._early += self._socket.recv(_EARLY)
         except (BlockingIOError, ssl.SSLWantReadError):
             return False

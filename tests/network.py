@@ -1,0 +1,119 @@
+"""For tests of transports: certificates, listeners in a thread of their own, and what must not be left behind."""
+
+import asyncio
+import gc
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorwire.errors import TensorwireError
+from tensorwire.transports import AsyncListener, AsyncTransport
+
+
+class Certificates:
+    """An authority, a server and a client of its own, an expired server, and another authority with its client; PEM files."""
+
+    def __init__(self, folder: Path) -> None:
+        trustme = pytest.importorskip("trustme")
+        ours, foreign = trustme.CA(), trustme.CA()
+        past = datetime.now(timezone.utc) - timedelta(days=1)
+        self.ca, self.foreign_ca = str(folder / "ca.pem"), str(folder / "foreign.pem")
+        ours.cert_pem.write_to_path(self.ca)
+        foreign.cert_pem.write_to_path(self.foreign_ca)
+        names = ("localhost", "127.0.0.1", "::1")
+        self.server = self._write(folder / "server", ours.issue_cert(*names))
+        self.expired = self._write(folder / "expired", ours.issue_cert(*names, not_after=past))
+        self.elsewhere = self._write(folder / "elsewhere", ours.issue_cert("elsewhere.example"))
+        self.client = self._write(folder / "client", ours.issue_cert("me@example", common_name="me"))
+        self.stranger = self._write(folder / "stranger", foreign.issue_cert("me@example", common_name="me"))
+
+    @staticmethod
+    def _write(stem: Path, certificate: Any) -> tuple[str, str]:
+        paths = str(stem.with_suffix(".pem")), str(stem.with_suffix(".key"))
+        certificate.cert_chain_pems[0].write_to_path(paths[0])
+        certificate.private_key_pem.write_to_path(paths[1])
+        return paths
+
+
+class Server:
+    """An AsyncListener in a thread; `errors` are those that its connections ended with."""
+
+    def __init__(self, serve: Callable[[AsyncTransport], Awaitable[None]], **options: Any) -> None:
+        self.errors: list[TensorwireError] = []
+        self.loop = asyncio.new_event_loop()
+        self._listener = AsyncListener(serve, on_error=self.errors.append, **options)
+        self._ready, self._stop = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="server")
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
+
+    def __enter__(self) -> "Server":
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def error(self, seconds: float = 10) -> TensorwireError:
+        """The first error, once there is one."""
+        end = time.monotonic() + seconds
+        while not self.errors and time.monotonic() < end:
+            time.sleep(0.005)
+        return self.errors[0]
+
+    def _run(self) -> None:
+        async def main() -> None:
+            async with self._listener:
+                self._ready.set()
+                await self._stop.wait()
+
+        with asyncio.Runner(loop_factory=lambda: self.loop) if hasattr(asyncio, "Runner") else _Plain(self.loop) as runner:
+            runner.run(main())
+
+
+class _Plain:
+    """`asyncio.Runner` for Python 3.10."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def __enter__(self) -> "_Plain":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    def run(self, main: Any) -> None:
+        self._loop.run_until_complete(main)
+
+
+@contextmanager
+def nothing_left(folder: Path | None = None, *, seconds: float = 5) -> Iterator[None]:
+    """Descriptors and threads are as before when the block has ended, or soon after; in `folder` no part is left."""
+    descriptors, threads = _descriptors(), threading.active_count()
+    yield
+    end = time.monotonic() + seconds
+    while (_descriptors() > descriptors or threading.active_count() > threads) and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.02)
+    assert threading.active_count() <= threads, [thread.name for thread in threading.enumerate()]
+    assert _descriptors() <= descriptors
+    if folder is not None:
+        assert not list(folder.glob("**/.*.part"))
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0

@@ -1,0 +1,361 @@
+"""A stream received to disk: every place where it can break, and what the next attempt finds."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tensorwire
+from tensorwire.errors import (
+    CorruptError,
+    FormatError,
+    LimitError,
+    SchemaError,
+    SequenceError,
+    StorageError,
+    TruncatedError,
+)
+from tensorwire.limits import Limits
+from tensorwire.streams import Outcome, Position, Recorded, Recording, Regenerated, atomic, recording
+from tensorwire.streams.frames import Frames
+from tensorwire.streams.source import as_source, pull
+
+RNG = np.random.default_rng(5)
+MODEL = {"a": RNG.standard_normal(3000, np.float32), "b": RNG.standard_normal((7, 100), np.float32), "n": {"c": 1}}
+STREAM = b"".join(tensorwire.encode(MODEL, frame_size=4096))
+OTHER = b"".join(tensorwire.encode({**MODEL, "a": MODEL["a"] + 1}, frame_size=4096))
+FRAMES = list(Frames(as_source(STREAM)))
+POSITIONS = [Position()] + [Position(f.header.sequence + 1, f.offset + f.size, f.header.crc) for f in FRAMES]
+DIGEST = STREAM[-32:].hex()
+
+
+def outgoing() -> Iterator[Any]:
+    return tensorwire.encode(MODEL, frame_size=4096)
+
+
+def feed(place: Recording, data: bytes) -> None:
+    """All of `data`; raises TruncatedError where that is not the whole rest."""
+    for _ in pull(place, as_source(data)):
+        pass
+
+
+def receive(path: Path, data: bytes = STREAM, transfer: bytes = b"t", **options: Any) -> Outcome:
+    place = Recording(path, transfer, **options)
+    try:
+        feed(place, data[place.position.offset :])
+        return place.commit()
+    finally:
+        place.close()
+
+
+def break_off(path: Path, data: bytes, transfer: bytes = b"t") -> None:
+    place = Recording(path, transfer)
+    with pytest.raises(TruncatedError):
+        feed(place, data)
+    place.close()
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name.rpartition(".")[2] for path in folder.glob(".*"))
+
+
+def test_a_stream_arrives_under_its_name_and_its_digest_is_known(tmp_path: Path) -> None:
+    outcome = receive(tmp_path / "m.tw")
+    assert outcome == Outcome(POSITIONS[-1], DIGEST)
+    assert (tmp_path / "m.tw").read_bytes() == STREAM
+    assert hidden(tmp_path) == ["done"]
+
+
+def test_every_cut_is_taken_up_at_the_last_whole_frame(tmp_path: Path) -> None:
+    for cut in range(0, len(STREAM), 37):
+        path = tmp_path / f"{cut}.tw"
+        break_off(path, STREAM[:cut])
+        assert not path.exists()
+        place = Recording(path, b"t")
+        assert place.position == max((p for p in POSITIONS if p.offset <= cut), key=lambda p: p.offset)
+        feed(place, STREAM[place.position.offset :])
+        assert place.commit().digest == DIGEST
+        place.forget()
+        assert path.read_bytes() == STREAM
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [lambda path: Regenerated(outgoing), Recorded], ids=["regenerated", "recorded"])
+def test_the_rest_from_every_frame_boundary(make: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "out.tw"
+    path.write_bytes(STREAM)
+    for position in POSITIONS:
+        source = make(path)
+        assert b"".join(source.after(position)) == STREAM[position.offset :]
+        assert source.digest == DIGEST
+
+
+@pytest.mark.parametrize("make", [lambda path: Regenerated(outgoing), Recorded], ids=["regenerated", "recorded"])
+def test_a_position_that_is_not_in_this_stream_is_refused(make: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "out.tw"
+    path.write_bytes(STREAM)
+    good = POSITIONS[3]
+    wrong = [Position(good.frames, good.offset + shift, good.link) for shift in (-1, 1, 16)]
+    wrong += [Position(good.frames + 1, good.offset, good.link), Position(good.frames, good.offset, good.link ^ 1)]
+    wrong += [Position(9, len(STREAM) + more, 0) for more in (1, 1 << 60)]
+    wrong += [Position(9, len(STREAM) - less, 0) for less in (1, 47)]
+    for position in wrong:
+        with pytest.raises(SequenceError, match="another stream"):
+            list(make(path).after(position))
+
+
+def test_a_source_that_has_changed_is_another_stream() -> None:
+    source = Regenerated(lambda: iter([OTHER]))
+    with pytest.raises(SequenceError, match="another stream"):
+        list(source.after(POSITIONS[-2]))
+    assert b"".join(source.after(POSITIONS[1])) == OTHER[POSITIONS[1].offset :]  # the beginning is the same
+
+
+def test_a_recorded_file_that_shrinks_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "out.tw"
+    path.write_bytes(STREAM * 100)  # more than one read
+    chunks = Recorded(path).after(Position())
+    next(chunks)
+    os.truncate(path, 100)
+    with pytest.raises(StorageError, match="shorter"):
+        list(chunks)
+
+
+def test_whatever_stands_in_the_part_is_verified_again(tmp_path: Path) -> None:
+    """Any byte of it changed, or junk behind it: what is before the broken frame stays, the rest is asked for again."""
+    path = tmp_path / "m.tw"
+    break_off(path, STREAM[:-1])
+    (part,) = tmp_path.glob(".*.part")
+    whole = part.read_bytes()
+    for place in range(0, len(whole), 53):
+        part.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        found = Recording(path, b"t")
+        found.close()
+        assert found.position == max((p for p in POSITIONS if p.offset <= place), key=lambda p: p.offset)
+        assert part.stat().st_size == max(found.position.offset, 0)
+    part.write_bytes(STREAM + b"junk")
+    assert receive(path).digest == DIGEST
+    assert path.read_bytes() == STREAM
+
+
+def test_another_transfer_has_another_place(tmp_path: Path) -> None:
+    path = tmp_path / "m.tw"
+    break_off(path, STREAM[: POSITIONS[3].offset], b"one")
+    place = Recording(path, b"two")
+    assert place.position == Position()
+    place.discard()
+    place = Recording(path, b"one")
+    assert place.position == POSITIONS[3]
+    place.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_names_and_names_with_any_bytes(tmp_path: Path) -> None:
+    for name in ("x" * 255, "ü" * 127, os.fsdecode(b"\xff" * 200)):
+        assert receive(tmp_path / name).digest == DIGEST
+        assert (tmp_path / name).read_bytes() == STREAM
+
+
+def test_two_receivers_of_one_transfer_are_one_too_many(tmp_path: Path) -> None:
+    first = Recording(tmp_path / "m.tw", b"t")
+    with pytest.raises(StorageError, match="somebody else") as caught:
+        Recording(tmp_path / "m.tw", b"t")
+    assert caught.value.errno == errno.EWOULDBLOCK
+    first.close()
+    Recording(tmp_path / "m.tw", b"t").discard()
+
+
+def test_the_effect_is_once(tmp_path: Path) -> None:
+    """Asked again before it is known that the sender has its receipt, a receiver answers from its journal."""
+    path = tmp_path / "m.tw"
+    outcome = receive(path)
+    before = path.stat()
+    again = Recording(path, b"t")
+    assert (again.outcome, again.position) == (outcome, outcome.end)
+    assert list(again.steps()) == []
+    assert again.commit() == outcome
+    assert path.stat() == before
+    again.forget()
+    assert Recording(path, b"t").position == Position()
+
+
+@pytest.mark.parametrize(
+    "journal", [b"", b"{", b"[]", b"{}", b"\xff", b'{"end": 1, "digest": ""}', b'{"end": {"x": 1}, "digest": ""}']
+)
+def test_a_torn_journal_is_no_journal(journal: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.tw"
+    receive(path)
+    next(tmp_path.glob(".*.done")).write_bytes(journal)
+    assert Recording(path, b"t").position == Position()
+
+
+def test_a_crash_between_journal_and_name_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process had died at each call of the commit in turn; the next attempt has nothing to receive."""
+    for call in ("fsync", "replace"):
+        for number in range(1, 5):
+            path = tmp_path / f"{call}{number}"
+            left = [number]
+
+            def die(*arguments: Any, real: Callable = getattr(os, call), left: list[int] = left) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                return real(*arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, call, die)
+                try:
+                    receive(path)
+                except KeyboardInterrupt:
+                    assert not path.exists() or path.read_bytes() == STREAM
+            again = Recording(path, b"t")
+            assert again.position == POSITIONS[-1] and list(again.steps()) == []
+            assert again.commit() == Outcome(POSITIONS[-1], DIGEST)
+            assert path.read_bytes() == STREAM and json.loads(next(tmp_path.glob(f".{path.name}.*.done")).read_text())
+            assert not list(tmp_path.glob(".*.part"))
+
+
+def test_what_check_refuses_is_removed_and_everything_before_was_verified(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def check() -> Callable:
+        names: list[str] = []
+        seen.append(names)
+
+        def refuse(item: Any) -> None:
+            names.append(item.name)
+            if item.name == "b":
+                raise SchemaError("not b", item=item.name)
+
+        return refuse
+
+    for _ in range(2):
+        with pytest.raises(SchemaError, match="not b"):
+            receive(tmp_path / "m.tw", check=check)
+        assert list(tmp_path.iterdir()) == []
+    assert [names for names in seen if names] == [["", "a", "b"]] * 2
+
+
+def test_a_check_begins_anew_with_every_reading(tmp_path: Path) -> None:
+    """A schema takes each item once."""
+    break_off(tmp_path / "m.tw", STREAM[: POSITIONS[6].offset + 1])
+    assert receive(tmp_path / "m.tw", check=lambda: tensorwire.schema(MODEL).check).digest == DIGEST
+
+
+def test_what_finish_makes_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    receive(path, finish=lambda part: path.write_text(str(Path(part).stat().st_size)))
+    assert path.read_text() == str(len(STREAM)) and hidden(tmp_path) == ["done"]
+
+    def unwanted(part: str) -> None:
+        raise FormatError("no")
+
+    with pytest.raises(FormatError):
+        receive(tmp_path / "n", finish=unwanted)
+    assert not list(tmp_path.glob(".n*"))
+
+
+@pytest.mark.parametrize("number", [1, 20, 60, 97])
+def test_a_broken_byte_keeps_what_is_before(number: int, tmp_path: Path) -> None:
+    cut = len(STREAM) * number // 100
+    broken = STREAM[:cut] + bytes([STREAM[cut] ^ 1]) + STREAM[cut + 1 :]
+    place = Recording(tmp_path / "m.tw", b"t")
+    with pytest.raises((CorruptError, SequenceError)):
+        feed(place, broken)
+    reached = place.position
+    place.close()
+    assert reached == max((p for p in POSITIONS if p.offset <= cut), key=lambda p: p.offset)
+    place = Recording(tmp_path / "m.tw", b"t")
+    assert place.position == reached
+    place.close()
+
+
+def test_a_frame_larger_than_what_is_held_is_written_as_it_comes(tmp_path: Path) -> None:
+    value = np.zeros(3 << 20, np.float32)
+    tensorwire.save_file(value, tmp_path / "big.tw")
+    stream = (tmp_path / "big.tw").read_bytes()
+    place = Recording(tmp_path / "m.tw", b"t")
+    with pytest.raises(TruncatedError):
+        feed(place, stream[: 9 << 20])
+    place.close()
+    (part,) = tmp_path.glob(".*.part")
+    assert 4 << 20 < part.stat().st_size <= 9 << 20
+    assert receive(tmp_path / "m.tw", stream).end.offset == len(stream)
+
+
+def test_limits_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(LimitError):
+        receive(tmp_path / "m.tw", limits=Limits(stream=1000))
+    assert not (tmp_path / "m.tw").exists()
+
+
+class Failing:
+    """`os` for the modules under test, where the N-th call of `name` fails."""
+
+    def __init__(self, name: str, number: int, error: int) -> None:
+        self._name, self._left, self._error = name, number, error
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name != self._name:
+            return real
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left == 0:
+                if name == "close":  # Linux: the descriptor is gone, whatever close says
+                    real(*arguments)
+                raise OSError(self._error, os.strerror(self._error))
+            return real(*arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["open", "pwrite", "preadv", "fstat", "ftruncate", "fsync", "replace", "close"])
+def test_the_nth_call_fails_and_the_next_attempt_goes_on(
+    call: str, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    failures = 0
+    for number in range(1, 6):
+        path = tmp_path / f"{number}"
+        break_off(path, STREAM[: POSITIONS[4].offset])
+        faulty = Failing(call, number, error)
+        with monkeypatch.context() as patch:
+            patch.setattr(recording, "os", faulty)
+            patch.setattr(atomic, "os", faulty)
+            try:
+                receive(path)
+            except StorageError as caught:
+                assert caught.errno == error and str(path) in str(caught)
+                failures += 1
+        place = Recording(path, b"t")
+        assert place.position.offset >= POSITIONS[4].offset, "verified bytes were lost"
+        feed(place, STREAM[place.position.offset :])
+        place.commit()
+        assert path.read_bytes() == STREAM
+    assert failures or call == "close"
+    assert not list(tmp_path.glob(".*.part"))
+    if descriptors:
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot write"):
+        Recording(tmp_path / "none" / "m.tw", b"t")
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    place = Recording(tmp_path / "m.tw", b"t")
+    place.discard()
+    (tmp_path / "victim").write_text("precious")
+    os.symlink(tmp_path / "victim", place._part)
+    with pytest.raises(StorageError):
+        Recording(tmp_path / "m.tw", b"t")
+    assert (tmp_path / "victim").read_text() == "precious"
