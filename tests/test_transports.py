@@ -480,6 +480,36 @@ def test_tls_to_plain_and_plain_to_tls(blocking: bool, certificates: Certificate
         assert isinstance(error, FormatError) and "TLS" in str(error)
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_what_was_sent_before_closing_arrives_also_where_it_is_read_late(secure: bool, certificates: Certificates) -> None:
+    model = {"a": np.random.default_rng(0).standard_normal(1_000_000, np.float32)}
+    received: list[Any] = []
+
+    async def late(transport: AsyncTransport) -> None:
+        await asyncio.sleep(0.2)
+        for _ in range(3):
+            received.append(await transport.run(hear()))
+            await asyncio.sleep(0.01)
+        received.append({name: value async for name, value in tensorwire.decode_async(transport.receive())})
+
+    def speak(port: int) -> None:
+        tls = client_tls(ca=certificates.ca) if secure else None
+        with TcpTransport.connect("localhost", port, tls=tls) as transport:
+            for number in range(3):
+                transport.run(say({"n": number}))
+            transport.send(tensorwire.encode(model))
+
+    async def main() -> None:
+        tls = server_tls(*certificates.server) if secure else None
+        async with AsyncListener(late, "localhost", tls=tls) as listener:
+            await asyncio.to_thread(speak, listener.port)
+            while len(received) < 4:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert received[:3] == [{"n": 0}, {"n": 1}, {"n": 2}] and np.array_equal(received[3]["a"], model["a"])
+
+
 def test_certificates_that_are_none(certificates: Certificates, tmp_path: Path) -> None:
     (tmp_path / "text.pem").write_text("hello")
     for arguments in [

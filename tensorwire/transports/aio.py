@@ -14,6 +14,7 @@ from tensorwire.transports.tcp import tune
 from tensorwire.transports.tls import require_protection
 
 _SPARE: Final = 64 << 10
+_TLS_HELD: Final = 1 << 20  # bytes, more than asyncio reads ahead of a TLS connection that nobody reads from
 _LINGER: Final = 2.0  # seconds that last words have to leave after a connection is closed
 
 T = TypeVar("T")
@@ -254,6 +255,7 @@ class _Wire(asyncio.BufferedProtocol):
         self._wanted = memoryview(b"")  # where the read that is waited for wants its bytes,
         self._spare = memoryview(b"")  # and where those go that the loop delivers although nobody reads
         self._early = bytearray()
+        self._direct = self._tls = False
         self._full = self._ended = self._alert = self._agreeing = False
         self._broken: TensorwireError | None = None  # what reading meets,
         self._gone: TensorwireError | None = None  # and what writing does
@@ -265,10 +267,7 @@ class _Wire(asyncio.BufferedProtocol):
         """Will be the number of bytes that were read into `buffer`, 0 at the end."""
         self._reading, self._alert = self._loop.create_future(), False
         if self._early:
-            size = min(len(buffer), len(self._early))
-            buffer[:size] = self._early[:size]
-            del self._early[:size]
-            self._reading.set_result(size)
+            self._reading.set_result(self._early_into(buffer))
         elif self._broken is not None:
             self._reading.set_exception(self._broken)
         elif self._ended:
@@ -342,19 +341,31 @@ class _Wire(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=int(self._tls))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._reading is not None and not self._reading.done():
+        self._direct = self._awaited() and (not self._tls or len(self._wanted) >= _TLS_HELD)
+        if self._direct:
             return self._wanted
-        self._spare = memoryview(bytearray(_SPARE))
+        # At the end of a TLS connection asyncio asks once and drops what it holds beyond: there must be room for all of that.
+        self._spare = memoryview(bytearray(_TLS_HELD if self._tls else _SPARE))
         return self._spare
 
     def buffer_updated(self, nbytes: int) -> None:
         if not self._agreeing:  # then TLS reads, and may give us the first bytes before its transport
             self._transport.pause_reading()
-        if self._reading is not None and not self._reading.done():
-            self._reading.set_result(nbytes)
-        else:
+        if not self._direct:
             self._early += self._spare[:nbytes]
+            self._spare = memoryview(b"")
             self._wake()
+        if self._awaited():
+            self._reading.set_result(nbytes if self._direct else self._early_into(self._wanted))
+
+    def _awaited(self) -> bool:
+        return self._reading is not None and not self._reading.done()
+
+    def _early_into(self, buffer: memoryview) -> int:
+        size = min(len(buffer), len(self._early))
+        buffer[:size] = self._early[:size]
+        del self._early[:size]
+        return size
 
     def pause_writing(self) -> None:
         self._full = True
