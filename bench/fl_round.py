@@ -3,8 +3,8 @@
     python bench/fl_round.py --size-mb 1000 --clients 2                     # one big model
     python bench/fl_round.py --size-mb 256 --clients 2 4 8 16               # memory over the number of clients
 
-Real processes and sockets; updates are whole weights, so that nothing is all zeros. `wire` is what the sockets carried over what
-`tensorwire bench size` would predict for model and update: the ratio of the two.
+Real processes and sockets; the first round also waits for the clients to start. Updates are whole weights, so that nothing
+is all zeros. `wire` is what the sockets carried over what model and updates take as streams.
 """
 
 import argparse
@@ -26,19 +26,17 @@ _LAYER = 4096 * 1024  # elements
 def frozen(*, clients: int, size_mb: int) -> Task:
     """A model of so many megabytes of fp32 that nobody trains."""
 
-    def initial() -> dict[str, np.ndarray]:
-        block = np.random.default_rng(0).standard_normal(_LAYER, np.float32) * np.float32(0.02)
-        layers = max(size_mb * 1_000_000 // 4 // _LAYER, 1)
-        return {f"layers.{n}.weight": np.roll(block, n * 4099).reshape(4096, 1024) for n in range(layers)}
-
-    return Task(initial, lambda state, client, round: (state, 1.0, {}), lambda state: 0.0)
+    block = np.random.default_rng(0).standard_normal(_LAYER, np.float32) * np.float32(0.02)
+    layers = max(size_mb * 1_000_000 // 4 // _LAYER, 1)
+    model = {f"layers.{n}.weight": np.roll(block, n * 4099).reshape(4096, 1024) for n in range(layers)}
+    return Task(lambda: model, lambda state, client, round: (state, 1.0, {}), lambda state: 0.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size-mb", type=int, default=1000)
     parser.add_argument("--clients", type=int, nargs="+", default=[2])
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--up", default="nf4")
     parser.add_argument("--down", default="bf16")
     options = parser.parse_args()
