@@ -1,21 +1,55 @@
 """Throughput of the native kernels, in GB/s of float32, beside a memcpy of the float32 in the same run.
 
-    python bench/kernels.py [--mib 0.25,64,512] [--tiers avx512,avx2,portable] [--threads 1] [--repeats 9]
+    python bench/kernels.py [--mib 0.25,64,512] [--tiers avx512,avx2,portable] [--threads 1] [--repeats 9] [--limits]
 
 One warm output per kernel, medians, all kernels taking turns so that a busy moment hits them alike.
+
+--limits: beside each kernel the bytes of memory it touches per element, what bare loops of loads and non-temporal
+stores reach at that ratio over the same buffers (limits.c, compiled when asked for; AVX-512), and the share reached.
+
+--checksums: instead, each codec's encode in frames of 1 MiB as streams make them, without and with the CRC32C of each.
 """
 
 import argparse
+import ctypes
 import platform
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+import tensorwire
+from tensorwire import dtypes
 from tensorwire.kernels import _native
 
 BLOCKSIZE = {"4bit": 64, "int8": 4096, "linear": 256}
+# Bytes read and written per float32 element, as lines of the bare loop that comes nearest.
+LINES = {
+    "memcpy": (1, 1),
+    "crc32c": (1, 0),
+    "absmax": (1, 0),
+    "nf4 encode": (7, 1),
+    "nf4 decode": (1, 7),
+    "fp4 encode": (7, 1),
+    "fp4 decode": (1, 7),
+    "int8 encode": (4, 1),
+    "int8 decode": (1, 4),
+    "linear encode": (4, 1),
+    "linear decode": (1, 4),
+    "float16 encode": (2, 1),
+    "float16 decode": (1, 2),
+    "bfloat16 encode": (2, 1),
+    "bfloat16 decode": (1, 2),
+}
+BYTES = {(1, 1): 8, (1, 0): 4, (7, 1): 4.5625, (1, 7): 4.5625, (4, 1): 5, (1, 4): 5, (2, 1): 6, (1, 2): 6}
+CODECS = ("nf4", "fp4", "int8", "int8-linear", "fp16", "bf16", "raw")
+FRAME = 1 << 20
+LINE = 64
 
 
 def warm(size: int, dtype: type[np.generic]) -> np.ndarray:
@@ -24,7 +58,7 @@ def warm(size: int, dtype: type[np.generic]) -> np.ndarray:
     return array
 
 
-def workload(n: int) -> dict[str, Callable[[], object]]:
+def workload(n: int, loops: ctypes.CDLL | None) -> dict[str, Callable[[], object]]:
     sample = np.random.default_rng(0).standard_normal(min(n, 1 << 22), dtype=np.float32)
     x, y = np.resize(sample, n), warm(n, np.float32)
     half, brain = warm(n, np.float16), warm(n, np.uint16)
@@ -36,7 +70,7 @@ def workload(n: int) -> dict[str, Callable[[], object]]:
     nf4 = {"blocksize": BLOCKSIZE["4bit"], "quant_type": "nf4"}
     fp4 = {"blocksize": BLOCKSIZE["4bit"], "quant_type": "fp4"}
     int8, lin = {"blocksize": BLOCKSIZE["int8"]}, {"blocksize": BLOCKSIZE["linear"]}
-    return {
+    kernels: dict[str, Callable[[], object]] = {
         "memcpy": lambda: np.copyto(y, x),
         "crc32c": lambda: k.crc32c(x),
         "absmax": lambda: k.blockwise_absmax(x, absmax4, blocksize=BLOCKSIZE["4bit"]),
@@ -53,6 +87,41 @@ def workload(n: int) -> dict[str, Callable[[], object]]:
         "bfloat16 encode": lambda: k.cast(x, brain),
         "bfloat16 decode": lambda: k.cast(brain, y),
     }
+    if loops:
+        for reads, writes in BYTES:
+            for ahead in (0, 4096, 8192):
+                kernels[loop_name(reads, writes, ahead)] = bare_loop(loops, x, y, reads, writes, ahead)
+    return kernels
+
+
+def loop_name(reads: int, writes: int, ahead: int) -> str:
+    return f"{reads}:{writes} ahead {ahead}"
+
+
+def bare_loop(
+    loops: ctypes.CDLL, x: np.ndarray, y: np.ndarray, reads: int, writes: int, ahead: int
+) -> Callable[[], object]:
+    """A loop whose larger side has the bytes of the float32 array."""
+    steps = x.nbytes // LINE // max(reads, writes) - 1
+    call = getattr(loops, f"loop_{reads}_{writes}")
+    out = y.ctypes.data + -y.ctypes.data % LINE
+    arguments = (ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(out), ctypes.c_size_t(steps), ctypes.c_size_t(ahead))
+
+    def run(keep: tuple[np.ndarray, np.ndarray] = (x, y)) -> object:
+        return call(*arguments)
+
+    return run
+
+
+def compiled_loops() -> ctypes.CDLL:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or "avx512" not in _native.supported():
+        raise SystemExit("--limits needs a C compiler and AVX-512")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "limits.so"
+        source = Path(__file__).with_name("limits.c")
+        subprocess.run([compiler, "-O3", "-mavx512f", "-shared", "-fPIC", "-o", library, source], check=True)
+        return ctypes.CDLL(str(library))
 
 
 def measure(kernels: dict[str, Callable[[], object]], calls: int, repeats: int) -> dict[str, float]:
@@ -68,12 +137,55 @@ def measure(kernels: dict[str, Callable[[], object]], calls: int, repeats: int) 
     return {name: statistics.median(series) for name, series in times.items()}
 
 
+def print_limits(mib: float, n: int, repeats: int) -> None:
+    """The best tier beside what bare loops reach."""
+    seconds = measure(workload(n, compiled_loops()), max(1, int(16 / mib)), repeats)
+    rate = {name: n * 4 / time / 1e9 for name, time in seconds.items()}
+    print(f"\n{mib:g} MiB".ljust(17) + "  GB/s  of memcpy  bytes/element  limit  of it")
+    for name, lines in LINES.items():
+        limit = max(rate[loop_name(*lines, ahead)] for ahead in (0, 4096, 8192))
+        print(f"{name:16}{rate[name]:7.1f}{rate[name] / rate['memcpy']:11.2f}{BYTES[lines]:15.4g}{limit:7.1f}"
+              f"{rate[name] / limit:7.0%}")
+
+
+def print_checksums(mib: float, n: int, repeats: int) -> None:
+    """Encoding frame by frame into one warm buffer, without and with the checksum of each payload."""
+    values = np.resize(np.random.default_rng(0).standard_normal(min(n, 1 << 22), dtype=np.float32), n)
+    data, buffer = values.view(np.uint8), warm(2 * FRAME, np.uint8)
+    contenders: dict[str, Callable[[], object]] = {}
+
+    def encode(codec: tensorwire.codecs.Codec, step: int, checksum: bool) -> None:
+        for start in range(0, data.size, step):
+            payload = codec.encode(data[start : start + step], dtypes.FLOAT32, lambda size: buffer[:size])
+            if checksum:
+                _native.crc32c(payload)
+
+    for name in CODECS:
+        codec = tensorwire.codec(name)
+        step = 4 * codec.fit(FRAME, dtypes.FLOAT32)
+        for checksum in (False, True):
+            contenders[f"{name} {checksum}"] = lambda c=codec, s=step, k=checksum: encode(c, s, k)
+    copied = warm(n, np.float32)
+    contenders["memcpy"] = lambda: np.copyto(copied, values)
+    seconds = measure(contenders, max(1, int(16 / mib)), repeats)
+    print(f"\n{mib:g} MiB".ljust(15) + " encode  with CRC32C  it costs")
+    for name in CODECS:
+        plain, checked = seconds[f"{name} False"], seconds[f"{name} True"]
+        # Raw encoding hands out the tensor's own memory; its checksum is measured against a copy, and beside one.
+        if name == "raw":
+            plain, checked = seconds["memcpy"], seconds["memcpy"] + checked - plain
+        rates = [n * 4 / time / 1e9 for time in (plain, checked)]
+        print(f"{name:14}{rates[0]:8.1f}{rates[1]:13.1f}{checked / plain - 1:10.0%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", default="0.25,64,512", help="sizes of the float32 input; default: %(default)s")
     parser.add_argument("--tiers", default=",".join(_native.supported()), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--limits", action="store_true")
+    parser.add_argument("--checksums", action="store_true")
     arguments = parser.parse_args()
     tiers = arguments.tiers.split(",")
     _native.set_threads(arguments.threads)
@@ -81,7 +193,10 @@ def main() -> None:
           f"NumPy {np.__version__}, {arguments.threads} thread(s); GB/s of float32 (times memcpy)")
     for mib in map(float, arguments.mib.split(",")):
         n = int(mib * 2**20) // 4 // 4096 * 4096
-        kernels = workload(n)
+        if arguments.limits or arguments.checksums:
+            (print_limits if arguments.limits else print_checksums)(mib, n, arguments.repeats)
+            continue
+        kernels = workload(n, None)
         rows: dict[str, list[str]] = {name: [] for name in kernels}
         for tier in tiers:
             _native.use(tier)

@@ -137,14 +137,14 @@ void split(size_t n, size_t granule, Work work) {
         n, granule, [](void* w, size_t begin, size_t size) { (*static_cast<Work*>(w))(begin, size); }, &work);
 }
 
-// The same for a quantizer: whether every part was finite.
+// The same for a kernel that judges its input: whether every part was good.
 template <class Work>
-bool all_finite(size_t n, size_t granule, Work work) {
-    std::atomic<bool> finite{true};
+bool all_good(size_t n, size_t granule, Work work) {
+    std::atomic<bool> good{true};
     split(n, granule, [&](size_t begin, size_t size) {
-        if (!work(begin, size)) finite.store(false, std::memory_order_relaxed);
+        if (!work(begin, size)) good.store(false, std::memory_order_relaxed);
     });
-    return finite.load(std::memory_order_relaxed);
+    return good.load(std::memory_order_relaxed);
 }
 
 size_t block_count(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
@@ -217,7 +217,7 @@ bool blockwise_absmax(nb::handle values, nb::handle absmax, Py_ssize_t blocksize
     m.expect_apart_from(x);
     const auto kernel = tw::kernels().absmax[x.dtype()];
     const Released released;
-    return all_finite(x.size(), bs,
+    return all_good(x.size(), bs,
                       [&](size_t i, size_t n) { return kernel(x.data<void>(i), m.data<float>(i / bs), n, bs); });
 }
 
@@ -235,7 +235,7 @@ bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, Py_ss
     const auto kernel = tw::kernels().quantize_4bit[type][x.dtype()];
     const bool stream = streams(q);
     const Released released;
-    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
+    return all_good(x.size(), bs, [&](size_t i, size_t n) {
         return kernel(x.data<void>(i), q.data<uint8_t>(i / 2), m.data<float>(i / bs), n, bs, stream);
     });
 }
@@ -269,7 +269,7 @@ bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, Py_ss
     const auto kernel = tw::kernels().quantize_int8[x.dtype()];
     const bool stream = streams(q);
     const Released released;
-    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
+    return all_good(x.size(), bs, [&](size_t i, size_t n) {
         return kernel(x.data<void>(i), q.data<uint8_t>(i), m.data<float>(i / bs), n, bs, stream);
     });
 }
@@ -301,12 +301,12 @@ bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, Py_
     const auto kernel = tw::kernels().quantize_linear[x.dtype()];
     const bool stream = streams(q);
     const Released released;
-    return all_finite(x.size(), bs, [&](size_t i, size_t n) {
+    return all_good(x.size(), bs, [&](size_t i, size_t n) {
         return kernel(x.data<void>(i), q.data<int8_t>(i), s.data<uint16_t>(i / bs), n, bs, stream);
     });
 }
 
-void dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_ssize_t blocksize) {
+bool dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_ssize_t blocksize) {
     const size_t bs = checked_blocksize(blocksize);
     const Array q("codes", codes, "b", kInput), s("scales", scales, "H", kInput), y("out", out, kFloats, kOutput);
     q.expect_size(y.size());
@@ -316,8 +316,8 @@ void dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_s
     const auto kernel = tw::kernels().dequantize_linear[y.dtype()];
     const bool stream = streams(y);
     const Released released;
-    split(y.size(), bs, [&](size_t i, size_t n) {
-        kernel(q.data<int8_t>(i), s.data<uint16_t>(i / bs), y.data<void>(i), n, bs, stream);
+    return all_good(y.size(), bs, [&](size_t i, size_t n) {
+        return kernel(q.data<int8_t>(i), s.data<uint16_t>(i / bs), y.data<void>(i), n, bs, stream);
     });
 }
 

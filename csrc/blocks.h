@@ -20,14 +20,16 @@ inline uint32_t absmax_of(const T* x, size_t n) {
     return max_lane(largest);
 }
 
-// Blocks of fewer elements have their statistic taken before their turn.
-constexpr size_t kAheadElements = 1024;
+// Blocks of fewer elements have their statistic taken some blocks before their turn: enough for the chain of
+// instructions, and few, because reading twice costs the less the nearer the second time is.
+constexpr size_t kLargeBlock = 1024;
+constexpr size_t kBlocksAhead = 4;
 
 // While a larger block is encoded, the next one, of the same size, is fetched from this many bytes on; but nothing
 // that the second-level cache would lose again.
 template <class T>
 inline size_t bytes_to_next(size_t n) {
-    return n >= kAheadElements ? min_size(n, 8192) * sizeof(T) : 0;
+    return n >= kLargeBlock ? min_size(n, 8192) * sizeof(T) : 0;
 }
 
 // bitsandbytes' guard against an all-zero block: 1 / 1e-38 is still finite.
@@ -51,9 +53,9 @@ inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blo
 // long chain of dependent instructions, which would otherwise stand between one block's work and the next's.
 template <class T, class Size, class Factor, class Encode>
 inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, Factor factor, Encode encode) {
-    constexpr size_t kRing = 16;
+    constexpr size_t kRing = 8;
     const size_t blocks = n / blocksize + (n % blocksize != 0);
-    const size_t ahead = blocksize < kAheadElements ? min_size(kRing - 1, kAheadElements / blocksize) : 0;
+    const size_t ahead = blocksize < kLargeBlock ? kBlocksAhead : 0;
     uint32_t worst = 0;
     float factors[kRing];
     const auto size = [&](size_t i) { return size_of_block(blocksize, n - i * blocksize); };

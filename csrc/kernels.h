@@ -42,10 +42,10 @@ struct Kernels {
     void (*dequantize_int8[kDtypes])(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize,
                                      bool stream);
 
-    // `scales` are bfloat16 bit patterns.
+    // `scales` are bfloat16 bit patterns. Decoding returns whether no code was -128.
     bool (*quantize_linear[kDtypes])(const void* values, int8_t* codes, uint16_t* scales, size_t n, size_t blocksize,
                                      bool stream);
-    void (*dequantize_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, void* out, size_t n,
+    bool (*dequantize_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, void* out, size_t n,
                                        size_t blocksize, bool stream);
 };
 

@@ -27,6 +27,7 @@ from tensorwire.kernels import tables
 from tensorwire.tensor import TensorView
 
 NESTED_BLOCKSIZE: Final = 256
+_NEST_BLOCKS: Final = 8192  # blocks quantized in one go where their absmax are quantized in turn
 _SCAN_BLOCKS: Final = 4096  # blocks looked at in one go for their mean absmax
 
 
@@ -66,14 +67,38 @@ class FourBit(Quantizer):
         sizes = self.sizes(len(values), dtype)
         payload = take(sizes.total)
         metadata, codes = split(payload, sizes.metadata)
-        absmax = np.empty(self.blocks(len(values)), np.float32) if self.double_quant else metadata.view(np.float32)
-        if not kernels_for(values).quantize_4bit(
-            values, codes, absmax, blocksize=self.blocksize, quant_type=self.quant_type
-        ):
-            refuse_nonfinite(values, self)
         if self.double_quant:
-            _nest(absmax, context, metadata)
+            finite = self._encode_nested(values, codes, metadata, context)
+        else:
+            finite = self._quantize(values, codes, metadata.view(np.float32))
+        if not finite:
+            refuse_nonfinite(values, self)
         return payload
+
+    def _quantize(self, values: Any, codes: np.ndarray, absmax: np.ndarray) -> bool:
+        return kernels_for(values).quantize_4bit(
+            values, codes, absmax, blocksize=self.blocksize, quant_type=self.quant_type
+        )
+
+    def _encode_nested(self, values: Any, codes: np.ndarray, metadata: np.ndarray, offset: np.float32) -> bool:
+        """In pieces: no memory is needed beside the payload but for the absmax of one of them."""
+        head, nested_codes = split(metadata, 4 + 4 * -(-self.blocks(len(values)) // NESTED_BLOCKSIZE))
+        head = head.view(np.float32)
+        head[0] = offset
+        buffer = np.empty(_NEST_BLOCKS, np.float32)
+        for block in range(0, nested_codes.size, _NEST_BLOCKS):
+            start, stop = block * self.blocksize, (block + _NEST_BLOCKS) * self.blocksize
+            absmax = buffer[: nested_codes.size - block]
+            if not self._quantize(values[start:stop], codes[start // 2 : stop // 2], absmax):
+                return False
+            absmax -= offset
+            kernels.quantize_int8(
+                absmax,
+                nested_codes[block : block + _NEST_BLOCKS],
+                head[1 + block // NESTED_BLOCKSIZE :][: -(-absmax.size // NESTED_BLOCKSIZE)],
+                blocksize=NESTED_BLOCKSIZE,
+            )
+        return True
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
         values = float_target(out, dtype)
@@ -119,14 +144,6 @@ def mean_absmax(view: TensorView, blocksize: int) -> np.float32:
             return np.float32(0)  # the quantizer will name the element
         total = np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1]
     return np.float32(total / -(-view.numel // blocksize))
-
-
-def _nest(absmax: np.ndarray, offset: np.float32, metadata: np.ndarray) -> None:
-    differences = absmax - offset
-    nested_blocks = -(-absmax.size // NESTED_BLOCKSIZE)
-    head, codes = split(metadata, 4 + 4 * nested_blocks)
-    head.view(np.float32)[0] = offset
-    kernels.quantize_int8(differences, codes, head.view(np.float32)[1:], blocksize=NESTED_BLOCKSIZE)
 
 
 def unnest(metadata: np.ndarray, blocks: int) -> np.ndarray:

@@ -118,9 +118,8 @@ class Int8Linear(Quantizer):
         scales = scale_bytes.view(np.uint16)
         if scales.size and scales.max() >= 0x7F80:
             raise FormatError("a scale is negative, infinite or NaN")
-        if codes.size and codes.view(np.int8).min() == -128:
+        if not kernels_for(values).dequantize_linear(codes.view(np.int8), scales, values, blocksize=self.blocksize):
             raise FormatError("code -128 is not used")
-        kernels_for(values).dequantize_linear(codes.view(np.int8), scales, values, blocksize=self.blocksize)
 
 
 def split(payload: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ A *float array* is float32, float16, or uint16 holding bfloat16 bit patterns (Nu
     quantize_int8(values, codes, absmax, *, blocksize) -> bool
     dequantize_int8(codes, absmax, out, *, blocksize) -> None
     quantize_linear(values, codes, scales, *, blocksize) -> bool
-    dequantize_linear(codes, scales, out, *, blocksize) -> None
+    dequantize_linear(codes, scales, out, *, blocksize) -> bool     False: there was a -128, which no quantizer makes
     set_threads(count), get_threads()                   threads that one call may use, its own included
 
 A quantizer returns whether all its input was finite; when it returns False the outputs are to be thrown away.

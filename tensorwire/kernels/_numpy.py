@@ -360,8 +360,11 @@ def quantize_linear(
 @_quiet
 def dequantize_linear(
     codes: npt.NDArray[np.int8], scales: npt.NDArray[np.uint16], out: Array, *, blocksize: int
-) -> None:
-    """out = fl32(code * scale), then one rounding to the type of `out`; `scales` are bfloat16 bits."""
+) -> bool:
+    """out = fl32(code * scale), then one rounding to the type of `out`; `scales` are bfloat16 bits.
+
+    Returns whether no code is -128, which no quantizer makes; it decodes like any other.
+    """
     _check_array("codes", codes, np.int8)
     _check_array("scales", scales, np.uint16)
     _check_array("out", out, *FLOAT_DTYPES, output=True)
@@ -373,6 +376,7 @@ def dequantize_linear(
         first, last, edges = _edges(start, stop, blocksize)
         value = codes[start:stop].astype(np.float32)
         _narrow(_times(value, _widen(scales[first:last]), edges), out[start:stop])
+    return not (codes == -128).any()
 
 
 # ---- checksum ----------------------------------------------------------------------------------------------

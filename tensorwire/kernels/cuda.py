@@ -100,10 +100,11 @@ def quantize_linear(values: torch.Tensor, codes: np.ndarray, scales: np.ndarray,
     return True
 
 
-def dequantize_linear(codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, *, blocksize: int) -> None:
-    """code * scale, rounded to the dtype of `out`."""
+def dequantize_linear(codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, *, blocksize: int) -> bool:
+    """code * scale, rounded to the dtype of `out`; whether no code is -128."""
     scale = _half_tensor(scales).to(out.device).float().repeat_interleave(blocksize)[: out.numel()]
     out.copy_(_to(codes, out).float() * scale)
+    return not codes.size or int(codes.min()) > -128
 
 
 def _absmax(values: torch.Tensor, blocksize: int) -> torch.Tensor:

@@ -7,8 +7,10 @@ from typing import Final
 import numpy as np
 
 _KEPT: Final = 8
-# Taken for an item when its first bytes come; beyond it memory doubles as they do.
+# Taken for an item when its first bytes come. Beyond it memory grows by this factor: what is taken and not yet written to
+# costs addresses only, and little is left to copy.
 _FIRST_TAKE: Final = 4 << 20
+_GROWTH: Final = 16
 _NOTHING: Final = np.empty(0, np.uint8)
 
 
@@ -64,5 +66,8 @@ class GrowingMemory:
         if self.data is _NOTHING:
             self.data = np.empty(self._size if self._trusted else min(self._size, max(stop, _FIRST_TAKE)), np.uint8)
         elif stop > self.data.size:
-            self.data.resize(min(self._size, max(stop, 2 * self.data.size)), refcheck=False)
+            # Not ndarray.resize: that fills what it adds with zeros, in small pages.
+            grown = np.empty(min(self._size, max(stop, _GROWTH * self.data.size)), np.uint8)
+            grown[: self.data.size] = self.data
+            self.data = grown
         return self.data[start:stop]

@@ -296,6 +296,18 @@ class TestExamples:
         assert 20 * np.log10(np.linalg.norm(x) / np.linalg.norm(noise)) == pytest.approx(db, abs=0.1)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_code_of_minus_128_is_noticed_and_decoded(kernels: ModuleType, dtype: str) -> None:
+    scales, out = np.array([0x3F80, 0x4000, 0x4080], np.uint16), Output(165, float_dtype(dtype))  # 1, 2, 4
+    codes = np.resize(np.arange(-127, 128, dtype=np.int8), 165)
+    assert kernels.dequantize_linear(codes, scales, out.array, blocksize=64) is True
+    for position in range(165):
+        bad = codes.copy()
+        bad[position] = -128
+        assert kernels.dequantize_linear(bad, scales, out.array, blocksize=64) is False, position
+        assert exactly(out.checked())[position] == -128 * 2.0 ** (position // 64)
+
+
 class TestAbsmax:
     @settings(max_examples=100, deadline=None)
     @given(values=VALUES, dtype=st.sampled_from(FLOATS), blocksize=blocksizes("int8"))
