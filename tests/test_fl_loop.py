@@ -16,7 +16,6 @@ import pytest
 
 import tensorwire
 from proxy import Cut, Flip, Proxy, Reset, Stall
-from tensorwire.errors import TransportError
 from tensorwire.fl.aggregate import Rules
 from tensorwire.fl.client import Client
 from tensorwire.fl.server import Plan, Server
@@ -28,10 +27,12 @@ from tensorwire.transports import (
     Offer,
     RefusedError,
     TcpTransport,
+    client_tls,
     greet,
     hear,
     say,
     send_stream,
+    server_tls,
 )
 
 PACKAGE = Path(tensorwire.__file__).parent
@@ -151,18 +152,19 @@ def test_a_server_that_is_started_again_goes_on_where_it_was(tmp_path):
         Server(Plan("other", 4, 3), counting().initial, tmp_path / "b" / "server")
 
 
-def deliver(loop: Loop, update: dict[str, np.ndarray], *, name="bad", round=0, **terms):
-    """What a client does by hand; returns what the server answered."""
+def deliver(loop: Loop, update: dict[str, np.ndarray], *, name="bad", round=0, transfer=None, **terms):
+    """What a client does by hand; returns the receipt."""
     with loop.connect() as transport:
         transport.run(greet())
         transport.run(say({"client": name, "want": "task", "hold": 2}))
-        order = transport.run(hear())
-        terms = {"run": "run", "round": 0, "base": order.get("base", ""), "client": name, **terms}
-        stream = b"".join(encode(views(update), Terms(**terms), codec="raw"))
+        transport.run(hear())
+        base = loop.server._store.broadcast_digest(0)
+        terms = {"run": "run", "round": 0, "base": base, "client": name, **terms}
         path = Path(loop.folder) / "by-hand.tw"
-        path.write_bytes(stream)
+        path.write_bytes(b"".join(encode(views(update), Terms(**terms), codec="raw")))
         transport.run(say({"client": name, "want": "deliver"}))
-        return transport.run(send_stream(Offer(os.urandom(8), "update", None, {"round": round}), Recorded(path)))
+        offer = Offer(transfer or base.encode(), "update", None, {"round": round})
+        return transport.run(send_stream(offer, Recorded(path)))
 
 
 def broken(**changes):
@@ -194,12 +196,16 @@ def test_what_must_not_count_is_refused_with_a_reason_and_harms_nobody(tmp_path)
         with pytest.raises(RefusedError) as caught:
             deliver(loop, broken(), round=1)
         assert caught.value.kind == "stale"
+        with pytest.raises(RefusedError) as caught:
+            deliver(loop, broken(), transfer=b"another")
+        assert caught.value.kind == "stale"
         receipt = deliver(loop, broken())
-        assert receipt.size and not list((tmp_path / "server" / "round-0").glob("*.part"))
-        with pytest.raises(TransportError):  # another update of the same client for the same round
+        assert receipt.sent == receipt.size and not list((tmp_path / "server" / "round-0").glob(".*.part"))
+        again = deliver(loop, broken())  # as if the receipt had been lost
+        assert (again.digest, again.size, again.sent) == (receipt.digest, receipt.size, 0)
+        with pytest.raises(tensorwire.SequenceError):  # another update of the same client for the same round
             deliver(loop, broken(bias=np.ones(7, np.float32)))
-        deliver_last = deliver(loop, broken(), name="somebody")
-        assert deliver_last.digest != receipt.digest
+        deliver(loop, broken(), name="somebody")
         with pytest.raises(RefusedError, match="has its 2 clients"):
             deliver(loop, broken(), name="else")
         for name in ("bad", "somebody"):
@@ -282,3 +288,24 @@ def test_faults_and_kills_do_not_change_a_bit(tmp_path):
     print(sum(each.faults for each in chaos), "connections with a fault")
     assert killed == plan.rounds and sum(each.faults for each in chaos) >= plan.rounds
     assert same(tensorwire.load_file(state / "model.tw"), expected)
+
+
+def test_with_mutual_tls_a_client_is_who_its_certificate_says(tmp_path):
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name in ("server", "client-0"):
+        certificate = authority.issue_cert("localhost", common_name=name)
+        certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
+    ca, ours, theirs = (tmp_path / f"{name}.pem" for name in ("ca", "server", "client-0"))
+    plan = Plan("run", 1, 1)
+    with Loop(tmp_path / "state", plan, tls=server_tls(ours, ours, ca=ca)) as loop:
+        tls = client_tls(ca=ca, certificate=theirs, key=theirs)
+        loop.connect = lambda: TcpTransport.connect("localhost", loop.port, tls=tls)
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "client-1", "want": "task", "hold": 0}))
+            with pytest.raises(RefusedError, match="does not speak for 'client-1'"):
+                transport.run(hear())
+        take_part(loop, tmp_path, 0).join()
+    assert {*loop.rows[0]["clients"]} == {"client-0"}

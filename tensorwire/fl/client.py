@@ -26,7 +26,6 @@ from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 _HOLD: Final = 10.0
-_TRANSFER: Final = 64
 _FIELDS: Final = {
     "task": str,
     "run": str,
@@ -126,7 +125,7 @@ class Client:
     def _deliver(self, transport: TcpTransport, order: Mapping[str, Any], update: str) -> None:
         transport.run(say({"client": self.name, "want": "deliver"}))
         about = {"round": order["round"]}
-        offer = Offer(order["base"][:_TRANSFER].encode(), "update", os.path.getsize(update), about)
+        offer = Offer(order["base"].encode(), "update", os.path.getsize(update), about)
         counted = True
         try:
             transport.run(send_stream(offer, Recorded(update)))

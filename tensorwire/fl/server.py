@@ -89,10 +89,10 @@ class Server:
         self._told: set[str] = set()  # that the run is over
         self._open = False
         self._traffic = {"down": 0, "up": 0}
+        self._changed = asyncio.Condition()
 
     async def run(self) -> None:
         """All rounds that are still to come."""
-        self._changed = asyncio.Condition()
         while self.round < self.plan.rounds:
             began = time.monotonic()
             await asyncio.to_thread(self._begin_round)
@@ -196,6 +196,8 @@ class Server:
         with self._lock:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number!r:.40} is not open, this is {self.round}", kind="stale")
+            if offer.transfer != self._store.broadcast_digest(number).encode():
+                raise RefusedError("an update is named by the digest of the model that it is based on", kind="stale")
             if client in self._out:
                 raise RefusedError("no more updates from you in this round", kind="out")
             return _Upload(self, client, self._store.update(self.round, client), offer.transfer)
@@ -225,7 +227,7 @@ class Server:
             path = store.update(number, client)
             try:
                 self._accepted[client] = self.check(client, path)
-            except WireError:  # it has rotted; its sender may come again
+            except (WireError, UpdateError):  # it has rotted, or the rules have changed; its sender may come again
                 os.unlink(path)
             self._members.add(client)
         self._corrupt, self._out = {}, set()
