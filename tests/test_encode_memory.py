@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import tensorwire
 from tensorwire import kernels
 
+PACKAGE = Path(tensorwire.__file__).parent
 SPECS = ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true"]
 SLACK = 64 << 10
 SIZE = 64 << 20
@@ -32,7 +35,8 @@ print(rise.peak() - payload.nbytes)
 
 
 def extra_bytes(spec: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", ENCODE, spec, str(SIZE)], capture_output=True, check=True).stdout)
+    command = [sys.executable, "-c", ENCODE, spec, str(SIZE)]
+    return int(subprocess.run(command, capture_output=True, check=True, cwd=PACKAGE.parent).stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can reset the high-water mark")

@@ -253,8 +253,9 @@ class Chaos:
 def start_server(port: int, folder: Path, plan: Plan) -> subprocess.Popen:
     command = [sys.executable, "-m", "tensorwire", "fl", "server", f"--listen=127.0.0.1:{port}", f"--state={folder}"]
     command += [f"--clients={plan.clients}", f"--rounds={plan.rounds}", "--task=test_fl_loop:counting", "--name=run"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(Path(__file__).parent)])}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    return subprocess.Popen(command, env=environment, cwd=PACKAGE.parent, **quiet)
 
 
 def test_faults_and_kills_do_not_change_a_bit(tmp_path):

@@ -16,6 +16,8 @@ from tensorwire.fl.task import Task
 
 Row = dict[str, Any]
 
+# As the command `tensorwire` does, which does not look for packages in the current folder.
+_COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.cli import main; sys.exit(main())"
 _START: Final = 60.0  # seconds until the server listens, at most
 _END: Final = 30.0  # and until all have ended, once the run has
 
@@ -79,7 +81,7 @@ class _Process:
         self.log = log
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tensorwire", "fl", *arguments],
+                [sys.executable, "-c", _COMMAND, "fl", *arguments],
                 stdout=subprocess.PIPE if piped else file,
                 stderr=file,
                 stdin=subprocess.DEVNULL,
