@@ -138,8 +138,11 @@ def _make(path: Path, size: int, seed: int) -> str:
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while data := file.read(MIB):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _start(verb: str, folder: Path, rate: float, arguments: list[Any]) -> subprocess.Popen:

@@ -15,14 +15,37 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import tensorwire
 from kill_loop import MIB, MOST_AGAIN, run
 from network import Server, nothing_left
-from proxy import Cut, Delay, Drop, Duplicate, Fault, Flip, HalfClose, Proxy, Reorder, Reset, Stall, Throttle, Trickle
+from proxy import (
+    Cut,
+    Delay,
+    Drop,
+    Duplicate,
+    Fault,
+    Flip,
+    HalfClose,
+    Proxy,
+    Reorder,
+    Reset,
+    Stall,
+    Throttle,
+    Trickle,
+)
+
+import tensorwire
 from tensorwire.errors import StorageError, TensorwireError
 from tensorwire.streams import Recording, Regenerated
-from tensorwire.transports import AsyncTransport, Offer, Receipt, RefusedError, TcpTransport, greet, receive_stream, send_resuming
+from tensorwire.transports import (
+    AsyncTransport,
+    Offer,
+    Receipt,
+    RefusedError,
+    TcpTransport,
+    greet,
+    receive_stream,
+    send_resuming,
+)
 
 POSITIONS = int(os.environ.get("TENSORWIRE_FAULTS", "6"))
 IDLE = 0.3

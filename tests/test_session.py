@@ -26,7 +26,18 @@ from tensorwire.errors import (
 )
 from tensorwire.streams import Position, Recording, Regenerated, recording
 from tensorwire.streams.values import pack_value
-from tensorwire.transports import Do, Fill, Offer, Receipt, RefusedError, greet, hear, receive_stream, say, send_stream
+from tensorwire.transports import (
+    Do,
+    Fill,
+    Offer,
+    Receipt,
+    RefusedError,
+    greet,
+    hear,
+    receive_stream,
+    say,
+    send_stream,
+)
 from tensorwire.transports.session import Conversation
 
 MODEL = {"a": np.arange(3000, dtype=np.float32), "b": np.ones(50, np.float32)}

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -12,6 +13,11 @@ from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, Pace, faile
 from tensorwire.transports.session import Conversation, Do, Fill
 from tensorwire.transports.tcp import tune
 from tensorwire.transports.tls import require_protection
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _SPARE: Final = 64 << 10
 _TLS_HELD: Final = 1 << 20  # bytes, more than asyncio reads ahead of a TLS connection that nobody reads from
@@ -29,6 +35,7 @@ class AsyncTransport:
     def __init__(self, wire: "_Wire", *, timeout: float | None, min_rate: float) -> None:
         self._wire = wire
         self._timeout = timeout
+        self._deadline: float | None = None
         self._pace = Pace(min_rate)
         self.sent = self.received = 0
         self.peer_name = wire.peer_name
@@ -46,10 +53,12 @@ class AsyncTransport:
     ) -> "AsyncTransport":
         """Connect to a listener; as `TcpTransport.connect`."""
         require_protection(host, tls, plaintext)
-        options = {"server_hostname": host, "ssl_handshake_timeout": HANDSHAKE} if tls is not None else {}
         loop = asyncio.get_running_loop()
+        name, handshake = (host, HANDSHAKE) if tls is not None else (None, None)
         try:
-            connecting = loop.create_connection(_Wire, host, port, ssl=tls, **options)
+            connecting = loop.create_connection(
+                _Wire, host, port, ssl=tls, server_hostname=name, ssl_handshake_timeout=handshake
+            )
             _, wire = await asyncio.wait_for(connecting, timeout)
         except asyncio.TimeoutError:
             raise TransportError(f"no progress while connecting to {host}:{port}: timed out") from None
@@ -62,10 +71,12 @@ class AsyncTransport:
 
         Raises what the conversation raises, and TransportError.
         """
+        # Not `wait_for`: before Python 3.12 it may lose a cancellation that comes as the conversation ends.
+        self._deadline = None if within is None else time.monotonic() + within
         try:
-            result = await asyncio.wait_for(self._run(conversation), within)
-        except asyncio.TimeoutError:
-            raise TransportError("the peer takes longer than it may") from None
+            result = await self._run(conversation)
+        finally:
+            self._deadline = None
         self._wire.known = True
         return result
 
@@ -148,10 +159,14 @@ class AsyncTransport:
 
     async def _in_time(self, waiter: "asyncio.Future[T]", doing: str, within: float | None = None) -> T:
         """The result of a future, or TransportError after `timeout` or `within`. Cheaper than a task around each read."""
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        if left is not None and left <= 0:
+            waiter.cancel()
+            raise TransportError("the peer takes longer than it may")
         if waiter.done():
             return waiter.result()
         timer = None
-        times = [seconds for seconds in (self._timeout, within) if seconds is not None]
+        times = [seconds for seconds in (self._timeout, within, left) if seconds is not None]
         if times:
             late = TransportError(f"no progress while {doing}: timed out")
             timer = waiter.get_loop().call_later(min(times), _fail, waiter, late)
@@ -163,8 +178,9 @@ class AsyncTransport:
 
 
 class AsyncListener:
-    """Accepts connections and calls `serve(transport)` for each, at most `connections` at a time. When there are more, a new one takes
-    the place of the one that has for longest not held a conversation (the greeting, to begin with), and is closed where all have.
+    """Accepts connections and calls `serve(transport)` for each, at most `connections` at a time, or a third of the descriptors
+    that this process may have. When there are more, a new one takes the place of the one that has for longest not held a
+    conversation (the greeting, to begin with), and is closed where all have.
 
         async with AsyncListener(serve, host, port, tls=server_tls(...)) as listener:
             await listener.serve_forever()
@@ -191,7 +207,7 @@ class AsyncListener:
         self._tls = tls
         self._timeout = timeout
         self._min_rate = min_rate
-        self._connections = connections
+        self._connections = min(connections, _affordable())
         self._on_error = on_error
         self._tasks: dict[_Wire, asyncio.Task] = {}
         self.port = port
@@ -208,12 +224,14 @@ class AsyncListener:
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
-        tasks = dict(self._tasks)
-        for task in tasks.values():
+        for _ in range(3):  # turns of the loop in which a connection that was just accepted gets here
+            await asyncio.sleep(0)
+        wires = dict(self._tasks)
+        for task in wires.values():
             task.cancel()
-        await asyncio.gather(*tasks.values(), return_exceptions=True)
-        for wire in tasks:
-            wire.drop("the listener closes")
+        await asyncio.gather(*wires.values(), return_exceptions=True)
+        if wires:
+            await asyncio.wait([wire.closed for wire in wires])
 
     async def serve_forever(self) -> None:
         """Until cancelled."""
@@ -228,7 +246,12 @@ class AsyncListener:
                 return
         task = asyncio.get_running_loop().create_task(self._serve_one(wire))
         self._tasks[wire] = task
-        task.add_done_callback(lambda _: self._tasks.pop(wire))
+        task.add_done_callback(lambda _: self._served(wire))
+
+    def _served(self, wire: "_Wire") -> None:
+        """Also of a task that was cancelled before it began."""
+        del self._tasks[wire]
+        wire.drop("served")
 
     async def _serve_one(self, wire: "_Wire") -> None:
         try:
@@ -238,8 +261,14 @@ class AsyncListener:
                 await self._serve(transport)
         except TensorwireError as error:
             self._on_error(error)
-        finally:
-            wire.drop("served")
+
+
+def _affordable() -> int:
+    """Connections that leave descriptors for a file each, and as many for everything else."""
+    if resource is None:
+        return sys.maxsize
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if allowed == resource.RLIM_INFINITY else max(allowed // 3, 1)
 
 
 class _Wire(asyncio.BufferedProtocol):
@@ -312,12 +341,16 @@ class _Wire(asyncio.BufferedProtocol):
 
     async def start_tls(self, context: ssl.SSLContext) -> None:
         """Agree on TLS with whoever has connected. Raises AuthError, TransportError."""
-        options = {"server_side": True, "ssl_handshake_timeout": HANDSHAKE}
         self._agreeing = True
         try:
-            transport = await self._loop.start_tls(self._transport, self, context, **options)
-        except OSError as error:
-            raise failed("agreeing on TLS", error) from error
+            transport = await self._loop.start_tls(
+                self._transport, self, context, server_side=True, ssl_handshake_timeout=HANDSHAKE
+            )
+        except BaseException as error:
+            self._loop.call_soon(_settle, self.closed, None)  # nobody else will
+            if isinstance(error, OSError):
+                raise failed("agreeing on TLS", error) from error
+            raise
         if transport is None:
             raise TransportError("the peer has closed the connection")
         self._take(transport)
