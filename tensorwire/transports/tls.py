@@ -22,6 +22,8 @@ def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.S
     _load(context, certificate, key, ca)
     if ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
+    # Tickets for later sessions would lie unread at a peer that only sends: its close would be a reset, and lose what it sent last.
+    context.num_tickets = 0
     return context
 
 
