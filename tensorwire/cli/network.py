@@ -12,7 +12,8 @@ from tensorwire.transports.tls import is_loopback
 PORT: Final = 7453
 SECURITY: Final = """\
 Beyond this machine TLS 1.3 is spoken: the receiver needs --cert and --key, the sender checks them against the system's
-authorities or --ca. --plaintext goes without, where the network between the two is trusted."""
+authorities or --ca. --plaintext goes without, where the network between the two is trusted.
+"""
 
 
 def address(text: str) -> tuple[str, int]:
