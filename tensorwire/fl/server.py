@@ -19,7 +19,9 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -32,11 +34,12 @@ from tensorwire.fl.aggregate import Rules, Update, UpdateError, aggregate, check
 from tensorwire.fl.updates import Kind, Terms, arrays, encode, views
 from tensorwire.streams import Recorded, Recording
 from tensorwire.streams.atomic import write_file
-from tensorwire.transports import AsyncTransport, Offer, RefusedError, greet, hear, receive_stream, refuse, say, send_stream
+from tensorwire.transports import AsyncTransport, Offer, RefusedError, greet, hear, receive_stream, refuse, say, send_stream, wait
 from tensorwire.transports.pace import HANDSHAKE
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
 _POLL: Final = 10.0  # seconds that a client with nothing to do is kept at most, before it asks again
+_UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
 _MOST_CORRUPT: Final = 3  # broken uploads of one client in a round before it is out of it
 
 
@@ -90,9 +93,11 @@ class Server:
         self._open = False
         self._traffic = {"down": 0, "up": 0}
         self._changed = asyncio.Condition()
+        self._slots = asyncio.Semaphore(_UPLOADS)
 
     async def run(self) -> None:
-        """All rounds that are still to come."""
+        """All rounds that are still to come. Sets the event loop's executor: each thread of one keeps memory."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_UPLOADS))
         while self.round < self.plan.rounds:
             began = time.monotonic()
             await asyncio.to_thread(self._begin_round)
@@ -180,7 +185,8 @@ class Server:
     async def _receive_update(self, client: str, transport: AsyncTransport) -> None:
         before = transport.received
         try:
-            await transport.run(receive_stream(partial(self._open_upload, client)))
+            async with self._upload_slot(transport):
+                await transport.run(receive_stream(partial(self._open_upload, client)))
         except CorruptError:
             self._corrupt[client] = self._corrupt.get(client, 0) + 1
             if self._corrupt[client] > _MOST_CORRUPT:
@@ -189,6 +195,18 @@ class Server:
         finally:
             self._traffic["up"] += transport.received - before
         await self._tell()
+
+    @asynccontextmanager
+    async def _upload_slot(self, transport: AsyncTransport) -> AsyncIterator[None]:
+        """A turn to be received and checked, which takes some frames of memory; the client is kept awake until it comes."""
+        turn = asyncio.ensure_future(self._slots.acquire())
+        try:
+            while not (await asyncio.wait([turn], timeout=_POLL))[0]:
+                await transport.run(wait())
+            yield
+        finally:
+            if not turn.cancel():
+                self._slots.release()
 
     def _open_upload(self, client: str, offer: Offer) -> "_Upload":
         """Where an update goes. Raises RefusedError for one that could not count anyway."""

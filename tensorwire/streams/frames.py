@@ -42,7 +42,7 @@ class Frames:
     def __init__(self, source: Source | None = None, limits: Limits = DEFAULT) -> None:
         self._source = source
         self._reader = Reader(crc32c, limits)
-        self._scratch = memoryview(bytearray(_SCRATCH))
+        self._scratch = memoryview(b"")
 
     @property
     def broken(self) -> Frame | None:
@@ -64,6 +64,7 @@ class Frames:
     def steps(self) -> Generator[Any, None, None]:
         """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and Frames."""
         reader = self._reader
+        self._scratch = memoryview(bytearray(_SCRATCH))
         while not reader.ended:
             event = reader.next_event()
             if event is NEED_DATA:

@@ -15,7 +15,7 @@ from tensorwire.streams.recording import Position
 from tensorwire.wire.frames import HEADER_SIZE, unpack_header
 
 _DIGEST_SIZE: Final = 32  # the last bytes of a stream are the SHA-256 in its END frame
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 128 << 10  # held for each receiver of a recording, of which there may be many
 
 
 class Outgoing(Protocol):

@@ -117,6 +117,7 @@ class Receiver:
             raise
         finally:
             self._helper.close()
+            self._pool = Pool()  # not to wait for the garbage collector where `open_item` knows this object
 
     def _receive(self) -> Iterator[Any]:
         reader = self._reader

@@ -162,6 +162,9 @@ class Recording:
             fd, self._fd = self._fd, None
             with suppress(OSError):  # what counts was synced
                 os.close(fd)
+        # Not to wait for the garbage collector where `check` or `finish` know this recording.
+        self._events, self._pending = iter(()), bytearray()
+        self._frames = Frames(limits=self._limits)
 
     @property
     def _part(self) -> str:

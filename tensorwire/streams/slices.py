@@ -102,6 +102,12 @@ class Slices:
 
     def steps(self) -> Generator[Any, None, None]:
         """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and pieces."""
+        try:
+            yield from self._steps()
+        finally:
+            self._scratch = Scratch()  # not to wait for the garbage collector where `open_item` knows this object
+
+    def _steps(self) -> Generator[Any, None, None]:
         reader = self._reader
         while not reader.ended:
             event = reader.next_event()

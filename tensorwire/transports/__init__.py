@@ -18,6 +18,7 @@ from tensorwire.transports.session import (
     refuse,
     say,
     send_stream,
+    wait,
 )
 from tensorwire.transports.tcp import TcpListener, TcpTransport
 from tensorwire.transports.tls import client_tls, server_tls
@@ -45,4 +46,5 @@ __all__ = [
     "send_resuming",
     "send_stream",
     "server_tls",
+    "wait",
 ]

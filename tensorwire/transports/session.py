@@ -249,6 +249,11 @@ def hear() -> Conversation[dict[Any, Any]]:
     return (yield from _read("note", note=dict))["note"]
 
 
+def wait() -> Conversation[None]:
+    """Tell a peer that waits for an answer that one will come."""
+    yield Send([_WAIT])
+
+
 def refuse(error: TensorwireError) -> Conversation[None]:
     """Answer no to a message, whatever the peer waits for: it gets a RefusedError that says why."""
     yield Send([_refusal(error)])
