@@ -2,11 +2,14 @@
 together, and what callers get wrong. tests/measure_coverage counts on them.
 """
 
+import asyncio
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import zstandard
 from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, data, item, tensor, zstd_frame
 from frames import INDEX, STREAM, Frame, assemble, end, preamble, take_apart
 from msgpack import packb
@@ -174,3 +177,38 @@ def test_a_pool_keeps_a_few_buffers_and_lends_more():
     first = {array.ctypes.data for array in lent}
     del lent
     assert pool.take(50).ctypes.data in first
+
+
+class Pieces:
+    """A source for coroutines that gives a few bytes at a time."""
+
+    def __init__(self, stream: bytes) -> None:
+        self._rest = memoryview(stream)
+
+    async def readinto(self, buffer: memoryview) -> int:
+        size = min(len(buffer), len(self._rest), 100)
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
+
+
+def test_decoding_under_asyncio_gives_what_decoding_gives():
+    stream = tw.dumps({"a": np.arange(1000), "b": [1, np.ones(3)]})
+
+    async def received(source: Pieces) -> dict:
+        return {name: value async for name, value in tw.decode_async(source)}
+
+    expected, got = dict(tw.decode(stream)), asyncio.run(received(Pieces(stream)))
+    assert list(got) == list(expected)
+    assert all(np.array_equal(got[name], expected[name]) for name in got)
+    with pytest.raises(TruncatedError):
+        asyncio.run(received(Pieces(stream[:-1])))
+
+
+def test_zstd_without_memory_is_a_memory_error(monkeypatch):
+    def fail(*args, **options):
+        raise zstandard.ZstdError("cannot compress: Allocation error : not enough memory")
+
+    monkeypatch.setattr(zstandard, "ZstdCompressor", lambda **options: SimpleNamespace(compress=fail))
+    with pytest.raises(MemoryError):
+        tw.dumps({"a": np.arange(1000)}, codec="zstd")
