@@ -106,7 +106,6 @@ class FourBit(Quantizer):
         absmax = unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
         kernels_for(values).dequantize_4bit(codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type)
 
-
     def parts(self, payload: memoryview, count: int, dtype: DType) -> tuple[np.ndarray, np.ndarray]:
         """Metadata and codes of a received payload of the right length. Raises FormatError."""
         metadata, codes = split(np.frombuffer(payload, np.uint8), self.sizes(count, dtype).metadata)

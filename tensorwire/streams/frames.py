@@ -1,12 +1,12 @@
 """A stream frame by frame: each header together with the event it led to, also where the stream breaks."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from tensorwire.codecs import crc32c
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.source import Source, pull
+from tensorwire.streams.source import FromReader, Source
 from tensorwire.wire import NEED_DATA, Event, FrameType, Header, Reader, SlicePart, SliceStart
 from tensorwire.wire.frames import HEADER_SIZE
 
@@ -33,7 +33,7 @@ class Frame:
         return FrameType(self.header.type).name if known else f"type {self.header.type:#04x}"
 
 
-class Frames:
+class Frames(FromReader):
     """Iterate for the frames of a stream, each once it is verified; payloads are not kept.
 
     When the stream breaks, the WireError is raised, and `broken` is the frame it broke in, if its header was good.
@@ -48,18 +48,6 @@ class Frames:
     def broken(self) -> Frame | None:
         """The frame whose header has been read but which has not been given."""
         return Frame(*self._reader.frame, None) if self._reader.frame and not self._reader.ended else None
-
-    def __iter__(self) -> Iterator[Frame]:
-        assert self._source is not None
-        return pull(self, self._source)
-
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes go."""
-        return self._reader.get_buffer()
-
-    def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
-        self._reader.buffer_updated(size)
 
     def steps(self) -> Generator[Any, None, None]:
         """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and Frames."""

@@ -18,7 +18,7 @@ from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireEr
 from tensorwire.limits import Limits
 from tensorwire.streams.helper import Helper
 from tensorwire.streams.pool import Pool
-from tensorwire.streams.source import Source, pull
+from tensorwire.streams.source import FromReader, Source
 from tensorwire.wire import (
     NEED_DATA,
     Header,
@@ -74,7 +74,7 @@ class EncodedSink(ABC):
 OpenItem = Callable[[int, Item], Sink | EncodedSink | None]
 
 
-class Receiver:
+class Receiver(FromReader):
     """One stream being received: iterate for (number, item, value) of each completed item.
 
     `start` holds the stream's info and `end` what its end frame said, once they have passed. Without a source,
@@ -95,18 +95,6 @@ class Receiver:
         self._raw: SliceStart | None = None  # the raw slice that is landing,
         self._landing: tuple[int, np.ndarray] = 0, np.empty(0, np.uint8)  # its current piece,
         self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
-
-    def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
-        assert self._source is not None
-        return pull(self, self._source)
-
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes go."""
-        return self._reader.get_buffer()
-
-    def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
-        self._reader.buffer_updated(size)
 
     def steps(self) -> Generator[Any, None, None]:
         """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and completed items."""

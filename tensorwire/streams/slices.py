@@ -16,7 +16,7 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError, TensorwireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.receive import check_codec, check_slice, reject_files
-from tensorwire.streams.source import as_source, pull
+from tensorwire.streams.source import FromReader, as_source
 from tensorwire.wire import (
     NEED_DATA,
     Item,
@@ -69,7 +69,7 @@ class Piece(NamedTuple):
         return self.item.dtype
 
 
-class Slices:
+class Slices(FromReader):
     """Iterate for every `Piece` of the tensors in a stream, in order.
 
     `source`: as in `decode`. `open_item` is called with each item as it is described, and raises for one that
@@ -94,11 +94,6 @@ class Slices:
         self._limits = limits
         self._reader = Reader(crc32c, limits)
         self._codecs: dict[int, Codec] = {}
-
-        self.get_buffer, self.buffer_updated = self._reader.get_buffer, self._reader.buffer_updated
-
-    def __iter__(self) -> Iterator[Piece]:
-        return pull(self, self._source)
 
     def steps(self) -> Generator[Any, None, None]:
         """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and pieces."""

@@ -5,7 +5,7 @@ from contextlib import closing
 from typing import Any, Protocol
 
 from tensorwire.errors import FormatError
-from tensorwire.wire import NEED_DATA
+from tensorwire.wire import NEED_DATA, Reader
 
 
 class Source(Protocol):
@@ -84,6 +84,25 @@ class Consumer(Protocol):
     def get_buffer(self) -> memoryview: ...
 
     def buffer_updated(self, size: int) -> None: ...
+
+
+class FromReader(Consumer):
+    """A Consumer around a Reader that can also be iterated over where it has a source of its own."""
+
+    _reader: Reader
+    _source: Source | None
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self._source is not None
+        return pull(self, self._source)
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go."""
+        return self._reader.get_buffer()
+
+    def buffer_updated(self, size: int) -> None:
+        """`size` bytes went there; 0: the input has ended."""
+        self._reader.buffer_updated(size)
 
 
 def pull(consumer: Consumer, source: Source) -> Iterator[Any]:
