@@ -11,7 +11,7 @@ bool blockwise_absmax(const void* values, float* absmax, size_t n, size_t blocks
     const T* x = static_cast<const T*>(values);
     uint32_t worst = 0;
     for (size_t i = 0; i < n; i += blocksize) {
-        const uint32_t largest = absmax_of(x + i, min_size(blocksize, n - i));
+        const uint32_t largest = absmax_of<kL1>(x + i, min_size(blocksize, n - i));
         worst = worst > largest ? worst : largest;
         put(absmax++, float_of(largest));
     }

@@ -8,8 +8,10 @@
 #include <cfenv>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
 
+#include "crc32c.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -25,6 +27,7 @@ const char* type_name(char format) {
         case 'f': return "float32";
         case 'e': return "float16";
         case 'H': return "uint16";
+        case 'I': return "uint32";
         case 'B': return "uint8";
         default: return "int8";
     }
@@ -59,7 +62,10 @@ public:
 
     tw::Dtype dtype() const { return format_ == 'f' ? tw::kFloat32 : format_ == 'e' ? tw::kFloat16 : tw::kBfloat16; }
 
-    size_t item_size() const { return format_ == 'f' ? 4 : format_ == 'e' || format_ == 'H' ? 2 : 1; }
+    size_t item_size() const {
+        return format_ == 'f' || format_ == 'I' ? 4 : format_ == 'e' || format_ == 'H' ? 2 : 1;
+    }
+    size_t bytes() const { return size() * item_size(); }
 
     // From element `begin` on.
     template <class T>
@@ -90,6 +96,7 @@ private:
     void check(const char* formats, Access access) {
         const char* format = view_.format ? view_.format : "B";
         if (*format == '@' || *format == '=') ++format;
+        if (*format == 'L' && view_.itemsize == 4) format = "I";  // where a long has 32 bits
         if (!*format || format[1] || !strchr(formats, *format)) {
             throw nb::type_error(
                 (name_ + ": expected an array of " + expected(formats) + ", got format '" + format + "'").c_str());
@@ -128,7 +135,7 @@ private:
 // Larger outputs bypass the caches, which they would leave again before anyone reads them: half of a common L3.
 constexpr size_t kStreamBytes = size_t{16} << 20;
 
-bool streams(const Array& out) { return out.size() * out.item_size() >= kStreamBytes; }
+bool streams(const Array& out) { return out.bytes() >= kStreamBytes; }
 
 // Calls work(begin, size) on parts of [0, n), on several threads if the pool has them.
 template <class Work>
@@ -146,6 +153,52 @@ bool all_good(size_t n, size_t granule, Work work) {
     });
     return good.load(std::memory_order_relaxed);
 }
+
+// The checksum that an encoder takes along the way, where it is given an array for it: of the metadata, if any, and
+// then of the output, whose parts may come in any order.
+class Checksum {
+public:
+    Checksum(nb::handle crc, const Array& out) : out_(out) {
+        if (crc.is_none()) return;
+        array_.emplace("crc", crc, "I", kOutput);
+        array_->expect_size(1);
+        array_->expect_apart_from(out);
+    }
+
+    void expect_apart_from(const Array& other) const {
+        if (array_) array_->expect_apart_from(other);
+    }
+
+    // Takes in the output's bytes [begin, end).
+    void add(size_t begin, size_t end) {
+        if (array_) add(end, tw::kernels().crc32c(0, static_cast<char*>(out_.data<void>()) + begin, end - begin));
+    }
+    // What kernel(crc) returns, where the kernel itself takes the checksum of the bytes it writes, which end at `end`.
+    template <class Kernel>
+    auto taken_by(size_t end, Kernel kernel) {
+        uint32_t crc;
+        const auto result = kernel(array_ ? &crc : nullptr);
+        if (array_) add(end, crc);
+        return result;
+    }
+
+    void finish() {
+        if (array_) *array_->data<uint32_t>() = sum_;
+    }
+    void finish(const Array& metadata) {
+        if (!array_) return;
+        const uint32_t crc = tw::kernels().crc32c(0, metadata.data<void>(), metadata.bytes());
+        sum_ ^= tw::moved_ahead(crc, out_.bytes());
+        finish();
+    }
+
+private:
+    void add(size_t end, uint32_t crc) { sum_ ^= tw::moved_ahead(crc, out_.bytes() - end); }
+
+    const Array& out_;
+    std::optional<Array> array_;
+    std::atomic<uint32_t> sum_{0};
+};
 
 size_t block_count(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
 
@@ -186,7 +239,7 @@ uint32_t crc32c(nb::handle data, uint32_t seed) {
     return checksum;
 }
 
-uint64_t cast(nb::handle values, nb::handle out, bool saturate) {
+uint64_t cast(nb::handle values, nb::handle out, nb::handle crc, bool saturate) {
     const Array x("values", values, kFloats, kInput), y("out", out, kFloats, kOutput);
     const bool narrows = x.format() == 'f';
     if (narrows == (y.format() == 'f')) {
@@ -196,17 +249,24 @@ uint64_t cast(nb::handle values, nb::handle out, bool saturate) {
     }
     y.expect_size(x.size());
     y.expect_apart_from(x);
+    Checksum checksum(crc, y);
+    checksum.expect_apart_from(x);
     const tw::Kernels& k = tw::kernels();
     const bool stream = streams(y);
     std::atomic<uint64_t> overflows{0};
     const Released released;
     split(x.size(), 64, [&](size_t i, size_t n) {
+        const size_t end = (i + n) * y.item_size();
         if (narrows) {
-            overflows += k.narrow[y.dtype()](x.data<void>(i), y.data<void>(i), n, saturate, stream);
+            overflows += checksum.taken_by(end, [&](uint32_t* part) {
+                return k.narrow[y.dtype()](x.data<void>(i), y.data<void>(i), n, saturate, stream, part);
+            });
         } else {
             k.widen[x.dtype()](x.data<void>(i), y.data<void>(i), n, stream);
+            checksum.add(i * y.item_size(), end);
         }
     });
+    checksum.finish();
     return overflows;
 }
 
@@ -221,7 +281,7 @@ bool blockwise_absmax(nb::handle values, nb::handle absmax, Py_ssize_t blocksize
                       [&](size_t i, size_t n) { return kernel(x.data<void>(i), m.data<float>(i / bs), n, bs); });
 }
 
-bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, Py_ssize_t blocksize,
+bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, nb::handle crc, Py_ssize_t blocksize,
                    const char* quant_type) {
     const size_t bs = checked_blocksize_4bit(blocksize);
     const tw::QuantType type = checked_quant_type(quant_type);
@@ -232,12 +292,19 @@ bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, Py_ss
     q.expect_apart_from(x);
     m.expect_apart_from(x);
     q.expect_apart_from(m);
+    Checksum checksum(crc, q);
+    checksum.expect_apart_from(x);
+    checksum.expect_apart_from(m);
     const auto kernel = tw::kernels().quantize_4bit[type][x.dtype()];
     const bool stream = streams(q);
     const Released released;
-    return all_good(x.size(), bs, [&](size_t i, size_t n) {
-        return kernel(x.data<void>(i), q.data<uint8_t>(i / 2), m.data<float>(i / bs), n, bs, stream);
+    const bool finite = all_good(x.size(), bs, [&](size_t i, size_t n) {
+        const bool good = kernel(x.data<void>(i), q.data<uint8_t>(i / 2), m.data<float>(i / bs), n, bs, stream);
+        checksum.add(i / 2, (i + n + 1) / 2);
+        return good;
     });
+    checksum.finish(m);
+    return finite;
 }
 
 void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize,
@@ -257,7 +324,7 @@ void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssi
     });
 }
 
-bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, Py_ssize_t blocksize) {
+bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, nb::handle crc, Py_ssize_t blocksize) {
     const size_t bs = checked_blocksize(blocksize);
     const Array x("values", values, kFloats, kInput), q("codes", codes, "B", kOutput),
         m("absmax", absmax, "f", kOutput);
@@ -266,12 +333,19 @@ bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, Py_ss
     q.expect_apart_from(x);
     m.expect_apart_from(x);
     q.expect_apart_from(m);
+    Checksum checksum(crc, q);
+    checksum.expect_apart_from(x);
+    checksum.expect_apart_from(m);
     const auto kernel = tw::kernels().quantize_int8[x.dtype()];
     const bool stream = streams(q);
     const Released released;
-    return all_good(x.size(), bs, [&](size_t i, size_t n) {
-        return kernel(x.data<void>(i), q.data<uint8_t>(i), m.data<float>(i / bs), n, bs, stream);
+    const bool finite = all_good(x.size(), bs, [&](size_t i, size_t n) {
+        const bool good = kernel(x.data<void>(i), q.data<uint8_t>(i), m.data<float>(i / bs), n, bs, stream);
+        checksum.add(i, i + n);
+        return good;
     });
+    checksum.finish(m);
+    return finite;
 }
 
 void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize) {
@@ -289,7 +363,7 @@ void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssi
     });
 }
 
-bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, Py_ssize_t blocksize) {
+bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, nb::handle crc, Py_ssize_t blocksize) {
     const size_t bs = checked_blocksize(blocksize);
     const Array x("values", values, kFloats, kInput), q("codes", codes, "b", kOutput),
         s("scales", scales, "H", kOutput);
@@ -298,12 +372,19 @@ bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, Py_
     q.expect_apart_from(x);
     s.expect_apart_from(x);
     q.expect_apart_from(s);
+    Checksum checksum(crc, q);
+    checksum.expect_apart_from(x);
+    checksum.expect_apart_from(s);
     const auto kernel = tw::kernels().quantize_linear[x.dtype()];
     const bool stream = streams(q);
     const Released released;
-    return all_good(x.size(), bs, [&](size_t i, size_t n) {
-        return kernel(x.data<void>(i), q.data<int8_t>(i), s.data<uint16_t>(i / bs), n, bs, stream);
+    const bool finite = all_good(x.size(), bs, [&](size_t i, size_t n) {
+        return checksum.taken_by(i + n, [&](uint32_t* part) {
+            return kernel(x.data<void>(i), q.data<int8_t>(i), s.data<uint16_t>(i / bs), n, bs, stream, part);
+        });
     });
+    checksum.finish(s);
+    return finite;
 }
 
 bool dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_ssize_t blocksize) {
@@ -370,15 +451,17 @@ NB_MODULE(_native, m) {
 
     m.doc() = "The kernels in C++; tensorwire.kernels has their contract.";
     m.def("crc32c", crc32c, "data"_a, "seed"_a = 0);
-    m.def("cast", cast, "values"_a, "out"_a, nb::kw_only(), "saturate"_a = false);
+    m.def("cast", cast, "values"_a, "out"_a, "crc"_a = nb::none(), nb::kw_only(), "saturate"_a = false);
     m.def("blockwise_absmax", blockwise_absmax, "values"_a, "absmax"_a, nb::kw_only(), "blocksize"_a);
-    m.def("quantize_4bit", quantize_4bit, "values"_a, "codes"_a, "absmax"_a, nb::kw_only(), "blocksize"_a,
-          "quant_type"_a);
+    m.def("quantize_4bit", quantize_4bit, "values"_a, "codes"_a, "absmax"_a, "crc"_a = nb::none(), nb::kw_only(),
+          "blocksize"_a, "quant_type"_a);
     m.def("dequantize_4bit", dequantize_4bit, "codes"_a, "absmax"_a, "out"_a, nb::kw_only(), "blocksize"_a,
           "quant_type"_a);
-    m.def("quantize_int8", quantize_int8, "values"_a, "codes"_a, "absmax"_a, nb::kw_only(), "blocksize"_a);
+    m.def("quantize_int8", quantize_int8, "values"_a, "codes"_a, "absmax"_a, "crc"_a = nb::none(), nb::kw_only(),
+          "blocksize"_a);
     m.def("dequantize_int8", dequantize_int8, "codes"_a, "absmax"_a, "out"_a, nb::kw_only(), "blocksize"_a);
-    m.def("quantize_linear", quantize_linear, "values"_a, "codes"_a, "scales"_a, nb::kw_only(), "blocksize"_a);
+    m.def("quantize_linear", quantize_linear, "values"_a, "codes"_a, "scales"_a, "crc"_a = nb::none(), nb::kw_only(),
+          "blocksize"_a);
     m.def("dequantize_linear", dequantize_linear, "codes"_a, "scales"_a, "out"_a, nb::kw_only(), "blocksize"_a);
 
     m.def(

@@ -8,12 +8,12 @@ namespace {
 
 // The largest magnitude as float bits. The order of magnitudes is that of their bits as integers, with infinity and
 // then NaN above every finite value: kInfinityBits or more means "not all finite".
-template <class T>
+template <Cache kFetchTo, class T>
 inline uint32_t absmax_of(const T* x, size_t n) {
     Words largest = no_words();
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        prefetch(x + i, kPrefetchBytes);
+        prefetch<kFetchTo>(x + i, kPrefetchBytes);
         largest = max(largest, magnitude(load(x + i)));
     }
     if (i < n) largest = max(largest, magnitude(load_part(x + i, n - i)));
@@ -60,7 +60,7 @@ inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, 
     float factors[kRing];
     const auto size = [&](size_t i) { return size_of_block(blocksize, n - i * blocksize); };
     const auto look = [&](size_t i) {
-        const uint32_t largest = absmax_of(x + i * blocksize, size(i));
+        const uint32_t largest = absmax_of<kL2>(x + i * blocksize, size(i));
         worst = worst > largest ? worst : largest;
         factors[i % kRing] = factor(first + i, largest);
     };

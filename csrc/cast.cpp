@@ -30,18 +30,24 @@ uint64_t narrow_into(const float* x, size_t n, Sink& out) {
     const auto fitted = [&](Floats v) {
         const Mask over = within(magnitude(v), Limits<Half>::kOverflowBits, kInfinityBits);
         overflows += count(over);
-        return narrow(kSaturate ? select(over, with_sign_of(splat(Limits<Half>::kLargest), v), v) : v, Half{});
+        return kSaturate ? select(over, with_sign_of(splat(Limits<Half>::kLargest), v), v) : v;
     };
     uint64_t total = 0;
     constexpr size_t kPiece = 4096;  // of which the overflows are counted in 32 bits, as compilers vectorise
     for (size_t begin = 0; begin < n; begin += kPiece) {
         const size_t end = begin + min_size(kPiece, n - begin);
         size_t i = begin;
-        for (; i + kLanes <= end; i += kLanes) {
-            prefetch(x + i, kPrefetchBytes);
-            out.put(fitted(load(x + i)));
+        for (; i + kHalves <= end; i += kHalves) {
+            const auto group = [&](size_t k) {
+                prefetch<kL1>(x + i + k * kLanes, kPrefetchBytes);
+                return fitted(load(x + i + k * kLanes));
+            };
+            out.put(narrowed(group, Half{}));
         }
-        if (i < end) out.put_part(fitted(load_part(x + i, end - i)), (end - i) * sizeof(Half));
+        if (i < end) {
+            const auto group = [&](size_t k) { return fitted(load_group(x + i, end - i, k)); };
+            out.put_part(narrowed(group, Half{}), (end - i) * sizeof(Half));
+        }
         total += overflows;
         overflows = 0;
     }
@@ -49,10 +55,10 @@ uint64_t narrow_into(const float* x, size_t n, Sink& out) {
 }
 
 template <class Half>
-uint64_t narrow_all(const void* values, void* out, size_t n, bool saturate, bool stream) {
+uint64_t narrow_all(const void* values, void* out, size_t n, bool saturate, bool stream, uint32_t* crc) {
     const float* x = static_cast<const float*>(values);
     uint64_t overflows = 0;
-    write_to<Packed<Half>>(out, stream, [&](auto& sink) {
+    write_to<Halves<Half>>(out, n * sizeof(Half), true, stream, crc, [&](auto& sink) {
         overflows = saturate ? narrow_into<Half, true>(x, n, sink) : narrow_into<Half, false>(x, n, sink);
     });
     return overflows;
@@ -64,7 +70,7 @@ void widen_all(const void* values, void* out, size_t n, bool stream) {
     write_to<Packed<float>>(out, stream, [&](auto& sink) {
         size_t i = 0;
         for (; i + kLanes <= n; i += kLanes) {
-            prefetch(x + i, kPrefetchBytes);
+            prefetch<kL1>(x + i, kPrefetchBytes);
             sink.put(narrow(load(x + i), float{}));
         }
         if (i < n) sink.put_part(narrow(load_part(x + i, n - i), float{}), (n - i) * sizeof(float));

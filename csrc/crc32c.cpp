@@ -1,14 +1,10 @@
-// CRC-32C (Castagnoli, RFC 3720): reflected, initial and final complement.
-//
-// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k zero bits multiplies it by x^k,
-// and what is appended adds; so parts of a message can be taken separately, moved into place by a multiplication, and
-// added. The constants x^k mod P come from the compiler.
-#include "floats.h"
-#include "kernels.h"
+// CRC-32C of memory. Kernels that fold it into their own loop: Summed in simd.h.
+#include "crc32c.h"
 
-#if defined(TW_AVX512) || defined(TW_AVX2)
-#include <immintrin.h>
-#elif defined(TW_NEON)
+#include "kernels.h"
+#include "simd.h"
+
+#if defined(TW_NEON)
 #include <arm_acle.h>
 #endif
 
@@ -16,17 +12,7 @@ namespace tw {
 namespace TW_TIER {
 namespace {
 
-constexpr uint32_t kPolynomial = 0x82F63B78;
-
-constexpr uint32_t times_x(uint32_t a) { return a >> 1 ^ (a & 1 ? kPolynomial : 0); }
-
 #if defined(TW_AVX512) || defined(TW_AVX2) || defined(TW_NEON)
-
-constexpr uint32_t x_to_the(size_t power) {
-    uint32_t a = 0x80000000;
-    while (power--) a = times_x(a);
-    return a;
-}
 
 #if defined(TW_NEON)
 inline void fetch(const uint8_t*) {}
@@ -37,12 +23,7 @@ inline uint32_t append(uint32_t r, uint8_t one) { return __crc32cb(r, one); }
 template <size_t kBits>
 inline uint32_t shifted(uint32_t r) {
     constexpr uint32_t kFactor = x_to_the(kBits);
-    uint32_t product = 0;
-    for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
-        product ^= kFactor & bit ? r : 0;
-        r = times_x(r);
-    }
-    return product;
+    return times(kFactor, r);
 }
 #else
 inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
@@ -90,18 +71,6 @@ inline uint32_t append_bytes(uint32_t r, const uint8_t* p, size_t size) {
 
 #if defined(TW_AVX512)
 
-// A 128-bit lane as two reflected 64-bit polynomials, the first of higher degree, moved ahead by kBits. A product of
-// two of those has an x too many as well.
-template <size_t kBits>
-inline __m512i fold_factors() {
-    return _mm512_set4_epi32(static_cast<int>(x_to_the(kBits - 1)), 0, static_cast<int>(x_to_the(kBits + 63)), 0);
-}
-
-inline __m512i folded(__m512i a, __m512i factors, __m512i b) {
-    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(a, factors, 0x00),
-                                     _mm512_clmulepi64_epi128(a, factors, 0x11), b, 0x96);
-}
-
 // Four vectors of four lanes advance together; then they are folded onto the last, whose lanes the crc32 instruction
 // reduces in order.
 uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
@@ -109,15 +78,13 @@ uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
     __m512i a[4];
     for (int k = 0; k < 4; ++k) a[k] = _mm512_loadu_si512(p + 64 * k);
     a[0] = _mm512_xor_si512(a[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(r))));
-    const __m512i by_2048 = fold_factors<2048>();
     for (p += 256, size -= 256; size >= 256; p += 256, size -= 256) {
         for (int k = 0; k < 4; ++k) {
             fetch(p + 64 * k + kPrefetchBytes);
-            a[k] = folded(a[k], by_2048, _mm512_loadu_si512(p + 64 * k));
+            a[k] = folded<2048>(a[k], _mm512_loadu_si512(p + 64 * k));
         }
     }
-    const __m512i by_512 = fold_factors<512>();
-    for (int k = 1; k < 4; ++k) a[k] = folded(a[k - 1], by_512, a[k]);
+    for (int k = 1; k < 4; ++k) a[k] = folded<512>(a[k - 1], a[k]);
     alignas(64) uint64_t last[8];
     _mm512_store_si512(last, a[3]);
     r = 0;
@@ -160,11 +127,11 @@ uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
 
 #endif
 
+}  // namespace
+
 uint32_t crc32c(uint32_t checksum, const void* data, size_t size) {
     return ~append_all(~checksum, static_cast<const uint8_t*>(data), size);
 }
-
-}  // namespace
 
 void add_crc32c(Kernels& k) { k.crc32c = crc32c; }
 

@@ -50,7 +50,10 @@ inline uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 // How far ahead the vector tiers fetch what they read in order: two pages, since hardware stops at the end of one.
+// Into the first-level cache where little happens to each line. A kernel that works on it for longer, or comes back to
+// it, fetches into the second: too many lines under way to the first would hold up its own loads.
 constexpr size_t kPrefetchBytes = 8192;
+enum Cache { kL1, kL2 };
 
 inline float to_float(float value) { return value; }
 

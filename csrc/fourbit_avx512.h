@@ -68,16 +68,13 @@ inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const auto y = [&](size_t i) { return _mm512_mul_ps(load(x + i), inv); };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        for (size_t k = 0; next && k < 64; k += 16) prefetch(x + i + k, next);
+        for (size_t k = 0; next && k < 64; k += 16) prefetch<kL2>(x + i + k, next);
         out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
     }
     if (i == n) return;
     const size_t rest = n - i;
-    const auto part = [&](size_t from) {
-        const size_t here = rest > from ? min_size(rest - from, 16) : 0;
-        return _mm512_mul_ps(load_part(x + (here ? i + from : 0), here), inv);
-    };
-    out.put_part(packed_codes<Q>(part(0), part(16), part(32), part(48), first_bytes(rest)), (rest + 1) / 2);
+    const auto part = [&](size_t k) { return _mm512_mul_ps(load_group(x + i, rest, k), inv); };
+    out.put_part(packed_codes<Q>(part(0), part(1), part(2), part(3), first_bytes(rest)), (rest + 1) / 2);
 }
 
 // Eight bytes to sixteen values: each byte in a 64-bit lane, its high nibble shifted down into the first half of the

@@ -58,14 +58,11 @@ struct Int8Planes {
 };
 constexpr Int8Planes kInt8Planes;
 
-// Unpacking works within 128-bit lanes, so bytes travel in its order: lane L holds elements 4L to 4L + 3 of each of
-// four vectors. As 32-bit units that is the transpose of their natural order, and its own inverse.
+// Unpacking works within 128-bit lanes, so bytes travel in its order (VectorOrders in simd_avx512.h).
 struct LaneOrder {
-    alignas(64) uint32_t transposed[16] = {};
     alignas(64) uint8_t byte1[64] = {};  // of two vectors' 32-bit elements
     alignas(64) uint8_t byte3[64] = {};
     constexpr LaneOrder() {
-        for (int i = 0; i < 16; ++i) transposed[i] = static_cast<uint32_t>(i % 4 * 4 + i / 4);
         for (int i = 0; i < 64; ++i) {
             const int lane = i / 16, vector = i / 4 % 2, element = 4 * lane + i % 4;
             byte1[i] = static_cast<uint8_t>(64 * vector + 4 * element + 1);
@@ -74,10 +71,6 @@ struct LaneOrder {
     }
 };
 constexpr LaneOrder kLaneOrder;
-
-inline __m512i transposed(__m512i bytes) {
-    return _mm512_permutexvar_epi32(_mm512_load_si512(kLaneOrder.transposed), bytes);
-}
 
 // One byte of each element of four vectors, in lane order.
 inline __m512i gathered(const __m512i* v, const uint8_t* which) {
@@ -145,17 +138,14 @@ inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
         for (int k = 0; k < 4; ++k) {
-            prefetch(x + i + 16 * k, next);
+            prefetch<kL2>(x + i + 16 * k, next);
             y[k] = _mm512_mul_ps(load(x + i + 16 * k), inv);
         }
         out.put(codes_of(y));
     }
     if (i == n) return;
     const size_t rest = n - i;
-    for (size_t k = 0; k < 4; ++k) {
-        const size_t here = rest > 16 * k ? min_size(rest - 16 * k, 16) : 0;
-        y[k] = _mm512_mul_ps(load_part(x + (here ? i + 16 * k : 0), here), inv);
-    }
+    for (size_t k = 0; k < 4; ++k) y[k] = _mm512_mul_ps(load_group(x + i, rest, k), inv);
     out.put_part(codes_of(y), rest);
 }
 
@@ -180,7 +170,7 @@ inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const auto value = [&](size_t k) { return narrow(_mm512_mul_ps(_mm512_castsi512_ps(values[k]), s), T{}); };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        prefetch(codes + i, kPrefetchBytes);
+        prefetch<kL1>(codes + i, kPrefetchBytes);
         values_of(_mm512_loadu_si512(codes + i), values);
         for (size_t k = 0; k < 4; ++k) out.put(value(k));
     }

@@ -7,6 +7,8 @@
 //
 // n counts elements; block i is elements [i * blocksize, (i + 1) * blocksize), the last one may be shorter.
 // `stream` asks for stores that bypass the caches: right for an output that will not stay in them anyway.
+// `crc`, where not null, receives the CRC-32C of all bytes of `codes` or `out`. Kernels have it that wait for memory
+// more than they work, so that it costs little or nothing; for the others a second look at fresh codes is as good.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +26,7 @@ struct Kernels {
     uint32_t (*crc32c)(uint32_t checksum, const void* data, size_t size);
 
     // float32 to dtype; the number of finite values that overflowed. kFloat32 has no entry.
-    uint64_t (*narrow[kDtypes])(const void* values, void* out, size_t n, bool saturate, bool stream);
+    uint64_t (*narrow[kDtypes])(const void* values, void* out, size_t n, bool saturate, bool stream, uint32_t* crc);
     // dtype to float32. kFloat32 has no entry.
     void (*widen[kDtypes])(const void* values, void* out, size_t n, bool stream);
 
@@ -44,20 +46,21 @@ struct Kernels {
 
     // `scales` are bfloat16 bit patterns. Decoding returns whether no code was -128.
     bool (*quantize_linear[kDtypes])(const void* values, int8_t* codes, uint16_t* scales, size_t n, size_t blocksize,
-                                     bool stream);
+                                     bool stream, uint32_t* crc);
     bool (*dequantize_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, void* out, size_t n,
                                        size_t blocksize, bool stream);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
-#define TW_DECLARE_TIER(tier)   \
-    namespace tier {            \
-    void add_crc32c(Kernels&);  \
-    void add_cast(Kernels&);    \
-    void add_absmax(Kernels&);  \
-    void add_fourbit(Kernels&); \
-    void add_int8(Kernels&);    \
-    void add_linear(Kernels&);  \
+#define TW_DECLARE_TIER(tier)                                              \
+    namespace tier {                                                       \
+    void add_crc32c(Kernels&);                                             \
+    void add_cast(Kernels&);                                               \
+    void add_absmax(Kernels&);                                             \
+    void add_fourbit(Kernels&);                                            \
+    void add_int8(Kernels&);                                               \
+    void add_linear(Kernels&);                                             \
+    uint32_t crc32c(uint32_t checksum, const void* data, size_t size);     \
     }
 
 TW_DECLARE_TIER(portable)

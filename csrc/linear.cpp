@@ -22,15 +22,18 @@ void encode(const T* x, size_t n, float inverse, Sink& out) {
     const Floats inv = splat(inverse);
     const size_t next = bytes_to_next<T>(n);
     size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        prefetch(x + i, next);
-        out.put(rounded_int8(mul(load(x + i), inv)));
+    for (; i + kInt8s <= n; i += kInt8s) {
+        out.put(rounded([&](size_t k) {
+            prefetch<kL2>(x + i + k * kLanes, next);
+            return mul(load(x + i + k * kLanes), inv);
+        }));
     }
-    if (i < n) out.put_part(rounded_int8(mul(load_part(x + i, n - i), inv)), n - i);
+    if (i < n) out.put_part(rounded([&](size_t k) { return mul(load_group(x + i, n - i, k), inv); }), n - i);
 }
 
 template <class T>
-bool quantize(const void* values, int8_t* codes, uint16_t* scales, size_t n, size_t blocksize, bool stream) {
+bool quantize(const void* values, int8_t* codes, uint16_t* scales, size_t n, size_t blocksize, bool stream,
+              uint32_t* crc) {
     const T* x = static_cast<const T*>(values);
     const auto factor = [=](size_t i, uint32_t largest) {
         const Bfloat16 scale = scale_of(largest);
@@ -38,7 +41,7 @@ bool quantize(const void* values, int8_t* codes, uint16_t* scales, size_t n, siz
         return scale.bits ? 1.0f / to_float(scale) : 0.0f;
     };
     bool finite = true;
-    write_to<PackedInt8>(codes, stream && blocksize % kLanes == 0, [&](auto& out) {
+    write_to<Int8s>(codes, n, blocksize % kInt8s == 0, stream, crc, [&](auto& out) {
         finite = quantize_blocks(x, n, blocksize, factor, [&](const T* block, size_t size, float inverse) {
             encode(block, size, inverse, out);
         });
@@ -56,7 +59,7 @@ void decode(const int8_t* codes, size_t n, float scale, Sink& out, Words& larges
     };
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        prefetch(codes + i, kPrefetchBytes);
+        prefetch<kL1>(codes + i, kPrefetchBytes);
         out.put(decoded(load_int8(codes + i)));
     }
     if (i < n) out.put_part(decoded(load_int8_part(codes + i, n - i)), (n - i) * sizeof(T));

@@ -2,13 +2,20 @@
 //
 // The tier being compiled (TW_AVX512, TW_AVX2, or neither) chooses the file. Each defines kLanes; Floats, Words and
 // Mask; load for float, Float16 and Bfloat16, and load_part for the first n < kLanes of them; narrow, back to those
-// types; a little arithmetic; int8 loads and roundings; and store_bytes, for the first bytes of a vector.
+// types; a little arithmetic; int8 loads; and store_bytes, for the first bytes of a vector. Results of fewer than 32
+// bits fill a vector together: kHalves of them by narrowed, kInt8s by rounded.
 //
 // On top stand the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter end.
 // Plain stores where it is told. Stream stores whole aligned vectors past the caches, wherever the output begins.
+// Summed takes the checksum of what passes on to another sink.
 //
 // All of it is in unnamed namespaces: two tiers must never share a function (see floats.h).
 #pragma once
+
+#include <type_traits>
+
+#include "crc32c.h"
+#include "kernels.h"
 
 #if defined(TW_AVX512)
 #include "simd_avx512.h"
@@ -95,6 +102,40 @@ private:
 
 #endif
 
+#if defined(TW_AVX512)
+
+// What has passed is kept as one vector that could stand for it: multiplied by x^(bits of V) and added to the next.
+template <class V, class Sink>
+class Summed {
+public:
+    explicit Summed(Sink& sink) : sink_(sink) {
+        constexpr uint32_t kStart[sizeof(V) / 4] = {over_x_to_the(8 * sizeof(V), ~uint32_t{0})};
+        memcpy(&sum_, kStart, sizeof sum_);
+    }
+
+    void put(V v) {
+        sum_ = folded<8 * sizeof(V)>(sum_, v);
+        sink_.put(v);
+    }
+    // Ends the output.
+    void put_part(V v, size_t size) {
+        sink_.put_part(v, size);
+        part_ = v;
+        part_size_ = size;
+    }
+    uint32_t checksum() const {
+        const V message[] = {sum_, part_};
+        return TW_TIER::crc32c(~uint32_t{0}, message, sizeof sum_ + part_size_);
+    }
+
+private:
+    Sink& sink_;
+    V sum_, part_{};
+    size_t part_size_ = 0;
+};
+
+#endif
+
 // Calls body(sink) with the sink for results of type V. To stream, only the last of them may be partial.
 template <class V, class Body>
 inline void write_to(void* out, bool stream, Body body) {
@@ -111,9 +152,38 @@ inline void write_to(void* out, bool stream, Body body) {
     body(sink);
 }
 
-// The type of sixteen, eight or one T, as narrow makes them.
+// The same with the checksum of the whole output, `size` bytes, where `crc` is not null. `whole`: only the last result
+// may be partial.
+template <class V, class Body>
+inline void write_to(void* out, size_t size, bool whole, bool stream, uint32_t* crc, Body body) {
+#if defined(TW_AVX512)
+    if (crc && whole) {
+        return write_to<V>(out, stream, [&](auto& sink) {
+            Summed<V, std::remove_reference_t<decltype(sink)>> summed(sink);
+            body(summed);
+            *crc = summed.checksum();
+        });
+    }
+#endif
+    write_to<V>(out, stream && whole, body);
+    if (crc) *crc = TW_TIER::crc32c(0, out, size);
+}
+
+// The types of results: kLanes, kHalves and kInt8s of them.
 template <class T>
 using Packed = decltype(narrow(Floats{}, T{}));
+using AnyGroup = Floats (*)(size_t);
+template <class Half>
+using Halves = decltype(narrowed(AnyGroup{}, Half{}));
+using Int8s = decltype(rounded(AnyGroup{}));
+
+// Group k of the first n values at x, n less than a full vector of results; groups beyond are zeros.
+template <class T>
+inline Floats load_group(const T* x, size_t n, size_t k) {
+    const size_t before = k * kLanes;
+    if (n >= before + kLanes) return load(x + before);
+    return n > before ? load_part(x + before, n - before) : splat(0);
+}
 
 }  // namespace
 }  // namespace tw

@@ -20,7 +20,8 @@ inline Floats widen(__m128i halves, Bfloat16) {
 }
 inline __m256i narrow(Floats v, float) { return _mm256_castps_si256(v); }
 inline __m128i narrow(Floats v, Float16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline __m128i narrow(Floats v, Bfloat16) {
+// Rounded in 32-bit lanes.
+inline Words rounded_bfloat16(Floats v) {
     const Words bits = _mm256_castps_si256(v);
     const Words top = _mm256_srli_epi32(bits, 16);
     const Words odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
@@ -28,8 +29,21 @@ inline __m128i narrow(Floats v, Bfloat16) {
         _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
     const Words quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
     const Words nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const Words words = _mm256_blendv_epi8(rounded, quiet, nan);
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+inline __m128i narrow(Floats v, Bfloat16) {
+    const Words words = rounded_bfloat16(v);
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+constexpr size_t kHalves = 16;
+template <class Group>
+inline __m256i narrowed(Group group, Float16 half) {
+    return _mm256_set_m128i(narrow(group(1), half), narrow(group(0), half));
+}
+template <class Group>
+inline __m256i narrowed(Group group, Bfloat16) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bfloat16(group(0)), rounded_bfloat16(group(1))), 0xD8);
 }
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
@@ -37,8 +51,9 @@ template <class Half>
 inline Floats load(const Half* p) {
     return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Half{});
 }
+template <Cache kTo>
 inline void prefetch(const void* p, size_t bytes_ahead) {
-    _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, kTo == kL1 ? _MM_HINT_T0 : _MM_HINT_T1);
 }
 
 template <class T>
@@ -80,16 +95,16 @@ inline Floats load_int8_part(const int8_t* p, size_t n) {
     memcpy(lanes, p, n);
     return load_int8(lanes);
 }
-using PackedInt8 = int64_t;
-inline int64_t rounded_int8(Floats v) {
-    const Words words = _mm256_cvtps_epi32(v);
-    const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    return _mm_cvtsi128_si64(_mm_packs_epi16(pairs, pairs));
-}
-
 // Bytes packed from four vectors of 32-bit lanes, which packing leaves in the order of 128-bit lanes, put in theirs.
 inline __m256i in_order(__m256i bytes) {
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+constexpr size_t kInt8s = 32;
+template <class Group>
+inline __m256i rounded(Group group) {
+    const auto word = [&](size_t k) { return _mm256_cvtps_epi32(group(k)); };
+    return in_order(_mm256_packs_epi16(_mm256_packs_epi32(word(0), word(1)), _mm256_packs_epi32(word(2), word(3))));
 }
 
 template <class V>

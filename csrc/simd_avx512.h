@@ -22,19 +22,57 @@ inline Floats widen(__m256i halves, Bfloat16) {
 }
 inline __m512i narrow(Floats v, float) { return _mm512_castps_si512(v); }
 inline __m256i narrow(Floats v, Float16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// In integers: VCVTNE2PS2BF16 would flush subnormals.
-inline __m256i narrow(Floats v, Bfloat16) {
+// Rounded in the upper halves. In integers: VCVTNE2PS2BF16 would flush subnormals.
+inline Words rounded_bfloat16(Floats v) {
     const Words bits = _mm512_castps_si512(v);
-    const Words top = _mm512_srli_epi32(bits, 16);
-    const Words odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-    const Words rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+    const Mask odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const Words below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+    const Words rounded = _mm512_mask_add_epi32(below, odd, bits, _mm512_set1_epi32(0x8000));
     const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40)));
+    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+inline __m256i narrow(Floats v, Bfloat16) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bfloat16(v), 16));
 }
 
+struct VectorOrders {
+    alignas(64) uint16_t upper_halves[32] = {};  // of two vectors' 32-bit lanes
+    // Packing works within 128-bit lanes: lane L gets elements 4L to 4L + 3 of each of four vectors. As 32-bit units
+    // that is the transpose of their natural order, and its own inverse.
+    alignas(64) uint32_t transposed[16] = {};
+    constexpr VectorOrders() {
+        for (int i = 0; i < 32; ++i) upper_halves[i] = static_cast<uint16_t>(2 * i + 1);
+        for (int i = 0; i < 16; ++i) transposed[i] = static_cast<uint32_t>(i % 4 * 4 + i / 4);
+    }
+};
+constexpr VectorOrders kVectorOrders;
+
+inline __m512i transposed(__m512i bytes) {
+    return _mm512_permutexvar_epi32(_mm512_load_si512(kVectorOrders.transposed), bytes);
+}
+
+constexpr size_t kHalves = 32;
+template <class Group>
+inline __m512i narrowed(Group group, Float16 half) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(group(0), half)), narrow(group(1), half), 1);
+}
+template <class Group>
+inline __m512i narrowed(Group group, Bfloat16) {
+    return _mm512_permutex2var_epi16(rounded_bfloat16(group(0)), _mm512_load_si512(kVectorOrders.upper_halves),
+                                     rounded_bfloat16(group(1)));
+}
+
+constexpr size_t kInt8s = 64;
+template <class Group>
+inline __m512i rounded(Group group) {
+    const auto word = [&](size_t k) { return _mm512_cvtps_epi32(group(k)); };
+    return transposed(
+        _mm512_packs_epi16(_mm512_packs_epi32(word(0), word(1)), _mm512_packs_epi32(word(2), word(3))));
+}
+
+template <Cache kTo>
 inline void prefetch(const void* p, size_t bytes_ahead) {
-    _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(p) + bytes_ahead, kTo == kL1 ? _MM_HINT_T0 : _MM_HINT_T1);
 }
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -71,8 +109,6 @@ inline Floats load_int8(const int8_t* p) {
 inline Floats load_int8_part(const int8_t* p, size_t n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
 }
-using PackedInt8 = __m128i;
-inline __m128i rounded_int8(Floats v) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)); }
 
 inline __mmask64 first_bytes(size_t n) { return n < 64 ? (__mmask64{1} << n) - 1 : ~__mmask64{0}; }
 inline void store_bytes(uint8_t* to, __m512i v, size_t n) { _mm512_mask_storeu_epi8(to, first_bytes(n), v); }
@@ -104,6 +140,23 @@ public:
 private:
     V at_;
 };
+
+// a * x^kBits + b in the polynomials of CRC-32C: each 128-bit lane of `a` as two reflected 64-bit polynomials, the
+// first of higher degree. A product of two of those has an x too many, as that of two 32-bit ones.
+template <size_t kBits>
+inline __m512i folded(__m512i a, __m512i b) {
+    constexpr int64_t kFirst = int64_t{x_to_the(kBits + 63)} << 32, kSecond = int64_t{x_to_the(kBits - 1)} << 32;
+    const __m512i by = _mm512_set4_epi64(kSecond, kFirst, kSecond, kFirst);
+    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(a, by, 0x00), _mm512_clmulepi64_epi128(a, by, 0x11), b,
+                                     0x96);
+}
+template <size_t kBits>
+inline __m256i folded(__m256i a, __m256i b) {
+    constexpr int64_t kFirst = int64_t{x_to_the(kBits + 63)} << 32, kSecond = int64_t{x_to_the(kBits - 1)} << 32;
+    const __m256i by = _mm256_set_epi64x(kSecond, kFirst, kSecond, kFirst);
+    return _mm256_ternarylogic_epi64(_mm256_clmulepi64_epi128(a, by, 0x00), _mm256_clmulepi64_epi128(a, by, 0x11), b,
+                                     0x96);
+}
 
 }  // namespace
 }  // namespace tw

@@ -12,6 +12,7 @@ using Floats = float;
 using Words = int32_t;
 using Mask = bool;
 
+template <Cache>
 inline void prefetch(const void*, size_t) {}  // it would keep loops from being vectorised
 
 template <class T>
@@ -46,9 +47,19 @@ inline uint32_t count(Mask m) { return m; }
 
 inline Floats load_int8(const int8_t* p) { return static_cast<float>(*p); }
 inline Floats load_int8_part(const int8_t* p, size_t) { return load_int8(p); }
-using PackedInt8 = int8_t;
+
+// One result at a time.
+constexpr size_t kHalves = 1;
+template <class Group, class Half>
+inline Half narrowed(Group group, Half half) {
+    return narrow(group(0), half);
+}
+constexpr size_t kInt8s = 1;
 // Adding 1.5 * 2^23, whose ulp is 1, rounds to the nearest even integer and leaves it in the low bits.
-inline int8_t rounded_int8(Floats v) { return static_cast<int8_t>(bits_of(v + 0x1.8p23f)); }
+template <class Group>
+inline int8_t rounded(Group group) {
+    return static_cast<int8_t>(bits_of(group(0) + 0x1.8p23f));
+}
 
 template <class V>
 inline void store_bytes(uint8_t* to, V v, size_t size) {

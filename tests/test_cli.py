@@ -17,6 +17,7 @@ import pytest
 
 import tensorwire
 from tensorwire.bench.models import from_state_dict
+from tensorwire.codecs import Encoded
 from network import Certificates
 from tensorwire.cli import main
 from tensorwire.cli.network import address
@@ -169,10 +170,10 @@ def test_verify_decodes_what_checksums_cannot_see(tmp_path: Path, capsys: pytest
     class Wrong(tensorwire.codecs.Int8):
         """Writes a NaN for its absmax, under a good checksum."""
 
-        def encode(self, *arguments: object) -> np.ndarray:
-            payload = super().encode(*arguments)
+        def encode(self, *arguments: object) -> Encoded:
+            payload = super().encode(*arguments).payload
             payload[:4] = 0xFF
-            return payload
+            return Encoded(payload)
 
     (tmp_path / "wrong.tw").write_bytes(tensorwire.dumps({"x": np.ones(8, np.float32)}, codec=Wrong()))
     assert run("inspect", tmp_path / "wrong.tw") == 0

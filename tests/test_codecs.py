@@ -34,7 +34,7 @@ def take(size: int) -> np.ndarray:
 
 def payload_of(codec: Codec, values: np.ndarray) -> bytearray:
     view = TensorView(dtypes.FLOAT32, values.shape, lambda start, stop: values[start:stop])
-    return bytearray(codec.encode(values, dtypes.FLOAT32, take, codec.prepare(view)))
+    return bytearray(codec.encode(values, dtypes.FLOAT32, take, codec.prepare(view)).payload)
 
 
 def decoded(codec: Codec, payload: bytes | bytearray, count: int) -> np.ndarray:

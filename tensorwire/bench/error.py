@@ -93,7 +93,7 @@ def _measure(view: TensorView, codec: Codec, total: _Error) -> None:
     for start in range(0, view.numel, step):
         count = min(step, view.numel - start)
         data = view.read(start, start + count)
-        payload = memoryview(codec.encode(data, view.dtype, pool.take, context))
+        payload = memoryview(codec.encode(data, view.dtype, pool.take, context).payload)
         out = np.empty(count * view.dtype.itemsize, np.uint8)
         codec.decode(payload, view.dtype, out)
         total.add(_float64(data, view.dtype), _float64(out, view.dtype), payload.nbytes)

@@ -186,7 +186,7 @@ class _Ours:
     def _encode(self, take: Callable[[int], np.ndarray]) -> Any:
         # What a codec must know of the whole tensor (double quantization: its mean) is part of the work.
         context = self._codec.prepare(self._view) if self._view is not None else None
-        return self._codec.encode(self._data, dtypes.FLOAT32, take, context)
+        return self._codec.encode(self._data, dtypes.FLOAT32, take, context).payload
 
     def _take_warm(self, size: int) -> np.ndarray:
         return self._warm[:size]

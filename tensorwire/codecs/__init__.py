@@ -1,6 +1,6 @@
 """Tensor slices <-> payloads. One file a family; the contract is in base.py, the layouts in docs/codecs.md."""
 
-from tensorwire.codecs.base import Codec, Sizes
+from tensorwire.codecs.base import Codec, Encoded, Sizes
 from tensorwire.codecs.cast import BFloat16, Float16
 from tensorwire.codecs.checksum import crc32c
 from tensorwire.codecs.fourbit import FP4, NF4
@@ -15,6 +15,7 @@ __all__ = [
     "NF4",
     "BFloat16",
     "Codec",
+    "Encoded",
     "Float16",
     "Int8",
     "Int8Linear",

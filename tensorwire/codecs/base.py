@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from types import ModuleType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class Sizes:
     @property
     def total(self) -> int:
         return self.data + self.metadata
+
+
+class Encoded(NamedTuple):
+    """A payload, as one buffer, and its CRC-32C where that was taken while it was made."""
+
+    payload: Any
+    crc: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,8 +96,8 @@ class Codec(ABC):
         return None
 
     @abstractmethod
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
-        """The payload of a slice, as one buffer.
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
+        """The payload of a slice.
 
         `data`: the slice's little-endian bytes, or with `on_device` maybe a 1-D device tensor; `take(n)`: a uint8
         array of n bytes to write into.

@@ -9,6 +9,7 @@ from tensorwire import dtypes
 from tensorwire.codecs.base import (
     FLOATS,
     Codec,
+    Encoded,
     Sizes,
     Take,
     check_choice,
@@ -51,11 +52,12 @@ class _Cast(Codec):
     def fallback(self, view: TensorView) -> bool:
         return self.overflow == "raw" and largest(view) >= self.bound
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
         values = floats(data, dtype)
         payload = take(self.sizes(len(values), dtype).total)
         narrow = payload.view(FLOATS[self.narrow])
-        overflowed = kernels_for(values).cast(values, narrow, saturate=self.overflow == "saturate")
+        crc = np.empty(1, np.uint32)
+        overflowed = kernels_for(values).cast(values, narrow, crc, saturate=self.overflow == "saturate")
         if overflowed and self.overflow == "error":
             values = widen(values)
             index = int(np.flatnonzero(np.isfinite(values) & (np.abs(values) >= np.float32(self.bound)))[0])
@@ -64,7 +66,7 @@ class _Cast(Codec):
                 "use overflow=saturate, or overflow=raw to send such items losslessly",
                 index=index,
             )
-        return payload
+        return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
         values = float_target(out, dtype)

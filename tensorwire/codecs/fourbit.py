@@ -12,6 +12,7 @@ import numpy as np
 
 from tensorwire import kernels
 from tensorwire.codecs.base import (
+    Encoded,
     Sizes,
     Take,
     check_choice,
@@ -62,22 +63,25 @@ class FourBit(Quantizer):
     def prepare(self, view: TensorView) -> np.float32 | None:
         return mean_absmax(view, self.blocksize) if self.double_quant and view.numel else None
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
         values = floats(data, dtype)
         sizes = self.sizes(len(values), dtype)
         payload = take(sizes.total)
         metadata, codes = split(payload, sizes.metadata)
+        crc = None if self.double_quant else np.empty(1, np.uint32)
         if self.double_quant:
             finite = self._encode_nested(values, codes, metadata, context)
         else:
-            finite = self._quantize(values, codes, metadata.view(np.float32))
+            finite = self._quantize(values, codes, metadata.view(np.float32), crc)
         if not finite:
             refuse_nonfinite(values, self)
-        return payload
+        return Encoded(payload, None if crc is None else int(crc[0]))
 
-    def _quantize(self, values: Any, codes: np.ndarray, absmax: np.ndarray) -> bool:
+    def _quantize(
+        self, values: Any, codes: np.ndarray, absmax: np.ndarray, crc: np.ndarray | None = None
+    ) -> bool:
         return kernels_for(values).quantize_4bit(
-            values, codes, absmax, blocksize=self.blocksize, quant_type=self.quant_type
+            values, codes, absmax, crc, blocksize=self.blocksize, quant_type=self.quant_type
         )
 
     def _encode_nested(self, values: Any, codes: np.ndarray, metadata: np.ndarray, offset: np.float32) -> bool:

@@ -14,6 +14,7 @@ from tensorwire import dtypes
 from tensorwire.codecs.base import (
     FLOATS,
     Codec,
+    Encoded,
     Sizes,
     Take,
     check_choice,
@@ -77,13 +78,16 @@ class Int8(Quantizer):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         return Sizes(count, 4 * self.blocks(count))
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
         values = floats(data, dtype)
         payload = take(self.sizes(len(values), dtype).total)
         absmax, codes = split(payload, 4 * self.blocks(len(values)))
-        if not kernels_for(values).quantize_int8(values, codes, absmax.view(np.float32), blocksize=self.blocksize):
+        crc = np.empty(1, np.uint32)
+        if not kernels_for(values).quantize_int8(
+            values, codes, absmax.view(np.float32), crc, blocksize=self.blocksize
+        ):
             refuse_nonfinite(values, self)
-        return payload
+        return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
         values = float_target(out, dtype)
@@ -102,15 +106,16 @@ class Int8Linear(Quantizer):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         return Sizes(count, dtypes.BFLOAT16.itemsize * self.blocks(count))
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
         values = floats(data, dtype)
         payload = take(self.sizes(len(values), dtype).total)
         scales, codes = split(payload, 2 * self.blocks(len(values)))
+        crc = np.empty(1, np.uint32)
         if not kernels_for(values).quantize_linear(
-            values, codes.view(np.int8), scales.view(np.uint16), blocksize=self.blocksize
+            values, codes.view(np.int8), scales.view(np.uint16), crc, blocksize=self.blocksize
         ):
             refuse_nonfinite(values, self)
-        return payload
+        return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
         values = float_target(out, dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.codecs.base import Codec, Sizes, Take
+from tensorwire.codecs.base import Codec, Encoded, Sizes, Take
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 
@@ -28,8 +28,8 @@ class Raw(Codec):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         return Sizes(count * dtype.itemsize)
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
-        return data
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
+        return Encoded(data)
 
     def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
         received = np.frombuffer(payload, np.uint8)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import zstandard
 
-from tensorwire.codecs.base import Codec, Sizes, Take, on_device
+from tensorwire.codecs.base import Codec, Encoded, Sizes, Take, on_device
 from tensorwire.codecs.raw import Raw
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError
@@ -70,11 +70,11 @@ class Zstd(Codec):
     def prepare(self, view: TensorView) -> Any:
         return self.inner.prepare(view)
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
-        payload = self.inner.encode(data, dtype, take, context)
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
+        payload = self.inner.encode(data, dtype, take, context).payload
         compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=False, write_content_size=True)
         try:
-            return compressor.compress(payload)
+            return Encoded(compressor.compress(payload))
         except zstandard.ZstdError as error:
             raise _memory_error(error) from error
 

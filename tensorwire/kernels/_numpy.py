@@ -87,6 +87,14 @@ def _check_overlap(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
                 raise ValueError(f"{name} overlaps {other}")
 
 
+def _checked_crc(crc: Words | None) -> dict[str, Array]:
+    if crc is None:
+        return {}
+    _check_array("crc", crc, np.uint32, output=True)
+    _check_size("crc", crc, 1)
+    return {"crc": crc}
+
+
 def _check_blocksize(blocksize: int) -> int:
     blocksize = operator.index(blocksize)
     if blocksize < 1:
@@ -160,7 +168,7 @@ def _narrow(values: Float32, out: Array) -> None:
 
 
 @_quiet
-def cast(values: Array, out: Array, *, saturate: bool = False) -> int:
+def cast(values: Array, out: Array, crc: Words | None = None, *, saturate: bool = False) -> int:
     """Convert float32 to float16 or bfloat16, or back; the number of finite values that overflowed.
 
     Narrowing rounds to nearest even; an overflow gives an infinity, with `saturate` the largest finite value
@@ -171,7 +179,7 @@ def cast(values: Array, out: Array, *, saturate: bool = False) -> int:
     if (values.dtype == np.float32) == (out.dtype == np.float32):
         raise TypeError(f"cast: no conversion from {values.dtype} to {out.dtype}")
     _check_size("out", out, values.size)
-    _check_overlap({"out": out}, {"values": values})
+    _check_overlap({"out": out} | _checked_crc(crc), {"values": values})
     overflows = 0
     infinity, largest = (0x7C00, 0x7BFF) if out.dtype == np.float16 else (0x7F80, 0x7F7F)
     for start, stop in _slices(values.size):
@@ -185,6 +193,7 @@ def cast(values: Array, out: Array, *, saturate: bool = False) -> int:
         overflows += int(np.count_nonzero(overflowed))
         if saturate:
             bits[overflowed] = bits[overflowed] & 0x8000 | largest
+    _sum(crc, out)
     return overflows
 
 
@@ -224,7 +233,13 @@ def _normalized(values: Array, absmax: Float32, start: int, stop: int, blocksize
 
 @_quiet
 def quantize_4bit(
-    values: Array, codes: npt.NDArray[np.uint8], absmax: Float32, *, blocksize: int, quant_type: str
+    values: Array,
+    codes: npt.NDArray[np.uint8],
+    absmax: Float32,
+    crc: Words | None = None,
+    *,
+    blocksize: int,
+    quant_type: str,
 ) -> bool:
     """Quantize to 16 levels with an absmax per block, two codes a byte; whether all values are finite.
 
@@ -239,7 +254,7 @@ def quantize_4bit(
     _check_array("absmax", absmax, np.float32, output=True)
     _check_size("codes", codes, (values.size + 1) // 2)
     _check_size("absmax", absmax, _blocks(values.size, blocksize))
-    _check_overlap({"codes": codes, "absmax": absmax}, {"values": values})
+    _check_overlap({"codes": codes, "absmax": absmax} | _checked_crc(crc), {"values": values})
     if not _absmax(values, absmax, blocksize):
         return False
     for start, stop in _slices(values.size):
@@ -253,6 +268,7 @@ def quantize_4bit(
         packed = codes[start // 2 : (stop + 1) // 2]
         packed[:] = q[0::2] << 4
         packed[: q.size // 2] |= q[1::2]
+    _sum(crc, absmax, codes)
     return True
 
 
@@ -286,7 +302,9 @@ _INT8_LAST_OF_CODE: Final = np.where(
 
 
 @_quiet
-def quantize_int8(values: Array, codes: npt.NDArray[np.uint8], absmax: Float32, *, blocksize: int) -> bool:
+def quantize_int8(
+    values: Array, codes: npt.NDArray[np.uint8], absmax: Float32, crc: Words | None = None, *, blocksize: int
+) -> bool:
     """Quantize to the nearest of `INT8_CODE` with an absmax per block; whether all values are finite.
 
     With T[k] = fl32(c[k] + c[k+1]) / 2: y < T[k] goes to k, y > T[k] to k + 1, y == T[k] to the even one of
@@ -299,12 +317,13 @@ def quantize_int8(values: Array, codes: npt.NDArray[np.uint8], absmax: Float32, 
     blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, values.size)
     _check_size("absmax", absmax, _blocks(values.size, blocksize))
-    _check_overlap({"codes": codes, "absmax": absmax}, {"values": values})
+    _check_overlap({"codes": codes, "absmax": absmax} | _checked_crc(crc), {"values": values})
     if not _absmax(values, absmax, blocksize):
         return False
     for start, stop in _slices(values.size):
         y = _normalized(values, absmax, start, stop, blocksize)
         codes[start:stop] = np.searchsorted(_INT8_LAST_OF_CODE, y)
+    _sum(crc, absmax, codes)
     return True
 
 
@@ -328,7 +347,12 @@ def dequantize_int8(codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *
 
 @_quiet
 def quantize_linear(
-    values: Array, codes: npt.NDArray[np.int8], scales: npt.NDArray[np.uint16], *, blocksize: int
+    values: Array,
+    codes: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.uint16],
+    crc: Words | None = None,
+    *,
+    blocksize: int,
 ) -> bool:
     """Quantize to code * scale, |code| <= 127, a bfloat16 scale per block; whether all values are finite.
 
@@ -342,7 +366,7 @@ def quantize_linear(
     blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, values.size)
     _check_size("scales", scales, _blocks(values.size, blocksize))
-    _check_overlap({"codes": codes, "scales": scales}, {"values": values})
+    _check_overlap({"codes": codes, "scales": scales} | _checked_crc(crc), {"values": values})
     absmax = np.empty(scales.size, np.float32)
     if not _absmax(values, absmax, blocksize):
         return False
@@ -354,6 +378,7 @@ def quantize_linear(
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
         y = _times(_widen(values[start:stop]), inverse, edges)
         codes[start:stop] = np.rint(y)
+    _sum(crc, scales, codes)
     return True
 
 
@@ -448,6 +473,12 @@ def crc32c(data: bytes | bytearray | memoryview | Array, seed: int = 0) -> int:
     for octet in octets.tolist():
         register = register >> 8 ^ _BYTE_TABLE[(register ^ octet) & 0xFF]
     return register ^ 0xFFFFFFFF
+
+
+def _sum(crc: Words | None, *outputs: Array) -> None:
+    """Store the checksum of the outputs of an encoder, one after the other, where it is asked for."""
+    if crc is not None:
+        crc[0] = functools.reduce(lambda seed, output: crc32c(output, seed), outputs, 0)
 
 
 def set_threads(count: int) -> None:

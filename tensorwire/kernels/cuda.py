@@ -9,11 +9,14 @@ last place apart; the payload bits of a NaN may differ after a cast. What its de
 to NaN is put right here.
 """
 
+from functools import reduce
 from typing import Any, Final
 
 import numpy as np
 import torch
 from bitsandbytes import functional
+
+from tensorwire.kernels import crc32c
 
 _ZERO_NF4: Final = 0x77  # code 7 twice: 0.0 in both halves
 _ZERO_INT8: Final = 127
@@ -21,7 +24,7 @@ _SMALLEST_SCALE: Final = torch.finfo(torch.bfloat16).tiny
 _HALVES: Final = {np.dtype(np.uint16): torch.bfloat16, np.dtype(np.float16): torch.float16}
 
 
-def cast(values: Any, out: Any, *, saturate: bool = False) -> int:
+def cast(values: Any, out: Any, crc: np.ndarray | None = None, *, saturate: bool = False) -> int:
     """Narrow a float32 device tensor into a host array, or widen a host array into a float32 device tensor."""
     if isinstance(out, torch.Tensor):
         out.copy_(_half_tensor(values).to(out.device).to(out.dtype))
@@ -34,6 +37,7 @@ def cast(values: Any, out: Any, *, saturate: bool = False) -> int:
         limit = torch.finfo(dtype).max
         narrow = torch.where(overflowed, values.clamp(-limit, limit).to(dtype), narrow)
     _half_tensor(out).copy_(narrow)
+    _sum(crc, out)
     return count
 
 
@@ -44,7 +48,13 @@ def blockwise_absmax(values: torch.Tensor, absmax: np.ndarray, *, blocksize: int
 
 
 def quantize_4bit(
-    values: torch.Tensor, codes: np.ndarray, absmax: np.ndarray, *, blocksize: int, quant_type: str
+    values: torch.Tensor,
+    codes: np.ndarray,
+    absmax: np.ndarray,
+    crc: np.ndarray | None = None,
+    *,
+    blocksize: int,
+    quant_type: str,
 ) -> bool:
     """nf4 or fp4 codes and absmax."""
     if not torch.isfinite(values).all():
@@ -57,6 +67,7 @@ def quantize_4bit(
         codes[block * blocksize // 2 : (block + 1) * blocksize // 2] = fill
     if values.numel() % 2:
         codes[-1] &= 0xF0
+    _sum(crc, absmax, codes)
     return True
 
 
@@ -68,7 +79,9 @@ def dequantize_4bit(codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *,
     out.copy_(functional.dequantize_4bit(_to(codes, out).reshape(-1, 1), state).reshape(-1))
 
 
-def quantize_int8(values: torch.Tensor, codes: np.ndarray, absmax: np.ndarray, *, blocksize: int) -> bool:
+def quantize_int8(
+    values: torch.Tensor, codes: np.ndarray, absmax: np.ndarray, crc: np.ndarray | None = None, *, blocksize: int
+) -> bool:
     """Dynamic 8-bit codes and absmax."""
     if not torch.isfinite(values).all():
         return False
@@ -77,6 +90,7 @@ def quantize_int8(values: torch.Tensor, codes: np.ndarray, absmax: np.ndarray, *
     torch.from_numpy(absmax).copy_(state.absmax)
     for block in np.flatnonzero(absmax == 0):
         codes[block * blocksize : (block + 1) * blocksize] = _ZERO_INT8
+    _sum(crc, absmax, codes)
     return True
 
 
@@ -87,7 +101,9 @@ def dequantize_int8(codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *,
     out.copy_(functional.dequantize_blockwise(_to(codes, out), state))
 
 
-def quantize_linear(values: torch.Tensor, codes: np.ndarray, scales: np.ndarray, *, blocksize: int) -> bool:
+def quantize_linear(
+    values: torch.Tensor, codes: np.ndarray, scales: np.ndarray, crc: np.ndarray | None = None, *, blocksize: int
+) -> bool:
     """Symmetric codes and bfloat16 scales; plain torch, whose device arithmetic is IEEE's."""
     if not torch.isfinite(values).all():
         return False
@@ -97,6 +113,7 @@ def quantize_linear(values: torch.Tensor, codes: np.ndarray, scales: np.ndarray,
     scaled = values.float() * inverse.repeat_interleave(blocksize)[: values.numel()]
     torch.from_numpy(codes).copy_(scaled.round().clamp(-127, 127).to(torch.int8))
     _half_tensor(scales).copy_(scale)
+    _sum(crc, scales, codes)
     return True
 
 
@@ -105,6 +122,11 @@ def dequantize_linear(codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, 
     scale = _half_tensor(scales).to(out.device).float().repeat_interleave(blocksize)[: out.numel()]
     out.copy_(_to(codes, out).float() * scale)
     return not codes.size or int(codes.min()) > -128
+
+
+def _sum(crc: np.ndarray | None, *outputs: np.ndarray) -> None:
+    if crc is not None:
+        crc[0] = reduce(lambda seed, output: crc32c(output, seed), outputs, 0)
 
 
 def _absmax(values: torch.Tensor, blocksize: int) -> torch.Tensor:

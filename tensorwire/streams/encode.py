@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
-from tensorwire.codecs import Codec, crc32c
+from tensorwire.codecs import Codec, Encoded, crc32c
 from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.helper import in_order
@@ -156,12 +156,12 @@ class _Emitter:
         on_device = leaf.codec.on_device and leaf.view.device_read is not None
         data = (leaf.view.device_read if on_device else leaf.view.read)(start, stop)
         try:
-            payload = leaf.codec.encode(data, leaf.view.dtype, self._pool.take, context)
+            encoded = leaf.codec.encode(data, leaf.view.dtype, self._pool.take, context)
         except NonFiniteError as error:
             error.index += start
             error.item = leaf.item.name
             raise
-        return [_frame(start, stop - start, payload)]
+        return [_frame(start, stop - start, encoded)]
 
     def _open_ended(self, leaf: Leaf) -> Iterator[_Frame]:
         step = slice_size(leaf.codec, leaf.item, self._frame_size)
@@ -185,7 +185,7 @@ class _Emitter:
         step = self._frame_size - HEADER_SIZE
         for start in range(0, len(data), step):
             part = memoryview(data)[start : start + step]
-            yield _frame(start, len(part), part)
+            yield _frame(start, len(part), Encoded(part))
 
 
 def slice_size(codec: Codec, item: Item, frame_size: int) -> int:
@@ -207,6 +207,7 @@ def slice_size(codec: Codec, item: Item, frame_size: int) -> int:
     )
 
 
-def _frame(start: int, count: int, payload: Any) -> _Frame:
-    payload = memoryview(payload)
-    return _Frame(start, count, payload.nbytes, crc32c(payload, 0), (payload,))
+def _frame(start: int, count: int, encoded: Encoded) -> _Frame:
+    payload = memoryview(encoded.payload)
+    crc = crc32c(payload, 0) if encoded.crc is None else encoded.crc
+    return _Frame(start, count, payload.nbytes, crc, (payload,))

@@ -78,6 +78,13 @@ void keep(Result& result, Buffer& buffer) {
     result.bytes.insert(result.bytes.end(), buffer.data(), buffer.data() + buffer.size());
 }
 
+// The checksum taken along the way, which must be that of the output read again.
+void keep_checksum(Result& result, const tw::Kernels& k, const uint32_t* crc, Buffer& out) {
+    if (!crc) return;
+    if (*crc != k.crc32c(0, out.data(), out.size())) abort();
+    result.bytes.insert(result.bytes.end(), reinterpret_cast<const uint8_t*>(crc), reinterpret_cast<const uint8_t*>(crc + 1));
+}
+
 Result run(const tw::Kernels& k, Input in) {
     const int kernel = in.take<uint8_t>() % 10;
     const int dtype = in.take<uint8_t>() % tw::kDtypes;
@@ -94,6 +101,8 @@ Result run(const tw::Kernels& k, Input in) {
     const size_t blocks = n / blocksize + (n % blocksize != 0), nibbles = n / 2 + n % 2;
     const size_t aligned = shift & ~size_t{3}, width = size_of(dtype);
     Result result;
+    uint32_t checksum = 0;
+    uint32_t* const crc = shift & 4 ? &checksum : nullptr;
 
     if (kernel == 0) {
         Buffer data(n, shift);
@@ -107,11 +116,12 @@ Result run(const tw::Kernels& k, Input in) {
         Buffer values(n * (narrows ? 4 : 2), aligned), out(n * (narrows ? 2 : 4), aligned);
         in.fill(values.data(), values.size());
         if (narrows) {
-            result.returned = k.narrow[dtype](values.data(), out.data(), n, shift & 2, stream);
+            result.returned = k.narrow[dtype](values.data(), out.data(), n, shift & 2, stream, crc);
         } else {
             k.widen[dtype](values.data(), out.data(), n, stream);
         }
         keep(result, out);
+        if (narrows) keep_checksum(result, k, crc, out);
         return result;
     }
     if (kernel == 9) {
@@ -129,11 +139,12 @@ Result run(const tw::Kernels& k, Input in) {
         if (four_bit) {
             result.keep = k.quantize_4bit[type][dtype](values.data(), codes.data(), scales.as<float>(), n, blocksize, stream);
         } else if (linear) {
-            result.keep = k.quantize_linear[dtype](values.data(), codes.as<int8_t>(), scales.as<uint16_t>(), n, blocksize, stream);
+            result.keep = k.quantize_linear[dtype](values.data(), codes.as<int8_t>(), scales.as<uint16_t>(), n, blocksize, stream, crc);
         } else {
             result.keep = k.quantize_int8[dtype](values.data(), codes.data(), scales.as<float>(), n, blocksize, stream);
         }
         keep(result, codes);
+        if (linear) keep_checksum(result, k, crc, codes);
         keep(result, scales);
         return result;
     }

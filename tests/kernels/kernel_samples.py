@@ -118,17 +118,19 @@ def code_count(method: str, n: int) -> int:
 def encode(
     kernels: ModuleType, method: str, values: Array, blocksize: int, offset: int = 0
 ) -> tuple[bool, Array, Array]:
-    """Whether all is finite, codes, and absmax or scales."""
+    """Whether all is finite, codes, and absmax or scales. For every other size also looks at the checksum."""
     codes = Output(code_count(method, values.size), np.int8 if method == "linear" else np.uint8, offset)
     stats = Output(blocks(values.size, blocksize), np.uint16 if method == "linear" else np.float32, offset)
+    crc = np.zeros(1, np.uint32) if (values.size // 2 + offset // 2) % 2 == 0 else None
+    outputs = codes.array, stats.array, crc
     if method in ("nf4", "fp4"):
-        finite = kernels.quantize_4bit(
-            values, codes.array, stats.array, blocksize=blocksize, quant_type=method
-        )
+        finite = kernels.quantize_4bit(values, *outputs, blocksize=blocksize, quant_type=method)
     elif method == "int8":
-        finite = kernels.quantize_int8(values, codes.array, stats.array, blocksize=blocksize)
+        finite = kernels.quantize_int8(values, *outputs, blocksize=blocksize)
     else:
-        finite = kernels.quantize_linear(values, codes.array, stats.array, blocksize=blocksize)
+        finite = kernels.quantize_linear(values, *outputs, blocksize=blocksize)
+    if finite and crc is not None:
+        assert crc[0] == kernels.crc32c(codes.array, kernels.crc32c(stats.array))
     return finite, codes.checked(), stats.checked()
 
 

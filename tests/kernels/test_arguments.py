@@ -22,7 +22,7 @@ def correct(name: str) -> dict[str, Any]:
     """Arguments that `name` takes; those to break are replaced by the tests."""
     options: dict[str, Any] = {"blocksize": BLOCKSIZE}
     if name == "cast":
-        return {"values": np.zeros(N, np.float32), "out": np.zeros(N, np.float16)}
+        return {"values": np.zeros(N, np.float32), "out": np.zeros(N, np.float16), "crc": np.zeros(1, np.uint32)}
     if name == "blockwise_absmax":
         return {"values": np.zeros(N, np.float32), "absmax": np.zeros(BLOCKS, np.float32)} | options
     verb, method = name.split("_")
@@ -31,17 +31,17 @@ def correct(name: str) -> dict[str, Any]:
     if method == "4bit":
         options["quant_type"] = "nf4"
     if verb == "quantize":
-        return {"values": np.zeros(N, np.float32)} | codes | options
+        return {"values": np.zeros(N, np.float32)} | codes | {"crc": np.zeros(1, np.uint32)} | options
     return codes | {"out": np.zeros(N, np.float32)} | options
 
 
 def outputs(name: str) -> list[str]:
     if name == "cast":
-        return ["out"]
+        return ["out", "crc"]
     if name == "blockwise_absmax":
         return ["absmax"]
     verb, method = name.split("_")
-    return ["codes", STATS[method]] if verb == "quantize" else ["out"]
+    return ["codes", STATS[method], "crc"] if verb == "quantize" else ["out"]
 
 
 def array_names(name: str) -> list[str]:
@@ -52,6 +52,7 @@ NAMES = ["cast", "blockwise_absmax"] + [
     f"{verb}_{method}" for method in CODES for verb in ("quantize", "dequantize")
 ]
 ARRAYS = [(name, key) for name in NAMES for key in array_names(name)]
+ALWAYS = [(name, key) for name, key in ARRAYS if key != "crc"]
 OUTPUTS = [(name, key) for name in NAMES for key in outputs(name)]
 BLOCKED = NAMES[1:]
 
@@ -101,7 +102,7 @@ class TestArguments:
             if np.dtype(dtype) != right.dtype:
                 assert key in refused(kernels, name, TypeError, **{key: np.zeros(right.size, dtype)})
 
-    @pytest.mark.parametrize("name, key", ARRAYS)
+    @pytest.mark.parametrize("name, key", ALWAYS)
     def test_no_array(self, kernels: ModuleType, name: str, key: str) -> None:
         for value in (None, 1, [0.0] * N):
             refused(kernels, name, TypeError, **{key: value})
@@ -113,7 +114,7 @@ class TestArguments:
             assert key in refused(kernels, name, TypeError, **{key: right.reshape(shape)})
         assert key in refused(kernels, name, TypeError, **{key: right[0].reshape(())})
 
-    @pytest.mark.parametrize("name, key", ARRAYS)
+    @pytest.mark.parametrize("name, key", ALWAYS)
     def test_gaps(self, kernels: ModuleType, name: str, key: str) -> None:
         right = correct(name)[key]
         for with_gaps in (np.zeros(2 * right.size, right.dtype)[::2], right[::-1]):
@@ -172,6 +173,12 @@ class TestArguments:
             assert "blocksize" in refused(kernels, name, ValueError, blocksize=blocksize)
         for blocksize in (64.0, "64", None):
             refused(kernels, name, TypeError, blocksize=blocksize)
+
+    @pytest.mark.parametrize("name", [name for name, key in ARRAYS if key == "crc"])
+    def test_the_checksum_is_optional(self, kernels: ModuleType, name: str) -> None:
+        assert call(kernels, name, crc=None) == call(kernels, name)
+        for value in (1, [0]):
+            refused(kernels, name, TypeError, crc=value)
 
     @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
     def test_quant_type(self, kernels: ModuleType, name: str) -> None:

@@ -142,7 +142,11 @@ class TestCast:
                 Output(values.size, float_dtype(target), offset),
             )
             count = _numpy.cast(values, expected.array, saturate=saturate)
-            assert native.cast(misaligned(values, offset), found.array, saturate=saturate) == count
+            crc = np.zeros(1, np.uint32)
+            assert native.cast(misaligned(values, offset), found.array, crc, saturate=saturate) == count
+            assert (bits(found.checked()) == bits(expected.checked())).all()
+            assert crc[0] == native.crc32c(found.array)
+            assert native.cast(values, found.array, saturate=saturate) == count
             assert (bits(found.checked()) == bits(expected.checked())).all()
 
     def test_any_bits(self, native: ModuleType, source: str, target: str) -> None:
@@ -204,6 +208,8 @@ class TestHugeOutputs:
         overflows = [_numpy.cast(values[start:], expected[start:]) for start in (PERIOD, 0)]
         times = 17 // expected.itemsize + 1
         found = Output(times * PERIOD + REST, float_dtype(target), offset)
-        count = native.cast(misaligned(repeated(values, PERIOD, times), offset), found.array)
+        crc = np.zeros(1, np.uint32) if offset else None
+        count = native.cast(misaligned(repeated(values, PERIOD, times), offset), found.array, crc)
+        assert crc is None or crc[0] == native.crc32c(found.array)
         assert count == (overflows[1] - overflows[0]) * times + overflows[0]
         assert (bits(found.checked()) == bits(repeated(expected, PERIOD, times))).all()

@@ -29,25 +29,25 @@ def everything(native: ModuleType, values: np.ndarray = VALUES) -> list[bytes]:
     """What each kernel makes of the values and gives back of that."""
     n = values.size
     made = []
-    half = np.empty(n, np.float16)
-    made.append((native.cast(values, half), half.tobytes()))
+    half, crc = np.empty(n, np.float16), np.zeros(1, np.uint32)
+    made.append((native.cast(values, half, crc), half.tobytes(), int(crc[0])))
     back = np.empty(n, np.float32)
     native.cast(half, back)
     for blocksize in (64, 4096, 1 << 17):
         absmax = np.empty(-(-n // blocksize), np.float32)
         made.append((native.blockwise_absmax(values, absmax, blocksize=blocksize), absmax.tobytes()))
         codes = np.empty(n, np.uint8)
-        finite = native.quantize_int8(values, codes, absmax, blocksize=blocksize)
+        finite = native.quantize_int8(values, codes, absmax, crc, blocksize=blocksize)
         native.dequantize_int8(codes, absmax, back, blocksize=blocksize)
-        made.append((finite, codes.tobytes(), back.tobytes()))
+        made.append((finite, codes.tobytes(), back.tobytes(), int(crc[0])))
     packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // 64), np.float32)
-    finite = native.quantize_4bit(values, packed, absmax, blocksize=64, quant_type="nf4")
+    finite = native.quantize_4bit(values, packed, absmax, crc, blocksize=64, quant_type="nf4")
     native.dequantize_4bit(packed, absmax, back, blocksize=64, quant_type="nf4")
-    made.append((finite, packed.tobytes(), back.tobytes()))
+    made.append((finite, packed.tobytes(), back.tobytes(), int(crc[0])))
     linear, scales = np.empty(n, np.int8), np.empty(-(-n // 64), np.uint16)
-    finite = native.quantize_linear(values, linear, scales, blocksize=64)
+    finite = native.quantize_linear(values, linear, scales, crc, blocksize=64)
     native.dequantize_linear(linear, scales, back, blocksize=64)
-    made.append((finite, linear.tobytes(), back.tobytes()))
+    made.append((finite, linear.tobytes(), back.tobytes(), int(crc[0])))
     return made
 
 
