@@ -25,6 +25,8 @@ HALVES = {"float16": np.float16, "bfloat16": np.uint16}
 
 
 def progress(what: str, done: int, total: int) -> None:
+    if not sys.stderr.isatty():
+        return
     print(f"\r{what}: {done / total:6.1%}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 

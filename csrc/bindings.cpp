@@ -3,7 +3,9 @@
 // The contract is the docstring of tensorwire.kernels. Arrays are taken by the buffer protocol, which says all there
 // is to check (type, shape, layout, writability) and keeps their memory alive and in place meanwhile.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cfenv>
 #include <cstdlib>
@@ -135,7 +137,9 @@ private:
 // Larger outputs bypass the caches, which they would leave again before anyone reads them: half of a common L3.
 constexpr size_t kStreamBytes = size_t{16} << 20;
 
-bool streams(const Array& out) { return out.bytes() >= kStreamBytes; }
+bool streams(const Array& out, std::optional<bool> uncached = {}) {
+    return uncached.value_or(out.bytes() >= kStreamBytes);
+}
 
 // Calls work(begin, size) on parts of [0, n), on several threads if the pool has them.
 template <class Work>
@@ -169,6 +173,8 @@ public:
         if (array_) array_->expect_apart_from(other);
     }
 
+    bool wanted() const { return array_.has_value(); }
+
     // Takes in the output's bytes [begin, end).
     void add(size_t begin, size_t end) {
         if (array_) add(end, tw::kernels().crc32c(0, static_cast<char*>(out_.data<void>()) + begin, end - begin));
@@ -199,6 +205,24 @@ private:
     std::optional<Array> array_;
     std::atomic<uint32_t> sum_{0};
 };
+
+// Calls kernel(begin, size) on parts of [0, n), whole blocks, and takes the checksum of what each wrote, bytes
+// [end_of(begin), end_of(begin + size)), while it is in the cache. Whether all were good.
+template <class EndOf, class Kernel>
+bool quantize(size_t n, size_t blocksize, Checksum& checksum, EndOf end_of, Kernel kernel) {
+    constexpr size_t kPiece = size_t{1} << 18;
+    const size_t whole_blocks = blocksize < kPiece ? kPiece / blocksize * blocksize : blocksize;
+    return all_good(n, blocksize, [&](size_t begin, size_t size) {
+        const size_t piece = checksum.wanted() ? whole_blocks : size;
+        bool good = true;
+        for (size_t done = 0; done < size; done += piece) {
+            const size_t i = begin + done, part = std::min(piece, size - done);
+            good &= kernel(i, part);
+            checksum.add(end_of(i), end_of(i + part));
+        }
+        return good;
+    });
+}
 
 size_t block_count(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
 
@@ -239,7 +263,7 @@ uint32_t crc32c(nb::handle data, uint32_t seed) {
     return checksum;
 }
 
-uint64_t cast(nb::handle values, nb::handle out, nb::handle crc, bool saturate) {
+uint64_t cast(nb::handle values, nb::handle out, nb::handle crc, bool saturate, std::optional<bool> uncached) {
     const Array x("values", values, kFloats, kInput), y("out", out, kFloats, kOutput);
     const bool narrows = x.format() == 'f';
     if (narrows == (y.format() == 'f')) {
@@ -252,7 +276,7 @@ uint64_t cast(nb::handle values, nb::handle out, nb::handle crc, bool saturate) 
     Checksum checksum(crc, y);
     checksum.expect_apart_from(x);
     const tw::Kernels& k = tw::kernels();
-    const bool stream = streams(y);
+    const bool stream = streams(y, uncached);
     std::atomic<uint64_t> overflows{0};
     const Released released;
     split(x.size(), 64, [&](size_t i, size_t n) {
@@ -296,19 +320,18 @@ bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, nb::h
     checksum.expect_apart_from(x);
     checksum.expect_apart_from(m);
     const auto kernel = tw::kernels().quantize_4bit[type][x.dtype()];
-    const bool stream = streams(q);
+    const bool stream = streams(q) && !checksum.wanted();
     const Released released;
-    const bool finite = all_good(x.size(), bs, [&](size_t i, size_t n) {
-        const bool good = kernel(x.data<void>(i), q.data<uint8_t>(i / 2), m.data<float>(i / bs), n, bs, stream);
-        checksum.add(i / 2, (i + n + 1) / 2);
-        return good;
+    const auto end_of = [](size_t i) { return i / 2 + i % 2; };
+    const bool finite = quantize(x.size(), bs, checksum, end_of, [&](size_t i, size_t n) {
+        return kernel(x.data<void>(i), q.data<uint8_t>(i / 2), m.data<float>(i / bs), n, bs, stream);
     });
     checksum.finish(m);
     return finite;
 }
 
 void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize,
-                     const char* quant_type) {
+                     const char* quant_type, std::optional<bool> uncached) {
     const size_t bs = checked_blocksize_4bit(blocksize);
     const tw::QuantType type = checked_quant_type(quant_type);
     const Array q("codes", codes, "B", kInput), m("absmax", absmax, "f", kInput), y("out", out, kFloats, kOutput);
@@ -317,7 +340,7 @@ void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssi
     y.expect_apart_from(q);
     y.expect_apart_from(m);
     const auto kernel = tw::kernels().dequantize_4bit[type][y.dtype()];
-    const bool stream = streams(y);
+    const bool stream = streams(y, uncached);
     const Released released;
     split(y.size(), bs, [&](size_t i, size_t n) {
         kernel(q.data<uint8_t>(i / 2), m.data<float>(i / bs), y.data<void>(i), n, bs, stream);
@@ -337,18 +360,18 @@ bool quantize_int8(nb::handle values, nb::handle codes, nb::handle absmax, nb::h
     checksum.expect_apart_from(x);
     checksum.expect_apart_from(m);
     const auto kernel = tw::kernels().quantize_int8[x.dtype()];
-    const bool stream = streams(q);
+    const bool stream = streams(q) && !checksum.wanted();
     const Released released;
-    const bool finite = all_good(x.size(), bs, [&](size_t i, size_t n) {
-        const bool good = kernel(x.data<void>(i), q.data<uint8_t>(i), m.data<float>(i / bs), n, bs, stream);
-        checksum.add(i, i + n);
-        return good;
+    const auto end_of = [](size_t i) { return i; };
+    const bool finite = quantize(x.size(), bs, checksum, end_of, [&](size_t i, size_t n) {
+        return kernel(x.data<void>(i), q.data<uint8_t>(i), m.data<float>(i / bs), n, bs, stream);
     });
     checksum.finish(m);
     return finite;
 }
 
-void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize) {
+void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize,
+                     std::optional<bool> uncached) {
     const size_t bs = checked_blocksize(blocksize);
     const Array q("codes", codes, "B", kInput), m("absmax", absmax, "f", kInput), y("out", out, kFloats, kOutput);
     q.expect_size(y.size());
@@ -356,7 +379,7 @@ void dequantize_int8(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssi
     y.expect_apart_from(q);
     y.expect_apart_from(m);
     const auto kernel = tw::kernels().dequantize_int8[y.dtype()];
-    const bool stream = streams(y);
+    const bool stream = streams(y, uncached);
     const Released released;
     split(y.size(), bs, [&](size_t i, size_t n) {
         kernel(q.data<uint8_t>(i), m.data<float>(i / bs), y.data<void>(i), n, bs, stream);
@@ -387,7 +410,8 @@ bool quantize_linear(nb::handle values, nb::handle codes, nb::handle scales, nb:
     return finite;
 }
 
-bool dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_ssize_t blocksize) {
+bool dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_ssize_t blocksize,
+                       std::optional<bool> uncached) {
     const size_t bs = checked_blocksize(blocksize);
     const Array q("codes", codes, "b", kInput), s("scales", scales, "H", kInput), y("out", out, kFloats, kOutput);
     q.expect_size(y.size());
@@ -395,7 +419,7 @@ bool dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_s
     y.expect_apart_from(q);
     y.expect_apart_from(s);
     const auto kernel = tw::kernels().dequantize_linear[y.dtype()];
-    const bool stream = streams(y);
+    const bool stream = streams(y, uncached);
     const Released released;
     return all_good(y.size(), bs, [&](size_t i, size_t n) {
         return kernel(q.data<int8_t>(i), s.data<uint16_t>(i / bs), y.data<void>(i), n, bs, stream);
@@ -451,18 +475,21 @@ NB_MODULE(_native, m) {
 
     m.doc() = "The kernels in C++; tensorwire.kernels has their contract.";
     m.def("crc32c", crc32c, "data"_a, "seed"_a = 0);
-    m.def("cast", cast, "values"_a, "out"_a, "crc"_a = nb::none(), nb::kw_only(), "saturate"_a = false);
+    m.def("cast", cast, "values"_a, "out"_a, "crc"_a = nb::none(), nb::kw_only(), "saturate"_a = false,
+          "uncached"_a = nb::none());
     m.def("blockwise_absmax", blockwise_absmax, "values"_a, "absmax"_a, nb::kw_only(), "blocksize"_a);
     m.def("quantize_4bit", quantize_4bit, "values"_a, "codes"_a, "absmax"_a, "crc"_a = nb::none(), nb::kw_only(),
           "blocksize"_a, "quant_type"_a);
     m.def("dequantize_4bit", dequantize_4bit, "codes"_a, "absmax"_a, "out"_a, nb::kw_only(), "blocksize"_a,
-          "quant_type"_a);
+          "quant_type"_a, "uncached"_a = nb::none());
     m.def("quantize_int8", quantize_int8, "values"_a, "codes"_a, "absmax"_a, "crc"_a = nb::none(), nb::kw_only(),
           "blocksize"_a);
-    m.def("dequantize_int8", dequantize_int8, "codes"_a, "absmax"_a, "out"_a, nb::kw_only(), "blocksize"_a);
+    m.def("dequantize_int8", dequantize_int8, "codes"_a, "absmax"_a, "out"_a, nb::kw_only(), "blocksize"_a,
+          "uncached"_a = nb::none());
     m.def("quantize_linear", quantize_linear, "values"_a, "codes"_a, "scales"_a, "crc"_a = nb::none(), nb::kw_only(),
           "blocksize"_a);
-    m.def("dequantize_linear", dequantize_linear, "codes"_a, "scales"_a, "out"_a, nb::kw_only(), "blocksize"_a);
+    m.def("dequantize_linear", dequantize_linear, "codes"_a, "scales"_a, "out"_a, nb::kw_only(), "blocksize"_a,
+          "uncached"_a = nb::none());
 
     m.def(
         "isa", [] { return tw::kernels().isa; }, "The instruction set in use.");

@@ -40,7 +40,14 @@ from tensorwire.errors import (
 )
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
-from tensorwire.streams import Schema, TensorFile, decode_file, encode_file
+from tensorwire.streams import (
+    Schema,
+    TensorFile,
+    decode_file,
+    encode_file,
+    get_spare_memory,
+    set_spare_memory,
+)
 from tensorwire.tensor import TensorView
 
 if TYPE_CHECKING:
@@ -74,12 +81,14 @@ __all__ = [
     "dumps",
     "encode",
     "encode_file",
+    "get_spare_memory",
     "get_threads",
     "load_file",
     "loads",
     "open_file",
     "save_file",
     "schema",
+    "set_spare_memory",
     "set_threads",
 ]
 

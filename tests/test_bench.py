@@ -131,7 +131,8 @@ def test_speed_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for row in rows
         if row["impl"] == tensorwire.kernels.implementation
     }
-    assert {("bf16", op, output) for op in ("encode", "decode") for output in ("warm", "fresh")} <= ours
+    assert {("bf16", op, output) for op in ("encode", "decode") for output in ("warm", "fresh", "reused")} <= ours
+    assert {("raw", "decode_stream", output) for output in ("warm", "fresh", "reused")} <= ours
     assert ("raw", "encode_stream", "warm") in ours
     assert ("raw", "encode", "warm") not in ours
 
@@ -155,10 +156,10 @@ def test_a_rival_is_compared_with_like_outputs() -> None:
         return {"codec": "nf4", "op": "decode", "impl": impl, "output": output, "gbps": gbps}
 
     ours = tensorwire.kernels.implementation
-    rows = [row("memcpy", "warm", 10.0), row(ours, "warm", 20.0), row(ours, "fresh", 8.0)]
+    rows = [row("memcpy", "warm", 10.0), row(ours, "warm", 20.0), row(ours, "fresh", 8.0), row(ours, "reused", 12.0)]
     rows += [row("bitsandbytes", "warm", 5.0), row("bitsandbytes", "fresh", 2.0)]
     ratios = [(r["vs_memcpy"], r["vs_rival"]) for r in speed._with_ratios(rows)]
-    assert ratios == [(1.0, None), (2.0, 4.0), (0.8, 4.0), (0.5, None), (0.2, None)]
+    assert ratios == [(1.0, None), (2.0, 4.0), (0.8, 4.0), (1.2, 6.0), (0.5, None), (0.2, None)]
 
 
 def test_memory_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tensorwire import dtypes
-from tensorwire.codecs import CODECS, Codec, from_stages, parse
+from tensorwire.codecs import CODECS, Codec, crc32c, from_stages, parse
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError, UnsupportedError
 from tensorwire.tensor import TensorView
 
@@ -28,13 +28,22 @@ LOSSY = ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=
 VALUES = (np.random.default_rng(3).standard_normal(70_001) * 0.02).astype(np.float32)
 
 
+@pytest.mark.parametrize("spec", ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4"])
+def test_a_checksum_comes_with_the_payload(spec: str) -> None:
+    for count in (0, 1, 63, 4096, VALUES.size):
+        encoded = parse(spec).encode(VALUES[:count], dtypes.FLOAT32, take)
+        assert encoded.crc == crc32c(encoded.payload)
+
+
 def take(size: int) -> np.ndarray:
     return np.empty(size, np.uint8)
 
 
 def payload_of(codec: Codec, values: np.ndarray) -> bytearray:
     view = TensorView(dtypes.FLOAT32, values.shape, lambda start, stop: values[start:stop])
-    return bytearray(codec.encode(values, dtypes.FLOAT32, take, codec.prepare(view)).payload)
+    encoded = codec.encode(values, dtypes.FLOAT32, take, codec.prepare(view))
+    assert encoded.crc in (None, crc32c(encoded.payload))
+    return bytearray(encoded.payload)
 
 
 def decoded(codec: Codec, payload: bytes | bytearray, count: int) -> np.ndarray:

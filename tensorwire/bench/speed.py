@@ -4,19 +4,21 @@ Every contender works on the same array of seeded weights. After one warm-up eac
 in turn, so that whatever else the machine does falls on all alike; a figure is the median of the rounds.
 Contenders that allocate have rounds of their own, after the others: what they free the system, and below a virtual
 machine its host, takes back during the next hundredths of a second, at the cost of whoever runs then.
-`warm` writes into memory that was written before, `fresh` into what it allocates itself. memcpy is
-`np.copyto` of the same array into warm memory, each byte counted once; vs_memcpy and vs_rival are ratios to
-figures of this run.
+`warm` writes into memory that was written before, `fresh` into what it allocates itself and nobody wrote to before.
+`reused` allocates too, as tensorwire does unless told otherwise: it gets the memory of what the round before it dropped
+(`tensorwire.set_spare_memory`). memcpy is `np.copyto` of the same array into warm memory, each byte
+counted once; vs_memcpy and vs_rival are ratios to figures of this run.
 
-encode and decode are the codec alone, in one call that may use `threads` threads; memcpy copies as many
-equal parts at once. encode_stream drains
-`tensorwire.encode` and decode_stream runs `tensorwire.decode` from one message into an existing array, or fresh
-into what it allocates: frames, checksums and Python included.
+encode and decode are the codec alone, the checksum of what it encodes included, in one call that may use `threads`
+threads; memcpy copies as many equal parts at once. encode_stream drains `tensorwire.encode` and decode_stream runs
+`tensorwire.decode` from one message into an existing array, or into what it allocates: frames, checksums and Python
+included.
 """
 
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -32,12 +34,15 @@ from tensorwire.bench.options import Note, Options
 from tensorwire.bench.rivals import Contender
 from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import Codec, crc32c
+from tensorwire.streams.pool import SPARE
 
 DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "raw")
 DEFAULT_SIZE_MIB: Final = {"native": 32, "numpy": 4}
 ROUNDS: Final = 9
 FEWER_ROUNDS: Final = 5  # for what takes longer than
 _SLOW: Final = 0.2  # seconds
+# Outputs that are measured together, and whether memory of dropped tensors is kept meanwhile.
+GROUPS: Final = ((("warm", "none"), True), (("fresh",), False), (("reused",), True))
 COLUMNS: Final = (
     Column("size_mib", "MiB"),
     Column("codec", "codec"),
@@ -81,13 +86,11 @@ def _measure(codecs: list[Codec], size_mib: int, threads: int) -> list[Row]:
         for codec in codecs:
             contenders += _ours(codec, values, out)
             contenders += rivals.contenders(codec, values, out, threads)
-        fresh = [contender for contender in contenders if contender.output == "fresh"]
-        warm = [contender for contender in contenders if contender.output != "fresh"]
-        seconds = {
-            contender: time
-            for group in (warm, fresh)
-            for contender, time in zip(group, time_all([contender.run for contender in group]), strict=True)
-        }
+        seconds: dict[Contender, float] = {}
+        for outputs, spare_memory in GROUPS:
+            group = [contender for contender in contenders if contender.output in outputs]
+            with _spare_memory(spare_memory):
+                seconds |= zip(group, time_all([contender.run for contender in group]), strict=True)
     rows = [
         {
             "suite": "speed",
@@ -146,9 +149,11 @@ def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contend
     if not codec.in_place:
         ours = _Ours(codec, values, out)
         yield Contender(name, "encode", impl, "warm", ours.encode)
-        yield Contender(name, "encode", impl, "fresh", ours.encode_fresh)
+        yield Contender(name, "encode", impl, "fresh", ours.encode_allocating)
+        yield Contender(name, "encode", impl, "reused", ours.encode_allocating)
         yield Contender(name, "decode", impl, "warm", ours.decode)
-        yield Contender(name, "decode", impl, "fresh", ours.decode_fresh)
+        yield Contender(name, "decode", impl, "fresh", ours.decode_allocating)
+        yield Contender(name, "decode", impl, "reused", ours.decode_allocating)
     state, into = {"x": values}, {"x": out}
     message = tensorwire.dumps(state, codec=codec)
     yield Contender(
@@ -157,11 +162,12 @@ def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contend
     yield Contender(
         name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into=into))
     )
-    yield Contender(name, "decode_stream", impl, "fresh", lambda: _drain(tensorwire.decode(message)))
+    for output in ("fresh", "reused"):
+        yield Contender(name, "decode_stream", impl, output, lambda: _drain(tensorwire.decode(message)))
 
 
 class _Ours:
-    """Our codec over one array, into warm memory and into fresh."""
+    """Our codec over one array, into warm memory and into what it allocates as streams do."""
 
     def __init__(self, codec: Codec, values: np.ndarray, out: np.ndarray) -> None:
         self._codec = codec
@@ -174,14 +180,14 @@ class _Ours:
     def encode(self) -> None:
         self._encode(self._take_warm)
 
-    def encode_fresh(self) -> None:
-        self._encode(lambda size: np.empty(size, np.uint8))
+    def encode_allocating(self) -> None:
+        self._encode(SPARE.empty)
 
     def decode(self) -> None:
         self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, self._out)
 
-    def decode_fresh(self) -> None:
-        self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, np.empty(self._out.size, np.uint8))
+    def decode_allocating(self) -> None:
+        self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, SPARE.empty(self._out.size))
 
     def _encode(self, take: Callable[[int], np.ndarray]) -> Any:
         # What a codec must know of the whole tensor (double quantization: its mean) is part of the work.
@@ -203,6 +209,17 @@ def _together(jobs: list[Callable[[], Any]], pool: ThreadPoolExecutor) -> Callab
     return jobs[0] if len(jobs) == 1 else lambda: list(pool.map(lambda job: job(), jobs))
 
 
+@contextmanager
+def _spare_memory(kept: bool) -> Iterator[None]:
+    limit = tensorwire.get_spare_memory()
+    if not kept:
+        tensorwire.set_spare_memory(0)
+    try:
+        yield
+    finally:
+        tensorwire.set_spare_memory(limit)
+
+
 def _drain(iterator: Iterator[Any]) -> None:
     for _ in iterator:
         pass
@@ -218,9 +235,10 @@ def _with_ratios(rows: list[Row]) -> list[Row]:
         row["vs_memcpy"] = row["gbps"] / memcpy
         row["vs_rival"] = None
         if row["impl"] == kernels.implementation:
-            # A rival that offers only one kind of output is compared with both of ours, and a stream of ours with
+            # A rival that offers only one kind of output is compared with all of ours, and a stream of ours with
             # what the rival has, which is the bare work.
-            outputs, op = (row["output"], "warm", "fresh"), row["op"].removesuffix("_stream")
+            first = "fresh" if row["output"] == "reused" else row["output"]
+            outputs, op = (first, "warm", "fresh"), row["op"].removesuffix("_stream")
             rival = next((theirs[key] for o in outputs if (key := (row["codec"], op, o)) in theirs), None)
             row["vs_rival"] = row["gbps"] / rival if rival else None
     return rows

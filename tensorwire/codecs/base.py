@@ -105,9 +105,11 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
         """Write a slice's elements to `out`, a flat uint8 array of exactly their bytes, or with `on_device` maybe a
-        1-D device tensor of them.
+        1-D device tensor of them. `uncached`: as kernels take it.
 
         Raises FormatError for a payload that no encoder produces.
         """

@@ -68,9 +68,11 @@ class _Cast(Codec):
             )
         return Encoded(payload, int(crc[0]))
 
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
         values = float_target(out, dtype)
-        kernels_for(values).cast(np.frombuffer(payload, FLOATS[self.narrow]), values)
+        kernels_for(values).cast(np.frombuffer(payload, FLOATS[self.narrow]), values, uncached=uncached)
 
 
 @dataclass(frozen=True, repr=False)

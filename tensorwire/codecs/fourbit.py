@@ -104,11 +104,15 @@ class FourBit(Quantizer):
             )
         return True
 
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
         values = float_target(out, dtype)
         metadata, codes = self.parts(payload, len(values), dtype)
         absmax = unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
-        kernels_for(values).dequantize_4bit(codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type)
+        kernels_for(values).dequantize_4bit(
+            codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type, uncached=uncached
+        )
 
     def parts(self, payload: memoryview, count: int, dtype: DType) -> tuple[np.ndarray, np.ndarray]:
         """Metadata and codes of a received payload of the right length. Raises FormatError."""

@@ -89,10 +89,14 @@ class Int8(Quantizer):
             refuse_nonfinite(values, self)
         return Encoded(payload, int(crc[0]))
 
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
         values = float_target(out, dtype)
         absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(len(values)))
-        kernels_for(values).dequantize_int8(codes, checked_absmax(absmax), values, blocksize=self.blocksize)
+        kernels_for(values).dequantize_int8(
+            codes, checked_absmax(absmax), values, blocksize=self.blocksize, uncached=uncached
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,13 +121,17 @@ class Int8Linear(Quantizer):
             refuse_nonfinite(values, self)
         return Encoded(payload, int(crc[0]))
 
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
         values = float_target(out, dtype)
         scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(len(values)))
         scales = scale_bytes.view(np.uint16)
         if scales.size and scales.max() >= 0x7F80:
             raise FormatError("a scale is negative, infinite or NaN")
-        if not kernels_for(values).dequantize_linear(codes.view(np.int8), scales, values, blocksize=self.blocksize):
+        if not kernels_for(values).dequantize_linear(
+            codes.view(np.int8), scales, values, blocksize=self.blocksize, uncached=uncached
+        ):
             raise FormatError("code -128 is not used")
 
 

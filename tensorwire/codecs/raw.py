@@ -31,7 +31,9 @@ class Raw(Codec):
     def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
         return Encoded(data)
 
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
         received = np.frombuffer(payload, np.uint8)
         if dtype == dtypes.BOOL and received.size and received.max() > 1:
             raise FormatError("a bool is neither 0 nor 1")

@@ -78,9 +78,11 @@ class Zstd(Codec):
         except zstandard.ZstdError as error:
             raise _memory_error(error) from error
 
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
         count = len(out) if on_device(out) else out.size // dtype.itemsize
-        self.inner.decode(self.decompress(payload, count, dtype), dtype, out)
+        self.inner.decode(self.decompress(payload, count, dtype), dtype, out, uncached)
 
     def decompress(self, payload: memoryview, count: int, dtype: DType) -> memoryview:
         """The payload of the inner codec. Raises FormatError unless it is the one frame it must be."""

@@ -19,7 +19,7 @@ from bitsandbytes.nn import Params4bit
 
 from tensorwire import dtypes, streams
 from tensorwire import torch as torch_front
-from tensorwire.codecs import FP4, NF4, Codec, Int8, Sizes, Zstd, from_stages
+from tensorwire.codecs import FP4, NF4, Codec, Encoded, Int8, Sizes, Zstd, from_stages
 from tensorwire.codecs.base import Take
 from tensorwire.codecs.fourbit import NESTED_BLOCKSIZE, FourBit, unnest
 from tensorwire.codecs.int8 import checked_absmax, split
@@ -130,11 +130,13 @@ class _Ready(Codec):
     def fit(self, budget: int, dtype: DType) -> int:
         return self.inner.fit(budget, dtype)
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Any:
-        return data
+    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
+        return Encoded(data)
 
-    def decode(self, payload: memoryview, dtype: DType, out: np.ndarray) -> None:
-        self.inner.decode(payload, dtype, out)
+    def decode(
+        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
+    ) -> None:
+        self.inner.decode(payload, dtype, out, uncached)
 
 
 class _Front(torch_front.TorchFront):

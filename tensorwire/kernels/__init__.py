@@ -6,20 +6,23 @@ allocated, never overlap an input, and their sizes are checked against one anoth
 A *float array* is float32, float16, or uint16 holding bfloat16 bit patterns (NumPy has no bfloat16).
 
     crc32c(data, seed=0) -> int                         CRC-32C (Castagnoli) of a buffer, chained through `seed`
-    cast(values, out, crc=None, *, saturate=False) -> int
+    cast(values, out, crc=None, *, saturate=False, uncached=None) -> int
                                                         float32 <-> float16/bfloat16; finite values that overflowed
     blockwise_absmax(values, absmax, *, blocksize) -> bool
     quantize_4bit(values, codes, absmax, crc=None, *, blocksize, quant_type) -> bool
-    dequantize_4bit(codes, absmax, out, *, blocksize, quant_type) -> None
+    dequantize_4bit(codes, absmax, out, *, blocksize, quant_type, uncached=None) -> None
     quantize_int8(values, codes, absmax, crc=None, *, blocksize) -> bool
-    dequantize_int8(codes, absmax, out, *, blocksize) -> None
+    dequantize_int8(codes, absmax, out, *, blocksize, uncached=None) -> None
     quantize_linear(values, codes, scales, crc=None, *, blocksize) -> bool
-    dequantize_linear(codes, scales, out, *, blocksize) -> bool     False: there was a -128, which no quantizer makes
+    dequantize_linear(codes, scales, out, *, blocksize, uncached=None) -> bool
+                                                        False: there was a -128, which no quantizer makes
     set_threads(count), get_threads()                   threads that one call may use, its own included
 
 A quantizer returns whether all its input was finite; when it returns False the outputs are to be thrown away.
 `crc`, a uint32 array of one element, receives the CRC-32C of the absmax or scales followed by the codes, or of `out`:
 taken while they are made where the instruction set allows, which costs less than reading them again.
+`uncached`: whether `out` is written past the caches, which is right for memory that was written before and will not be
+read soon; None: if it is larger than they are.
 A wrong dtype raises TypeError, wrong sizes or overlap ValueError: callers pass checked sizes, so either is a bug.
 
 The implementation is chosen once, at import: ``TENSORWIRE_ISA=numpy`` forces the twins, ``portable``, ``avx2``,

@@ -3,7 +3,7 @@
 Every step is one IEEE float32 operation, rounded to nearest even, subnormals kept; a narrower output costs
 one more rounding at the end. Work goes slice by slice, so that temporaries stay at a few MiB. Block i of an
 array is its elements [i * blocksize, (i + 1) * blocksize); the last block may be shorter. Shapes, dtypes and
-errors are the contract of `tensorwire.kernels`.
+errors are the contract of `tensorwire.kernels`; `uncached` is ignored.
 """
 
 import functools
@@ -168,7 +168,14 @@ def _narrow(values: Float32, out: Array) -> None:
 
 
 @_quiet
-def cast(values: Array, out: Array, crc: Words | None = None, *, saturate: bool = False) -> int:
+def cast(
+    values: Array,
+    out: Array,
+    crc: Words | None = None,
+    *,
+    saturate: bool = False,
+    uncached: bool | None = None,
+) -> int:
     """Convert float32 to float16 or bfloat16, or back; the number of finite values that overflowed.
 
     Narrowing rounds to nearest even; an overflow gives an infinity, with `saturate` the largest finite value
@@ -274,7 +281,13 @@ def quantize_4bit(
 
 @_quiet
 def dequantize_4bit(
-    codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *, blocksize: int, quant_type: str
+    codes: npt.NDArray[np.uint8],
+    absmax: Float32,
+    out: Array,
+    *,
+    blocksize: int,
+    quant_type: str,
+    uncached: bool | None = None,
 ) -> None:
     """out = fl32(code value * absmax), then one rounding to the type of `out`; n is out.size."""
     blocksize = _check_4bit(blocksize, quant_type)
@@ -328,7 +341,9 @@ def quantize_int8(
 
 
 @_quiet
-def dequantize_int8(codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *, blocksize: int) -> None:
+def dequantize_int8(
+    codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *, blocksize: int, uncached: bool | None = None
+) -> None:
     """out = fl32(code value * absmax), then one rounding to the type of `out`."""
     _check_array("codes", codes, np.uint8)
     _check_array("absmax", absmax, np.float32)
@@ -384,7 +399,12 @@ def quantize_linear(
 
 @_quiet
 def dequantize_linear(
-    codes: npt.NDArray[np.int8], scales: npt.NDArray[np.uint16], out: Array, *, blocksize: int
+    codes: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.uint16],
+    out: Array,
+    *,
+    blocksize: int,
+    uncached: bool | None = None,
 ) -> bool:
     """out = fl32(code * scale), then one rounding to the type of `out`; `scales` are bfloat16 bits.
 

@@ -1,7 +1,7 @@
 """The kernels for tensors on a CUDA device: bitsandbytes quantizes there, only the small result crosses.
 
 The contract is that of `tensorwire.kernels`, except that the float side of each call (`values` of encoders, `out` of
-decoders) is a 1-D torch tensor on the device and the other arrays are NumPy's, on the host.
+decoders) is a 1-D torch tensor on the device and the other arrays are NumPy's, on the host. `uncached` is ignored.
 
 Same bytes as on the CPU but for three things, which docs/codecs.md lists: bitsandbytes' device code takes an
 approximate reciprocal, so values next to a threshold may get the neighbouring code; 4 NF4 thresholds lie one unit in the
@@ -24,7 +24,14 @@ _SMALLEST_SCALE: Final = torch.finfo(torch.bfloat16).tiny
 _HALVES: Final = {np.dtype(np.uint16): torch.bfloat16, np.dtype(np.float16): torch.float16}
 
 
-def cast(values: Any, out: Any, crc: np.ndarray | None = None, *, saturate: bool = False) -> int:
+def cast(
+    values: Any,
+    out: Any,
+    crc: np.ndarray | None = None,
+    *,
+    saturate: bool = False,
+    uncached: bool | None = None,
+) -> int:
     """Narrow a float32 device tensor into a host array, or widen a host array into a float32 device tensor."""
     if isinstance(out, torch.Tensor):
         out.copy_(_half_tensor(values).to(out.device).to(out.dtype))
@@ -71,7 +78,15 @@ def quantize_4bit(
     return True
 
 
-def dequantize_4bit(codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int, quant_type: str) -> None:
+def dequantize_4bit(
+    codes: np.ndarray,
+    absmax: np.ndarray,
+    out: torch.Tensor,
+    *,
+    blocksize: int,
+    quant_type: str,
+    uncached: bool | None = None,
+) -> None:
     """table[code] * absmax, rounded to the dtype of `out`."""
     state = functional.QuantState(
         _to(absmax, out), shape=out.shape, dtype=out.dtype, blocksize=blocksize, quant_type=quant_type
@@ -94,7 +109,9 @@ def quantize_int8(
     return True
 
 
-def dequantize_int8(codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int) -> None:
+def dequantize_int8(
+    codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int, uncached: bool | None = None
+) -> None:
     """table[code] * absmax, rounded to the dtype of `out`."""
     code = functional.create_dynamic_map().to(out.device)
     state = functional.QuantState(_to(absmax, out), code=code, blocksize=blocksize, dtype=out.dtype)
@@ -117,7 +134,9 @@ def quantize_linear(
     return True
 
 
-def dequantize_linear(codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, *, blocksize: int) -> bool:
+def dequantize_linear(
+    codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, *, blocksize: int, uncached: bool | None = None
+) -> bool:
     """code * scale, rounded to the dtype of `out`; whether no code is -128."""
     scale = _half_tensor(scales).to(out.device).float().repeat_interleave(blocksize)[: out.numel()]
     out.copy_(_to(codes, out).float() * scale)

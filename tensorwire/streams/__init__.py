@@ -6,6 +6,7 @@ from tensorwire.streams.decode import collect, decode, decode_async
 from tensorwire.streams.encode import FRAME_SIZE, encode
 from tensorwire.streams.files import TensorFile, iterate_file, load_file, save_file
 from tensorwire.streams.outgoing import Outgoing, Recorded, Regenerated
+from tensorwire.streams.pool import get_spare_memory, set_spare_memory
 from tensorwire.streams.recording import Outcome, Position, Recording
 from tensorwire.streams.schema import Schema
 
@@ -29,7 +30,9 @@ __all__ = [
     "decode_file",
     "encode",
     "encode_file",
+    "get_spare_memory",
     "iterate_file",
     "load_file",
     "save_file",
+    "set_spare_memory",
 ]

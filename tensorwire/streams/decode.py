@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -73,6 +73,10 @@ def collect(
     return memory.tree.result()
 
 
+# Tensors of more bytes would leave the caches before they are whole: half of a common L3.
+_UNCACHED_FROM: Final = 16 << 20
+
+
 class _Memory:
     """Receives a stream into memory."""
 
@@ -85,7 +89,8 @@ class _Memory:
         self._limits = limits
         self._receiver = Receiver(None, self._open, limits)
         self._aliases: dict[int, list[tuple[int, Item]]] = {}
-        self.get_buffer, self.buffer_updated = self._receiver.get_buffer, self._receiver.buffer_updated
+        receiver = self._receiver
+        self.get_buffer, self.buffer_updated, self.lend = receiver.get_buffer, receiver.buffer_updated, receiver.lend
 
     def steps(self) -> Generator[Any, None, None]:
         """NEED_DATA, and (number, item, value) of what is complete."""
@@ -142,7 +147,9 @@ class TensorSink(Sink):
         self.stable = trusted
 
     def region(self, start: int, stop: int) -> np.ndarray:
-        return self._memory.region(start, stop)
+        region = self._memory.region(start, stop)
+        self.uncached = self._memory.reused and self._memory.data.size >= _UNCACHED_FROM or None
+        return region
 
     def close(self) -> Any:
         return self._front.wrap(self._memory.data, self._item.dtype, self._item.shape)
@@ -166,6 +173,7 @@ class _HostSink(Sink):
     def __init__(self, tensor: Any, data: np.ndarray) -> None:
         self._tensor = tensor
         self._data = data
+        self.uncached = data.size >= _UNCACHED_FROM or None
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._data[start:stop]

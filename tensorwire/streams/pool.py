@@ -1,8 +1,12 @@
 """Memory: buffers that are used again, and memory that grows with what has arrived."""
 
+import mmap
+import os
 import sys
 import threading
-from typing import Final
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
 
 import numpy as np
 
@@ -12,6 +16,155 @@ _KEPT: Final = 8
 _FIRST_TAKE: Final = 4 << 20
 _GROWTH: Final = 16
 _NOTHING: Final = np.empty(0, np.uint8)
+
+# Smaller memory the C library keeps by itself.
+_SPARE_FROM: Final = 256 << 10
+# The system must be able to take spare memory back while we have it.
+_CAN_SPARE: Final = hasattr(mmap, "MADV_FREE")
+
+
+def _initial_limit() -> int:
+    if not _CAN_SPARE:
+        return 0
+    asked = os.environ.get("TENSORWIRE_SPARE_MEMORY")
+    if not asked:
+        return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16, 1 << 30)
+    if not asked.isdecimal():
+        raise ImportError(f"TENSORWIRE_SPARE_MEMORY: expected a number of bytes, got {asked!r}")
+    return int(asked)
+
+
+class SpareMemory:
+    """Memory of large arrays that were dropped, for new ones of the same size; at most `limit` bytes of it.
+
+    Filling memory for the first time costs three to ten times what filling it again does: the system clears each page
+    before. A training loop that decodes the same model every round pays that in the first round only. What is kept is
+    marked as free (madvise, MADV_FREE): the system takes it when it runs short, at no cost to anybody but the next array.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._free: dict[int, list[_Mapping]] = {}  # by size, the one that was given back last at the end
+        # Tried, never waited for: finalizers run in any thread at any time, that of its holder included, and a child of a
+        # fork may find it held for ever. Whoever does not get it does without spare memory.
+        self._lock = threading.Lock()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be kept."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = limit
+        if self._lock.acquire(blocking=False):
+            try:
+                self._shrink()
+            finally:
+                self._lock.release()
+
+    def empty(self, size: int) -> np.ndarray:
+        """A uint8 array of `size` bytes with arbitrary content. Raises MemoryError."""
+        array = self.take(size)
+        if array is not None:
+            return array
+        if size < _SPARE_FROM or size > self._limit:
+            return np.empty(size, np.uint8)
+        return _Loan(_Mapping(size), self).array()
+
+    def take(self, size: int) -> np.ndarray | None:
+        """The same if there is spare memory of that size: nothing is asked of the system."""
+        mapping = None
+        if self._lock.acquire(blocking=False):
+            try:
+                mapping = self._pop(size, -1) if size in self._free else None
+            finally:
+                self._lock.release()
+        return None if mapping is None else _Loan(mapping, self).array()
+
+    def give_back(self, mapping: "_Mapping") -> None:
+        """Keep a mapping that nobody uses any more, or let it go."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if mapping.size <= self._limit:
+                mapping.mark_free()
+                self._free[mapping.size] = [*self._free.pop(mapping.size, ()), mapping]
+                self._size += mapping.size
+                self._shrink()
+        finally:
+            self._lock.release()
+
+    def _pop(self, size: int, index: int) -> "_Mapping":
+        mapping = self._free[size].pop(index)
+        self._size -= size
+        if not self._free[size]:
+            del self._free[size]
+        return mapping
+
+    def _shrink(self) -> None:
+        while self._size > self._limit:
+            self._pop(next(iter(self._free)), 0)
+
+
+class _Mapping:
+    """Anonymous memory of its own, in huge pages where the system gives them when asked."""
+
+    __slots__ = ("_memory", "address", "size")
+
+    def __init__(self, size: int) -> None:
+        try:
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes: {error.strerror}") from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.size = size
+        self.address = np.frombuffer(self._memory, np.uint8).ctypes.data
+
+    def mark_free(self) -> None:
+        with suppress(OSError):  # locked in memory by the program, for instance
+            self._memory.madvise(mmap.MADV_FREE)
+
+
+class _Loan:
+    """A mapping in use: NumPy keeps this object for as long as any view of the array lives."""
+
+    def __init__(self, mapping: _Mapping, owner: SpareMemory) -> None:
+        self._mapping = mapping
+        self._owner = owner
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"version": 3, "typestr": "|u1", "shape": (self._mapping.size,), "data": (self._mapping.address, False)}
+
+    def array(self) -> np.ndarray:
+        return np.asarray(self)
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing():  # then what this needs is being taken down
+            self._owner.give_back(self._mapping)
+
+
+SPARE: Final = SpareMemory(_initial_limit())
+
+
+def set_spare_memory(size: int) -> None:
+    """Keep at most `size` bytes of memory of dropped tensors for the next ones; 0: none. What is kept beyond is let go.
+
+    The default is a sixteenth of the machine's memory, 1 GiB at most, or TENSORWIRE_SPARE_MEMORY. The system takes it
+    back whenever it needs memory; until then it counts as this process's.
+    """
+    if type(size) is not int or size < 0:
+        raise ValueError(f"spare memory: expected a number of bytes, not {size!r}")
+    SPARE.limit = size if _CAN_SPARE else 0
+
+
+def get_spare_memory() -> int:
+    """The bytes that may be kept."""
+    return SPARE.limit
 
 
 def _count(arrays: list[np.ndarray], index: int) -> int:
@@ -41,7 +194,7 @@ class Pool:
                     return self._arrays[index][:size]
             if free:
                 del self._arrays[free[0]]
-            array = np.empty(size, np.uint8)
+            array = SPARE.empty(size)
             if len(self._arrays) < _KEPT:
                 self._arrays.append(array)
             return array[:size]
@@ -54,20 +207,29 @@ class GrowingMemory:
     megabytes, and bring none of them.
     """
 
-    __slots__ = ("_size", "_trusted", "data")
+    __slots__ = ("_size", "_trusted", "data", "reused")
 
     def __init__(self, size: int, *, trusted: bool = False) -> None:
         self._size = size
         self._trusted = trusted
         self.data = _NOTHING
+        self.reused = False  # whether the memory was in use before, and not only taken from the system
 
     def region(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop). Regions given before must no longer be in use."""
         if self.data is _NOTHING:
-            self.data = np.empty(self._size if self._trusted else min(self._size, max(stop, _FIRST_TAKE)), np.uint8)
+            self.data = self._first(stop)
         elif stop > self.data.size:
             # Not ndarray.resize: that fills what it adds with zeros, in small pages.
-            grown = np.empty(min(self._size, max(stop, _GROWTH * self.data.size)), np.uint8)
+            grown = self._taken(max(stop, _GROWTH * self.data.size))
             grown[: self.data.size] = self.data
             self.data = grown
         return self.data[start:stop]
+
+    def _first(self, stop: int) -> np.ndarray:
+        spare = SPARE.take(self._size)
+        self.reused = spare is not None
+        return self._taken(self._size if self._trusted else max(stop, _FIRST_TAKE)) if spare is None else spare
+
+    def _taken(self, size: int) -> np.ndarray:
+        return SPARE.empty(self._size) if size >= self._size else np.empty(size, np.uint8)

@@ -35,6 +35,7 @@ from tensorwire.wire import (
 
 # A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
 _PIECE: Final = 4 << 20
+_NOWHERE: Final[tuple[int, np.ndarray]] = 0, np.empty(0, np.uint8)
 
 
 class Sink(ABC):
@@ -42,6 +43,8 @@ class Sink(ABC):
 
     # Whether regions stay valid when the next one is asked for. Memory that still grows may move.
     stable = True
+    # How decoders write to regions, as kernels take it.
+    uncached: bool | None = None
 
     @abstractmethod
     def region(self, start: int, stop: int) -> Any:
@@ -93,7 +96,7 @@ class Receiver(FromReader):
         self._sinks: dict[int, Any] = {}
         self._helper = Helper()
         self._raw: SliceStart | None = None  # the raw slice that is landing,
-        self._landing: tuple[int, np.ndarray] = 0, np.empty(0, np.uint8)  # its current piece,
+        self._landing = _NOWHERE  # its current piece and that piece's first byte in the item,
         self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
 
     def steps(self) -> Generator[Any, None, None]:
@@ -105,7 +108,9 @@ class Receiver(FromReader):
             raise
         finally:
             self._helper.close()
-            self._pool = Pool()  # not to wait for the garbage collector where `open_item` knows this object
+            # Not to leave what was received to the garbage collector: whoever opens items knows this object.
+            self._reader.close()
+            del self._open_item
 
     def _receive(self) -> Iterator[Any]:
         reader = self._reader
@@ -157,7 +162,7 @@ class Receiver(FromReader):
             self._raw = event
             self._direct_piece(0, event.length)
         else:
-            self._reader.direct(memoryview(self._pool.take(event.length)))
+            self._reader.direct(memoryview(self._pool.take(event.length)), anywhere=True)
 
     def _direct_piece(self, done: int, left: int) -> None:
         begin = self._raw.start * _dtype(self._raw.item).itemsize + done
@@ -198,7 +203,7 @@ class Receiver(FromReader):
 
         def work() -> None:
             with located:
-                codec.decode(event.payload, dtype, region)
+                codec.decode(event.payload, dtype, region, sink.uncached)
                 sink.commit(begin, region)
 
         self._helper.submit(work, size)

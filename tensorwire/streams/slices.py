@@ -15,6 +15,7 @@ from tensorwire.codecs import Codec, crc32c
 from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError, TensorwireError
 from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.pool import SPARE
 from tensorwire.streams.receive import check_codec, check_slice, reject_files
 from tensorwire.streams.source import FromReader, as_source
 from tensorwire.wire import (
@@ -43,13 +44,13 @@ class Scratch:
     def payload(self, size: int) -> np.ndarray:
         """`size` bytes for an encoded slice."""
         if self._payload.size < size:
-            self._payload = np.empty(size, np.uint8)
+            self._payload = SPARE.empty(size)
         return self._payload[:size]
 
     def values(self, size: int) -> np.ndarray:
         """`size` bytes for a decoded slice."""
         if self._values.size < size:
-            self._values = np.empty(size, np.uint8)
+            self._values = SPARE.empty(size)
         return self._values[:size]
 
 
@@ -100,7 +101,9 @@ class Slices(FromReader):
         try:
             yield from self._steps()
         finally:
-            self._scratch = Scratch()  # not to wait for the garbage collector where `open_item` knows this object
+            # Not to leave it to the garbage collector: whoever opens items may know this object.
+            self._reader.close()
+            self._scratch = Scratch()
 
     def _steps(self) -> Generator[Any, None, None]:
         reader = self._reader
@@ -139,7 +142,7 @@ class Slices(FromReader):
         if codec.in_place:
             self._direct_piece(0, event.length)
         else:
-            self._reader.direct(memoryview(self._scratch.payload(event.length)))
+            self._reader.direct(memoryview(self._scratch.payload(event.length)), anywhere=True)
 
     def _direct_piece(self, done: int, left: int) -> None:
         self._landed = done, self._scratch.values(min(left, _PIECE))

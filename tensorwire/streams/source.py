@@ -20,12 +20,18 @@ class _Bytes:
 
     def __init__(self, data: Any) -> None:
         self._rest = memoryview(data).cast("B")
+        # Nobody can change it between its verification and its use.
+        self.lasting = type(data) is bytes
 
     def readinto(self, buffer: memoryview, /) -> int:
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
+        data = self.take(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def take(self, size: int) -> memoryview:
+        """The next bytes where they stand, at most `size`."""
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
 
     def finish(self, offset: int) -> None:
         if self._rest:
@@ -85,6 +91,8 @@ class Consumer(Protocol):
 
     def buffer_updated(self, size: int) -> None: ...
 
+    def lend(self, data: memoryview) -> None: ...
+
 
 class FromReader(Consumer):
     """A Consumer around a Reader that can also be iterated over where it has a source of its own."""
@@ -104,16 +112,24 @@ class FromReader(Consumer):
         """`size` bytes went there; 0: the input has ended."""
         self._reader.buffer_updated(size)
 
+    def lend(self, data: memoryview) -> None:
+        """`Reader.lend`."""
+        self._reader.lend(data)
+
 
 def pull(consumer: Consumer, source: Source) -> Iterator[Any]:
     """The results of a consumer that is fed from a blocking source."""
     offset = 0
     with closing(consumer.steps()) as steps:
         for step in steps:
-            if step is NEED_DATA:
+            if step is not NEED_DATA:
+                yield step
+            elif isinstance(source, _Bytes) and source.lasting:
+                data = source.take(len(consumer.get_buffer()))
+                consumer.lend(data)
+                offset += len(data)
+            else:
                 got = source.readinto(consumer.get_buffer()) or 0
                 consumer.buffer_updated(got)
                 offset += got
-            else:
-                yield step
     finish(source, offset)

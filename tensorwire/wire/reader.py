@@ -11,11 +11,14 @@
         elif isinstance(event, SlicePart):               # or its first bytes, to be asked for the next when they have
             reader.direct(view)
 
+Bytes that are in memory already are handed over by `reader.lend(data)` in place of the two lines that fill the buffer.
+
 Decode order, never reordered: header CRC, then every field and limit, then the payload's bytes as they arrive,
 then the payload CRC, then the event. The reader never asks for a byte beyond the end frame.
 """
 
 from collections.abc import Generator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +37,7 @@ from tensorwire.wire.frames import (
 from tensorwire.wire.ledger import Ledger, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
+_UNDIRECTED: Final = None, False
 _STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
 
 
@@ -129,20 +133,22 @@ class Reader:
         self._ledger: Ledger | None = None
         self._wanted = memoryview(b"")  # the part of the current buffer that is still to be filled
         self._received = 0
-        self._destination: memoryview | None = None
+        self._destination: tuple[memoryview | None, bool] = _UNDIRECTED
+        self._anywhere = False  # the payload that is wanted may stand in other memory than was directed,
+        self._lent: memoryview | None = None  # and does
         self._error: WireError | None = None
         self._steps = self._run()
 
     def next_event(self) -> Event | _NeedData:
         """The next event, or NEED_DATA. After an error every further call raises it again."""
         if self._error is not None:
-            raise self._error
+            raise copy(self._error)
         if self._wanted:
             return NEED_DATA
         try:
             return next(self._steps)
         except WireError as error:
-            self._error = error
+            self._error = copy(error)  # without the traceback, which holds everything down to the receiver's memory
             raise
         except StopIteration:
             raise FormatError("the stream has ended", offset=self._received) from None
@@ -160,6 +166,20 @@ class Reader:
             )
         self._received += size
         self._wanted = self._wanted[size:]
+        self._anywhere = False
+
+    def lend(self, data: memoryview) -> None:
+        """`data` are the next bytes, no more than `get_buffer()` has room for; none: the input has ended.
+
+        They are copied there unless they are a payload for which any memory will do (`direct`). That is used where it
+        stands, so it must not change until the next `next_event`.
+        """
+        size = len(data)
+        if self._anywhere and size == len(self._wanted):
+            self._lent = data
+        else:
+            self._wanted[:size] = data
+        self.buffer_updated(size)
 
     def feed(self, data: Any) -> Generator[Event, None, int]:
         """Copy `data` in and yield what it completes; returns how many bytes were taken.
@@ -181,15 +201,23 @@ class Reader:
                 taken += size
         return taken
 
-    def direct(self, destination: memoryview) -> None:
-        """Let the payload of the slice just started, or its next bytes, land in `destination`."""
-        self._destination = destination
+    def direct(self, destination: memoryview, *, anywhere: bool = False) -> None:
+        """Let the payload of the slice just started, or its next bytes, land in `destination`.
 
-    def _directed(self, left: int) -> memoryview | None:
-        destination, self._destination = self._destination, None
+        `anywhere`: or in any other memory, where the payload is there whole; `Slice.payload` says which.
+        """
+        self._destination = destination, anywhere
+
+    def close(self) -> None:
+        """Let go of the memory that payloads were directed to, at any point of the stream."""
+        self._steps.close()
+        self._wanted, self._destination, self._lent = memoryview(b""), _UNDIRECTED, None
+
+    def _directed(self, left: int) -> tuple[memoryview | None, bool]:
+        (destination, anywhere), self._destination = self._destination, _UNDIRECTED
         if destination is not None and not min(left, 1) <= destination.nbytes <= left:
             raise ValueError(f"destination of {destination.nbytes} bytes for {left} bytes of payload")
-        return destination
+        return destination, anywhere
 
     def _run(self) -> Generator[Event | _NeedData, None, None]:
         preamble = bytearray(PREAMBLE_SIZE)
@@ -212,9 +240,9 @@ class Reader:
 
     def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event]:
         number, item = ledger.pending[0]
-        self._destination = None
+        self._destination = _UNDIRECTED
         yield SliceStart(number, item, header.start, header.count, header.length)
-        destination = self._directed(header.length)
+        destination, anywhere = self._directed(header.length)
         pad = bytearray(header.pad)
         yield from self._fill(memoryview(pad))
         if any(pad):
@@ -223,14 +251,14 @@ class Reader:
             destination = yield from self._buffer(header.length)
             crc = self._checksum(destination, 0)
         else:
-            crc = yield from self._fill_checked(destination, 0)
+            destination, crc = yield from self._fill_checked(destination, 0, anywhere)
             left = header.length - destination.nbytes
             while left:
                 yield SlicePart(number, item, header.length - left, left)
-                destination = self._directed(left)
+                destination, anywhere = self._directed(left)
                 if destination is None:
                     raise ValueError(f"{left} bytes of payload that were not directed")
-                crc = yield from self._fill_checked(destination, crc)
+                destination, crc = yield from self._fill_checked(destination, crc, anywhere)
                 left -= destination.nbytes
         self._verify(crc, header, item)
         last = header.start + header.count == item.total if item.total is not None else header.count == 0
@@ -284,9 +312,15 @@ class Reader:
         if buffer:  # `next_event` comes back when all of it is filled
             yield NEED_DATA
 
-    def _fill_checked(self, buffer: memoryview, crc: int) -> Generator[_NeedData, None, int]:
+    def _fill_checked(
+        self, buffer: memoryview, crc: int, anywhere: bool
+    ) -> Generator[_NeedData, None, tuple[memoryview, int]]:
+        """The bytes, in `buffer` or where they were lent, and their checksum."""
+        self._anywhere = anywhere
         yield from self._fill(buffer)
-        return self._checksum(buffer, crc)
+        lent, self._lent = self._lent, None
+        filled = buffer if lent is None else lent
+        return filled, self._checksum(filled, crc)
 
     def _buffer(self, length: int) -> Generator[_NeedData, None, memoryview]:
         parts = []

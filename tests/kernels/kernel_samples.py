@@ -144,13 +144,15 @@ def decode(
     dtype: str,
     offset: int = 0,
 ) -> Array:
+    """The decoded values; written past the caches, before them, or as the kernel sees fit, depending on the size."""
     out = Output(n, float_dtype(dtype), offset)
+    options = {"blocksize": blocksize, "uncached": (None, True, False)[(n + offset) % 3]}
     if method in ("nf4", "fp4"):
-        kernels.dequantize_4bit(codes, stats, out.array, blocksize=blocksize, quant_type=method)
+        kernels.dequantize_4bit(codes, stats, out.array, quant_type=method, **options)
     elif method == "int8":
-        kernels.dequantize_int8(codes, stats, out.array, blocksize=blocksize)
+        kernels.dequantize_int8(codes, stats, out.array, **options)
     else:
-        kernels.dequantize_linear(codes, stats, out.array, blocksize=blocksize)
+        kernels.dequantize_linear(codes, stats, out.array, **options)
     return out.checked()
 
 

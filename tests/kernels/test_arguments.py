@@ -180,6 +180,11 @@ class TestArguments:
         for value in (1, [0]):
             refused(kernels, name, TypeError, crc=value)
 
+    @pytest.mark.parametrize("name", ["cast", *(name for name in NAMES if name.startswith("dequantize"))])
+    def test_uncached(self, kernels: ModuleType, name: str) -> None:
+        results = [call(kernels, name, uncached=uncached) for uncached in (None, False, True)]
+        assert results.count(call(kernels, name)) == 3
+
     @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
     def test_quant_type(self, kernels: ModuleType, name: str) -> None:
         for quant_type in ("", "NF4", "int4", "nf4 "):
