@@ -52,15 +52,15 @@ struct Kernels {
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
-#define TW_DECLARE_TIER(tier)                                              \
-    namespace tier {                                                       \
-    void add_crc32c(Kernels&);                                             \
-    void add_cast(Kernels&);                                               \
-    void add_absmax(Kernels&);                                             \
-    void add_fourbit(Kernels&);                                            \
-    void add_int8(Kernels&);                                               \
-    void add_linear(Kernels&);                                             \
-    uint32_t crc32c(uint32_t checksum, const void* data, size_t size);     \
+#define TW_DECLARE_TIER(tier)                                          \
+    namespace tier {                                                   \
+    void add_crc32c(Kernels&);                                         \
+    void add_cast(Kernels&);                                           \
+    void add_absmax(Kernels&);                                         \
+    void add_fourbit(Kernels&);                                        \
+    void add_int8(Kernels&);                                           \
+    void add_linear(Kernels&);                                         \
+    uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }
 
 TW_DECLARE_TIER(portable)

@@ -12,8 +12,6 @@
 // All of it is in unnamed namespaces: two tiers must never share a function (see floats.h).
 #pragma once
 
-#include <type_traits>
-
 #include "crc32c.h"
 #include "kernels.h"
 
@@ -134,6 +132,14 @@ private:
     size_t part_size_ = 0;
 };
 
+// The checksum of what body(sink) puts into a sink.
+template <class V, class Sink, class Body>
+inline uint32_t sum_of(Sink& sink, Body body) {
+    Summed<V, Sink> summed(sink);
+    body(summed);
+    return summed.checksum();
+}
+
 #endif
 
 // Calls body(sink) with the sink for results of type V. To stream, only the last of them may be partial.
@@ -157,13 +163,7 @@ inline void write_to(void* out, bool stream, Body body) {
 template <class V, class Body>
 inline void write_to(void* out, size_t size, bool whole, bool stream, uint32_t* crc, Body body) {
 #if defined(TW_AVX512)
-    if (crc && whole) {
-        return write_to<V>(out, stream, [&](auto& sink) {
-            Summed<V, std::remove_reference_t<decltype(sink)>> summed(sink);
-            body(summed);
-            *crc = summed.checksum();
-        });
-    }
+    if (crc && whole) return write_to<V>(out, stream, [&](auto& sink) { *crc = sum_of<V>(sink, body); });
 #endif
     write_to<V>(out, stream && whole, body);
     if (crc) *crc = TW_TIER::crc32c(0, out, size);

@@ -150,13 +150,6 @@ inline __m512i folded(__m512i a, __m512i b) {
     return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(a, by, 0x00), _mm512_clmulepi64_epi128(a, by, 0x11), b,
                                      0x96);
 }
-template <size_t kBits>
-inline __m256i folded(__m256i a, __m256i b) {
-    constexpr int64_t kFirst = int64_t{x_to_the(kBits + 63)} << 32, kSecond = int64_t{x_to_the(kBits - 1)} << 32;
-    const __m256i by = _mm256_set_epi64x(kSecond, kFirst, kSecond, kFirst);
-    return _mm256_ternarylogic_epi64(_mm256_clmulepi64_epi128(a, by, 0x00), _mm256_clmulepi64_epi128(a, by, 0x11), b,
-                                     0x96);
-}
 
 }  // namespace
 }  // namespace tw

@@ -109,6 +109,27 @@ class TestSpareMemory:
         with pytest.raises(MemoryError, match="bytes"):
             spare.empty(1 << 50)
 
+    @pytest.mark.parametrize("size", [3 * MIB, 9 * MIB])
+    def test_it_is_given_up_before_memory_runs_out(
+        self, spare: SpareMemory, size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Below and above what it keeps; under a limit on the address space, of which spare memory is a part."""
+        spare.empty(2 * MIB)
+        make = spare._new
+        failures = [MemoryError("none left")]
+
+        def new(size: int) -> np.ndarray:
+            if failures:
+                raise failures.pop()
+            return make(size)
+
+        monkeypatch.setattr(spare, "_new", new)
+        assert spare.empty(size).size == size
+        assert spare.take(2 * MIB) is None
+        failures += [MemoryError("none left"), MemoryError("none left")]
+        with pytest.raises(MemoryError):
+            spare.empty(5 * MIB)
+
     def test_threads(self, spare: SpareMemory) -> None:
         """Each array belongs to one of them at a time."""
         wrong = []

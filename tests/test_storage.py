@@ -728,8 +728,10 @@ def test_ctrl_c_at_random_moments(verb: str, inputs: Path, tmp_path: Path) -> No
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
+    """The command, to which Ctrl-C means something even where the tests run in the background of a shell."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*PYTHON, "-m", "tensorwire", *arguments], cwd=HOME, **pipes)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen([*PYTHON, "-m", "tensorwire", *arguments], cwd=HOME, preexec_fn=heard, **pipes)
 
 
 def await_temporary(process: subprocess.Popen, folder: Path) -> None:

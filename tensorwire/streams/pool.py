@@ -58,17 +58,20 @@ class SpareMemory:
     @limit.setter
     def limit(self, limit: int) -> None:
         self._limit = limit
-        if self._lock.acquire(blocking=False):
-            try:
-                self._shrink()
-            finally:
-                self._lock.release()
+        self._shrink(limit)
 
     def empty(self, size: int) -> np.ndarray:
         """A uint8 array of `size` bytes with arbitrary content. Raises MemoryError."""
         array = self.take(size)
         if array is not None:
             return array
+        try:
+            return self._new(size)
+        except MemoryError:  # of an address space that is limited, spare memory is a part
+            self._shrink(0)
+            return self._new(size)
+
+    def _new(self, size: int) -> np.ndarray:
         if size < _SPARE_FROM or size > self._limit:
             return np.empty(size, np.uint8)
         return _Loan(_Mapping(size), self).array()
@@ -92,9 +95,9 @@ class SpareMemory:
                 mapping.mark_free()
                 self._free[mapping.size] = [*self._free.pop(mapping.size, ()), mapping]
                 self._size += mapping.size
-                self._shrink()
         finally:
             self._lock.release()
+        self._shrink(self._limit)
 
     def _pop(self, size: int, index: int) -> "_Mapping":
         mapping = self._free[size].pop(index)
@@ -103,9 +106,15 @@ class SpareMemory:
             del self._free[size]
         return mapping
 
-    def _shrink(self) -> None:
-        while self._size > self._limit:
-            self._pop(next(iter(self._free)), 0)
+    def _shrink(self, size: int) -> None:
+        """Let go of what is kept beyond `size` bytes, what was not used for longest first."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            while self._size > size:
+                self._pop(next(iter(self._free)), 0)
+        finally:
+            self._lock.release()
 
 
 class _Mapping:
