@@ -41,8 +41,6 @@ DEFAULT_SIZE_MIB: Final = {"native": 32, "numpy": 4}
 ROUNDS: Final = 9
 FEWER_ROUNDS: Final = 5  # for what takes longer than
 _SLOW: Final = 0.2  # seconds
-# Outputs that are measured together, and whether memory of dropped tensors is kept meanwhile.
-GROUPS: Final = ((("warm", "none"), True), (("fresh",), False), (("reused",), True))
 COLUMNS: Final = (
     Column("size_mib", "MiB"),
     Column("codec", "codec"),
@@ -87,8 +85,7 @@ def _measure(codecs: list[Codec], size_mib: int, threads: int) -> list[Row]:
             contenders += _ours(codec, values, out)
             contenders += rivals.contenders(codec, values, out, threads)
         seconds: dict[Contender, float] = {}
-        for outputs, spare_memory in GROUPS:
-            group = [contender for contender in contenders if contender.output in outputs]
+        for group, spare_memory in _groups(contenders):
             with _spare_memory(spare_memory):
                 seconds |= zip(group, time_all([contender.run for contender in group]), strict=True)
     rows = [
@@ -106,6 +103,16 @@ def _measure(codecs: list[Codec], size_mib: int, threads: int) -> list[Row]:
         for contender in contenders
     ]
     return _with_ratios(rows)
+
+
+def _groups(contenders: list[Contender]) -> Iterator[tuple[list[Contender], bool]]:
+    """Contenders that are measured in turns, and whether memory of dropped tensors is kept meanwhile."""
+    by_output = {output: [one for one in contenders if one.output == output] for output in ("warm", "none", "fresh")}
+    yield by_output["warm"] + by_output["none"], True
+    yield by_output["fresh"], False
+    for contender in contenders:
+        if contender.output == "reused":  # each by itself: what it drops is for it to take again
+            yield [contender], True
 
 
 def time_all(runs: list[Callable[[], Any]]) -> list[float]:

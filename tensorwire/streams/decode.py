@@ -14,7 +14,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.pool import GrowingMemory
 from tensorwire.streams.receive import Receiver, Sink, check_codec, reject_files
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.source import as_source, pull
+from tensorwire.streams.source import as_source, may_wait, pull
 from tensorwire.streams.tree import Tree
 from tensorwire.streams.values import unpack_value
 from tensorwire.tensor import Front
@@ -36,7 +36,8 @@ def decode(
     memory is taken. When an error is raised, items already given are good and the rest is not delivered, but
     tensors in `into` may hold parts of what was received.
     """
-    for _, item, value in pull(_Memory(front, into, expect, limits), as_source(source)):
+    source = as_source(source)
+    for _, item, value in pull(_Memory(front, into, expect, limits, overlap=may_wait(source)), source):
         yield item.name, value
 
 
@@ -67,8 +68,9 @@ def collect(
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    memory = _Memory(front, into, expect, limits)
-    for _, item, value in pull(memory, as_source(source)):
+    source = as_source(source)
+    memory = _Memory(front, into, expect, limits, overlap=may_wait(source))
+    for _, item, value in pull(memory, source):
         memory.tree.fill(item.path, value)
     return memory.tree.result()
 
@@ -80,14 +82,22 @@ _UNCACHED_FROM: Final = 16 << 20
 class _Memory:
     """Receives a stream into memory."""
 
-    def __init__(self, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits) -> None:
+    def __init__(
+        self,
+        front: Front,
+        into: Mapping[str, Any] | None,
+        expect: Any,
+        limits: Limits,
+        *,
+        overlap: bool = True,
+    ) -> None:
         self.tree = Tree()
         self._front = front
         self._into = into or {}
         self._filled: set[str] = set()
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._limits = limits
-        self._receiver = Receiver(None, self._open, limits)
+        self._receiver = Receiver(None, self._open, limits, overlap=overlap)
         self._aliases: dict[int, list[tuple[int, Item]]] = {}
         receiver = self._receiver
         self.get_buffer, self.buffer_updated, self.lend = receiver.get_buffer, receiver.buffer_updated, receiver.lend

@@ -81,16 +81,20 @@ class Receiver(FromReader):
     """One stream being received: iterate for (number, item, value) of each completed item.
 
     `start` holds the stream's info and `end` what its end frame said, once they have passed. Without a source,
-    drive `steps`.
+    drive `steps`. `overlap`: decode slices in another thread while the next ones are received, which costs more than it
+    gains where nothing is waited for.
     """
 
-    def __init__(self, source: Source | None, open_item: OpenItem, limits: Limits) -> None:
+    def __init__(
+        self, source: Source | None, open_item: OpenItem, limits: Limits, *, overlap: bool = True
+    ) -> None:
         self.start: StreamStart | None = None
         self.end: StreamEnd | None = None
         self._source = source
         self._reader = Reader(crc32c, limits)
         self._open_item = open_item
         self._limits = limits
+        self._overlap = overlap
         self._pool = Pool()
         self._codecs: dict[int, Codec] = {}
         self._sinks: dict[int, Any] = {}
@@ -183,7 +187,7 @@ class Receiver(FromReader):
             return
         codec, sink = self._codecs[event.number], self._sinks[event.number]
         if isinstance(sink, Sink) and not codec.in_place:
-            self._decode_later(event, codec, sink)
+            self._decode(event, codec, sink)
             return
         with self._located(event.item):
             if isinstance(sink, EncodedSink):
@@ -193,8 +197,8 @@ class Receiver(FromReader):
                 if self._unfit is not None:
                     raise self._unfit
 
-    def _decode_later(self, event: Slice, codec: Codec, sink: Sink) -> None:
-        """Let the helper decode a slice while the next one is received."""
+    def _decode(self, event: Slice, codec: Codec, sink: Sink) -> None:
+        """Decode a slice, or let the helper do it while the next one is received."""
         if not sink.stable:
             self._helper.drain()
         dtype, located = _dtype(event.item), self._located(event.item)
@@ -206,6 +210,9 @@ class Receiver(FromReader):
                 codec.decode(event.payload, dtype, region, sink.uncached)
                 sink.commit(begin, region)
 
+        if not self._overlap:
+            work()
+            return
         self._helper.submit(work, size)
         if self._helper.full:
             self._helper.take()

@@ -74,6 +74,11 @@ def as_source(data: Any) -> Source:
     raise TypeError(f"expected a buffer, an iterable of buffers or something with readinto, not {type(data).__name__}")
 
 
+def may_wait(source: Source) -> bool:
+    """Whether reading from it may take time that work can be done in."""
+    return not isinstance(source, _Bytes)
+
+
 def finish(source: Source, offset: int) -> None:
     """After the end frame, which ended at `offset`: refuse what is left of a buffer or iterable. A file or socket may carry on."""
     if isinstance(source, (_Bytes, _Chunks)):
