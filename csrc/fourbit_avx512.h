@@ -9,32 +9,6 @@
 namespace tw {
 namespace {
 
-// Sixteen table indices in the low bytes of 32-bit lanes.
-template <QuantType Q>
-inline __m512i search(__m512 y);
-
-template <>
-inline __m512i search<kNf4>(__m512 y) {
-    const __m512 low = _mm512_load_ps(kNf4Search.threshold), high = _mm512_load_ps(kNf4Search.threshold + 16);
-    const __m512 magic = _mm512_set1_ps(0x1p23f + Nf4Search::kOffset);
-    const __m512i bucket = _mm512_castps_si512(_mm512_fmadd_ps(y, _mm512_set1_ps(Nf4Search::kScale), magic));
-    const __m512 threshold = _mm512_permutex2var_ps(low, bucket, high);
-    const __mmask16 above = _mm512_cmp_ps_mask(y, threshold, _CMP_GT_OQ);
-    return _mm512_mask_add_epi32(bucket, above, bucket, _mm512_set1_epi32(32));
-}
-
-template <>
-inline __m512i search<kFp4>(__m512 y) {
-    const __m512 size = _mm512_abs_ps(y);
-    const __m512i bucket =
-        _mm512_castps_si512(_mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
-    const __m512 threshold = _mm512_permutexvar_ps(bucket, _mm512_load_ps(kFp4Search.threshold));
-    const __mmask16 above = _mm512_cmp_ps_mask(size, threshold, _CMP_GT_OQ);
-    const __mmask16 negative = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ);
-    const __m512i index = _mm512_mask_add_epi32(bucket, above, bucket, _mm512_set1_epi32(16));
-    return _mm512_mask_add_epi32(index, negative, index, _mm512_set1_epi32(32));
-}
-
 struct LowBytes {
     alignas(64) uint8_t at[64] = {};
     constexpr LowBytes() {
@@ -44,17 +18,56 @@ struct LowBytes {
 constexpr LowBytes kLowBytes;
 
 // The low bytes of four vectors, in order.
-inline __m512i low_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+inline __m512i low_bytes(const __m512i* v) {
     const __m512i at = _mm512_load_si512(kLowBytes.at);
-    return _mm512_mask_blend_epi64(0xF0, _mm512_permutex2var_epi8(a, at, b), _mm512_permutex2var_epi8(c, at, d));
+    return _mm512_mask_blend_epi64(0xF0, _mm512_permutex2var_epi8(v[0], at, v[1]),
+                                   _mm512_permutex2var_epi8(v[2], at, v[3]));
+}
+
+inline __mmask64 joined(const __mmask16* m) {
+    return _mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0]));
+}
+
+// The table indices of 64 elements, as bytes.
+template <QuantType Q>
+inline __m512i search(const __m512* y);
+
+template <>
+inline __m512i search<kNf4>(const __m512* y) {
+    const __m512 low = _mm512_load_ps(kNf4Search.threshold), high = _mm512_load_ps(kNf4Search.threshold + 16);
+    const __m512 magic = _mm512_set1_ps(0x1p23f + Nf4Search::kOffset);
+    __m512i bucket[4];
+    __mmask16 above[4];
+    for (int k = 0; k < 4; ++k) {
+        bucket[k] = _mm512_castps_si512(_mm512_fmadd_ps(y[k], _mm512_set1_ps(Nf4Search::kScale), magic));
+        above[k] = _mm512_cmp_ps_mask(y[k], _mm512_permutex2var_ps(low, bucket[k], high), _CMP_GT_OQ);
+    }
+    const __m512i index = low_bytes(bucket);
+    return _mm512_mask_add_epi8(index, joined(above), index, _mm512_set1_epi8(32));
+}
+
+template <>
+inline __m512i search<kFp4>(const __m512* y) {
+    const __m512 thresholds = _mm512_load_ps(kFp4Search.threshold);
+    __m512i bucket[4];
+    __mmask16 above[4], negative[4];
+    for (int k = 0; k < 4; ++k) {
+        const __m512 size = _mm512_abs_ps(y[k]);
+        bucket[k] = _mm512_castps_si512(
+            _mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
+        above[k] = _mm512_cmp_ps_mask(size, _mm512_permutexvar_ps(bucket[k], thresholds), _CMP_GT_OQ);
+        negative[k] = _mm512_cmp_ps_mask(y[k], _mm512_setzero_ps(), _CMP_LT_OQ);
+    }
+    __m512i index = low_bytes(bucket);
+    index = _mm512_mask_add_epi8(index, joined(above), index, _mm512_set1_epi8(16));
+    return _mm512_mask_add_epi8(index, joined(negative), index, _mm512_set1_epi8(32));
 }
 
 // 32 bytes of codes; elements outside `valid` give 0.
 template <QuantType Q>
-inline __m256i packed_codes(__m512 a, __m512 b, __m512 c, __m512 d, __mmask64 valid) {
+inline __m256i packed_codes(const __m512* y, __mmask64 valid) {
     const __m512i table = _mm512_load_si512(Q == kNf4 ? kNf4Search.code : kFp4Search.code);
-    const __m512i index = low_bytes(search<Q>(a), search<Q>(b), search<Q>(c), search<Q>(d));
-    const __m512i codes = _mm512_maskz_permutexvar_epi8(valid, index, table);
+    const __m512i codes = _mm512_maskz_permutexvar_epi8(valid, search<Q>(y), table);
     return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110)));
 }
 
@@ -65,16 +78,19 @@ template <QuantType Q, class T, class Sink>
 inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     const __m512 inv = _mm512_set1_ps(inverse);
     const size_t next = bytes_to_next<T>(n);
-    const auto y = [&](size_t i) { return _mm512_mul_ps(load(x + i), inv); };
+    __m512 y[4];
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        for (size_t k = 0; next && k < 64; k += 16) prefetch<kL2>(x + i + k, next);
-        out.put(packed_codes<Q>(y(i), y(i + 16), y(i + 32), y(i + 48), ~__mmask64{0}));
+        for (size_t k = 0; k < 4; ++k) {
+            if (next) prefetch<kL2>(x + i + 16 * k, next);
+            y[k] = _mm512_mul_ps(load(x + i + 16 * k), inv);
+        }
+        out.put(packed_codes<Q>(y, ~__mmask64{0}));
     }
     if (i == n) return;
     const size_t rest = n - i;
-    const auto part = [&](size_t k) { return _mm512_mul_ps(load_group(x + i, rest, k), inv); };
-    out.put_part(packed_codes<Q>(part(0), part(1), part(2), part(3), first_bytes(rest)), (rest + 1) / 2);
+    for (size_t k = 0; k < 4; ++k) y[k] = _mm512_mul_ps(load_group(x + i, rest, k), inv);
+    out.put_part(packed_codes<Q>(y, first_bytes(rest)), (rest + 1) / 2);
 }
 
 // Eight bytes to sixteen values: each byte in a 64-bit lane, its high nibble shifted down into the first half of the
