@@ -189,7 +189,8 @@ public:
     }
 
     void finish() {
-        if (array_) *array_->data<uint32_t>() = sum_;
+        const uint32_t crc = sum_;
+        if (array_) memcpy(array_->data<void>(), &crc, sizeof crc);  // wherever it stands
     }
     void finish(const Array& metadata) {
         if (!array_) return;
