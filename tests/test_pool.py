@@ -217,6 +217,10 @@ def test_the_limit_can_be_read_and_must_be_a_size() -> None:
 
 
 def test_the_environment_sets_it() -> None:
+    assert pool._initial_limit("0") == 0 and pool._initial_limit("4096") == 4096
+    for wrong in ("1 GiB", "-1", "1.5"):
+        with pytest.raises(ImportError, match="TENSORWIRE_SPARE_MEMORY"):
+            pool._initial_limit(wrong)
     assert run("print(tensorwire.get_spare_memory())", "123").stdout.strip() == "123"
     assert "TENSORWIRE_SPARE_MEMORY" in run("", "1 GiB").stderr
 

@@ -23,10 +23,9 @@ _SPARE_FROM: Final = 256 << 10
 _CAN_SPARE: Final = hasattr(mmap, "MADV_FREE")
 
 
-def _initial_limit() -> int:
-    if not _CAN_SPARE:
+def _initial_limit(asked: str) -> int:
+    if not _CAN_SPARE:  # pragma: no cover - Windows
         return 0
-    asked = os.environ.get("TENSORWIRE_SPARE_MEMORY")
     if not asked:
         return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16, 1 << 30)
     if not asked.isdecimal():
@@ -127,7 +126,7 @@ class _Mapping:
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"{size} bytes: {error.strerror}") from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # pragma: no branch - another platform
             with suppress(OSError):  # a kernel without them
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.size = size
@@ -153,11 +152,11 @@ class _Loan:
         return np.asarray(self)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not finalizing():  # then what this needs is being taken down
+        if not finalizing():  # pragma: no branch - the interpreter ends: what this needs is being taken down
             self._owner.give_back(self._mapping)
 
 
-SPARE: Final = SpareMemory(_initial_limit())
+SPARE: Final = SpareMemory(_initial_limit(os.environ.get("TENSORWIRE_SPARE_MEMORY", "")))
 
 
 def set_spare_memory(size: int) -> None:
