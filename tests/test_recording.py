@@ -71,6 +71,31 @@ def test_a_stream_arrives_under_its_name_and_its_digest_is_known(tmp_path: Path)
     assert hidden(tmp_path) == ["done"]
 
 
+@pytest.mark.parametrize("lent", [False, True])
+def test_a_frame_of_any_size_is_not_kept_in_memory(
+    tmp_path: Path, lent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = b"".join(tensorwire.encode({"x": np.zeros(12 << 20, np.uint8)}, frame_size=16 << 20))
+    held = []
+    updated = Recording.buffer_updated
+
+    def watched(place: Recording, size: int) -> None:
+        updated(place, size)
+        held.append(len(place._pending))
+
+    monkeypatch.setattr(Recording, "buffer_updated", watched)
+    chunks = (stream[i : i + 65536] for i in range(0, len(stream), 65536))
+    place = Recording(tmp_path / "m.tw", b"t")
+    try:
+        for _ in pull(place, as_source(stream if lent else chunks)):
+            pass
+        place.commit()
+    finally:
+        place.close()
+    assert (tmp_path / "m.tw").read_bytes() == stream
+    assert max(held) < recording._HELD
+
+
 def test_every_cut_is_taken_up_at_the_last_whole_frame(tmp_path: Path) -> None:
     for cut in range(0, len(STREAM), 37):
         path = tmp_path / f"{cut}.tw"

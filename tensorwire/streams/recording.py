@@ -104,13 +104,13 @@ class Recording:
         """`size` bytes went there; 0: the input has ended."""
         self._pending += self._frames.get_buffer()[:size]
         self._frames.buffer_updated(size)
+        if len(self._pending) >= _HELD:
+            self._store()
 
     def lend(self, data: memoryview) -> None:
         """The next bytes, which are copied."""
         self.get_buffer()[: len(data)] = data
         self.buffer_updated(len(data))
-        if len(self._pending) >= _HELD:
-            self._store()
 
     def steps(self) -> Generator[Any, None, None]:
         """NEED_DATA until the stream is whole."""
