@@ -35,7 +35,6 @@ from tensorwire.wire import (
 
 # A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
 _PIECE: Final = 4 << 20
-_NOWHERE: Final[tuple[int, np.ndarray]] = 0, np.empty(0, np.uint8)
 
 
 class Sink(ABC):
@@ -100,7 +99,7 @@ class Receiver(FromReader):
         self._sinks: dict[int, Any] = {}
         self._helper = Helper()
         self._raw: SliceStart | None = None  # the raw slice that is landing,
-        self._landing = _NOWHERE  # its current piece and that piece's first byte in the item,
+        self._landing: tuple[int, np.ndarray] = 0, np.empty(0, np.uint8)  # its current piece,
         self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
 
     def steps(self) -> Generator[Any, None, None]:
