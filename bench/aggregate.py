@@ -16,7 +16,7 @@ from tensorwire.bench import machine
 from tensorwire.bench.rss import Rise
 from tensorwire.fl.aggregate import Rules, aggregate, check_update
 from tensorwire.fl.updates import Terms, encode, views
-from tensorwire.streams.atomic import Output
+from tensorwire.storage.output import Output
 
 CLIENTS = (2, 4, 8, 16)
 ITEM_MIB = 64
@@ -32,9 +32,7 @@ def main(mib: int, codec: str) -> None:
         start = perf_counter()
         with path.open("wb") as file:
             size = Output(file.fileno()).append(encode(views(model, model), terms, codec=codec))
-        print(
-            f"{mib} MiB, {codec}: difference encoded to {size / 2**20:.0f} MiB in {perf_counter() - start:.2f} s"
-        )
+        print(f"{mib} MiB, {codec}: difference encoded to {size / 2**20:.0f} MiB in {perf_counter() - start:.2f} s")
         rise, start = Rise(), perf_counter()
         with path.open("rb", buffering=0) as source:
             update = check_update(source, model, terms, Rules(), recording=path)
@@ -43,9 +41,7 @@ def main(mib: int, codec: str) -> None:
             updates = [replace(update, terms=replace(terms, client=str(client))) for client in range(count)]
             rise, start = Rise(), perf_counter()
             aggregate(updates, model)
-            print(
-                f"{count} clients averaged in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB"
-            )
+            print(f"{count} clients averaged in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

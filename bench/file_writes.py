@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from tensorwire.streams.atomic import Output
+from tensorwire.storage.output import Output
 
 SIZE = 5716 << 20
 PIECE = 4 << 20
@@ -37,4 +37,6 @@ def behind() -> Callable[[int, memoryview, int], None]:
 if __name__ == "__main__":
     target = sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir()
     for _ in range(TURNS):
-        print(f"page cache {seconds(target, plain):.2f} s, written behind {seconds(target, behind()):.2f} s", flush=True)
+        print(
+            f"page cache {seconds(target, plain):.2f} s, written behind {seconds(target, behind()):.2f} s", flush=True
+        )

@@ -51,9 +51,17 @@ def measure(folder: Path, clients: int, options: argparse.Namespace) -> dict[str
     task = frozen(clients=clients, size_mb=options.size_mb)
     model = task.initial()
     size = sum(array.nbytes for array in model.values())
-    predicted = sum(sum(map(len, map(bytes, tensorwire.encode(model, codec=codec)))) for codec in (options.down, options.up))
+    predicted = sum(
+        sum(map(len, map(bytes, tensorwire.encode(model, codec=codec)))) for codec in (options.down, options.up)
+    )
     del model
-    plan = [f"--clients={clients}", f"--rounds={options.rounds}", f"--up={options.up}", f"--down={options.down}", "--kind=weights"]
+    plan = [
+        f"--clients={clients}",
+        f"--rounds={options.rounds}",
+        f"--up={options.up}",
+        f"--down={options.down}",
+        "--kind=weights",
+    ]
     asked = ["--task=fl_round:frozen", f"--set=size_mb={options.size_mb}"]
     rows = list(local.run(task, folder, clients, plan, asked))[1:]
     return {

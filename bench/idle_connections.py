@@ -22,18 +22,8 @@ from typing import Any
 import numpy as np
 
 import tensorwire
-from tensorwire.streams import Recording, Regenerated
-from tensorwire.transports import (
-    AsyncListener,
-    AsyncTransport,
-    Offer,
-    TcpTransport,
-    client_tls,
-    greet,
-    receive_stream,
-    send_stream,
-    server_tls,
-)
+from tensorwire.transfer import Offer, Recording, Regenerated, greet, receive_stream, send_stream
+from tensorwire.transports import AsyncListener, AsyncTransport, TcpTransport, client_tls, server_tls
 from tensorwire.transports.pace import HANDSHAKE
 
 MIB = 1 << 20

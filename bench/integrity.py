@@ -14,7 +14,7 @@ from time import perf_counter
 import numpy as np
 
 import tensorwire
-from tensorwire.codecs import crc32c
+from tensorwire.checksum import crc32c
 from tensorwire.transports import TcpListener, TcpTransport
 
 COUNT = 64 << 20
@@ -24,7 +24,7 @@ CODECS = ("raw", "bf16", "int8", "nf4")
 
 def use_checksums(on: bool) -> None:
     chosen = crc32c if on else lambda data, crc: 0
-    for name in ("encode", "receive"):
+    for name in ("sender", "receiver"):
         sys.modules[f"tensorwire.streams.{name}"].crc32c = chosen
 
 

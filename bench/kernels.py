@@ -141,8 +141,10 @@ def print_limits(mib: float, n: int, repeats: int) -> None:
     print(f"\n{mib:g} MiB".ljust(17) + "  GB/s  of memcpy  bytes/element  limit  of it")
     for name, lines in LINES.items():
         limit = max(rate[loop_name(*lines, ahead)] for ahead in (0, 4096, 8192))
-        print(f"{name:16}{rate[name]:7.1f}{rate[name] / rate['memcpy']:11.2f}{BYTES[lines]:15.4g}{limit:7.1f}"
-              f"{rate[name] / limit:7.0%}")
+        print(
+            f"{name:16}{rate[name]:7.1f}{rate[name] / rate['memcpy']:11.2f}{BYTES[lines]:15.4g}{limit:7.1f}"
+            f"{rate[name] / limit:7.0%}"
+        )
 
 
 def encode_frame(codec: str, x: np.ndarray, payload: np.ndarray, crc: np.ndarray | None) -> None:
@@ -201,8 +203,10 @@ def main() -> None:
     arguments = parser.parse_args()
     tiers = arguments.tiers.split(",")
     _native.set_threads(arguments.threads)
-    print(f"{platform.processor() or platform.machine()}, {platform.system()}, Python {platform.python_version()}, "
-          f"NumPy {np.__version__}, {arguments.threads} thread(s); GB/s of float32 (times memcpy)")
+    print(
+        f"{platform.processor() or platform.machine()}, {platform.system()}, Python {platform.python_version()}, "
+        f"NumPy {np.__version__}, {arguments.threads} thread(s); GB/s of float32 (times memcpy)"
+    )
     for mib in map(float, arguments.mib.split(",")):
         n = int(mib * 2**20) // 4 // 4096 * 4096
         if arguments.limits or arguments.checksums:

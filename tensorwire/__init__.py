@@ -38,16 +38,11 @@ from tensorwire.errors import (
     UnsupportedError,
     WireError,
 )
+from tensorwire.files import TensorFile, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
-from tensorwire.streams import (
-    Schema,
-    TensorFile,
-    decode_file,
-    encode_file,
-    get_spare_memory,
-    set_spare_memory,
-)
+from tensorwire.memory import get_spare_memory, set_spare_memory
+from tensorwire.streams import Schema
 from tensorwire.tensor import TensorView
 
 if TYPE_CHECKING:
@@ -92,7 +87,15 @@ __all__ = [
     "set_threads",
 ]
 
-_LAZY: Final = frozenset({"torch", "safetensors", "transports", "integrations", "authenticity"})
+# Rooms and modules that are loaded when they are asked for.
+_LAZY: Final = {
+    "authenticity": "files.authenticity",
+    "integrations": "integrations",
+    "safetensors": "files.safetensors",
+    "torch": "torch",
+    "transfer": "transfer",
+    "transports": "transports",
+}
 
 
 class _AnyFront(_numpy.NumPyFront):
@@ -128,5 +131,5 @@ schema = _api.schema
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return importlib.import_module(f"tensorwire.{name}")
+        return importlib.import_module(f"tensorwire.{_LAZY[name]}")
     raise AttributeError(f"module 'tensorwire' has no attribute {name!r}")

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from io import BytesIO
 from typing import Any
 
-from tensorwire import streams
+from tensorwire import files, streams
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.rules import CodecChoice
+from tensorwire.streams.codec_choice import CodecChoice
 from tensorwire.streams.schema import Schema
 from tensorwire.tensor import Front
 
@@ -111,7 +111,7 @@ class Api:
         metadata: Mapping[str, str] | None = None,
     ) -> int:
         """Write a container to a `.tw` file and return its size. The name appears only when all is on disk."""
-        return streams.save_file(obj, path, self._front, codec=codec, metadata=metadata)
+        return files.save_file(obj, path, self._front, codec=codec, metadata=metadata)
 
     def load_file(
         self,
@@ -122,11 +122,11 @@ class Api:
         limits: Limits = DEFAULT,
     ) -> Any:
         """The whole container in a `.tw` file, verified. For single tensors see `open_file`."""
-        return streams.load_file(path, self._front, into=into, expect=expect, limits=limits)
+        return files.load_file(path, self._front, into=into, expect=expect, limits=limits)
 
-    def open_file(self, path: str | os.PathLike, *, limits: Limits = DEFAULT) -> streams.TensorFile:
+    def open_file(self, path: str | os.PathLike, *, limits: Limits = DEFAULT) -> files.TensorFile:
         """A `.tw` file as a mapping of names to tensors, each read and verified when asked for."""
-        return streams.TensorFile(path, self._front, limits=limits)
+        return files.TensorFile(path, self._front, limits=limits)
 
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
         """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given."""

@@ -34,7 +34,7 @@ class NumPyFront:
         dtype = _dtype(array.dtype)
         if dtype is None:
             raise EncodeError(f"dtype {array.dtype} cannot be sent; convert with .astype() first")
-        if array.dtype.byteorder == ">" or array.dtype.byteorder == "=" and not _LITTLE:
+        if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not _LITTLE):
             array = array.astype(array.dtype.newbyteorder("<"))
         identity = None
         if array.size and isinstance(value, np.ndarray):

@@ -7,7 +7,7 @@ a preallocated foreign tensor for writing. The layers in between see only these.
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tensorwire.dtypes import DType
 
@@ -31,6 +31,20 @@ class TensorView:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+
+class Extent(NamedTuple):
+    """Elements [start, start + count) of a flattened tensor of this dtype and shape: what one slice holds."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    count: int
+
+    @classmethod
+    def whole(cls, dtype: DType, shape: tuple[int, ...]) -> "Extent":
+        """All of a tensor."""
+        return cls(dtype, shape, 0, prod(shape))
 
 
 def reader(array: Any, itemsize: int) -> Callable[[int, int], Any]:

@@ -22,9 +22,7 @@ ONE = np.float32(1)
 
 
 def _absmax(values: Float32, blocksize: int) -> Float32:
-    return np.array(
-        [np.abs(values[i : i + blocksize]).max() for i in range(0, values.size, blocksize)], np.float32
-    )
+    return np.array([np.abs(values[i : i + blocksize]).max() for i in range(0, values.size, blocksize)], np.float32)
 
 
 def cpu_quantize_4bit(values: Float32, code: Float32, *, blocksize: int) -> tuple[Codes, Float32]:
@@ -90,6 +88,4 @@ def cuda_int8_codes(y: Float32, code: Float32) -> Codes:
     above = y > code[pivot]
     to_upper = y > (code[upper] + code[pivot]) * np.float32(0.5)
     to_lower = y < (code[lower] + code[pivot]) * np.float32(0.5)
-    return np.where(above, np.where(to_upper, upper, pivot), np.where(to_lower, lower, pivot)).astype(
-        np.uint8
-    )
+    return np.where(above, np.where(to_upper, upper, pivot), np.where(to_lower, lower, pivot)).astype(np.uint8)

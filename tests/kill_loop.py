@@ -146,7 +146,15 @@ def _digest(path: Path) -> str:
 
 
 def _start(verb: str, folder: Path, rate: float, arguments: list[Any]) -> subprocess.Popen:
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", verb, str(folder), str(rate), *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--child",
+        verb,
+        str(folder),
+        str(rate),
+        *map(str, arguments),
+    ]
     with open(folder / f"{verb}.log", "ab") as log:
         return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=log)
 
@@ -160,8 +168,9 @@ def _deadline() -> Iterator[Any]:
 def _child(verb: str, folder: Path, rate: float, arguments: list[str]) -> int:
     """One of the two commands, with every byte counted where it survives."""
     from tensorwire.cli import main
-    from tensorwire.streams import Recording
-    from tensorwire.transports import TcpTransport, aio, transfer
+    from tensorwire.transfer import Recording
+    from tensorwire.transports import TcpTransport, aio
+    from tensorwire.transports import resume as transfer
 
     moved, position = Counter(folder / verb), Counter(folder / "position")
     send_some, after = TcpTransport._send_some, transfer._Watched.after

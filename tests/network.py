@@ -79,7 +79,11 @@ class Server:
                 self._ready.set()
                 await self._stop.wait()
 
-        with asyncio.Runner(loop_factory=lambda: self.loop) if hasattr(asyncio, "Runner") else _Plain(self.loop) as runner:
+        with (
+            asyncio.Runner(loop_factory=lambda: self.loop)
+            if hasattr(asyncio, "Runner")
+            else _Plain(self.loop) as runner
+        ):
             runner.run(main())
 
 

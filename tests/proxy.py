@@ -281,7 +281,9 @@ class Proxy:
     `port`: where to connect to. `connections` accepted so far; `received` and `sent`: bytes by direction, "up" and "down".
     """
 
-    def __init__(self, server: int, *, up: Fault | None = None, down: Fault | None = None, faulty: int = _FOREVER) -> None:
+    def __init__(
+        self, server: int, *, up: Fault | None = None, down: Fault | None = None, faulty: int = _FOREVER
+    ) -> None:
         self.connections = 0
         self.received = {UP: 0, DOWN: 0}
         self.sent = {UP: 0, DOWN: 0}

@@ -283,17 +283,13 @@ class Item:
         for key in self.path:
             check(is_key(key), "ITEM: key of the path")
             if type(key) is str:
-                check(
-                    len(key.encode()) <= 1024 and not _FORBIDDEN & {*map(ord, key)}, "ITEM: key of the path"
-                )
+                check(len(key.encode()) <= 1024 and not _FORBIDDEN & {*map(ord, key)}, "ITEM: key of the path")
         self.of = fields.get("of")
         self.shape: tuple[int, ...] = ()
         self.dtype, self.width, self.codec = "uint8", 1, [[1]]
         self.size: int | None = 0  # Elements to come.
         if self.kind == TENSOR:
-            check(
-                type(fields["dtype"]) is int and fields["dtype"] in DTYPES, f"ITEM: dtype {fields['dtype']}"
-            )
+            check(type(fields["dtype"]) is int and fields["dtype"] in DTYPES, f"ITEM: dtype {fields['dtype']}")
             self.dtype, self.width = DTYPES[fields["dtype"]]
             shape = fields["shape"]
             check(type(shape) is list and len(shape) <= 64, "ITEM: shape")
@@ -303,7 +299,7 @@ class Item:
         elif self.kind in (VALUE, FILE):
             self.size = fields["size"]
             least, most = (1, LIMIT_TEXT) if self.kind == VALUE else (0, LIMIT_STREAM)
-            check(is_int(self.size, least, most) or self.kind == FILE and self.size is None, "ITEM: size")
+            check(is_int(self.size, least, most) or (self.kind == FILE and self.size is None), "ITEM: size")
         if self.kind in (TENSOR, FILE):
             self.codec = fields["codec"]
             check_codec(self.codec, self.dtype)
@@ -506,16 +502,11 @@ def decode_payload(codec: list, dtype: str, width: int, count: int, payload: byt
             groups = -(-blocks // 256)
             offset, *nested = read_scales(payload, 0, 1 + groups)
             scaled = payload[4 + 4 * groups :][:blocks]
-            absmax = [
-                float32(float32(INT8_TABLE[code] * nested[j // 256]) + offset)
-                for j, code in enumerate(scaled)
-            ]
+            absmax = [float32(float32(INT8_TABLE[code] * nested[j // 256]) + offset) for j, code in enumerate(scaled)]
             check(all(abs(scale) < float("inf") for scale in absmax), "payload: an absmax that is not finite")
         else:
             absmax = read_scales(payload, 0, blocks)
-    return b"".join(
-        to_dtype(float32(value * absmax[j // blocksize]), dtype) for j, value in enumerate(values)
-    )
+    return b"".join(to_dtype(float32(value * absmax[j // blocksize]), dtype) for j, value in enumerate(values))
 
 
 # ----------------------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
@@ -569,9 +560,7 @@ class _Reader:
             elif header.type == DATA:
                 self.check_slice(header)
             elif header.type == END:
-                check(
-                    self.items and self.current == len(self.items), "order: END before the data is complete"
-                )
+                check(self.items and self.current == len(self.items), "order: END before the data is complete")
                 check(header.length == 64, "END: length")
             check(not any(self.take(header.pad)), "padding that is not 0")
             payload = self.take(header.length)
@@ -680,9 +669,7 @@ class _Reader:
             return File(item.data)
         children = self.children[tuple(item.path)]["children"]
         values = {key: self.build(child) for key, child in children.items()}
-        return (
-            values if item.kind == DICT else [*values.values()] if item.kind == LIST else (*values.values(),)
-        )
+        return values if item.kind == DICT else [*values.values()] if item.kind == LIST else (*values.values(),)
 
 
 def read(data: bytes, *, zstd_decompress: Callable[[bytes], bytes] | None = None) -> Stream:

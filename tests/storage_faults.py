@@ -1,4 +1,4 @@
-"""Faults for tests of storage: an `os` for tensorwire.streams.atomic that fails on demand and keeps a record."""
+"""Faults for tests of storage: an `os` for tensorwire.storage that fails on demand and keeps a record."""
 
 import errno
 import os
@@ -6,14 +6,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
+from tensorwire.storage import atomic, output
+
 CALLS = ("open", "stat", "pwrite", "preadv", "fsync", "close", "replace", "posix_fadvise")
+
+
+def replace_os(patch: pytest.MonkeyPatch, fake: Any) -> None:
+    """Let the modules of tensorwire.storage use `fake` for `os`."""
+    for module in (atomic, output):
+        patch.setattr(module, "os", fake)
 
 
 class FaultyOs:
     """`os`, whose `call` fails: the `first`-th time, or with `lasting` from then on. `short`: most bytes of one write or read."""
 
     def __init__(
-        self, call: str = "", first: int = 0, error: int = errno.ENOSPC, *, lasting: bool = False, short: int | None = None
+        self,
+        call: str = "",
+        first: int = 0,
+        error: int = errno.ENOSPC,
+        *,
+        lasting: bool = False,
+        short: int | None = None,
     ) -> None:
         self._call, self._first, self._error, self._lasting, self._short = call, first, error, lasting, short
         self.count = 0
@@ -31,7 +47,7 @@ class FaultyOs:
         def call(*arguments: Any, **options: Any) -> Any:
             if name == self._call:
                 self.count += 1
-                if self.count == self._first or self._lasting and self.count > self._first:
+                if self.count == self._first or (self._lasting and self.count > self._first):
                     if name == "close":  # Linux: the descriptor is gone, whatever close says
                         real(*arguments)
                     raise OSError(self._error, os.strerror(self._error))

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import tensorwire
-from tensorwire import authenticity
-from tensorwire.authenticity import Tagged, check_manifest, check_tag, digest, manifest, tag
 from tensorwire.cli import main
 from tensorwire.errors import AuthError, EncodeError, FormatError, LimitError, UnsupportedError
+from tensorwire.files import authenticity
+from tensorwire.files.authenticity import Tagged, check_manifest, check_tag, digest, manifest, tag
 
 KEY = bytes(range(32))
 MODEL = {"w": np.arange(1000, dtype=np.float32), "steps": 3}
@@ -84,7 +84,16 @@ def test_a_wrong_key_and_every_wrong_tag_are_refused(model: Path) -> None:
     for place in range(64):
         with pytest.raises(AuthError):
             check_tag(model, KEY, good[:place] + ("0" if good[place] != "0" else "1") + good[place + 1 :])
-    for wrong in (good + "0", good + "\n", f" {good[1:]}", "é" * 64, "٣" * 64, bytes.fromhex(good), None, "0x" + good[2:]):
+    for wrong in (
+        good + "0",
+        good + "\n",
+        f" {good[1:]}",
+        "é" * 64,
+        "٣" * 64,
+        bytes.fromhex(good),
+        None,
+        "0x" + good[2:],
+    ):
         with pytest.raises(AuthError):
             check_tag(model, KEY, wrong)
 
@@ -226,7 +235,9 @@ def test_the_verbs_together(model: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert not result["ok"] and result["error"]["kind"] == "AuthError"
 
 
-def test_nothing_is_decoded_before_its_origin_is_checked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_decoded_before_its_origin_is_checked(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "key").write_bytes(KEY)
     model.write_bytes(b"no stream at all")
     assert main(["verify", str(model), "--key-file", str(tmp_path / "key"), "--tag", "0" * 64]) == 1

@@ -127,9 +127,7 @@ def test_speed_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(KEYS["speed"] <= row.keys() and row["gbps"] > 0 for row in rows)
     assert rows[0]["impl"] == "memcpy" and rows[0]["vs_memcpy"] == 1
     ours = {
-        (row["codec"], row["op"], row["output"])
-        for row in rows
-        if row["impl"] == tensorwire.kernels.implementation
+        (row["codec"], row["op"], row["output"]) for row in rows if row["impl"] == tensorwire.kernels.implementation
     }
     assert {("bf16", op, output) for op in ("encode", "decode") for output in ("warm", "fresh", "reused")} <= ours
     assert {("raw", "decode_stream", output) for output in ("warm", "fresh", "reused")} <= ours
@@ -236,9 +234,7 @@ def test_every_suite_has_a_picture(tmp_path: Path) -> None:
 
 
 def test_tables_align_numbers_and_leave_gaps() -> None:
-    text = render(
-        [{"a": "x", "b": 1.5}, {"a": "longer", "b": None}], [Column("a", "name"), Column("b", "n", ".2f")]
-    )
+    text = render([{"a": "x", "b": 1.5}, {"a": "longer", "b": None}], [Column("a", "name"), Column("b", "n", ".2f")])
     assert text.splitlines() == [
         "| name   |    n |",
         "| ------ | ---: |",

@@ -28,12 +28,12 @@ from tensorwire import (
     dtypes,
     encode_file,
 )
+from tensorwire.files.tw import iterate_file
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.files import iterate_file
-from tensorwire.streams.pool import Pool
-from tensorwire.wire import NEED_DATA, Item, Kind
-from tensorwire.wire.descriptors import pack_item
+from tensorwire.memory.buffers import Pool
+from tensorwire.wire import NEED_DATA, ContainerItem, Kind, TensorItem
 from tensorwire.wire.frames import FrameType, Header
+from tensorwire.wire.items import pack_item
 from tensorwire.wire.ledger import Ledger, State
 
 AT_REST = Frame(STREAM, packb({"align": 64}))
@@ -154,9 +154,9 @@ def test_an_ordered_dict_travels_inside_a_value():
 
 def test_a_writer_holds_to_the_limit_of_descriptors():
     with pytest.raises(LimitError, match="descriptor"):
-        pack_item(Item(Kind.DICT, ("a" * 100,)), Limits(descriptor=64))
+        pack_item(ContainerItem(("a" * 100,), Kind.DICT), Limits(descriptor=64))
     with pytest.raises(FormatError, match="cannot be described"):
-        pack_item(Item(Kind.TENSOR, (), dtypes.UINT8, (1 << 64,), ((1,),)), DEFAULT)
+        pack_item(TensorItem((), dtypes.UINT8, (1 << 64,), ((1,),)), DEFAULT)
 
 
 def test_sequence_numbers_end_before_they_repeat():

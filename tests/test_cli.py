@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from network import Certificates
 
 import tensorwire
 from tensorwire.bench.models import from_state_dict
-from tensorwire.codecs import Encoded
-from network import Certificates
 from tensorwire.cli import main
 from tensorwire.cli.network import address
+from tensorwire.codecs import Encoded
 
 MODEL = {
     "w": (np.random.default_rng(1).standard_normal((40, 130)) * 0.02).astype(np.float32),
@@ -99,9 +99,7 @@ def test_a_checkpoint_that_loads_safely(tmp_path: Path) -> None:
     assert np.array_equal(got["w"], MODEL["w"]) and got["epoch"] == 3
 
 
-def test_a_checkpoint_that_needs_pickle_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_that_needs_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"path": tmp_path}, tmp_path / "c.pt")
     assert run("encode", tmp_path / "c.pt", tmp_path / "c.tw") == 1
@@ -223,13 +221,9 @@ def test_inspect_shows_where_a_stream_breaks(stream: Path, capsys: pytest.Captur
     assert not report["items"][1]["complete"]
 
 
-def test_inspect_names_aliases_values_and_containers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_names_aliases_values_and_containers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared = np.ones(4, np.float32)
-    tensorwire.save_file(
-        {"a": shared, "b": shared, "n": 1, "l": [shared + 1]}, tmp_path / "t.tw", metadata={"k": "v"}
-    )
+    tensorwire.save_file({"a": shared, "b": shared, "n": 1, "l": [shared + 1]}, tmp_path / "t.tw", metadata={"k": "v"})
     assert run("inspect", tmp_path / "t.tw", "--frames") == 0
     out = capsys.readouterr().out
     assert "'b' is #1" in out and "'n' value of 1 bytes" in out and "'l' list" in out and "1 metadata" in out
@@ -252,9 +246,7 @@ def test_exit_codes(arguments: list[str], code: int, capsys: pytest.CaptureFixtu
     assert captured.out.count("\n") <= 2 and "error: " in captured.err and "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["encode", "a", "b", "--codec", "nonsense"], ["bench", "--threads", "0"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["encode", "a", "b", "--codec", "nonsense"], ["bench", "--threads", "0"]])
 def test_usage_errors_are_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(arguments)
@@ -439,9 +431,7 @@ def test_addresses_that_are_none(text: str) -> None:
         (["receive", os.path.join("missing", "folder"), "--listen", "192.0.2.1:0", "--plaintext"], 3),
     ],
 )
-def test_exit_codes_of_send_and_receive(
-    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_codes_of_send_and_receive(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == code
     captured = capsys.readouterr()
     assert "error: " in captured.err and "Traceback" not in captured.err

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from tensorwire import dtypes
-from tensorwire.codecs import CODECS, Codec, crc32c, from_stages, parse
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import CODECS, Codec, from_stages, parse
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError, UnsupportedError
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 SPECS = [
     "raw",
@@ -31,7 +32,7 @@ VALUES = (np.random.default_rng(3).standard_normal(70_001) * 0.02).astype(np.flo
 @pytest.mark.parametrize("spec", ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4"])
 def test_a_checksum_comes_with_the_payload(spec: str) -> None:
     for count in (0, 1, 63, 4096, VALUES.size):
-        encoded = parse(spec).encode(VALUES[:count], dtypes.FLOAT32, take)
+        encoded = parse(spec).encode(VALUES[:count], Extent.whole(dtypes.FLOAT32, (count,)), take)
         assert encoded.crc == crc32c(encoded.payload)
 
 
@@ -41,15 +42,16 @@ def take(size: int) -> np.ndarray:
 
 def payload_of(codec: Codec, values: np.ndarray) -> bytearray:
     view = TensorView(dtypes.FLOAT32, values.shape, lambda start, stop: values[start:stop])
-    encoded = codec.encode(values, dtypes.FLOAT32, take, codec.prepare(view))
+    encoded = codec.encode(values, Extent.whole(dtypes.FLOAT32, values.shape), take, codec.prepare(view))
     assert encoded.crc in (None, crc32c(encoded.payload))
     return bytearray(encoded.payload)
 
 
 def decoded(codec: Codec, payload: bytes | bytearray, count: int) -> np.ndarray:
-    codec.check_length(len(payload), count, dtypes.FLOAT32)
+    extent = Extent.whole(dtypes.FLOAT32, (count,))
+    codec.check_length(len(payload), extent)
     out = np.empty(count, np.float32)
-    codec.decode(memoryview(payload), dtypes.FLOAT32, out.view(np.uint8))
+    codec.decode(memoryview(payload), extent, out.view(np.uint8))
     return out
 
 
@@ -99,7 +101,17 @@ def test_a_wrong_spec_is_refused(spec: object) -> None:
 
 @pytest.mark.parametrize(
     "stages",
-    [((1, 1),), ((4,),), ((4, 0),), ((4, 63),), ((4, 1 << 31),), ((6, 64),), ((6, 64, 2),), ((6, 16, 0),), ((7, 8192, 1),)],
+    [
+        ((1, 1),),
+        ((4,),),
+        ((4, 0),),
+        ((4, 63),),
+        ((4, 1 << 31),),
+        ((6, 64),),
+        ((6, 64, 2),),
+        ((6, 16, 0),),
+        ((7, 8192, 1),),
+    ],
 )
 def test_wrong_parameters_on_the_wire_are_refused(stages: tuple) -> None:
     with pytest.raises(FormatError):
@@ -211,7 +223,16 @@ def test_zstd_frames_may_not_lie() -> None:
     no_size = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(4 * count))
     good = zstandard.compress(bytes(4 * count))
     skippable = b"\x50\x2a\x4d\x18\x00\x00\x00\x00"
-    for payload in (bomb, no_size, good + skippable, skippable + good, good + good, good[:-1], b"", b"\x28\xb5\x2f\xfd"):
+    for payload in (
+        bomb,
+        no_size,
+        good + skippable,
+        skippable + good,
+        good + good,
+        good[:-1],
+        b"",
+        b"\x28\xb5\x2f\xfd",
+    ):
         with pytest.raises(FormatError):
             decoded(codec, payload, count)
     assert not decoded(codec, good, count).any()

@@ -113,7 +113,9 @@ def test_device_casts_equal_the_kernels(kind: type) -> None:
 def test_nonfinite_values_are_seen_on_the_device() -> None:
     values = weights(5000)
     values[1] = torch.inf
-    assert not cuda.quantize_4bit(values, np.empty(2500, np.uint8), np.empty(79, np.float32), blocksize=64, quant_type="nf4")
+    assert not cuda.quantize_4bit(
+        values, np.empty(2500, np.uint8), np.empty(79, np.float32), blocksize=64, quant_type="nf4"
+    )
     assert not cuda.quantize_int8(values, np.empty(5000, np.uint8), np.empty(2, np.float32), blocksize=4096)
     assert not cuda.quantize_linear(values, np.empty(5000, np.int8), np.empty(20, np.uint16), blocksize=256)
     assert not cuda.blockwise_absmax(values, np.empty(2, np.float32), blocksize=4096)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in path.read_text()]
+PAGES = [
+    path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -64,7 +66,8 @@ def test_the_promises_of_transports_name_tests_that_there_are() -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 def test_the_openssl_commands_make_certificates_that_serve(tmp_path: Path) -> None:
-    from tensorwire.transports import TcpListener, TcpTransport, client_tls, hear, say, server_tls
+    from tensorwire.transfer import hear, say
+    from tensorwire.transports import TcpListener, TcpTransport, client_tls, server_tls
 
     (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "transports.md").read_text(), re.DOTALL)
     subprocess.run(commands, shell=True, check=True, cwd=tmp_path, capture_output=True)

@@ -35,17 +35,8 @@ from proxy import (
 
 import tensorwire
 from tensorwire.errors import StorageError, TensorwireError
-from tensorwire.streams import Recording, Regenerated
-from tensorwire.transports import (
-    AsyncTransport,
-    Offer,
-    Receipt,
-    RefusedError,
-    TcpTransport,
-    greet,
-    receive_stream,
-    send_resuming,
-)
+from tensorwire.transfer import Offer, Receipt, Recording, RefusedError, Regenerated, greet, receive_stream
+from tensorwire.transports import AsyncTransport, TcpTransport, send_resuming
 
 POSITIONS = int(os.environ.get("TENSORWIRE_FAULTS", "6"))
 IDLE = 0.3
@@ -142,7 +133,7 @@ def test_kill_9_on_either_side(side: str, tmp_path: Path) -> None:
 
 def test_a_full_disk_in_mid_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused as "storage", which the sender takes for a reason to come again, and gone on with once there is room."""
-    from tensorwire.streams import atomic
+    from tensorwire.storage import output
 
     room = [40_000]
 
@@ -171,7 +162,7 @@ def test_a_full_disk_in_mid_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with nothing_left(), Server(serve) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(atomic, "os", FullOs())
+            patch.setattr(output, "os", FullOs())
             with pytest.raises(RefusedError, match="(?i)no space") as caught:
                 send(0.3)
             assert (caught.value.kind, caught.value.retryable) == ("storage", True)

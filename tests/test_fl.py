@@ -24,7 +24,7 @@ from tensorwire.errors import (
 from tensorwire.fl.aggregate import Rules, UpdateError, aggregate, check_update
 from tensorwire.fl.updates import ErrorFeedback, Terms, arrays, encode, receive, views
 from tensorwire.limits import Limits
-from tensorwire.streams.slices import Slices
+from tensorwire.streams import Pieces
 
 CODECS = [
     "raw",
@@ -76,9 +76,7 @@ def upload(model, number, *, kind="difference", codec="nf4", frame_size=1 << 13,
     terms = replace(TERMS, client=f"c{number}", kind=kind, weight=weight or 1.5 + number)
     state = trained(model, 100 + number)
     data = joined(
-        encode(
-            views(state, model if kind == "difference" else None), terms, codec=codec, frame_size=frame_size
-        )
+        encode(views(state, model if kind == "difference" else None), terms, codec=codec, frame_size=frame_size)
     )
     sent = tensorwire.loads(data)
     values = {}
@@ -103,12 +101,10 @@ def plain_mean(model, uploads):
 
 
 def same(one, other):
-    return all(
-        one[name].dtype == other[name].dtype and one[name].tobytes() == other[name].tobytes() for name in one
-    )
+    return all(one[name].dtype == other[name].dtype and one[name].tobytes() == other[name].tobytes() for name in one)
 
 
-# Slices
+# Pieces of streams
 
 
 @pytest.mark.parametrize("frame_size", [1 << 12, 1 << 16, 1 << 20])
@@ -121,7 +117,7 @@ def test_slices_are_what_decode_gives(codec, frame_size):
         pytest.skip("a block of this codec needs a larger frame")
     expected = tensorwire.loads(data)
     got = {name: bytearray() for name in model}
-    for piece in Slices(data, lambda item: None):
+    for piece in Pieces(data, lambda item: None):
         assert piece.start * piece.item.dtype.itemsize == len(got[piece.item.name])
         got[piece.item.name] += piece.data.tobytes()
     assert got == {name: array.tobytes() for name, array in expected.items()}
@@ -131,21 +127,21 @@ def test_a_long_raw_slice_comes_in_pieces_and_is_verified_by_the_end(tmp_path):
     array = np.arange(3 << 20, dtype=np.float32)  # 12 MiB, one frame in a file
     tensorwire.save_file({"a": array}, tmp_path / "a.tw")
     data = bytearray((tmp_path / "a.tw").read_bytes())
-    pieces = [(piece.start, piece.data.copy()) for piece in Slices(bytes(data), lambda item: None)]
+    pieces = [(piece.start, piece.data.copy()) for piece in Pieces(bytes(data), lambda item: None)]
     assert [start for start, _ in pieces] == [0, 1 << 20, 2 << 20]
     assert np.array_equal(np.concatenate([piece for _, piece in pieces]).view(np.float32), array)
     data[8 << 20] ^= 1
     with pytest.raises(CorruptError):
-        for _ in Slices(bytes(data), lambda item: None):
+        for _ in Pieces(bytes(data), lambda item: None):
             pass
 
 
 def test_slices_take_tensors_only(tmp_path):
     with pytest.raises(SchemaError, match="no tensors"):
-        list(Slices(tensorwire.dumps({"a": 1}), lambda item: None))
+        list(Pieces(tensorwire.dumps({"a": 1}), lambda item: None))
     (tmp_path / "file").write_bytes(b"abc")
     with pytest.raises(SchemaError, match="decode_file"):
-        list(Slices(joined(tensorwire.encode_file(tmp_path / "file")), lambda item: None))
+        list(Pieces(joined(tensorwire.encode_file(tmp_path / "file")), lambda item: None))
 
 
 def test_a_broken_stream_raises_a_wire_error_wherever_it_breaks():
@@ -175,9 +171,7 @@ def test_an_error_inside_a_slice_names_its_item():
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order(codec, kind):
     frame_size = 1 << 20 if codec.startswith("int8") or "double" in codec else 1 << 13
-    uploads = [
-        upload(make_model(), number, kind=kind, codec=codec, frame_size=frame_size) for number in range(4)
-    ]
+    uploads = [upload(make_model(), number, kind=kind, codec=codec, frame_size=frame_size) for number in range(4)]
     expected = plain_mean(make_model(), uploads)
     for order in range(3):
         random.Random(order).shuffle(uploads)
@@ -391,12 +385,8 @@ def test_norms_are_measured_from_the_base_rejected_and_clipped(kind):
     model = make_model()
     before = {name: array.copy() for name, array in model.items()}
     data, terms, values = upload(model, 0, kind=kind)
-    norm = math.sqrt(
-        sum(np.sum((values[name] - model[name]) ** 2) for name in model if model[name].dtype.kind == "f")
-    )
-    assert check_update(data, model, terms, Rules(max_norm=norm * 1.001)).norm == pytest.approx(
-        norm, rel=1e-6
-    )
+    norm = math.sqrt(sum(np.sum((values[name] - model[name]) ** 2) for name in model if model[name].dtype.kind == "f"))
+    assert check_update(data, model, terms, Rules(max_norm=norm * 1.001)).norm == pytest.approx(norm, rel=1e-6)
     assert refused(data, model, Rules(max_norm=norm / 2), terms).reason == "norm"
 
     update = check_update(data, model, terms, Rules(max_norm=norm / 2, on_norm="clip"))
@@ -489,7 +479,7 @@ def test_codecs_are_chosen_by_item():
 
 def described(data):
     items = []
-    for _ in Slices(data, items.append):
+    for _ in Pieces(data, items.append):
         pass
     return items
 

@@ -13,27 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from proxy import Cut, Flip, Proxy, Reset, Stall
 
 import tensorwire
-from proxy import Cut, Flip, Proxy, Reset, Stall
 from tensorwire.fl.aggregate import Rules
 from tensorwire.fl.client import Client
 from tensorwire.fl.server import Plan, Server
 from tensorwire.fl.task import Task
 from tensorwire.fl.updates import Terms, encode, views
-from tensorwire.streams import Recorded
-from tensorwire.transports import (
-    AsyncListener,
-    Offer,
-    RefusedError,
-    TcpTransport,
-    client_tls,
-    greet,
-    hear,
-    say,
-    send_stream,
-    server_tls,
-)
+from tensorwire.transfer import Offer, Recorded, RefusedError, greet, hear, say, send_stream
+from tensorwire.transports import AsyncListener, TcpTransport, client_tls, server_tls
 
 PACKAGE = Path(tensorwire.__file__).parent
 FULL = bool(os.environ.get("TENSORWIRE_EXHAUSTIVE"))

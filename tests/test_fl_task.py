@@ -36,9 +36,7 @@ def test_federated_averaging_in_fp32_is_what_it_says(up_kind):
     rounds = list(simulate(descend(), Plan(up_kind=up_kind), clients=4, rounds=5))
     start = rounds[0].loss
     assert [point.number for point in rounds] == [0, 1, 2, 3, 4, 5]
-    assert [point.loss for point in rounds] == pytest.approx(
-        [start * 0.7**number for number in range(6)], rel=1e-4
-    )
+    assert [point.loss for point in rounds] == pytest.approx([start * 0.7**number for number in range(6)], rel=1e-4)
     assert np.diff([point.bytes for point in rounds]) == pytest.approx(4 * 2 * 4000, rel=0.3)
 
 
@@ -63,9 +61,7 @@ def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
 
     task = Task(lambda: {"x": np.ones(10_000, np.float32)}, train, lambda state: float(state["x"].mean()))
     ends = {
-        stochastic: list(simulate(task, Plan("bf16", "bf16", stochastic=stochastic), clients=2, rounds=16))[
-            -1
-        ].loss
+        stochastic: list(simulate(task, Plan("bf16", "bf16", stochastic=stochastic), clients=2, rounds=16))[-1].loss
         for stochastic in (False, True)
     }
     assert ends[False] == 1
@@ -74,9 +70,7 @@ def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
 
 def test_the_same_plan_gives_the_same_bits():
     plan = Plan(down="bf16", up="nf4", up_kind="difference", feedback=True, stochastic=True)
-    assert list(simulate(descend(), plan, clients=4, rounds=3)) == list(
-        simulate(descend(), plan, clients=4, rounds=3)
-    )
+    assert list(simulate(descend(), plan, clients=4, rounds=3)) == list(simulate(descend(), plan, clients=4, rounds=3))
 
 
 def test_a_task_is_found_by_name():

@@ -125,9 +125,7 @@ def test_every_case_costs_a_second_and_memory_of_what_was_fed_at_most():
         pytest.skip("needs Linux, to reset the high-water mark of memory")
     command = [sys.executable, HERE / "hostile" / "measure.py"]
     home = str(Path(tensorwire.__file__).parents[1])  # the package under test, installed or not
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": home}
-    )
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": home})
     measured = [json.loads(line) for line in run.stdout.splitlines()]
     assert {case["name"] for case in measured} == {*ALL}
     for case in measured:
@@ -194,9 +192,7 @@ NAMES = ["..", "/etc/passwd", "C:\\x", "CON", "a/../../b", "x" * 1024, ".hidden"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_file_is_no_path(name, tmp_path):
-    stream = assemble(
-        (START, item(0, DICT, []), item(1, FILE, [name], size=3, codec=[[1]]), data(1, b"abc"), end())
-    )
+    stream = assemble((START, item(0, DICT, []), item(1, FILE, [name], size=3, codec=[[1]]), data(1, b"abc"), end()))
     target = tmp_path / "target"
     assert decode_file(stream, target) == name
     assert [*tmp_path.iterdir()] == [target]
@@ -204,9 +200,7 @@ def test_the_name_of_a_file_is_no_path(name, tmp_path):
 
 
 def test_a_target_is_replaced_and_never_written_through(tmp_path):
-    stream = assemble(
-        (START, item(0, DICT, []), item(1, FILE, ["f"], size=3, codec=[[1]]), data(1, b"abc"), end())
-    )
+    stream = assemble((START, item(0, DICT, []), item(1, FILE, ["f"], size=3, codec=[[1]]), data(1, b"abc"), end()))
     victim, link, pipe, there = (tmp_path / name for name in ("victim", "link", "pipe", "there"))
     victim.write_bytes(b"mine")
     there.write_bytes(b"old")
@@ -233,9 +227,7 @@ def test_a_refused_stream_leaves_no_file(name, tmp_path):
 
 def test_aliases_are_one_tensor():
     aliases = [item(n, ALIAS, [n], of=1) for n in range(2, 5000)]
-    root = tw.loads(
-        assemble((START, item(0, DICT, []), tensor(1, ["a"], [3]), *aliases, data(1, b"abc"), end()))
-    )
+    root = tw.loads(assemble((START, item(0, DICT, []), tensor(1, ["a"], [3]), *aliases, data(1, b"abc"), end())))
     assert len(root) == 4999
     assert len({id(value) for value in root.values()}) == 1
 

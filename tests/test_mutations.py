@@ -149,9 +149,7 @@ def two_streams(same_id: bool) -> list[list[bytes]]:
     for number in (1, 2):
         tensors = {"a": np.full(5, number, np.int32), "b": np.full(4100, number, np.uint8), "c": number}
         stream_id = b"round" if same_id else b"round %d" % number
-        rounds.append(
-            [*cut(b"".join(bytes(b) for b in tw.encode(tensors, frame_size=4096, stream_id=stream_id)))]
-        )
+        rounds.append([*cut(b"".join(bytes(b) for b in tw.encode(tensors, frame_size=4096, stream_id=stream_id)))])
     return rounds
 
 

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 import tensorwire
 from tensorwire.errors import WireError
-from tensorwire.streams import pool
-from tensorwire.streams.pool import SpareMemory
+from tensorwire.memory import spare as spare_memory
+from tensorwire.memory.spare import SpareMemory
 
 MIB = 1 << 20
 X = np.random.default_rng(5).standard_normal(2 * MIB // 4, dtype=np.float32)
 
-pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is spared where the system can take it back")
+pytestmark = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_FREE"), reason="memory is spared where the system can take it back"
+)
 
 
 def address(array: np.ndarray) -> int:
@@ -187,14 +189,14 @@ class TestDecode:
             with pytest.raises(WireError):
                 tensorwire.loads(message[:-100], **options)
             del options
-            assert pool.SPARE.take(X.nbytes) is not None
+            assert spare_memory.SPARE.take(X.nbytes) is not None
         finally:
             gc.enable()
 
     def test_none_where_none_is_wanted(self) -> None:
         tensorwire.set_spare_memory(0)
         tensorwire.loads(tensorwire.dumps({"x": X}))
-        assert pool.SPARE.take(X.nbytes) is None
+        assert spare_memory.SPARE.take(X.nbytes) is None
 
     @settings(max_examples=30, deadline=None)
     @given(st.lists(st.sampled_from([70_000, 200_000, 300_001, 600_000]), min_size=1, max_size=6))
@@ -217,10 +219,10 @@ def test_the_limit_can_be_read_and_must_be_a_size() -> None:
 
 
 def test_the_environment_sets_it() -> None:
-    assert pool._initial_limit("0") == 0 and pool._initial_limit("4096") == 4096
+    assert spare_memory._initial_limit("0") == 0 and spare_memory._initial_limit("4096") == 4096
     for wrong in ("1 GiB", "-1", "1.5"):
         with pytest.raises(ImportError, match="TENSORWIRE_SPARE_MEMORY"):
-            pool._initial_limit(wrong)
+            spare_memory._initial_limit(wrong)
     assert run("print(tensorwire.get_spare_memory())", "123").stdout.strip() == "123"
     assert "TENSORWIRE_SPARE_MEMORY" in run("", "1 GiB").stderr
 

@@ -32,7 +32,7 @@ from tensorwire import (
     encode_file,
 )
 from tensorwire.kernels import _numpy as twins
-from tensorwire.streams.encode import FRAME_SIZE
+from tensorwire.streams.sender import FRAME_SIZE
 
 NATIVE = [d.name for d in dtypes.ALL if d.name in np.sctypeDict and d.name != "complex32"]
 OTHER = [d.name for d in dtypes.ALL if d.name not in NATIVE]
@@ -70,9 +70,7 @@ LAYOUTS = {
     "reversed columns": lambda a: a[..., ::-1] if a.ndim else a,
     "fortran": np.asfortranarray,
     "expanded": lambda a: np.broadcast_to(a, (3, *a.shape)),
-    "inner": lambda a: np.pad(a.view(f"u{a.itemsize}") if a.itemsize <= 8 else a, 1)[
-        (slice(1, -1),) * a.ndim
-    ],
+    "inner": lambda a: np.pad(a.view(f"u{a.itemsize}") if a.itemsize <= 8 else a, 1)[(slice(1, -1),) * a.ndim],
     "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
     "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
 }
@@ -89,9 +87,7 @@ LAYOUTS = {
     frame_sizes,
     st.sampled_from(["raw", "zstd"]),
 )
-def test_an_array_of_any_dtype_shape_and_layout_comes_back_bit_exact(
-    dtype, shape, layout, seed, frame_size, codec
-):
+def test_an_array_of_any_dtype_shape_and_layout_comes_back_bit_exact(dtype, shape, layout, seed, frame_size, codec):
     array = LAYOUTS[layout](random_array(dtype, shape, seed))
     before = array.tobytes()
     data = encoded(array, codec=codec, frame_size=frame_size)
@@ -125,9 +121,7 @@ def test_ml_dtypes_arrays_come_back_as_ml_dtypes_arrays():
             assert result.tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize(
-    "codec", ["raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true"]
-)
+@pytest.mark.parametrize("codec", ["raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true"])
 def test_every_count_of_elements_from_0_to_200_keeps_its_shape(codec):
     values = [np.full((n,), 0.5, np.float32) for n in range(201)]
     for n, result in enumerate(tw.loads(tw.dumps(values, codec=codec))):
@@ -150,9 +144,7 @@ TORCH_LAYOUTS = {
     "expanded": lambda t: t.expand(3, *t.shape),
     "strided": lambda t: t[::2] if t.ndim else t,
     "inner": lambda t: t[..., 1:] if t.ndim and t.shape[-1] else t,
-    "parameter": lambda t: (
-        t.clone().requires_grad_() if t.is_floating_point() and t.element_size() > 1 else t
-    ),
+    "parameter": lambda t: t.clone().requires_grad_() if t.is_floating_point() and t.element_size() > 1 else t,
 }
 
 
@@ -162,9 +154,7 @@ def test_a_torch_tensor_of_any_dtype_and_layout_comes_back_bit_exact(number, sha
     torch = pytest.importorskip("torch")
     from tensorwire import torch as front
 
-    known = [
-        getattr(torch, d.name) for d in dtypes.ALL if isinstance(getattr(torch, d.name, None), torch.dtype)
-    ]
+    known = [getattr(torch, d.name) for d in dtypes.ALL if isinstance(getattr(torch, d.name, None), torch.dtype)]
     tensor = TORCH_LAYOUTS[layout](torch_tensor(torch, known[number % len(known)], shape, seed))
     result = front.loads(front.dumps({"x": tensor}, codec=codec))["x"]
     assert (result.dtype, result.shape) == (tensor.dtype, tensor.shape)
@@ -400,9 +390,7 @@ def test_a_codec_can_be_chosen_by_pattern_and_by_function():
     embed, w, b = (hard_values(70, seed) for seed in range(3))
     tree = {"embed": embed, "layers": [{"w": w, "b": b}], "steps": np.int64(7)}
     by_pattern = tw.dumps(tree, codec={"*.w": "nf4", "embed": "bf16"})
-    by_function = tw.dumps(
-        tree, codec=lambda name, value: {"embed": "bf16", "layers.0.w": "nf4"}.get(name, "raw")
-    )
+    by_function = tw.dumps(tree, codec=lambda name, value: {"embed": "bf16", "layers.0.w": "nf4"}.get(name, "raw"))
     assert by_pattern == by_function
     result = tw.loads(by_pattern)
     assert same(plain(result["layers"][0]["b"]), plain(b))
@@ -432,9 +420,7 @@ def test_what_a_codec_cannot_carry_is_an_error_that_names_item_and_index_or_trav
     assert result["good"].tobytes() != values[:1000].tobytes()
 
 
-@pytest.mark.parametrize(
-    ("spec", "beyond", "largest"), [("fp16", 65520, 65504), ("bf16", 3.4e38, 3.3895314e38)]
-)
+@pytest.mark.parametrize(("spec", "beyond", "largest"), [("fp16", 65520, 65504), ("bf16", 3.4e38, 3.3895314e38)])
 def test_overflow_of_a_cast_is_an_error_saturated_or_travels_raw(spec, beyond, largest):
     values = np.ones(9000, np.float32)
     values[8000] = -beyond
@@ -748,9 +734,7 @@ def test_a_failed_save_keeps_the_file_that_was_there(tmp_path):
 
 
 @given(st.integers(0, 30_000), seeds, frame_sizes, st.sampled_from(["raw", "zstd"]), st.booleans())
-def test_a_file_of_any_size_arrives_whole_under_the_name_the_receiver_chose(
-    size, seed, frame_size, codec, piped
-):
+def test_a_file_of_any_size_arrives_whole_under_the_name_the_receiver_chose(size, seed, frame_size, codec, piped):
     import tempfile
 
     content = np.random.default_rng(seed).integers(0, 4, size, np.uint8).tobytes()
@@ -829,8 +813,6 @@ def test_frames_are_no_longer_than_asked_for_and_1_mib_by_default():
     tensors = {"a": np.zeros(400_000, np.float32), "b": np.zeros(999_999, np.uint8)}
     for codec in ("raw", "int8", "nf4", "zstd"):
         for frame_size in (FRAME_SIZE, 5000):
-            longest = max(
-                memoryview(b).nbytes for b in tw.encode(tensors, codec=codec, frame_size=frame_size)
-            )
+            longest = max(memoryview(b).nbytes for b in tw.encode(tensors, codec=codec, frame_size=frame_size))
             assert longest <= frame_size - 48
     assert FRAME_SIZE == 1 << 20

@@ -8,7 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from proxy import Cut, Delay, Drop, Duplicate, Fault, Flip, HalfClose, Proxy, Reorder, Reset, Stall, Throttle, Trickle
+from proxy import (
+    Cut,
+    Delay,
+    Drop,
+    Duplicate,
+    Fault,
+    Flip,
+    HalfClose,
+    Proxy,
+    Reorder,
+    Reset,
+    Stall,
+    Throttle,
+    Trickle,
+)
 
 DATA = bytes(range(256)) * 40
 PLACES = [0, 1, 100, len(DATA) - 1, len(DATA)]
@@ -27,9 +41,14 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 @contextmanager
-def connected(up: Fault | None = None, down: Fault | None = None) -> Iterator[tuple[Proxy, socket.socket, socket.socket]]:
+def connected(
+    up: Fault | None = None, down: Fault | None = None
+) -> Iterator[tuple[Proxy, socket.socket, socket.socket]]:
     """A proxy, and the client's and the server's end of a connection through it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, Proxy(listener.getsockname()[1], up=up, down=down) as proxy:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Proxy(listener.getsockname()[1], up=up, down=down) as proxy,
+    ):
         client = socket.create_connection(("127.0.0.1", proxy.port), timeout=5)
         listener.settimeout(5)
         server, _ = listener.accept()

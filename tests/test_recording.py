@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from storage_faults import replace_os
 
 import tensorwire
 from tensorwire.errors import (
@@ -21,9 +22,10 @@ from tensorwire.errors import (
     TruncatedError,
 )
 from tensorwire.limits import Limits
-from tensorwire.streams import Outcome, Position, Recorded, Recording, Regenerated, atomic, recording
-from tensorwire.streams.frames import Frames
-from tensorwire.streams.source import as_source, pull
+from tensorwire.transfer import Outcome, Position, Recorded, Recording, Regenerated
+from tensorwire.transfer import receiving as recording
+from tensorwire.transfer.frames import Frames
+from tensorwire.wire.drive import as_source, pull
 
 RNG = np.random.default_rng(5)
 MODEL = {"a": RNG.standard_normal(3000, np.float32), "b": RNG.standard_normal((7, 100), np.float32), "n": {"c": 1}}
@@ -72,9 +74,7 @@ def test_a_stream_arrives_under_its_name_and_its_digest_is_known(tmp_path: Path)
 
 
 @pytest.mark.parametrize("lent", [False, True])
-def test_a_frame_of_any_size_is_not_kept_in_memory(
-    tmp_path: Path, lent: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_frame_of_any_size_is_not_kept_in_memory(tmp_path: Path, lent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = b"".join(tensorwire.encode({"x": np.zeros(12 << 20, np.uint8)}, frame_size=16 << 20))
     held = []
     updated = Recording.buffer_updated
@@ -354,7 +354,7 @@ def test_the_nth_call_fails_and_the_next_attempt_goes_on(
         faulty = Failing(call, number, error)
         with monkeypatch.context() as patch:
             patch.setattr(recording, "os", faulty)
-            patch.setattr(atomic, "os", faulty)
+            replace_os(patch, faulty)
             try:
                 receive(path)
             except StorageError as caught:

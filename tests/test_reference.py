@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from vectors import read_reference, same, stored
 
 from tensorwire import dtypes
-from tensorwire.codecs import crc32c, from_stages
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import from_stages
 from tensorwire.errors import WireError
 from tensorwire.kernels import cast, tables
 from tensorwire.limits import DEFAULT
-from tensorwire.streams.values import unpack_value
+from tensorwire.tensor import Extent
+from tensorwire.wire.values import unpack_value
 
 FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
@@ -81,14 +83,7 @@ def both_unpack(data: bytes) -> Any:
     return ours
 
 
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats(width=64)
-    | st.binary()
-    | st.text()
-)
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(width=64) | st.binary() | st.text()
 values = st.recursive(
     scalars | st.just(msgpack.ExtType(1, b"\x90")),
     lambda inner: (
@@ -167,9 +162,7 @@ def test_both_decode_any_payload_to_the_same_bits_or_refuse_it(stages, dtype, co
     sizes = codec.sizes(count, described)
     payload = rng.integers(0, 256, sizes.total, np.uint8)
     if not wild:  # numbers that are fit to be scales, codes that are used
-        scales = np.abs(rng.standard_normal(sizes.metadata + 1) * 10.0 ** rng.integers(-39, 38)).astype(
-            np.float32
-        )
+        scales = np.abs(rng.standard_normal(sizes.metadata + 1) * 10.0 ** rng.integers(-39, 38)).astype(np.float32)
         halves = (scales.view(np.uint32) >> 16).astype(np.uint16)
         fit = halves if stages[0][0] == 5 else scales
         payload[: sizes.metadata] = fit.view(np.uint8)[: sizes.metadata]
@@ -180,7 +173,7 @@ def test_both_decode_any_payload_to_the_same_bits_or_refuse_it(stages, dtype, co
     out = np.empty(count * described.itemsize, np.uint8)
     try:
         with np.errstate(over="ignore"):
-            codec.decode(memoryview(payload), described, out)
+            codec.decode(memoryview(payload), Extent.whole(described, (count,)), out)
     except WireError:
         with pytest.raises(reference.Refused):
             decode(stages, described, count, payload)

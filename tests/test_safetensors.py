@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tensorwire
-import tensorwire.safetensors as front
+import tensorwire.files.safetensors as front
 from tensorwire.errors import (
     EncodeError,
     FormatError,
@@ -53,7 +53,9 @@ def test_a_raw_file_comes_out_as_it_went_in(tmp_path: Path) -> None:
         assert file.metadata == {"format": "np", "note": "é"}
 
 
-@pytest.mark.parametrize("codec", ["nf4", "bf16|zstd", {"w": "int8"}, lambda name, view: "fp16" if name == "w" else "raw"])
+@pytest.mark.parametrize(
+    "codec", ["nf4", "bf16|zstd", {"w": "int8"}, lambda name, view: "fp16" if name == "w" else "raw"]
+)
 def test_a_file_through_a_codec_holds_what_decoding_in_memory_gives(tmp_path: Path, codec: object) -> None:
     source = write(tmp_path / "in.safetensors", MODEL)
     stream = b"".join(front.encode(source, codec=codec, frame_size=1 << 16))
@@ -90,7 +92,9 @@ def test_expect_refuses_before_anything_is_written(tmp_path: Path) -> None:
     front.decode(front.encode(source), tmp_path / "out.safetensors", expect=tensorwire.schema(MODEL))
 
 
-@pytest.mark.parametrize("value", [{"a": {"b": np.ones(3)}}, {"a": 1}, [np.ones(3)], np.ones(3), {"__metadata__": np.ones(2)}])
+@pytest.mark.parametrize(
+    "value", [{"a": {"b": np.ones(3)}}, {"a": 1}, [np.ones(3)], np.ones(3), {"__metadata__": np.ones(2)}]
+)
 def test_streams_that_the_file_cannot_hold_are_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(SchemaError):
         front.decode(tensorwire.dumps(value), tmp_path / "out.safetensors")

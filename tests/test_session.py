@@ -24,21 +24,24 @@ from tensorwire.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from tensorwire.streams import Position, Recording, Regenerated, recording
-from tensorwire.streams.values import pack_value
-from tensorwire.transports import (
+from tensorwire.transfer import (
     Do,
     Fill,
     Offer,
+    Position,
     Receipt,
+    Recording,
     RefusedError,
+    Regenerated,
     greet,
     hear,
     receive_stream,
     say,
     send_stream,
 )
-from tensorwire.transports.session import Conversation
+from tensorwire.transfer import receiving as recording
+from tensorwire.transfer.session import Conversation
+from tensorwire.wire.values import pack_value
 
 MODEL = {"a": np.arange(3000, dtype=np.float32), "b": np.ones(50, np.float32)}
 STREAM = b"".join(tensorwire.encode(MODEL, frame_size=4096))
@@ -245,7 +248,13 @@ def test_a_later_version_may_say_more_in_its_greeting() -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x15\x03\x03\x00\x02\x02\x28", b"\x16\x03\x01\x02\x00\x01", b"SSH-2.0-x\r\n", bytes(64)],
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x15\x03\x03\x00\x02\x02\x28",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"SSH-2.0-x\r\n",
+        bytes(64),
+    ],
     ids=["http", "tls alert", "tls hello", "ssh", "zeros"],
 )
 def test_who_speaks_something_else_is_told_so(garbage: bytes) -> None:
@@ -346,7 +355,8 @@ def test_positions_that_are_not_in_this_stream(offset: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"\xc1", pack_value({}, tensorwire.Limits()), pack_value(["a"], tensorwire.Limits()), b"\x92\xa1a\x81\x01"]
+    "body",
+    [b"", b"\xc1", pack_value({}, tensorwire.Limits()), pack_value(["a"], tensorwire.Limits()), b"\x92\xa1a\x81\x01"],
 )
 def test_bodies_that_are_no_message(body: bytes) -> None:
     with pytest.raises(FormatError):

@@ -21,6 +21,7 @@ import tensorwire.numpy as tw
 from tensorwire import dtypes, kernels
 from tensorwire.codecs import from_stages
 from tensorwire.errors import EncodeError, WireError
+from tensorwire.tensor import Extent
 
 STATES = int(os.environ.get("TENSORWIRE_STATES", "200"))
 CODECS = {
@@ -103,8 +104,9 @@ def test_any_state_is_decoded_as_defined_or_refused(name):
         out = np.empty(count * described.itemsize, np.uint8)
         received = np.frombuffer(bytearray(payload), np.uint8) if payload else np.empty(0, np.uint8)
         try:
-            codec.check_length(len(payload), count, described)
-            codec.decode(memoryview(received), described, out)
+            extent = Extent.whole(described, (count,))
+            codec.check_length(len(payload), extent)
+            codec.decode(memoryview(received), extent, out)
         except WireError:
             got = None
         else:
@@ -169,9 +171,7 @@ def test_any_state_of_bitsandbytes_is_sent_or_refused():
         if spread.random() < 0.3:
             codes, state = functional.quantize_blockwise(weights, nested=False)
         else:
-            codes, state = functional.quantize_4bit(
-                weights, quant_type=quant_type, compress_statistics=nested
-            )
+            codes, state = functional.quantize_4bit(weights, quant_type=quant_type, compress_statistics=nested)
         what = spread.choice(
             (
                 "codes",
@@ -187,9 +187,7 @@ def test_any_state_of_bitsandbytes_is_sent_or_refused():
             )
         )
         if what == "codes":
-            codes = spread.choice(
-                [codes[:-1], codes.repeat(2, 1), codes.float(), codes[:0], codes.reshape(-1)[::2]]
-            )
+            codes = spread.choice([codes[:-1], codes.repeat(2, 1), codes.float(), codes[:0], codes.reshape(-1)[::2]])
         elif what == "absmax":
             state.absmax = spread.choice(
                 [
@@ -201,9 +199,7 @@ def test_any_state_of_bitsandbytes_is_sent_or_refused():
                 ]
             )
         elif what == "code":
-            state.code = spread.choice(
-                [state.code[:-1], state.code.flip(0), state.code * float("nan"), state.code[:0]]
-            )
+            state.code = spread.choice([state.code[:-1], state.code.flip(0), state.code * float("nan"), state.code[:0]])
         elif what == "blocksize":
             state.blocksize = spread.choice([0, 1, 7, 63, 96, 128, 1 << 31, -64])
         elif what == "shape":
@@ -219,9 +215,7 @@ def test_any_state_of_bitsandbytes_is_sent_or_refused():
                 [state.state2.absmax[:0], state.state2.absmax.repeat(2), -state.state2.absmax]
             )
         try:
-            stream = b"".join(
-                bytes(buffer) for buffer in handover.encode({"w": handover.Quantized(codes, state)})
-            )
+            stream = b"".join(bytes(buffer) for buffer in handover.encode({"w": handover.Quantized(codes, state)}))
         except EncodeError:
             continue
         sent += 1
@@ -252,9 +246,7 @@ def test_any_arguments_of_a_kernel_are_taken_or_refused():
         name = spread.choice(["cast", "blockwise_absmax", "quantize_4bit", "dequantize_4bit", "quantize_int8", "dequantize_int8",
                               "quantize_linear", "dequantize_linear"])  # fmt: skip
         options: dict = (
-            {}
-            if name == "cast"
-            else {"blocksize": spread.choice([0, 1, 2, 3, 16, 64, 65, 4096, 1 << 31, 1 << 62, -1])}
+            {} if name == "cast" else {"blocksize": spread.choice([0, 1, 2, 3, 16, 64, 65, 4096, 1 << 31, 1 << 62, -1])}
         )
         if name.endswith("4bit"):
             options["quant_type"] = spread.choice(["nf4", "fp4", "int8"])

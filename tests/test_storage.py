@@ -22,14 +22,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from storage_faults import FaultyOs, Op, RecordingOs
+from storage_faults import FaultyOs, Op, RecordingOs, replace_os
 
 import tensorwire
 from tensorwire import errors
 from tensorwire.cli import main
 from tensorwire.errors import CorruptError, StorageError
-from tensorwire.streams import atomic, pool
-from tensorwire.streams.atomic import Output, replacing
+from tensorwire.memory import buffers as pool
+from tensorwire.memory import spare
+from tensorwire.storage import atomic
+from tensorwire.storage.atomic import replacing
+from tensorwire.storage.output import Output
 
 RNG = np.random.default_rng(9)
 TIED = RNG.standard_normal(900).astype(np.float32)
@@ -106,7 +109,7 @@ def descriptors() -> set[str]:
 @contextmanager
 def faults(monkeypatch: pytest.MonkeyPatch, faulty: object) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "os", faulty)
+        replace_os(patch, faulty)
         yield
 
 
@@ -171,7 +174,7 @@ def test_every_failing_allocation(
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(np, "empty", failing)
-                patch.setattr(pool, "SPARE", pool.SpareMemory(0))  # so that all comes from there
+                patch.setattr(pool, "SPARE", spare.SpareMemory(0))  # so that all comes from there
                 action(inputs, target)
             break
         except (MemoryError, StorageError):  # as exit code 3 has it
@@ -236,7 +239,7 @@ def test_without_calls_that_windows_lacks(inputs: Path, tmp_path: Path, monkeypa
             delattr(lacking, name)
     for name, action in ACTIONS.items():
         with monkeypatch.context() as patch:
-            patch.setattr(atomic, "os", lacking)
+            replace_os(patch, lacking)
             patch.setattr(atomic, "_HAS_FOLDER_FDS", False)
             action(inputs, tmp_path / name)
         assert content(tmp_path / name) == expected(action, inputs)
@@ -246,9 +249,11 @@ def test_without_calls_that_windows_lacks(inputs: Path, tmp_path: Path, monkeypa
 def test_two_threads_at_one_descriptor_where_seeking_takes_a_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = SimpleNamespace(**{name: getattr(os, name) for name in ("lseek", "write", "read", "SEEK_SET", "fsdecode")})
+    lacking = SimpleNamespace(
+        **{name: getattr(os, name) for name in ("lseek", "write", "read", "SEEK_SET", "fsdecode")}
+    )
     seek, lacking.lseek = lacking.lseek, lambda *place: (seek(*place), time.sleep(0.0001))  # the other thread's turn
-    monkeypatch.setattr(atomic, "os", lacking)
+    replace_os(monkeypatch, lacking)
     pieces = [bytes([number]) * 100 for number in range(200)]
     with open(tmp_path / "file", "w+b") as file:
         output = Output(file.fileno(), "file")
@@ -276,7 +281,9 @@ def test_the_error_says_where_why_and_what_to_do(tmp_path: Path) -> None:
 
 
 def test_all_errors_pickle() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TensorwireError)]
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TensorwireError)
+    ]
     assert len(kinds) > 12
     for kind in kinds:
         extra = {
@@ -335,7 +342,9 @@ def test_a_target_that_becomes_a_trap_while_the_file_is_written(trap: str, tmp_p
 
     def write() -> None:
         with replacing(target) as fd:
-            {"link": lambda: target.symlink_to(elsewhere), "fifo": lambda: os.mkfifo(target), "folder": target.mkdir}[trap]()
+            {"link": lambda: target.symlink_to(elsewhere), "fifo": lambda: os.mkfifo(target), "folder": target.mkdir}[
+                trap
+            ]()
             os.write(fd, BLOB)
 
     if trap == "folder":
@@ -357,7 +366,9 @@ def test_a_temporary_name_that_is_taken_is_not_written_to(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(OLD)
     monkeypatch.setattr(atomic.Place, "temporary", lambda _: "guessed")
-    {"file": elsewhere.rename, "link": lambda to: to.symlink_to(elsewhere), "fifo": os.mkfifo}[trap](tmp_path / "guessed")
+    {"file": elsewhere.rename, "link": lambda to: to.symlink_to(elsewhere), "fifo": os.mkfifo}[trap](
+        tmp_path / "guessed"
+    )
     with pytest.raises(StorageError) as caught, replacing(tmp_path / "target"):
         pytest.fail("went on")
     assert caught.value.errno == errno.EEXIST
@@ -639,7 +650,7 @@ def recorded(action: Callable[[Path, Path], None], inputs: Path) -> tuple[Op, ..
     folder = inputs / f"recorded {len(list(inputs.iterdir()))}"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic, "os", recording)
+        replace_os(patch, recording)
         action(inputs, folder / "target")
     assert content(folder / "target") == content_of(after_crash(recording.ops, set(), False, {})["target"], folder)
     return tuple(recording.ops)
@@ -652,7 +663,9 @@ def content_of(data: bytes, folder: Path) -> bytes:
 
 @actions
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "over an old file"])
-def test_a_crash_at_any_point_leaves_nothing_half(action: Callable, old: bytes | None, inputs: Path, tmp_path: Path) -> None:
+def test_a_crash_at_any_point_leaves_nothing_half(
+    action: Callable, old: bytes | None, inputs: Path, tmp_path: Path
+) -> None:
     ops = [*recorded(action, inputs)]
     assert [op.kind for op in ops if op.kind != "write"] == ["create", "sync", "rename", "sync folder"]
     names = {} if old is None else {"target": old}

@@ -9,8 +9,8 @@ import pytest
 
 import tensorwire
 from tensorwire.errors import NonFiniteError, SchemaError, WireError
-from tensorwire.streams.helper import Helper, in_order
-from tensorwire.streams.pool import Pool
+from tensorwire.memory.buffers import Pool
+from tensorwire.streams.overlap import Helper, in_order
 
 MIB = 1 << 20
 BIG = (np.random.default_rng(2).standard_normal(6 * MIB) * 0.02).astype(np.float32)

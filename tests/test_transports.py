@@ -35,24 +35,27 @@ from tensorwire.errors import (
     TransportError,
     TruncatedError,
 )
-from tensorwire.streams import Recording, Regenerated
+from tensorwire.transfer import (
+    Do,
+    Offer,
+    Recording,
+    RefusedError,
+    Regenerated,
+    greet,
+    hear,
+    receive_stream,
+    say,
+    send_stream,
+)
 from tensorwire.transports import (
     AsyncListener,
     AsyncTransport,
-    Do,
     MemoryTransport,
-    Offer,
-    RefusedError,
     TcpListener,
     TcpTransport,
     client_tls,
-    greet,
-    hear,
     pace,
-    receive_stream,
-    say,
     send_resuming,
-    send_stream,
     server_tls,
 )
 
@@ -272,7 +275,9 @@ def test_loopback_by_all_its_names(host: str, tmp_path: Path) -> None:
     assert results == [{"x": 1}]
 
 
-@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "example.org", "127.0.0.1.example.org"])
+@pytest.mark.parametrize(
+    "host", ["", "0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "example.org", "127.0.0.1.example.org"]
+)
 def test_plain_text_stays_on_this_machine(host: str) -> None:
     async def serve(transport: AsyncTransport) -> None: ...
 
@@ -481,7 +486,9 @@ def test_tls_to_plain_and_plain_to_tls(blocking: bool, certificates: Certificate
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_what_was_sent_before_closing_arrives_also_where_it_is_read_late(secure: bool, certificates: Certificates) -> None:
+def test_what_was_sent_before_closing_arrives_also_where_it_is_read_late(
+    secure: bool, certificates: Certificates
+) -> None:
     model = {"a": np.random.default_rng(0).standard_normal(1_000_000, np.float32)}
     received: list[Any] = []
 
@@ -530,7 +537,7 @@ def test_a_handshake_that_trickles_ends(
     certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tensorwire.transports.aio.HANDSHAKE", 0.5)
-    monkeypatch.setattr("tensorwire.transports.tcp.HANDSHAKE", 0.5)
+    monkeypatch.setattr("tensorwire.transports.blocking.HANDSHAKE", 0.5)
     hello = bytes.fromhex("16030100c8010000c40303")
 
     def trickle(port: int) -> float:

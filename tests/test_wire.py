@@ -27,10 +27,11 @@ from tensorwire import (
     decode_file,
     dtypes,
 )
-from tensorwire.codecs import crc32c
+from tensorwire.checksum import crc32c
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire import (
     NEED_DATA,
+    ContainerItem,
     Item,
     ItemStart,
     Kind,
@@ -42,6 +43,7 @@ from tensorwire.wire import (
     StreamEnd,
     StreamInfo,
     StreamStart,
+    TensorItem,
     Writer,
 )
 from tensorwire.wire.ledger import TRANSITIONS, State, Step
@@ -113,17 +115,15 @@ def test_the_reader_takes_a_step_where_the_table_has_one_and_refuses_it_elsewher
 def test_the_table_has_every_state_and_no_way_out_of_the_end():
     assert {*TRANSITIONS} == {*State}
     assert TRANSITIONS[State.ENDED] == {}
-    assert {target for steps in TRANSITIONS.values() for target in steps.values()} == {*State} - {
-        State.OPENING
-    }
+    assert {target for steps in TRANSITIONS.values() for target in steps.values()} == {*State} - {State.OPENING}
 
 
 def writer_in(state: State) -> Writer:
     writer = Writer(zlib.crc32)
     if state is not State.OPENING:
         writer.start(StreamInfo())
-        writer.item(Item(Kind.DICT, ()))
-        writer.item(Item(Kind.TENSOR, ("a",), dtypes.UINT8, (3,), ((1,),)))
+        writer.item(ContainerItem((), Kind.DICT))
+        writer.item(TensorItem(("a",), dtypes.UINT8, (3,), ((1,),)))
     if state in (State.PARTIAL, State.ENDED):
         writer.data(0, 1, 1, 0)
     if state is State.ENDED:
@@ -139,7 +139,7 @@ def test_the_writer_refuses_what_the_reader_would_refuse(state, step):
     position = 1 if state is State.PARTIAL else 0
     act = {
         Step.STREAM: lambda: writer.start(StreamInfo()),
-        Step.ITEM: lambda: writer.item(Item(Kind.DICT, ("b",))),
+        Step.ITEM: lambda: writer.item(ContainerItem(("b",), Kind.DICT)),
         Step.SLICE: lambda: writer.data(position, 1, 1, 0),
         Step.END: writer.end,
     }[step]
@@ -278,7 +278,7 @@ def test_a_payload_may_be_directed_part_by_part():
             for event in pull(reader, stream):
                 if isinstance(event, SlicePart):
                     assert (event.done, event.left) == (len(rooms), 3 - len(rooms))
-                if isinstance(event, SliceStart) or isinstance(event, SlicePart) and goes_on:
+                if isinstance(event, SliceStart) or (isinstance(event, SlicePart) and goes_on):
                     rooms.append(bytearray(1))
                     reader.direct(memoryview(rooms[-1]))
             assert (reader.ended, rooms) == (True, [b"a", b"b", b"c"])
@@ -448,7 +448,7 @@ def test_a_skipped_frame_takes_no_memory_of_its_size():
 def many_slices(count: int) -> Iterator[bytes]:
     writer = Writer(zlib.crc32)
     yield writer.start(StreamInfo())
-    yield writer.item(Item(Kind.TENSOR, (), dtypes.UINT8, (count,), ((1,),)))
+    yield writer.item(TensorItem((), dtypes.UINT8, (count,), ((1,),)))
     crc = zlib.crc32(b"x")
     for start in range(count):
         yield writer.data(start, 1, 1, crc)

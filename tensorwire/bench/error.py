@@ -19,9 +19,9 @@ from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import Codec
 from tensorwire.codecs.base import widen
 from tensorwire.dtypes import DType
+from tensorwire.memory.buffers import Pool
 from tensorwire.streams import FRAME_SIZE
-from tensorwire.streams.pool import Pool
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 COLUMNS: Final = (
     Column("codec", "codec"),
@@ -93,9 +93,10 @@ def _measure(view: TensorView, codec: Codec, total: _Error) -> None:
     for start in range(0, view.numel, step):
         count = min(step, view.numel - start)
         data = view.read(start, start + count)
-        payload = memoryview(codec.encode(data, view.dtype, pool.take, context).payload)
+        extent = Extent(view.dtype, view.shape, start, count)
+        payload = memoryview(codec.encode(data, extent, pool.take, context).payload)
         out = np.empty(count * view.dtype.itemsize, np.uint8)
-        codec.decode(payload, view.dtype, out)
+        codec.decode(payload, extent, out)
         total.add(_float64(data, view.dtype), _float64(out, view.dtype), payload.nbytes)
 
 

@@ -99,9 +99,7 @@ def _row(
     }
 
 
-def transfer(
-    sender_job: dict[str, Any], receiver_job: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def transfer(sender_job: dict[str, Any], receiver_job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run both processes; what each of them reported. Raises BenchError when one of them fails."""
     with ExitStack() as stack:
         receiver = stack.enter_context(_Peer(receiver_job | {"role": "receive"}))

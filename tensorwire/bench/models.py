@@ -22,10 +22,10 @@ import numpy as np
 import tensorwire
 from tensorwire import dtypes
 from tensorwire.bench.shapes import NAMED, Shapes
-from tensorwire.safetensors import SafetensorsFile
+from tensorwire.files.safetensors import SafetensorsFile
 from tensorwire.streams import encode as encode_stream
-from tensorwire.streams.rules import rule
-from tensorwire.streams.tree import Leaf, Walk
+from tensorwire.streams.codec_choice import rule
+from tensorwire.streams.flatten import Leaf, Walk
 from tensorwire.tensor import Front, TensorView
 
 MIB: Final = 1 << 20
@@ -47,7 +47,8 @@ class ModelError(ValueError):
 @dataclass(frozen=True)
 class Model:
     """`tensors` are read when asked for. `values`: they are more than seeded numbers. `path`: their
-    `.safetensors` file."""
+    `.safetensors` file.
+    """
 
     name: str
     tensors: Mapping[str, TensorView]
@@ -75,9 +76,7 @@ class Model:
 
     def load(self, front: Front) -> dict[str, Any]:
         """All tensors in memory, as those of `front`'s library."""
-        return {
-            name: front.wrap(read_all(view), view.dtype, view.shape) for name, view in self.tensors.items()
-        }
+        return {name: front.wrap(read_all(view), view.dtype, view.shape) for name, view in self.tensors.items()}
 
 
 class _ViewFront:
@@ -110,9 +109,7 @@ def resolve(text: str) -> Model:
         return Model(TRAINED if text == TRAINED else Path(path).name, SafetensorsFile(path), path=path)
     module, colon, attribute = text.partition(":")
     if not colon:
-        raise ModelError(
-            f"no model {text!r}: give {', '.join(NAMED)}, a .safetensors file, or module:attribute"
-        )
+        raise ModelError(f"no model {text!r}: give {', '.join(NAMED)}, a .safetensors file, or module:attribute")
     if os.getcwd() not in sys.path:  # installed commands do not search it, `python -m` does
         sys.path.append(os.getcwd())
     try:

@@ -78,9 +78,7 @@ def _speed(rows: list[Row]) -> Figure:
     handles = [_patch(impl) for impl in _IMPLS if impl in shown]
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(handles) or 1)
     threads = rows[0]["threads"]
-    figure.suptitle(
-        f"GB/s of fp32, {size} MiB, {threads} thread{'s' if threads > 1 else ''}, outputs warm (* fresh)"
-    )
+    figure.suptitle(f"GB/s of fp32, {size} MiB, {threads} thread{'s' if threads > 1 else ''}, outputs warm (* fresh)")
     return figure
 
 
@@ -95,23 +93,17 @@ def _best_outputs(rows: list[Row], op: str) -> list[tuple[str, str, str, float]]
     return [(codec, impl, row["output"], row["gbps"]) for (codec, impl), row in best.items()]
 
 
-def _speed_panel(
-    axes: Axes, op: str, bars: list[tuple[str, str, str, float]], memcpy: float, top: float
-) -> None:
+def _speed_panel(axes: Axes, op: str, bars: list[tuple[str, str, str, float]], memcpy: float, top: float) -> None:
     labels, place, previous = [], 0.0, None
     for codec, impl, output, gbps in bars:
         place += 1.0 if codec == previous else 1.5
         axes.barh(place, gbps, color=_IMPLS.get(impl, _GREY))
-        _label(
-            axes, gbps, place, f"{gbps:.2g}{'*' if output == 'fresh' else ''}" if gbps < 10 else f"{gbps:.0f}"
-        )
+        _label(axes, gbps, place, f"{gbps:.2g}{'*' if output == 'fresh' else ''}" if gbps < 10 else f"{gbps:.0f}")
         if codec != previous:
             labels.append((place, codec))
         previous = codec
     axes.axvline(memcpy, color=_GREY, linestyle="--", linewidth=1)
-    axes.annotate(
-        "memcpy", (memcpy, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_GREY
-    )
+    axes.annotate("memcpy", (memcpy, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_GREY)
     axes.set_yticks([at for at, _ in labels], [text for _, text in labels])
     axes.set_xlim(0, top * 1.12)
     axes.set_title(op, loc="left")
@@ -130,9 +122,7 @@ def _memory(rows: list[Row]) -> Figure:
     largest = max(max(row["sender_extra_mib"], row["receiver_extra_mib"]) for row in rows)
     axes.set_xlim(_FLOOR, max(largest, _BUDGET_MIB) * 3)
     axes.axvline(_BUDGET_MIB, color=_GREY, linestyle="--", linewidth=1)
-    axes.annotate(
-        "16 MiB", (_BUDGET_MIB, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_GREY
-    )
+    axes.annotate("16 MiB", (_BUDGET_MIB, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_GREY)
     axes.set_yticks(range(len(rows)), [f"{row['mode']}  {row['codec']}" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("MiB beyond the model, at peak (log scale)")
@@ -148,9 +138,7 @@ def _error(rows: list[Row]) -> Figure:
     axes = figure.subplots()
     axes.scatter([row["bits"] for row in rows], [row["sqnr_db"] for row in rows], color=_BLUE, zorder=3)
     for row in rows:
-        crowded = any(
-            other is not row and _near(row, other) and other["bits"] > row["bits"] for other in rows
-        )
+        crowded = any(other is not row and _near(row, other) and other["bits"] > row["bits"] for other in rows)
         axes.annotate(
             row["codec"],
             (row["bits"], row["sqnr_db"]),

@@ -45,9 +45,7 @@ def import_rivals(codecs: list[Codec], threads: int, note: Note) -> None:
         note("torch and bitsandbytes left out: not installed")
         return
     try:
-        logging.getLogger("bitsandbytes").setLevel(
-            logging.ERROR
-        )  # what its import advises on is not used here
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what its import advises on is not used here
         import bitsandbytes  # noqa: F401
     except ImportError:
         note("bitsandbytes left out: not installed")
@@ -66,7 +64,7 @@ def contenders(codec: Codec, values: np.ndarray, out: np.ndarray, threads: int) 
 
 
 def crc32(values: np.ndarray) -> Contender:
-    """zlib's checksum, the one Python users have at hand."""
+    """Zlib's checksum, the one Python users have at hand."""
     return Contender("crc32c", "checksum", "zlib.crc32", "none", lambda: zlib.crc32(values))
 
 

@@ -16,8 +16,8 @@ from tensorwire.bench.options import Note, Options
 from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import FP4, NF4, Codec, Int8, Raw, Zstd
 from tensorwire.streams import FRAME_SIZE
-from tensorwire.streams.encode import slice_size
-from tensorwire.streams.tree import Leaf
+from tensorwire.streams.flatten import Leaf
+from tensorwire.streams.sender import slice_size
 from tensorwire.wire import StreamInfo, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 

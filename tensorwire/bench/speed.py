@@ -33,8 +33,10 @@ from tensorwire.bench.models import MIB, view_of, weights
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.rivals import Contender
 from tensorwire.bench.tables import Column, Row
-from tensorwire.codecs import Codec, crc32c
-from tensorwire.streams.pool import SPARE
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import Codec
+from tensorwire.memory.spare import SPARE
+from tensorwire.tensor import Extent
 
 DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "raw")
 DEFAULT_SIZE_MIB: Final = {"native": 32, "numpy": 4}
@@ -137,9 +139,7 @@ def _time(run: Callable[[], Any]) -> float:
     return perf_counter() - start
 
 
-def _copies(
-    values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor
-) -> Iterator[Contender]:
+def _copies(values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
     parts = _parts(values.size, threads)
     copy = _together([partial(np.copyto, out[start:stop], values[start:stop]) for start, stop in parts], pool)
     fresh = _together([values[start:stop].copy for start, stop in parts], pool)
@@ -163,12 +163,8 @@ def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contend
         yield Contender(name, "decode", impl, "reused", ours.decode_allocating)
     state, into = {"x": values}, {"x": out}
     message = tensorwire.dumps(state, codec=codec)
-    yield Contender(
-        name, "encode_stream", impl, "warm", lambda: _drain(tensorwire.encode(state, codec=codec))
-    )
-    yield Contender(
-        name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into=into))
-    )
+    yield Contender(name, "encode_stream", impl, "warm", lambda: _drain(tensorwire.encode(state, codec=codec)))
+    yield Contender(name, "decode_stream", impl, "warm", lambda: _drain(tensorwire.decode(message, into=into)))
     for output in ("fresh", "reused"):
         yield Contender(name, "decode_stream", impl, output, lambda: _drain(tensorwire.decode(message)))
 
@@ -181,6 +177,7 @@ class _Ours:
         self._view = view_of(values)
         self._data = values.view(np.uint8)
         self._out = out.view(np.uint8)
+        self._extent = Extent.whole(dtypes.FLOAT32, values.shape)
         self._warm = np.zeros(codec.sizes(values.size, dtypes.FLOAT32).total, np.uint8)
         self._payload = bytes(self._encode(self._take_warm))
 
@@ -191,15 +188,15 @@ class _Ours:
         self._encode(SPARE.empty)
 
     def decode(self) -> None:
-        self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, self._out)
+        self._codec.decode(memoryview(self._payload), self._extent, self._out)
 
     def decode_allocating(self) -> None:
-        self._codec.decode(memoryview(self._payload), dtypes.FLOAT32, SPARE.empty(self._out.size))
+        self._codec.decode(memoryview(self._payload), self._extent, SPARE.empty(self._out.size))
 
     def _encode(self, take: Callable[[int], np.ndarray]) -> Any:
         # What a codec must know of the whole tensor (double quantization: its mean) is part of the work.
         context = self._codec.prepare(self._view) if self._view is not None else None
-        return self._codec.encode(self._data, dtypes.FLOAT32, take, context).payload
+        return self._codec.encode(self._data, self._extent, take, context).payload
 
     def _take_warm(self, size: int) -> np.ndarray:
         return self._warm[:size]

@@ -21,10 +21,7 @@ def render(rows: Iterable[Row], columns: Sequence[Column]) -> str:
     numeric = [all(_is_number(row.get(column.key)) for row in rows) for column in columns]
     titles = [column.title for column in columns]
     widths = [max(map(len, texts)) for texts in zip(titles, *cells, strict=True)]
-    rule = [
-        ("-" * (width - 1) + ":") if right else "-" * width
-        for width, right in zip(widths, numeric, strict=True)
-    ]
+    rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
     return "\n".join(_line(line, widths, numeric) for line in [titles, rule, *cells])
 
 

@@ -15,7 +15,7 @@ from tensorwire.bench import BenchError
 from tensorwire.cli import bench, decode, digest, encode, fl, inspect, receive, send, verify
 from tensorwire.cli.common import UsageError
 from tensorwire.errors import StorageError, TensorwireError, TransportError
-from tensorwire.transports import RefusedError
+from tensorwire.transfer import RefusedError
 
 OK: Final = 0
 REFUSED: Final = 1

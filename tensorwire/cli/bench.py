@@ -49,9 +49,7 @@ def add_parser(verbs: Any) -> None:
         metavar="MODE",
         help=f"memory: {', '.join(MODES)} (all)",
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="all rows as one JSON list; - for stdout, tables to stderr"
-    )
+    parser.add_argument("--json", metavar="FILE", help="all rows as one JSON list; - for stdout, tables to stderr")
     parser.add_argument("--plot", metavar="DIR", help="one picture a suite (takes matplotlib)")
 
 
@@ -104,9 +102,7 @@ def _shown(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     """The rows, each named on a terminal as it comes: a large model takes minutes."""
     for row in rows:
         if sys.stderr.isatty():
-            print(
-                f"\r{name}: {row.get('mode', '')} {row['codec']}\x1b[K\r", end="", file=sys.stderr, flush=True
-            )
+            print(f"\r{name}: {row.get('mode', '')} {row['codec']}\x1b[K\r", end="", file=sys.stderr, flush=True)
         yield row
 
 

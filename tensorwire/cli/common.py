@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
-from tensorwire.streams.atomic import write_file
+from tensorwire.storage.atomic import write_file
 
 PIPE: Final = "-"
 _CHUNK: Final = 1 << 20
@@ -69,7 +69,8 @@ def read_key(path: str) -> bytes:
 
 def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
     """Write a stream to a file, which appears only when complete, or to stdout. `total`: bytes expected,
-    roughly."""
+    roughly.
+    """
     if path != PIPE:
         write_file(path, tracked(buffers, total))
         return
@@ -80,7 +81,7 @@ def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
 
 
 def binary_stdout() -> Any:
-    """stdout for bytes. Raises UsageError where they would land on a terminal."""
+    """Stdout for bytes. Raises UsageError where they would land on a terminal."""
     if sys.stdout.isatty():
         raise UsageError("binary output to a terminal; redirect it")
     return sys.stdout.buffer

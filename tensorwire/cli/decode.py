@@ -15,7 +15,8 @@ import numpy as np
 import tensorwire
 from tensorwire.cli.common import PIPE, binary_stdout, reading, verb
 from tensorwire.errors import SchemaError, show
-from tensorwire.streams.atomic import Output, OutputFile, replacing
+from tensorwire.storage.atomic import replacing
+from tensorwire.storage.output import Output, OutputFile
 
 _TEXT: Final = """\
 what OUT becomes:
@@ -84,8 +85,6 @@ def _decode_npz(source: Iterator[bytes], path: str) -> None:
                 raise SchemaError(f"a .npz file holds arrays only, not a {type(value).__name__}", item=name)
             # bfloat16 and the like, whether ml_dtypes knows them here or not: .npy has no name for them.
             if value.dtype.isbuiltin != 1 or value.dtype.metadata:
-                raise SchemaError(
-                    f"a .npz file cannot hold {show(value.dtype.name)}; use .safetensors", item=name
-                )
+                raise SchemaError(f"a .npz file cannot hold {show(value.dtype.name)}; use .safetensors", item=name)
             with archive.open(f"{name or 'arr_0'}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, value, allow_pickle=False)

@@ -4,8 +4,8 @@ import argparse
 import sys
 from typing import Any, Final
 
-from tensorwire import authenticity
 from tensorwire.cli.common import PIPE, UsageError, read_key, verb
+from tensorwire.files import authenticity
 
 _TEXT: Final = """\
 Prints a line a file, as sha256sum does: its SHA-256 or, with --key-file, its HMAC-SHA256. With --manifest: an

@@ -63,7 +63,9 @@ def add_parser(verbs: Any) -> None:
     client.add_argument("--name", help="who we are; as in our certificate where we have one (client-NUMBER)")
     client.add_argument("--folder", metavar="DIR", required=True, help="what must outlive this process; taken up again")
     client.add_argument("--evaluate", action="store_true", help="report the loss of each model that comes, too")
-    client.add_argument("--patience", type=float, default=60, metavar="S", help="give up after S s without success (60)")
+    client.add_argument(
+        "--patience", type=float, default=60, metavar="S", help="give up after S s without success (60)"
+    )
     add_security(client, listens=False)
     client.set_defaults(run=_client)
 
@@ -207,7 +209,10 @@ def _run(arguments: argparse.Namespace) -> int:
         print_json(rows)
     last = rows[-1]
     moved = last["bytes"] / 1e6
-    print(f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {moved:.1f} MB moved", file=sys.stderr)
+    print(
+        f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {moved:.1f} MB moved",
+        file=sys.stderr,
+    )
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
     return 0
 

@@ -7,9 +7,20 @@ from tensorwire.bench.tables import Column, render
 from tensorwire.cli.common import error_fields, print_json, reading, verb
 from tensorwire.codecs import from_stages
 from tensorwire.errors import WireError, show
-from tensorwire.streams.frames import Frame, Frames
-from tensorwire.streams.source import as_source
-from tensorwire.wire import Item, ItemStart, Kind, Slice, StreamEnd, StreamInfo, StreamStart
+from tensorwire.transfer.frames import Frame, Frames
+from tensorwire.wire import (
+    AliasItem,
+    FileItem,
+    Item,
+    ItemStart,
+    Slice,
+    StreamEnd,
+    StreamInfo,
+    StreamStart,
+    TensorItem,
+    ValueItem,
+)
+from tensorwire.wire.drive import as_source
 from tensorwire.wire.frames import PREAMBLE_SIZE
 
 _TEXT: Final = """\
@@ -57,9 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
         except WireError as caught:
             error = caught
     if arguments.json:
-        print_json(
-            account.fields() | ({"frames": listed} if arguments.frames else {}) | _broken(frames, error)
-        )
+        print_json(account.fields() | ({"frames": listed} if arguments.frames else {}) | _broken(frames, error))
     else:
         if error is not None and frames.broken is not None and arguments.frames:
             print(f"{_frame_line(frames.broken)}  <- breaks here")
@@ -99,7 +108,7 @@ class _Account:
             self._digest = event.summary.digest.hex()
         elif isinstance(event, Slice):
             fields = self._items[event.number]
-            itemsize = event.item.dtype.itemsize if event.item.dtype else 1
+            itemsize = event.item.dtype.itemsize if isinstance(event.item, TensorItem) else 1
             fields["bytes"] += event.count * itemsize
             fields["wire_bytes"] += frame.header.length
             fields["complete"] = event.last
@@ -129,9 +138,7 @@ class _Account:
         lines = [f"metadata {show(key)}: {show(text)}" for key, text in info.metadata]
         if info.id:
             lines.append(f"stream id {info.id.hex()}")
-        rows = [
-            item | {"name": show(item["name"])} for item in self._items if item["kind"] not in _CONTAINERS
-        ]
+        rows = [item | {"name": show(item["name"])} for item in self._items if item["kind"] not in _CONTAINERS]
         if items and rows:
             lines.append(render(rows, _COLUMNS))
         lines.append(
@@ -155,20 +162,18 @@ def _item_fields(item: Item) -> dict[str, Any]:
         "name": item.name,
         "path": list(item.path),
         "kind": item.kind.name.lower(),
-        "dtype": item.dtype.name if item.kind == Kind.TENSOR and item.dtype else None,
-        "shape": list(item.shape) if item.kind == Kind.TENSOR else None,
-        "codec": _codec(item.codec),
+        "dtype": item.dtype.name if isinstance(item, TensorItem) else None,
+        "shape": list(item.shape) if isinstance(item, TensorItem) else None,
+        "codec": _codec(item.codec) if isinstance(item, (TensorItem, FileItem)) else None,
         "bytes": 0,
         "wire_bytes": 0,
         "ratio": None,
         "complete": item.total == 0,
     }
-    return fields | ({"alias_of": item.of} if item.kind == Kind.ALIAS else {})
+    return fields | ({"alias_of": item.of} if isinstance(item, AliasItem) else {})
 
 
-def _codec(stages: tuple[tuple[int, ...], ...]) -> str | None:
-    if not stages:
-        return None
+def _codec(stages: tuple[tuple[int, ...], ...]) -> str:
     try:
         return repr(from_stages(stages))
     except WireError:
@@ -213,12 +218,12 @@ def _explain(frame: Frame) -> str:
 
 def _describe(item: Item) -> str:
     name = show(item.name) if item.path else "root"
-    if item.kind == Kind.TENSOR:
+    if isinstance(item, TensorItem):
         return f"{name} {item.dtype} {list(item.shape)} {_codec(item.codec)}"
-    if item.kind == Kind.ALIAS:
+    if isinstance(item, AliasItem):
         return f"{name} is #{item.of}"
-    if item.kind == Kind.FILE:
+    if isinstance(item, FileItem):
         size = "unknown length" if item.size is None else f"{item.size} bytes"
         return f"{name} file of {size}, {_codec(item.codec)}"
-    size = f" of {item.size} bytes" if item.size is not None else ""
+    size = f" of {item.size} bytes" if isinstance(item, ValueItem) else ""
     return f"{name} {item.kind.name.lower()}{size}"

@@ -19,7 +19,7 @@ authorities or --ca. --plaintext goes without, where the network between the two
 def address(text: str) -> tuple[str, int]:
     """An argument HOST:PORT, HOST, :PORT or [IPv6]:PORT."""
     host, colon, port = text.rpartition(":")
-    if not colon or port.endswith("]") or ":" in host and not host.endswith("]"):
+    if not colon or port.endswith("]") or (":" in host and not host.endswith("]")):
         host, port = text, str(PORT)
     if not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -50,7 +50,7 @@ def connection_tls(arguments: argparse.Namespace, host: str) -> ssl.SSLContext |
     _check_plaintext(arguments)
     if bool(arguments.cert) != bool(arguments.key):
         raise UsageError("--cert and --key belong together")
-    if arguments.plaintext or is_loopback(host) and not (arguments.ca or arguments.cert):
+    if arguments.plaintext or (is_loopback(host) and not (arguments.ca or arguments.cert)):
         return None
     return client_tls(ca=arguments.ca, certificate=arguments.cert, key=arguments.key)
 

@@ -14,10 +14,10 @@ from tensorwire.cli import decode
 from tensorwire.cli.common import PIPE, Progress, binary_stdout, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report
 from tensorwire.errors import SchemaError, TensorwireError, show
-from tensorwire.streams import Outcome, Recording
-from tensorwire.transports import AsyncListener, AsyncTransport, Offer, RefusedError, greet, receive_stream
+from tensorwire.transfer import Offer, Outcome, Recording, RefusedError, greet, receive_stream
+from tensorwire.transports import AsyncListener, AsyncTransport
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
-from tensorwire.wire import Item, Kind
+from tensorwire.wire import FileItem, Item, TensorItem
 
 _TEXT: Final = f"""\
 OUT becomes what `tensorwire decode` makes of a stream, by its name; *.tw keeps the stream as it was sent. It appears only
@@ -30,7 +30,6 @@ examples:
   tensorwire receive model.tw
 """
 _CHUNK: Final = 1 << 20
-_WITH_DATA: Final = (Kind.TENSOR, Kind.FILE)
 
 
 def add_parser(verbs: Any) -> None:
@@ -136,7 +135,8 @@ class _Place(Recording):
         self.open = False
 
     def _check_item(self, item: Item) -> None:
-        if self._kind != "tw" and (item.kind == Kind.FILE) != (self._kind == "file") and item.kind in _WITH_DATA:
+        unwanted = TensorItem if self._kind == "file" else FileItem
+        if self._kind != "tw" and isinstance(item, unwanted):
             wanted = "a file" if self._kind == "file" else "tensors"
             raise SchemaError(f"{wanted} is to be received; this is not", item=item.name)
 

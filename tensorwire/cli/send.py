@@ -13,9 +13,9 @@ from tensorwire.cli import encode
 from tensorwire.cli.common import PIPE, Progress, UsageError, codec_spec, verb
 from tensorwire.cli.network import SECURITY, add_security, address, connection_tls, report
 from tensorwire.errors import UnsupportedError, show
-from tensorwire.streams import Position, Regenerated
-from tensorwire.transports import Offer, Peer, TcpTransport, send_resuming
-from tensorwire.transports.transfer import PATIENCE
+from tensorwire.transfer import Offer, Peer, Position, Regenerated
+from tensorwire.transports import TcpTransport, send_resuming
+from tensorwire.transports.resume import PATIENCE
 
 _TEXT: Final = f"""\
 IN is what `tensorwire encode` takes. When the connection breaks, or either side is killed and started again with the
@@ -34,7 +34,13 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("input", metavar="IN", help="a file, or - for stdin (which cannot be resumed)")
     parser.add_argument("address", metavar="HOST:PORT", type=address, help="where the receiver listens")
     parser.add_argument("--codec", type=codec_spec, default="raw", metavar="SPEC", help="how to encode (raw)")
-    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="S", help=f"give up after S s without progress ({PATIENCE:.0f})")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE,
+        metavar="S",
+        help=f"give up after S s without progress ({PATIENCE:.0f})",
+    )
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     add_security(parser, listens=False)
 
@@ -70,7 +76,9 @@ def _transfer(path: str, codec: str) -> bytes:
 def _check_codecs(peer: Peer, codec: str) -> None:
     missing = {stage[0] for stage in tensorwire.codec(codec).stages()} - set(peer.codecs)
     if missing:
-        raise UnsupportedError(f"the receiver ({show(peer.software)}) does not know codec {codec}: ids {sorted(missing)}")
+        raise UnsupportedError(
+            f"the receiver ({show(peer.software)}) does not know codec {codec}: ids {sorted(missing)}"
+        )
 
 
 class _Source:

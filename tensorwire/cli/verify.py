@@ -5,15 +5,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorwire import authenticity
 from tensorwire.cli.common import PIPE, UsageError, error_fields, print_json, read_key, reading, verb
 from tensorwire.errors import AuthError, WireError
+from tensorwire.files import authenticity
 from tensorwire.limits import DEFAULT
-from tensorwire.streams.decode import ValueSink
-from tensorwire.streams.pool import Pool
-from tensorwire.streams.receive import Receiver, Sink
-from tensorwire.streams.source import as_source
-from tensorwire.wire import Item, Kind
+from tensorwire.memory.buffers import Pool
+from tensorwire.streams.receiver import Receiver, Sink
+from tensorwire.streams.sinks import ValueSink
+from tensorwire.wire import FileItem, Item, TensorItem, ValueItem
+from tensorwire.wire.drive import as_source
 from tensorwire.wire.frames import HEADER_SIZE
 from tensorwire.wire.ledger import END_SIZE
 
@@ -29,7 +29,6 @@ examples:
   tensorwire verify model.tw --manifest manifest.json
   tensorwire verify model.tw --json | jq .digest
 """
-_WITH_DATA: Final = (Kind.TENSOR, Kind.FILE)
 
 
 def add_parser(verbs: Any) -> None:
@@ -93,9 +92,9 @@ class _Nowhere(Sink):
         self._pool = Pool()
 
     def __call__(self, number: int, item: Item) -> Sink | None:
-        if item.kind == Kind.VALUE:
+        if isinstance(item, ValueItem):
             return ValueSink(DEFAULT)
-        return self if item.kind in _WITH_DATA else None
+        return self if isinstance(item, (TensorItem, FileItem)) else None
 
     def region(self, start: int, stop: int) -> np.ndarray:
         return self._pool.take(stop - start)

@@ -2,11 +2,10 @@
 
 from tensorwire.codecs.base import Codec, Encoded, Sizes
 from tensorwire.codecs.cast import BFloat16, Float16
-from tensorwire.codecs.checksum import crc32c
 from tensorwire.codecs.fourbit import FP4, NF4
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.raw import Raw
-from tensorwire.codecs.spec import CODECS, from_stages, parse
+from tensorwire.codecs.spec import CODECS, from_stages, known_ids, parse
 from tensorwire.codecs.zstd import Zstd
 
 __all__ = [
@@ -22,7 +21,7 @@ __all__ = [
     "Raw",
     "Sizes",
     "Zstd",
-    "crc32c",
     "from_stages",
+    "known_ids",
     "parse",
 ]

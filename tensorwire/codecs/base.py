@@ -19,7 +19,7 @@ import numpy as np
 from tensorwire import dtypes, kernels
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 # How kernels see each float type; bfloat16 as bit patterns, since NumPy has none.
 FLOATS: Final = {dtypes.FLOAT32: np.float32, dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
@@ -81,11 +81,11 @@ class Codec(ABC):
         blocks = budget // self.sizes(block, dtype).total
         return blocks * block
 
-    def check_length(self, length: int, count: int, dtype: DType) -> None:
-        """Raise FormatError unless a payload of `count` elements can have `length` bytes."""
-        expected = self.sizes(count, dtype).total
+    def check_length(self, length: int, extent: Extent) -> None:
+        """Raise FormatError unless the payload of a slice can have `length` bytes."""
+        expected = self.sizes(extent.count, extent.dtype).total
         if length != expected:
-            raise FormatError(f"{self} payload of {count} elements has {length} bytes, must have {expected}")
+            raise FormatError(f"{self} payload of {extent.count} elements has {length} bytes, must have {expected}")
 
     def fallback(self, view: TensorView) -> bool:
         """Whether this tensor's values ask for a lossless codec instead, as the spec's policy says."""
@@ -96,7 +96,7 @@ class Codec(ABC):
         return None
 
     @abstractmethod
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """The payload of a slice.
 
         `data`: the slice's little-endian bytes, or with `on_device` maybe a 1-D device tensor; `take(n)`: a uint8
@@ -105,9 +105,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
         """Write a slice's elements to `out`, a flat uint8 array of exactly their bytes, or with `on_device` maybe a
         1-D device tensor of them. `uncached`: as kernels take it.
 

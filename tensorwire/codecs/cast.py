@@ -21,7 +21,7 @@ from tensorwire.codecs.base import (
 )
 from tensorwire.dtypes import DType
 from tensorwire.errors import NonFiniteError
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,9 +52,9 @@ class _Cast(Codec):
     def fallback(self, view: TensorView) -> bool:
         return self.overflow == "raw" and largest(view) >= self.bound
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, dtype)
-        payload = take(self.sizes(len(values), dtype).total)
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        values = floats(data, extent.dtype)
+        payload = take(self.sizes(len(values), extent.dtype).total)
         narrow = payload.view(FLOATS[self.narrow])
         crc = np.empty(1, np.uint32)
         overflowed = kernels_for(values).cast(values, narrow, crc, saturate=self.overflow == "saturate")
@@ -68,10 +68,8 @@ class _Cast(Codec):
             )
         return Encoded(payload, int(crc[0]))
 
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
-        values = float_target(out, dtype)
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
+        values = float_target(out, extent.dtype)
         kernels_for(values).cast(np.frombuffer(payload, FLOATS[self.narrow]), values, uncached=uncached)
 
 

@@ -25,7 +25,7 @@ from tensorwire.codecs.int8 import Quantizer, checked_absmax, split
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.kernels import tables
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 NESTED_BLOCKSIZE: Final = 256
 _NEST_BLOCKS: Final = 8192  # blocks quantized in one go where their absmax are quantized in turn
@@ -63,9 +63,9 @@ class FourBit(Quantizer):
     def prepare(self, view: TensorView) -> np.float32 | None:
         return mean_absmax(view, self.blocksize) if self.double_quant and view.numel else None
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, dtype)
-        sizes = self.sizes(len(values), dtype)
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        values = floats(data, extent.dtype)
+        sizes = self.sizes(len(values), extent.dtype)
         payload = take(sizes.total)
         metadata, codes = split(payload, sizes.metadata)
         crc = None if self.double_quant else np.empty(1, np.uint32)
@@ -77,9 +77,7 @@ class FourBit(Quantizer):
             refuse_nonfinite(values, self)
         return Encoded(payload, None if crc is None else int(crc[0]))
 
-    def _quantize(
-        self, values: Any, codes: np.ndarray, absmax: np.ndarray, crc: np.ndarray | None = None
-    ) -> bool:
+    def _quantize(self, values: Any, codes: np.ndarray, absmax: np.ndarray, crc: np.ndarray | None = None) -> bool:
         return kernels_for(values).quantize_4bit(
             values, codes, absmax, crc, blocksize=self.blocksize, quant_type=self.quant_type
         )
@@ -104,11 +102,9 @@ class FourBit(Quantizer):
             )
         return True
 
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
-        values = float_target(out, dtype)
-        metadata, codes = self.parts(payload, len(values), dtype)
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
+        values = float_target(out, extent.dtype)
+        metadata, codes = self.parts(payload, len(values), extent.dtype)
         absmax = unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
         kernels_for(values).dequantize_4bit(
             codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type, uncached=uncached

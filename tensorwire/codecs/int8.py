@@ -28,7 +28,7 @@ from tensorwire.codecs.base import (
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.kernels import tables
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,21 +78,17 @@ class Int8(Quantizer):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         return Sizes(count, 4 * self.blocks(count))
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, dtype)
-        payload = take(self.sizes(len(values), dtype).total)
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        values = floats(data, extent.dtype)
+        payload = take(self.sizes(len(values), extent.dtype).total)
         absmax, codes = split(payload, 4 * self.blocks(len(values)))
         crc = np.empty(1, np.uint32)
-        if not kernels_for(values).quantize_int8(
-            values, codes, absmax.view(np.float32), crc, blocksize=self.blocksize
-        ):
+        if not kernels_for(values).quantize_int8(values, codes, absmax.view(np.float32), crc, blocksize=self.blocksize):
             refuse_nonfinite(values, self)
         return Encoded(payload, int(crc[0]))
 
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
-        values = float_target(out, dtype)
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
+        values = float_target(out, extent.dtype)
         absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(len(values)))
         kernels_for(values).dequantize_int8(
             codes, checked_absmax(absmax), values, blocksize=self.blocksize, uncached=uncached
@@ -110,9 +106,9 @@ class Int8Linear(Quantizer):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         return Sizes(count, dtypes.BFLOAT16.itemsize * self.blocks(count))
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, dtype)
-        payload = take(self.sizes(len(values), dtype).total)
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        values = floats(data, extent.dtype)
+        payload = take(self.sizes(len(values), extent.dtype).total)
         scales, codes = split(payload, 2 * self.blocks(len(values)))
         crc = np.empty(1, np.uint32)
         if not kernels_for(values).quantize_linear(
@@ -121,10 +117,8 @@ class Int8Linear(Quantizer):
             refuse_nonfinite(values, self)
         return Encoded(payload, int(crc[0]))
 
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
-        values = float_target(out, dtype)
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
+        values = float_target(out, extent.dtype)
         scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(len(values)))
         scales = scale_bytes.view(np.uint16)
         if scales.size and scales.max() >= 0x7F80:

@@ -9,6 +9,7 @@ from tensorwire import dtypes
 from tensorwire.codecs.base import Codec, Encoded, Sizes, Take
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
+from tensorwire.tensor import Extent
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,14 +29,12 @@ class Raw(Codec):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         return Sizes(count * dtype.itemsize)
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         return Encoded(data)
 
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
         received = np.frombuffer(payload, np.uint8)
-        if dtype == dtypes.BOOL and received.size and received.max() > 1:
+        if extent.dtype == dtypes.BOOL and received.size and received.max() > 1:
             raise FormatError("a bool is neither 0 nor 1")
         if received.ctypes.data != out.ctypes.data:
             out[:] = received

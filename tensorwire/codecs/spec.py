@@ -15,6 +15,11 @@ _BY_NAME: Final = {codec.name: codec for codec in CODECS}
 _BY_ID: Final = {codec.id: codec for codec in CODECS}
 
 
+def known_ids() -> tuple[int, ...]:
+    """Ids of the codecs that this process can decode, for a peer to know."""
+    return tuple(sorted(codec.id for codec in (*CODECS, Zstd)))
+
+
 def parse(spec: str | Codec) -> Codec:
     """The codec that a spec string names: `"nf4"`, `"nf4:blocksize=128,double_quant=true"`, `"bf16|zstd"`.
 
@@ -84,5 +89,7 @@ def _build(cls: type[Codec], parameters: dict[str, Any]) -> Codec:
     known = {name for name in cls.__dataclass_fields__}
     unknown = sorted(parameters.keys() - known)
     if unknown:
-        raise EncodeError(f"{cls.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
+        raise EncodeError(
+            f"{cls.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
+        )
     return cls(**parameters)

@@ -14,7 +14,7 @@ from tensorwire.codecs.base import Codec, Encoded, Sizes, Take, on_device
 from tensorwire.codecs.raw import Raw
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 _MAX_WINDOW: Final = 8 << 20
 _MAGIC: Final = b"\x28\xb5\x2f\xfd"
@@ -59,8 +59,8 @@ class Zstd(Codec):
         # ZSTD_COMPRESSBOUND: 1/256 of the input and, below 128 KiB, at most 64 bytes more.
         return self.inner.fit((budget - 64) * 256 // 257, dtype) if budget > 64 else 0
 
-    def check_length(self, length: int, count: int, dtype: DType) -> None:
-        size = self.sizes(count, dtype).total
+    def check_length(self, length: int, extent: Extent) -> None:
+        size = self.sizes(extent.count, extent.dtype).total
         if length > size + size // 256 + 64:
             raise FormatError(f"{self} payload of {length} bytes for {size} uncompressed ones")
 
@@ -70,19 +70,16 @@ class Zstd(Codec):
     def prepare(self, view: TensorView) -> Any:
         return self.inner.prepare(view)
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
-        payload = self.inner.encode(data, dtype, take, context).payload
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        payload = self.inner.encode(data, extent, take, context).payload
         compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=False, write_content_size=True)
         try:
             return Encoded(compressor.compress(payload))
         except zstandard.ZstdError as error:
             raise _memory_error(error) from error
 
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
-        count = len(out) if on_device(out) else out.size // dtype.itemsize
-        self.inner.decode(self.decompress(payload, count, dtype), dtype, out, uncached)
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
+        self.inner.decode(self.decompress(payload, extent.count, extent.dtype), extent, out, uncached)
 
     def decompress(self, payload: memoryview, count: int, dtype: DType) -> memoryview:
         """The payload of the inner codec. Raises FormatError unless it is the one frame it must be."""

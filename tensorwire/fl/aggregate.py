@@ -27,9 +27,9 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import CorruptError, SchemaError, TensorwireError, show
 from tensorwire.fl.updates import Kind, Terms, check_weight
 from tensorwire.limits import DEFAULT, Limits
+from tensorwire.memory.buffers import Scratch
 from tensorwire.numpy import FRONT
-from tensorwire.streams import Schema
-from tensorwire.streams.slices import Piece, Scratch, Slices
+from tensorwire.streams import Piece, Pieces, Schema
 from tensorwire.wire import Item
 
 Model = Mapping[str, np.ndarray]
@@ -75,13 +75,11 @@ class Update:
     def client(self) -> str:
         return self.terms.client
 
-    def slices(
-        self, open_item: Callable[[Item], None] = lambda item: None, **options: Any
-    ) -> Iterator[Piece]:
+    def slices(self, open_item: Callable[[Item], None] = lambda item: None, **options: Any) -> Iterator[Piece]:
         """The decoded slices, read once more. Raises WireError where the recording is not what it was."""
         in_file = isinstance(self.recording, (str, os.PathLike))
         with open(self.recording, "rb", buffering=0) if in_file else nullcontext(self.recording) as source:
-            slices = Slices(source, open_item, **options)
+            slices = Pieces(source, open_item, **options)
             yield from slices
         if slices.digest != self.digest:
             raise CorruptError("not the recording that was checked")
@@ -128,7 +126,7 @@ def check_update(
         if item.path and item.name != (name := next(names)):
             raise SchemaError(f"items come in another order: {name!r} was expected here")
 
-    slices = Slices(source, open_item, limits=rules.limits)
+    slices = Pieces(source, open_item, limits=rules.limits)
     energy = 0.0
     for piece in slices:
         assert terms is not None
@@ -137,9 +135,7 @@ def check_update(
     schema.check_complete()
     assert terms is not None
     recording = source if recording is None else recording
-    return _judged(
-        Update(terms, recording, math.sqrt(energy), slices.digest), rules, tensorwire.schema(model)
-    )
+    return _judged(Update(terms, recording, math.sqrt(energy), slices.digest), rules, tensorwire.schema(model))
 
 
 def _agreed(terms: Terms, expected: Terms, rules: Rules) -> Terms:
@@ -177,11 +173,9 @@ def _judged(update: Update, rules: Rules, schema: Schema) -> Update:
         verdict = rules.validate(update, schema)
         if verdict == "reject":
             raise UpdateError("refused by the server's validate", reason="hook")
-        if verdict not in ("accept", "clip") or verdict == "clip" and rules.max_norm is None:
-            raise ValueError(
-                f"validate must return accept, reject, or where there is a max_norm clip, not {verdict!r}"
-            )
-        clip = clip or verdict == "clip" and update.norm > limit
+        if verdict not in ("accept", "clip") or (verdict == "clip" and rules.max_norm is None):
+            raise ValueError(f"validate must return accept, reject, or where there is a max_norm clip, not {verdict!r}")
+        clip = clip or (verdict == "clip" and update.norm > limit)
     return replace(update, scale=limit / update.norm) if clip else update
 
 
@@ -250,7 +244,7 @@ class _Contribution:
         return piece.data, False
 
     def add(self, data: np.ndarray, place: np.ndarray, dtype: DType, sums: np.ndarray) -> None:
-        """sums += weight * value, for the values that this client has at `place`."""
+        """Sums += weight * value, for the values that this client has at `place`."""
         if dtype not in _LARGEST:
             return
         done = 0

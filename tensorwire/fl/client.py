@@ -18,9 +18,19 @@ import numpy as np
 from tensorwire.errors import CorruptError, SchemaError, TransportError, TruncatedError
 from tensorwire.fl.task import Task
 from tensorwire.fl.updates import ErrorFeedback, Terms, encode, receive, views
-from tensorwire.streams import Recorded, Recording
-from tensorwire.streams.atomic import write_file
-from tensorwire.transports import Offer, RefusedError, TcpTransport, greet, hear, receive_stream, say, send_stream
+from tensorwire.storage.atomic import write_file
+from tensorwire.transfer import (
+    Offer,
+    Recorded,
+    Recording,
+    RefusedError,
+    greet,
+    hear,
+    receive_stream,
+    say,
+    send_stream,
+)
+from tensorwire.transports import TcpTransport
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 
 _FIRST_PAUSE: Final = 0.05

@@ -80,9 +80,7 @@ def experiment(
             if start == PRETRAINED:
                 ready.result()
             for setting, plan in plans.items():
-                jobs += [
-                    pool.submit(run, start, setting, plan, seed, rounds, pretrained) for seed in range(seeds)
-                ]
+                jobs += [pool.submit(run, start, setting, plan, seed, rounds, pretrained) for seed in range(seeds)]
         for number, job in enumerate(as_completed(jobs), 1):
             done = job.result()
             name = f"{done['start']} {done['setting']} {done['seed']}"
@@ -99,9 +97,7 @@ def pretrain(path: Path, schedule: tuple[tuple[float, int], ...]) -> None:
     _one_thread()
     state: State = {}
     for number, (rate, steps) in enumerate(schedule):
-        task = language_model(
-            clients=1, batch=4 * _BATCH, steps=steps, rate=rate, start=state or None, **_MODEL
-        )
+        task = language_model(clients=1, batch=4 * _BATCH, steps=steps, rate=rate, start=state or None, **_MODEL)
         state, _, _ = task.train(task.initial(), 0, number)
     tensorwire.torch.save_file(dict(state), path)
 
@@ -155,7 +151,7 @@ def table(runs: list[Run]) -> str:
 
 
 def _by_setting(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
-    """start -> setting -> its seeds, in the order of the runs."""
+    """Start -> setting -> its seeds, in the order of the runs."""
     found: dict[str, dict[str, list[Run]]] = {}
     for each in runs:
         found.setdefault(each["start"], {}).setdefault(each["setting"], []).append(each)
@@ -215,9 +211,7 @@ def _dashes(setting: str) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tensorwire.fl.convergence", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tensorwire.fl.convergence", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for convergence.json, .md and .png")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)

@@ -107,7 +107,9 @@ class _Process:
             code = None
         if code != 0:
             last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise RunError(f"{self.log.stem} {'does not end' if code is None else f'failed ({code})'}: {last}; see {self.log}")
+            raise RunError(
+                f"{self.log.stem} {'does not end' if code is None else f'failed ({code})'}: {last}; see {self.log}"
+            )
 
     def __enter__(self) -> "_Process":
         return self

@@ -32,9 +32,21 @@ import tensorwire
 from tensorwire.errors import CorruptError, SchemaError, WireError
 from tensorwire.fl.aggregate import Rules, Update, UpdateError, aggregate, check_update
 from tensorwire.fl.updates import Kind, Terms, arrays, encode, views
-from tensorwire.streams import Recorded, Recording
-from tensorwire.streams.atomic import write_file
-from tensorwire.transports import AsyncTransport, Offer, RefusedError, greet, hear, receive_stream, refuse, say, send_stream, wait
+from tensorwire.storage.atomic import write_file
+from tensorwire.transfer import (
+    Offer,
+    Recorded,
+    Recording,
+    RefusedError,
+    greet,
+    hear,
+    receive_stream,
+    refuse,
+    say,
+    send_stream,
+    wait,
+)
+from tensorwire.transports import AsyncTransport
 from tensorwire.transports.pace import HANDSHAKE
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tensorwire.fl.aggregate import Rules, aggregate, check_update
 from tensorwire.fl.task import Task
 from tensorwire.fl.updates import ErrorFeedback, Kind, Terms, arrays, encode, receive, views
-from tensorwire.streams.rules import CodecChoice
+from tensorwire.streams.codec_choice import CodecChoice
 
 
 @dataclass(frozen=True)

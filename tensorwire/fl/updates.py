@@ -24,8 +24,8 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT, NumPyFront
-from tensorwire.streams.rules import CodecChoice, rule
-from tensorwire.streams.slices import Slices
+from tensorwire.streams import Pieces
+from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.tensor import TensorView
 from tensorwire.wire import Item
 
@@ -68,9 +68,7 @@ class Terms:
         """From the metadata of a received stream. Raises SchemaError; a weight is left to `check_weight`."""
         try:
             terms = cls(**json.loads(metadata[_METADATA]))
-            types = [
-                type(value) for value in (terms.run, terms.round, terms.base, terms.client, terms.metrics)
-            ]
+            types = [type(value) for value in (terms.run, terms.round, terms.base, terms.client, terms.metrics)]
             good = types == [str, int, str, str, dict] and terms.kind in _KINDS
             good = good and all(type(value) in (int, float) for value in terms.metrics.values())
         except (KeyError, TypeError, ValueError, RecursionError):
@@ -128,9 +126,7 @@ def encode(
     if stochastic is not None:
         choose = rule(codec)
         tensors = {
-            name: _dithered(view, [stochastic, number])
-            if choose(name, view, view).stages()[0] == _BF16
-            else view
+            name: _dithered(view, [stochastic, number]) if choose(name, view, view).stages()[0] == _BF16 else view
             for number, (name, view) in enumerate(tensors.items())
         }
     return streams.encode(
@@ -138,9 +134,7 @@ def encode(
     )
 
 
-def receive(
-    source: Any, into: Mapping[str, Any], *, held: str = "", limits: Limits = DEFAULT
-) -> tuple[Terms, str]:
+def receive(source: Any, into: Mapping[str, Any], *, held: str = "", limits: Limits = DEFAULT) -> tuple[Terms, str]:
     """Decode a stream of the loop into the tensors `into`; its terms and the digest of the stream, as hex.
 
     A difference is added to what `into` holds, which must be what the broadcast with digest `held` made of
@@ -162,7 +156,7 @@ def receive(
                 )
         schema.check(item)
 
-    slices = Slices(source, open_item, limits=limits)
+    slices = Pieces(source, open_item, limits=limits)
     for piece in slices:
         assert terms is not None
         data, dtype, begin = piece.data, piece.dtype, piece.start * piece.dtype.itemsize
@@ -206,7 +200,7 @@ class ErrorFeedback:
 
     def settle(self, sent: Views, recording: Any, *, limits: Limits = DEFAULT) -> None:
         """`sent`, encoded as `recording`, has counted: keep the difference between the two."""
-        for piece in Slices(recording, lambda item: None, limits=limits):
+        for piece in Pieces(recording, lambda item: None, limits=limits):
             residual = self._residual.get(piece.item.name)
             if residual is not None:
                 dtype = piece.dtype

@@ -1,10 +1,10 @@
 """Quantized tensors to and from bitsandbytes without dequantizing: codes and absmax change hands as they are.
 
-    for name, value in bitsandbytes.decode(transport.receive()):
-        if isinstance(value, Quantized):                     # nf4, fp4 and int8 items
-            weight = functional.dequantize_4bit(value.data, value.state)
+for name, value in bitsandbytes.decode(transport.receive()):
+    if isinstance(value, Quantized):                     # nf4, fp4 and int8 items
+        weight = functional.dequantize_4bit(value.data, value.state)
 
-    transport.send(bitsandbytes.encode({"weight": Quantized(data, state)}))   # also takes Params4bit
+transport.send(bitsandbytes.encode({"weight": Quantized(data, state)}))   # also takes Params4bit
 """
 
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ from tensorwire.codecs.int8 import checked_absmax, split
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.decode import TensorSink
-from tensorwire.streams.pool import GrowingMemory
-from tensorwire.streams.receive import EncodedSink, Receiver
-from tensorwire.streams.rules import CodecChoice, rule
-from tensorwire.streams.source import as_source
-from tensorwire.tensor import TensorView
-from tensorwire.wire import Item, Kind
+from tensorwire.memory.buffers import GrowingMemory
+from tensorwire.streams.codec_choice import CodecChoice, rule
+from tensorwire.streams.receiver import EncodedSink, Receiver
+from tensorwire.streams.sinks import TensorSink
+from tensorwire.tensor import Extent, TensorView
+from tensorwire.wire import AliasItem, FileItem, Item, TensorItem, ValueItem
+from tensorwire.wire.drive import as_source
 
 _FOUR_BIT: Final = {"nf4": NF4, "fp4": FP4}
 # bitsandbytes has no quant_type for its 8-bit states.
@@ -130,13 +130,11 @@ class _Ready(Codec):
     def fit(self, budget: int, dtype: DType) -> int:
         return self.inner.fit(budget, dtype)
 
-    def encode(self, data: Any, dtype: DType, take: Take, context: Any = None) -> Encoded:
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         return Encoded(data)
 
-    def decode(
-        self, payload: memoryview, dtype: DType, out: np.ndarray, uncached: bool | None = None
-    ) -> None:
-        self.inner.decode(payload, dtype, out, uncached)
+    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
+        self.inner.decode(payload, extent, out, uncached)
 
 
 class _Front(torch_front.TorchFront):
@@ -201,13 +199,12 @@ class _Opener:
         self.aliases: dict[int, list[str]] = {}
 
     def __call__(self, number: int, item: Item) -> Any:
-        if item.kind == Kind.ALIAS:
-            assert item.of is not None
+        if isinstance(item, AliasItem):
             self.aliases.setdefault(item.of, []).append(item.name)
             return None
-        if item.kind in (Kind.VALUE, Kind.FILE):
+        if isinstance(item, (ValueItem, FileItem)):
             raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
-        if item.kind != Kind.TENSOR:
+        if not isinstance(item, TensorItem):
             return None
         codec = from_stages(item.codec)
         if isinstance(codec.inner if isinstance(codec, Zstd) else codec, (FourBit, Int8)):
@@ -218,7 +215,7 @@ class _Opener:
 class _QuantizedSink(EncodedSink):
     """Collects the codes and absmax of one item."""
 
-    def __init__(self, item: Item, codec: Codec) -> None:
+    def __init__(self, item: TensorItem, codec: Codec) -> None:
         self._item = item
         self._codec = codec
         self._inner = codec.inner if isinstance(codec, Zstd) else codec
@@ -237,7 +234,9 @@ class _QuantizedSink(EncodedSink):
         if isinstance(self._inner, FourBit):
             metadata, codes = self._inner.parts(payload, count, self._item.dtype)
         else:
-            metadata, codes = split(np.frombuffer(payload, np.uint8), self._inner.sizes(count, self._item.dtype).metadata)
+            metadata, codes = split(
+                np.frombuffer(payload, np.uint8), self._inner.sizes(count, self._item.dtype).metadata
+            )
         _put(self._codes, start // self._per_byte, codes)
         first, blocks = start // self._inner.blocksize, self._inner.blocks(count)
         if not self._nested:

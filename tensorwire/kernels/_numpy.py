@@ -229,7 +229,7 @@ def blockwise_absmax(values: Array, absmax: Float32, *, blocksize: int) -> bool:
 
 
 def _normalized(values: Array, absmax: Float32, start: int, stop: int, blocksize: int) -> Float32:
-    """y = fl32(x * fl32(1 / max(absmax, 1e-38))), in a partial block too; 0 in a zero block."""
+    """Y = fl32(x * fl32(1 / max(absmax, 1e-38))), in a partial block too; 0 in a zero block."""
     first, last, edges = _edges(start, stop, blocksize)
     inverse = np.float32(1) / np.maximum(absmax[first:last], _SMALLEST_ABSMAX)
     return _times(_widen(values[start:stop]), inverse, edges)
@@ -289,7 +289,7 @@ def dequantize_4bit(
     quant_type: str,
     uncached: bool | None = None,
 ) -> None:
-    """out = fl32(code value * absmax), then one rounding to the type of `out`; n is out.size."""
+    """Out = fl32(code value * absmax), then one rounding to the type of `out`; n is out.size."""
     blocksize = _check_4bit(blocksize, quant_type)
     _check_array("codes", codes, np.uint8)
     _check_array("absmax", absmax, np.float32)
@@ -344,7 +344,7 @@ def quantize_int8(
 def dequantize_int8(
     codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *, blocksize: int, uncached: bool | None = None
 ) -> None:
-    """out = fl32(code value * absmax), then one rounding to the type of `out`."""
+    """Out = fl32(code value * absmax), then one rounding to the type of `out`."""
     _check_array("codes", codes, np.uint8)
     _check_array("absmax", absmax, np.float32)
     _check_array("out", out, *FLOAT_DTYPES, output=True)
@@ -406,7 +406,7 @@ def dequantize_linear(
     blocksize: int,
     uncached: bool | None = None,
 ) -> bool:
-    """out = fl32(code * scale), then one rounding to the type of `out`; `scales` are bfloat16 bits.
+    """Out = fl32(code * scale), then one rounding to the type of `out`; `scales` are bfloat16 bits.
 
     Returns whether no code is -128, which no quantizer makes; it decodes like any other.
     """

@@ -137,7 +137,7 @@ def quantize_linear(
 def dequantize_linear(
     codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, *, blocksize: int, uncached: bool | None = None
 ) -> bool:
-    """code * scale, rounded to the dtype of `out`; whether no code is -128."""
+    """Code * scale, rounded to the dtype of `out`; whether no code is -128."""
     scale = _half_tensor(scales).to(out.device).float().repeat_interleave(blocksize)[: out.numel()]
     out.copy_(_to(codes, out).float() * scale)
     return not codes.size or int(codes.min()) > -128

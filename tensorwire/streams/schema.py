@@ -1,14 +1,17 @@
 """What a receiver expects: names, kinds, dtypes, shapes and, if wanted, codecs."""
 
-from typing import Any
+from typing import Any, Final
 
 from tensorwire.errors import SchemaError, show
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.rules import CodecChoice, rule
-from tensorwire.streams.tree import Walk
+from tensorwire.streams.codec_choice import CodecChoice, rule
+from tensorwire.streams.flatten import Walk
 from tensorwire.tensor import Front
-from tensorwire.wire import Item
-from tensorwire.wire.descriptors import Path
+from tensorwire.wire import Item, Kind
+from tensorwire.wire.items import Path
+
+# What must be equal, of items of the same kind. The size of a value is its own business.
+_COMPARED: Final = {Kind.TENSOR: ("dtype", "shape", "codec"), Kind.ALIAS: ("of",)}
 
 
 class Schema:
@@ -20,9 +23,7 @@ class Schema:
         self._missing = dict.fromkeys(items)
 
     @classmethod
-    def of(
-        cls, value: Any, front: Front, *, codec: CodecChoice | None = None, limits: Limits = DEFAULT
-    ) -> "Schema":
+    def of(cls, value: Any, front: Front, *, codec: CodecChoice | None = None, limits: Limits = DEFAULT) -> "Schema":
         """The schema of a container like the one expected (its values do not matter), or `value` if it is one.
 
         With `codec`, items must come encoded as `encode(value, codec=codec)` would encode them.
@@ -37,9 +38,11 @@ class Schema:
         expected = self._items.get(item.path)
         if expected is None:
             raise SchemaError(f"not expected; {len(self._items)} other items are")
-        for field in ("kind", "dtype", "shape", "of", "codec") if self._codecs else ("kind", "dtype", "shape", "of"):
+        if item.kind is not expected.kind:
+            raise SchemaError(f"kind is {_text(item.kind)}, expected {_text(expected.kind)}")
+        for field in _COMPARED.get(item.kind, ()):
             got, wanted = getattr(item, field), getattr(expected, field)
-            if got != wanted:
+            if got != wanted and (field != "codec" or self._codecs):
                 raise SchemaError(f"{field} is {_text(got)}, expected {_text(wanted)}")
         del self._missing[item.path]
 

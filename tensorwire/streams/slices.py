@@ -11,47 +11,30 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from tensorwire.codecs import Codec, crc32c
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import Codec
 from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError, TensorwireError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.pool import SPARE
-from tensorwire.streams.receive import check_codec, check_slice, reject_files
-from tensorwire.streams.source import FromReader, as_source
+from tensorwire.memory.buffers import Scratch
+from tensorwire.streams.receiver import check_codec, check_slice, extent_of, reject_files
 from tensorwire.wire import (
     NEED_DATA,
     Item,
     ItemStart,
-    Kind,
     Reader,
     Slice,
     SlicePart,
     SliceStart,
     StreamEnd,
     StreamStart,
+    TensorItem,
+    ValueItem,
 )
+from tensorwire.wire.drive import FromReader, as_source
 
 # A raw payload comes in pieces of at most this: memory follows what arrives and not what a header claims.
 _PIECE: Final = 4 << 20
-
-
-class Scratch:
-    """The memory of one slice, encoded and decoded. Streams that are read in turns can share one."""
-
-    def __init__(self) -> None:
-        self._payload = self._values = np.empty(0, np.uint8)
-
-    def payload(self, size: int) -> np.ndarray:
-        """`size` bytes for an encoded slice."""
-        if self._payload.size < size:
-            self._payload = SPARE.empty(size)
-        return self._payload[:size]
-
-    def values(self, size: int) -> np.ndarray:
-        """`size` bytes for a decoded slice."""
-        if self._values.size < size:
-            self._values = SPARE.empty(size)
-        return self._values[:size]
 
 
 class Piece(NamedTuple):
@@ -59,18 +42,17 @@ class Piece(NamedTuple):
     goes on.
     """
 
-    item: Item
+    item: TensorItem
     start: int
     data: np.ndarray
 
     @property
     def dtype(self) -> DType:
         """Of the elements."""
-        assert self.item.dtype is not None
         return self.item.dtype
 
 
-class Slices(FromReader):
+class Pieces(FromReader):
     """Iterate for every `Piece` of the tensors in a stream, in order.
 
     `source`: as in `decode`. `open_item` is called with each item as it is described, and raises for one that
@@ -97,7 +79,7 @@ class Slices(FromReader):
         self._codecs: dict[int, Codec] = {}
 
     def steps(self) -> Generator[Any, None, None]:
-        """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and pieces."""
+        """The same for whoever fills the buffers (`wire.drive.Consumer`): yields NEED_DATA and pieces."""
         try:
             yield from self._steps()
         finally:
@@ -129,9 +111,9 @@ class Slices(FromReader):
         with self._located(event.item):
             reject_files(event.item)
             self._open_item(event.item)
-            if event.item.kind == Kind.VALUE:
+            if isinstance(event.item, ValueItem):
                 raise SchemaError("the stream carries values that are no tensors; receive it with decode")
-            if event.item.codec:
+            if isinstance(event.item, TensorItem):
                 self._codecs[event.number] = check_codec(event.item)
 
     def _start_slice(self, event: SliceStart) -> None:
@@ -151,8 +133,10 @@ class Slices(FromReader):
     def _raw_piece(self, number: int, item: Item) -> Piece:
         done, data = self._landed
         with self._located(item):
-            self._codecs[number].decode(memoryview(data), item.dtype, data)  # in place: only looks
-        return Piece(item, (self._first + done) // item.dtype.itemsize, data)
+            start = (self._first + done) // item.dtype.itemsize
+            extent = extent_of(item, start, data.size // item.dtype.itemsize)
+            self._codecs[number].decode(memoryview(data), extent, data)  # in place: only looks
+        return Piece(item, start, data)
 
     def _slice(self, event: Slice) -> Piece:
         codec, item = self._codecs[event.number], event.item
@@ -160,7 +144,7 @@ class Slices(FromReader):
             return self._raw_piece(event.number, item)
         data = self._scratch.values(event.count * item.dtype.itemsize)
         with self._located(item):
-            codec.decode(event.payload, item.dtype, data)
+            codec.decode(event.payload, extent_of(item, event.start, event.count), data)
         return Piece(item, event.start, data)
 
     @contextmanager

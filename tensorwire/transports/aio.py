@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.transfer.session import Conversation, Do, Fill
+from tensorwire.transports.blocking import tune
 from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, Pace, failed
-from tensorwire.transports.session import Conversation, Do, Fill
-from tensorwire.transports.tcp import tune
 from tensorwire.transports.tls import require_protection
 
 try:

@@ -28,7 +28,9 @@ class Pace:
             return
         if self._moved < self._min_rate * self._waited:
             rate = self._moved / self._waited
-            raise TransportError(f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are asked")
+            raise TransportError(
+                f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are asked"
+            )
         self._waited, self._moved = 0.0, 0
 
 

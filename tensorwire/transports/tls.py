@@ -27,9 +27,7 @@ def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.S
     return context
 
 
-def client_tls(
-    *, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None
-) -> ssl.SSLContext:
+def client_tls(*, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
     """For those who connect. `ca`: trust this authority alone, and not those the system trusts. `certificate`, `key`: who we are,
     for mutual TLS. Raises AuthError as `server_tls` does.
     """

@@ -5,9 +5,19 @@ steps in `ledger.py`, so that the writer refuses whatever the reader would refus
 the checksum is handed in.
 """
 
-from tensorwire.wire.descriptors import Item, Kind, StreamInfo
+from tensorwire.wire.archive import Index, IndexEntry, pack_index
 from tensorwire.wire.frames import FrameType, Header
-from tensorwire.wire.index import Index, IndexEntry, pack_index
+from tensorwire.wire.items import (
+    AliasItem,
+    ContainerItem,
+    DataItem,
+    FileItem,
+    Item,
+    Kind,
+    StreamInfo,
+    TensorItem,
+    ValueItem,
+)
 from tensorwire.wire.ledger import Summary
 from tensorwire.wire.reader import (
     NEED_DATA,
@@ -25,7 +35,11 @@ from tensorwire.wire.writer import Writer
 
 __all__ = [
     "NEED_DATA",
+    "AliasItem",
+    "ContainerItem",
+    "DataItem",
     "Event",
+    "FileItem",
     "FrameType",
     "Header",
     "Index",
@@ -42,6 +56,8 @@ __all__ = [
     "StreamInfo",
     "StreamStart",
     "Summary",
+    "TensorItem",
+    "ValueItem",
     "Writer",
     "pack_index",
 ]

@@ -4,13 +4,11 @@ Both are plain little-endian structs under a CRC-32C of their own, which is chec
 """
 
 import struct
-from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from tensorwire.checksum import Checksum
 from tensorwire.errors import CorruptError, FormatError, UnsupportedError
-
-Checksum = Callable[[Any, int], int]
 
 MAGIC: Final = b"\x93TWIR\r\n\x1a"
 MAJOR: Final = 1
@@ -113,6 +111,6 @@ def unpack_header(data: bytes | memoryview, checksum: Checksum, *, frame: int, o
         raise FormatError("reserved bits of the frame header are not zero", frame=frame, offset=offset)
     if kind < SKIPPABLE and kind not in _KNOWN:
         raise UnsupportedError(f"unknown critical frame type {kind}", frame=frame, offset=offset)
-    if kind != FrameType.DATA and (pad or item and kind != FrameType.ITEM or start or count):
+    if kind != FrameType.DATA and (pad or (item and kind != FrameType.ITEM) or start or count):
         raise FormatError(f"frame type {kind} must leave pad, item, start and count zero", frame=frame, offset=offset)
     return Header(kind, pad, sequence, length, item, link, start, count, payload_crc, crc)

@@ -13,8 +13,8 @@ from typing import Final
 
 from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError
 from tensorwire.limits import Limits
-from tensorwire.wire.descriptors import CONTAINERS, Item, Kind, Path
 from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE, SKIPPABLE, FrameType, Header
+from tensorwire.wire.items import AliasItem, ContainerItem, DataItem, Item, Kind, Path, TensorItem
 
 _END: Final = struct.Struct("<QQQQ32s")
 END_SIZE: Final = _END.size
@@ -89,7 +89,7 @@ class Ledger:
         self.align = 1
         self.items = 0
         self.position = 0  # elements of the current item that have passed
-        self.pending: deque[tuple[int, Item]] = deque()  # items whose data is still to come, in order
+        self.pending: deque[tuple[int, DataItem]] = deque()  # items whose data is still to come, in order
         self._index_offset = 0
         self._digest = hashlib.sha256(preamble)
         self._tree = _Tree()
@@ -112,9 +112,7 @@ class Ledger:
         if size > self.limits.stream:
             raise LimitError("stream", self.limits.stream, size, **where)
         if self._step(header) not in TRANSITIONS[self.state]:
-            raise SequenceError(
-                f"a {_name(header.type)} frame cannot come here ({self.state.name.lower()})", **where
-            )
+            raise SequenceError(f"a {_name(header.type)} frame cannot come here ({self.state.name.lower()})", **where)
         if header.type == FrameType.ITEM:
             if header.item != self.items:
                 raise SequenceError(f"expected item {self.items}, got {header.item}", **where)
@@ -134,9 +132,7 @@ class Ledger:
         if header.item != number:
             raise SequenceError(f"expected data of item {number}, got item {header.item}", **where)
         if header.start != self.position:
-            raise SequenceError(
-                f"expected element {self.position}, got {header.start}", item=item.name, **where
-            )
+            raise SequenceError(f"expected element {self.position}, got {header.start}", item=item.name, **where)
         if item.total is None:
             if (header.count == 0) != (header.length == 0):
                 raise FormatError("only the empty closing frame has no bytes", item=item.name, **where)
@@ -163,13 +159,13 @@ class Ledger:
     def add_item(self, item: Item) -> None:
         """Take note of the item that the current ITEM frame describes. Raises where it cannot stand here."""
         self._tree.add(item)
-        if item.kind == Kind.ALIAS:
+        if isinstance(item, AliasItem):
             # So that a receiver knows all names of a tensor when it arrives, and need not keep it for later ones.
             waiting = self.pending and self.pending[0][0] <= item.of < self.items and self._is_tensor[item.of]
             if not waiting:
                 raise FormatError(f"alias of item {item.of}, not an earlier tensor still to come", item=item.name)
-        self._is_tensor.append(item.kind == Kind.TENSOR and item.total != 0)
-        if item.total != 0:
+        self._is_tensor.append(isinstance(item, TensorItem) and item.total != 0)
+        if not isinstance(item, (AliasItem, ContainerItem)) and item.total != 0:
             self.pending.append((self.items, item))
         self.items += 1
 
@@ -221,7 +217,7 @@ class _Tree:
         else:
             self._add_child(item)
         self._started = True
-        if item.kind in CONTAINERS:
+        if isinstance(item, ContainerItem):
             self._open.append((item.path, item.kind, set()))
 
     def _add_child(self, item: Item) -> None:

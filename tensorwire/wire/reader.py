@@ -22,18 +22,18 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tensorwire.checksum import Checksum
 from tensorwire.errors import CorruptError, FormatError, TruncatedError, WireError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.wire.descriptors import Item, StreamInfo, unpack_item, unpack_stream
 from tensorwire.wire.frames import (
     HEADER_SIZE,
     PREAMBLE_SIZE,
-    Checksum,
     FrameType,
     Header,
     check_preamble,
     unpack_header,
 )
+from tensorwire.wire.items import DataItem, Item, StreamInfo, unpack_item, unpack_stream
 from tensorwire.wire.ledger import Ledger, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
@@ -69,7 +69,7 @@ class SliceStart:
     """A data frame's header is verified, its `length` payload bytes are still to come."""
 
     number: int
-    item: Item
+    item: DataItem
     start: int
     count: int
     length: int
@@ -80,7 +80,7 @@ class SlicePart:
     """The place that was directed is full, not verified yet; `left` bytes of the payload are to be directed."""
 
     number: int
-    item: Item
+    item: DataItem
     done: int
     left: int
 
@@ -93,7 +93,7 @@ class Slice:
     """
 
     number: int
-    item: Item
+    item: DataItem
     start: int
     count: int
     payload: memoryview
@@ -161,9 +161,7 @@ class Reader:
         """`size` bytes were written to `get_buffer()`; 0 means that the input has ended."""
         if size == 0 and self._error is None:
             frame = self._ledger.sequence if self._ledger else None
-            self._error = TruncatedError(
-                "the input ended before the end frame", frame=frame, offset=self._received
-            )
+            self._error = TruncatedError("the input ended before the end frame", frame=frame, offset=self._received)
         self._received += size
         self._wanted = self._wanted[size:]
         self._anywhere = False

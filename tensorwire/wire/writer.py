@@ -2,10 +2,11 @@
 
 from typing import Final
 
+from tensorwire.checksum import Checksum
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.wire.descriptors import Item, StreamInfo, pack_item, pack_stream
-from tensorwire.wire.frames import Checksum, FrameType, pack_header, pack_preamble
-from tensorwire.wire.index import IndexEntry, pack_index
+from tensorwire.wire.archive import IndexEntry, pack_index
+from tensorwire.wire.frames import FrameType, pack_header, pack_preamble
+from tensorwire.wire.items import Item, StreamInfo, pack_item, pack_stream
 from tensorwire.wire.ledger import Ledger
 
 _NO_DATA: Final = (0, 0, 0)

@@ -31,7 +31,7 @@ from fuzz.mutants import damaged, mutate
 from vectors import GOOD, Verdict, content, library, read_reference, same, stored
 
 import tensorwire.numpy as tw
-from tensorwire.codecs import crc32c
+from tensorwire.checksum import crc32c
 
 __all__ = ["compare", "material", "quick_checksums"]
 
@@ -56,9 +56,7 @@ def material() -> dict[str, bytes]:
         "bf16|zstd",
     ):
         values = rng.standard_normal(45).astype(np.float32)
-        streams[codec] = tw.dumps(
-            {"a": values, "n": [1, (2.5, "x")], "b": values[:7].astype(np.float16)}, codec=codec
-        )
+        streams[codec] = tw.dumps({"a": values, "n": [1, (2.5, "x")], "b": values[:7].astype(np.float16)}, codec=codec)
     return streams
 
 
@@ -67,9 +65,7 @@ def compare(stream: bytes) -> tuple[str, str | None]:
     verdict: Verdict = library(stream)
     if verdict.error == "SchemaError":
         verdict = library(stream, file=True)
-        if (
-            verdict.error == "SchemaError"
-        ):  # a file beside tensors: a valid stream that no function takes as a whole
+        if verdict.error == "SchemaError":  # a file beside tensors: a valid stream that no function takes as a whole
             return "SchemaError", None
     try:
         theirs = read_reference(stream)

@@ -46,9 +46,7 @@ def mutator(data: bytes, max_size: int, seed: int) -> bytes:
     if taken is None:
         return atheris.Mutate(data, max_size)
     parts, align = taken
-    own = (
-        (lambda payload: bytes(atheris.Mutate(payload, len(payload) + 16))) if spread.random() < 0.6 else None
-    )
+    own = (lambda payload: bytes(atheris.Mutate(payload, len(payload) + 16))) if spread.random() < 0.6 else None
     for _ in range(spread.choice((1, 1, 1, 2, 3))):
         if parts:
             parts = mutate(parts, spread, own)

@@ -77,9 +77,7 @@ def mutate(frames: list[Frame], spread: random.Random, change: Change | None = N
     kind = spread.random()
     if kind < 0.65 and frame.payload is not None:
         described = frame.type in (STREAM, ITEM) and spread.random() < 0.5
-        payload = (
-            change(frame.payload) if change else (_described if described else changed)(frame.payload, spread)
-        )
+        payload = change(frame.payload) if change else (_described if described else changed)(frame.payload, spread)
         count = frame.count
         if frame.type == DATA and spread.random() < 0.5 and frame.count == len(frame.payload):
             count = len(payload)

@@ -140,9 +140,7 @@ bad("slice-wraps", "FormatError", "beyond", (START, ROOT, ITEM_A, data(1, b"abc"
 
 
 def aligned(pad: bytes) -> bytes:
-    return assemble(
-        (Frame(STREAM, packb({"align": 64})), ROOT, ITEM_A, Frame(DATA, b"abc", 1, 0, 3, pad)), align=64
-    )
+    return assemble((Frame(STREAM, packb({"align": 64})), ROOT, ITEM_A, Frame(DATA, b"abc", 1, 0, 3, pad)), align=64)
 
 
 bad("pad-missing", "FormatError", "padding is 0", lambda: aligned(b""))
@@ -405,23 +403,14 @@ bad(
 )
 bad("data-code-minus-128", "FormatError", "-128", carried(b"\x80\x3f\0\x80\0", 3, [[LINEAR, 16]]))
 bad("data-unused-half", "FormatError", "unused half", carried(scales(ONE) + b"\x12\x34", 3, [[NF4, 64, 0]]))
-bad(
-    "data-fp16-absmax-nan", "FormatError", "absmax", carried(scales(NAN) + bytes(3), 3, [[INT8, 16]], FLOAT16)
-)
+bad("data-fp16-absmax-nan", "FormatError", "absmax", carried(scales(NAN) + bytes(3), 3, [[INT8, 16]], FLOAT16))
 
 
 # A zstd frame of uncompressed blocks: magic, descriptor, window, content size, blocks of a 3-byte head and bytes.
-def zstd_frame(
-    content: bytes, *, size: int | None = None, window: int | None = None, dictionary: bytes = b""
-) -> bytes:
+def zstd_frame(content: bytes, *, size: int | None = None, window: int | None = None, dictionary: bytes = b"") -> bytes:
     length = len(content) if size is None else size
     descriptor = 0x80 | (0x20 if window is None else 0) | len(dictionary)
-    head = (
-        bytes([descriptor])
-        + (b"" if window is None else bytes([window]))
-        + dictionary
-        + struct.pack("<I", length)
-    )
+    head = bytes([descriptor]) + (b"" if window is None else bytes([window])) + dictionary + struct.pack("<I", length)
     return b"\x28\xb5\x2f\xfd" + head + (len(content) << 3 | 1).to_bytes(3, "little") + content
 
 

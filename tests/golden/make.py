@@ -254,9 +254,7 @@ def at_rest() -> bytes:
     }
     tensors["tied"] = tensors["a"]
     with tempfile.TemporaryDirectory() as folder:
-        tw.save_file(
-            tensors, Path(folder) / "x.tw", codec={"q": "int8-linear:blocksize=32"}, metadata={"k": "v"}
-        )
+        tw.save_file(tensors, Path(folder) / "x.tw", codec={"q": "int8-linear:blocksize=32"}, metadata={"k": "v"})
         return (Path(folder) / "x.tw").read_bytes()
 
 

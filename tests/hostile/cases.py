@@ -9,8 +9,41 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bad import (
-    ALIAS, BF16, BOOL, DATA_A, DICT, FILE, FLOAT16, FLOAT32, FLOAT64, FP4, FP16, GOOD, INT8, INT64, ITEM_A, LINEAR, LIST, NF4,
-    RAW, ROOT, START, TENSOR, TUPLE, UINT8, VALUE, ZRAW, ZSTD, carried, data, item, patched, scales, tensor, value, zstd_frame,
+    ALIAS,
+    BF16,
+    BOOL,
+    DATA_A,
+    DICT,
+    FILE,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    FP4,
+    FP16,
+    GOOD,
+    INT8,
+    INT64,
+    ITEM_A,
+    LINEAR,
+    LIST,
+    NF4,
+    RAW,
+    ROOT,
+    START,
+    TENSOR,
+    TUPLE,
+    UINT8,
+    VALUE,
+    ZRAW,
+    ZSTD,
+    carried,
+    data,
+    item,
+    patched,
+    scales,
+    tensor,
+    value,
+    zstd_frame,
 )  # fmt: skip
 from frames import END, INDEX, ITEM, STREAM, Frame, assemble, end, preamble, take_apart
 from msgpack import packb
@@ -170,9 +203,7 @@ for what, unit in (
     ("tuples", b"\xd4\x01\x90"),
 ):
     count = ((128 << 10) - 5) // len(unit)
-    full = (
-        b"\xdd" + struct.pack(">I", count) if count > 0xFFFF else b"\xdc" + struct.pack(">H", count)
-    ) + unit * count
+    full = (b"\xdd" + struct.pack(">I", count) if count > 0xFFFF else b"\xdc" + struct.pack(">H", count)) + unit * count
     case(f"value-of-{what}", "TruncatedError", "ended", lambda full=full: value(full)[:-1])
     case(
         f"value-of-{what}-too-long",
@@ -187,9 +218,7 @@ for what, unit in (
         wrapped = b"\x81\xa8metadata" + payload if name == "stream" else b"\x82\xa4kind\x05\xa4path" + payload
         case(f"{name}-with-{what}", "FormatError", "", (*before, Frame(frame.type, wrapped)))
 PAIRS = {f"{n:04x}": "" for n in range(16_385)}
-case(
-    "metadata-pairs", "LimitError", "pairs", lambda: (Frame(STREAM, packb({"align": 1, "metadata": PAIRS})),)
-)
+case("metadata-pairs", "LimitError", "pairs", lambda: (Frame(STREAM, packb({"align": 1, "metadata": PAIRS})),))
 
 # ------------------------------------------------------------------------------------------------------ Tensor header
 for name, shape in {
@@ -301,9 +330,7 @@ for depth in (33, 100):
         inner = b"\x91" + nested
         size = len(inner)
         fixed = {1: b"\xd4", 2: b"\xd5", 4: b"\xd6", 8: b"\xd7", 16: b"\xd8"}
-        head = fixed.get(size) or (
-            b"\xc7" + bytes([size]) if size < 256 else b"\xc8" + struct.pack(">H", size)
-        )
+        head = fixed.get(size) or (b"\xc7" + bytes([size]) if size < 256 else b"\xc8" + struct.pack(">H", size))
         nested = head + b"\x01" + inner
     case(f"value-tuples-{depth}-deep", "FormatError", "", lambda nested=nested: value(nested))
 case("digits-10^6", "LimitError", "composite", lambda: value(b"1" * 1_000_000))
@@ -378,9 +405,7 @@ for stages in (
     [[RAW], [ZSTD, 3]],
 ):
     name = "-".join(str(stage[0]) for stage in stages) + ("-3" if stages[-1][-1] == 3 else "")
-    case(
-        f"stages-{name}", "UnsupportedError", "", (START, ROOT, tensor(1, ["a"], dtype=FLOAT32, codec=stages))
-    )
+    case(f"stages-{name}", "UnsupportedError", "", (START, ROOT, tensor(1, ["a"], dtype=FLOAT32, codec=stages)))
 for what, stage in {"negative": [-1], "wide": [1, 1 << 63] + [0] * 8, "float": [1.0], "nil": [None]}.items():
     case(f"stage-{what}", "FormatError", "stage", (START, ROOT, tensor(1, ["a"], codec=[stage])))
 
@@ -399,9 +424,7 @@ case(
     lambda: carried(zeros(8192, 4096), 4096, ZRAW, UINT8),
 )
 case("zstd-128-mib-in-4-kib", "FormatError", "zstd", lambda: carried(zeros(1000, 4096), 4096, ZRAW, UINT8))
-case(
-    "zstd-1-gib-in-1-mib", "FormatError", "zstd", lambda: carried(zeros(8192, 1 << 20), 1 << 20, ZRAW, UINT8)
-)
+case("zstd-1-gib-in-1-mib", "FormatError", "zstd", lambda: carried(zeros(8192, 1 << 20), 1 << 20, ZRAW, UINT8))
 case(
     "zstd-one-byte-more",
     "FormatError",

@@ -48,9 +48,7 @@ def array_names(name: str) -> list[str]:
     return [key for key, value in correct(name).items() if isinstance(value, np.ndarray)]
 
 
-NAMES = ["cast", "blockwise_absmax"] + [
-    f"{verb}_{method}" for method in CODES for verb in ("quantize", "dequantize")
-]
+NAMES = ["cast", "blockwise_absmax"] + [f"{verb}_{method}" for method in CODES for verb in ("quantize", "dequantize")]
 ARRAYS = [(name, key) for name in NAMES for key in array_names(name)]
 ALWAYS = [(name, key) for name, key in ARRAYS if key != "crc"]
 OUTPUTS = [(name, key) for name in NAMES for key in outputs(name)]

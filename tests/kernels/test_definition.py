@@ -92,9 +92,7 @@ def expected_codes(method: str, values: Array, blocksize: int) -> tuple[Array, A
     y = f32(x * f32(1 / np.maximum(absmax, TINY))[block])
     if method == "fp4":
         level = (np.abs(y)[:, None] > tables.FP4_THRESHOLDS).sum(axis=1)
-        return tables.FP4_CODE_OF_LEVEL[level] + np.where(y < 0, 8, 0).astype(np.uint8), stored(
-            absmax, "float32"
-        )
+        return tables.FP4_CODE_OF_LEVEL[level] + np.where(y < 0, 8, 0).astype(np.uint8), stored(absmax, "float32")
     thresholds = {"nf4": tables.NF4_THRESHOLDS, "int8": tables.INT8_THRESHOLDS}[method]
     codes = (y[:, None] > thresholds).sum(axis=1)
     if method == "int8":
@@ -136,9 +134,7 @@ VALUES = st.one_of(FLOAT_LISTS.map(lambda x: np.array(x, np.float32)), SAMPLED)
 class TestQuantizers:
     @settings(max_examples=100, deadline=None)
     @given(values=VALUES, dtype=st.sampled_from(FLOATS), data=st.data())
-    def test_encode(
-        self, kernels: ModuleType, method: str, values: Array, dtype: str, data: st.DataObject
-    ) -> None:
+    def test_encode(self, kernels: ModuleType, method: str, values: Array, dtype: str, data: st.DataObject) -> None:
         values = as_float(values, dtype)
         before = values.copy()
         blocksize = data.draw(blocksizes(method))
@@ -175,9 +171,7 @@ class TestQuantizers:
         assert decode(kernels, method, codes, stats, 0, 64, dtype).size == 0
 
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_what_is_not_finite_is_found_wherever_it_is(
-        self, kernels: ModuleType, method: str, dtype: str
-    ) -> None:
+    def test_what_is_not_finite_is_found_wherever_it_is(self, kernels: ModuleType, method: str, dtype: str) -> None:
         n, blocksize = 2 * 64 + 37, 64
         for kind in ("normal", "zeros"):
             good = as_float(sample(kind, n, 1), dtype)
@@ -200,9 +194,7 @@ class TestQuantizers:
         finite, codes, stats = encode(kernels, method, largest, 64)
         assert finite is True
         if method != "linear":
-            assert (
-                bits(decode(kernels, method, codes, stats, 130, 64, dtype)).tolist() == bits(largest).tolist()
-            )
+            assert bits(decode(kernels, method, codes, stats, 130, 64, dtype)).tolist() == bits(largest).tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -276,11 +268,7 @@ class TestExamples:
 
     def test_linear_scales_half_way_between_two(self, kernels: ModuleType) -> None:
         midpoints = 1 + (2 * np.arange(128) + 1) / 256
-        at = (
-            (127 * midpoints * np.array([[1], [2.0**-133], [2.0**-40], [2.0**119]]))
-            .astype(np.float32)
-            .reshape(-1)
-        )
+        at = (127 * midpoints * np.array([[1], [2.0**-133], [2.0**-40], [2.0**119]])).astype(np.float32).reshape(-1)
         for ulps in (-2, -1, 0, 1, 2):
             values = (at.view(np.int32) + np.int32(ulps)).view(np.float32)
             _, codes, scales = encode(kernels, "linear", values, 1)
@@ -355,9 +343,7 @@ class TestCast:
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     def test_narrowing_around_every_value_and_midpoint(self, kernels: ModuleType, dtype: str) -> None:
-        ascending = exactly(self.EVERY_16_BITS.view(float_dtype(dtype)))[
-            : 0x7F81 if dtype == "bfloat16" else 0x7C01
-        ]
+        ascending = exactly(self.EVERY_16_BITS.view(float_dtype(dtype)))[: 0x7F81 if dtype == "bfloat16" else 0x7C01]
         ascending[-1] = 2 * ascending[-2] - ascending[-3]  # where infinity begins, one step after the largest
         middle = (ascending[1:] + ascending[:-1]) / 2
         with np.errstate(over="ignore"):  # 2**128

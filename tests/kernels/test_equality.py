@@ -32,9 +32,7 @@ ANY_BYTES = RNG.integers(0, 256, 1 << 20, dtype=np.uint8)
 
 
 def sizes_of_blocks(method: str) -> tuple[int, ...]:
-    return (
-        (2, 6, 32, 64, 90, 128, 4096) if method in ("nf4", "fp4") else (1, 3, 16, 64, 100, 256, 4096, 1 << 40)
-    )
+    return (2, 6, 32, 64, 90, 128, 4096) if method in ("nf4", "fp4") else (1, 3, 16, 64, 100, 256, 4096, 1 << 40)
 
 
 def check_encode(

@@ -106,9 +106,7 @@ sys.exit(not good if child == 0 else os.waitstatus_to_exitcode(os.waitpid(child,
 def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     home = str(Path(tensorwire.__file__).parents[1])  # the package under test, installed or not
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, cwd=home, timeout=60
-    )
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=home, timeout=60)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -140,16 +138,12 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing(native: Modul
 
 
 def test_empty_variables_in_the_environment_are_none(native: ModuleType) -> None:
-    run = python(
-        "import tensorwire; print(tensorwire.get_threads())", TENSORWIRE_ISA="", TENSORWIRE_THREADS=""
-    )
+    run = python("import tensorwire; print(tensorwire.get_threads())", TENSORWIRE_ISA="", TENSORWIRE_THREADS="")
     assert run.stdout.strip() == "1", run.stderr
 
 
 @pytest.mark.parametrize("blocksize", [64, 1000, 4096])
-def test_outputs_too_large_for_the_caches_have_the_bits_of_small_ones(
-    native: ModuleType, blocksize: int
-) -> None:
+def test_outputs_too_large_for_the_caches_have_the_bits_of_small_ones(native: ModuleType, blocksize: int) -> None:
     """16 MiB and more are stored past the caches, where blocks are whole vectors; each part by itself is not."""
     n, part = (17 << 20) + 3000, blocksize * 96
     values = np.resize(VALUES, n)

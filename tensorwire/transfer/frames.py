@@ -4,10 +4,10 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tensorwire.codecs import crc32c
+from tensorwire.checksum import crc32c
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.source import FromReader, Source
 from tensorwire.wire import NEED_DATA, Event, FrameType, Header, Reader, SlicePart, SliceStart
+from tensorwire.wire.drive import FromReader, Source
 from tensorwire.wire.frames import HEADER_SIZE
 
 _SCRATCH: Final = 1 << 20  # bytes of a payload that are held at once
@@ -50,7 +50,7 @@ class Frames(FromReader):
         return Frame(*self._reader.frame, None) if self._reader.frame and not self._reader.ended else None
 
     def steps(self) -> Generator[Any, None, None]:
-        """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and Frames."""
+        """The same for whoever fills the buffers (`wire.drive.Consumer`): yields NEED_DATA and Frames."""
         reader = self._reader
         self._scratch = memoryview(bytearray(_SCRATCH))
         while not reader.ended:

@@ -18,16 +18,17 @@ import numpy as np
 from tensorwire import dtypes, streams
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, UnsupportedError, show
+from tensorwire.files.any import FileSink, file_reader
 from tensorwire.limits import DEFAULT, Limits
+from tensorwire.memory.buffers import Pool
+from tensorwire.storage.atomic import replacing
+from tensorwire.storage.output import Output, read_at
 from tensorwire.streams import Schema
-from tensorwire.streams.atomic import Output, read_at, replacing
-from tensorwire.streams.chunks import FileSink, file_reader
-from tensorwire.streams.pool import Pool
-from tensorwire.streams.receive import Receiver, Sink
-from tensorwire.streams.rules import CodecChoice
-from tensorwire.streams.source import as_source
+from tensorwire.streams.codec_choice import CodecChoice
+from tensorwire.streams.receiver import Receiver, Sink
 from tensorwire.tensor import TensorView
-from tensorwire.wire import Item, Kind
+from tensorwire.wire import AliasItem, Item, Kind, TensorItem
+from tensorwire.wire.drive import as_source
 
 # The safetensors library's own ceiling.
 _MAX_HEADER: Final = 100_000_000
@@ -236,22 +237,22 @@ class _Layout:
         self.pool = Pool()
         self._schema = schema
         self.receiver: Receiver | None = None
-        self._items: dict[int, Item] = {}
+        self._items: dict[int, TensorItem] = {}
         self._offsets: dict[int, int] | None = None
         self._aliases: dict[int, list[int]] = {}
 
     def open(self, number: int, item: Item) -> "_LateSink | None":
         if self._schema is not None:
             self._schema.check(item)
-        if item.kind == Kind.DICT and not item.path:
+        if not item.path and item.kind is Kind.DICT:
             return None
-        if item.kind not in (Kind.TENSOR, Kind.ALIAS) or len(item.path) != 1 or type(item.path[0]) is not str:
+        if not isinstance(item, (TensorItem, AliasItem)) or len(item.path) != 1 or type(item.path[0]) is not str:
             raise SchemaError("a .safetensors file holds a flat dict of tensors only; receive this with decode")
         if item.path[0] == _METADATA:
             raise SchemaError(f"a .safetensors file cannot hold a tensor called {_METADATA}")
         if self._offsets is not None:
             raise SchemaError("tensors described after data has begun; receive this stream with decode")
-        if item.kind == Kind.ALIAS:
+        if isinstance(item, AliasItem):
             self._aliases.setdefault(item.of, []).append(number)
             self._items[number] = replace(self._items[item.of], path=item.path)
             return None
@@ -332,5 +333,5 @@ class _LateSink(Sink):
         return None
 
 
-def _bytes(item: Item) -> int:
+def _bytes(item: TensorItem) -> int:
     return prod(item.shape) * item.dtype.itemsize

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
 from math import prod
 from typing import Any, Final
 
@@ -11,14 +10,14 @@ import numpy as np
 from tensorwire.codecs import Raw
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.pool import GrowingMemory
-from tensorwire.streams.receive import Receiver, Sink, check_codec, reject_files
+from tensorwire.memory.buffers import GrowingMemory
+from tensorwire.streams.receiver import Receiver, Sink, check_codec, reject_files
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.source import as_source, may_wait, pull
-from tensorwire.streams.tree import Tree
-from tensorwire.streams.values import unpack_value
+from tensorwire.streams.unflatten import Tree
 from tensorwire.tensor import Front
-from tensorwire.wire import NEED_DATA, Item, Kind
+from tensorwire.wire import NEED_DATA, AliasItem, Item, TensorItem, ValueItem
+from tensorwire.wire.drive import as_source, may_wait, pull
+from tensorwire.wire.values import unpack_value
 
 
 def decode(
@@ -98,7 +97,7 @@ class _Memory:
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._limits = limits
         self._receiver = Receiver(None, self._open, limits, overlap=overlap)
-        self._aliases: dict[int, list[tuple[int, Item]]] = {}
+        self._aliases: dict[int, list[tuple[int, AliasItem]]] = {}
         receiver = self._receiver
         self.get_buffer, self.buffer_updated, self.lend = receiver.get_buffer, receiver.buffer_updated, receiver.lend
 
@@ -116,12 +115,13 @@ class _Memory:
         for name in self._into.keys() - self._filled:
             raise SchemaError("into= has a tensor that the stream does not carry: it was not written", item=name)
 
-    def _other_name(self, alias: Item, item: Item, value: Any) -> Any:
+    def _other_name(self, alias: AliasItem, item: TensorItem, value: Any) -> Any:
         """What an alias gives: the tensor itself, or the tensor that `into` has for it, filled alike."""
         if alias.name not in self._into:
             return value
         source = self._front.view(value)
-        sink = _into_sink(replace(item, path=alias.path, codec=Raw().stages()), self._into[alias.name], self._front)
+        raw = TensorItem(alias.path, item.dtype, item.shape, Raw().stages())
+        sink = _into_sink(raw, self._into[alias.name], self._front)
         region = sink.region(0, source.numel * source.dtype.itemsize)
         region[:] = np.frombuffer(source.read(0, source.numel), np.uint8)
         sink.commit(0, region)
@@ -132,14 +132,13 @@ class _Memory:
         if self._schema is not None:
             self._schema.check(item)
         self.tree.declare(item)
-        if item.kind == Kind.ALIAS:
-            assert item.of is not None
+        if isinstance(item, AliasItem):
             self._filled.add(item.name)
             self._aliases.setdefault(item.of, []).append((number, item))
             return None
-        if item.kind == Kind.VALUE:
+        if isinstance(item, ValueItem):
             return ValueSink(self._limits)
-        if item.kind != Kind.TENSOR:
+        if not isinstance(item, TensorItem):
             return None
         if item.name in self._into:
             self._filled.add(item.name)
@@ -150,7 +149,7 @@ class _Memory:
 class TensorSink(Sink):
     """A new tensor."""
 
-    def __init__(self, item: Item, front: Front, *, trusted: bool) -> None:
+    def __init__(self, item: TensorItem, front: Front, *, trusted: bool) -> None:
         self._item = item
         self._front = front
         self._memory = GrowingMemory(prod(item.shape) * item.dtype.itemsize, trusted=trusted)
@@ -158,14 +157,14 @@ class TensorSink(Sink):
 
     def region(self, start: int, stop: int) -> np.ndarray:
         region = self._memory.region(start, stop)
-        self.uncached = self._memory.reused and self._memory.data.size >= _UNCACHED_FROM or None
+        self.uncached = (self._memory.reused and self._memory.data.size >= _UNCACHED_FROM) or None
         return region
 
     def close(self) -> Any:
         return self._front.wrap(self._memory.data, self._item.dtype, self._item.shape)
 
 
-def _into_sink(item: Item, tensor: Any, front: Front) -> Sink:
+def _into_sink(item: TensorItem, tensor: Any, front: Front) -> Sink:
     """The sink of a tensor that the caller preallocated. Raises SchemaError where it does not match the item."""
     view = front.view(tensor)
     if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
@@ -195,7 +194,7 @@ class _HostSink(Sink):
 class _DeviceSink(Sink):  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
     """A preallocated tensor on a CUDA device: what a codec cannot decode there is copied to it, slice by slice."""
 
-    def __init__(self, item: Item, tensor: Any, flat: Any, front: Front) -> None:
+    def __init__(self, item: TensorItem, tensor: Any, flat: Any, front: Front) -> None:
         self._tensor = tensor
         self._flat = flat
         self._front = front

@@ -11,14 +11,15 @@ from tensorwire import dtypes
 from tensorwire.codecs import Codec, parse
 from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.atomic import Output, read_at, replacing
-from tensorwire.streams.encode import FRAME_SIZE, encode_leaves, stream_info
-from tensorwire.streams.pool import Pool
-from tensorwire.streams.receive import Receiver, Sink
-from tensorwire.streams.source import as_source
-from tensorwire.streams.tree import Leaf
+from tensorwire.memory.buffers import Pool
+from tensorwire.storage.atomic import replacing
+from tensorwire.storage.output import Output, read_at
+from tensorwire.streams.flatten import Leaf
+from tensorwire.streams.receiver import Receiver, Sink
+from tensorwire.streams.sender import FRAME_SIZE, encode_leaves, stream_info
 from tensorwire.tensor import TensorView
-from tensorwire.wire import Item, Kind
+from tensorwire.wire import ContainerItem, FileItem, Item, Kind
+from tensorwire.wire.drive import as_source
 
 
 def encode_file(
@@ -56,8 +57,8 @@ def _open_and_send(
 
 def _send(size: int | None, read: Any, codec: Codec, name: str, frame_size: int, limits: Limits) -> Iterator[Any]:
     view = TensorView(dtypes.UINT8, (size or 0,), read)
-    item = Item(Kind.FILE, (name,), dtype=dtypes.UINT8, codec=codec.stages(), size=size)
-    leaves = [Leaf(Item(Kind.DICT, ())), Leaf(item, view, codec)]
+    item = FileItem((name,), size, codec.stages())
+    leaves = [Leaf(ContainerItem((), Kind.DICT)), Leaf(item, view, codec)]
     return encode_leaves(leaves, frame_size=frame_size, info=stream_info(None), limits=limits)
 
 
@@ -107,9 +108,9 @@ class _OneFile:
         self._taken = False
 
     def __call__(self, number: int, item: Item) -> Sink | None:
-        if item.kind == Kind.DICT and not item.path:
+        if not item.path and item.kind is Kind.DICT:
             return None
-        if item.kind != Kind.FILE:
+        if not isinstance(item, FileItem):
             raise SchemaError("the stream carries tensors, not a file; receive it with decode")
         if self._taken:
             raise SchemaError("the stream carries more than one file")

@@ -12,26 +12,31 @@ from typing import Any, Final
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.codecs import Codec, Raw, crc32c, from_stages
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import Codec, Raw, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import Limits
-from tensorwire.streams.helper import Helper
-from tensorwire.streams.pool import Pool
-from tensorwire.streams.source import FromReader, Source
+from tensorwire.memory.buffers import Pool
+from tensorwire.streams.overlap import Helper
+from tensorwire.tensor import Extent
 from tensorwire.wire import (
     NEED_DATA,
+    DataItem,
+    FileItem,
     Header,
     Item,
     ItemStart,
-    Kind,
     Reader,
     Slice,
     SlicePart,
     SliceStart,
     StreamEnd,
     StreamStart,
+    TensorItem,
+    ValueItem,
 )
+from tensorwire.wire.drive import FromReader, Source
 
 # A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
 _PIECE: Final = 4 << 20
@@ -84,9 +89,7 @@ class Receiver(FromReader):
     gains where nothing is waited for.
     """
 
-    def __init__(
-        self, source: Source | None, open_item: OpenItem, limits: Limits, *, overlap: bool = True
-    ) -> None:
+    def __init__(self, source: Source | None, open_item: OpenItem, limits: Limits, *, overlap: bool = True) -> None:
         self.start: StreamStart | None = None
         self.end: StreamEnd | None = None
         self._source = source
@@ -103,7 +106,7 @@ class Receiver(FromReader):
         self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
 
     def steps(self) -> Generator[Any, None, None]:
-        """The same for whoever fills the buffers (`streams.source.Consumer`): yields NEED_DATA and completed items."""
+        """The same for whoever fills the buffers (`wire.drive.Consumer`): yields NEED_DATA and completed items."""
         try:
             yield from self._receive()
         except WireError:
@@ -146,7 +149,7 @@ class Receiver(FromReader):
 
     def _start_item(self, number: int, item: Item) -> bool:
         with self._located(item):
-            codec = check_codec(item) if item.codec else Raw()
+            codec = check_codec(item) if isinstance(item, (TensorItem, FileItem)) else Raw()
             sink = self._open_item(number, item)
         if sink is None:
             return False
@@ -176,7 +179,9 @@ class Receiver(FromReader):
     def _land(self) -> None:
         begin, region = self._landing
         try:
-            self._codecs[self._raw.number].decode(memoryview(region), _dtype(self._raw.item), region)
+            itemsize = _dtype(self._raw.item).itemsize
+            extent = extent_of(self._raw.item, begin // itemsize, region.size // itemsize)
+            self._codecs[self._raw.number].decode(memoryview(region), extent, region)
         except WireError as error:
             self._unfit = self._unfit or error
         self._sinks[self._raw.number].commit(begin, region)
@@ -206,7 +211,7 @@ class Receiver(FromReader):
 
         def work() -> None:
             with located:
-                codec.decode(event.payload, dtype, region, sink.uncached)
+                codec.decode(event.payload, extent_of(event.item, event.start, event.count), region, sink.uncached)
                 sink.commit(begin, region)
 
         if not self._overlap:
@@ -234,20 +239,28 @@ def _located(item: str, frame: int, offset: int) -> Iterator[None]:
         raise
 
 
-def check_slice(codec: Codec, place: SliceStart | Header, item: Item, limits: Limits) -> None:
-    """Raise unless a slice of `item` may stand at this place and have this length."""
-    dtype = _dtype(item)
-    codec.check_length(place.length, place.count, dtype)
+def check_slice(codec: Codec, place: SliceStart | Header, item: DataItem, limits: Limits) -> Extent:
+    """The extent of a slice of `item`. Raises unless it may stand at this place and have this length."""
+    extent = extent_of(item, place.start, place.count)
+    dtype = extent.dtype
+    codec.check_length(place.length, extent)
     block, last = codec.block(dtype), item.total is not None and place.start + place.count == item.total
-    if place.start % block or place.count % block and not last:
+    if place.start % block or (place.count % block and not last):
         raise FormatError(f"slice does not begin and end between blocks of {codec}")
     # Before zstd: a frame of a few bytes must not unpack to more than a writer may put into one.
     size = max(place.length, codec.sizes(place.count, dtype).total)
     if size > limits.frame and not codec.in_place:
         raise LimitError("frame", limits.frame, size)
+    return extent
 
 
-def check_codec(item: Item) -> Codec:
+def extent_of(item: DataItem, start: int, count: int) -> Extent:
+    """Elements [start, start + count) of an item."""
+    shape = item.shape if isinstance(item, TensorItem) else (item.total or 0,)
+    return Extent(_dtype(item), shape, start, count)
+
+
+def check_codec(item: TensorItem | FileItem) -> Codec:
     """The codec of a tensor or file. Raises where there is none or it cannot carry the dtype."""
     codec = from_stages(item.codec)
     if not codec.accepts(item.dtype):
@@ -255,11 +268,11 @@ def check_codec(item: Item) -> Codec:
     return codec
 
 
-def _dtype(item: Item) -> DType:
-    return item.dtype if item.dtype is not None else dtypes.UINT8
+def _dtype(item: DataItem) -> DType:
+    return dtypes.UINT8 if isinstance(item, ValueItem) else item.dtype
 
 
 def reject_files(item: Item) -> None:
     """Raise for items that only the file functions take."""
-    if item.kind == Kind.FILE:
+    if isinstance(item, FileItem):
         raise SchemaError("the stream carries a file; receive it with decode_file", item=item.name)

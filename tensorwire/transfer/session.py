@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
+from tensorwire.codecs import known_ids
 from tensorwire.errors import (
     CorruptError,
     EncodeError,
@@ -34,11 +35,10 @@ from tensorwire.errors import (
     show,
 )
 from tensorwire.limits import DEFAULT
-from tensorwire.streams import CODEC_IDS
-from tensorwire.streams.outgoing import Outgoing
-from tensorwire.streams.recording import Outcome, Position
-from tensorwire.streams.values import pack_value, unpack_value
+from tensorwire.transfer.position import Outcome, Position
+from tensorwire.transfer.sending import Outgoing
 from tensorwire.wire.frames import MAJOR as FORMAT
+from tensorwire.wire.values import pack_value, unpack_value
 
 VERSION: Final = 1
 _MAGIC: Final = b"\x93TWM"
@@ -128,7 +128,7 @@ class RefusedError(TransportError):
 
 
 class Place(Protocol):
-    """Where a stream is received to; `streams.recording.Recording` is one."""
+    """Where a stream is received to; `transfer.receiving.Recording` is one."""
 
     position: Position
     outcome: Outcome | None
@@ -151,12 +151,14 @@ def greet(software: str = "tensorwire") -> Conversation[Peer]:
 
     Raises UnsupportedError naming both versions, FormatError where the peer speaks something else.
     """
-    mine = {"session": VERSION, "format": FORMAT, "codecs": list(CODEC_IDS), "software": software}
+    mine = {"session": VERSION, "format": FORMAT, "codecs": list(known_ids()), "software": software}
     yield Send([_pack("hello", mine)])
     try:
         kind, hello = yield from _read_any(None)
     except TransportError as error:  # no alert of TLS reaches us from where asyncio listens
-        raise TransportError(f"{error.detail}, before its greeting: has it no place free, or does it refuse our certificate?") from error
+        raise TransportError(
+            f"{error.detail}, before its greeting: has it no place free, or does it refuse our certificate?"
+        ) from error
     if kind != "hello":
         raise SequenceError(f"expected the message 'hello', got {show(kind)}")
     hello = {name: hello[name] for name in mine if name in hello}  # later versions may say more

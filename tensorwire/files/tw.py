@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorwire.codecs import crc32c
+from tensorwire.checksum import crc32c
 from tensorwire.errors import (
     CorruptError,
     EncodeError,
@@ -18,15 +18,15 @@ from tensorwire.errors import (
     TruncatedError,
 )
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.atomic import write_file
-from tensorwire.streams.decode import collect, decode
-from tensorwire.streams.encode import encode
-from tensorwire.streams.pool import GrowingMemory
-from tensorwire.streams.receive import check_codec, check_slice
+from tensorwire.memory.buffers import GrowingMemory
+from tensorwire.storage.atomic import write_file
+from tensorwire.streams.receiver import check_codec, check_slice
+from tensorwire.streams.sender import encode
+from tensorwire.streams.sinks import collect, decode
 from tensorwire.tensor import Front
-from tensorwire.wire import Header, Index, Item, Kind, StreamInfo, Summary
-from tensorwire.wire.descriptors import unpack_item, unpack_stream
+from tensorwire.wire import AliasItem, Header, Index, Item, StreamInfo, Summary, TensorItem
 from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE, FrameType, check_preamble, unpack_header
+from tensorwire.wire.items import unpack_item, unpack_stream
 from tensorwire.wire.ledger import END_SIZE
 
 
@@ -74,12 +74,16 @@ class TensorFile:
         try:
             self.info, self._entries = self._read_index()
             self._items = [self._read_item(number) for number in range(len(self._entries))]
-            if any(item.of is not None and self._items[item.of].kind != Kind.TENSOR for item in self._items):
+            if any(
+                isinstance(item, AliasItem) and not isinstance(self._items[item.of], TensorItem) for item in self._items
+            ):
                 raise FormatError("alias of what is no tensor")
         except BaseException:
             self.close()
             raise
-        self._numbers = {item.name: n for n, item in enumerate(self._items) if item.kind in _READABLE}
+        self._numbers = {
+            item.name: n for n, item in enumerate(self._items) if isinstance(item, (TensorItem, AliasItem))
+        }
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -121,9 +125,9 @@ class TensorFile:
         memory = GrowingMemory(item.total * size)
         for header, payload, _ in self._frames(name):
             try:
-                check_slice(codec, header, item, self._limits)
+                extent = check_slice(codec, header, item, self._limits)
                 region = memory.region(header.start * size, (header.start + header.count) * size)
-                codec.decode(payload, item.dtype, region)
+                codec.decode(payload, extent, region)
             except TensorwireError as error:
                 error.item = name
                 raise
@@ -143,8 +147,8 @@ class TensorFile:
         begin, length = (frames[0][2], frames[0][0].length) if frames else (0, 0)
         data = np.frombuffer(self._private, np.uint8)[begin : begin + length]
         for header, payload, _ in frames:
-            check_slice(codec, header, item, self._limits)
-            codec.decode(payload, item.dtype, np.frombuffer(payload, np.uint8))  # in place: only looks
+            extent = check_slice(codec, header, item, self._limits)
+            codec.decode(payload, extent, np.frombuffer(payload, np.uint8))  # in place: only looks
         tensor = self._front.wrap(data, item.dtype, item.shape)
         if isinstance(tensor, np.ndarray):
             tensor.flags.writeable = False
@@ -153,7 +157,7 @@ class TensorFile:
     def _resolve(self, name: str) -> int:
         number = self._numbers[name]
         item = self._items[number]
-        return number if item.of is None else item.of
+        return item.of if isinstance(item, AliasItem) else number
 
     def _read_index(self) -> tuple[StreamInfo, Index]:
         link = check_preamble(bytes(self._data[:PREAMBLE_SIZE]), crc32c)
@@ -184,7 +188,7 @@ class TensorFile:
         if (header.item, header.sequence, header.link) != (number, entry.item_sequence, entry.item_link):
             raise FormatError("the index points at another item", offset=entry.item_offset)
         item = unpack_item(bytes(payload), self._limits)
-        if item.kind == Kind.ALIAS and not (item.of < number and self._entries[item.of].data_offset):
+        if isinstance(item, AliasItem) and not (item.of < number and self._entries[item.of].data_offset):
             raise FormatError("alias of a later item", item=item.name)
         return item
 
@@ -220,6 +224,3 @@ class TensorFile:
         if crc32c(payload, 0) != header.payload_crc or any(self._data[offset + HEADER_SIZE : begin]):
             raise CorruptError("payload checksum mismatch", frame=header.sequence, offset=begin)
         return header, payload
-
-
-_READABLE = frozenset({Kind.TENSOR, Kind.ALIAS})

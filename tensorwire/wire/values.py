@@ -12,7 +12,7 @@ import msgpack
 
 from tensorwire.errors import EncodeError, FormatError, LimitError, show
 from tensorwire.limits import Limits
-from tensorwire.wire.descriptors import MAX_INT_KEY
+from tensorwire.wire.items import MAX_INT_KEY
 
 _TUPLE: Final = 1
 _MIN_INT: Final = -(1 << 63)
@@ -58,9 +58,7 @@ def unpack_value(payload: bytes, limits: Limits) -> Any:
         return tuple(items)
 
     def unpack(data: bytes) -> Any:
-        return msgpack.unpackb(
-            data, strict_map_key=False, ext_hook=extension, object_pairs_hook=_unique, use_list=True
-        )
+        return msgpack.unpackb(data, strict_map_key=False, ext_hook=extension, object_pairs_hook=_unique, use_list=True)
 
     try:
         value = unpack(payload)

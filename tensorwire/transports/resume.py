@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from tensorwire.errors import CorruptError, TransportError
-from tensorwire.streams.outgoing import Outgoing
-from tensorwire.streams.recording import Position
+from tensorwire.transfer.position import Position
+from tensorwire.transfer.sending import Outgoing
+from tensorwire.transfer.session import Offer, Peer, Receipt, greet, send_stream
+from tensorwire.transports.blocking import TcpTransport
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
-from tensorwire.transports.session import Offer, Peer, Receipt, greet, send_stream
-from tensorwire.transports.tcp import TcpTransport
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0

@@ -84,7 +84,9 @@ def check_tag(file: _File, key: bytes, expected: str) -> None:
         found = tag(file, key)
         file.seek(begin)
     if not hmac.compare_digest(bytes.fromhex(found), bytes.fromhex(expected)):
-        raise AuthError(f"{_called(file)} does not have this tag: its bytes or the tag were changed, or the key is another")
+        raise AuthError(
+            f"{_called(file)} does not have this tag: its bytes or the tag were changed, or the key is another"
+        )
 
 
 def digest(file: _File) -> str:

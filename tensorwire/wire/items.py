@@ -1,13 +1,14 @@
 """The two msgpack payloads: stream metadata and item descriptors (docs/format.md, sections 4 and 5).
 
 One encoding per value: keys in their fixed order, smallest msgpack forms. `unpack_*` re-encodes what it read and
-compares, so that any other spelling is refused. Holding an `Item` means that every field of it is valid.
+compares, so that any other spelling is refused. Holding an item means that it is valid; it has no field that may be
+missing, but for the size of a file that is not known ahead.
 """
 
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import msgpack
 
@@ -34,7 +35,7 @@ CodecSpec = tuple[tuple[int, ...], ...]
 
 
 class Kind(IntEnum):
-    """What an item is."""
+    """The number of each kind of item on the wire."""
 
     TENSOR = 1
     VALUE = 2
@@ -43,9 +44,6 @@ class Kind(IntEnum):
     DICT = 5
     LIST = 6
     TUPLE = 7
-
-
-CONTAINERS: Final = frozenset({Kind.DICT, Kind.LIST, Kind.TUPLE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +56,80 @@ class StreamInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """An item descriptor. `size` is in bytes, None for a file whose length is not known ahead."""
+class _Named:
+    """What every item has: its place among the containers of the stream, () for the root."""
 
-    kind: Kind
     path: Path
-    dtype: DType | None = None
-    shape: tuple[int, ...] = ()
-    codec: CodecSpec = ()
-    size: int | None = None
-    of: int | None = None
 
     @property
     def name(self) -> str:
         """The path, dotted: how state dicts spell nesting."""
         return ".".join(map(str, self.path))
 
+
+@dataclass(frozen=True, slots=True)
+class TensorItem(_Named):
+    """A tensor: `shape` outermost dimension first, `codec` the stages that its slices went through."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    codec: CodecSpec
+    kind: ClassVar[Kind] = Kind.TENSOR
+
+    @property
+    def total(self) -> int:
+        """Elements that its data frames carry."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ValueItem(_Named):
+    """A plain value: `size` bytes of its encoding (`wire.values`), carried as they are."""
+
+    size: int
+    kind: ClassVar[Kind] = Kind.VALUE
+
+    @property
+    def total(self) -> int:
+        """Bytes that its data frames carry."""
+        return self.size
+
+
+@dataclass(frozen=True, slots=True)
+class FileItem(_Named):
+    """A file of `size` bytes, None where that is not known ahead; for its codec a tensor of bytes."""
+
+    size: int | None
+    codec: CodecSpec
+    kind: ClassVar[Kind] = Kind.FILE
+    dtype: ClassVar[DType] = dtypes.UINT8
+
     @property
     def total(self) -> int | None:
-        """Elements its data frames carry: elements of a tensor, bytes of a value or file; None when open-ended."""
-        if self.kind == Kind.TENSOR:
-            return prod(self.shape)
-        if self.kind in (Kind.VALUE, Kind.FILE):
-            return self.size
-        return 0
+        """Bytes that its data frames carry; None: until a closing frame comes."""
+        return self.size
+
+
+@dataclass(frozen=True, slots=True)
+class AliasItem(_Named):
+    """Another name of the tensor that item number `of` is."""
+
+    of: int
+    kind: ClassVar[Kind] = Kind.ALIAS
+    total: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerItem(_Named):
+    """A dict, list or tuple, whose children follow as items of their own."""
+
+    kind: Kind
+    total: ClassVar[int] = 0
+
+
+Item = TensorItem | ValueItem | FileItem | AliasItem | ContainerItem
+# Items that data frames belong to.
+DataItem = TensorItem | ValueItem | FileItem
 
 
 def pack_stream(info: StreamInfo, limits: Limits) -> bytes:
@@ -157,15 +205,15 @@ def _is_map(first: bytes) -> bool:
 def pack_item(item: Item, limits: Limits) -> bytes:
     """The ITEM payload. Raises FormatError or LimitError for what `unpack_item` would refuse."""
     body: dict[str, Any] = {"kind": int(item.kind), "path": list(item.path)}
-    if item.kind == Kind.TENSOR:
-        assert item.dtype is not None
-        body |= {"dtype": item.dtype.number, "shape": list(item.shape), "codec": [list(s) for s in item.codec]}
-    elif item.kind == Kind.VALUE:
-        body |= {"size": item.size}
-    elif item.kind == Kind.FILE:
-        body |= {"size": item.size, "codec": [list(s) for s in item.codec]}
-    elif item.kind == Kind.ALIAS:
-        body |= {"of": item.of}
+    match item:
+        case TensorItem():
+            body |= {"dtype": item.dtype.number, "shape": list(item.shape), "codec": [list(s) for s in item.codec]}
+        case ValueItem():
+            body |= {"size": item.size}
+        case FileItem():
+            body |= {"size": item.size, "codec": [list(s) for s in item.codec]}
+        case AliasItem():
+            body |= {"of": item.of}
     try:
         payload = msgpack.packb(body)
     except (OverflowError, UnicodeEncodeError, ValueError) as error:
@@ -200,16 +248,16 @@ def unpack_item(payload: bytes, limits: Limits) -> Item:
     path = _path(body["path"], limits)
     if kind == Kind.TENSOR:
         dtype, shape = _tensor(body["dtype"], body["shape"], limits)
-        return Item(kind, path, dtype=dtype, shape=shape, codec=_codec(body["codec"]))
+        return TensorItem(path, dtype, shape, _codec(body["codec"]))
     if kind == Kind.VALUE:
-        return Item(kind, path, size=_size(body["size"], "value", limits.value))
+        return ValueItem(path, _size(body["size"], "value", limits.value))
     if kind == Kind.FILE:
         size = None if body["size"] is None else _size(body["size"], "file", limits.stream)
-        return Item(kind, path, dtype=dtypes.UINT8, size=size, codec=_codec(body["codec"]))
+        return FileItem(path, size, _codec(body["codec"]))
     if kind == Kind.ALIAS:
         _check(_is_int(body["of"]) and body["of"] >= 0, "an alias must name an earlier item")
-        return Item(kind, path, of=body["of"])
-    return Item(kind, path)
+        return AliasItem(path, body["of"])
+    return ContainerItem(path, kind)
 
 
 def _path(keys: Any, limits: Limits) -> Path:

@@ -11,14 +11,16 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any, Final
 
 from tensorwire.errors import SchemaError, StorageError, TensorwireError, WireError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.atomic import Output, read_at, sync_folder
-from tensorwire.streams.frames import Frame, Frames
+from tensorwire.storage.atomic import sync_folder
+from tensorwire.storage.output import Output, read_at
+from tensorwire.transfer.frames import Frame, Frames
+from tensorwire.transfer.position import Outcome, Position
 from tensorwire.wire import NEED_DATA, Item, ItemStart, StreamEnd
 
 try:
@@ -30,27 +32,8 @@ _HELD: Final = 4 << 20  # a frame up to this size is written when it is verified
 _NAME_BYTES: Final = 200  # of the target's name in the temporary one; file systems stop at 255
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How much of a stream is whole: the number of frames, their bytes with the preamble, and the last header's CRC, which the
-    next frame repeats as its link and which stands for all before it.
-    """
-
-    frames: int = 0
-    offset: int = 0
-    link: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A stream that was received whole: where it ended and the SHA-256 that its END frame carries, in hexadecimal."""
-
-    end: Position
-    digest: str
-
-
 class Recording:
-    """The place of one transfer; a `streams.source.Consumer` that gives no results.
+    """The place of one transfer; a `wire.drive.Consumer` that gives no results.
 
     `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` gives a function
     that is called with each item before its data is taken, and raises to refuse the stream (`lambda: schema(model).check`);
@@ -270,4 +253,6 @@ def _storage(path: str, error: OSError) -> StorageError:
         return StorageError(f"{path} is being received by somebody else", errno=errno.EWOULDBLOCK)
     if isinstance(error, StorageError):
         return StorageError(f"{error.detail}; what is verified stays and is resumed", errno=error.errno)
-    return StorageError(f"cannot write {path}: {error.strerror}; what is verified stays and is resumed", errno=error.errno)
+    return StorageError(
+        f"cannot write {path}: {error.strerror}; what is verified stays and is resumed", errno=error.errno
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorwire.codecs import Codec, Raw, Zstd, parse
 from tensorwire.errors import EncodeError
-from tensorwire.streams.tree import Rule
+from tensorwire.streams.flatten import Rule
 from tensorwire.tensor import TensorView
 
 CodecChoice = str | Codec | Mapping[str, "str | Codec"] | Callable[[str, Any], "str | Codec"]

@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any, Final, TypeVar
 
 from tensorwire.errors import TransportError
+from tensorwire.transfer.session import Conversation, Do, Fill
 from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, Pace, failed
-from tensorwire.transports.session import Conversation, Do, Fill
 from tensorwire.transports.tls import require_protection
 
 _GATHER_BYTES: Final = 1 << 20  # buffers are gathered up to this many bytes,

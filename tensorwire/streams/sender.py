@@ -10,15 +10,16 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
-from tensorwire.codecs import Codec, Encoded, crc32c
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import Codec, Encoded
 from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.helper import in_order
-from tensorwire.streams.pool import Pool
-from tensorwire.streams.rules import CodecChoice, rule
-from tensorwire.streams.tree import Leaf, Walk
-from tensorwire.tensor import Front, TensorView
-from tensorwire.wire import Item, Kind, StreamInfo, Writer
+from tensorwire.memory.buffers import Pool
+from tensorwire.streams.codec_choice import CodecChoice, rule
+from tensorwire.streams.flatten import Leaf, Walk
+from tensorwire.streams.overlap import in_order
+from tensorwire.tensor import Extent, Front, TensorView
+from tensorwire.wire import FileItem, StreamInfo, TensorItem, ValueItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
 FRAME_SIZE: Final = 1 << 20
@@ -136,7 +137,7 @@ class _Emitter:
         for leaf in leaves:
             if leaf.item.total == 0:
                 continue
-            if leaf.item.kind == Kind.VALUE:
+            if isinstance(leaf.item, ValueItem):
                 yield partial(self._bytes, leaf.value), 0
             elif leaf.item.total is None:
                 yield partial(self._open_ended, leaf), 0
@@ -156,7 +157,8 @@ class _Emitter:
         on_device = leaf.codec.on_device and leaf.view.device_read is not None
         data = (leaf.view.device_read if on_device else leaf.view.read)(start, stop)
         try:
-            encoded = leaf.codec.encode(data, leaf.view.dtype, self._pool.take, context)
+            extent = Extent(leaf.view.dtype, leaf.view.shape, start, stop - start)
+            encoded = leaf.codec.encode(data, extent, self._pool.take, context)
         except NonFiniteError as error:
             error.index += start
             error.item = leaf.item.name
@@ -167,7 +169,8 @@ class _Emitter:
         step = slice_size(leaf.codec, leaf.item, self._frame_size)
         start = 0
         while data := leaf.view.read(start, start + step):
-            yield _frame(start, len(data), leaf.codec.encode(data, dtypes.UINT8, self._pool.take))
+            extent = Extent(dtypes.UINT8, leaf.view.shape, start, len(data))
+            yield _frame(start, len(data), leaf.codec.encode(data, extent, self._pool.take))
             start += len(data)
         yield _Frame(start, 0, 0, 0, ())
 
@@ -188,7 +191,7 @@ class _Emitter:
             yield _frame(start, len(part), Encoded(part))
 
 
-def slice_size(codec: Codec, item: Item, frame_size: int) -> int:
+def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> int:
     """Elements of a full slice of `item`: as many whole blocks as fit into a frame, encoded, and into
     `_DECODED` frames, decoded; at least one block, or an item that is smaller than one.
 

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
-from tensorwire.codecs import crc32c
+from tensorwire.checksum import crc32c
 from tensorwire.errors import SequenceError, StorageError, WireError
-from tensorwire.streams.recording import Position
+from tensorwire.transfer.position import Position
 from tensorwire.wire.frames import HEADER_SIZE, unpack_header
 
 _DIGEST_SIZE: Final = 32  # the last bytes of a stream are the SHA-256 in its END frame

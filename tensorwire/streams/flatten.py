@@ -1,16 +1,16 @@
-"""Containers <-> items: the walk over what is sent, and the rebuilding of what arrives."""
+"""Containers to items: the walk over what is sent."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from tensorwire.codecs import Codec
-from tensorwire.errors import EncodeError, SchemaError, WireError
+from tensorwire.errors import EncodeError, WireError
 from tensorwire.limits import Limits
-from tensorwire.streams.values import is_plain_dict, is_plain_tuple, pack_value
 from tensorwire.tensor import Front, TensorView
-from tensorwire.wire import Item, Kind
-from tensorwire.wire.descriptors import CONTAINERS, Key, Path, check_key
+from tensorwire.wire import AliasItem, ContainerItem, Item, Kind, TensorItem, ValueItem
+from tensorwire.wire.items import Key, Path, check_key
+from tensorwire.wire.values import is_plain_dict, is_plain_tuple, pack_value
 
 Rule = Callable[[str, Any, TensorView], Codec]
 
@@ -47,8 +47,8 @@ class Walk:
             raise EncodeError(error.detail, item=_name(path)) from None
         self._count += 1
         yield leaf
-        if leaf.item.kind in CONTAINERS:
-            children = value.items() if leaf.item.kind == Kind.DICT else enumerate(value)
+        if isinstance(leaf.item, ContainerItem):
+            children = value.items() if leaf.item.kind is Kind.DICT else enumerate(value)
             for key, child in children:
                 yield from self.leaves(child, (*path, self._key(key, path)))
 
@@ -66,18 +66,18 @@ class Walk:
                 # Something in this container cannot be sent: the walk comes to it, and names it.
             else:
                 if kind is None or len(packed) <= self._limits.composite:
-                    return Leaf(Item(Kind.VALUE, path, size=len(packed)), value=packed)
+                    return Leaf(ValueItem(path, len(packed)), value=packed)
         if len(path) == self._limits.nesting:
             raise EncodeError("nested too deep")
-        return Leaf(Item(kind, path))
+        return Leaf(ContainerItem(path, kind))
 
     def _tensor(self, value: Any, view: TensorView, path: Path) -> Leaf:
         if self._tie and view.identity is not None:
             first = self._seen.setdefault(view.identity, self._count)
             if first != self._count:
-                return Leaf(Item(Kind.ALIAS, path, of=first))
+                return Leaf(AliasItem(path, first))
         codec = self._rule(_name(path), value, view)
-        return Leaf(Item(Kind.TENSOR, path, view.dtype, view.shape, codec.stages()), view, codec)
+        return Leaf(TensorItem(path, view.dtype, view.shape, codec.stages()), view, codec)
 
     def _key(self, key: Any, path: Path) -> Key:
         try:
@@ -110,46 +110,3 @@ def _container(value: Any) -> Kind | None:
 
 def _name(path: Path) -> str:
     return ".".join(map(str, path))
-
-
-_MISSING: Final = object()
-
-
-class Tree:
-    """Rebuilds the containers that a stream describes."""
-
-    def __init__(self) -> None:
-        self._root: Any = _MISSING
-        self._nodes: dict[Path, Any] = {}
-        self._tuples: list[Path] = []
-
-    def declare(self, item: Item) -> None:
-        """Make the place for an item, so that dicts keep the order of the sender."""
-        node: Any = _MISSING
-        if item.kind in CONTAINERS:
-            node = self._nodes[item.path] = {} if item.kind == Kind.DICT else []
-            if item.kind == Kind.TUPLE:
-                self._tuples.append(item.path)
-        self._put(item.path, node, grow=True)
-
-    def fill(self, path: Path, value: Any) -> None:
-        """Put a received value in its place."""
-        self._put(path, value, grow=False)
-
-    def result(self) -> Any:
-        """The whole, once everything is filled in."""
-        for path in reversed(self._tuples):
-            self._put(path, tuple(self._nodes[path]), grow=False)
-        if self._root is _MISSING:
-            raise SchemaError("the stream holds no value")
-        return self._root
-
-    def _put(self, path: Path, value: Any, *, grow: bool) -> None:
-        if not path:
-            self._root = value
-            return
-        node = self._nodes[path[:-1]]
-        if grow and type(node) is list:
-            node.append(value)
-        else:
-            node[path[-1]] = value

@@ -1,0 +1,103 @@
+"""Frame buffers that are used again, and memory that grows with what has arrived."""
+
+import sys
+import threading
+from typing import Final
+
+import numpy as np
+
+from tensorwire.memory.spare import SPARE
+
+_KEPT: Final = 8
+# Taken for an item when its first bytes come. Beyond it memory grows by this factor: what is taken and not yet written to
+# costs addresses only, and little is left to copy.
+_FIRST_TAKE: Final = 4 << 20
+_GROWTH: Final = 16
+_NOTHING: Final = np.empty(0, np.uint8)
+
+
+def _count(arrays: list[np.ndarray], index: int) -> int:
+    return sys.getrefcount(arrays[index])
+
+
+_FREE: Final = _count([np.empty(0, np.uint8)], 0)
+
+
+class Pool:
+    """A few warm buffers, shared by the threads of one stream.
+
+    First touch of fresh memory costs ten times more than writing warm memory, so frames share a few buffers. Whether
+    one is free is read off its reference count: a consumer that keeps what it was given simply keeps it.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> np.ndarray:
+        """A uint8 array of `size` bytes with arbitrary content."""
+        with self._lock:
+            free = [i for i in range(len(self._arrays)) if _count(self._arrays, i) == _FREE]
+            for index in free:
+                if self._arrays[index].size >= size:
+                    return self._arrays[index][:size]
+            if free:
+                del self._arrays[free[0]]
+            array = SPARE.empty(size)
+            if len(self._arrays) < _KEPT:
+                self._arrays.append(array)
+            return array[:size]
+
+
+class GrowingMemory:
+    """`size` bytes for an item that a peer declared: unless trusted, only as much is taken as has arrived.
+
+    Nothing is taken before the first region is asked for: a stream may describe a quarter of a million items in a few
+    megabytes, and bring none of them.
+    """
+
+    __slots__ = ("_size", "_trusted", "data", "reused")
+
+    def __init__(self, size: int, *, trusted: bool = False) -> None:
+        self._size = size
+        self._trusted = trusted
+        self.data = _NOTHING
+        self.reused = False  # whether the memory was in use before, and not only taken from the system
+
+    def region(self, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop). Regions given before must no longer be in use."""
+        if self.data is _NOTHING:
+            self.data = self._first(stop)
+        elif stop > self.data.size:
+            # Not ndarray.resize: that fills what it adds with zeros, in small pages.
+            grown = self._taken(max(stop, _GROWTH * self.data.size))
+            grown[: self.data.size] = self.data
+            self.data = grown
+        return self.data[start:stop]
+
+    def _first(self, stop: int) -> np.ndarray:
+        spare = SPARE.take(self._size)
+        self.reused = spare is not None
+        return self._taken(self._size if self._trusted else max(stop, _FIRST_TAKE)) if spare is None else spare
+
+    def _taken(self, size: int) -> np.ndarray:
+        return SPARE.empty(self._size) if size >= self._size else np.empty(size, np.uint8)
+
+
+class Scratch:
+    """The memory of one slice, encoded and decoded. Streams that are read in turns can share one."""
+
+    def __init__(self) -> None:
+        self._payload = self._values = np.empty(0, np.uint8)
+
+    def payload(self, size: int) -> np.ndarray:
+        """`size` bytes for an encoded slice."""
+        if self._payload.size < size:
+            self._payload = SPARE.empty(size)
+        return self._payload[:size]
+
+    def values(self, size: int) -> np.ndarray:
+        """`size` bytes for a decoded slice."""
+        if self._values.size < size:
+            self._values = SPARE.empty(size)
+        return self._values[:size]

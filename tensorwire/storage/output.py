@@ -1,0 +1,153 @@
+"""Writing to open files: whole, at an offset, written behind, and with errors that say what to do."""
+
+import errno
+import io
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from tensorwire.errors import StorageError
+
+_WINDOW: Final = 64 << 20
+
+
+_SEEKING: Final = threading.Lock()  # where reading and writing at an offset takes two calls
+
+
+_REMEDIES: Final = {
+    errno.ENOSPC: "free some space and try again",
+    errno.EDQUOT: "the quota is used up: free some space, have it raised, and try again",
+    errno.EFBIG: "the file is larger than its file system or `ulimit -f` allows",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.ENOENT: "the folder does not exist, or no longer: create it first",
+    errno.ENOTDIR: "part of the path is a file: choose another",
+    errno.EISDIR: "there is a folder of this name: choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "too many files are open: close some, or raise `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine: close some",
+    errno.EIO: "the device failed: check it before trying again",
+}
+
+
+class Output:
+    """Writes to an open file, and has the system put on disk what was written a while ago. Raises StorageError.
+
+    Left alone, it would let gigabytes gather in the page cache and write them at the sync, twice as slow in all as
+    when writing goes on beside receiving; and the cache of whatever else the machine does would be gone.
+    `path`: the name that the file will have, for errors.
+    """
+
+    def __init__(self, fd: int, path: str | os.PathLike) -> None:
+        self._fd = fd
+        self._path = os.fsdecode(path)
+        self._begin = self._pushed = self._end = 0
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        rest = memoryview(data).cast("B")
+        if offset != self._end:
+            self._begin = self._pushed = offset
+        self._end = offset + len(rest)
+        with storing(self._path, "write"):
+            while rest:
+                size = _write_some(self._fd, rest, offset)
+                if size == 0:  # or this would not end
+                    raise OSError(errno.EIO, "the system takes no bytes")
+                rest, offset = rest[size:], offset + size
+        if self._end - self._pushed >= _WINDOW:
+            self._push()
+
+    def read_at(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with what was written from `offset` on."""
+        with storing(self._path, "read back"):
+            if read_at(self._fd, buffer, offset) != memoryview(buffer).nbytes:
+                raise OSError(errno.EIO, "the file became shorter while it was written")
+
+    def append(self, buffers: Iterable) -> int:
+        """Write every buffer one after the other from the start; returns the bytes written."""
+        total = 0
+        for buffer in buffers:
+            self.write_at(buffer, total)
+            total += memoryview(buffer).nbytes
+        return total
+
+    def _push(self) -> None:
+        # Advice on dirty pages starts writing them, and drops those that an earlier advice has had written.
+        begin = max(self._begin, self._pushed - _WINDOW)
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice only: an error of the disk comes back from the sync
+                os.posix_fadvise(self._fd, begin, self._end - begin, os.POSIX_FADV_DONTNEED)
+        self._pushed = self._end
+
+
+class OutputFile(io.RawIOBase):
+    """An Output for code that wants a file to write and seek in, such as zipfile. Does not close the descriptor."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+        self._offset = self._end = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._offset = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._end}[whence]
+        return self._offset
+
+    def write(self, data: Any, /) -> int:
+        size = memoryview(data).nbytes
+        self._output.write_at(data, self._offset)
+        self._offset += size
+        self._end = max(self._end, self._offset)
+        return size
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset`; returns fewer bytes only at the end of the file."""
+    rest = memoryview(buffer).cast("B")
+    size = len(rest)
+    while rest:
+        got = _read_some(fd, rest, offset)
+        if got == 0:
+            break
+        rest, offset = rest[got:], offset + got
+    return size - len(rest)
+
+
+def _write_some(fd: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+@contextmanager
+def storing(path: str, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "try again, or choose another place")
+        raise StorageError(
+            f"cannot {doing} {path!r}: {error.strerror or error}; {remedy}", errno=error.errno
+        ) from error

@@ -1,0 +1,49 @@
+"""Items to containers: the rebuilding of what arrives."""
+
+from typing import Any, Final
+
+from tensorwire.errors import SchemaError
+from tensorwire.wire import ContainerItem, Item, Kind
+from tensorwire.wire.items import Path
+
+_MISSING: Final = object()
+
+
+class Tree:
+    """Rebuilds the containers that a stream describes."""
+
+    def __init__(self) -> None:
+        self._root: Any = _MISSING
+        self._nodes: dict[Path, Any] = {}
+        self._tuples: list[Path] = []
+
+    def declare(self, item: Item) -> None:
+        """Make the place for an item, so that dicts keep the order of the sender."""
+        node: Any = _MISSING
+        if isinstance(item, ContainerItem):
+            node = self._nodes[item.path] = {} if item.kind == Kind.DICT else []
+            if item.kind == Kind.TUPLE:
+                self._tuples.append(item.path)
+        self._put(item.path, node, grow=True)
+
+    def fill(self, path: Path, value: Any) -> None:
+        """Put a received value in its place."""
+        self._put(path, value, grow=False)
+
+    def result(self) -> Any:
+        """The whole, once everything is filled in."""
+        for path in reversed(self._tuples):
+            self._put(path, tuple(self._nodes[path]), grow=False)
+        if self._root is _MISSING:
+            raise SchemaError("the stream holds no value")
+        return self._root
+
+    def _put(self, path: Path, value: Any, *, grow: bool) -> None:
+        if not path:
+            self._root = value
+            return
+        node = self._nodes[path[:-1]]
+        if grow and type(node) is list:
+            node.append(value)
+        else:
+            node[path[-1]] = value

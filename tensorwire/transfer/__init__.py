@@ -1,0 +1,49 @@
+"""Resumable transfers of any stream, without I/O: position, sender, receiver, and what both ends say to one another."""
+
+from tensorwire.transfer.frames import Frame, Frames
+from tensorwire.transfer.position import Outcome, Position
+from tensorwire.transfer.receiving import Recording
+from tensorwire.transfer.sending import Outgoing, Recorded, Regenerated
+from tensorwire.transfer.session import (
+    Conversation,
+    Do,
+    Fill,
+    Offer,
+    Peer,
+    Receipt,
+    RefusedError,
+    Send,
+    greet,
+    hear,
+    receive_stream,
+    refuse,
+    say,
+    send_stream,
+    wait,
+)
+
+__all__ = [
+    "Conversation",
+    "Do",
+    "Fill",
+    "Frame",
+    "Frames",
+    "Offer",
+    "Outcome",
+    "Outgoing",
+    "Peer",
+    "Position",
+    "Receipt",
+    "Recorded",
+    "Recording",
+    "RefusedError",
+    "Regenerated",
+    "Send",
+    "greet",
+    "hear",
+    "receive_stream",
+    "refuse",
+    "say",
+    "send_stream",
+    "wait",
+]
