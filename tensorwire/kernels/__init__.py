@@ -64,13 +64,23 @@ def _choose() -> tuple[ModuleType, str]:
         from tensorwire.kernels import _numpy
 
         warnings.warn(
-            f"tensorwire: the C++ extension is missing ({error}); NumPy serves, 10 to 200 times slower. "
-            "Reinstall with a C++17 compiler, or set TENSORWIRE_ISA=numpy to accept this.",
+            f"tensorwire: the C++ extension is missing ({error}). {_remedy()} "
+            "Until then NumPy serves, 10 to 200 times slower; set TENSORWIRE_ISA=numpy to accept this.",
             RuntimeWarning,
             stacklevel=3,
         )
         return _numpy, "numpy"
     return _native, _native.isa()
+
+
+def _remedy() -> str:
+    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if not os.path.isdir(os.path.join(checkout, "csrc")):
+        return "Reinstall with a C++17 compiler."
+    return (
+        f"This is the source checkout {checkout}, which hides an installed tensorwire, because `python -m` and "
+        "`python -c` look into the current directory first: run `pip install -e .` in it, or start Python elsewhere."
+    )
 
 
 _module, isa = _choose()
