@@ -3,10 +3,12 @@
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from quick import SLOW
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "golden"))  # the vectors, and what reads them
@@ -31,3 +33,14 @@ def pytest_report_header() -> str:
     from tensorwire import kernels
 
     return f"tensorwire: {Path(tensorwire.__file__).parent} ({kernels.isa})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: Counter[str] = Counter()
+    for item in items:
+        file = item.path.relative_to(HERE).as_posix()
+        name = f"{file}::{getattr(item, 'originalname', item.name)}"
+        kept = SLOW.get(name, SLOW.get(file, 1))  # one case in so many
+        if kept == 0 or cases[name] % kept:
+            item.add_marker("slow")
+        cases[name] += 1

@@ -18,7 +18,8 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(PACKAGE, tmp_path / "tensorwire", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     (tmp_path / "csrc").mkdir()
     (tmp_path / "tests").mkdir()
-    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path / "tests")
+    for name in ("conftest.py", "quick.py"):
+        shutil.copy(Path(__file__).parent / name, tmp_path / "tests")
     (tmp_path / "tests" / "test_nothing.py").write_text("def test_nothing(): pass\n")
     return tmp_path
 
