@@ -13,7 +13,7 @@ from quick import SLOW
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "golden"))  # the vectors, and what reads them
 
-# A checkout whose extension is not built would test the NumPy twins alone, and skip the rest. The warning names the cause.
+# Without the extension the tests would run on the NumPy twins alone, and skip the rest. The warning names the cause.
 with warnings.catch_warnings():
     warnings.filterwarnings("error", message="tensorwire: ", category=RuntimeWarning)
     try:
