@@ -1,5 +1,6 @@
-"""The layers hold: each room imports only from those above it in docs/architecture.md, the core needs NumPy, msgpack
-and zstandard alone, and `import tensorwire` loads nothing that was not asked for.
+"""The layers hold: each room imports only from those above it in docs/architecture.md.
+
+The core needs NumPy, msgpack and zstandard alone, and `import tensorwire` loads nothing that was not asked for.
 """
 
 import ast
