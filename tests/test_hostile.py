@@ -1,6 +1,6 @@
-"""The duty of the decoder to every hostile stream: the error that it must get, with its place, in a second of processor
-time, in memory that follows what was fed; nothing of the broken item delivered and what came before it whole; and the
-same verdict whole, byte by byte, from a file, from the command line and from the reference reader.
+"""The duty of the decoder to every hostile stream: the error that it must get, with its place, in a second, in memory
+that follows what was fed; nothing of the broken item delivered and what came before it whole; and the same verdict
+whole, byte by byte, from a file, by its index, from the command line and from the reference reader.
 """
 
 import fnmatch
