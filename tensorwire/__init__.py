@@ -47,6 +47,7 @@ from tensorwire.tensor import TensorView
 
 if TYPE_CHECKING:
     from tensorwire import torch as torch
+    from tensorwire.files.examine import inspect, verify
 
 __version__: Final = "0.1.0"
 
@@ -78,6 +79,7 @@ __all__ = [
     "encode_file",
     "get_spare_memory",
     "get_threads",
+    "inspect",
     "load_file",
     "loads",
     "open_file",
@@ -85,6 +87,7 @@ __all__ = [
     "schema",
     "set_spare_memory",
     "set_threads",
+    "verify",
 ]
 
 # Rooms and modules that are loaded when they are asked for.
@@ -129,7 +132,12 @@ open_file = _api.open_file
 schema = _api.schema
 
 
+_LAZY_FUNCTIONS: Final = {"inspect": "files.examine", "verify": "files.examine"}
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"tensorwire.{_LAZY[name]}")
+    if name in _LAZY_FUNCTIONS:
+        return getattr(importlib.import_module(f"tensorwire.{_LAZY_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'tensorwire' has no attribute {name!r}")
