@@ -5,8 +5,10 @@ of its own there, for itself and for those who register the same.
 """
 
 import re
+import textwrap
 from dataclasses import Field
 from inspect import isabstract
+from itertools import zip_longest
 from typing import Final, TypeVar
 
 from tensorwire.codecs.cast import BFloat16, Float16
@@ -19,6 +21,7 @@ from tensorwire.errors import EncodeError, UnsupportedError
 
 PRIVATE_IDS: Final = range(1 << 15, 1 << 16)
 MAX_PARAMETERS: Final = 8  # of a stage in a descriptor
+_HELP_WIDTH: Final = 100
 
 BUILT_IN: Final[tuple[type[Stage], ...]] = (Raw, Float16, BFloat16, Int8, Int8Linear, NF4, FP4, Zstd)
 _BY_ID: Final[dict[int, type[Stage]]] = {stage.id: stage for stage in BUILT_IN}
@@ -92,9 +95,10 @@ def by_name(name: str) -> type[Stage]:
 
 
 def describe() -> str:
-    """All stages with their parameters and legal values, a line each, the default first: for `--help`."""
+    """All stages with their parameters, the default and the legal values of each: lines for `--help`."""
     lines = []
     for row in registered():
         parameters = "; ".join(f"{p.name} {spell(p.default)} ({p.legal})" for p in row.parameters())
-        lines.append(f"  {row.name:<12}{parameters}".rstrip())
+        wrapped = textwrap.wrap(parameters, _HELP_WIDTH) or [""]
+        lines += [f"  {name:<12} {part}".rstrip() for name, part in zip_longest([row.name], wrapped, fillvalue="")]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ stage of this library stand in docs/codecs.md; an id names one of them for ever.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,6 @@ Bytes = npt.NDArray[np.uint8]
 Take = Callable[[int], Bytes]
 Value = int | bool | str
 Row = TypeVar("Row", bound="Stage")
-
-_LEGAL: Final = "legal"  # keys of a field's metadata
-_WIRE: Final = "wire"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,8 @@ class Choice:
         return any(value is known or (type(value) is str and value == known) for known in self.values)
 
     def __str__(self) -> str:
-        return " or ".join(map(spell, self.values))
+        *others, last = map(spell, self.values)
+        return f"{', '.join(others)} or {last}" if others else last
 
     def to_wire(self, value: Any) -> int:
         """The number that stands for a value in a descriptor."""
@@ -92,7 +90,7 @@ class Parameter:
 
 def parameter(default: Value, legal: Range | Choice, *, wire: bool = False) -> Any:
     """A field of a stage: its default, the values it may have, and whether it stands in the descriptor."""
-    return field(default=default, metadata={_LEGAL: legal, _WIRE: wire})
+    return field(default=default, metadata={"default": default, "legal": legal, "wire": wire})
 
 
 def spell(value: Value) -> str:
@@ -144,7 +142,10 @@ class Stage(ABC):
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
         """The parameters, those of the descriptor in its order."""
-        return tuple(Parameter(f.name, f.default, f.metadata[_LEGAL], f.metadata[_WIRE]) for f in fields(cls))
+        for row in fields(cls):
+            if not row.metadata:
+                raise EncodeError(f"{row.name} of {cls.__qualname__} must be made by parameter(...)")
+        return tuple(Parameter(row.name, **row.metadata) for row in fields(cls))
 
     def values(self) -> dict[str, Value]:
         """The value of each parameter."""
