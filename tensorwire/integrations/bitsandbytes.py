@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import Params4bit
 
 from tensorwire import dtypes, streams
 from tensorwire import torch as torch_front
@@ -36,13 +36,13 @@ from tensorwire.codecs import (
 from tensorwire.errors import EncodeError, FormatError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import GrowingMemory
-from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.receiver import EncodedSink, Receiver
 from tensorwire.streams.sinks import TensorSink
 from tensorwire.tensor import Extent, TensorView
 from tensorwire.wire import AliasItem, FileItem, Item, TensorItem, ValueItem
 from tensorwire.wire.drive import as_source
 
+_QUANT_STATE: Final[Any] = QuantState  # bitsandbytes has no types
 _TABLES: Final = {row.quant_type: row.table for row in (NF4, FP4, Int8)}
 
 
@@ -56,7 +56,7 @@ class Quantized(NamedTuple):
 def encode(
     obj: Any,
     *,
-    codec: CodecChoice = "raw",
+    codec: streams.CodecChoice = "raw",
     frame_size: int = streams.FRAME_SIZE,
     limits: Limits = DEFAULT,
 ) -> Iterator[Any]:
@@ -65,13 +65,15 @@ def encode(
     Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
     format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
     """
-    choose = rule(codec)
+    choose = streams.rule(codec)
     front = _Front()
 
     def select(name: str, value: Any) -> Codec:
         if isinstance(value, (Quantized, Params4bit)):
             return Readymade(_codec(_quantized(value).state).pipeline)
-        return choose(name, value, front.view(value))
+        view = front.view(value)
+        assert view is not None  # only tensors are asked about
+        return choose(name, value, view)
 
     return streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits)
 
@@ -235,19 +237,19 @@ class _QuantizedSink(EncodedSink):
         common = {"blocksize": self._packer.blocksize, "dtype": dtype}
         if self._packer.quant_type is None:
             absmax = torch.from_numpy(self._absmax.data.view(np.float32))
-            return Quantized(codes.reshape(shape), QuantState(absmax, code=_table(None), **common))
+            return Quantized(codes.reshape(shape), _QUANT_STATE(absmax, code=_table(None), **common))
         common |= {"shape": shape, "quant_type": self._packer.quant_type, "code": _table(self._packer.quant_type)}
         absmax = torch.from_numpy(self._absmax.data)
         if not self._nested:
-            return Quantized(codes.reshape(-1, 1), QuantState(absmax.view(torch.float32), **common))
-        state2 = QuantState(
+            return Quantized(codes.reshape(-1, 1), _QUANT_STATE(absmax.view(torch.float32), **common))
+        state2 = _QUANT_STATE(
             torch.from_numpy(self._nested_absmax.data.view(np.float32)),
             code=_table(None),
             blocksize=NESTED_BLOCKSIZE,
             dtype=torch.float32,
         )
         offset = torch.tensor(np.frombuffer(self._offset or bytes(4), np.float32)[0])
-        return Quantized(codes.reshape(-1, 1), QuantState(absmax, offset=offset, state2=state2, **common))
+        return Quantized(codes.reshape(-1, 1), _QUANT_STATE(absmax, offset=offset, state2=state2, **common))
 
 
 def _put(memory: GrowingMemory, start: int, data: npt.NDArray[Any]) -> None:
