@@ -13,7 +13,7 @@ import numpy as np
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec, Raw, from_stages
+from tensorwire.codecs import RAW, Codec, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import Limits
@@ -149,7 +149,7 @@ class Receiver(FromReader):
 
     def _start_item(self, number: int, item: Item) -> bool:
         with self._located(item):
-            codec = check_codec(item) if isinstance(item, (TensorItem, FileItem)) else Raw()
+            codec = check_codec(item) if isinstance(item, (TensorItem, FileItem)) else RAW
             sink = self._open_item(number, item)
         if sink is None:
             return False

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorwire.codecs import Raw
+from tensorwire.codecs import RAW
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import GrowingMemory
@@ -120,7 +120,7 @@ class _Memory:
         if alias.name not in self._into:
             return value
         source = self._front.view(value)
-        raw = TensorItem(alias.path, item.dtype, item.shape, Raw().stages())
+        raw = TensorItem(alias.path, item.dtype, item.shape, RAW.stages())
         sink = _into_sink(raw, self._into[alias.name], self._front)
         region = sink.region(0, source.numel * source.dtype.itemsize)
         region[:] = np.frombuffer(source.read(0, source.numel), np.uint8)
