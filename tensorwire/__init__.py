@@ -95,6 +95,7 @@ _LAZY: Final = {
     "torch": "torch",
     "transfer": "transfer",
     "transports": "transports",
+    "updates": "updates",
 }
 
 

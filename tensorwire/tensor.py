@@ -72,3 +72,19 @@ class Front(Protocol):
 
     def device_target(self, value: object) -> Any:
         """A preallocated contiguous tensor on a CUDA device as a 1-D view of it; None when `value` is on the host."""
+
+
+class ViewFront:
+    """The `Front` of tensors that are views already: for reading and describing, not for receiving."""
+
+    def view(self, value: object) -> TensorView | None:
+        return value if isinstance(value, TensorView) else None
+
+    def wrap(self, data: Any, dtype: DType, shape: tuple[int, ...]) -> Any:
+        raise NotImplementedError("a view holds no memory to receive into")
+
+    def target(self, value: object) -> memoryview:
+        raise NotImplementedError("a view holds no memory to receive into")
+
+    def device_target(self, value: object) -> None:
+        return None

@@ -1,4 +1,4 @@
-"""What is learned: the three functions the loop asks for, and a small language model that gives them.
+"""What is learned: the three functions that the loop calls, and a small language model that has them.
 
 A task of your own is a function that returns a `Task`, which `load` finds as "module:function". It sees plain
 tensors, in their own precision, whatever the messages were quantized to.
@@ -42,9 +42,10 @@ def load(spec: str) -> Callable[..., Task]:
     """The function that "module:function" names. Raises ValueError."""
     module, _, name = spec.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        function: Callable[..., Task] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no task {spec!r}, which must be module:function: {error}") from error
+        raise ValueError(f"no task {spec!r}; a task is named as module:function ({error})") from error
+    return function
 
 
 def language_model(
