@@ -2,6 +2,7 @@
 
 from tensorwire.codecs.base import Codec, Encoded, Sizes
 from tensorwire.codecs.cast import BFloat16, Float16
+from tensorwire.codecs.floats import as_floats, from_floats, is_float
 from tensorwire.codecs.fourbit import FP4, NF4
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.raw import Raw
@@ -21,7 +22,10 @@ __all__ = [
     "Raw",
     "Sizes",
     "Zstd",
+    "as_floats",
+    "from_floats",
     "from_stages",
+    "is_float",
     "known_ids",
     "parse",
 ]

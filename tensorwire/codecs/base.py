@@ -7,24 +7,17 @@ is the spec string that rebuilds it, it keeps no state and never writes to its i
 Layout and arithmetic of every codec stand in docs/codecs.md; an id names one of them for ever.
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from types import ModuleType
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from tensorwire import dtypes, kernels
+from tensorwire.codecs.floats import widen
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
 from tensorwire.tensor import Extent, TensorView
-
-# How kernels see each float type; bfloat16 as bit patterns, since NumPy has none.
-FLOATS: Final = {dtypes.FLOAT32: np.float32, dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
-_SCAN: Final = 1 << 20  # elements looked at in one go when a whole tensor has to be seen before its first slice
-_SCAN_BLOCK: Final = 4096
 
 Take = Callable[[int], np.ndarray]
 
@@ -121,37 +114,6 @@ class Codec(ABC):
         return self.name + (":" + ",".join(given) if given else "")
 
 
-def floats(data: Any, dtype: DType) -> Any:
-    """A slice as the float array that kernels take: its bytes seen as one, or the device tensor that it is."""
-    return data if on_device(data) else np.frombuffer(data, dtype=FLOATS[dtype])
-
-
-def float_target(out: Any, dtype: DType) -> Any:
-    """The memory of a decoded slice as the float array that kernels fill."""
-    return out if on_device(out) else out.view(FLOATS[dtype])
-
-
-def on_device(data: Any) -> bool:
-    """Whether a slice is a torch tensor on a device rather than host memory."""
-    return hasattr(data, "is_cuda")
-
-
-def kernels_for(values: Any) -> ModuleType:
-    """The kernels for where a float array lives."""
-    return importlib.import_module("tensorwire.kernels.cuda") if on_device(values) else kernels
-
-
-def widen(values: Any) -> np.ndarray:
-    """A float array as float32 on the host, exactly. For error paths: it copies."""
-    if on_device(values):  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-        return values.float().cpu().numpy()
-    if values.dtype == np.float32:
-        return values
-    out = np.empty(values.size, np.float32)
-    kernels.cast(np.ascontiguousarray(values), out)
-    return out
-
-
 def refuse_nonfinite(values: Any, codec: Codec) -> None:
     """Raise NonFiniteError naming the first NaN or infinity."""
     wide = widen(values)
@@ -160,18 +122,6 @@ def refuse_nonfinite(values: Any, codec: Codec) -> None:
         f"{wide[index]}, which {codec.name} cannot carry; use nonfinite=raw to send such items losslessly",
         index=index,
     )
-
-
-def largest(view: TensorView) -> float:
-    """max|x| over a whole float tensor, NaN or infinity included."""
-    top = np.float32(0)
-    for start in range(0, view.numel, _SCAN):
-        values = floats((view.device_read or view.read)(start, min(start + _SCAN, view.numel)), view.dtype)
-        absmax = np.empty(-(-len(values) // _SCAN_BLOCK), np.float32)
-        if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=_SCAN_BLOCK):
-            return float("inf")
-        top = max(top, absmax.max())
-    return float(top)
 
 
 def check_power_of_two(name: str, value: Any, low: int, high: int) -> None:

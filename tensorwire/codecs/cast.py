@@ -6,19 +6,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.codecs.base import (
-    FLOATS,
-    Codec,
-    Encoded,
-    Sizes,
-    Take,
-    check_choice,
-    float_target,
-    floats,
-    kernels_for,
-    largest,
-    widen,
-)
+from tensorwire.codecs.base import Codec, Encoded, Sizes, Take, check_choice
+from tensorwire.codecs.floats import KERNEL_DTYPES, kernel_target, kernel_view, kernels_for, largest, widen
 from tensorwire.dtypes import DType
 from tensorwire.errors import NonFiniteError
 from tensorwire.tensor import Extent, TensorView
@@ -53,9 +42,9 @@ class _Cast(Codec):
         return self.overflow == "raw" and largest(view) >= self.bound
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, extent.dtype)
+        values = kernel_view(data, extent.dtype)
         payload = take(self.sizes(len(values), extent.dtype).total)
-        narrow = payload.view(FLOATS[self.narrow])
+        narrow = payload.view(KERNEL_DTYPES[self.narrow])
         crc = np.empty(1, np.uint32)
         overflowed = kernels_for(values).cast(values, narrow, crc, saturate=self.overflow == "saturate")
         if overflowed and self.overflow == "error":
@@ -69,8 +58,8 @@ class _Cast(Codec):
         return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
-        values = float_target(out, extent.dtype)
-        kernels_for(values).cast(np.frombuffer(payload, FLOATS[self.narrow]), values, uncached=uncached)
+        values = kernel_target(out, extent.dtype)
+        kernels_for(values).cast(np.frombuffer(payload, KERNEL_DTYPES[self.narrow]), values, uncached=uncached)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,16 +11,8 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from tensorwire import kernels
-from tensorwire.codecs.base import (
-    Encoded,
-    Sizes,
-    Take,
-    check_choice,
-    float_target,
-    floats,
-    kernels_for,
-    refuse_nonfinite,
-)
+from tensorwire.codecs.base import Encoded, Sizes, Take, check_choice, refuse_nonfinite
+from tensorwire.codecs.floats import kernel_target, kernel_view, kernels_for
 from tensorwire.codecs.int8 import Quantizer, checked_absmax, split
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
@@ -64,7 +56,7 @@ class FourBit(Quantizer):
         return mean_absmax(view, self.blocksize) if self.double_quant and view.numel else None
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, extent.dtype)
+        values = kernel_view(data, extent.dtype)
         sizes = self.sizes(len(values), extent.dtype)
         payload = take(sizes.total)
         metadata, codes = split(payload, sizes.metadata)
@@ -103,7 +95,7 @@ class FourBit(Quantizer):
         return True
 
     def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
-        values = float_target(out, extent.dtype)
+        values = kernel_target(out, extent.dtype)
         metadata, codes = self.parts(payload, len(values), extent.dtype)
         absmax = unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
         kernels_for(values).dequantize_4bit(
@@ -141,7 +133,7 @@ def mean_absmax(view: TensorView, blocksize: int) -> np.float32:
     total = np.float64(0)
     step = _SCAN_BLOCKS * blocksize
     for start in range(0, view.numel, step):
-        values = floats((view.device_read or view.read)(start, min(start + step, view.numel)), view.dtype)
+        values = kernel_view((view.device_read or view.read)(start, min(start + step, view.numel)), view.dtype)
         absmax = np.empty(-(-len(values) // blocksize), np.float32)
         if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=blocksize):
             return np.float32(0)  # the quantizer will name the element

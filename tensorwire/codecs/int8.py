@@ -11,20 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.codecs.base import (
-    FLOATS,
-    Codec,
-    Encoded,
-    Sizes,
-    Take,
-    check_choice,
-    check_power_of_two,
-    float_target,
-    floats,
-    kernels_for,
-    largest,
-    refuse_nonfinite,
-)
+from tensorwire.codecs.base import Codec, Encoded, Sizes, Take, check_choice, check_power_of_two, refuse_nonfinite
+from tensorwire.codecs.floats import KERNEL_DTYPES, kernel_target, kernel_view, kernels_for, largest
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.kernels import tables
@@ -52,7 +40,7 @@ class Quantizer(Codec):
         return ((self.id, self.blocksize),)
 
     def accepts(self, dtype: DType) -> bool:
-        return dtype in FLOATS
+        return dtype in KERNEL_DTYPES
 
     def block(self, dtype: DType) -> int:
         return self.blocksize
@@ -79,7 +67,7 @@ class Int8(Quantizer):
         return Sizes(count, 4 * self.blocks(count))
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, extent.dtype)
+        values = kernel_view(data, extent.dtype)
         payload = take(self.sizes(len(values), extent.dtype).total)
         absmax, codes = split(payload, 4 * self.blocks(len(values)))
         crc = np.empty(1, np.uint32)
@@ -88,7 +76,7 @@ class Int8(Quantizer):
         return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
-        values = float_target(out, extent.dtype)
+        values = kernel_target(out, extent.dtype)
         absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(len(values)))
         kernels_for(values).dequantize_int8(
             codes, checked_absmax(absmax), values, blocksize=self.blocksize, uncached=uncached
@@ -107,7 +95,7 @@ class Int8Linear(Quantizer):
         return Sizes(count, dtypes.BFLOAT16.itemsize * self.blocks(count))
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, extent.dtype)
+        values = kernel_view(data, extent.dtype)
         payload = take(self.sizes(len(values), extent.dtype).total)
         scales, codes = split(payload, 2 * self.blocks(len(values)))
         crc = np.empty(1, np.uint32)
@@ -118,7 +106,7 @@ class Int8Linear(Quantizer):
         return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
-        values = float_target(out, extent.dtype)
+        values = kernel_target(out, extent.dtype)
         scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(len(values)))
         scales = scale_bytes.view(np.uint16)
         if scales.size and scales.max() >= 0x7F80:

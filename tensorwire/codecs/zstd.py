@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import zstandard
 
-from tensorwire.codecs.base import Codec, Encoded, Sizes, Take, on_device
+from tensorwire.codecs.base import Codec, Encoded, Sizes, Take
 from tensorwire.codecs.raw import Raw
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError
