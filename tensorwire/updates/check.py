@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 import tensorwire
-from tensorwire import Schema, TensorwireError
+from tensorwire import Schema, TensorwireError, dtypes
+from tensorwire.codecs import as_floats, is_float
 from tensorwire.dtypes import DType
 from tensorwire.errors import CorruptError, SchemaError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.streams import Piece, Pieces
-from tensorwire.updates.floats import ARITHMETIC, LARGEST, Bytes, as_floats
+from tensorwire.updates.difference import Bytes
 from tensorwire.updates.message import Arrays, place_of
 from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.wire import Item
@@ -27,6 +28,13 @@ Recording = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 # Elements that are worked on at a time: float64 temporaries of this size stay in the second-level cache.
 _BLOCK: Final = 1 << 15
+# The largest finite value of each dtype that is averaged.
+_LARGEST: Final = {
+    dtypes.FLOAT16: 65504.0,
+    dtypes.BFLOAT16: float.fromhex("0x1.fep127"),
+    dtypes.FLOAT32: float(np.finfo(np.float32).max),
+    dtypes.FLOAT64: float(np.finfo(np.float64).max),
+}
 
 
 class UpdateError(TensorwireError, ValueError):
@@ -113,7 +121,7 @@ def check_update(
     energy = 0.0
     for piece in pieces:
         assert terms is not None
-        if piece.dtype in ARITHMETIC:
+        if is_float(piece.dtype):
             energy += _energy(piece, place_of(model, piece), terms.kind)
     schema.check_complete()
     assert terms is not None
@@ -154,7 +162,7 @@ def _energy(piece: Piece, base: Bytes, kind: UpdateKind) -> float:
     for values, was in blocks(piece.data, base, dtype):
         change = values - was if kind == "weights" else values
         target = values if kind == "weights" else values + was
-        if not np.max(np.abs(target)) <= LARGEST[dtype]:  # false for NaN too
+        if not np.max(np.abs(target)) <= _LARGEST[dtype]:  # false for NaN too
             detail = f"the update holds NaN, an infinity, or what {dtype} cannot hold"
             raise UpdateError(detail, reason="finite", item=piece.item.name)
         energy += float(np.sum(np.square(change)))

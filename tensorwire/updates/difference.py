@@ -4,12 +4,16 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 import tensorwire
+from tensorwire.codecs import as_floats, from_floats, is_float
 from tensorwire.errors import EncodeError
 from tensorwire.numpy import FRONT
 from tensorwire.tensor import TensorView
-from tensorwire.updates.floats import ARITHMETIC, Bytes, as_bytes, as_floats
 
+Bytes = npt.NDArray[np.uint8]
 Views = dict[str, TensorView]
 
 
@@ -27,7 +31,7 @@ def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
     changes = {}
     for name, view in views(new).items():
         changes[name] = view
-        if view.dtype in ARITHMETIC:
+        if is_float(view.dtype):
             if name not in base:
                 raise EncodeError("the base has no tensor of this name", item=name)
             old = view_of(name, base[name])
@@ -58,6 +62,7 @@ def derived(view: TensorView, read: Callable[[int, int], Bytes]) -> TensorView:
 def _subtraction(new: TensorView, old: TensorView) -> Callable[[int, int], Bytes]:
     def read(start: int, stop: int) -> Bytes:
         change = as_floats(new.read(start, stop), new.dtype) - as_floats(old.read(start, stop), new.dtype)
-        return as_bytes(change, new.dtype)
+        data: Bytes = from_floats(change, new.dtype)
+        return data
 
     return read

@@ -8,18 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import tensorwire
+from tensorwire import dtypes
+from tensorwire.codecs import as_floats, from_floats, is_float
 from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Pieces
 from tensorwire.tensor import TensorView
-from tensorwire.updates.difference import Views, derived
-from tensorwire.updates.floats import ARITHMETIC, Bytes, Floats, as_bytes, as_floats
+from tensorwire.updates.difference import Bytes, Views, derived
+
+Floats = npt.NDArray[np.floating[Any]]
 
 
 class ErrorFeedback:
-    """The residual of one sender: memory of the size of the model, zeros at first.
+    """The residual of one sender, in float32 (of float64 tensors in float64); zeros at first.
 
     `path`: the file that `save` wrote, to go on from it where there is one.
 
@@ -40,7 +44,7 @@ class ErrorFeedback:
         Raises EncodeError where the residual belongs to a tensor of another size or dtype.
         """
         return {
-            name: derived(view, _sum(view, self._of(name, view))) if view.dtype in ARITHMETIC else view
+            name: derived(view, _sum(view, self._of(name, view))) if is_float(view.dtype) else view
             for name, view in tensors.items()
         }
 
@@ -61,7 +65,7 @@ class ErrorFeedback:
         tensorwire.numpy.save_file(self._residual, path)
 
     def _of(self, name: str, view: TensorView) -> Floats:
-        dtype = np.dtype(ARITHMETIC[view.dtype])
+        dtype = np.dtype(np.float64 if view.dtype == dtypes.FLOAT64 else np.float32)
         residual = self._residual.setdefault(name, np.zeros(view.numel, dtype))
         if residual.size != view.numel or residual.dtype != dtype:
             raise EncodeError("the residual kept for error feedback is of another model", item=name)
@@ -70,6 +74,7 @@ class ErrorFeedback:
 
 def _sum(view: TensorView, residual: Floats) -> Callable[[int, int], Bytes]:
     def read(start: int, stop: int) -> Bytes:
-        return as_bytes(as_floats(view.read(start, stop), view.dtype) + residual[start:stop], view.dtype)
+        data: Bytes = from_floats(as_floats(view.read(start, stop), view.dtype) + residual[start:stop], view.dtype)
+        return data
 
     return read

@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 import tensorwire
+from tensorwire.codecs import from_floats, is_float
 from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.updates.check import Update, blocks
-from tensorwire.updates.floats import ARITHMETIC, Bytes, round_into
+from tensorwire.updates.difference import Bytes
 from tensorwire.updates.message import Arrays, place_of
 
 
@@ -50,9 +51,9 @@ def average(updates: Sequence[Update], *, into: Arrays, limits: Limits = DEFAULT
         first.add(piece.data, place, dtype, sums)
         for other in others:
             other.add_next(piece.item.name, place, dtype, sums)
-        if dtype in ARITHMETIC:
+        if is_float(dtype):
             np.divide(sums, weight, out=sums)
-            round_into(sums, dtype, place)
+            from_floats(sums, dtype, place)
     for other in others:
         other.finish()
 
@@ -90,7 +91,7 @@ class _Contribution:
 
     def add(self, data: Bytes, place: Bytes, dtype: DType, sums: npt.NDArray[np.float64]) -> None:
         """Add weight * value to `sums`, for the values that this update has at `place`."""
-        if dtype not in ARITHMETIC:
+        if not is_float(dtype):
             return
         done = 0
         for values, base in blocks(data, place, dtype):

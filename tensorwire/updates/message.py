@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire import streams
+from tensorwire.codecs import as_floats, from_floats, is_float
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
 from tensorwire.streams import CodecChoice, Piece, Pieces
 from tensorwire.tensor import ViewFront
-from tensorwire.updates.difference import Views, view_of
-from tensorwire.updates.floats import ARITHMETIC, Bytes, as_bytes, as_floats
+from tensorwire.updates.difference import Bytes, Views, view_of
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.terms import Terms
 from tensorwire.wire import Item
@@ -75,8 +75,8 @@ def receive(source: Any, into: Mapping[str, Any], *, held: str = "", limits: Lim
     for piece in pieces:
         assert terms is not None
         place, data = place_of(memory, piece), piece.data
-        if terms.kind == "difference" and piece.dtype in ARITHMETIC:
-            data = as_bytes(as_floats(place, piece.dtype) + as_floats(data, piece.dtype), piece.dtype)
+        if terms.kind == "difference" and is_float(piece.dtype):
+            data = from_floats(as_floats(place, piece.dtype) + as_floats(data, piece.dtype), piece.dtype)
         place[:] = data
     schema.check_complete()
     assert terms is not None

@@ -13,8 +13,7 @@ import tensorwire
 from tensorwire import dtypes
 from tensorwire.streams import CodecChoice, rule
 from tensorwire.tensor import TensorView
-from tensorwire.updates.difference import Views, derived
-from tensorwire.updates.floats import Bytes
+from tensorwire.updates.difference import Bytes, Views, derived
 
 _BF16: Final = tensorwire.codec("bf16").stages()[0]
 _EXPONENT: Final = np.uint32(0x7F800000)
