@@ -13,7 +13,7 @@ from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, UnsupportedError
-from tensorwire.tensor import TensorView, reader
+from tensorwire.tensor import Front, TensorView, reader
 
 _NATIVE: Final = {
     np.dtype(dtype.name): dtype
@@ -24,7 +24,7 @@ _BITS: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _METADATA: Final = "tensorwire"
 
 
-class NumPyFront:
+class NumPyFront(Front):
     """`tensorwire.tensor.Front` for ndarrays and NumPy scalars."""
 
     def view(self, value: object) -> TensorView | None:

@@ -13,7 +13,7 @@ from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, UnsupportedError
-from tensorwire.tensor import TensorView, reader
+from tensorwire.tensor import Front, TensorView, reader
 
 # Every dtype of the wire that this torch has; looked up by our own names, never by a peer's.
 _TORCH: Final = {
@@ -26,7 +26,7 @@ _OURS: Final = {theirs: ours for ours, theirs in _TORCH.items()}
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-class TorchFront:
+class TorchFront(Front):
     """`tensorwire.tensor.Front` for torch tensors."""
 
     def view(self, value: object) -> TensorView | None:

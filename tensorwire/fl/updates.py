@@ -23,10 +23,10 @@ from tensorwire import dtypes, kernels, streams
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.numpy import FRONT, NumPyFront
+from tensorwire.numpy import FRONT
 from tensorwire.streams import Pieces
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import TensorView, ViewFront
 from tensorwire.wire import Item
 
 Kind = Literal["weights", "difference"]
@@ -130,7 +130,7 @@ def encode(
             for number, (name, view) in enumerate(tensors.items())
         }
     return streams.encode(
-        tensors, _ViewFront(), codec=codec, frame_size=frame_size, metadata=terms.metadata(), limits=limits
+        tensors, ViewFront(), codec=codec, frame_size=frame_size, metadata=terms.metadata(), limits=limits
     )
 
 
@@ -211,13 +211,6 @@ class ErrorFeedback:
     def save(self, path: str | os.PathLike) -> None:
         """To a file, which appears under its name only when complete."""
         tensorwire.numpy.save_file(self._residual, path)
-
-
-class _ViewFront(NumPyFront):
-    """Takes tensors that are views already."""
-
-    def view(self, value: object) -> TensorView | None:
-        return value if isinstance(value, TensorView) else None
 
 
 def _view(name: str, tensor: Any) -> TensorView:

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from tensorwire.tensor import ByteArray
+
 # Smaller memory the C library keeps by itself.
 _SPARE_FROM: Final = 256 << 10
 
@@ -54,7 +56,7 @@ class SpareMemory:
         self._limit = limit
         self._shrink(limit)
 
-    def empty(self, size: int) -> np.ndarray:
+    def empty(self, size: int) -> ByteArray:
         """A uint8 array of `size` bytes with arbitrary content. Raises MemoryError."""
         array = self.take(size)
         if array is not None:
@@ -65,12 +67,12 @@ class SpareMemory:
             self._shrink(0)
             return self._new(size)
 
-    def _new(self, size: int) -> np.ndarray:
+    def _new(self, size: int) -> ByteArray:
         if size < _SPARE_FROM or size > self._limit:
             return np.empty(size, np.uint8)
         return _Loan(_Mapping(size), self).array()
 
-    def take(self, size: int) -> np.ndarray | None:
+    def take(self, size: int) -> ByteArray | None:
         """The same if there is spare memory of that size: nothing is asked of the system."""
         mapping = None
         if self._lock.acquire(blocking=False):
@@ -143,7 +145,7 @@ class _Loan:
     def __array_interface__(self) -> dict[str, Any]:
         return {"version": 3, "typestr": "|u1", "shape": (self._mapping.size,), "data": (self._mapping.address, False)}
 
-    def array(self) -> np.ndarray:
+    def array(self) -> ByteArray:
         return np.asarray(self)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:

@@ -1,8 +1,26 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
+from tensorwire.streams.pieces import Pieces
+from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.sender import FRAME_SIZE, encode
+from tensorwire.streams.sender import FRAME_SIZE, encode, encode_async
 from tensorwire.streams.sinks import collect, decode, decode_async
-from tensorwire.streams.slices import Piece, Pieces
+from tensorwire.streams.size import StreamSize, encoded_size, stream_size
 
-__all__ = ["FRAME_SIZE", "Piece", "Pieces", "Schema", "collect", "decode", "decode_async", "encode"]
+__all__ = [
+    "FRAME_SIZE",
+    "Completed",
+    "Payload",
+    "Piece",
+    "Pieces",
+    "Receiver",
+    "Schema",
+    "StreamSize",
+    "collect",
+    "decode",
+    "decode_async",
+    "encode",
+    "encode_async",
+    "encoded_size",
+    "stream_size",
+]
