@@ -18,7 +18,7 @@ from tensorwire.errors import EncodeError
 
 ByteArray = npt.NDArray[np.uint8]
 # What a stream is made of: contiguous bytes, in the memory of whoever has them.
-Buffer = bytes | bytearray | memoryview | ByteArray
+Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class TensorView:
 
     dtype: DType
     shape: tuple[int, ...]
-    read: Callable[[int, int], Buffer]
+    read: Callable[[int, int], Buffer | ByteArray]
     device_read: Callable[[int, int], Any] | None = None
     identity: tuple[object, ...] | None = None
 
@@ -49,12 +49,17 @@ class Extent(NamedTuple):
     dtype: DType
     shape: tuple[int, ...]
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs of it
 
     @classmethod
     def whole(cls, dtype: DType, shape: tuple[int, ...]) -> "Extent":
         """All of a tensor."""
         return cls(dtype, shape, 0, prod(shape))
+
+
+def as_buffer(data: Buffer | ByteArray) -> Buffer:
+    """What `TensorView.read` gave as one type: an array as its memory. For type checkers; an array is a buffer, too."""
+    return data.data if isinstance(data, np.ndarray) else data
 
 
 def reader(array: npt.NDArray[Any], itemsize: int) -> Callable[[int, int], ByteArray]:

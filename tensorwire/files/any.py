@@ -13,7 +13,7 @@ from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output, read_at
 from tensorwire.streams import Piece, Receiver
-from tensorwire.streams.flatten import BareLeaf, TensorLeaf
+from tensorwire.streams.flatten import BareLeaf, Leaf, TensorLeaf
 from tensorwire.streams.sender import FRAME_SIZE, encode_leaves, stream_info
 from tensorwire.tensor import Buffer, ByteArray, TensorView
 from tensorwire.wire import ContainerItem, FileItem, Item, ItemStart, Kind
@@ -35,9 +35,9 @@ def encode_file(
     chosen = parse(codec)
     if not chosen.accepts(dtypes.UINT8):
         raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
-    if hasattr(file, "read"):
-        return _send(None, _piped(file), chosen, name or "-", frame_size, limits)
-    return _open_and_send(file, chosen, name, frame_size, limits)
+    if isinstance(file, (str, bytes, os.PathLike)):
+        return _open_and_send(file, chosen, name, frame_size, limits)
+    return _send(None, _piped(file), chosen, name or "-", frame_size, limits)
 
 
 def _open_and_send(
@@ -45,19 +45,25 @@ def _open_and_send(
 ) -> Iterator[Buffer]:
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
+        name = name or os.path.basename(os.fspath(path))
         if stat.S_ISREG(status.st_mode):
-            size, read = status.st_size, file_reader(file.fileno(), 0, 1, Pool())
+            read = file_reader(file.fileno(), 0, 1, Pool())
+            yield from _send(status.st_size, read, codec, name, frame_size, limits)
         else:  # a FIFO or device, whose size says nothing
-            size, read = None, _piped(file)
-        yield from _send(size, read, codec, name or os.path.basename(os.fspath(path)), frame_size, limits)
+            yield from _send(None, _piped(file), codec, name, frame_size, limits)
 
 
 def _send(
-    size: int | None, read: Callable[[int, int], Buffer], codec: Codec, name: str, frame_size: int, limits: Limits
+    size: int | None,
+    read: Callable[[int, int], Buffer | ByteArray],
+    codec: Codec,
+    name: str,
+    frame_size: int,
+    limits: Limits,
 ) -> Iterator[Buffer]:
     view = TensorView(dtypes.UINT8, (size or 0,), read)
     item = FileItem((name,), size, codec.stages())
-    leaves = [BareLeaf(ContainerItem((), Kind.DICT)), TensorLeaf(item, view, codec)]
+    leaves: list[Leaf] = [BareLeaf(ContainerItem((), Kind.DICT)), TensorLeaf(item, view, codec)]
     return encode_leaves(leaves, frame_size=frame_size, info=stream_info(None), limits=limits)
 
 
@@ -66,7 +72,7 @@ def file_reader(fd: int, offset: int, itemsize: int, pool: Pool) -> Callable[[in
 
     def read(start: int, stop: int) -> ByteArray:
         buffer = pool.take((stop - start) * itemsize)
-        if read_at(fd, memoryview(buffer), offset + start * itemsize) != buffer.size:
+        if read_at(fd, buffer.data, offset + start * itemsize) != buffer.size:
             raise EncodeError("the file became shorter while it was sent")
         return buffer
 
@@ -96,7 +102,7 @@ def decode_file(source: Any, path: str | os.PathLike[str], *, limits: Limits = D
         output = Output(fd, path)
         for event in receiver.events(source):
             if isinstance(event, Piece):
-                output.write_at(memoryview(event.data), event.start)
+                output.write_at(event.data.data, event.start)
             elif isinstance(event, ItemStart) and _is_file(event.item):
                 names.append(event.item.name)
                 if len(names) > 1:

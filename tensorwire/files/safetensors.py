@@ -212,7 +212,7 @@ def _is_text_map(value: Any) -> bool:
 
 def _closing(file: SafetensorsFile, buffers: Iterator[Buffer]) -> Iterator[Buffer]:
     with file:
-        yield  # begun, so that the file is closed even if the stream never is
+        yield b""  # begun, so that the file is closed even if the stream never is
         yield from buffers
 
 
@@ -249,7 +249,7 @@ class _Layout:
         if not self._offsets:
             self._settle()
         start = self._offsets[piece.item.path] + piece.start * piece.dtype.itemsize
-        self._output.write_at(memoryview(piece.data), start)
+        self._output.write_at(piece.data.data, start)
 
     def copy(self, event: Completed) -> None:
         """Write a completed tensor once more under each of its other names."""

@@ -10,8 +10,8 @@ from tensorwire.memory.spare import SPARE
 from tensorwire.tensor import ByteArray
 
 _KEPT: Final = 8
-# Taken for an item when its first bytes come. Beyond it memory grows by this factor: what is taken and not yet written to
-# costs addresses only, and little is left to copy.
+# Taken for an item when its first bytes come. Beyond it memory grows by this factor: what is taken and not yet written
+# to costs addresses only, and little is left to copy.
 _FIRST_TAKE: Final = 4 << 20
 _GROWTH: Final = 16
 # Tensors of more bytes would leave the caches before they are whole: half of a common L3.

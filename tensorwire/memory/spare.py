@@ -35,15 +35,15 @@ class SpareMemory:
 
     Filling memory for the first time costs three to ten times what filling it again does: the system clears each page
     before. A training loop that decodes the same model every round pays that in the first round only. What is kept is
-    marked as free (madvise, MADV_FREE): the system takes it when it runs short, at no cost to anybody but the next array.
+    marked as free (madvise, MADV_FREE): the system takes it when it runs short, at no cost but to the next array.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._size = 0
         self._free: dict[int, list[_Mapping]] = {}  # by size, the one that was given back last at the end
-        # Tried, never waited for: finalizers run in any thread at any time, that of its holder included, and a child of a
-        # fork may find it held for ever. Whoever does not get it does without spare memory.
+        # Tried, never waited for: finalizers run in any thread at any time, that of its holder included, and a child of
+        # a fork may find it held for ever. Whoever does not get it does without spare memory.
         self._lock = threading.Lock()
 
     @property

@@ -47,8 +47,8 @@ def flatten(
 ) -> Iterator[Leaf]:
     """The leaves of a container that stands at `path`, depth-first, in the order of its dicts.
 
-    `rule` gives the codec of each tensor. `tie`: of tensors that are the same view of the same memory, all but the first
-    become aliases of it. Raises EncodeError naming the item for whatever cannot be sent.
+    `rule` gives the codec of each tensor. `tie`: of tensors that are the same view of the same memory, all but the
+    first become aliases of it. Raises EncodeError naming the item for whatever cannot be sent.
     """
     return _Flattener(front, rule, limits, tie=tie).leaves(value, path)
 

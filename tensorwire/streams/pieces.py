@@ -1,5 +1,7 @@
-"""A stream of tensors as pieces, one at a time: to look at, add up or pass on what is never held whole, and to advance
-many streams in step with one another in the memory of one slice.
+"""A stream of tensors as pieces, one at a time.
+
+To look at, add up or pass on what is never held whole, and to advance many streams in step with one another in the
+memory of one slice.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +19,9 @@ class Pieces:
     """Iterate, once, for every `Piece` of the tensors in a stream, in order.
 
     `source`: as in `decode`. `open_item` is called with each item as it is described, and raises for one that
-    is not wanted. `scratch`: memory for one slice, which other streams may share. A piece's data is valid until a stream on
-    the same scratch goes on. `metadata` is there from the first item on, `digest` at the end. Raises a WireError for
-    whatever is not a whole valid stream of tensors.
+    is not wanted. `scratch`: memory for one slice, which other streams may share: a piece's data is valid until one of
+    them goes on. `metadata` is there from the first item on, `digest` at the end. Raises a WireError for whatever is
+    not a whole valid stream of tensors.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ A consumer owns its receiver, which knows nothing of it: memory, files and sums 
 """
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -39,7 +40,8 @@ from tensorwire.wire import (
     TensorItem,
     ValueItem,
 )
-from tensorwire.wire.drive import NeedData, as_async_source, as_source, may_wait, pull, pull_async
+from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
+from tensorwire.wire.reader import NeedData
 from tensorwire.wire.values import unpack_value
 
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
@@ -65,8 +67,8 @@ class Memory(Protocol):
 class Piece(NamedTuple):
     """Elements of `item` from `start` on: `data` are their bytes, decoded.
 
-    They stand in the memory that the item lands in; else in memory that is lent until the next event. They are verified,
-    but for a raw slice of more than 4 MiB, which comes in several pieces and is verified with its last one.
+    They stand in the memory that the item lands in; else in memory that is lent until the next event. They are
+    verified, but for a raw slice of more than 4 MiB, which comes in several pieces and is verified with its last one.
     """
 
     number: int
@@ -80,7 +82,8 @@ class Piece(NamedTuple):
         return self.item.dtype
 
 
-class Payload(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Payload:
     """A verified slice of an item that is kept encoded: elements [start, start + count).
 
     `data` is lent until the next event.
@@ -155,11 +158,10 @@ class Receiver:
         self._aliases: dict[int, list[AliasItem]] = {}
         self._helper: Helper[tuple[_Position, Piece]] = Helper()
         self._at: _Position | None = None  # where the event that is handled now came from
-        self._landing: tuple[int, Any] = (
-            0,
-            None,
-        )  # the part of a raw slice that is being filled: its first byte, its memory,
-        self._unfit = ""  # and what was wrong with an earlier one, an error once the slice is verified
+        # The part of a raw slice that is being filled: its first byte and its memory. And what was wrong with an
+        # earlier part, an error once the slice is verified.
+        self._landing: tuple[int, Any] = 0, None
+        self._unfit = ""
 
     def events(self, source: Any) -> Iterator[Event]:
         """The events of a stream from a blocking source: a buffer, an iterable of buffers, or what has `readinto`."""
@@ -178,7 +180,7 @@ class Receiver:
         self._incoming[number].memory = memory
 
     def keep_encoded(self, number: int) -> None:
-        """Give payloads of an item that was just described, in place of pieces. Not of a raw one, where they are the same."""
+        """Give the payloads of an item that was just described in place of pieces; of a raw one they are the same."""
         self._incoming[number].encoded = True
 
     def __enter__(self) -> "Receiver":
@@ -265,7 +267,7 @@ class Receiver:
         if incoming.codec.in_place:
             self._direct(incoming, event.start * incoming.itemsize, event.length)
         else:
-            self._reader.direct(memoryview(self._payload_memory(event.length)), anywhere=True)
+            self._reader.direct(self._payload_memory(event.length).data, anywhere=True)
 
     def _direct(self, incoming: _Incoming, begin: int, left: int) -> None:
         """Let the next part of a raw slice land in its place."""

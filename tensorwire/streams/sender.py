@@ -19,7 +19,7 @@ from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, flatten
 from tensorwire.streams.overlap import in_order
-from tensorwire.tensor import Buffer, Extent, Front, TensorView
+from tensorwire.tensor import Buffer, Extent, Front, TensorView, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
@@ -133,7 +133,7 @@ class _EncodedSlice(NamedTuple):
     """A data frame to be sent: what its header says, and the buffers of its payload."""
 
     start: int
-    count: int
+    elements: int
     length: int
     crc: int
     payload: Iterable[Buffer]
@@ -256,7 +256,7 @@ class Sender:
         crc = 0
         for start, stop in parts:
             crc = crc32c(view.read(start, stop), crc)
-        payload = (view.read(start, stop) for start, stop in parts)
+        payload = (as_buffer(view.read(start, stop)) for start, stop in parts)
         return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, payload)]
 
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
@@ -278,10 +278,10 @@ def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Ite
 
 
 def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> int:
-    """Elements of a full slice of `item`: as many whole blocks as fit into a frame, encoded, and into
-    `_DECODED` frames, decoded; at least one block, or an item that is smaller than one.
+    """Elements of a full slice of `item`.
 
-    Raises EncodeError where a frame is too small for that.
+    As many whole blocks as fit into a frame, encoded, and into `_DECODED` frames, decoded; at least one block, or an
+    item that is smaller than one. Raises EncodeError where a frame is too small for that.
     """
     budget, dtype = frame_size - HEADER_SIZE, item.dtype
     block = codec.block(dtype)

@@ -49,7 +49,7 @@ async def decode_async(
     expect: Any = None,
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
-    """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine function `readinto`."""
+    """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine `readinto`."""
     memory = _Memory(front, into, expect, limits)
     with memory.receiver as receiver:
         async for event in receiver.events_async(source):

@@ -15,7 +15,7 @@ from tensorwire.wire import StreamInfo, Writer
 
 @dataclass(frozen=True, slots=True)
 class StreamSize:
-    """Bytes of a stream: of its payloads, `metadata` of them for absmax, scales and the like; and of all around them."""
+    """Bytes of a stream: of payloads, `metadata` of them for absmax, scales and the like, and of all around them."""
 
     payloads: int
     metadata: int
