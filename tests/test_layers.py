@@ -41,6 +41,7 @@ NEVER = {
     "transports": {"kernels", "codecs", "wire", "streams", "storage"},
 }
 FOREIGN = {
+    "tensor": {"numpy"},
     "wire": {"msgpack"},
     "kernels": {"numpy", "torch", "bitsandbytes"},
     "codecs": {"numpy", "zstandard"},

@@ -19,6 +19,7 @@ from tensorwire.codecs import Codec, as_floats
 from tensorwire.dtypes import DType
 from tensorwire.memory.buffers import Pool
 from tensorwire.streams import FRAME_SIZE
+from tensorwire.streams.flatten import TensorLeaf
 from tensorwire.tensor import Extent, TensorView
 
 COLUMNS: Final = (
@@ -48,7 +49,7 @@ def error_row(model: Model, spec: str) -> Row:
     """The error of one codec over all floating-point tensors of a model."""
     total = _Error()
     for leaf in model.leaves(spec):
-        if leaf.view is not None and leaf.codec is not None and leaf.view.dtype in FLOATS:
+        if isinstance(leaf, TensorLeaf) and leaf.view.dtype in FLOATS:
             _measure(leaf.view, leaf.codec, total)
     if not total.elements:
         raise BenchError(f"{model.name} holds no floating-point tensors")

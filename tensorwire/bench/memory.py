@@ -27,8 +27,8 @@ import tensorwire
 from tensorwire.bench.machine import available_memory
 from tensorwire.bench.models import MIB, Model, default, resolve
 from tensorwire.bench.options import BenchError, Note, Options
-from tensorwire.bench.size import wire_sizes
 from tensorwire.bench.tables import Column, Row
+from tensorwire.streams import stream_size
 
 DEFAULT_CODECS: Final = ("raw", "bf16", "int8", "nf4")
 _RIVALS: Final = {"torch.save": "torch", "safetensors": "safetensors"}
@@ -182,7 +182,7 @@ def _does_not_fit(model: Model, mode: str, method: str, codec: str) -> str | Non
         return None
     needed = 2 * model.nbytes + _SPARE
     if mode == "regular":
-        message = wire_sizes(model.leaves(codec))[0] if method == mode else model.nbytes
+        message = stream_size(model.leaves(codec)).total if method == mode else model.nbytes
         # The sender's pieces and their join (raw pieces are the model itself), and what the receiver got.
         needed += message * (2 if method != mode or tensorwire.codec(codec).in_place else 3)
     if needed <= available:

@@ -25,8 +25,8 @@ from tensorwire.bench.shapes import NAMED, Shapes
 from tensorwire.files.safetensors import SafetensorsFile
 from tensorwire.streams import encode as encode_stream
 from tensorwire.streams.codec_choice import rule
-from tensorwire.streams.flatten import Leaf, Walk
-from tensorwire.tensor import Front, TensorView
+from tensorwire.streams.flatten import Leaf, flatten
+from tensorwire.tensor import Front, TensorView, ViewFront
 
 MIB: Final = 1 << 20
 _BLOCK: Final = 4 << 20  # seeded elements; the phases below are odd, so that items differ
@@ -67,8 +67,7 @@ class Model:
 
     def leaves(self, codec: str) -> list[Leaf]:
         """The items that `tensorwire.encode(..., codec=codec)` makes of this model."""
-        walk = Walk(VIEWS, rule(codec), tensorwire.Limits())
-        return list(walk.leaves(dict(self.tensors)))
+        return list(flatten(dict(self.tensors), VIEWS, rule(codec), tensorwire.Limits()))
 
     def encode(self, codec: str = "raw") -> Iterator[Any]:
         """The model's stream, read tensor by tensor, frame by frame."""
@@ -79,20 +78,7 @@ class Model:
         return {name: front.wrap(read_all(view), view.dtype, view.shape) for name, view in self.tensors.items()}
 
 
-class _ViewFront:
-    """Takes tensors that are views already."""
-
-    def view(self, value: object) -> TensorView | None:
-        return value if isinstance(value, TensorView) else None
-
-    def wrap(self, data: Any, dtype: dtypes.DType, shape: tuple[int, ...]) -> Any:
-        raise NotImplementedError
-
-    def target(self, value: object) -> memoryview:
-        raise NotImplementedError
-
-
-VIEWS: Final = _ViewFront()
+VIEWS: Final = ViewFront()
 
 
 def default() -> str:

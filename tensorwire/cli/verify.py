@@ -3,17 +3,11 @@
 import argparse
 from typing import Any, Final
 
-import numpy as np
-
 from tensorwire.cli.common import PIPE, UsageError, error_fields, print_json, read_key, reading, verb
 from tensorwire.errors import AuthError, WireError
 from tensorwire.files import authenticity
-from tensorwire.limits import DEFAULT
-from tensorwire.memory.buffers import Pool
-from tensorwire.streams.receiver import Receiver, Sink
-from tensorwire.streams.sinks import ValueSink
-from tensorwire.wire import FileItem, Item, TensorItem, ValueItem
-from tensorwire.wire.drive import as_source
+from tensorwire.streams import Receiver
+from tensorwire.wire import StreamEnd, Summary
 from tensorwire.wire.frames import HEADER_SIZE
 from tensorwire.wire.ledger import END_SIZE
 
@@ -49,16 +43,12 @@ def _run(arguments: argparse.Namespace) -> int:
             print_json({"ok": False, "error": error_fields(error)})
         raise
     with reading(arguments.input) as source:
-        receiver = Receiver(as_source(source), _Nowhere(), DEFAULT)
         try:
-            for _ in receiver:
-                pass
+            summary = _read_through(source)
         except WireError as error:
             if arguments.json:
                 print_json({"ok": False, "error": error_fields(error)})
             raise
-    assert receiver.end is not None
-    summary = receiver.end.summary
     result = {
         "items": summary.items,
         "frames": summary.frames + 1,  # the END frame counts those before it
@@ -72,6 +62,16 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _read_through(source: Any) -> Summary:
+    """What the end frame says of a stream, once all of it is decoded, into memory that is used again and again."""
+    summary = None
+    for event in Receiver().events(source):
+        if isinstance(event, StreamEnd):
+            summary = event.summary
+    assert summary is not None  # a stream without an end frame is a TruncatedError
+    return summary
+
+
 def _check_origin(arguments: argparse.Namespace) -> None:
     path, key_file, tag = arguments.input, arguments.key_file, arguments.tag
     if (key_file is None) != (tag is None):
@@ -83,21 +83,3 @@ def _check_origin(arguments: argparse.Namespace) -> None:
     if arguments.manifest is not None:
         with open(arguments.manifest, "rb") as file:
             authenticity.check_manifest(file.read(authenticity.MAX_MANIFEST + 1), [path])
-
-
-class _Nowhere(Sink):
-    """Lends every item the same few buffers."""
-
-    def __init__(self) -> None:
-        self._pool = Pool()
-
-    def __call__(self, number: int, item: Item) -> Sink | None:
-        if isinstance(item, ValueItem):
-            return ValueSink(DEFAULT)
-        return self if isinstance(item, (TensorItem, FileItem)) else None
-
-    def region(self, start: int, stop: int) -> np.ndarray:
-        return self._pool.take(stop - start)
-
-    def close(self) -> None:
-        return None

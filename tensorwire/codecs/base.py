@@ -68,6 +68,10 @@ class Codec(ABC):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """Bytes that `count` elements take; for compressors, before compression."""
 
+    def bound(self, count: int, dtype: DType) -> int:
+        """The most bytes that a payload of `count` elements has."""
+        return self.sizes(count, dtype).total
+
     def fit(self, budget: int, dtype: DType) -> int:
         """The most elements, a whole number of blocks, whose payload surely fits in `budget` bytes; maybe 0."""
         block = self.block(dtype)

@@ -24,7 +24,7 @@ class _Cast(Codec):
     on_device = True
     narrow: ClassVar[DType]
     # The smallest magnitude that rounds to infinity.
-    bound: ClassVar[float]
+    beyond: ClassVar[float]
 
     def __post_init__(self) -> None:
         check_choice("overflow", self.overflow, ("error", "saturate", "raw"))
@@ -39,7 +39,7 @@ class _Cast(Codec):
         return Sizes(count * self.narrow.itemsize)
 
     def fallback(self, view: TensorView) -> bool:
-        return self.overflow == "raw" and largest(view) >= self.bound
+        return self.overflow == "raw" and largest(view) >= self.beyond
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         values = kernel_view(data, extent.dtype)
@@ -49,7 +49,7 @@ class _Cast(Codec):
         overflowed = kernels_for(values).cast(values, narrow, crc, saturate=self.overflow == "saturate")
         if overflowed and self.overflow == "error":
             values = widen(values)
-            index = int(np.flatnonzero(np.isfinite(values) & (np.abs(values) >= np.float32(self.bound)))[0])
+            index = int(np.flatnonzero(np.isfinite(values) & (np.abs(values) >= np.float32(self.beyond)))[0])
             raise NonFiniteError(
                 f"{values[index]}, beyond {self.narrow}; "
                 "use overflow=saturate, or overflow=raw to send such items losslessly",
@@ -69,7 +69,7 @@ class Float16(_Cast):
     id = 2
     name = "fp16"
     narrow = dtypes.FLOAT16
-    bound = 65520.0
+    beyond = 65520.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,4 +79,4 @@ class BFloat16(_Cast):
     id = 3
     name = "bf16"
     narrow = dtypes.BFLOAT16
-    bound = float(np.array(0x7F7F8000, np.uint32).view(np.float32))
+    beyond = float(np.array(0x7F7F8000, np.uint32).view(np.float32))

@@ -55,6 +55,10 @@ class Zstd(Codec):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         return self.inner.sizes(count, dtype)
 
+    def bound(self, count: int, dtype: DType) -> int:
+        size = self.sizes(count, dtype).total
+        return size + size // 256 + 64
+
     def fit(self, budget: int, dtype: DType) -> int:
         # ZSTD_COMPRESSBOUND: 1/256 of the input and, below 128 KiB, at most 64 bytes more.
         return self.inner.fit((budget - 64) * 256 // 257, dtype) if budget > 64 else 0

@@ -26,13 +26,11 @@ from tensorwire.codecs.int8 import checked_absmax, split
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory.buffers import GrowingMemory
+from tensorwire.memory import GrowingMemory
+from tensorwire.streams import Completed, Payload, Receiver
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.receiver import EncodedSink, Receiver
-from tensorwire.streams.sinks import TensorSink
 from tensorwire.tensor import Extent, TensorView
-from tensorwire.wire import AliasItem, FileItem, Item, TensorItem, ValueItem
-from tensorwire.wire.drive import as_source
+from tensorwire.wire import FileItem, ItemStart, TensorItem, ValueItem
 
 _FOUR_BIT: Final = {"nf4": NF4, "fp4": FP4}
 # bitsandbytes has no quant_type for its 8-bit states.
@@ -74,11 +72,31 @@ def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]
 
     Raises what `tensorwire.decode` raises, and SchemaError for streams with plain values in them.
     """
-    opener = _Opener()
-    for number, item, value in Receiver(as_source(source), opener, limits):
-        yield item.name, value
-        for alias in opener.aliases.pop(number, ()):
-            yield alias, value
+    states: dict[int, _State] = {}
+    tensors: dict[int, GrowingMemory] = {}
+    with Receiver(limits) as receiver:
+        for event in receiver.events(source):
+            if isinstance(event, Payload):
+                states[event.number].add(event)
+            elif isinstance(event, Completed) and isinstance(event.item, TensorItem):
+                state = states.pop(event.number, None)
+                value = _tensor(event.item, tensors.pop(event.number)) if state is None else state.quantized()
+                for item in (event.item, *event.aliases):
+                    yield item.name, value
+            elif isinstance(event, ItemStart) and isinstance(event.item, (ValueItem, FileItem)):
+                raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
+            elif isinstance(event, ItemStart) and isinstance(event.item, TensorItem):
+                codec = from_stages(event.item.codec)
+                if isinstance(codec.inner if isinstance(codec, Zstd) else codec, (FourBit, Int8)):
+                    states[event.number] = _State(event.item, codec)
+                    receiver.keep_encoded(event.number)
+                else:
+                    tensors[event.number] = GrowingMemory(event.item.total * event.item.dtype.itemsize)
+                    receiver.land(event.number, tensors[event.number])
+
+
+def _tensor(item: TensorItem, memory: GrowingMemory) -> torch.Tensor:
+    return torch_front.FRONT.wrap(memory.data, item.dtype, item.shape)
 
 
 def _quantized(value: Any) -> Quantized:
@@ -192,28 +210,8 @@ def _check_scales(absmax: np.ndarray, nested: np.ndarray, offset: np.ndarray) ->
         raise EncodeError(f"{error.detail}: no quantizer made this state") from None
 
 
-class _Opener:
-    """Opens the items of a stream as tensors or as Quantized."""
-
-    def __init__(self) -> None:
-        self.aliases: dict[int, list[str]] = {}
-
-    def __call__(self, number: int, item: Item) -> Any:
-        if isinstance(item, AliasItem):
-            self.aliases.setdefault(item.of, []).append(item.name)
-            return None
-        if isinstance(item, (ValueItem, FileItem)):
-            raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
-        if not isinstance(item, TensorItem):
-            return None
-        codec = from_stages(item.codec)
-        if isinstance(codec.inner if isinstance(codec, Zstd) else codec, (FourBit, Int8)):
-            return _QuantizedSink(item, codec)
-        return TensorSink(item, torch_front.FRONT, trusted=False)
-
-
-class _QuantizedSink(EncodedSink):
-    """Collects the codes and absmax of one item."""
+class _State:
+    """The codes and absmax of one item, as they arrive."""
 
     def __init__(self, item: TensorItem, codec: Codec) -> None:
         self._item = item
@@ -228,7 +226,9 @@ class _QuantizedSink(EncodedSink):
         self._nested_absmax = GrowingMemory(nested_blocks * 4)
         self._offset: bytes | None = None
 
-    def accept(self, start: int, count: int, payload: memoryview) -> None:
+    def add(self, slice_: Payload) -> None:
+        """Put a slice in its place."""
+        start, count, payload = slice_.start, slice_.count, slice_.data
         if isinstance(self._codec, Zstd):
             payload = self._codec.decompress(payload, count, self._item.dtype)
         if isinstance(self._inner, FourBit):
@@ -251,7 +251,8 @@ class _QuantizedSink(EncodedSink):
         _put(self._absmax, first, absmax_codes)
         _put(self._nested_absmax, first // NESTED_BLOCKSIZE * 4, nested_absmax)
 
-    def close(self) -> Quantized:
+    def quantized(self) -> Quantized:
+        """The whole."""
         codes = torch.from_numpy(self._codes.data)
         dtype = getattr(torch, self._item.dtype.name)
         shape = torch.Size(self._item.shape)
