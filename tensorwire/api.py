@@ -101,7 +101,7 @@ class Api:
         file that `save_file` writes. Raises EncodeError as `encode` does, and for an iterator, whose size is not known
         ahead.
         """
-        return streams.encoded_size(
+        return streams.stream_size(
             obj,
             self._front,
             codec=codec,
@@ -111,7 +111,7 @@ class Api:
             tie=tie,
             at_rest=at_rest,
             limits=limits,
-        )
+        ).total
 
     def decode(
         self,

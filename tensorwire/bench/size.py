@@ -14,8 +14,6 @@ from tensorwire.bench.models import MIB, Model, resolve
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import Codec
-from tensorwire.streams import stream_size
-from tensorwire.streams.flatten import TensorLeaf
 
 DEFAULT_MODEL: Final = "llama-3.2-1b"
 DEFAULT_CODECS: Final = ("raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true")
@@ -50,20 +48,19 @@ def run(options: Options, note: Note) -> Iterator[Row]:
 
 def size_row(model: Model, spec: str) -> Row:
     """Sizes under a codec whose payloads have a known length."""
-    leaves = model.leaves(spec)
-    tensors = [(leaf.view, leaf.codec) for leaf in leaves if isinstance(leaf, TensorLeaf)]
+    tensors = list(model.codecs(spec))
     sizes = [codec.sizes(view.numel, view.dtype) for view, codec in tensors]
     tables = sum(table_bytes(codec) for view, codec in tensors if view.numel > 0)
     payload = sum(size.data for size in sizes)
     meta = sum(size.metadata for size in sizes) + tables
-    wire = stream_size(leaves)
+    wire = model.stream_size(spec)
     return _row(model, spec, payload=payload, meta=meta, wire=wire.total, wire_meta=wire.metadata)
 
 
 def compressed_row(model: Model, spec: str) -> Row:
     """Sizes of payloads that depend on values, known only by encoding; its metadata is compressed along."""
     wire = sum(memoryview(buffer).nbytes for buffer in model.encode(spec))
-    framing = stream_size(model.leaves(spec)).framing
+    framing = model.stream_size(spec).framing
     return _row(model, spec, payload=wire - framing, meta=0, wire=wire, wire_meta=0)
 
 

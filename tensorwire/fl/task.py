@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 State = Mapping[str, Any]
+Text = npt.NDArray[np.uint8]
 
 # Not what people write: generated tables, vendored trees, other people's packages.
 _SKIPPED: Final = frozenset(
@@ -101,7 +103,7 @@ def language_model(
     def get_state() -> State:
         return {name: tensor.detach().clone() for name, tensor in trained.items()}
 
-    def loss(windows: np.ndarray) -> Any:
+    def loss(windows: Text) -> Any:
         tokens = torch.from_numpy(windows.astype(np.int64))
         return model(input_ids=tokens, labels=tokens).loss
 
@@ -132,7 +134,7 @@ def language_model(
 
 
 @cache
-def split(clients: int) -> tuple[list[np.ndarray], np.ndarray]:
+def split(clients: int) -> tuple[list[Text], Text]:
     """The standard library's sources as bytes: one text a client, and one that is held out.
 
     Whole packages go to one client, the largest first and each to the client that has least.

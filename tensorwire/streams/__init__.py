@@ -6,7 +6,7 @@ from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.sender import FRAME_SIZE, encode, encode_async
 from tensorwire.streams.sinks import collect, decode, decode_async
-from tensorwire.streams.size import StreamSize, encoded_size, stream_size
+from tensorwire.streams.size import StreamSize, stream_size
 
 __all__ = [
     "FRAME_SIZE",
@@ -23,7 +23,6 @@ __all__ = [
     "decode_async",
     "encode",
     "encode_async",
-    "encoded_size",
     "rule",
     "stream_size",
 ]

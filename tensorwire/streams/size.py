@@ -27,7 +27,7 @@ class StreamSize:
         return self.payloads + self.framing
 
 
-def encoded_size(
+def stream_size(
     value: Any,
     front: Front,
     *,
@@ -38,28 +38,20 @@ def encoded_size(
     tie: bool = True,
     at_rest: bool = False,
     limits: Limits = DEFAULT,
-) -> int:
-    """The bytes that `encode` makes of a container, at most: exactly, where codecs have a fixed length."""
+) -> StreamSize:
+    """The size of what `encode` makes of a container: exact where codecs have a fixed length, else an upper bound."""
     if isinstance(value, Iterator):
         raise EncodeError("the size of an iterator of pairs is known only once it was encoded; give a container")
     leaves = flatten(value, front, rule(codec), limits, tie=tie)
     info = stream_info(metadata, stream_id, at_rest=at_rest)
-    return stream_size(leaves, info=info, frame_size=frame_size, at_rest=at_rest, limits=limits).total
+    return _size(leaves, info, frame_size, at_rest=at_rest, limits=limits)
 
 
-def stream_size(
-    leaves: Iterable[Leaf],
-    *,
-    info: StreamInfo | None = None,
-    frame_size: int = FRAME_SIZE,
-    at_rest: bool = False,
-    limits: Limits = DEFAULT,
-) -> StreamSize:
-    """The size of a stream of these leaves; of a file whose size is not known ahead, without its data."""
+def _size(leaves: Iterable[Leaf], info: StreamInfo, frame_size: int, *, at_rest: bool, limits: Limits) -> StreamSize:
     # Lengths do not depend on checksums, so nothing is checksummed.
     writer = Writer(lambda data, crc: 0, limits, index=at_rest)
     described = list(leaves)
-    framing = len(writer.start(info or stream_info(None, at_rest=at_rest)))
+    framing = len(writer.start(info))
     framing += sum(len(writer.item(leaf.item)) for leaf in described)
     payloads = metadata = 0
     for leaf in described:
