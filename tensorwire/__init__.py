@@ -44,7 +44,7 @@ from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
 from tensorwire.streams import Schema
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Front, TensorView
 
 if TYPE_CHECKING:
     from tensorwire import torch as torch
@@ -77,7 +77,9 @@ __all__ = [
     "decode_file",
     "dumps",
     "encode",
+    "encode_async",
     "encode_file",
+    "encoded_size",
     "get_spare_memory",
     "get_threads",
     "inspect",
@@ -100,6 +102,7 @@ _LAZY: Final = {
     "torch": "torch",
     "transfer": "transfer",
     "transports": "transports",
+    "updates": "updates",
 }
 
 
@@ -118,12 +121,15 @@ class _AnyFront(_numpy.NumPyFront):
         return self._torch().device_target(value) if "torch" in sys.modules else None
 
     @staticmethod
-    def _torch() -> Any:
-        return importlib.import_module("tensorwire.torch").FRONT
+    def _torch() -> Front:
+        front: Front = importlib.import_module("tensorwire.torch").FRONT
+        return front
 
 
 _api: Final = Api(_AnyFront())
 encode = _api.encode
+encode_async = _api.encode_async
+encoded_size = _api.encoded_size
 decode = _api.decode
 decode_async = _api.decode_async
 dumps = _api.dumps

@@ -1,4 +1,4 @@
-"""The public functions, bound to one tensor library. `tensorwire`, `tensorwire.numpy` and `tensorwire.torch` share them."""
+"""The public functions, bound to one tensor library: `tensorwire`, `tensorwire.numpy` and `tensorwire.torch`."""
 
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -9,7 +9,7 @@ from tensorwire import files, streams
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.codec_choice import CodecChoice
 from tensorwire.streams.schema import Schema
-from tensorwire.tensor import Front
+from tensorwire.tensor import Buffer, Front
 
 
 class Api:
@@ -28,14 +28,15 @@ class Api:
         stream_id: bytes = b"",
         tie: bool = True,
         limits: Limits = DEFAULT,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Buffer]:
         """Encode a container as an iterator of buffers to be sent one after the other.
 
         `obj`: a tensor, a plain value, or dicts, lists and tuples of them; or an iterator of (name, tensor) pairs,
-        sent as they come. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping of name patterns to
-        specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is also the memory
-        that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes that bind
-        every frame to a round or session. `tie`: send tensors that share their memory once.
+        sent as they come: all of a pair leaves before the next one is asked for, with an empty buffer behind it, at
+        which transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping
+        of name patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is
+        also the memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes
+        that bind every frame to a round or session. `tie`: send tensors that share their memory once.
 
         Everything but the values themselves is checked here, before the first buffer. Raises EncodeError naming
         the item; NonFiniteError, while iterating, for NaN or infinities under a quantizing codec.
@@ -50,6 +51,67 @@ class Api:
             tie=tie,
             limits=limits,
         )
+
+    def encode_async(
+        self,
+        obj: Any,
+        *,
+        codec: CodecChoice = "raw",
+        frame_size: int = streams.FRAME_SIZE,
+        metadata: Mapping[str, str] | None = None,
+        stream_id: bytes = b"",
+        tie: bool = True,
+        limits: Limits = DEFAULT,
+    ) -> AsyncIterator[Buffer]:
+        """As `encode`, for `async for`: `obj` may also be an asynchronous iterator of (name, tensor) pairs.
+
+        All work is done in other threads (`asyncio.to_thread`), from the walk over the container on, a MiB of buffers
+        at a time, so that the event loop is never held up. Do not change the tensors meanwhile. Nothing is checked
+        before the first buffer is asked for.
+        """
+        from asyncio import to_thread  # which takes longer to import than all of this package
+
+        return streams.encode_async(
+            obj,
+            self._front,
+            to_thread,
+            codec=codec,
+            frame_size=frame_size,
+            metadata=metadata,
+            stream_id=stream_id,
+            tie=tie,
+            limits=limits,
+        )
+
+    def encoded_size(
+        self,
+        obj: Any,
+        *,
+        codec: CodecChoice = "raw",
+        frame_size: int = streams.FRAME_SIZE,
+        metadata: Mapping[str, str] | None = None,
+        stream_id: bytes = b"",
+        tie: bool = True,
+        at_rest: bool = False,
+        limits: Limits = DEFAULT,
+    ) -> int:
+        """The bytes that `encode` makes of a container with these options, framing included, without encoding it.
+
+        Exact where payloads have a fixed length, as all but compressed ones do; else an upper bound. `at_rest`: of the
+        file that `save_file` writes. Raises EncodeError as `encode` does, and for an iterator, whose size is not known
+        ahead.
+        """
+        return streams.stream_size(
+            obj,
+            self._front,
+            codec=codec,
+            frame_size=frame_size,
+            metadata=metadata,
+            stream_id=stream_id,
+            tie=tie,
+            at_rest=at_rest,
+            limits=limits,
+        ).total
 
     def decode(
         self,
@@ -78,9 +140,11 @@ class Api:
         expect: Any = None,
         limits: Limits = DEFAULT,
     ) -> AsyncIterator[tuple[str, Any]]:
-        """As `decode`, for `async for`: `source` has a coroutine function `readinto`, as `AsyncTransport` does.
+        """As `decode`, for `async for`.
 
-        Decoding itself runs where the event loop runs; a slice takes well under a millisecond.
+        `source`: an asynchronous iterable of buffers, or what has a coroutine function `readinto`, as `AsyncTransport`
+        does; also a buffer, an iterable of buffers or a plain `readinto`, none of which may wait. Slices are decoded in
+        another thread while the next one is received; the event loop waits for one to end, at most.
         """
         return streams.decode_async(source, self._front, into=into, expect=expect, limits=limits)
 
@@ -105,7 +169,7 @@ class Api:
     def save_file(
         self,
         obj: Any,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         codec: CodecChoice = "raw",
         metadata: Mapping[str, str] | None = None,
@@ -115,7 +179,7 @@ class Api:
 
     def load_file(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
@@ -124,7 +188,7 @@ class Api:
         """The whole container in a `.tw` file, verified. For single tensors see `open_file`."""
         return files.load_file(path, self._front, into=into, expect=expect, limits=limits)
 
-    def open_file(self, path: str | os.PathLike, *, limits: Limits = DEFAULT) -> files.TensorFile:
+    def open_file(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> files.TensorFile:
         """A `.tw` file as a mapping of names to tensors, each read and verified when asked for."""
         return files.TensorFile(path, self._front, limits=limits)
 

@@ -1,8 +1,10 @@
-"""The layers hold: each room imports only from those above it in docs/architecture.md, the core needs NumPy, msgpack and
-zstandard alone, and `import tensorwire` loads nothing that was not asked for.
+"""The layers hold: each room imports only from those above it in docs/architecture.md.
+
+The core needs NumPy, msgpack and zstandard alone, and `import tensorwire` loads nothing that was not asked for.
 """
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -41,6 +43,7 @@ NEVER = {
     "transports": {"kernels", "codecs", "wire", "streams", "storage"},
 }
 FOREIGN = {
+    "tensor": {"numpy"},
     "wire": {"msgpack"},
     "kernels": {"numpy", "torch", "bitsandbytes"},
     "codecs": {"numpy", "zstandard"},
@@ -64,6 +67,9 @@ THREADS = {"threading", "concurrent"}
 BARE = dict.fromkeys(("wire", "kernels", "codecs"), OUTSIDE | THREADS) | dict.fromkeys(
     ("memory", "storage", "streams", "transfer", "files", "updates"), OUTSIDE
 )
+
+# Modules within rooms whose names are public.
+PUBLIC_MODULES = [["files", "safetensors"], ["files", "authenticity"], ["integrations", "bitsandbytes"]]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -137,6 +143,27 @@ def test_private_names_stay_in_their_room(path):
             assert not any(re.match(r"_[^_]", part) for part in parts), name
 
 
+def stranger_to(path: Path) -> bool:
+    """Whether a file uses this library as its users do, over public names only."""
+    return room_of(path) in ("updates", "bench", "fl") or path in (
+        PACKAGE / "cli" / "fl.py",
+        PACKAGE / "cli" / "bench.py",
+    )
+
+
+@pytest.mark.parametrize("path", [*filter(stranger_to, FILES)], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_a_stranger_could_have_written_imports_public_names_only(path):
+    """What rooms export, from their `__init__` or from a module that is named as public."""
+    for name, _ in imports(path):
+        module, _, last = name.rpartition(".")
+        parts = module.split(".")
+        if parts[0] != "tensorwire" or len(parts) == 1 or parts[1] in (room_of(path), *LAYERS[-1]):
+            continue
+        assert len(parts) == 2 or parts[1:] in PUBLIC_MODULES, f"{module} is no public module"
+        exported = getattr(importlib.import_module(module), "__all__", None)
+        assert exported is None or last in exported or (PACKAGE / parts[1] / f"{last}.py").exists(), name
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run(
@@ -163,6 +190,7 @@ def test_import_tensorwire_loads_no_foreign_library_and_no_room_it_does_not_need
 
 def test_rooms_come_when_asked_for():
     assert "tensorwire.transports" in loaded_by("import tensorwire; tensorwire.transports")
+    assert "tensorwire.updates" in loaded_by("import tensorwire; tensorwire.updates")
     assert "torch" not in loaded_by("import tensorwire; tensorwire.loads(tensorwire.dumps({'a': 1}))")
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import zstandard
 
+from tensorwire.bench.models import Weights
 from tensorwire.bench.options import Note
 from tensorwire.codecs import Codec
 
@@ -54,7 +54,7 @@ def import_rivals(codecs: list[Codec], threads: int, note: Note) -> None:
         note("bitsandbytes left out: not installed")
 
 
-def contenders(codec: Codec, values: np.ndarray, out: np.ndarray, threads: int) -> Iterator[Contender]:
+def contenders(codec: Codec, values: Weights, out: Weights, threads: int) -> Iterator[Contender]:
     """The rivals of one codec. `values`: the fp32 input; `out`: warm memory of its size."""
     name, parameters = codec.packer.name, codec.packer.values()
     if [stage.name for stage in codec.pipeline] == ["raw", "zstd"]:
@@ -69,12 +69,12 @@ def contenders(codec: Codec, values: np.ndarray, out: np.ndarray, threads: int) 
         yield from _bitsandbytes_4bit(repr(codec), name, parameters, values, out)
 
 
-def crc32(values: np.ndarray) -> Contender:
+def crc32(values: Weights) -> Contender:
     """Zlib's checksum, the one Python users have at hand."""
-    return Contender("crc32c", "checksum", "zlib.crc32", "none", lambda: zlib.crc32(values))
+    return Contender("crc32c", "checksum", "zlib.crc32", "none", lambda: zlib.crc32(values.data))
 
 
-def _torch(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contender]:
+def _torch(codec: Codec, values: Weights, out: Weights) -> Iterator[Contender]:
     try:
         import torch
     except ImportError:
@@ -90,7 +90,7 @@ def _torch(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Conten
 
 
 def _bitsandbytes_4bit(
-    name: str, quant_type: str, parameters: dict[str, Any], values: np.ndarray, out: np.ndarray
+    name: str, quant_type: str, parameters: dict[str, Any], values: Weights, out: Weights
 ) -> Iterator[Contender]:
     try:
         import bitsandbytes.functional as bnb
@@ -112,9 +112,7 @@ def _bitsandbytes_4bit(
         yield Contender(name, "decode", "bitsandbytes", "warm", lambda: kernel(*pointers, *sizes))
 
 
-def _bitsandbytes_int8(
-    name: str, parameters: dict[str, Any], values: np.ndarray, out: np.ndarray
-) -> Iterator[Contender]:
+def _bitsandbytes_int8(name: str, parameters: dict[str, Any], values: Weights, out: Weights) -> Iterator[Contender]:
     try:
         import bitsandbytes.functional as bnb
         import torch
@@ -159,10 +157,11 @@ def _pointers(*tensors: Any) -> list[_Pointer]:
     return pointers
 
 
-def _zstd(codec: Codec, values: np.ndarray, threads: int) -> Iterator[Contender]:
+def _zstd(codec: Codec, values: Weights, threads: int) -> Iterator[Contender]:
     level = int(codec.compressors[0].values()["level"])
     compressor = zstandard.ZstdCompressor(level=level, threads=threads if threads > 1 else 0)
     decompressor = zstandard.ZstdDecompressor()
-    payload = compressor.compress(values)
-    yield Contender(repr(codec), "encode", "zstd", "fresh", lambda: compressor.compress(values))
+    data = values.data.cast("B")
+    payload = compressor.compress(data)
+    yield Contender(repr(codec), "encode", "zstd", "fresh", lambda: compressor.compress(data))
     yield Contender(repr(codec), "decode", "zstd", "fresh", lambda: decompressor.decompress(payload))

@@ -25,17 +25,18 @@ from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 import tensorwire
 from tensorwire import dtypes, kernels
 from tensorwire.bench import rivals
-from tensorwire.bench.models import MIB, view_of, weights
+from tensorwire.bench.models import MIB, Weights, view_of, weights
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.rivals import Contender
 from tensorwire.bench.tables import Column, Row
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec
-from tensorwire.memory.spare import SPARE
+from tensorwire.codecs import Codec, Take
+from tensorwire.memory import SPARE
 from tensorwire.tensor import Extent
 
 DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "raw")
@@ -139,7 +140,7 @@ def _time(run: Callable[[], Any]) -> float:
     return perf_counter() - start
 
 
-def _copies(values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
+def _copies(values: Weights, out: Weights, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
     parts = _parts(values.size, threads)
     copy = _together([partial(np.copyto, out[start:stop], values[start:stop]) for start, stop in parts], pool)
     fresh = _together([values[start:stop].copy for start, stop in parts], pool)
@@ -147,11 +148,11 @@ def _copies(values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolE
     yield Contender("raw", "copy", "memcpy", "fresh", fresh)
 
 
-def _checksum(values: np.ndarray) -> Contender:
+def _checksum(values: Weights) -> Contender:
     return Contender("crc32c", "checksum", kernels.implementation, "none", lambda: crc32c(values))
 
 
-def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contender]:
+def _ours(codec: Codec, values: Weights, out: Weights) -> Iterator[Contender]:
     name, impl = repr(codec), kernels.implementation
     if not codec.in_place:
         ours = _Ours(codec, values, out)
@@ -172,7 +173,7 @@ def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contend
 class _Ours:
     """Our codec over one array, into warm memory and into what it allocates as streams do."""
 
-    def __init__(self, codec: Codec, values: np.ndarray, out: np.ndarray) -> None:
+    def __init__(self, codec: Codec, values: Weights, out: Weights) -> None:
         self._codec = codec
         self._view = view_of(values)
         self._data = values.view(np.uint8)
@@ -193,12 +194,12 @@ class _Ours:
     def decode_allocating(self) -> None:
         self._codec.decode(memoryview(self._payload), self._extent, SPARE.empty(self._out.size))
 
-    def _encode(self, take: Callable[[int], np.ndarray]) -> Any:
+    def _encode(self, take: Take) -> Any:
         # What a codec must know of the whole tensor (double quantization: its mean) is part of the work.
         context = self._codec.prepare(self._view) if self._view is not None else None
         return self._codec.encode(self._data, self._extent, take, context).payload
 
-    def _take_warm(self, size: int) -> np.ndarray:
+    def _take_warm(self, size: int) -> npt.NDArray[np.uint8]:
         return self._warm[:size]
 
 

@@ -35,12 +35,10 @@ from tensorwire.codecs import (
 )
 from tensorwire.errors import EncodeError, FormatError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory.buffers import GrowingMemory
-from tensorwire.streams.receiver import EncodedSink, Receiver
-from tensorwire.streams.sinks import TensorSink
+from tensorwire.memory import GrowingMemory
+from tensorwire.streams import Completed, Payload, Receiver
 from tensorwire.tensor import Extent, TensorView
-from tensorwire.wire import AliasItem, FileItem, Item, TensorItem, ValueItem
-from tensorwire.wire.drive import as_source
+from tensorwire.wire import FileItem, ItemStart, TensorItem, ValueItem
 
 _QUANT_STATE: Final[Any] = QuantState  # bitsandbytes has no types
 _TABLES: Final = {row.quant_type: row.table for row in (NF4, FP4, Int8)}
@@ -83,11 +81,31 @@ def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]
 
     Raises what `tensorwire.decode` raises, and SchemaError for streams with plain values in them.
     """
-    opener = _Opener()
-    for number, item, value in Receiver(as_source(source), opener, limits):
-        yield item.name, value
-        for alias in opener.aliases.pop(number, ()):
-            yield alias, value
+    states: dict[int, _QuantizedItem] = {}
+    tensors: dict[int, GrowingMemory] = {}
+    with Receiver(limits) as receiver:
+        for event in receiver.events(source):
+            if isinstance(event, Payload):
+                states[event.number].add(event)
+            elif isinstance(event, Completed) and isinstance(event.item, TensorItem):
+                state = states.pop(event.number, None)
+                value = _tensor(event.item, tensors.pop(event.number)) if state is None else state.quantized()
+                for item in (event.item, *event.aliases):
+                    yield item.name, value
+            elif isinstance(event, ItemStart) and isinstance(event.item, (ValueItem, FileItem)):
+                raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
+            elif isinstance(event, ItemStart) and isinstance(event.item, TensorItem):
+                codec = from_stages(event.item.codec)
+                if isinstance(codec.packer, TableQuantizer) and not codec.transforms:
+                    states[event.number] = _QuantizedItem(event.item, codec, codec.packer)
+                    receiver.keep_encoded(event.number)
+                else:
+                    tensors[event.number] = GrowingMemory(event.item.total * event.item.dtype.itemsize)
+                    receiver.land(event.number, tensors[event.number])
+
+
+def _tensor(item: TensorItem, memory: GrowingMemory) -> torch.Tensor:
+    return torch_front.FRONT.wrap(memory.data, item.dtype, item.shape)
 
 
 def _quantized(value: Any) -> Quantized:
@@ -181,28 +199,8 @@ def _check_scales(state: State) -> None:
         raise EncodeError(f"{error.detail}: no quantizer made this state") from None
 
 
-class _Opener:
-    """Opens the items of a stream as tensors or as Quantized."""
-
-    def __init__(self) -> None:
-        self.aliases: dict[int, list[str]] = {}
-
-    def __call__(self, number: int, item: Item) -> Any:
-        if isinstance(item, AliasItem):
-            self.aliases.setdefault(item.of, []).append(item.name)
-            return None
-        if isinstance(item, (ValueItem, FileItem)):
-            raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
-        if not isinstance(item, TensorItem):
-            return None
-        codec = from_stages(item.codec)
-        if isinstance(codec.packer, TableQuantizer) and not codec.transforms:
-            return _QuantizedSink(item, codec, codec.packer)
-        return TensorSink(item, torch_front.FRONT, trusted=False)
-
-
-class _QuantizedSink(EncodedSink):
-    """Collects the codes and absmax of one item."""
+class _QuantizedItem:
+    """The codes and absmax of one item, as they arrive."""
 
     def __init__(self, item: TensorItem, codec: Codec, packer: TableQuantizer) -> None:
         self._item = item
@@ -216,11 +214,12 @@ class _QuantizedSink(EncodedSink):
         self._nested_absmax = GrowingMemory(nested_blocks * 4)
         self._offset: bytes | None = None
 
-    def accept(self, start: int, count: int, payload: memoryview) -> None:
-        extent = Extent(self._item.dtype, self._item.shape, start, count)
-        state = self._packer.state(self._codec.unpack(payload, extent), count)
-        first = start // self._packer.blocksize
-        _put(self._codes, start // self._packer.codes_per_byte, state.codes)
+    def add(self, slice_: Payload) -> None:
+        """Put a slice in its place."""
+        extent = Extent(self._item.dtype, self._item.shape, slice_.start, slice_.count)
+        state = self._packer.state(self._codec.unpack(slice_.data, extent), slice_.count)
+        first = slice_.start // self._packer.blocksize
+        _put(self._codes, slice_.start // self._packer.codes_per_byte, state.codes)
         _put(self._absmax, first * state.absmax.itemsize, state.absmax)
         if state.nested_absmax is None or state.offset is None:
             return
@@ -230,7 +229,8 @@ class _QuantizedSink(EncodedSink):
         self._offset = state.offset.tobytes()
         _put(self._nested_absmax, first // NESTED_BLOCKSIZE * 4, state.nested_absmax)
 
-    def close(self) -> Quantized:
+    def quantized(self) -> Quantized:
+        """The whole."""
         codes = torch.from_numpy(self._codes.data)
         dtype = getattr(torch, self._item.dtype.name)
         shape = torch.Size(self._item.shape)
