@@ -5,8 +5,8 @@
 #include <immintrin.h>
 #include <stddef.h>
 
-static inline __attribute__((always_inline)) void loop(const char* in, char* out, size_t steps, size_t ahead,
-                                                       int reads, int writes) {
+static inline __attribute__((always_inline)) void loop(const char* in, char* out, size_t steps, size_t ahead, int reads,
+                                                       int writes) {
     __m512i seen = _mm512_loadu_si512(in);
     for (size_t i = 0; i < steps; ++i) {
         for (int r = 0; r < reads; ++r, in += 64) {
@@ -19,9 +19,9 @@ static inline __attribute__((always_inline)) void loop(const char* in, char* out
     __asm__ volatile("" ::"v"(seen));
 }
 
-#define LOOP(reads, writes)                                                                      \
-    void loop_##reads##_##writes(const char* in, char* out, size_t steps, size_t ahead) {        \
-        loop(in, out, steps, ahead, reads, writes);                                              \
+#define LOOP(reads, writes)                                                               \
+    void loop_##reads##_##writes(const char* in, char* out, size_t steps, size_t ahead) { \
+        loop(in, out, steps, ahead, reads, writes);                                       \
     }
 
 LOOP(1, 0)

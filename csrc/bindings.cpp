@@ -64,9 +64,7 @@ public:
 
     tw::Dtype dtype() const { return format_ == 'f' ? tw::kFloat32 : format_ == 'e' ? tw::kFloat16 : tw::kBfloat16; }
 
-    size_t item_size() const {
-        return format_ == 'f' || format_ == 'I' ? 4 : format_ == 'e' || format_ == 'H' ? 2 : 1;
-    }
+    size_t item_size() const { return format_ == 'f' || format_ == 'I' ? 4 : format_ == 'e' || format_ == 'H' ? 2 : 1; }
     size_t bytes() const { return size() * item_size(); }
 
     // From element `begin` on.
@@ -144,8 +142,7 @@ bool streams(const Array& out, std::optional<bool> uncached = {}) {
 // Calls work(begin, size) on parts of [0, n), on several threads if the pool has them.
 template <class Work>
 void split(size_t n, size_t granule, Work work) {
-    tw::share(
-        n, granule, [](void* w, size_t begin, size_t size) { (*static_cast<Work*>(w))(begin, size); }, &work);
+    tw::share(n, granule, [](void* w, size_t begin, size_t size) { (*static_cast<Work*>(w))(begin, size); }, &work);
 }
 
 // The same for a kernel that judges its input: whether every part was good.
@@ -303,7 +300,7 @@ bool blockwise_absmax(nb::handle values, nb::handle absmax, Py_ssize_t blocksize
     const auto kernel = tw::kernels().absmax[x.dtype()];
     const Released released;
     return all_good(x.size(), bs,
-                      [&](size_t i, size_t n) { return kernel(x.data<void>(i), m.data<float>(i / bs), n, bs); });
+                    [&](size_t i, size_t n) { return kernel(x.data<void>(i), m.data<float>(i / bs), n, bs); });
 }
 
 bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, nb::handle crc, Py_ssize_t blocksize,
@@ -331,8 +328,8 @@ bool quantize_4bit(nb::handle values, nb::handle codes, nb::handle absmax, nb::h
     return finite;
 }
 
-void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize,
-                     const char* quant_type, std::optional<bool> uncached) {
+void dequantize_4bit(nb::handle codes, nb::handle absmax, nb::handle out, Py_ssize_t blocksize, const char* quant_type,
+                     std::optional<bool> uncached) {
     const size_t bs = checked_blocksize_4bit(blocksize);
     const tw::QuantType type = checked_quant_type(quant_type);
     const Array q("codes", codes, "B", kInput), m("absmax", absmax, "f", kInput), y("out", out, kFloats, kOutput);
@@ -492,8 +489,7 @@ NB_MODULE(_native, m) {
     m.def("dequantize_linear", dequantize_linear, "codes"_a, "scales"_a, "out"_a, nb::kw_only(), "blocksize"_a,
           "uncached"_a = nb::none());
 
-    m.def(
-        "isa", [] { return tw::kernels().isa; }, "The instruction set in use.");
+    m.def("isa", [] { return tw::kernels().isa; }, "The instruction set in use.");
     m.def("supported", supported, "The instruction sets that run here, best first.");
     m.def("use", use, "tier"_a, "Switch to another instruction set; for tests.");
     m.def("set_threads", set_threads, "count"_a, "Threads a call may use on large arrays, its own included.");

@@ -53,8 +53,8 @@ inline __m512i search<kFp4>(const __m512* y) {
     __mmask16 above[4], negative[4];
     for (int k = 0; k < 4; ++k) {
         const __m512 size = _mm512_abs_ps(y[k]);
-        bucket[k] = _mm512_castps_si512(
-            _mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
+        bucket[k] =
+            _mm512_castps_si512(_mm512_fmadd_ps(size, _mm512_set1_ps(Fp4Search::kScale), _mm512_set1_ps(0x1p23f)));
         above[k] = _mm512_cmp_ps_mask(size, _mm512_permutexvar_ps(bucket[k], thresholds), _CMP_GT_OQ);
         negative[k] = _mm512_cmp_ps_mask(y[k], _mm512_setzero_ps(), _CMP_LT_OQ);
     }

@@ -82,8 +82,7 @@ inline __m512i gathered(const __m512i* v, const uint8_t* which) {
 // Four planes of bytes in lane order to four vectors of 32-bit elements.
 inline void unpacked(const __m512i* plane, __m512i* v) {
     const __m512i low01 = _mm512_unpacklo_epi8(plane[0], plane[1]), low23 = _mm512_unpacklo_epi8(plane[2], plane[3]);
-    const __m512i high01 = _mm512_unpackhi_epi8(plane[0], plane[1]),
-                  high23 = _mm512_unpackhi_epi8(plane[2], plane[3]);
+    const __m512i high01 = _mm512_unpackhi_epi8(plane[0], plane[1]), high23 = _mm512_unpackhi_epi8(plane[2], plane[3]);
     v[0] = _mm512_unpacklo_epi16(low01, low23);
     v[1] = _mm512_unpackhi_epi16(low01, low23);
     v[2] = _mm512_unpacklo_epi16(high01, high23);

@@ -27,8 +27,7 @@ struct Int8Buckets {
             if (bound < begin || bound - begin >= kUnit) continue;
             entry[bucket] += kUnit - 1 - (bound - begin);
             ++level;
-            exact =
-                exact && (level == 128 || __builtin_bit_cast(uint32_t, kInt8Bounds.above[level]) - begin >= kUnit);
+            exact = exact && (level == 128 || __builtin_bit_cast(uint32_t, kInt8Bounds.above[level]) - begin >= kUnit);
         }
         exact = exact && level == 128;
     }

@@ -144,8 +144,7 @@ public:
         const __m128i byte = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const int late_bytes = static_cast<int>(late);
         is_last_ = _mm_cmpgt_epi8(byte, _mm_set1_epi8(static_cast<char>(15 - late_bytes)));
-        rotation_ =
-            _mm_and_si128(_mm_sub_epi8(byte, _mm_set1_epi8(static_cast<char>(late_bytes))), _mm_set1_epi8(15));
+        rotation_ = _mm_and_si128(_mm_sub_epi8(byte, _mm_set1_epi8(static_cast<char>(late_bytes))), _mm_set1_epi8(15));
     }
     static bool takes(size_t) { return true; }
     __m128i operator()(__m128i last, __m128i next) const {

@@ -31,9 +31,7 @@ inline Words rounded_bfloat16(Floats v) {
     const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
 }
-inline __m256i narrow(Floats v, Bfloat16) {
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bfloat16(v), 16));
-}
+inline __m256i narrow(Floats v, Bfloat16) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bfloat16(v), 16)); }
 
 struct VectorOrders {
     alignas(64) uint16_t upper_halves[32] = {};  // of two vectors' 32-bit lanes
@@ -66,8 +64,7 @@ constexpr size_t kInt8s = 64;
 template <class Group>
 inline __m512i rounded(Group group) {
     const auto word = [&](size_t k) { return _mm512_cvtps_epi32(group(k)); };
-    return transposed(
-        _mm512_packs_epi16(_mm512_packs_epi32(word(0), word(1)), _mm512_packs_epi32(word(2), word(3))));
+    return transposed(_mm512_packs_epi16(_mm512_packs_epi32(word(0), word(1)), _mm512_packs_epi32(word(2), word(3))));
 }
 
 template <Cache kTo>

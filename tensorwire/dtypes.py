@@ -6,11 +6,14 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type. `name` is spelled as in torch and ml_dtypes, `itemsize` is in bytes."""
+    """An element type."""
 
     number: int
+    """Its number on the wire."""
     name: str
+    """As torch and ml_dtypes spell it."""
     itemsize: int
+    """Bytes of one element."""
 
     def __str__(self) -> str:
         return self.name
@@ -40,6 +43,6 @@ FLOAT8_E8M0FNU: Final = DType(36, "float8_e8m0fnu", 1)
 # Two values a byte; a shape counts bytes, as in torch.
 FLOAT4_E2M1FN_X2: Final = DType(40, "float4_e2m1fn_x2", 1)
 
-ALL: Final = tuple(value for value in globals().values() if isinstance(value, DType))
-BY_NUMBER: Final = {dtype.number: dtype for dtype in ALL}
-BY_NAME: Final = {dtype.name: dtype for dtype in ALL}
+ALL: Final[tuple[DType, ...]] = tuple(value for value in globals().values() if isinstance(value, DType))
+BY_NUMBER: Final[dict[int, DType]] = {dtype.number: dtype for dtype in ALL}
+BY_NAME: Final[dict[str, DType]] = {dtype.name: dtype for dtype in ALL}

@@ -4,7 +4,11 @@
 ``TransportError`` blames the connection. Decoders raise nothing outside this family, whatever bytes arrive.
 """
 
-_NAME_SHOWN = 120  # characters of a wire-supplied name that a message may carry
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+_NAME_SHOWN: Final = 120  # characters of a wire-supplied name that a message may carry
+_Recipe: TypeAlias = "tuple[Callable[..., TensorwireError], tuple[object, ...]]"
 
 
 def show(name: object) -> str:
@@ -13,7 +17,8 @@ def show(name: object) -> str:
     return text if len(text) <= _NAME_SHOWN else text[: _NAME_SHOWN - 3] + "..."
 
 
-def _rebuild(cls: type, detail: str, state: dict) -> "TensorwireError":
+def _rebuild(cls: type["TensorwireError"], detail: str, state: dict[str, object]) -> "TensorwireError":
+    # Past __init__, whose arguments differ from kind to kind, so that every error can be pickled.
     error = cls.__new__(cls, detail)
     error.args = (detail,)
     for name, value in state.items():
@@ -47,7 +52,7 @@ class TensorwireError(Exception):
             where.append(f"offset {self.offset}")
         return f"{self.detail} ({', '.join(where)})" if where else self.detail
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> _Recipe:
         return _rebuild, (type(self), self.detail, self.__dict__)
 
 
@@ -89,8 +94,18 @@ class SequenceError(WireError):
 class LimitError(WireError):
     """A declared size exceeds a limit; raise that limit if the sender is right. See `tensorwire.Limits`."""
 
-    def __init__(self, limit: str, allowed: int, got: int, **where: object) -> None:
-        super().__init__(f"{limit} is {got}, more than the limit of {allowed}", **where)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        limit: str,
+        allowed: int,
+        got: int,
+        *,
+        frame: int | None = None,
+        item: object = None,
+        offset: int | None = None,
+    ) -> None:
+        detail = f"{limit} is {got}, more than the limit of {allowed}"
+        super().__init__(detail, frame=frame, item=item, offset=offset)
         self.limit = limit
         self.allowed = allowed
         self.got = got
@@ -117,14 +132,16 @@ class AuthError(TensorwireError, ValueError):
 
 
 class StorageError(TensorwireError, OSError):
-    """A file could not be written, synced or renamed: a full disk, a quota, a missing folder. Nothing partial stands
-    under the final name; what was verified can be resumed where the call says so. `errno` is the system's.
+    """A file could not be written, synced or renamed: a full disk, a quota, a missing folder.
+
+    Nothing partial stands under the final name; what was verified can be resumed where the call says so. `errno` is
+    the operating system's, or None.
     """
 
     def __init__(self, detail: str, *, errno: int | None = None) -> None:
         super().__init__(detail)
         self.errno = errno
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> _Recipe:
         # OSError keeps its errno outside of the attributes that every other error is rebuilt from.
         return _rebuild, (type(self), self.detail, {**self.__dict__, "errno": self.errno})

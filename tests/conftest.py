@@ -1,12 +1,25 @@
-"""Puts the golden vectors and what reads them within reach, and sets how hard the property tests try."""
+"""What all tests share: the package under test, how hard the property tests try, and which tests are slow."""
 
 import os
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
+from quick import SLOW
 
-sys.path.append(str(Path(__file__).parent / "golden"))
+HERE = Path(__file__).parent
+sys.path.append(str(HERE / "golden"))  # the vectors, and what reads them
+
+# Without the extension the tests would run on the NumPy twins alone, and skip the rest. The warning names the cause.
+with warnings.catch_warnings():
+    warnings.filterwarnings("error", message="tensorwire: ", category=RuntimeWarning)
+    try:
+        import tensorwire
+    except RuntimeWarning as warning:
+        raise pytest.UsageError(str(warning)) from None
 
 # CI: the same examples each time, no deadline on a shared machine. TENSORWIRE_EXHAUSTIVE=1 tries ten times as many.
 EXHAUSTIVE = os.environ.get("TENSORWIRE_EXHAUSTIVE") == "1"
@@ -14,3 +27,20 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60
                           suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
 settings.register_profile("exhaustive", settings.get_profile("ci"), max_examples=600, derandomize=False)
 settings.load_profile("exhaustive" if EXHAUSTIVE else "ci")
+
+
+def pytest_report_header() -> str:
+    from tensorwire import kernels
+
+    return f"tensorwire: {Path(tensorwire.__file__).parent} ({kernels.isa})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: Counter[str] = Counter()
+    for item in items:
+        file = item.path.relative_to(HERE).as_posix()
+        name = f"{file}::{getattr(item, 'originalname', item.name)}"
+        kept = SLOW.get(name, SLOW.get(file, 1))  # one case in so many
+        if kept == 0 or cases[name] % kept:
+            item.add_marker("slow")
+        cases[name] += 1

@@ -1,4 +1,4 @@
-"""Whose bytes they are: keyed digests and manifests, as other tools make them, and every way in which they do not match."""
+"""Whose bytes they are: keyed digests and manifests, as other tools make them, and every way not to match."""
 
 import hashlib
 import hmac
@@ -182,7 +182,8 @@ def test_broken_manifests(model: Path) -> None:
             (json.dumps(good | {"subject": [broken]}), FormatError)
             for broken in (
                 None, "x", {}, {"name": "model.tw"}, subject | {"name": 1}, subject | {"digest": "0"},
-                subject | {"digest": {}}, subject | {"digest": {"sha256": "0" * 63}}, subject | {"digest": {"sha256": 0}},
+                subject | {"digest": {}}, subject | {"digest": {"sha256": "0" * 63}},
+                subject | {"digest": {"sha256": 0}},
             )
         ),
     ]  # fmt: skip

@@ -318,7 +318,7 @@ def ended(process: "subprocess.Popen[bytes]") -> tuple[int, bytes, str]:
 def test_a_model_goes_to_another_machine(safetensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with receiving(tmp_path / "out.safetensors", "--json") as (process, where):
         assert run("send", safetensors, where, "--json") == 0
-        code, out, error = ended(process)
+        code, out, _ = ended(process)
     sent, received = json.loads(capsys.readouterr().out), json.loads(out)
     assert code == 0 and sent["digest"] == received["digest"] and sent["moved"] == sent["bytes"] == received["bytes"]
     assert (tmp_path / "out.safetensors").read_bytes() == safetensors.read_bytes()

@@ -13,7 +13,7 @@ from typing import Final
 import tensorwire
 from tensorwire.bench import BenchError
 from tensorwire.cli import bench, decode, digest, encode, fl, inspect, receive, send, verify
-from tensorwire.cli.common import UsageError
+from tensorwire.cli.common import Run, UsageError
 from tensorwire.errors import StorageError, TensorwireError, TransportError
 from tensorwire.transfer import RefusedError
 
@@ -46,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     try:
         arguments = _parser().parse_args(argv)
-        code = arguments.run(arguments)
+        run: Run = arguments.run
+        code = run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read our output has enough. Python must not find out again while it shuts down.
+        # Whoever read our output wants no more. Python must not run into that again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return IO_TROUBLE
     except UsageError as error:

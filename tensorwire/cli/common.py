@@ -4,13 +4,21 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, TypeAlias, TypeVar
 
 import tensorwire
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
 from tensorwire.storage.atomic import write_file
+
+if TYPE_CHECKING:
+    import tqdm
+    from _typeshed import ReadableBuffer
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run: TypeAlias = Callable[[argparse.Namespace], int]
+_Buffer = TypeVar("_Buffer", bound="ReadableBuffer")
 
 PIPE: Final = "-"
 _CHUNK: Final = 1 << 20
@@ -22,9 +30,9 @@ class UsageError(Exception):
     """A command line that means nothing, found after parsing."""
 
 
-def verb(verbs: Any, name: str, run: Any, *, summary: str, text: str) -> argparse.ArgumentParser:
-    """A parser for one verb, whose help ends with `text` as it stands."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+def verb(verbs: Verbs, name: str, run: Run | None, *, summary: str, text: str) -> argparse.ArgumentParser:
+    """A parser for one verb, whose help ends with `text` as it stands. `run`: None if it has verbs of its own."""
+    parser = verbs.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
@@ -51,11 +59,17 @@ def reading(path: str) -> Iterator[Iterator[bytes]]:
     Given to a decoder as an iterable, so that bytes after the end of the stream are an error.
     """
     if path == PIPE:
-        yield tracked(iter(lambda: sys.stdin.buffer.read1(_CHUNK), b""), None)
+        # read1: what a pipe has is passed on at once.
+        yield tracked(_chunks(lambda: sys.stdin.buffer.read1(_CHUNK)), None)  # type: ignore[union-attr]  # BufferedReader
         return
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        yield tracked(iter(lambda: file.read(_CHUNK), b""), size)
+        yield tracked(_chunks(lambda: file.read(_CHUNK)), size)
+
+
+def _chunks(read: Callable[[], bytes]) -> Iterator[bytes]:
+    while chunk := read():
+        yield chunk
 
 
 def read_key(path: str) -> bytes:
@@ -67,10 +81,8 @@ def read_key(path: str) -> bytes:
     return key
 
 
-def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
-    """Write a stream to a file, which appears only when complete, or to stdout. `total`: bytes expected,
-    roughly.
-    """
+def write_stream(path: str, buffers: Iterable["ReadableBuffer"], total: int | None) -> None:
+    """Write a stream to a file, which appears only when complete, or to stdout. `total`: about how many bytes."""
     if path != PIPE:
         write_file(path, tracked(buffers, total))
         return
@@ -80,14 +92,14 @@ def write_stream(path: str, buffers: Iterable[Any], total: int | None) -> None:
     out.flush()
 
 
-def binary_stdout() -> Any:
+def binary_stdout() -> BinaryIO:
     """Stdout for bytes. Raises UsageError where they would land on a terminal."""
     if sys.stdout.isatty():
         raise UsageError("binary output to a terminal; redirect it")
     return sys.stdout.buffer
 
 
-def tracked(buffers: Iterable[Any], total: int | None) -> Iterator[Any]:
+def tracked(buffers: Iterable[_Buffer], total: int | None) -> Iterator[_Buffer]:
     """`buffers`, with a progress bar on a terminal for those who have tqdm."""
     with Progress(total) as progress:
         for buffer in buffers:
@@ -96,18 +108,25 @@ def tracked(buffers: Iterable[Any], total: int | None) -> Iterator[Any]:
 
 
 class Progress:
-    """A bar of bytes on stderr, where that is a terminal and tqdm is installed. `begin`: bytes that are there already."""
+    """A bar of bytes on stderr, where that is a terminal and tqdm is installed. `begin`: bytes already there."""
 
     def __init__(self, total: int | None, begin: int = 0) -> None:
-        self._bar: Any = None
+        self._bar: tqdm.tqdm[NoReturn] | None = None
         if not sys.stderr.isatty():
             return
         try:
-            from tqdm import tqdm
+            from tqdm import tqdm as bar
         except ImportError:
             return
-        units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-        self._bar = tqdm(total=total, initial=begin, delay=_PROGRESS_DELAY, leave=False, **units)
+        self._bar = bar(
+            total=total,
+            initial=begin,
+            delay=_PROGRESS_DELAY,
+            leave=False,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+        )
 
     def update(self, size: int) -> None:
         """`size` more bytes are through."""
@@ -122,13 +141,13 @@ class Progress:
             self._bar.close()
 
 
-def error_fields(error: TensorwireError) -> dict[str, Any]:
+def error_fields(error: TensorwireError) -> dict[str, object]:
     """An error as JSON has it."""
     where = {key: getattr(error, key) for key in ("frame", "item", "offset")}
     return {"kind": type(error).__name__, "detail": error.detail, **where}
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """`value` on stdout."""
     json.dump(value, sys.stdout, indent=1)
     print()

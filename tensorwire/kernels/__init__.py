@@ -48,8 +48,8 @@ def _choose() -> tuple[HostKernels, str]:
         import tensorwire.kernels._native as _native
     except ModuleNotFoundError as error:
         warnings.warn(
-            f"tensorwire: the C++ extension is missing ({error}); NumPy serves, 10 to 200 times slower. "
-            "Reinstall with a C++17 compiler, or set TENSORWIRE_ISA=numpy to accept this.",
+            f"tensorwire: the C++ extension is missing ({error}). {_remedy()} "
+            "Until then NumPy serves, 10 to 200 times slower; set TENSORWIRE_ISA=numpy to accept this.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -62,6 +62,16 @@ def _twin() -> HostKernels:
     from tensorwire.kernels import _numpy
 
     return _numpy
+
+
+def _remedy() -> str:
+    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if not os.path.isdir(os.path.join(checkout, "csrc")):
+        return "Reinstall with a C++17 compiler."
+    return (
+        f"This is the source checkout {checkout}, which hides an installed tensorwire, because `python -m` and "
+        "`python -c` look into the current directory first: run `pip install -e .` in it, or start Python elsewhere."
+    )
 
 
 _module, isa = _choose()

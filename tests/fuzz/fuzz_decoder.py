@@ -1,6 +1,6 @@
-"""Coverage-guided fuzzing of the decoder (atheris): whatever the bytes, whole or one by one, a value or a WireError; the same
-verdict both ways; the reference reader agrees on whether it is a stream and on what it holds; and what was accepted is
-written again as it was read.
+"""Coverage-guided fuzzing of the decoder (atheris): whatever the bytes, whole or one by one, a value or a WireError;
+the same verdict both ways; the reference reader agrees on whether it is a stream and on what it holds; and what was
+accepted is written again as it was read.
 
     python tests/fuzz/fuzz_decoder.py CORPUS [libFuzzer's options]
 

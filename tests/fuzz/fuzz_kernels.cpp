@@ -82,7 +82,8 @@ void keep(Result& result, Buffer& buffer) {
 void keep_checksum(Result& result, const tw::Kernels& k, const uint32_t* crc, Buffer& out) {
     if (!crc) return;
     if (*crc != k.crc32c(0, out.data(), out.size())) abort();
-    result.bytes.insert(result.bytes.end(), reinterpret_cast<const uint8_t*>(crc), reinterpret_cast<const uint8_t*>(crc + 1));
+    result.bytes.insert(result.bytes.end(), reinterpret_cast<const uint8_t*>(crc),
+                        reinterpret_cast<const uint8_t*>(crc + 1));
 }
 
 Result run(const tw::Kernels& k, Input in) {
@@ -137,9 +138,11 @@ Result run(const tw::Kernels& k, Input in) {
     if (quantizes) {
         in.fill(values.data(), values.size());
         if (four_bit) {
-            result.keep = k.quantize_4bit[type][dtype](values.data(), codes.data(), scales.as<float>(), n, blocksize, stream);
+            result.keep =
+                k.quantize_4bit[type][dtype](values.data(), codes.data(), scales.as<float>(), n, blocksize, stream);
         } else if (linear) {
-            result.keep = k.quantize_linear[dtype](values.data(), codes.as<int8_t>(), scales.as<uint16_t>(), n, blocksize, stream, crc);
+            result.keep = k.quantize_linear[dtype](values.data(), codes.as<int8_t>(), scales.as<uint16_t>(), n,
+                                                   blocksize, stream, crc);
         } else {
             result.keep = k.quantize_int8[dtype](values.data(), codes.data(), scales.as<float>(), n, blocksize, stream);
         }

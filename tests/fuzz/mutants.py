@@ -1,5 +1,5 @@
-"""Changes to good streams that know what a stream is made of, with every sequence number, link, checksum and total mended
-behind them: what gets past the checksums is what the checks behind them have to see.
+"""Changes to good streams that know what a stream is made of, with every sequence number, link, checksum and total
+mended behind them: what gets past the checksums is what the checks behind them have to see.
 """
 
 import random
@@ -13,10 +13,14 @@ __all__ = ["changed", "damaged", "mended_mutant", "mutate"]
 
 Change = Callable[[bytes], bytes]
 
-NUMBERS = [0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256, 4095, 4096, 65535, 65536, (1 << 31) - 1, 1 << 31,
-           (1 << 32) - 1, 1 << 32, 1 << 53, (1 << 53) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -1, -32, -33, -128, -(1 << 63)]  # fmt: skip
-TOKENS = [b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\xc0", b"\xcc\x01", b"\x90", b"\xc1", b"\xd4\x01\x90", b"\xcb" + bytes(8), b"\xa0",
-          b"\xc4\0", b"\xdd\xff\xff\xff\xff", b"\xca" + bytes(4), b"\x28\xb5\x2f\xfd", b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\0\0\0\x80"]  # fmt: skip
+# fmt: off
+NUMBERS = [0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256, 4095, 4096, 65535, 65536,
+           (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 53, (1 << 53) + 1,
+           (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -1, -32, -33, -128, -(1 << 63)]
+TOKENS = [b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\xc0", b"\xcc\x01", b"\x90", b"\xc1", b"\xd4\x01\x90",
+          b"\xcb" + bytes(8), b"\xa0", b"\xc4\0", b"\xdd\xff\xff\xff\xff", b"\xca" + bytes(4),
+          b"\x28\xb5\x2f\xfd", b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\0\0\0\x80"]
+# fmt: on
 FIELDS = ("type", "item", "start", "count", "length", "pad")
 WIDTH = {"type": 8, "pad": 8, "item": 32}
 
