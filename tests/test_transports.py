@@ -536,7 +536,7 @@ def test_certificates_that_are_none(certificates: Certificates, tmp_path: Path) 
 def test_a_handshake_that_trickles_ends(
     certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tensorwire.transports.aio.HANDSHAKE", 0.5)
+    monkeypatch.setattr("tensorwire.transports.aio_protocol.HANDSHAKE", 0.5)
     monkeypatch.setattr("tensorwire.transports.blocking.HANDSHAKE", 0.5)
     hello = bytes.fromhex("16030100c8010000c40303")
 

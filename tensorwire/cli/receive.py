@@ -15,8 +15,7 @@ from tensorwire.cli.common import PIPE, Progress, binary_stdout, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report
 from tensorwire.errors import SchemaError, TensorwireError, show
 from tensorwire.transfer import Offer, Outcome, Recording, RefusedError, greet, receive_stream
-from tensorwire.transports import AsyncListener, AsyncTransport
-from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
+from tensorwire.transports import HANDSHAKE, TIMEOUT, AsyncListener, AsyncTransport
 from tensorwire.wire import FileItem, Item, TensorItem
 
 _TEXT: Final = f"""\

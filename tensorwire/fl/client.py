@@ -5,7 +5,6 @@ server has acknowledged it, so that the same update is delivered again and none 
 """
 
 import os
-import random
 import re
 import time
 import zlib
@@ -20,6 +19,7 @@ from tensorwire.fl.task import Task
 from tensorwire.fl.updates import ErrorFeedback, Terms, encode, receive, views
 from tensorwire.storage.atomic import write_file
 from tensorwire.transfer import (
+    Backoff,
     Offer,
     Recorded,
     Recording,
@@ -30,8 +30,7 @@ from tensorwire.transfer import (
     say,
     send_stream,
 )
-from tensorwire.transports import TcpTransport
-from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
+from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
@@ -79,19 +78,17 @@ class Client:
 
     def run(self) -> None:
         """Take part until the server says that the run is over. Raises TransportError, AuthError, RefusedError."""
-        since, pause = time.monotonic(), _FIRST_PAUSE
+        backoff = Backoff(patience=self._patience, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
         while True:
             try:
                 with self._connect() as transport:
                     transport.run(greet("tensorwire.fl"), within=HANDSHAKE)
                     while self._step(transport):
-                        since, pause = time.monotonic(), _FIRST_PAUSE
+                        backoff.reset()
                     return
             except (TransportError, CorruptError, TruncatedError) as error:
-                if not getattr(error, "retryable", True) or time.monotonic() - since > self._patience:
-                    raise
-            time.sleep(pause * random.uniform(0.5, 1))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = backoff.after(error)
+            time.sleep(pause)
 
     def _step(self, transport: TcpTransport) -> bool:
         """Ask what to do and do it. Returns whether there may be more."""

@@ -46,8 +46,7 @@ from tensorwire.transfer import (
     send_stream,
     wait,
 )
-from tensorwire.transports import AsyncTransport
-from tensorwire.transports.pace import HANDSHAKE
+from tensorwire.transports import HANDSHAKE, AsyncTransport
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
 _POLL: Final = 10.0  # seconds that a client with nothing to do is kept at most, before it asks again
