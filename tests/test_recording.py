@@ -226,11 +226,11 @@ def test_a_crash_between_journal_and_name_is_made_good(tmp_path: Path, monkeypat
             path = tmp_path / f"{call}{number}"
             left = [number]
 
-            def die(*arguments: Any, real: Callable = getattr(os, call), left: list[int] = left) -> Any:
+            def die(*arguments: Any, real: Callable = getattr(os, call), left: list[int] = left, **fds: int) -> Any:
                 left[0] -= 1
                 if left[0] == 0:
                     raise KeyboardInterrupt
-                return real(*arguments)
+                return real(*arguments, **fds)
 
             with monkeypatch.context() as patch:
                 patch.setattr(os, call, die)
@@ -353,7 +353,6 @@ def test_the_nth_call_fails_and_the_next_attempt_goes_on(
         break_off(path, STREAM[: POSITIONS[4].offset])
         faulty = Failing(call, number, error)
         with monkeypatch.context() as patch:
-            patch.setattr(recording, "os", faulty)
             replace_os(patch, faulty)
             try:
                 receive(path)
@@ -380,7 +379,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     place = Recording(tmp_path / "m.tw", b"t")
     place.discard()
     (tmp_path / "victim").write_text("precious")
-    os.symlink(tmp_path / "victim", place._part)
+    os.symlink(tmp_path / "victim", place._part.path)
     with pytest.raises(StorageError):
         Recording(tmp_path / "m.tw", b"t")
     assert (tmp_path / "victim").read_text() == "precious"

@@ -326,7 +326,7 @@ def test_a_folder_fifo_socket_or_device_is_refused_before_anything_is_written(in
         listener.close()
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic.Place, "create", lambda *_: pytest.fail("went on"))
+        patch.setattr(atomic.Target, "create", lambda *_: pytest.fail("went on"))
         targets = ["folder", "fifo", "socket", "folder/", ".", "..", "folder/.", "folder/.."]
         for target in [*(f"{tmp_path}/{name}" for name in targets), os.devnull, "/", ""]:
             with pytest.raises(StorageError):
@@ -365,7 +365,7 @@ def test_a_temporary_name_that_is_taken_is_not_written_to(
     """As if somebody could guess it between the choice of the name and the open."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(OLD)
-    monkeypatch.setattr(atomic.Place, "temporary", lambda _: "guessed")
+    monkeypatch.setattr(atomic.Target, "temporary", lambda _: "guessed")
     {"file": elsewhere.rename, "link": lambda to: to.symlink_to(elsewhere), "fifo": os.mkfifo}[trap](
         tmp_path / "guessed"
     )
