@@ -178,7 +178,7 @@ def rename(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
         target.sync()
 
 
-def write_file(path: str | os.PathLike, buffers: Iterable[Any]) -> int:
+def write_file(path: str | os.PathLike[str], buffers: Iterable[Any]) -> int:
     """Write a file that appears only when complete, of these buffers; returns its size. Raises StorageError."""
     with replacing(path) as fd:
         return Output(fd, path).append(buffers)

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 from tensorwire.errors import SchemaError, WireError
 from tensorwire.limits import DEFAULT, Limits
@@ -18,6 +18,7 @@ from tensorwire.storage import Part
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position
 from tensorwire.wire import NEED_DATA, Item, ItemStart, StreamEnd
+from tensorwire.wire.reader import NeedData
 
 _HELD: Final = 4 << 20  # a frame up to this size is written when it is verified, a larger one as it comes
 
@@ -52,7 +53,7 @@ class Recording:
         self._finish = finish
         self._limits = limits
         self._part = Part(path, transfer)
-        self._events: Iterator[Any] = iter(())
+        self._events: Iterator[NeedData | Frame] = iter(())
         self._pending = bytearray()
         self._written = 0
         try:
@@ -80,12 +81,12 @@ class Recording:
         self.get_buffer()[: len(data)] = data
         self.buffer_updated(len(data))
 
-    def steps(self) -> Generator[Any, None, None]:
+    def steps(self) -> Generator[NeedData, None, None]:
         """NEED_DATA until the stream is whole."""
         try:
             for event in self._events:
                 if event is NEED_DATA:
-                    yield event
+                    yield NEED_DATA
                 else:
                     self._verified(event)
                     self._store()

@@ -146,12 +146,14 @@ class Destination(Protocol):
     def close(self) -> None: ...
 
 
-def greet(software: str = "tensorwire") -> Conversation[Peer]:
+def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) -> Conversation[Peer]:
     """Both ends begin so: nothing is offered before each knows that it understands the other.
 
+    `codecs`: ids that this end can decode; None for all that are registered here. Who only keeps streams may name any.
     Raises UnsupportedError naming both versions, FormatError where the peer speaks something else.
     """
-    mine = {"session": VERSION, "format": FORMAT, "codecs": list(known_ids()), "software": software}
+    decodes = list(known_ids() if codecs is None else codecs)
+    mine = {"session": VERSION, "format": FORMAT, "codecs": decodes, "software": software}
     yield Send([_pack("hello", mine)])
     try:
         kind, hello = yield from _read_any(None)
@@ -248,7 +250,9 @@ def say(message: Mapping[str, Any]) -> Conversation[None]:
 
 def hear() -> Conversation[dict[Any, Any]]:
     """Receive a message of the application's own. It is not to be trusted: check every field."""
-    return (yield from _read("note", note=dict))["note"]
+    message = yield from _read("note", note=dict)
+    note: dict[Any, Any] = message["note"]
+    return note
 
 
 def wait() -> Conversation[None]:
