@@ -11,7 +11,7 @@ from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transfer import Conversation
 from tensorwire.transports.aio_protocol import ProtocolWire
 from tensorwire.transports.driver import Buffer, Transport
-from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, failed
+from tensorwire.transports.pace import MIN_RATE, TIMEOUT, failed
 from tensorwire.transports.tls import require_protection
 
 try:
@@ -43,16 +43,14 @@ class AsyncTransport(Transport):
         """Connect to a listener; as `TcpTransport.connect`."""
         require_protection(host, tls, plaintext)
         loop = asyncio.get_running_loop()
-        name, handshake = (host, HANDSHAKE) if tls is not None else (None, None)
         try:
-            connecting = loop.create_connection(
-                ProtocolWire, host, port, ssl=tls, server_hostname=name, ssl_handshake_timeout=handshake
-            )
-            _, wire = await asyncio.wait_for(connecting, timeout)
+            _, wire = await asyncio.wait_for(loop.create_connection(ProtocolWire, host, port), timeout)
         except asyncio.TimeoutError:
             raise TransportError(f"no progress while connecting to {host}:{port}: timed out") from None
         except OSError as error:
             raise failed(f"connecting to {host}:{port}", error) from error
+        if tls is not None:
+            await wire.start_tls(tls, server_hostname=host)
         return cls(wire, timeout=timeout, min_rate=min_rate)
 
     async def run(self, conversation: Conversation[T], *, within: float | None = None) -> T:

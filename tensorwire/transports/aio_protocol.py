@@ -1,6 +1,7 @@
 """asyncio's callbacks as a `Wire`: between the event loop and a transport, one read and one drain are waited for at most."""
 
 import asyncio
+import math
 import ssl
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -13,6 +14,7 @@ from tensorwire.transports.tls import common_name
 
 _SPARE: Final = 64 << 10
 _TLS_HELD: Final = 1 << 20  # bytes, more than asyncio reads ahead of a TLS connection that nobody reads from
+_POLL: Final = 0.001  # seconds
 _LINGER: Final = 2.0  # seconds that last words have to leave after a connection is closed
 
 T = TypeVar("T")
@@ -33,7 +35,8 @@ class ProtocolWire(asyncio.BufferedProtocol):
         self._spare = memoryview(b"")  # and where those go that the loop delivers although nobody reads
         self.early = Early()
         self._direct = self._tls = False
-        self._full = self._ended = self._alert = self._agreeing = False
+        self._full = self._alert = self._agreeing = False
+        self._peer_gone = self._ended = False  # whether the peer has ended, and whether all that it said has been read
         self._broken: TensorwireError | None = None  # what reading meets,
         self._gone: TensorwireError | None = None  # and what writing does
         self.known = False
@@ -66,9 +69,21 @@ class ProtocolWire(asyncio.BufferedProtocol):
         await _in_time(self._draining, patience, "sending")
         return len(data)
 
+    async def flush(self, patience: float | None) -> None:
+        """`Wire.flush`. Without TLS `write` has done it; with it, nobody says when the encrypted bytes have left."""
+        left, until = self._plain.get_write_buffer_size(), None
+        while left and self._gone is None and not (self._alert and self.early):
+            now = self._loop.time()
+            until = until or now + (patience if patience is not None else math.inf)
+            if now > until:
+                raise TransportError("no progress while sending: timed out")
+            await asyncio.sleep(_POLL)
+            if (size := self._plain.get_write_buffer_size()) < left:
+                left, until = size, None
+
     async def heard(self) -> bool:
         """`Wire.heard`. If not, the next `write` ends when it is."""
-        if self.early or self._ended:
+        if self.early or self._peer_gone:
             return True
         self._alert = True
         self._transport.resume_reading()
@@ -88,6 +103,8 @@ class ProtocolWire(asyncio.BufferedProtocol):
         """Send what waits to be sent, for a while, and close."""
         if not self.leaving:
             self.leaving = True
+            if self._tls and not self._ended:  # or it would wait for somebody to read the end that the peer has sent already
+                self._transport.resume_reading()
             self._transport.close()
             timer = self._loop.call_later(_LINGER, self._transport.abort)
             self.closed.add_done_callback(lambda _: timer.cancel())
@@ -102,12 +119,20 @@ class ProtocolWire(asyncio.BufferedProtocol):
         """`Wire.wait_closed`."""
         await asyncio.wait([self.closed])
 
-    async def start_tls(self, context: ssl.SSLContext) -> None:
-        """Agree on TLS with whoever has connected. Raises AuthError, TransportError."""
+    async def start_tls(self, context: ssl.SSLContext, *, server_hostname: str | None = None) -> None:
+        """Agree on TLS with the peer: with `server_hostname` as the one who has connected, who checks that name, else as the listener.
+
+        Raises AuthError, TransportError.
+        """
         self._agreeing = True
         try:
             transport = await self._loop.start_tls(
-                self._transport, self, context, server_side=True, ssl_handshake_timeout=HANDSHAKE
+                self._transport,
+                self,
+                context,
+                server_side=server_hostname is None,
+                server_hostname=server_hostname,
+                ssl_handshake_timeout=HANDSHAKE,
             )
         except BaseException as error:
             self._loop.call_soon(_settle, self.closed, None)  # nobody else will
@@ -120,6 +145,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: Any) -> None:
         tune(transport.get_extra_info("socket"))
+        self._plain = transport
         self._take(transport)
         self._accepted(self)
 
@@ -161,13 +187,16 @@ class ProtocolWire(asyncio.BufferedProtocol):
         _settle(self._draining, None)
 
     def eof_received(self) -> bool:
+        self._peer_gone = True
+        self._wake()
+        if self._tls:  # which knows no half: the connection is about to be lost, and only that says whether by an alert
+            return False
         self._ended = True
         _settle(self._reading, 0)
-        self._wake()
-        return not self._tls  # stay open for our answer; TLS knows no half
+        return True  # stay open for our answer
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._ended = True
+        self._ended = self._peer_gone = True
         if isinstance(exc, OSError):
             self._broken = self._gone = failed("talking to the peer", exc)
         self._gone = self._gone or TransportError("the peer has closed the connection")

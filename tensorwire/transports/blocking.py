@@ -4,6 +4,7 @@ destination.
 
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -20,6 +21,7 @@ from tensorwire.transports.tls import common_name, require_protection
 _UNSENT: Final = 1 << 20
 _UNREAD: Final = 2 << 20
 _EARLY: Final = 64 << 10
+_LAST_WORDS: Final = 2.0  # seconds to be heard once a handshake has failed
 _SHORTEST: Final = 0.001  # seconds to wait; 0 would not wait at all
 _GATHERS: Final = hasattr(socket.socket, "sendmsg")  # not on Windows
 
@@ -96,7 +98,9 @@ class TcpTransport(BlockingTransport):
         except OSError as error:
             raise TransportError(f"cannot connect to {host}:{port}: {error}") from error
         if tls is not None:
-            connection = _handshake(connection, lambda: tls.wrap_socket(connection, server_hostname=host))
+            connection = _handshake(
+                tls.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False)
+            )
         return cls(connection, timeout=timeout, min_rate=min_rate)
 
 
@@ -129,6 +133,9 @@ class SocketWire:
             return self._socket.send(run_of(views))
         except OSError as error:
             raise failed("sending", self._alert(error)) from error
+
+    async def flush(self, patience: float | None) -> None:
+        """`Wire.flush`: `write` has done it."""
 
     async def heard(self) -> bool:
         """`Wire.heard`."""
@@ -211,8 +218,10 @@ class TcpListener:
             connection, _ = self._socket.accept()
         except OSError as error:
             raise failed("waiting for a peer", error) from error
-        if (tls := self._tls) is not None:
-            connection = _handshake(connection, lambda: tls.wrap_socket(connection, server_side=True))
+        if self._tls is not None:
+            connection = _handshake(
+                self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            )
         return TcpTransport(connection, timeout=self._timeout, min_rate=self._min_rate)
 
     def close(self) -> None:
@@ -245,13 +254,27 @@ def _may_fix_window() -> bool:
         return probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= _UNREAD
 
 
-def _handshake(connection: socket.socket, wrap: Callable[[], ssl.SSLSocket]) -> ssl.SSLSocket:
+def _handshake(connection: ssl.SSLSocket) -> ssl.SSLSocket:
     connection.settimeout(HANDSHAKE)
     try:
-        return wrap()
+        connection.do_handshake()
+        return connection
     except OSError as error:
+        if isinstance(error, ssl.SSLError):
+            _be_heard(connection)
         connection.close()
         raise failed("agreeing on TLS", error) from error
+
+
+def _be_heard(connection: ssl.SSLSocket) -> None:
+    """Let the alert that says why reach the peer: closing while something is unread would reset the connection, and lose it."""
+    plain = socket.socket(fileno=connection.detach())
+    with plain, suppress(OSError):
+        plain.shutdown(socket.SHUT_WR)
+        plain.settimeout(_LAST_WORDS)
+        until = time.monotonic() + _LAST_WORDS
+        while time.monotonic() < until and plain.recv(_EARLY):
+            pass
 
 
 async def work_beside(work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:

@@ -41,6 +41,9 @@ class Wire(Protocol):
     async def write(self, views: list[memoryview], patience: float | None) -> int:
         """Send some bytes of `views`, none of which is empty, in order; returns how many."""
 
+    async def flush(self, patience: float | None) -> None:
+        """Wait until the bytes that were written are with the system, and leave without anybody's doing."""
+
     async def heard(self) -> bool:
         """Whether the peer has said something that was not read yet, or is gone."""
 
@@ -92,13 +95,14 @@ class Driver:
         batch = _Batch()
         if isinstance(buffers, AsyncIterable):
             async for buffer in buffers:
-                if batch.add(buffer) and not await self._flush(batch, alert):
+                if batch.add(buffer) and not await self._leave(batch, alert):
                     break
         else:
             for buffer in buffers:
-                if batch.add(buffer) and not await self._flush(batch, alert):
+                if batch.add(buffer) and not await self._leave(batch, alert):
                     break
-        await self._flush(batch, False)
+        batch.pauses = True
+        await self._leave(batch, False)
         return self.sent - before
 
     async def read(self, buffer: memoryview, *, steady: bool = True, within: float | None = None) -> int:
@@ -131,7 +135,7 @@ class Driver:
         pause = self._timeout / _PULSES if step.meanwhile and self._timeout else None
         return await self.wire.work(step.work, pause, pulse)
 
-    async def _flush(self, batch: "_Batch", alert: bool) -> bool:
+    async def _leave(self, batch: "_Batch", alert: bool) -> bool:
         """Send what is gathered. Returns whether to go on: with `alert`, not where the peer has said something."""
         if alert and await self.wire.heard():
             batch.clear()
@@ -143,6 +147,9 @@ class Driver:
             self._pace.moved(sent, time.monotonic() - began)
             self.sent += sent
             batch.drop(sent)
+        if batch.pauses:
+            await self.wire.flush(self._patience())
+            batch.pauses = False
         return True
 
     def _patience(self, within: float | None = None) -> float | None:
@@ -202,18 +209,20 @@ class Early:
 
 
 class _Batch:
-    """Buffers that leave together."""
+    """Buffers that leave together. `pauses`: whether what comes next may be long in coming."""
 
-    __slots__ = ("_size", "views")
+    __slots__ = ("_size", "pauses", "views")
 
     def __init__(self) -> None:
         self.views: list[memoryview] = []
+        self.pauses = False
         self._size = 0
 
     def add(self, buffer: Buffer) -> bool:
         """Take one more buffer. Returns whether the batch has to leave: it is full, or the buffer was empty."""
         view = memoryview(buffer)
         if view.nbytes == 0:
+            self.pauses = True
             return True
         view = view.cast("B")
         self.views.append(view)

@@ -101,6 +101,9 @@ class _MemoryWire:
         self._outgoing.put(views[0], patience)
         return len(views[0])
 
+    async def flush(self, patience: float | None) -> None:
+        """`Wire.flush`: `write` has done it."""
+
     async def heard(self) -> bool:
         """`Wire.heard`."""
         return self._incoming.holds_something()
