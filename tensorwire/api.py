@@ -3,13 +3,15 @@
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from io import BytesIO
-from typing import Any
+from typing import Any, Final
 
 from tensorwire import files, streams
+from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.codec_choice import CodecChoice
-from tensorwire.streams.schema import Schema
+from tensorwire.streams import CodecChoice, Schema
 from tensorwire.tensor import Buffer, Front
+
+_BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
 
 
 class Api:
@@ -69,19 +71,8 @@ class Api:
         at a time, so that the event loop is never held up. Do not change the tensors meanwhile. Nothing is checked
         before the first buffer is asked for.
         """
-        from asyncio import to_thread  # which takes longer to import than all of this package
-
-        return streams.encode_async(
-            obj,
-            self._front,
-            to_thread,
-            codec=codec,
-            frame_size=frame_size,
-            metadata=metadata,
-            stream_id=stream_id,
-            tie=tie,
-            limits=limits,
-        )
+        sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits)
+        return _encoded(sender, obj, self._front, streams.rule(codec), limits, tie=tie)
 
     def encoded_size(
         self,
@@ -101,17 +92,11 @@ class Api:
         file that `save_file` writes. Raises EncodeError as `encode` does, and for an iterator, whose size is not known
         ahead.
         """
-        return streams.encoded_size(
-            obj,
-            self._front,
-            codec=codec,
-            frame_size=frame_size,
-            metadata=metadata,
-            stream_id=stream_id,
-            tie=tie,
-            at_rest=at_rest,
-            limits=limits,
-        )
+        if isinstance(obj, Iterator):
+            raise EncodeError("the size of an iterator of pairs is known only once it was encoded; give a container")
+        leaves = streams.flatten(obj, self._front, streams.rule(codec), limits, tie=tie)
+        info = streams.stream_info(metadata, stream_id, at_rest=at_rest)
+        return streams.stream_size(leaves, info=info, frame_size=frame_size, at_rest=at_rest, limits=limits).total
 
     def decode(
         self,
@@ -195,3 +180,49 @@ class Api:
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
         """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given."""
         return Schema.of(obj, self._front, codec=codec)
+
+
+async def _encoded(
+    sender: streams.Sender, obj: Any, front: Front, rule: streams.Rule, limits: Limits, *, tie: bool
+) -> AsyncIterator[Buffer]:
+    """What `Sender` makes of a container or of pairs, made in other threads."""
+    from asyncio import to_thread  # asyncio takes longer to import than all of this package
+
+    if isinstance(obj, AsyncIterator):
+        yield sender.head()
+        yield streams.FLUSH
+        async for name, value in obj:
+            async for buffer in _in_threads(sender.pair(name, value, front, rule)):
+                yield buffer
+            yield streams.FLUSH
+        yield sender.end()
+    elif isinstance(obj, Iterator):
+        async for buffer in _in_threads(sender.pairs(obj, front, rule)):
+            yield buffer
+    else:
+        leaves = streams.flatten(obj, front, rule, limits, tie=tie)
+        async for buffer in _in_threads(await to_thread(sender.container, leaves)):
+            yield buffer
+
+
+async def _in_threads(buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:
+    """The same buffers, a batch of them made in another thread at a time."""
+    from asyncio import to_thread
+
+    more = True
+    while more:
+        batch, more = await to_thread(_batch, buffers)
+        for buffer in batch:
+            yield buffer
+
+
+def _batch(buffers: Iterator[Buffer]) -> tuple[list[Buffer], bool]:
+    """The next `_BATCH` bytes, or up to where they are to be flushed, and whether there may be more."""
+    batch: list[Buffer] = []
+    size = 0
+    for buffer in buffers:
+        batch.append(buffer)
+        size += memoryview(buffer).nbytes
+        if size >= _BATCH or buffer is streams.FLUSH:
+            return batch, True
+    return batch, False

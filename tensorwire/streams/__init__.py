@@ -1,26 +1,33 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
+from tensorwire.streams.codec_choice import CodecChoice, rule
+from tensorwire.streams.flatten import Rule, flatten
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.sender import FRAME_SIZE, encode, encode_async
+from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, encode, stream_info
 from tensorwire.streams.sinks import collect, decode, decode_async
-from tensorwire.streams.size import StreamSize, encoded_size, stream_size
+from tensorwire.streams.size import StreamSize, stream_size
 
 __all__ = [
+    "FLUSH",
     "FRAME_SIZE",
+    "CodecChoice",
     "Completed",
     "Payload",
     "Piece",
     "Pieces",
     "Receiver",
+    "Rule",
     "Schema",
+    "Sender",
     "StreamSize",
     "collect",
     "decode",
     "decode_async",
     "encode",
-    "encode_async",
-    "encoded_size",
+    "flatten",
+    "rule",
+    "stream_info",
     "stream_size",
 ]

@@ -12,7 +12,7 @@ A consumer owns its receiver, which knows nothing of it: memory, files and sums 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
@@ -20,7 +20,7 @@ from tensorwire.codecs import Codec, from_stages, parse
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory import Pool, Scratch
+from tensorwire.memory import Memory, Pool, Scratch
 from tensorwire.streams.overlap import Helper
 from tensorwire.tensor import ByteArray, Extent
 from tensorwire.wire import (
@@ -47,21 +47,6 @@ from tensorwire.wire.values import unpack_value
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
 _PART: Final = 4 << 20
 _OF_VALUES: Final = parse("raw")
-
-
-class Memory(Protocol):
-    """The memory that an item lands in, addressed by the bytes of the decoded item."""
-
-    @property
-    def stable(self) -> bool:
-        """Whether regions stay where they are when the next one is asked for."""
-
-    @property
-    def uncached(self) -> bool | None:
-        """How decoders write to it, as kernels take it."""
-
-    def region(self, start: int, stop: int) -> Any:
-        """Bytes [start, stop): a writable flat uint8 array, or a device tensor where the codec takes one."""
 
 
 class Piece(NamedTuple):
@@ -149,7 +134,8 @@ class Receiver:
 
     def __init__(self, limits: Limits = DEFAULT, *, overlap: bool = True, scratch: Scratch | None = None) -> None:
         pool = Pool()
-        self._reader = Reader(crc32c, limits)
+        reader = self._reader = Reader(crc32c, limits)
+        self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
         self._limits = limits
         self._overlap = overlap and scratch is None
         self._payload_memory = pool.take if scratch is None else scratch.payload
@@ -188,18 +174,6 @@ class Receiver:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._locate(error)
-
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes go."""
-        return self._reader.get_buffer()
-
-    def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
-        self._reader.buffer_updated(size)
-
-    def lend(self, data: memoryview) -> None:
-        """`Reader.lend`."""
-        self._reader.lend(data)
 
     def steps(self) -> Generator[Event | NeedData, None, None]:
         """Events, and NEED_DATA."""

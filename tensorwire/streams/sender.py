@@ -6,9 +6,9 @@ that is used again once the consumer lets go of it. An empty buffer says: send w
 is still to be made.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
@@ -29,12 +29,7 @@ _MIN_FRAME_SIZE: Final = 1 << 12
 # A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
 _DECODED: Final = 4
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
-_BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
-_FLUSH: Final = b""
-
-T = TypeVar("T")
-# Runs blocking work somewhere else and awaits it, as `asyncio.to_thread` does.
-Elsewhere = Callable[[Callable[[], T]], Awaitable[T]]
+FLUSH: Final = b""
 
 
 def encode(
@@ -60,65 +55,6 @@ def encode(
     if isinstance(value, Iterator):
         return sender.pairs(value, front, rule(codec))
     return sender.container(flatten(value, front, rule(codec), limits, tie=tie))
-
-
-async def encode_async(
-    value: Any,
-    front: Front,
-    elsewhere: Elsewhere[Any],
-    *,
-    codec: CodecChoice = "raw",
-    frame_size: int = FRAME_SIZE,
-    metadata: Mapping[str, str] | None = None,
-    stream_id: bytes = b"",
-    tie: bool = True,
-    limits: Limits = DEFAULT,
-) -> AsyncIterator[Buffer]:
-    """As `encode`; also of an asynchronous iterator of pairs. `elsewhere` runs the work, a MiB of buffers at a time."""
-    sender = Sender(stream_info(metadata, stream_id), frame_size, limits)
-    choose = rule(codec)
-    if not isinstance(value, AsyncIterator):
-        if isinstance(value, Iterator):
-            buffers = sender.pairs(value, front, choose)
-        else:
-            leaves = flatten(value, front, choose, limits, tie=tie)
-            buffers = await elsewhere(partial(sender.container, leaves))
-        async for buffer in _made(elsewhere, buffers):
-            yield buffer
-        return
-    yield sender.head()
-    yield _FLUSH
-    async for name, tensor in value:
-        async for buffer in _made(elsewhere, sender.pair(name, tensor, front, choose)):
-            yield buffer
-        yield _FLUSH
-    yield sender.end()
-
-
-async def _made(elsewhere: Elsewhere[tuple[list[Buffer], bool]], buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:
-    """The same buffers, made elsewhere."""
-    more = True
-    while more:
-        batch, more = await elsewhere(partial(_batch, buffers))
-        for buffer in batch:
-            yield buffer
-
-
-def _batch(buffers: Iterator[Buffer]) -> tuple[list[Buffer], bool]:
-    """The next `_BATCH` bytes, or up to where they are to be flushed, and whether there may be more."""
-    batch: list[Buffer] = []
-    size = 0
-    for buffer in buffers:
-        batch.append(buffer)
-        size += memoryview(buffer).nbytes
-        if size >= _BATCH or buffer is _FLUSH:
-            return batch, True
-    return batch, False
-
-
-def encode_leaves(leaves: Iterable[Leaf], *, frame_size: int, info: StreamInfo, limits: Limits) -> Iterator[Buffer]:
-    """The buffers of a stream whose items were made elsewhere: files, tensors inside files."""
-    return Sender(info, frame_size, limits).container(leaves)
 
 
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:
@@ -174,10 +110,10 @@ class Sender:
     def pairs(self, pairs: Iterator[tuple[str, Any]], front: Front, rule: Rule) -> Iterator[Buffer]:
         """All buffers of a dict that is still being produced."""
         yield self.head()
-        yield _FLUSH
+        yield FLUSH
         for name, value in pairs:
             yield from self.pair(name, value, front, rule)
-            yield _FLUSH
+            yield FLUSH
         yield self.end()
 
     def head(self) -> bytes:

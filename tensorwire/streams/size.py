@@ -1,15 +1,11 @@
 """How many bytes a stream takes, without making it: the wire format's own writer is driven with sizes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.flatten import BareLeaf, Leaf, TensorLeaf, flatten
+from tensorwire.streams.flatten import BareLeaf, Leaf, TensorLeaf
 from tensorwire.streams.sender import FRAME_SIZE, cuts, stream_info
-from tensorwire.tensor import Front
 from tensorwire.wire import StreamInfo, Writer
 
 
@@ -25,26 +21,6 @@ class StreamSize:
     def total(self) -> int:
         """All of it."""
         return self.payloads + self.framing
-
-
-def encoded_size(
-    value: Any,
-    front: Front,
-    *,
-    codec: CodecChoice = "raw",
-    frame_size: int = FRAME_SIZE,
-    metadata: Mapping[str, str] | None = None,
-    stream_id: bytes = b"",
-    tie: bool = True,
-    at_rest: bool = False,
-    limits: Limits = DEFAULT,
-) -> int:
-    """The bytes that `encode` makes of a container, at most: exactly, where codecs have a fixed length."""
-    if isinstance(value, Iterator):
-        raise EncodeError("the size of an iterator of pairs is known only once it was encoded; give a container")
-    leaves = flatten(value, front, rule(codec), limits, tie=tie)
-    info = stream_info(metadata, stream_id, at_rest=at_rest)
-    return stream_size(leaves, info=info, frame_size=frame_size, at_rest=at_rest, limits=limits).total
 
 
 def stream_size(
