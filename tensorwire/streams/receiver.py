@@ -96,13 +96,13 @@ Event = StreamStart | ItemStart | Piece | Payload | Completed | StreamEnd
 class _Position(NamedTuple):
     """Where in a stream something is: what an error about it says."""
 
-    item: str
+    item: Item
     frame: int
     offset: int
 
     def locate(self, error: TensorwireError) -> None:
         """Say so in an error that does not yet."""
-        error.item = self.item if error.item is None else error.item
+        error.item = self.item.name if error.item is None else error.item
         if error.frame is None:
             error.frame, error.offset = self.frame, self.offset
 
@@ -110,14 +110,13 @@ class _Position(NamedTuple):
 class _Incoming:
     """An item whose data is still to come."""
 
-    __slots__ = ("codec", "dtype", "encoded", "item", "itemsize", "memory", "number", "value")
+    __slots__ = ("codec", "encoded", "item", "itemsize", "memory", "number", "value")
 
     def __init__(self, number: int, item: DataItem) -> None:
         self.number = number
         self.item = item
         self.codec = _OF_VALUES if isinstance(item, ValueItem) else check_codec(item)
-        self.dtype = _dtype(item)
-        self.itemsize = self.dtype.itemsize
+        self.itemsize = _dtype(item).itemsize
         self.memory: Memory | None = None
         self.encoded = False
         self.value = bytearray()  # of a ValueItem
@@ -287,6 +286,7 @@ class Receiver:
 
     def _decode(self, event: Slice, incoming: _Incoming, item: TensorItem | FileItem) -> Iterator[Piece]:
         """Decode a slice, or let the helper do it while the next one is received."""
+        position = self._position(item)
         if incoming.memory is not None and not incoming.memory.stable:
             while self._helper:
                 yield self._taken()
@@ -300,8 +300,7 @@ class Receiver:
             decode()
             yield piece
             return
-        assert self._at is not None
-        self._helper.submit(partial(_decoded, decode, piece, self._at), size)
+        self._helper.submit(partial(_decoded, decode, piece, position), size)
         if self._helper.full:
             yield self._taken()
 
@@ -314,7 +313,7 @@ class Receiver:
         """The frame being read now, which is about `item`."""
         assert self._reader.frame is not None
         header, offset = self._reader.frame
-        return _Position(item.name, header.sequence, offset)
+        return _Position(item, header.sequence, offset)
 
 
 def _decoded(decode: Callable[[], None], piece: Piece, position: _Position) -> tuple[_Position, Piece]:
