@@ -1,7 +1,6 @@
 """Buffers to tensors."""
 
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
-from contextlib import closing
 from math import prod
 from typing import Any, Final
 
@@ -16,7 +15,7 @@ from tensorwire.streams.schema import Schema
 from tensorwire.streams.unflatten import Tree
 from tensorwire.tensor import Front
 from tensorwire.wire import NEED_DATA, AliasItem, Item, TensorItem, ValueItem
-from tensorwire.wire.drive import as_source, may_wait, pull
+from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
 from tensorwire.wire.values import unpack_value
 
 
@@ -48,14 +47,13 @@ async def decode_async(
     expect: Any = None,
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
-    """As `decode`, from a source whose `readinto` is a coroutine function."""
-    memory = _Memory(front, into, expect, limits)
-    with closing(memory.steps()) as steps:
-        for step in steps:
-            if step is NEED_DATA:
-                memory.buffer_updated(await source.readinto(memory.get_buffer()))
-            else:
-                yield step[1].name, step[2]
+    """As `decode`; iterables may be asynchronous and `readinto` a coroutine function.
+
+    What is neither is called on the event loop and must not wait.
+    """
+    source = as_async_source(source)
+    async for _, item, value in pull_async(_Memory(front, into, expect, limits, overlap=may_wait(source)), source):
+        yield item.name, value
 
 
 def collect(

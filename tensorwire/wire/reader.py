@@ -20,6 +20,7 @@ then the payload CRC, then the event. The reader never asks for a byte beyond th
 from collections.abc import Generator
 from copy import copy
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, Final
 
 from tensorwire.checksum import Checksum
@@ -41,12 +42,16 @@ _UNDIRECTED: Final = None, False
 _STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
 
 
-class _NeedData:
+class NeedData(Enum):
+    """The type of `NEED_DATA`, an enumeration of one so that type checkers know what else an outcome may be."""
+
+    NEED_DATA = auto()
+
     def __repr__(self) -> str:
         return "NEED_DATA"
 
 
-NEED_DATA: Final = _NeedData()
+NEED_DATA: Final = NeedData.NEED_DATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,7 @@ class Reader:
         self._error: WireError | None = None
         self._steps = self._run()
 
-    def next_event(self) -> Event | _NeedData:
+    def next_event(self) -> Event | NeedData:
         """The next event, or NEED_DATA. After an error every further call raises it again."""
         if self._error is not None:
             raise copy(self._error)
@@ -189,7 +194,7 @@ class Reader:
         while not self.ended:
             event = self.next_event()
             if event is not NEED_DATA:
-                yield event  # type: ignore[misc]
+                yield event
             elif taken == len(view):
                 break
             else:
@@ -217,7 +222,7 @@ class Reader:
             raise ValueError(f"destination of {destination.nbytes} bytes for {left} bytes of payload")
         return destination, anywhere
 
-    def _run(self) -> Generator[Event | _NeedData, None, None]:
+    def _run(self) -> Generator[Event | NeedData, None, None]:
         preamble = bytearray(PREAMBLE_SIZE)
         yield from self._fill(memoryview(preamble))
         link = check_preamble(bytes(preamble), self._checksum)
@@ -236,7 +241,7 @@ class Reader:
             ledger.pass_frame(header, bytes(packed))
             yield event
 
-    def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event]:
+    def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | NeedData, None, Event]:
         number, item = ledger.pending[0]
         self._destination = _UNDIRECTED
         yield SliceStart(number, item, header.start, header.count, header.length)
@@ -262,7 +267,7 @@ class Reader:
         last = header.start + header.count == item.total if item.total is not None else header.count == 0
         return Slice(number, item, header.start, header.count, destination, last)
 
-    def _read_message(self, ledger: Ledger, header: Header) -> Generator[_NeedData, None, Event]:
+    def _read_message(self, ledger: Ledger, header: Header) -> Generator[NeedData, None, Event]:
         if header.type not in FrameType._value2member_map_ or header.type == FrameType.INDEX:
             yield from self._skip(header)
             return Skipped(header.type, header.length)
@@ -285,7 +290,7 @@ class Reader:
         self.ended = True
         return StreamEnd(summary)
 
-    def _skip(self, header: Header) -> Generator[_NeedData, None, None]:
+    def _skip(self, header: Header) -> Generator[NeedData, None, None]:
         scratch = memoryview(bytearray(min(header.length, _SKIP_BUFFER)))
         crc, left = 0, header.length
         while left:
@@ -305,14 +310,14 @@ class Reader:
                 offset=self._ledger.offset + HEADER_SIZE,
             )
 
-    def _fill(self, buffer: memoryview) -> Generator[_NeedData, None, None]:
+    def _fill(self, buffer: memoryview) -> Generator[NeedData, None, None]:
         self._wanted = buffer
         if buffer:  # `next_event` comes back when all of it is filled
             yield NEED_DATA
 
     def _fill_checked(
         self, buffer: memoryview, crc: int, anywhere: bool
-    ) -> Generator[_NeedData, None, tuple[memoryview, int]]:
+    ) -> Generator[NeedData, None, tuple[memoryview, int]]:
         """The bytes, in `buffer` or where they were lent, and their checksum."""
         self._anywhere = anywhere
         yield from self._fill(buffer)
@@ -320,7 +325,7 @@ class Reader:
         filled = buffer if lent is None else lent
         return filled, self._checksum(filled, crc)
 
-    def _buffer(self, length: int) -> Generator[_NeedData, None, memoryview]:
+    def _buffer(self, length: int) -> Generator[NeedData, None, memoryview]:
         parts = []
         for done in range(0, length, _STEP):
             parts.append(bytearray(min(_STEP, length - done)))
