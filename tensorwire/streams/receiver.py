@@ -86,10 +86,18 @@ class Receiver(FromReader):
 
     `start` holds the stream's info and `end` what its end frame said, once they have passed. Without a source,
     drive `steps`. `overlap`: decode slices in another thread while the next ones are received, which costs more than it
-    gains where nothing is waited for.
+    gains where nothing is waited for. `base`: the content digest of the version that the stream may be against.
     """
 
-    def __init__(self, source: Source | None, open_item: OpenItem, limits: Limits, *, overlap: bool = True) -> None:
+    def __init__(
+        self,
+        source: Source | None,
+        open_item: OpenItem,
+        limits: Limits,
+        *,
+        overlap: bool = True,
+        base: bytes | None = None,
+    ) -> None:
         self.start: StreamStart | None = None
         self.end: StreamEnd | None = None
         self._source = source
@@ -97,6 +105,7 @@ class Receiver(FromReader):
         self._open_item = open_item
         self._limits = limits
         self._overlap = overlap
+        self._base = base
         self._pool = Pool()
         self._codecs: dict[int, Codec] = {}
         self._sinks: dict[int, Any] = {}
@@ -139,6 +148,7 @@ class Receiver(FromReader):
                 if self._start_item(event.number, event.item) and event.item.total == 0:
                     yield event.number, event.item, self._close(event.number, event.item)
             elif isinstance(event, StreamStart):
+                event.info.check_base(self._base)
                 self.start = event
             elif isinstance(event, StreamEnd):
                 self.end = event

@@ -103,6 +103,7 @@ class Pieces(FromReader):
             elif isinstance(event, ItemStart):
                 self._start_item(event)
             elif isinstance(event, StreamStart):
+                event.info.check_base()
                 self.metadata = dict(event.info.metadata)
             elif isinstance(event, StreamEnd):
                 self.digest = event.summary.digest
