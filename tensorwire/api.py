@@ -104,6 +104,7 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Iterator[tuple[str, Any]]:
         """Decode a stream as an iterator of (name, value), each given when complete and verified.
@@ -111,11 +112,13 @@ class Api:
         `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`).
         Names are dotted paths. `into`: preallocated tensors by name, written in place and given back. `expect`: a
         schema (see `schema`) or a container like the one expected; anything else is refused before memory is taken.
+        `base`: the content digest of the version that the values are to be applied to, for a stream that is against
+        one; without it, or with another, such a stream is refused.
 
         Raises a WireError, and nothing else, for any bytes that are not a whole valid stream. What was given
         before is good; tensors in `into` may then hold parts of an item that was not given.
         """
-        return streams.decode(source, self._front, into=into, expect=expect, limits=limits)
+        return streams.decode(source, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def decode_async(
         self,
@@ -123,6 +126,7 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> AsyncIterator[tuple[str, Any]]:
         """As `decode`, for `async for`.
@@ -131,7 +135,7 @@ class Api:
         does; also a buffer, an iterable of buffers or a plain `readinto`, none of which may wait. Slices are decoded in
         another thread while the next one is received; the event loop waits for one to end, at most.
         """
-        return streams.decode_async(source, self._front, into=into, expect=expect, limits=limits)
+        return streams.decode_async(source, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
         """A container as one message: all buffers of `encode`, joined."""
@@ -146,10 +150,11 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
         """The container in a message or any other source that `decode` takes, once all of it is verified."""
-        return streams.collect(data, self._front, into=into, expect=expect, limits=limits)
+        return streams.collect(data, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def save_file(
         self,
@@ -168,14 +173,17 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
         """The whole container in a `.tw` file, verified. For single tensors see `open_file`."""
-        return files.load_file(path, self._front, into=into, expect=expect, limits=limits)
+        return files.load_file(path, self._front, into=into, expect=expect, base=base, limits=limits)
 
-    def open_file(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> files.TensorFile:
-        """A `.tw` file as a mapping of names to tensors, each read and verified when asked for."""
-        return files.TensorFile(path, self._front, limits=limits)
+    def open_file(
+        self, path: str | os.PathLike[str], *, base: bytes | None = None, limits: Limits = DEFAULT
+    ) -> files.TensorFile:
+        """A `.tw` file as a mapping of names to tensors, each read and verified when asked for. `base`: see `decode`."""
+        return files.TensorFile(path, self._front, base=base, limits=limits)
 
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
         """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given."""

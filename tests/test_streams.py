@@ -17,11 +17,13 @@ import pytest
 import tensorwire
 from tensorwire import dtypes
 from tensorwire.errors import EncodeError, NonFiniteError, SchemaError, WireError
+from tensorwire.limits import Limits
 from tensorwire.memory import FixedMemory, Pool
-from tensorwire.streams import Completed, Payload, Piece, Receiver
+from tensorwire.numpy import FRONT
+from tensorwire.streams import FRAME_SIZE, Completed, Payload, Piece, Pieces, Receiver, Sender, flatten, rule
 from tensorwire.streams.overlap import Helper, in_order
 from tensorwire.tensor import TensorView, ViewFront
-from tensorwire.wire import ItemStart, StreamEnd, StreamStart
+from tensorwire.wire import ItemStart, StreamEnd, StreamInfo, StreamStart
 
 MIB = 1 << 20
 BIG = (np.random.default_rng(2).standard_normal(6 * MIB) * 0.02).astype(np.float32)
@@ -379,3 +381,34 @@ def test_views_are_sent_and_never_received() -> None:
     for receive in (lambda: front.wrap(np.zeros(4, np.uint8), dtypes.FLOAT32, (1,)), lambda: front.target(view)):
         with pytest.raises(EncodeError, match="sent only"):
             receive()
+
+
+# Against a version
+
+
+def test_a_stream_against_a_version_is_refused_unless_that_version_is_named(tmp_path: Path) -> None:
+    base, other = b"b" * 32, b"o" * 32
+    leaves = list(flatten({"a": BIG[:9]}, FRONT, rule("raw"), Limits()))
+    data = b"".join(Sender(StreamInfo(base=base), FRAME_SIZE, Limits()).container(leaves))
+    assert np.array_equal(tensorwire.loads(data, base=base)["a"], BIG[:9])
+    assert [name for name, _ in tensorwire.decode(data, base=base)] == ["a"]
+    assert len(list(Pieces(data, lambda item: None, base=base))) == 1
+    path = tmp_path / "x.tw"
+    path.write_bytes(data)
+    assert np.array_equal(tensorwire.load_file(path, base=base)["a"], BIG[:9])
+
+    async def received(**options: Any) -> list[str]:
+        return [name async for name, _ in tensorwire.decode_async(data, **options)]
+
+    assert asyncio.run(received(base=base)) == ["a"]
+    for options in ({}, {"base": other}):
+        for read in (
+            lambda options: tensorwire.loads(data, **options),
+            lambda options: list(tensorwire.decode(data, **options)),
+            lambda options: list(Pieces(data, lambda item: None, **options)),
+            lambda options: tensorwire.load_file(path, **options),
+            lambda options: asyncio.run(received(**options)),
+        ):
+            with pytest.raises(SchemaError, match=f"against version {base.hex()}"):
+                read(options)
+    assert tensorwire.loads(tensorwire.dumps({"a": 1}), base=base) == {"a": 1}

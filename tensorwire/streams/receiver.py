@@ -128,14 +128,23 @@ class Receiver:
     Used as one, it adds to errors that the consumer raises over an event which item, frame and offset that was.
     `overlap`: where its source may wait, decode slices in another thread while the next ones are received, which costs
     more than it gains where nothing is waited for. `scratch`: memory for slices that do not land anywhere, shared with
-    other streams that are read in turns with this one; nothing is then decoded ahead.
+    other streams that are read in turns with this one; nothing is then decoded ahead. `base`: the content digest of the
+    version that the stream may be against; one that is against any other is refused with a SchemaError.
     """
 
-    def __init__(self, limits: Limits = DEFAULT, *, overlap: bool = True, scratch: Scratch | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits = DEFAULT,
+        *,
+        base: bytes | None = None,
+        overlap: bool = True,
+        scratch: Scratch | None = None,
+    ) -> None:
         pool = Pool()
         reader = self._reader = Reader(crc32c, limits)
         self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
         self._limits = limits
+        self._base = base
         self._overlap = overlap and scratch is None
         self._payload_memory = pool.take if scratch is None else scratch.payload
         self._piece_memory = pool.take if scratch is None else scratch.values
@@ -210,7 +219,10 @@ class Receiver:
                 incoming = self._incoming[event.number]
                 yield from self._landed(incoming)
                 self._direct(incoming, self._landing[0] + self._landing[1].size, event.left)
-            elif isinstance(event, (StreamStart, StreamEnd)):
+            elif isinstance(event, StreamStart):
+                event.info.check_base(self._base)
+                yield event
+            elif isinstance(event, StreamEnd):
                 yield event
 
     def _start_item(self, event: ItemStart) -> Iterator[Event]:

@@ -23,16 +23,17 @@ def decode(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item, as soon as it is complete and verified.
 
     `source`: a buffer, an iterable of buffers, or anything with `readinto`. `into`: preallocated tensors by name,
     written in place. `expect`: a Schema, or a container like the one expected; anything else is refused before
-    memory is taken. When an error is raised, items already given are good and the rest is not delivered, but
+    memory is taken. `base`: the content digest of the version that the stream may be against. When an error is raised, items already given are good and the rest is not delivered, but
     tensors in `into` may hold parts of what was received.
     """
-    memory = _Memory(front, into, expect, limits)
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
     with memory.receiver as receiver:
         for event in receiver.events(source):
             for item, value in memory.completed(event):
@@ -46,10 +47,11 @@ async def decode_async(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
     """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine `readinto`."""
-    memory = _Memory(front, into, expect, limits)
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
     with memory.receiver as receiver:
         async for event in receiver.events_async(source):
             for item, value in memory.completed(event):
@@ -63,10 +65,11 @@ def collect(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    memory, containers = _Memory(front, into, expect, limits), Unflattener()
+    memory, containers = _Memory(Receiver(limits, base=base), front, into, expect, limits), Unflattener()
     with memory.receiver as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart):
@@ -80,8 +83,10 @@ def collect(
 class _Memory:
     """Receives a stream into memory."""
 
-    def __init__(self, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits) -> None:
-        self.receiver = Receiver(limits)
+    def __init__(
+        self, receiver: Receiver, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits
+    ) -> None:
+        self.receiver = receiver
         self._front = front
         self._into = dict(into or {})
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
