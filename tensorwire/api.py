@@ -182,7 +182,7 @@ class Api:
     def open_file(
         self, path: str | os.PathLike[str], *, base: bytes | None = None, limits: Limits = DEFAULT
     ) -> files.TensorFile:
-        """A `.tw` file as a mapping of names to tensors, each read and verified when asked for. `base`: see `decode`."""
+        """A `.tw` file as a mapping of names to values, read and verified when asked for. `base` as in `decode`."""
         return files.TensorFile(path, self._front, base=base, limits=limits)
 
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:

@@ -68,19 +68,20 @@ class Memory(Protocol):
 
 
 class FixedMemory:
-    """Memory that is there already: `data`, flat bytes."""
+    """Memory that is there already: `data`, a flat array or device tensor of elements of `itemsize` bytes."""
 
-    __slots__ = ("data", "uncached")
+    __slots__ = ("_data", "_itemsize", "uncached")
 
     stable: Final = True
 
-    def __init__(self, data: ByteArray) -> None:
-        self.data = data
-        self.uncached = data.size >= _UNCACHED_FROM or None
+    def __init__(self, data: Any, itemsize: int = 1) -> None:
+        self._data = data
+        self._itemsize = itemsize
+        self.uncached = data.nbytes >= _UNCACHED_FROM or None
 
-    def region(self, start: int, stop: int) -> ByteArray:
+    def region(self, start: int, stop: int) -> Any:
         """Bytes [start, stop)."""
-        return self.data[start:stop]
+        return self._data[start // self._itemsize : stop // self._itemsize]
 
 
 class GrowingMemory:

@@ -5,9 +5,8 @@ from tensorwire.streams.flatten import Rule, flatten
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, encode, stream_info
+from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, stream_info, stream_size
 from tensorwire.streams.sinks import collect, decode, decode_async
-from tensorwire.streams.size import StreamSize, stream_size
 
 __all__ = [
     "FLUSH",

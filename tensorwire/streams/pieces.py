@@ -18,10 +18,10 @@ from tensorwire.wire.drive import as_source
 class Pieces:
     """Iterate, once, for every `Piece` of the tensors in a stream, in order.
 
-    `source`: as in `decode`. `open_item` is called with each item as it is described, and raises for one that
-    is not wanted. `base`: the digest of the version that the stream may be against. `scratch`: memory for one slice, which other streams may share: a piece's data is valid until one of
-    them goes on. `metadata` is there from the first item on, `digest` at the end. Raises a WireError for whatever is
-    not a whole valid stream of tensors.
+    `source` and `base`: as in `tensorwire.decode`. `open_item` is called with each item as it is described, and raises
+    for one that is not wanted. `scratch`: memory for one slice, which other streams may share: a piece's data is valid
+    until one of them goes on. `metadata` is there from the first item on, `digest` at the end. Raises a WireError for
+    whatever is not a whole valid stream of tensors.
     """
 
     def __init__(

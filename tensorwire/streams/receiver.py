@@ -1,6 +1,6 @@
 """The receiving loop: a stream in, verified pieces of its items out, pulled by whoever consumes them.
 
-    with Receiver() as receiver:
+    with Receiver(limits) as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart): receiver.land(event.number, memory)    # or `keep_encoded`, or neither
             elif isinstance(event, Piece): ...        # elements in that memory, or in some that is lent
@@ -19,29 +19,15 @@ from tensorwire.checksum import crc32c
 from tensorwire.codecs import Codec, from_stages, parse
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
-from tensorwire.limits import DEFAULT, Limits
+from tensorwire.limits import Limits
 from tensorwire.memory import Memory, Pool, Scratch
 from tensorwire.streams.overlap import Helper
 from tensorwire.tensor import ByteArray, Extent
-from tensorwire.wire import (
-    NEED_DATA,
-    AliasItem,
-    DataItem,
-    FileItem,
-    Header,
-    Item,
-    ItemStart,
-    Reader,
-    Slice,
-    SlicePart,
-    SliceStart,
-    StreamEnd,
-    StreamStart,
-    TensorItem,
-    ValueItem,
-)
+from tensorwire.wire import NEED_DATA, ItemStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
 from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
-from tensorwire.wire.reader import NeedData
+from tensorwire.wire.frames import Header
+from tensorwire.wire.items import AliasItem, ContainerItem, DataItem, FileItem, Item, TensorItem, ValueItem
+from tensorwire.wire.reader import NeedData, Reader
 from tensorwire.wire.values import unpack_value
 
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
@@ -133,12 +119,7 @@ class Receiver:
     """
 
     def __init__(
-        self,
-        limits: Limits = DEFAULT,
-        *,
-        base: bytes | None = None,
-        overlap: bool = True,
-        scratch: Scratch | None = None,
+        self, limits: Limits, *, base: bytes | None = None, overlap: bool = True, scratch: Scratch | None = None
     ) -> None:
         pool = Pool()
         reader = self._reader = Reader(crc32c, limits)
@@ -226,20 +207,17 @@ class Receiver:
                 yield event
 
     def _start_item(self, event: ItemStart) -> Iterator[Event]:
-        item = event.item
-        if isinstance(item, (TensorItem, ValueItem, FileItem)):
-            incoming = self._incoming[event.number] = _Incoming(event.number, item)
-            yield event
-            if item.total == 0:
-                yield self._complete(incoming)
-        else:
-            if isinstance(item, AliasItem):
-                self._aliases.setdefault(item.of, []).append(item)
-            yield event
+        number, item = event.number, event.item
+        if isinstance(item, AliasItem):
+            self._aliases.setdefault(item.of, []).append(item)
+        elif not isinstance(item, ContainerItem):
+            self._incoming[number] = _Incoming(number, item)
+        yield event
+        if item.total == 0 and number in self._incoming:
+            yield self._complete(self._incoming.pop(number))
 
     def _complete(self, incoming: _Incoming) -> Completed:
         number, item = incoming.number, incoming.item
-        del self._incoming[number]
         aliases = tuple(self._aliases.pop(number, ()))
         value = unpack_value(bytes(incoming.value), self._limits) if isinstance(item, ValueItem) else None
         return Completed(number, item, aliases, value)
@@ -294,7 +272,7 @@ class Receiver:
         if event.last:
             while self._helper:
                 yield self._taken()
-            yield self._complete(incoming)
+            yield self._complete(self._incoming.pop(event.number))
 
     def _decode(self, event: Slice, incoming: _Incoming, item: TensorItem | FileItem) -> Iterator[Piece]:
         """Decode a slice, or let the helper do it while the next one is received."""

@@ -7,6 +7,7 @@ is still to be made.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -46,10 +47,8 @@ def encode(
 ) -> Iterator[Buffer]:
     """The buffers of one stream.
 
-    `frame_size`: bytes of a data frame with its header, at most. `at_rest`: lay the stream out as a file, with an
-    index, aligned payloads and each raw item in one frame, so that it can be mapped. An iterator of (name, tensor)
-    pairs is sent as a dict without being collected first: all of a pair leaves, and an empty buffer after it, before
-    the next one is asked for.
+    Options as `tensorwire.encode` has them. `at_rest`: lay the stream out as a file, with an index, aligned payloads
+    and each raw item in one frame, so that it can be mapped.
     """
     sender = Sender(stream_info(metadata, stream_id, at_rest=at_rest), frame_size, limits, at_rest=at_rest)
     if isinstance(value, Iterator):
@@ -236,3 +235,44 @@ def _encoded(start: int, count: int, encoded: Encoded) -> _EncodedSlice:
     payload = memoryview(encoded.payload)
     crc = crc32c(payload, 0) if encoded.crc is None else encoded.crc
     return _EncodedSlice(start, count, payload.nbytes, crc, (payload,))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSize:
+    """Bytes of a stream: of payloads, `metadata` of them for absmax, scales and the like, and of all around them."""
+
+    payloads: int
+    metadata: int
+    framing: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.payloads + self.framing
+
+
+def stream_size(
+    leaves: Iterable[Leaf],
+    *,
+    info: StreamInfo | None = None,
+    frame_size: int = FRAME_SIZE,
+    at_rest: bool = False,
+    limits: Limits = DEFAULT,
+) -> StreamSize:
+    """The size of a stream of these leaves; of a file whose size is not known ahead, without its data."""
+    # Lengths do not depend on checksums, so nothing is checksummed.
+    writer = Writer(lambda data, crc: 0, limits, index=at_rest)
+    described = list(leaves)
+    framing = len(writer.start(info or stream_info(None, at_rest=at_rest)))
+    framing += sum(len(writer.item(leaf.item)) for leaf in described)
+    payloads = metadata = 0
+    for leaf in described:
+        if isinstance(leaf, BareLeaf):
+            continue
+        for start, stop in cuts(leaf, frame_size, at_rest=at_rest):
+            count = stop - start
+            length = leaf.codec.bound(count, leaf.item.dtype) if isinstance(leaf, TensorLeaf) else count
+            framing += len(writer.data(start, count, length, 0))
+            payloads += length
+            metadata += leaf.codec.sizes(count, leaf.item.dtype).metadata if isinstance(leaf, TensorLeaf) else 0
+    return StreamSize(payloads, metadata, framing + len(writer.end()))

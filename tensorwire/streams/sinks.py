@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +28,8 @@ def decode(
 ) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item, as soon as it is complete and verified.
 
-    `source`: a buffer, an iterable of buffers, or anything with `readinto`. `into`: preallocated tensors by name,
-    written in place. `expect`: a Schema, or a container like the one expected; anything else is refused before
-    memory is taken. `base`: the content digest of the version that the stream may be against. When an error is raised, items already given are good and the rest is not delivered, but
-    tensors in `into` may hold parts of what was received.
+    Options as `tensorwire.decode` has them. When an error is raised, items already given are good and the rest is not
+    delivered, but tensors in `into` may hold parts of what was received.
     """
     memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
     with memory.receiver as receiver:
@@ -133,7 +131,7 @@ class _Memory:
         if flat is None:
             self.receiver.land(number, FixedMemory(np.frombuffer(self._front.target(tensor), np.uint8)))
         elif check_codec(item).on_device:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-            self.receiver.land(number, _DeviceMemory(flat, item.dtype.itemsize))
+            self.receiver.land(number, FixedMemory(flat, item.dtype.itemsize))
         else:  # pragma: no cover - likewise
             self._copied[number] = flat
 
@@ -172,18 +170,3 @@ class _Memory:
         count = piece.data.size // piece.dtype.itemsize
         target = self._copied[piece.number][piece.start : piece.start + count]
         target.copy_(self._front.wrap(piece.data, piece.dtype, (count,)))
-
-
-class _DeviceMemory:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-    """A tensor on a CUDA device, flat, for codecs that decode there."""
-
-    stable: Final = True
-    uncached: Final = None
-
-    def __init__(self, flat: Any, itemsize: int) -> None:
-        self._flat = flat
-        self._itemsize = itemsize
-
-    def region(self, start: int, stop: int) -> Any:
-        """As `Memory.region`."""
-        return self._flat[start // self._itemsize : stop // self._itemsize]
