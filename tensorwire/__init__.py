@@ -22,6 +22,7 @@ from tensorwire import numpy as _numpy
 from tensorwire.api import Api
 from tensorwire.codecs import Codec
 from tensorwire.codecs import parse as codec
+from tensorwire.codecs import register
 from tensorwire.errors import (
     AuthError,
     CorruptError,
@@ -83,6 +84,7 @@ __all__ = [
     "load_file",
     "loads",
     "open_file",
+    "register",
     "save_file",
     "schema",
     "set_spare_memory",

@@ -5,7 +5,7 @@ import pytest
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import CODECS, Codec, from_stages, parse
+from tensorwire.codecs import BUILT_IN, Codec, from_stages, parse
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError, UnsupportedError
 from tensorwire.tensor import Extent, TensorView
 
@@ -78,7 +78,7 @@ def test_the_wire_carries_all_that_decoding_needs(spec: str) -> None:
 
 
 def test_ids_are_fixed() -> None:
-    assert {codec.name: codec.id for codec in CODECS} == {
+    assert {stage.name: stage.id for stage in BUILT_IN} == {
         "raw": 1,
         "fp16": 2,
         "bf16": 3,
@@ -86,6 +86,7 @@ def test_ids_are_fixed() -> None:
         "int8-linear": 5,
         "nf4": 6,
         "fp4": 7,
+        "zstd": 64,
     }
 
 
@@ -118,7 +119,16 @@ def test_wrong_parameters_on_the_wire_are_refused(stages: tuple) -> None:
         from_stages(stages)
 
 
-@pytest.mark.parametrize("stages", [((0,),), ((99,),), ((64,),), ((1,), (2,)), ((1,), (64,), (64,)), ((1,), (64, 3))])
+@pytest.mark.parametrize(
+    "stages",
+    [((64,),), ((1,), (2,)), ((1,), (64,), (1,)), ((64,), (1,)), ((1,), (64,), (64,)), ((1,), (64, 3)), ()],
+)
+def test_stages_in_an_order_that_no_writer_makes_are_refused(stages: tuple) -> None:
+    with pytest.raises(FormatError):
+        from_stages(stages)
+
+
+@pytest.mark.parametrize("stages", [((0,),), ((99,),), ((1,), (65,)), ((32768,),), ((65535, 1), (64,))])
 def test_unknown_codecs_on_the_wire_are_unsupported(stages: tuple) -> None:
     with pytest.raises(UnsupportedError):
         from_stages(stages)

@@ -54,7 +54,7 @@ def states(stage: tuple, spread: random.Random) -> Iterator[tuple[int, str, byte
         sizes = codec.sizes(count, dtypes.BY_NAME[dtype])
         payload = bytearray(spread.randbytes(sizes.total))
         width = 2 if stage[0] == 5 else 4
-        blocks = codec.blocks(count)
+        blocks = codec.packer.blocks(count)
         scales = (1 + -(-blocks // 256) if stage[-1] == 1 and stage[0] > 5 else blocks) * width
         for at in range(0, scales, width):  # sound ones first
             bits = spread.randrange(0x20000000, 0x50000000) >> (16 if width == 2 else 0)

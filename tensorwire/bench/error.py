@@ -11,13 +11,11 @@ from typing import Final
 
 import numpy as np
 
-from tensorwire import dtypes
 from tensorwire.bench.models import FLOATS, Model, default, resolve
 from tensorwire.bench.options import BenchError, Note, Options
 from tensorwire.bench.size import DEFAULT_CODECS
 from tensorwire.bench.tables import Column, Row
-from tensorwire.codecs import Codec
-from tensorwire.codecs.base import widen
+from tensorwire.codecs import Codec, as_floats
 from tensorwire.dtypes import DType
 from tensorwire.memory.buffers import Pool
 from tensorwire.streams import FRAME_SIZE
@@ -102,7 +100,4 @@ def _measure(view: TensorView, codec: Codec, total: _Error) -> None:
 
 
 def _float64(data: np.ndarray, dtype: DType) -> np.ndarray:
-    if dtype == dtypes.FLOAT64:
-        return np.frombuffer(data, np.float64)
-    array = np.frombuffer(data, np.uint16 if dtype == dtypes.BFLOAT16 else np.dtype(dtype.name))
-    return widen(array).astype(np.float64)
+    return as_floats(data, dtype).astype(np.float64)

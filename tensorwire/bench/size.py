@@ -13,7 +13,7 @@ import tensorwire
 from tensorwire.bench.models import MIB, Model, resolve
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.tables import Column, Row
-from tensorwire.codecs import FP4, NF4, Codec, Int8, Zstd
+from tensorwire.codecs import Codec
 from tensorwire.streams import stream_size
 from tensorwire.streams.flatten import TensorLeaf
 
@@ -30,9 +30,6 @@ COLUMNS: Final = (
     Column("framing_percent", "framing %", ".4f"),
 )
 
-_INT8_TABLE: Final = 256 * 4
-_4BIT_TABLE: Final = 16 * 4
-
 
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
@@ -43,12 +40,12 @@ def run(options: Options, note: Note) -> Iterator[Row]:
     """One row a codec."""
     model = resolve(options.model or DEFAULT_MODEL)
     for spec in options.codecs or DEFAULT_CODECS:
-        if not isinstance(tensorwire.codec(spec), Zstd):
+        if tensorwire.codec(spec).exact_length:
             yield size_row(model, spec)
         elif model.values:
             yield compressed_row(model, spec)
         else:
-            note(f"{spec} left out: what zstd makes of {model.name} depends on values, and it is only shapes")
+            note(f"{spec} left out: its size on {model.name} depends on values, and it is only shapes")
 
 
 def size_row(model: Model, spec: str) -> Row:
@@ -64,7 +61,7 @@ def size_row(model: Model, spec: str) -> Row:
 
 
 def compressed_row(model: Model, spec: str) -> Row:
-    """Sizes under a compressor, which are known only by encoding; its metadata is compressed along."""
+    """Sizes of payloads that depend on values, known only by encoding; its metadata is compressed along."""
     wire = sum(memoryview(buffer).nbytes for buffer in model.encode(spec))
     framing = stream_size(model.leaves(spec)).framing
     return _row(model, spec, payload=wire - framing, meta=0, wire=wire, wire_meta=0)
@@ -87,6 +84,4 @@ def _row(model: Model, spec: str, *, payload: int, meta: int, wire: int, wire_me
 
 def table_bytes(codec: Codec) -> int:
     """The fp32 code tables that a published item carries; double quantization brings an 8-bit one too."""
-    if isinstance(codec, (NF4, FP4)):
-        return _4BIT_TABLE + (_INT8_TABLE if codec.double_quant else 0)
-    return _INT8_TABLE if isinstance(codec, Int8) else 0
+    return sum(table.nbytes for table in codec.packer.tables)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec, Raw
+from tensorwire.codecs import RAW, Codec
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError
 from tensorwire.limits import DEFAULT, Limits
@@ -173,7 +173,7 @@ def read_item(archive: Archive, number: int, limits: Limits = DEFAULT) -> npt.ND
     assert isinstance(item, DataItem), "aliases and containers have no data of their own"
     itemsize = 1 if isinstance(item, ValueItem) else item.dtype.itemsize
     memory = GrowingMemory((item.total if item.total is not None else limits.stream) * itemsize)
-    codec = Raw() if isinstance(item, ValueItem) else check_codec(item)
+    codec = RAW if isinstance(item, ValueItem) else check_codec(item)
     stop = 0
     for stored, extent in _slices(archive, number, item, codec, limits):
         start, stop = extent.start * itemsize, (extent.start + extent.count) * itemsize

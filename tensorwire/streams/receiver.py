@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec, from_stages, parse
+from tensorwire.codecs import RAW, Codec, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import Limits
@@ -32,7 +32,6 @@ from tensorwire.wire.values import unpack_value
 
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
 _PART: Final = 4 << 20
-_OF_VALUES: Final = parse("raw")
 
 
 class Piece(NamedTuple):
@@ -101,7 +100,7 @@ class _Incoming:
     def __init__(self, number: int, item: DataItem) -> None:
         self.number = number
         self.item = item
-        self.codec = _OF_VALUES if isinstance(item, ValueItem) else check_codec(item)
+        self.codec = RAW if isinstance(item, ValueItem) else check_codec(item)
         self.itemsize = _dtype(item).itemsize
         self.memory: Memory | None = None
         self.encoded = False
