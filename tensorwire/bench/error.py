@@ -20,7 +20,7 @@ from tensorwire.dtypes import DType
 from tensorwire.memory.buffers import Pool
 from tensorwire.streams import FRAME_SIZE
 from tensorwire.streams.flatten import TensorLeaf
-from tensorwire.tensor import Extent, TensorView
+from tensorwire.tensor import Buffer, ByteArray, Extent, TensorView
 
 COLUMNS: Final = (
     Column("codec", "codec"),
@@ -99,5 +99,5 @@ def _measure(view: TensorView, codec: Codec, total: _Error) -> None:
         total.add(_float64(data, view.dtype), _float64(out, view.dtype), payload.nbytes)
 
 
-def _float64(data: np.ndarray, dtype: DType) -> np.ndarray:
+def _float64(data: Buffer | ByteArray, dtype: DType) -> np.ndarray:
     return as_floats(data, dtype).astype(np.float64)

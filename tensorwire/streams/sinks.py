@@ -100,7 +100,7 @@ class _Memory:
             return [(event.item, value), *((alias, self._other_name(alias, value)) for alias in event.aliases)]
         if isinstance(event, ItemStart):
             self._open(event.number, event.item)
-        elif self._copied and isinstance(event, Piece) and event.number in self._copied:  # pragma: no cover
+        elif self._copied and isinstance(event, Piece) and event.number in self._copied:
             self._copy(event)
         return ()
 
@@ -132,7 +132,7 @@ class _Memory:
             self.receiver.land(number, FixedMemory(np.frombuffer(self._front.target(tensor), np.uint8)))
         elif check_codec(item).on_device:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
             self.receiver.land(number, FixedMemory(flat, item.dtype.itemsize))
-        else:  # pragma: no cover - likewise
+        else:
             self._copied[number] = flat
 
     def _value(self, event: Completed) -> Any:
@@ -153,7 +153,7 @@ class _Memory:
         flat, data = self._front.device_target(tensor), np.frombuffer(view.read(0, view.numel), np.uint8)
         if flat is None:
             np.frombuffer(self._front.target(tensor), np.uint8)[:] = data
-        else:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
+        else:
             flat.copy_(self._front.wrap(data, view.dtype, (view.numel,)))
         return tensor
 
@@ -166,7 +166,8 @@ class _Memory:
             raise SchemaError(f"into= has {got} where the stream has {dtype} {list(shape)}")
         return tensor
 
-    def _copy(self, piece: Piece) -> None:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
+    def _copy(self, piece: Piece) -> None:
+        """Copy a piece to the device."""
         count = piece.data.size // piece.dtype.itemsize
         target = self._copied[piece.number][piece.start : piece.start + count]
         target.copy_(self._front.wrap(piece.data, piece.dtype, (count,)))
