@@ -6,6 +6,7 @@ from typing import Any, Final
 from tensorwire.cli.common import PIPE, UsageError, error_fields, print_json, read_key, reading, verb
 from tensorwire.errors import AuthError, WireError
 from tensorwire.files import authenticity
+from tensorwire.limits import DEFAULT
 from tensorwire.streams import Receiver
 from tensorwire.wire import StreamEnd, Summary
 from tensorwire.wire.frames import HEADER_SIZE
@@ -65,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _read_through(source: Any) -> Summary:
     """What the end frame says of a stream, once all of it is decoded, into memory that is used again and again."""
     summary = None
-    for event in Receiver().events(source):
+    for event in Receiver(DEFAULT).events(source):
         if isinstance(event, StreamEnd):
             summary = event.summary
     assert summary is not None  # a stream without an end frame is a TruncatedError

@@ -65,7 +65,6 @@ class Cast(Packer):
         kernels_for(values).cast(np.frombuffer(payload, KERNEL_DTYPES[self.narrow]), values, uncached=uncached)
 
 
-@dataclass(frozen=True, repr=False)
 class Float16(Cast):
     """IEEE binary16."""
 
@@ -75,7 +74,6 @@ class Float16(Cast):
     limit = 65520.0
 
 
-@dataclass(frozen=True, repr=False)
 class BFloat16(Cast):
     """The upper half of a float32."""
 

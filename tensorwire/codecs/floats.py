@@ -4,7 +4,6 @@ NumPy has no bfloat16. Kernels take it as uint16 bit patterns (`kernel_view`); a
 which is exact (`as_floats`), and rounds back to it (`from_floats`).
 """
 
-import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from tensorwire import dtypes, kernels
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
+from tensorwire.kernels.contract import Kernels
 from tensorwire.tensor import TensorView
 
 # How kernels see each float type that they take.
@@ -89,9 +89,13 @@ def kernel_target(out: Any, dtype: DType) -> Any:
     return out if on_device(out) else out.view(KERNEL_DTYPES[dtype])
 
 
-def kernels_for(values: Any) -> Any:
+def kernels_for(values: Any) -> Kernels:
     """The kernels for where a float array lives."""
-    return importlib.import_module("tensorwire.kernels.cuda") if on_device(values) else kernels
+    if on_device(values):  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
+        from tensorwire.kernels import cuda
+
+        return cuda
+    return kernels
 
 
 def widen(values: Any) -> npt.NDArray[np.float32]:

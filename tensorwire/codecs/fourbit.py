@@ -123,7 +123,6 @@ class FourBit(TableQuantizer):
         return State(codes, absmax_codes, floats[1:], floats[:1])
 
 
-@dataclass(frozen=True, repr=False)
 class NF4(FourBit):
     """4-bit NormalFloat: 16 levels at the quantiles of a normal distribution."""
 
@@ -132,7 +131,6 @@ class NF4(FourBit):
     table = tables.NF4_CODE
 
 
-@dataclass(frozen=True, repr=False)
 class FP4(FourBit):
     """4-bit float, as bitsandbytes' CUDA code rounds it."""
 

@@ -59,7 +59,6 @@ class Int8(TableQuantizer):
         return State(codes, checked_absmax(absmax))
 
 
-@dataclass(frozen=True, repr=False)
 class Int8Linear(Quantizer):
     """Symmetric rounding to -127..127, bfloat16 scale per block. See docs/decisions/0003."""
 

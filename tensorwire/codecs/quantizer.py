@@ -79,7 +79,6 @@ class State(NamedTuple):
         return np.concatenate([part.view(np.uint8) for part in parts if part is not None])
 
 
-@dataclass(frozen=True, repr=False)
 class TableQuantizer(Quantizer):
     """bitsandbytes' types: a code's entry in a fixed table, times the block's float32 absmax."""
 

@@ -1,6 +1,5 @@
 """raw: the elements' own little-endian bytes."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from tensorwire.errors import FormatError
 from tensorwire.tensor import Extent
 
 
-@dataclass(frozen=True, repr=False)
 class Raw(Packer):
     """Lossless, any dtype, no copy: the payload is the caller's memory."""
 

@@ -5,10 +5,11 @@ compressors (bytes -> bytes). Each gets a slice of a tensor (a whole number of i
 partial block) with its extent: dtype, the tensor's shape and the slice's place in it. Slices are independent of one
 another.
 
-A stage is a small frozen dataclass. Its fields, made by `parameter`, are what a spec string can say; those marked
-`wire` also stand in the item's descriptor. It keeps no state and never writes to its input. Its class is a row of the
-registry: `id`, `name`, kind (the base class), parameters, `lossless`, `exact_length`. Layout and arithmetic of every
-stage of this library stand in docs/codecs.md; an id names one of them for ever.
+A stage is a small frozen dataclass (a subclass without fields of its own needs no decorator). Its fields, made by
+`parameter`, are what a spec string can say; those marked `wire` also stand in the item's descriptor. It keeps no
+state and never writes to its input. Its class is a row of the registry: `id`, `name`, kind (the base class),
+parameters, `lossless`, `exact_length`. Layout and arithmetic of every stage of this library stand in docs/codecs.md;
+an id names one of them for ever.
 """
 
 from abc import ABC, abstractmethod
@@ -29,15 +30,15 @@ Value = int | bool | str
 Row = TypeVar("Row", bound="Stage")
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """Integers from `low` to `high`, both included; maybe only the powers of two among them."""
 
     low: int
     high: int
     power_of_two: bool = False
 
-    def __contains__(self, value: object) -> bool:
+    def allows(self, value: object) -> bool:
+        """Whether a parameter may have this value."""
         return (
             type(value) is int
             and self.low <= value <= self.high
@@ -56,13 +57,13 @@ class Range:
         return number
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """One of a few values; on the wire, its place among them."""
 
     values: tuple[bool | str, ...]
 
-    def __contains__(self, value: object) -> bool:
+    def allows(self, value: object) -> bool:
+        """Whether a parameter may have this value."""
         return any(value is known or (type(value) is str and value == known) for known in self.values)
 
     def __str__(self) -> str:
@@ -78,8 +79,7 @@ class Choice:
         return self.values[number] if number < len(self.values) else number
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One parameter of a stage. `wire`: a reader needs it; the others are the encoder's business."""
 
     name: str
@@ -136,7 +136,7 @@ class Stage(ABC):
     def __post_init__(self) -> None:
         for known in self.parameters():
             value = getattr(self, known.name)
-            if value not in known.legal:
+            if not known.legal.allows(value):
                 raise EncodeError(f"{known.name} of {self.name} must be {known.legal}, not {value!r}")
 
     @classmethod
@@ -176,7 +176,6 @@ class Stage(ABC):
         return self.name + (":" + ",".join(given) if given else "")
 
 
-@dataclass(frozen=True, repr=False)
 class Transform(Stage):
     """Array -> array: as many elements of maybe another dtype. `data` and `out` are flat arrays of their bytes."""
 
@@ -204,7 +203,6 @@ class Transform(Stage):
         """Write to `out` what `data` was made of. `extent`: of what comes out. Raises FormatError."""
 
 
-@dataclass(frozen=True, repr=False)
 class Packer(Stage):
     """Array -> bytes: the elements of a slice to a payload that stands for itself."""
 
@@ -261,7 +259,6 @@ class Packer(Stage):
         """
 
 
-@dataclass(frozen=True, repr=False)
 class Compressor(Stage):
     """Bytes -> bytes: a payload to a smaller one, without loss."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import Params4bit
 
 from tensorwire import dtypes, streams
 from tensorwire import torch as torch_front
@@ -37,10 +37,10 @@ from tensorwire.errors import EncodeError, FormatError, SchemaError, Unsupported
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import GrowingMemory
 from tensorwire.streams import Completed, Payload, Receiver
-from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.tensor import Extent, TensorView
 from tensorwire.wire import FileItem, ItemStart, TensorItem, ValueItem
 
+_QUANT_STATE: Final[Any] = QuantState  # bitsandbytes has no types
 _TABLES: Final = {row.quant_type: row.table for row in (NF4, FP4, Int8)}
 
 
@@ -54,7 +54,7 @@ class Quantized(NamedTuple):
 def encode(
     obj: Any,
     *,
-    codec: CodecChoice = "raw",
+    codec: streams.CodecChoice = "raw",
     frame_size: int = streams.FRAME_SIZE,
     limits: Limits = DEFAULT,
 ) -> Iterator[Any]:
@@ -63,13 +63,15 @@ def encode(
     Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
     format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
     """
-    choose = rule(codec)
+    choose = streams.rule(codec)
     front = _Front()
 
     def select(name: str, value: Any) -> Codec:
         if isinstance(value, (Quantized, Params4bit)):
             return Readymade(_codec(_quantized(value).state).pipeline)
-        return choose(name, value, front.view(value))
+        view = front.view(value)
+        assert view is not None  # only tensors are asked about
+        return choose(name, value, view)
 
     return streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits)
 
@@ -79,15 +81,15 @@ def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]
 
     Raises what `tensorwire.decode` raises, and SchemaError for streams with plain values in them.
     """
-    states: dict[int, _QuantizedItem] = {}
+    quantized: dict[int, _Collected] = {}
     tensors: dict[int, GrowingMemory] = {}
     with Receiver(limits) as receiver:
         for event in receiver.events(source):
             if isinstance(event, Payload):
-                states[event.number].add(event)
+                quantized[event.number].add(event)
             elif isinstance(event, Completed) and isinstance(event.item, TensorItem):
-                state = states.pop(event.number, None)
-                value = _tensor(event.item, tensors.pop(event.number)) if state is None else state.quantized()
+                collected = quantized.pop(event.number, None)
+                value = collected.quantized() if collected else _tensor(event.item, tensors.pop(event.number))
                 for item in (event.item, *event.aliases):
                     yield item.name, value
             elif isinstance(event, ItemStart) and isinstance(event.item, (ValueItem, FileItem)):
@@ -95,7 +97,7 @@ def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]
             elif isinstance(event, ItemStart) and isinstance(event.item, TensorItem):
                 codec = from_stages(event.item.codec)
                 if isinstance(codec.packer, TableQuantizer) and not codec.transforms:
-                    states[event.number] = _QuantizedItem(event.item, codec, codec.packer)
+                    quantized[event.number] = _Collected(event.item, codec, codec.packer)
                     receiver.keep_encoded(event.number)
                 else:
                     tensors[event.number] = GrowingMemory(event.item.total * event.item.dtype.itemsize)
@@ -197,7 +199,7 @@ def _check_scales(state: State) -> None:
         raise EncodeError(f"{error.detail}: no quantizer made this state") from None
 
 
-class _QuantizedItem:
+class _Collected:
     """The codes and absmax of one item, as they arrive."""
 
     def __init__(self, item: TensorItem, codec: Codec, packer: TableQuantizer) -> None:
@@ -212,12 +214,13 @@ class _QuantizedItem:
         self._nested_absmax = GrowingMemory(nested_blocks * 4)
         self._offset: bytes | None = None
 
-    def add(self, slice_: Payload) -> None:
+    def add(self, payload: Payload) -> None:
         """Put a slice in its place."""
-        extent = Extent(self._item.dtype, self._item.shape, slice_.start, slice_.count)
-        state = self._packer.state(self._codec.unpack(slice_.data, extent), slice_.count)
-        first = slice_.start // self._packer.blocksize
-        _put(self._codes, slice_.start // self._packer.codes_per_byte, state.codes)
+        start, count = payload.start, payload.count
+        extent = Extent(self._item.dtype, self._item.shape, start, count)
+        state = self._packer.state(self._codec.unpack(payload.data, extent), count)
+        first = start // self._packer.blocksize
+        _put(self._codes, start // self._packer.codes_per_byte, state.codes)
         _put(self._absmax, first * state.absmax.itemsize, state.absmax)
         if state.nested_absmax is None or state.offset is None:
             return
@@ -235,19 +238,19 @@ class _QuantizedItem:
         common = {"blocksize": self._packer.blocksize, "dtype": dtype}
         if self._packer.quant_type is None:
             absmax = torch.from_numpy(self._absmax.data.view(np.float32))
-            return Quantized(codes.reshape(shape), QuantState(absmax, code=_table(None), **common))
+            return Quantized(codes.reshape(shape), _QUANT_STATE(absmax, code=_table(None), **common))
         common |= {"shape": shape, "quant_type": self._packer.quant_type, "code": _table(self._packer.quant_type)}
         absmax = torch.from_numpy(self._absmax.data)
         if not self._nested:
-            return Quantized(codes.reshape(-1, 1), QuantState(absmax.view(torch.float32), **common))
-        state2 = QuantState(
+            return Quantized(codes.reshape(-1, 1), _QUANT_STATE(absmax.view(torch.float32), **common))
+        state2 = _QUANT_STATE(
             torch.from_numpy(self._nested_absmax.data.view(np.float32)),
             code=_table(None),
             blocksize=NESTED_BLOCKSIZE,
             dtype=torch.float32,
         )
         offset = torch.tensor(np.frombuffer(self._offset or bytes(4), np.float32)[0])
-        return Quantized(codes.reshape(-1, 1), QuantState(absmax, offset=offset, state2=state2, **common))
+        return Quantized(codes.reshape(-1, 1), _QUANT_STATE(absmax, offset=offset, state2=state2, **common))
 
 
 def _put(memory: GrowingMemory, start: int, data: npt.NDArray[Any]) -> None:
