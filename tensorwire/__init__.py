@@ -20,9 +20,8 @@ if sys.byteorder != "little":  # the streams are, and the kernels look at them a
 
 from tensorwire import numpy as _numpy
 from tensorwire.api import Api
-from tensorwire.codecs import Codec
+from tensorwire.codecs import Codec, register
 from tensorwire.codecs import parse as codec
-from tensorwire.codecs import register
 from tensorwire.errors import (
     AuthError,
     CorruptError,

@@ -3,13 +3,15 @@
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from io import BytesIO
-from typing import Any
+from typing import Any, Final
 
 from tensorwire import files, streams
+from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.codec_choice import CodecChoice
-from tensorwire.streams.schema import Schema
+from tensorwire.streams import CodecChoice, Schema
 from tensorwire.tensor import Buffer, Front
+
+_BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
 
 
 class Api:
@@ -69,19 +71,8 @@ class Api:
         at a time, so that the event loop is never held up. Do not change the tensors meanwhile. Nothing is checked
         before the first buffer is asked for.
         """
-        from asyncio import to_thread  # which takes longer to import than all of this package
-
-        return streams.encode_async(
-            obj,
-            self._front,
-            to_thread,
-            codec=codec,
-            frame_size=frame_size,
-            metadata=metadata,
-            stream_id=stream_id,
-            tie=tie,
-            limits=limits,
-        )
+        sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits)
+        return _encoded(sender, obj, self._front, streams.rule(codec), limits, tie=tie)
 
     def encoded_size(
         self,
@@ -101,17 +92,11 @@ class Api:
         file that `save_file` writes. Raises EncodeError as `encode` does, and for an iterator, whose size is not known
         ahead.
         """
-        return streams.stream_size(
-            obj,
-            self._front,
-            codec=codec,
-            frame_size=frame_size,
-            metadata=metadata,
-            stream_id=stream_id,
-            tie=tie,
-            at_rest=at_rest,
-            limits=limits,
-        ).total
+        if isinstance(obj, Iterator):
+            raise EncodeError("the size of an iterator of pairs is known only once it was encoded; give a container")
+        leaves = streams.flatten(obj, self._front, streams.rule(codec), limits, tie=tie)
+        info = streams.stream_info(metadata, stream_id, at_rest=at_rest)
+        return streams.stream_size(leaves, info=info, frame_size=frame_size, at_rest=at_rest, limits=limits).total
 
     def decode(
         self,
@@ -119,6 +104,7 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Iterator[tuple[str, Any]]:
         """Decode a stream as an iterator of (name, value), each given when complete and verified.
@@ -126,11 +112,13 @@ class Api:
         `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`).
         Names are dotted paths. `into`: preallocated tensors by name, written in place and given back. `expect`: a
         schema (see `schema`) or a container like the one expected; anything else is refused before memory is taken.
+        `base`: the content digest of the version that the values are to be applied to, for a stream that is against
+        one; without it, or with another, such a stream is refused.
 
         Raises a WireError, and nothing else, for any bytes that are not a whole valid stream. What was given
         before is good; tensors in `into` may then hold parts of an item that was not given.
         """
-        return streams.decode(source, self._front, into=into, expect=expect, limits=limits)
+        return streams.decode(source, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def decode_async(
         self,
@@ -138,6 +126,7 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> AsyncIterator[tuple[str, Any]]:
         """As `decode`, for `async for`.
@@ -146,7 +135,7 @@ class Api:
         does; also a buffer, an iterable of buffers or a plain `readinto`, none of which may wait. Slices are decoded in
         another thread while the next one is received; the event loop waits for one to end, at most.
         """
-        return streams.decode_async(source, self._front, into=into, expect=expect, limits=limits)
+        return streams.decode_async(source, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
         """A container as one message: all buffers of `encode`, joined."""
@@ -161,10 +150,11 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
         """The container in a message or any other source that `decode` takes, once all of it is verified."""
-        return streams.collect(data, self._front, into=into, expect=expect, limits=limits)
+        return streams.collect(data, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def save_file(
         self,
@@ -183,15 +173,64 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
         """The whole container in a `.tw` file, verified. For single tensors see `open_file`."""
-        return files.load_file(path, self._front, into=into, expect=expect, limits=limits)
+        return files.load_file(path, self._front, into=into, expect=expect, base=base, limits=limits)
 
-    def open_file(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> files.TensorFile:
-        """A `.tw` file as a mapping of names to tensors, each read and verified when asked for."""
-        return files.TensorFile(path, self._front, limits=limits)
+    def open_file(
+        self, path: str | os.PathLike[str], *, base: bytes | None = None, limits: Limits = DEFAULT
+    ) -> files.TensorFile:
+        """A `.tw` file as a mapping of names to values, read and verified when asked for. `base` as in `decode`."""
+        return files.TensorFile(path, self._front, base=base, limits=limits)
 
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
         """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given."""
         return Schema.of(obj, self._front, codec=codec)
+
+
+async def _encoded(
+    sender: streams.Sender, obj: Any, front: Front, rule: streams.Rule, limits: Limits, *, tie: bool
+) -> AsyncIterator[Buffer]:
+    """What `Sender` makes of a container or of pairs, made in other threads."""
+    from asyncio import to_thread  # asyncio takes longer to import than all of this package
+
+    if isinstance(obj, AsyncIterator):
+        yield sender.head()
+        yield streams.FLUSH
+        async for name, value in obj:
+            async for buffer in _in_threads(sender.pair(name, value, front, rule)):
+                yield buffer
+            yield streams.FLUSH
+        yield sender.end()
+    elif isinstance(obj, Iterator):
+        async for buffer in _in_threads(sender.pairs(obj, front, rule)):
+            yield buffer
+    else:
+        leaves = streams.flatten(obj, front, rule, limits, tie=tie)
+        async for buffer in _in_threads(await to_thread(sender.container, leaves)):
+            yield buffer
+
+
+async def _in_threads(buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:
+    """The same buffers, a batch of them made in another thread at a time."""
+    from asyncio import to_thread
+
+    more = True
+    while more:
+        batch, more = await to_thread(_batch, buffers)
+        for buffer in batch:
+            yield buffer
+
+
+def _batch(buffers: Iterator[Buffer]) -> tuple[list[Buffer], bool]:
+    """The next `_BATCH` bytes, or up to where they are to be flushed, and whether there may be more."""
+    batch: list[Buffer] = []
+    size = 0
+    for buffer in buffers:
+        batch.append(buffer)
+        size += memoryview(buffer).nbytes
+        if size >= _BATCH or buffer is streams.FLUSH:
+            return batch, True
+    return batch, False

@@ -43,7 +43,8 @@ def test_every_setting_is_an_option_with_its_default_in_the_help():
     for each in fields(Plan):
         assert f"--{each.name.replace('_', '-')}" in text
         if each.default not in (None, False):
-            assert f"({each.default})" in text
+            shown = f"{each.default:g}" if type(each.default) is float else each.default
+            assert f"({shown})" in text
     assert parsed([]) == Plan()
     with pytest.raises(SystemExit):
         parser.parse_args(["--kind", "sum"])

@@ -17,11 +17,13 @@ import pytest
 import tensorwire
 from tensorwire import dtypes
 from tensorwire.errors import EncodeError, NonFiniteError, SchemaError, WireError
+from tensorwire.limits import DEFAULT
 from tensorwire.memory import FixedMemory, Pool
-from tensorwire.streams import Completed, Payload, Piece, Receiver
+from tensorwire.numpy import FRONT
+from tensorwire.streams import FRAME_SIZE, Completed, Payload, Piece, Pieces, Receiver, Sender, decode, flatten, rule
 from tensorwire.streams.overlap import Helper, in_order
 from tensorwire.tensor import TensorView, ViewFront
-from tensorwire.wire import ItemStart, StreamEnd, StreamStart
+from tensorwire.wire import ItemStart, StreamEnd, StreamInfo, StreamStart
 
 MIB = 1 << 20
 BIG = (np.random.default_rng(2).standard_normal(6 * MIB) * 0.02).astype(np.float32)
@@ -155,7 +157,7 @@ def test_no_thread_to_be_had_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_receiver_gives_pieces_in_order_and_says_what_is_complete() -> None:
     data = tensorwire.dumps({"a": BIG, "b": 7, "c": BIG, "e": np.ones((0, 3))}, codec="nf4", metadata={"k": "v"})
-    events = list(Receiver().events(iter([data])))
+    events = list(Receiver(DEFAULT).events(iter([data])))
     assert isinstance(events[0], StreamStart) and dict(events[0].info.metadata) == {"k": "v"}
     assert isinstance(events[-1], StreamEnd)
     completed = [event for event in events if isinstance(event, Completed)]
@@ -175,7 +177,7 @@ def test_a_receiver_gives_pieces_in_order_and_says_what_is_complete() -> None:
 def test_an_item_lands_where_its_consumer_says(codec: str) -> None:
     data = tensorwire.dumps({"a": BIG}, codec=codec)
     memory = np.zeros(BIG.nbytes, np.uint8)
-    with Receiver() as receiver:
+    with Receiver(DEFAULT) as receiver:
         for event in receiver.events(iter([data])):
             if isinstance(event, ItemStart) and event.item.path:
                 receiver.land(event.number, FixedMemory(memory))
@@ -187,7 +189,7 @@ def test_an_item_lands_where_its_consumer_says(codec: str) -> None:
 def test_payloads_can_stay_encoded() -> None:
     data = tensorwire.dumps({"a": BIG, "b": BIG + 1}, codec="int8")
     payloads: dict[str, bytes] = {"a": b"", "b": b""}
-    with Receiver() as receiver:
+    with Receiver(DEFAULT) as receiver:
         for event in receiver.events(data):
             if isinstance(event, ItemStart) and event.item.path:
                 receiver.keep_encoded(event.number)
@@ -203,7 +205,7 @@ def test_what_a_consumer_raises_over_an_event_is_located() -> None:
     data = tensorwire.dumps({"first": np.ones(3), "second": np.ones(3)})
 
     def consume(refused: str) -> None:
-        with Receiver() as receiver:
+        with Receiver(DEFAULT) as receiver:
             for event in receiver.events(data):
                 if isinstance(event, Completed) and event.item.name == refused:
                     raise SchemaError("not this one")
@@ -224,7 +226,7 @@ def test_a_consumer_and_its_receiver_are_gone_when_the_stream_ends(end: str) -> 
     gc.collect()
     gc.disable()
     try:
-        receiver = Receiver()
+        receiver = Receiver(DEFAULT)
         gone = weakref.ref(receiver)
         with pytest.raises(WireError) if end == "broken" else receiver:
             for event in receiver.events(iter([data[:-200] if end == "broken" else data])):
@@ -379,3 +381,60 @@ def test_views_are_sent_and_never_received() -> None:
     for receive in (lambda: front.wrap(np.zeros(4, np.uint8), dtypes.FLOAT32, (1,)), lambda: front.target(view)):
         with pytest.raises(EncodeError, match="sent only"):
             receive()
+
+
+# Against a version
+
+
+def test_a_stream_against_a_version_is_refused_unless_that_version_is_named(tmp_path: Path) -> None:
+    base, other = b"b" * 32, b"o" * 32
+    leaves = list(flatten({"a": BIG[:9]}, FRONT, rule("raw"), DEFAULT))
+    data = b"".join(Sender(StreamInfo(base=base), FRAME_SIZE, DEFAULT).container(leaves))
+    assert np.array_equal(tensorwire.loads(data, base=base)["a"], BIG[:9])
+    assert [name for name, _ in tensorwire.decode(data, base=base)] == ["a"]
+    assert len(list(Pieces(data, lambda item: None, base=base))) == 1
+    path = tmp_path / "x.tw"
+    path.write_bytes(data)
+    assert np.array_equal(tensorwire.load_file(path, base=base)["a"], BIG[:9])
+
+    async def received(**options: Any) -> list[str]:
+        return [name async for name, _ in tensorwire.decode_async(data, **options)]
+
+    assert asyncio.run(received(base=base)) == ["a"]
+    for options in ({}, {"base": other}):
+        for read in (
+            lambda options: tensorwire.loads(data, **options),
+            lambda options: list(tensorwire.decode(data, **options)),
+            lambda options: list(Pieces(data, lambda item: None, **options)),
+            lambda options: tensorwire.load_file(path, **options),
+            lambda options: asyncio.run(received(**options)),
+        ):
+            with pytest.raises(SchemaError, match=f"against version {base.hex()}"):
+                read(options)
+    assert tensorwire.loads(tensorwire.dumps({"a": 1}), base=base) == {"a": 1}
+
+
+@pytest.mark.parametrize("codec", ["raw", "raw|zstd"])
+def test_what_cannot_be_decoded_on_a_device_is_copied_there_piece_by_piece(codec: str) -> None:
+    """With tensors on the CPU in the place of a device."""
+    torch = pytest.importorskip("torch")
+
+    class Front(tensorwire.torch.TorchFront):
+        def device_target(self, value: object) -> Any:
+            assert isinstance(value, torch.Tensor)
+            return value.reshape(-1)
+
+        def target(self, value: object) -> memoryview:
+            raise AssertionError("it is on a device")
+
+    value = {"a": BIG.reshape(4, -1), "tied": BIG.reshape(4, -1)}
+    into = {name: torch.zeros(tensor.shape) for name, tensor in value.items()}
+    for name, tensor in decode(tensorwire.dumps(value, codec=codec), Front(), into=into):
+        assert tensor is into[name] and np.array_equal(tensor.numpy(), value[name])
+
+
+def test_fixed_memory_is_addressed_by_bytes_whatever_its_elements() -> None:
+    memory = FixedMemory(BIG[:100], 4)
+    assert memory.stable and memory.uncached is None
+    assert np.array_equal(memory.region(40, 80), BIG[10:20])
+    assert FixedMemory(BIG.view(np.uint8)).uncached

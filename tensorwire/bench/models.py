@@ -25,7 +25,8 @@ from tensorwire import dtypes
 from tensorwire.bench.shapes import NAMED, Shapes
 from tensorwire.codecs import Codec, is_float
 from tensorwire.files.safetensors import SafetensorsFile
-from tensorwire.streams import StreamSize, rule, stream_size
+from tensorwire.limits import DEFAULT
+from tensorwire.streams import StreamSize, flatten, rule, stream_size
 from tensorwire.streams import encode as encode_stream
 from tensorwire.tensor import Front, TensorView, ViewFront
 
@@ -78,7 +79,7 @@ class Model:
 
     def stream_size(self, codec: str) -> StreamSize:
         """The size of the model's stream, of shapes alone."""
-        return stream_size(dict(self.tensors), VIEWS, codec=codec)
+        return stream_size(flatten(dict(self.tensors), VIEWS, rule(codec), DEFAULT))
 
     def encode(self, codec: str = "raw") -> Iterator[Any]:
         """The model's stream, read tensor by tensor, frame by frame."""

@@ -51,8 +51,16 @@ def add_parser(verbs: Any) -> None:
     server = parts.add_parser("server", help="the server; a row of JSON on stdout for each round")
     add_arguments(server)
     _add_task(server)
-    server.add_argument("--listen", metavar="HOST:PORT", type=address, default=("127.0.0.1", PORT), help="where")
-    server.add_argument("--state", metavar="DIR", required=True, help="what must outlive this process; taken up again")
+    server.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        type=address,
+        default=("127.0.0.1", PORT),
+        help=f"address to listen on (127.0.0.1:{PORT})",
+    )
+    server.add_argument(
+        "--state", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
+    )
     server.add_argument("--initial", metavar="FILE", help="a .tw file to start from instead of what the task gives")
     add_security(server, listens=True)
     server.set_defaults(run=_server)
@@ -63,7 +71,9 @@ def add_parser(verbs: Any) -> None:
     client.add_argument("--number", type=int, required=True, help="which share of the data is this client's: 0, 1, ...")
     client.add_argument("--clients", type=int, default=4, help="how many shares there are (4)")
     client.add_argument("--name", help="of this client; as in its certificate where it has one (client-NUMBER)")
-    client.add_argument("--folder", metavar="DIR", required=True, help="what must outlive this process; taken up again")
+    client.add_argument(
+        "--folder", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
+    )
     client.add_argument("--evaluate", action="store_true", help="report the loss of each model that comes, too")
     client.add_argument(
         "--patience", type=float, default=60, metavar="S", help="give up after S s without success (60)"
@@ -73,8 +83,12 @@ def add_parser(verbs: Any) -> None:
 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", default=_TASK, metavar="MODULE:FUNCTION", help="what is learned")
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="for the task")
+    parser.add_argument(
+        "--task", default=_TASK, metavar="MODULE:FUNCTION", help="what is learned (a small language model)"
+    )
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the task"
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -12,9 +12,8 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output, read_at
-from tensorwire.streams import Piece, Receiver
+from tensorwire.streams import FRAME_SIZE, Piece, Receiver, Sender, stream_info
 from tensorwire.streams.flatten import BareLeaf, Leaf, TensorLeaf
-from tensorwire.streams.sender import FRAME_SIZE, encode_leaves, stream_info
 from tensorwire.tensor import Buffer, ByteArray, TensorView
 from tensorwire.wire import ContainerItem, FileItem, Item, ItemStart, Kind
 
@@ -64,7 +63,7 @@ def _send(
     view = TensorView(dtypes.UINT8, (size or 0,), read)
     item = FileItem((name,), size, codec.stages())
     leaves: list[Leaf] = [BareLeaf(ContainerItem((), Kind.DICT)), TensorLeaf(item, view, codec)]
-    return encode_leaves(leaves, frame_size=frame_size, info=stream_info(None), limits=limits)
+    return Sender(stream_info(None), frame_size, limits).container(leaves)
 
 
 def file_reader(fd: int, offset: int, itemsize: int, pool: Pool) -> Callable[[int, int], ByteArray]:

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import tensorwire
 from tensorwire.errors import SchemaError
-from tensorwire.updates import UpdateKind
 
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
@@ -22,8 +21,8 @@ _DIGEST: Final = re.compile("[0-9a-f]{64}")
 class Answer:
     """How clients are to answer. Raises ValueError for a field of the wrong type or value."""
 
-    up: Annotated[str, "codec of updates", "SPEC"] = "nf4"
-    kind: Annotated[UpdateKind, "what clients send"] = "difference"
+    up: Annotated[str, "codec of the updates", "SPEC"] = "nf4"
+    kind: Annotated[Literal["weights", "difference"], "what clients send"] = "difference"
     feedback: Annotated[bool, "clients carry over what quantization dropped of their differences"] = False
     stochastic: Annotated[bool, "round up or down at random where the codec is bf16"] = False
 
@@ -44,12 +43,12 @@ class Plan(Answer):
     A round closes when `clients` updates are in, or, `deadline` seconds after it began, with at least `quorum` of them.
     """
 
-    name: Annotated[str, "of this run"] = "run"
-    rounds: Annotated[int, "rounds in all", "N"] = 10
+    name: Annotated[str, "name of the run"] = "run"
+    rounds: Annotated[int, "number of rounds", "N"] = 10
     clients: Annotated[int, "updates that close a round", "N"] = 4
     quorum: Annotated[int | None, "updates that suffice after the deadline (all)", "N"] = None
-    deadline: Annotated[float, "seconds of a round", "S"] = 600.0
-    down: Annotated[str, "codec of models", "SPEC"] = "bf16"
+    deadline: Annotated[float, "seconds that a round may take", "S"] = 600.0
+    down: Annotated[str, "codec of the models", "SPEC"] = "bf16"
     max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
     max_norm: Annotated[float | None, "the largest L2 norm of an update (any)", "X"] = None
     on_norm: Annotated[Literal["reject", "clip"], "what to do with larger updates"] = "reject"
@@ -103,7 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a command an option for every setting of a plan."""
     for each in fields(Plan):
         kind, text, *metavar = get_args(each.type)
-        shown = "" if each.default is None or kind is bool else f" ({each.default})"
+        default = f"{each.default:g}" if kind is float else each.default
+        shown = "" if default is None or kind is bool else f" ({default})"
         options: dict[str, Any] = {"default": each.default, "help": text + shown}
         if kind is bool:
             options["action"] = "store_true"

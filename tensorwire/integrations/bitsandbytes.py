@@ -81,15 +81,15 @@ def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]
 
     Raises what `tensorwire.decode` raises, and SchemaError for streams with plain values in them.
     """
-    states: dict[int, _QuantizedItem] = {}
+    quantized: dict[int, _Collected] = {}
     tensors: dict[int, GrowingMemory] = {}
     with Receiver(limits) as receiver:
         for event in receiver.events(source):
             if isinstance(event, Payload):
-                states[event.number].add(event)
+                quantized[event.number].add(event)
             elif isinstance(event, Completed) and isinstance(event.item, TensorItem):
-                state = states.pop(event.number, None)
-                value = _tensor(event.item, tensors.pop(event.number)) if state is None else state.quantized()
+                collected = quantized.pop(event.number, None)
+                value = collected.quantized() if collected else _tensor(event.item, tensors.pop(event.number))
                 for item in (event.item, *event.aliases):
                     yield item.name, value
             elif isinstance(event, ItemStart) and isinstance(event.item, (ValueItem, FileItem)):
@@ -97,7 +97,7 @@ def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]
             elif isinstance(event, ItemStart) and isinstance(event.item, TensorItem):
                 codec = from_stages(event.item.codec)
                 if isinstance(codec.packer, TableQuantizer) and not codec.transforms:
-                    states[event.number] = _QuantizedItem(event.item, codec, codec.packer)
+                    quantized[event.number] = _Collected(event.item, codec, codec.packer)
                     receiver.keep_encoded(event.number)
                 else:
                     tensors[event.number] = GrowingMemory(event.item.total * event.item.dtype.itemsize)
@@ -199,7 +199,7 @@ def _check_scales(state: State) -> None:
         raise EncodeError(f"{error.detail}: no quantizer made this state") from None
 
 
-class _QuantizedItem:
+class _Collected:
     """The codes and absmax of one item, as they arrive."""
 
     def __init__(self, item: TensorItem, codec: Codec, packer: TableQuantizer) -> None:
@@ -214,12 +214,13 @@ class _QuantizedItem:
         self._nested_absmax = GrowingMemory(nested_blocks * 4)
         self._offset: bytes | None = None
 
-    def add(self, slice_: Payload) -> None:
+    def add(self, payload: Payload) -> None:
         """Put a slice in its place."""
-        extent = Extent(self._item.dtype, self._item.shape, slice_.start, slice_.count)
-        state = self._packer.state(self._codec.unpack(slice_.data, extent), slice_.count)
-        first = slice_.start // self._packer.blocksize
-        _put(self._codes, slice_.start // self._packer.codes_per_byte, state.codes)
+        start, count = payload.start, payload.count
+        extent = Extent(self._item.dtype, self._item.shape, start, count)
+        state = self._packer.state(self._codec.unpack(payload.data, extent), count)
+        first = start // self._packer.blocksize
+        _put(self._codes, start // self._packer.codes_per_byte, state.codes)
         _put(self._absmax, first * state.absmax.itemsize, state.absmax)
         if state.nested_absmax is None or state.offset is None:
             return

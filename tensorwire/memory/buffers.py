@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from typing import Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -52,20 +52,36 @@ class Pool:
             return array[:size]
 
 
-class FixedMemory:
-    """Memory that is there already: `data`, flat bytes."""
+class Memory(Protocol):
+    """The memory of one decoded item, addressed by its bytes."""
 
-    __slots__ = ("data", "uncached")
+    @property
+    def stable(self) -> bool:
+        """Whether regions stay where they are when the next one is asked for."""
+
+    @property
+    def uncached(self) -> bool | None:
+        """How kernels are to write to it: past the caches (True), or as they see fit (None)."""
+
+    def region(self, start: int, stop: int) -> Any:
+        """Bytes [start, stop): a writable flat uint8 array, or a device tensor for codecs that decode there."""
+
+
+class FixedMemory:
+    """Memory that is there already: `data`, a flat array or device tensor of elements of `itemsize` bytes."""
+
+    __slots__ = ("_data", "_itemsize", "uncached")
 
     stable: Final = True
 
-    def __init__(self, data: ByteArray) -> None:
-        self.data = data
-        self.uncached = data.size >= _UNCACHED_FROM or None
+    def __init__(self, data: Any, itemsize: int = 1) -> None:
+        self._data = data
+        self._itemsize = itemsize
+        self.uncached = data.nbytes >= _UNCACHED_FROM or None
 
-    def region(self, start: int, stop: int) -> ByteArray:
+    def region(self, start: int, stop: int) -> Any:
         """Bytes [start, stop)."""
-        return self.data[start:stop]
+        return self._data[start // self._itemsize : stop // self._itemsize]
 
 
 class GrowingMemory:
@@ -78,14 +94,14 @@ class GrowingMemory:
     __slots__ = ("_reused", "_size", "data", "stable")
 
     def __init__(self, size: int, *, trusted: bool = False) -> None:
-        self.stable = trusted  # whether regions stay where they are when the next one is asked for
+        self.stable = trusted
         self.data = _NOTHING
         self._size = size
         self._reused = False  # whether the memory was in use before, and not only taken from the system
 
     @property
     def uncached(self) -> bool | None:
-        """How kernels are to write to it: past the caches, or as they see fit (None)."""
+        """Past the caches where it is large, warm, and so not written to for the first time."""
         return (self._reused and self.data.size >= _UNCACHED_FROM) or None
 
     def region(self, start: int, stop: int) -> ByteArray:

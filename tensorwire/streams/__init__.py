@@ -1,14 +1,15 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
 from tensorwire.streams.codec_choice import CodecChoice, rule
+from tensorwire.streams.flatten import Rule, flatten
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.sender import FRAME_SIZE, encode, encode_async
+from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, stream_info, stream_size
 from tensorwire.streams.sinks import collect, decode, decode_async
-from tensorwire.streams.size import StreamSize, stream_size
 
 __all__ = [
+    "FLUSH",
     "FRAME_SIZE",
     "CodecChoice",
     "Completed",
@@ -16,13 +17,16 @@ __all__ = [
     "Piece",
     "Pieces",
     "Receiver",
+    "Rule",
     "Schema",
+    "Sender",
     "StreamSize",
     "collect",
     "decode",
     "decode_async",
     "encode",
-    "encode_async",
+    "flatten",
     "rule",
+    "stream_info",
     "stream_size",
 ]

@@ -18,10 +18,10 @@ from tensorwire.wire.drive import as_source
 class Pieces:
     """Iterate, once, for every `Piece` of the tensors in a stream, in order.
 
-    `source`: as in `decode`. `open_item` is called with each item as it is described, and raises for one that
-    is not wanted. `scratch`: memory for one slice, which other streams may share: a piece's data is valid until one of
-    them goes on. `metadata` is there from the first item on, `digest` at the end. Raises a WireError for whatever is
-    not a whole valid stream of tensors.
+    `source` and `base`: as in `tensorwire.decode`. `open_item` is called with each item as it is described, and raises
+    for one that is not wanted. `scratch`: memory for one slice, which other streams may share: a piece's data is valid
+    until one of them goes on. `metadata` is there from the first item on, `digest` at the end. Raises a WireError for
+    whatever is not a whole valid stream of tensors.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class Pieces:
         source: Any,
         open_item: Callable[[Item], None],
         *,
+        base: bytes | None = None,
         scratch: Scratch | None = None,
         limits: Limits = DEFAULT,
     ) -> None:
@@ -38,9 +39,10 @@ class Pieces:
         self._open_item = open_item
         self._scratch = scratch
         self._limits = limits
+        self._base = base
 
     def __iter__(self) -> Iterator[Piece]:
-        with Receiver(self._limits, scratch=self._scratch or Scratch()) as receiver:
+        with Receiver(self._limits, base=self._base, scratch=self._scratch or Scratch()) as receiver:
             for event in receiver.events(self._source):
                 if isinstance(event, Piece):
                     yield event

@@ -1,6 +1,6 @@
 """The receiving loop: a stream in, verified pieces of its items out, pulled by whoever consumes them.
 
-    with Receiver() as receiver:
+    with Receiver(limits) as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart): receiver.land(event.number, memory)    # or `keep_encoded`, or neither
             elif isinstance(event, Piece): ...        # elements in that memory, or in some that is lent
@@ -12,55 +12,26 @@ A consumer owns its receiver, which knows nothing of it: memory, files and sums 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
-from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory import Pool, Scratch
+from tensorwire.limits import Limits
+from tensorwire.memory import Memory, Pool, Scratch
 from tensorwire.streams.overlap import Helper
 from tensorwire.tensor import ByteArray, Extent
-from tensorwire.wire import (
-    NEED_DATA,
-    AliasItem,
-    DataItem,
-    FileItem,
-    Header,
-    Item,
-    ItemStart,
-    Reader,
-    Slice,
-    SlicePart,
-    SliceStart,
-    StreamEnd,
-    StreamStart,
-    TensorItem,
-    ValueItem,
-)
+from tensorwire.wire import NEED_DATA, ItemStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
 from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
-from tensorwire.wire.reader import NeedData
+from tensorwire.wire.frames import Header
+from tensorwire.wire.items import AliasItem, ContainerItem, DataItem, FileItem, Item, TensorItem, ValueItem
+from tensorwire.wire.reader import NeedData, Reader
 from tensorwire.wire.values import unpack_value
 
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
 _PART: Final = 4 << 20
-
-
-class Memory(Protocol):
-    """The memory that an item lands in, addressed by the bytes of the decoded item."""
-
-    @property
-    def stable(self) -> bool:
-        """Whether regions stay where they are when the next one is asked for."""
-
-    @property
-    def uncached(self) -> bool | None:
-        """How decoders write to it, as kernels take it."""
-
-    def region(self, start: int, stop: int) -> Any:
-        """Bytes [start, stop): a writable flat uint8 array, or a device tensor where the codec takes one."""
 
 
 class Piece(NamedTuple):
@@ -110,13 +81,13 @@ Event = StreamStart | ItemStart | Piece | Payload | Completed | StreamEnd
 class _Position(NamedTuple):
     """Where in a stream something is: what an error about it says."""
 
-    item: str
+    item: Item
     frame: int
     offset: int
 
     def locate(self, error: TensorwireError) -> None:
         """Say so in an error that does not yet."""
-        error.item = self.item if error.item is None else error.item
+        error.item = self.item.name if error.item is None else error.item
         if error.frame is None:
             error.frame, error.offset = self.frame, self.offset
 
@@ -124,14 +95,13 @@ class _Position(NamedTuple):
 class _Incoming:
     """An item whose data is still to come."""
 
-    __slots__ = ("codec", "dtype", "encoded", "item", "itemsize", "memory", "number", "value")
+    __slots__ = ("codec", "encoded", "item", "itemsize", "memory", "number", "value")
 
     def __init__(self, number: int, item: DataItem) -> None:
         self.number = number
         self.item = item
         self.codec = RAW if isinstance(item, ValueItem) else check_codec(item)
-        self.dtype = _dtype(item)
-        self.itemsize = self.dtype.itemsize
+        self.itemsize = _dtype(item).itemsize
         self.memory: Memory | None = None
         self.encoded = False
         self.value = bytearray()  # of a ValueItem
@@ -143,13 +113,18 @@ class Receiver:
     Used as one, it adds to errors that the consumer raises over an event which item, frame and offset that was.
     `overlap`: where its source may wait, decode slices in another thread while the next ones are received, which costs
     more than it gains where nothing is waited for. `scratch`: memory for slices that do not land anywhere, shared with
-    other streams that are read in turns with this one; nothing is then decoded ahead.
+    other streams that are read in turns with this one; nothing is then decoded ahead. `base`: the content digest of the
+    version that the stream may be against; one that is against any other is refused with a SchemaError.
     """
 
-    def __init__(self, limits: Limits = DEFAULT, *, overlap: bool = True, scratch: Scratch | None = None) -> None:
+    def __init__(
+        self, limits: Limits, *, base: bytes | None = None, overlap: bool = True, scratch: Scratch | None = None
+    ) -> None:
         pool = Pool()
-        self._reader = Reader(crc32c, limits)
+        reader = self._reader = Reader(crc32c, limits)
+        self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
         self._limits = limits
+        self._base = base
         self._overlap = overlap and scratch is None
         self._payload_memory = pool.take if scratch is None else scratch.payload
         self._piece_memory = pool.take if scratch is None else scratch.values
@@ -188,18 +163,6 @@ class Receiver:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._locate(error)
 
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes go."""
-        return self._reader.get_buffer()
-
-    def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
-        self._reader.buffer_updated(size)
-
-    def lend(self, data: memoryview) -> None:
-        """`Reader.lend`."""
-        self._reader.lend(data)
-
     def steps(self) -> Generator[Event | NeedData, None, None]:
         """Events, and NEED_DATA."""
         try:
@@ -236,24 +199,24 @@ class Receiver:
                 incoming = self._incoming[event.number]
                 yield from self._landed(incoming)
                 self._direct(incoming, self._landing[0] + self._landing[1].size, event.left)
-            elif isinstance(event, (StreamStart, StreamEnd)):
+            elif isinstance(event, StreamStart):
+                event.info.check_base(self._base)
+                yield event
+            elif isinstance(event, StreamEnd):
                 yield event
 
     def _start_item(self, event: ItemStart) -> Iterator[Event]:
-        item = event.item
-        if isinstance(item, (TensorItem, ValueItem, FileItem)):
-            incoming = self._incoming[event.number] = _Incoming(event.number, item)
-            yield event
-            if item.total == 0:
-                yield self._complete(incoming)
-        else:
-            if isinstance(item, AliasItem):
-                self._aliases.setdefault(item.of, []).append(item)
-            yield event
+        number, item = event.number, event.item
+        if isinstance(item, AliasItem):
+            self._aliases.setdefault(item.of, []).append(item)
+        elif not isinstance(item, ContainerItem):
+            self._incoming[number] = _Incoming(number, item)
+        yield event
+        if item.total == 0 and number in self._incoming:
+            yield self._complete(self._incoming.pop(number))
 
     def _complete(self, incoming: _Incoming) -> Completed:
         number, item = incoming.number, incoming.item
-        del self._incoming[number]
         aliases = tuple(self._aliases.pop(number, ()))
         value = unpack_value(bytes(incoming.value), self._limits) if isinstance(item, ValueItem) else None
         return Completed(number, item, aliases, value)
@@ -308,10 +271,11 @@ class Receiver:
         if event.last:
             while self._helper:
                 yield self._taken()
-            yield self._complete(incoming)
+            yield self._complete(self._incoming.pop(event.number))
 
     def _decode(self, event: Slice, incoming: _Incoming, item: TensorItem | FileItem) -> Iterator[Piece]:
         """Decode a slice, or let the helper do it while the next one is received."""
+        position = self._position(item)
         if incoming.memory is not None and not incoming.memory.stable:
             while self._helper:
                 yield self._taken()
@@ -325,8 +289,7 @@ class Receiver:
             decode()
             yield piece
             return
-        assert self._at is not None
-        self._helper.submit(partial(_decoded, decode, piece, self._at), size)
+        self._helper.submit(partial(_decoded, decode, piece, position), size)
         if self._helper.full:
             yield self._taken()
 
@@ -339,7 +302,7 @@ class Receiver:
         """The frame being read now, which is about `item`."""
         assert self._reader.frame is not None
         header, offset = self._reader.frame
-        return _Position(item.name, header.sequence, offset)
+        return _Position(item, header.sequence, offset)
 
 
 def _decoded(decode: Callable[[], None], piece: Piece, position: _Position) -> tuple[_Position, Piece]:

@@ -6,9 +6,10 @@ that is used again once the consumer lets go of it. An empty buffer says: send w
 is still to be made.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
@@ -29,12 +30,7 @@ _MIN_FRAME_SIZE: Final = 1 << 12
 # A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
 _DECODED: Final = 4
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
-_BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
-_FLUSH: Final = b""
-
-T = TypeVar("T")
-# Runs blocking work somewhere else and awaits it, as `asyncio.to_thread` does.
-Elsewhere = Callable[[Callable[[], T]], Awaitable[T]]
+FLUSH: Final = b""
 
 
 def encode(
@@ -51,74 +47,13 @@ def encode(
 ) -> Iterator[Buffer]:
     """The buffers of one stream.
 
-    `frame_size`: bytes of a data frame with its header, at most. `at_rest`: lay the stream out as a file, with an
-    index, aligned payloads and each raw item in one frame, so that it can be mapped. An iterator of (name, tensor)
-    pairs is sent as a dict without being collected first: all of a pair leaves, and an empty buffer after it, before
-    the next one is asked for.
+    Options as `tensorwire.encode` has them. `at_rest`: lay the stream out as a file, with an index, aligned payloads
+    and each raw item in one frame, so that it can be mapped.
     """
     sender = Sender(stream_info(metadata, stream_id, at_rest=at_rest), frame_size, limits, at_rest=at_rest)
     if isinstance(value, Iterator):
         return sender.pairs(value, front, rule(codec))
     return sender.container(flatten(value, front, rule(codec), limits, tie=tie))
-
-
-async def encode_async(
-    value: Any,
-    front: Front,
-    elsewhere: Elsewhere[Any],
-    *,
-    codec: CodecChoice = "raw",
-    frame_size: int = FRAME_SIZE,
-    metadata: Mapping[str, str] | None = None,
-    stream_id: bytes = b"",
-    tie: bool = True,
-    limits: Limits = DEFAULT,
-) -> AsyncIterator[Buffer]:
-    """As `encode`; also of an asynchronous iterator of pairs. `elsewhere` runs the work, a MiB of buffers at a time."""
-    sender = Sender(stream_info(metadata, stream_id), frame_size, limits)
-    choose = rule(codec)
-    if not isinstance(value, AsyncIterator):
-        if isinstance(value, Iterator):
-            buffers = sender.pairs(value, front, choose)
-        else:
-            leaves = flatten(value, front, choose, limits, tie=tie)
-            buffers = await elsewhere(partial(sender.container, leaves))
-        async for buffer in _made(elsewhere, buffers):
-            yield buffer
-        return
-    yield sender.head()
-    yield _FLUSH
-    async for name, tensor in value:
-        async for buffer in _made(elsewhere, sender.pair(name, tensor, front, choose)):
-            yield buffer
-        yield _FLUSH
-    yield sender.end()
-
-
-async def _made(elsewhere: Elsewhere[tuple[list[Buffer], bool]], buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:
-    """The same buffers, made elsewhere."""
-    more = True
-    while more:
-        batch, more = await elsewhere(partial(_batch, buffers))
-        for buffer in batch:
-            yield buffer
-
-
-def _batch(buffers: Iterator[Buffer]) -> tuple[list[Buffer], bool]:
-    """The next `_BATCH` bytes, or up to where they are to be flushed, and whether there may be more."""
-    batch: list[Buffer] = []
-    size = 0
-    for buffer in buffers:
-        batch.append(buffer)
-        size += memoryview(buffer).nbytes
-        if size >= _BATCH or buffer is _FLUSH:
-            return batch, True
-    return batch, False
-
-
-def encode_leaves(leaves: Iterable[Leaf], *, frame_size: int, info: StreamInfo, limits: Limits) -> Iterator[Buffer]:
-    """The buffers of a stream whose items were made elsewhere: files, tensors inside files."""
-    return Sender(info, frame_size, limits).container(leaves)
 
 
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:
@@ -174,10 +109,10 @@ class Sender:
     def pairs(self, pairs: Iterator[tuple[str, Any]], front: Front, rule: Rule) -> Iterator[Buffer]:
         """All buffers of a dict that is still being produced."""
         yield self.head()
-        yield _FLUSH
+        yield FLUSH
         for name, value in pairs:
             yield from self.pair(name, value, front, rule)
-            yield _FLUSH
+            yield FLUSH
         yield self.end()
 
     def head(self) -> bytes:
@@ -300,3 +235,44 @@ def _encoded(start: int, count: int, encoded: Encoded) -> _EncodedSlice:
     payload = memoryview(encoded.payload)
     crc = crc32c(payload, 0) if encoded.crc is None else encoded.crc
     return _EncodedSlice(start, count, payload.nbytes, crc, (payload,))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSize:
+    """Bytes of a stream: of payloads, `metadata` of them for absmax, scales and the like, and of all around them."""
+
+    payloads: int
+    metadata: int
+    framing: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.payloads + self.framing
+
+
+def stream_size(
+    leaves: Iterable[Leaf],
+    *,
+    info: StreamInfo | None = None,
+    frame_size: int = FRAME_SIZE,
+    at_rest: bool = False,
+    limits: Limits = DEFAULT,
+) -> StreamSize:
+    """The size of a stream of these leaves; of a file whose size is not known ahead, without its data."""
+    # Lengths do not depend on checksums, so nothing is checksummed.
+    writer = Writer(lambda data, crc: 0, limits, index=at_rest)
+    described = list(leaves)
+    framing = len(writer.start(info or stream_info(None, at_rest=at_rest)))
+    framing += sum(len(writer.item(leaf.item)) for leaf in described)
+    payloads = metadata = 0
+    for leaf in described:
+        if isinstance(leaf, BareLeaf):
+            continue
+        for start, stop in cuts(leaf, frame_size, at_rest=at_rest):
+            count = stop - start
+            length = leaf.codec.bound(count, leaf.item.dtype) if isinstance(leaf, TensorLeaf) else count
+            framing += len(writer.data(start, count, length, 0))
+            payloads += length
+            metadata += leaf.codec.sizes(count, leaf.item.dtype).metadata if isinstance(leaf, TensorLeaf) else 0
+    return StreamSize(payloads, metadata, framing + len(writer.end()))

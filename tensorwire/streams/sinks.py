@@ -2,19 +2,18 @@
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from tensorwire.codecs import Codec
 from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import FixedMemory, GrowingMemory
-from tensorwire.streams.receiver import Completed, Event, Memory, Piece, Receiver, check_codec, reject_files
+from tensorwire.streams.receiver import Completed, Event, Piece, Receiver, check_codec, reject_files
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.unflatten import Unflattener
-from tensorwire.tensor import ByteArray, Front
+from tensorwire.tensor import Front
 from tensorwire.wire import AliasItem, DataItem, Item, ItemStart, TensorItem
 
 
@@ -24,16 +23,15 @@ def decode(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item, as soon as it is complete and verified.
 
-    `source`: a buffer, an iterable of buffers, or anything with `readinto`. `into`: preallocated tensors by name,
-    written in place. `expect`: a Schema, or a container like the one expected; anything else is refused before
-    memory is taken. When an error is raised, items already given are good and the rest is not delivered, but
-    tensors in `into` may hold parts of what was received.
+    Options as `tensorwire.decode` has them. When an error is raised, items already given are good and the rest is not
+    delivered, but tensors in `into` may hold parts of what was received.
     """
-    memory = _Memory(front, into, expect, limits)
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
     with memory.receiver as receiver:
         for event in receiver.events(source):
             for item, value in memory.completed(event):
@@ -47,10 +45,11 @@ async def decode_async(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
     """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine `readinto`."""
-    memory = _Memory(front, into, expect, limits)
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
     with memory.receiver as receiver:
         async for event in receiver.events_async(source):
             for item, value in memory.completed(event):
@@ -64,10 +63,11 @@ def collect(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    memory, containers = _Memory(front, into, expect, limits), Unflattener()
+    memory, containers = _Memory(Receiver(limits, base=base), front, into, expect, limits), Unflattener()
     with memory.receiver as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart):
@@ -81,15 +81,17 @@ def collect(
 class _Memory:
     """Receives a stream into memory."""
 
-    def __init__(self, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits) -> None:
-        self.receiver = Receiver(limits)
+    def __init__(
+        self, receiver: Receiver, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits
+    ) -> None:
+        self.receiver = receiver
         self._front = front
         self._into = dict(into or {})
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._filled: set[str] = set()
         self._memory: dict[int, GrowingMemory] = {}  # of tensors that are on their way,
-        self._targets: dict[int, _HostTarget | _DeviceTarget] = {}  # or for those that the caller has preallocated,
-        self._written: dict[int, _HostTarget | _DeviceTarget] = {}  # of which these are written piece by piece
+        self._targets: dict[int, Any] = {}  # those of them that the caller has preallocated
+        self._copied: dict[int, Any] = {}  # and of those, on a device, what is copied there piece by piece
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
         """What is complete with this event, under all of its names."""
@@ -98,8 +100,8 @@ class _Memory:
             return [(event.item, value), *((alias, self._other_name(alias, value)) for alias in event.aliases)]
         if isinstance(event, ItemStart):
             self._open(event.number, event.item)
-        elif isinstance(event, Piece) and event.number in self._written:  # pragma: no cover - tests/test_cuda.py
-            self._written[event.number].write(event.start, event.data)
+        elif self._copied and isinstance(event, Piece) and event.number in self._copied:
+            self._copy(event)
         return ()
 
     def check_complete(self) -> None:
@@ -123,19 +125,22 @@ class _Memory:
             self.receiver.land(number, grown)
 
     def _open_target(self, number: int, item: TensorItem) -> None:
-        target = self._targets[number] = _target(self._into[item.name], item, self._front)
-        memory = target.memory(check_codec(item))
-        if memory is not None:
-            self.receiver.land(number, memory)
-        else:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-            self._written[number] = target
+        tensor = self._target(item.name, item.dtype, item.shape)
+        self._targets[number] = tensor
+        flat = self._front.device_target(tensor)
+        if flat is None:
+            self.receiver.land(number, FixedMemory(np.frombuffer(self._front.target(tensor), np.uint8)))
+        elif check_codec(item).on_device:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
+            self.receiver.land(number, FixedMemory(flat, item.dtype.itemsize))
+        else:
+            self._copied[number] = flat
 
     def _value(self, event: Completed) -> Any:
         number, item = event.number, event.item
         if not isinstance(item, TensorItem):
             return event.value
         if number in self._targets:
-            return self._targets[number].tensor
+            return self._targets[number]
         return self._front.wrap(self._memory.pop(number).data, item.dtype, item.shape)
 
     def _other_name(self, alias: AliasItem, value: Any) -> Any:
@@ -144,60 +149,25 @@ class _Memory:
             return value
         view = self._front.view(value)
         assert view is not None
-        target = _target(self._into[alias.name], TensorItem(alias.path, view.dtype, view.shape, ()), self._front)
-        target.write(0, np.frombuffer(view.read(0, view.numel), np.uint8))
-        return target.tensor
+        tensor = self._target(alias.name, view.dtype, view.shape)
+        flat, data = self._front.device_target(tensor), np.frombuffer(view.read(0, view.numel), np.uint8)
+        if flat is None:
+            np.frombuffer(self._front.target(tensor), np.uint8)[:] = data
+        else:
+            flat.copy_(self._front.wrap(data, view.dtype, (view.numel,)))
+        return tensor
 
+    def _target(self, name: str, dtype: DType, shape: tuple[int, ...]) -> Any:
+        """The tensor that `into` has under this name. Raises SchemaError where it does not match."""
+        tensor = self._into[name]
+        view = self._front.view(tensor)
+        if view is None or (view.dtype, view.shape) != (dtype, shape):
+            got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
+            raise SchemaError(f"into= has {got} where the stream has {dtype} {list(shape)}")
+        return tensor
 
-def _target(tensor: Any, item: TensorItem, front: Front) -> "_HostTarget | _DeviceTarget":
-    """A tensor that the caller preallocated, as the place of `item`. Raises SchemaError where the two do not match."""
-    view = front.view(tensor)
-    if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
-        got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
-        raise SchemaError(f"into= has {got} where the stream has {item.dtype} {list(item.shape)}")
-    flat = front.device_target(tensor)
-    if flat is not None:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-        return _DeviceTarget(tensor, flat, item.dtype, front)
-    return _HostTarget(tensor, np.frombuffer(front.target(tensor), np.uint8))
-
-
-class _HostTarget:
-    """A preallocated tensor in host memory."""
-
-    def __init__(self, tensor: Any, data: ByteArray) -> None:
-        self.tensor = tensor
-        self._data = data
-
-    def memory(self, codec: Codec) -> Memory | None:
-        """Where slices of this codec land."""
-        return FixedMemory(self._data)
-
-    def write(self, start: int, data: ByteArray) -> None:
-        """Write the bytes of all elements."""
-        self._data[:] = data
-
-
-class _DeviceTarget:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-    """A preallocated tensor on a CUDA device."""
-
-    stable: Final = True
-    uncached: Final = None
-
-    def __init__(self, tensor: Any, flat: Any, dtype: DType, front: Front) -> None:
-        self.tensor = tensor
-        self._flat = flat
-        self._dtype = dtype
-        self._front = front
-
-    def memory(self, codec: Codec) -> Memory | None:
-        """Where slices of this codec land; None for one that cannot decode on the device: `write` its pieces."""
-        return self if codec.on_device else None
-
-    def region(self, start: int, stop: int) -> Any:
-        """As `receiver.Memory` has it."""
-        return self._flat[start // self._dtype.itemsize : stop // self._dtype.itemsize]
-
-    def write(self, start: int, data: ByteArray) -> None:
-        """Copy elements from `start` on to the device."""
-        count = data.size // self._dtype.itemsize
-        self._flat[start : start + count].copy_(self._front.wrap(data, self._dtype, (count,)))
+    def _copy(self, piece: Piece) -> None:
+        """Copy a piece to the device."""
+        count = piece.data.size // piece.dtype.itemsize
+        target = self._copied[piece.number][piece.start : piece.start + count]
+        target.copy_(self._front.wrap(piece.data, piece.dtype, (count,)))

@@ -5,22 +5,24 @@ compares, so that any other spelling is refused. Holding an item means that it i
 missing, but for the size of a file that is not known ahead.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
 from typing import Any, ClassVar, Final
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]  # it ships no types
 
 from tensorwire import dtypes
 from tensorwire.dtypes import DType
-from tensorwire.errors import FormatError, LimitError, UnsupportedError, WireError, show
+from tensorwire.errors import FormatError, LimitError, SchemaError, UnsupportedError, WireError, show
 from tensorwire.limits import Limits
 
 # Integers a double represents exactly: JSON-safe, and no two of them share a Python hash, so that a hostile
 # stream cannot build colliding dictionary keys.
 MAX_INT_KEY: Final = 1 << 53
 ALIGNMENTS: Final = (1, 64)
+DIGEST_SIZE: Final = 32
 _MAX_ID: Final = 64
 _MAX_STAGES: Final = 8
 _MAX_PARAMETERS: Final = 8
@@ -35,7 +37,7 @@ CodecSpec = tuple[tuple[int, ...], ...]
 
 
 class Kind(IntEnum):
-    """The number of each kind of item on the wire."""
+    """The number of each kind of item on the wire. 8 is reserved for compound tensors."""
 
     TENSOR = 1
     VALUE = 2
@@ -48,11 +50,24 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """What the STREAM frame says: alignment of data payloads, an application id, text metadata."""
+    """What the STREAM frame says.
+
+    `align`: data payloads begin at multiples of it. `id`: the application's. `metadata`: text. `base`, `target`:
+    content digests of the version that the stream is against and of the one that it makes, empty where it has none.
+    """
 
     align: int = 1
     id: bytes = b""
     metadata: tuple[tuple[str, str], ...] = ()
+    base: bytes = b""
+    target: bytes = b""
+
+    def check_base(self, base: bytes | None = None) -> None:
+        """Raise SchemaError unless the stream stands alone or is against the version whose content digest is `base`."""
+        if self.base and base is None:
+            raise SchemaError(f"the stream is against version {self.base.hex()}: apply it to that version")
+        if self.base and self.base != base:
+            raise SchemaError(f"the stream is against version {self.base.hex()}, not {(base or b'').hex()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +146,23 @@ Item = TensorItem | ValueItem | FileItem | AliasItem | ContainerItem
 # Items that data frames belong to.
 DataItem = TensorItem | ValueItem | FileItem
 
+_STREAM_KEYS: Final = ("align", "id", "base", "target", "metadata")
+_NAMED: Final = ("kind", "path")
+_FIELDS: Final[dict[int, tuple[str, ...]]] = {
+    Kind.TENSOR: (*_NAMED, "dtype", "shape", "codec"),
+    Kind.VALUE: (*_NAMED, "size"),
+    Kind.FILE: (*_NAMED, "size", "codec"),
+    Kind.ALIAS: (*_NAMED, "of"),
+    Kind.DICT: _NAMED,
+    Kind.LIST: _NAMED,
+    Kind.TUPLE: _NAMED,
+}
+
 
 def pack_stream(info: StreamInfo, limits: Limits) -> bytes:
     """The STREAM payload. Raises FormatError or LimitError for what `unpack_stream` would refuse."""
-    body: dict[str, Any] = {"align": info.align}
-    if info.id:
-        body["id"] = info.id
-    if info.metadata:
-        body["metadata"] = dict(info.metadata)
-    payload = msgpack.packb(body)
+    optional = {"id": info.id, "base": info.base, "target": info.target, "metadata": dict(info.metadata)}
+    payload = _packed({"align": info.align} | {key: value for key, value in optional.items() if value})
     unpack_stream(payload, limits)
     return payload
 
@@ -149,20 +172,23 @@ def unpack_stream(payload: bytes, limits: Limits) -> StreamInfo:
     if len(payload) > limits.metadata:
         raise LimitError("stream metadata", limits.metadata, len(payload))
     body = _unpack_stream(payload, limits)
+    align, metadata = body.get("align"), body.get("metadata", {})
     ordered = [key for key in _STREAM_KEYS if key in body]
     _check("align" in body and list(body) == ordered, "stream metadata has wrong keys")
-    align, stream_id, metadata = body["align"], body.get("id", b""), body.get("metadata", {})
     _check(_is_int(align) and align in ALIGNMENTS, "stream alignment must be 1 or 64")
-    _check(type(stream_id) is bytes and len(stream_id) <= _MAX_ID, "stream id must be at most 64 bytes")
-    _check("id" not in body or stream_id, "an empty stream id must be left out")
+    _check(_is_bytes(body, "id", 1, _MAX_ID), "stream id must be 1 to 64 bytes; an empty one is left out")
+    for key in ("base", "target"):
+        _check(_is_bytes(body, key, DIGEST_SIZE, DIGEST_SIZE), f"stream {key} must be a content digest of 32 bytes")
     _check("metadata" not in body or metadata, "metadata must be a non-empty map")
     _check(list(metadata) == sorted(metadata), "metadata must be sorted by key")
-    return StreamInfo(align, stream_id, tuple(metadata.items()))
+    digests = body.get("base", b""), body.get("target", b"")
+    return StreamInfo(body["align"], body.get("id", b""), tuple(metadata.items()), *digests)
 
 
 def _unpack_stream(payload: bytes, limits: Limits) -> dict[str, Any]:
-    """The map of a STREAM payload, read object by object: a payload of this size may hold a million empty containers,
-    and nothing is built of what has no place here.
+    """The map of a STREAM payload, read object by object.
+
+    A payload of this size may hold a million empty containers: nothing is built of what has no place here.
     """
     unpacker = msgpack.Unpacker(max_array_len=0, max_map_len=0, max_ext_len=0, max_buffer_size=len(payload) or 1)
     body: dict[str, Any] = {}
@@ -174,9 +200,9 @@ def _unpack_stream(payload: bytes, limits: Limits) -> dict[str, Any]:
         unpacker.feed(payload)
         for _ in range(unpacker.read_map_header()):
             key = unpacker.unpack()
-            _check(key in _STREAM_KEYS, "stream metadata has wrong keys")
+            _check_known([key], _STREAM_KEYS, "stream metadata")
             body[key] = _text_pairs(unpacker, limits) if key == "metadata" else unpacker.unpack()
-        canonical = msgpack.packb(body) == payload
+        canonical = _packed(body) == payload
     except (ValueError, msgpack.UnpackException) as error:
         if isinstance(error, WireError):
             raise
@@ -204,47 +230,38 @@ def _is_map(first: bytes) -> bool:
 
 def pack_item(item: Item, limits: Limits) -> bytes:
     """The ITEM payload. Raises FormatError or LimitError for what `unpack_item` would refuse."""
-    body: dict[str, Any] = {"kind": int(item.kind), "path": list(item.path)}
+    body: dict[str, Any] = {"kind": int(item.kind), "path": item.path}
     match item:
         case TensorItem():
-            body |= {"dtype": item.dtype.number, "shape": list(item.shape), "codec": [list(s) for s in item.codec]}
+            body |= {"dtype": item.dtype.number, "shape": item.shape, "codec": item.codec}
         case ValueItem():
             body |= {"size": item.size}
         case FileItem():
-            body |= {"size": item.size, "codec": [list(s) for s in item.codec]}
+            body |= {"size": item.size, "codec": item.codec}
         case AliasItem():
             body |= {"of": item.of}
     try:
-        payload = msgpack.packb(body)
+        payload = _packed(body)
     except (OverflowError, UnicodeEncodeError, ValueError) as error:
         raise FormatError(f"cannot be described: {error}", item=item.name) from None
     unpack_item(payload, limits)
     return payload
 
 
-_STREAM_KEYS: Final = ("align", "id", "metadata")
-_FIELDS: Final = {
-    Kind.TENSOR: ("kind", "path", "dtype", "shape", "codec"),
-    Kind.VALUE: ("kind", "path", "size"),
-    Kind.FILE: ("kind", "path", "size", "codec"),
-    Kind.ALIAS: ("kind", "path", "of"),
-    Kind.DICT: ("kind", "path"),
-    Kind.LIST: ("kind", "path"),
-    Kind.TUPLE: ("kind", "path"),
-}
-
-
-def unpack_item(payload: bytes, limits: Limits) -> Item:
+def unpack_item(payload: bytes | memoryview, limits: Limits) -> Item:
     """The validated ITEM payload."""
     if len(payload) > limits.descriptor:
         raise LimitError("item descriptor", limits.descriptor, len(payload))
-    body = _unpack(payload, "item descriptor")
+    body = _unpack_map(payload, "item descriptor")
     number = body.get("kind")
     _check(_is_int(number), "item descriptor without a kind")
-    if number not in Kind._value2member_map_:
+    if number not in _FIELDS:
         raise UnsupportedError(f"unknown item kind {number}")
     kind = Kind(number)
-    _check(tuple(body) == _FIELDS[kind], f"item descriptor of a {kind.name.lower()} has wrong keys")
+    fields = _FIELDS[kind]
+    if tuple(body) != fields:
+        _check_known(body, fields, f"item descriptor of a {kind.name.lower()}")
+        raise FormatError(f"item descriptor of a {kind.name.lower()} has wrong keys")
     path = _path(body["path"], limits)
     if kind == Kind.TENSOR:
         dtype, shape = _tensor(body["dtype"], body["shape"], limits)
@@ -311,18 +328,36 @@ def _size(value: Any, what: str, limit: int) -> int:
     _check(_is_int(value) and value >= 0, f"{what} size must be a non-negative int")
     if value > limit:
         raise LimitError(what, limit, value)
-    return value
+    return int(value)
 
 
-def _unpack(payload: bytes, what: str) -> dict:
+def _packed(body: Any) -> bytes:
+    payload: bytes = msgpack.packb(body)
+    return payload
+
+
+def _unpack_map(payload: bytes | memoryview, what: str) -> dict[Any, Any]:
     try:
         body = msgpack.unpackb(payload, strict_map_key=True)
-        canonical = msgpack.packb(body) == payload
+        canonical = _packed(body) == payload
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise FormatError(f"{what} is not msgpack: {show(str(error))}") from None
-    _check(type(body) is dict, f"{what} must be a map")
+    if type(body) is not dict:
+        raise FormatError(f"{what} must be a map")
     _check(canonical, f"{what} is not in canonical form")
     return body
+
+
+def _check_known(keys: Iterable[Any], known: tuple[str, ...], what: str) -> None:
+    """What a later version adds is refused by name: a key says what the rest of the stream means."""
+    for key in keys:
+        if key not in known:
+            raise UnsupportedError(f"{what} has the key {show(key)}, which this version does not define")
+
+
+def _is_bytes(body: dict[str, Any], key: str, least: int, most: int) -> bool:
+    """Whether a key is absent or holds as many bytes."""
+    return key not in body or (type(body[key]) is bytes and least <= len(body[key]) <= most)
 
 
 def _is_int(value: Any) -> bool:

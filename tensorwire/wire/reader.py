@@ -24,17 +24,20 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from tensorwire.checksum import Checksum
-from tensorwire.errors import CorruptError, FormatError, TruncatedError, WireError
+from tensorwire.errors import FormatError, TruncatedError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
     PREAMBLE_SIZE,
+    SKIPPABLE,
     FrameType,
     Header,
+    check_padding,
+    check_payload,
     check_preamble,
     unpack_header,
 )
-from tensorwire.wire.items import DataItem, Item, StreamInfo, unpack_item, unpack_stream
+from tensorwire.wire.items import DataItem, Item, StreamInfo
 from tensorwire.wire.ledger import Ledger, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
@@ -238,7 +241,7 @@ class Reader:
                 event = yield from self._read_slice(ledger, header)
             else:
                 event = yield from self._read_message(ledger, header)
-            ledger.pass_frame(header, bytes(packed))
+            ledger.pass_frame(header, packed)
             yield event
 
     def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | NeedData, None, Event]:
@@ -248,8 +251,7 @@ class Reader:
         destination, anywhere = self._directed(header.length)
         pad = bytearray(header.pad)
         yield from self._fill(memoryview(pad))
-        if any(pad):
-            raise FormatError("padding is not zero", frame=ledger.sequence, offset=ledger.offset)
+        check_padding(pad, header, offset=ledger.offset)
         if destination is None:
             destination = yield from self._buffer(header.length)
             crc = self._checksum(destination, 0)
@@ -263,34 +265,25 @@ class Reader:
                     raise ValueError(f"{left} bytes of payload that were not directed")
                 destination, crc = yield from self._fill_checked(destination, crc, anywhere)
                 left -= destination.nbytes
-        self._verify(crc, header, item)
+        check_payload(crc, header, offset=ledger.offset, item=item.name)
         last = header.start + header.count == item.total if item.total is not None else header.count == 0
         return Slice(number, item, header.start, header.count, destination, last)
 
     def _read_message(self, ledger: Ledger, header: Header) -> Generator[NeedData, None, Event]:
-        if header.type not in FrameType._value2member_map_ or header.type == FrameType.INDEX:
-            yield from self._skip(header)
+        if header.type >= SKIPPABLE:
+            yield from self._skip(ledger, header)
             return Skipped(header.type, header.length)
         payload = bytes((yield from self._buffer(header.length)))
-        self._verify(self._checksum(payload, 0), header, None)
-        try:
-            if header.type == FrameType.STREAM:
-                info = unpack_stream(payload, self._limits)
-                ledger.align = info.align
-                return StreamStart(info)
-            if header.type == FrameType.ITEM:
-                item = unpack_item(payload, self._limits)
-                ledger.add_item(item)
-                return ItemStart(header.item, item)
-        except WireError as error:
-            error.frame, error.offset = ledger.sequence, ledger.offset
-            raise
-        summary = Summary.unpack(payload)
-        ledger.check_summary(summary)
+        check_payload(self._checksum(payload, 0), header, offset=ledger.offset)
+        if header.type == FrameType.STREAM:
+            return StreamStart(ledger.read_stream(payload))
+        if header.type == FrameType.ITEM:
+            return ItemStart(header.item, ledger.read_item(payload))
+        summary = ledger.read_end(payload)
         self.ended = True
         return StreamEnd(summary)
 
-    def _skip(self, header: Header) -> Generator[NeedData, None, None]:
+    def _skip(self, ledger: Ledger, header: Header) -> Generator[NeedData, None, None]:
         scratch = memoryview(bytearray(min(header.length, _SKIP_BUFFER)))
         crc, left = 0, header.length
         while left:
@@ -298,17 +291,7 @@ class Reader:
             yield from self._fill(part)
             crc = self._checksum(part, crc)
             left -= len(part)
-        self._verify(crc, header, None)
-
-    def _verify(self, crc: int, header: Header, item: Item | None) -> None:
-        if crc != header.payload_crc:
-            assert self._ledger is not None
-            raise CorruptError(
-                "payload checksum mismatch",
-                frame=header.sequence,
-                item=item.name if item else None,
-                offset=self._ledger.offset + HEADER_SIZE,
-            )
+        check_payload(crc, header, offset=ledger.offset)
 
     def _fill(self, buffer: memoryview) -> Generator[NeedData, None, None]:
         self._wanted = buffer
