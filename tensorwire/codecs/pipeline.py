@@ -153,7 +153,9 @@ class Codec:
         for transform in self.transforms:
             data = transform.encode(data, place)
             place = place._replace(dtype=transform.output(place.dtype))
-        encoded = self._compressed(self.packer.encode(data, place, take, context), place)
+        encoded = self.packer.encode(data, place, take, context)
+        if self.compressors:
+            encoded = self._compressed(encoded, place)
         if not self._proven:
             self._check_made(encoded, extent)
         return encoded
