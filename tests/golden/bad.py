@@ -241,6 +241,7 @@ for name, error, says, frame in (
     ("codec-text", "FormatError", "stage", tensor(1, ["a"], codec=["raw"])),
     ("codec-0", "UnsupportedError", "codec id 0", tensor(1, ["a"], codec=[[0]])),
     ("codec-99", "UnsupportedError", "codec id 99", tensor(1, ["a"], codec=[[99]])),
+    ("codec-private", "UnsupportedError", "codec id 65000 is private", tensor(1, ["a"], codec=[[65_000, 1]])),
     ("codec-zstd-first", "FormatError", "stages", tensor(1, ["a"], codec=[[ZSTD]])),
     ("codec-zstd-twice", "FormatError", "stages", tensor(1, ["a"], codec=[[RAW], [ZSTD], [ZSTD]])),
     ("codec-zstd-inside", "FormatError", "stages", tensor(1, ["a"], codec=[[RAW], [ZSTD], [RAW]])),
