@@ -30,7 +30,7 @@ class Codec:
     pipeline: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
-        ranks = [next((n for n, kind in enumerate(_ORDER) if isinstance(s, kind)), -1) for s in self.pipeline]
+        ranks = [_rank(stage) for stage in self.pipeline]
         if ranks != sorted(ranks) or ranks.count(1) != 1:
             raise EncodeError(f"stages {self} are not in order: transforms, one packer (raw, nf4, ...), compressors")
         if len({stage.id for stage in self.pipeline}) != len(self.pipeline) or len(self.pipeline) > MAX_STAGES:
@@ -258,6 +258,14 @@ def _through(transform: Transform, view: TensorView) -> TensorView:
         return data[(start - first) * output.itemsize : (stop - first) * output.itemsize]
 
     return TensorView(output, view.shape, read)
+
+
+def _rank(stage: Stage) -> int:
+    """Where stages of this kind stand. Raises EncodeError for what is of none."""
+    for rank, kind in enumerate(_ORDER):
+        if isinstance(stage, kind):
+            return rank
+    raise EncodeError(f"{stage!r} is no Transform, Packer or Compressor")
 
 
 def _check_registered(stage: Stage) -> None:
