@@ -246,3 +246,77 @@ def test_zstd_frames_may_not_lie() -> None:
         with pytest.raises(FormatError):
             decoded(codec, payload, count)
     assert not decoded(codec, good, count).any()
+
+
+def zstd_frame(head: bytes, *blocks: bytes) -> bytes:
+    return b"\x28\xb5\x2f\xfd" + head + b"".join(blocks)
+
+
+def zstd_block(kind: int, size: int, content: bytes, *, last: bool = False) -> bytes:
+    return (size << 3 | kind << 1 | last).to_bytes(3, "little") + content
+
+
+SINGLE, WINDOWED = 0xA0, 0x80  # descriptors with four bytes of content size: all in one segment, or with a window
+RAW_BLOCK, RUN = 0, 1
+
+
+def test_a_zstd_frame_may_have_a_window_as_large_as_its_content() -> None:
+    count, blocks = 10 << 20, 80
+    size = count.to_bytes(4, "little")
+    runs = [zstd_block(RUN, 128 << 10, b"\x07", last=number == blocks - 1) for number in range(blocks)]
+    for head in (bytes([SINGLE]) + size, bytes([WINDOWED, 13 << 3 | 2]) + size):  # 2^23 bytes and 2/8 more
+        assert (unpacked(zstd_frame(head, *runs), count) == 7).all()
+    with pytest.raises(FormatError, match="window"):
+        unpacked(zstd_frame(bytes([WINDOWED, 13 << 3 | 3]) + size, *runs), count)
+
+
+def test_a_zstd_frame_may_name_dictionary_0_and_have_a_checksum() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    block = zstd_block(RAW_BLOCK, 3, b"abc", last=True)
+    assert bytes(unpacked(zstd_frame(b"\xa1\x00\x03\0\0\0", block), 3)) == b"abc"
+    with pytest.raises(FormatError, match="dictionary"):
+        unpacked(zstd_frame(b"\xa1\x01\x03\0\0\0", block), 3)
+    summed = zstandard.ZstdCompressor(write_checksum=True).compress(b"abc" * 1000)
+    assert bytes(unpacked(summed, 3000)) == b"abc" * 1000
+    with pytest.raises(FormatError):
+        unpacked(summed[:-1] + bytes([summed[-1] ^ 1]), 3000)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count"),
+    [
+        ([zstd_block(RUN, 200_000, b"x", last=True)], 200_000),
+        ([zstd_block(RUN, 128 << 10, b"x"), zstd_block(RUN, (128 << 10) + 1, b"x", last=True)], (256 << 10) + 1),
+        ([zstd_block(3, 3, b"abc", last=True)], 3),
+        ([zstd_block(RAW_BLOCK, 3, b"abc")], 3),
+        ([zstd_block(RAW_BLOCK, 4, b"abc", last=True)], 3),
+        ([zstd_block(RAW_BLOCK, 3, b"abc", last=True), zstd_block(RAW_BLOCK, 0, b"", last=True)], 3),
+        ([zstd_block(RAW_BLOCK, 3, b"abc", last=True), b"\0"], 3),
+        ([b"\x19"], 3),
+        ([], 3),
+    ],
+)
+def test_zstd_blocks_are_as_the_rfc_has_them(blocks: list[bytes], count: int) -> None:
+    with pytest.raises(FormatError, match="zstd"):
+        unpacked(zstd_frame(bytes([SINGLE]) + count.to_bytes(4, "little"), *blocks), count)
+
+
+def unpacked(payload: bytes, count: int) -> np.ndarray:
+    codec, extent, out = parse("raw|zstd"), Extent.whole(dtypes.UINT8, (count,)), np.empty(count, np.uint8)
+    codec.check_length(len(payload), extent)
+    codec.decode(memoryview(payload), extent, out)
+    return out
+
+
+@pytest.mark.parametrize("level", [1, 3, 6, 9, 13, 17, 19, 22])
+def test_whatever_zstd_makes_is_taken(level: int) -> None:
+    spread = np.random.default_rng(level)
+    for values in (
+        np.cumsum(spread.standard_normal(100_000)).astype(np.float32),
+        spread.integers(0, 3, 300_000).astype(np.float32),
+        spread.random(50_000, np.float32),
+        np.zeros(200_000, np.float32),
+        np.arange(7, dtype=np.float32),
+    ):
+        codec = parse(f"zstd:level={level}")
+        assert np.array_equal(decoded(codec, payload_of(codec, values), values.size), values)
