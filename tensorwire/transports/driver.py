@@ -1,8 +1,7 @@
-"""What every transport does, written once and without I/O: stepping through conversations, gathering and flushing, pace, deadlines,
-counting.
+"""What every transport does, written once and without I/O: conversations, gathering, pace, deadlines, counters.
 
-A transport is a `Driver` over a `Wire`, behind a skin that offers the calls. The driver's methods are coroutines. Over a wire of asyncio
-they wait; over a blocking wire nothing in them ever does, so that `completed` runs them like functions.
+A transport is a `Driver` over a `Wire`, behind a skin that offers the calls. The driver's methods are coroutines. Over
+asyncio they wait; over a blocking wire nothing in them ever does, so that `completed` runs them like functions.
 """
 
 import time
@@ -17,6 +16,7 @@ from tensorwire.transports.pace import Pace
 _GATHER_BYTES: Final = 1 << 20  # buffers are gathered up to this many bytes,
 _GATHER_COUNT: Final = 64  # or this many buffers (IOV_MAX is at least 1024 where it matters)
 _SMALL: Final = 16 << 10  # buffers of fewer bytes cost less to copy than a call, or a record of TLS, of their own
+_SHORTEST: Final = 0.001  # seconds; a patience of 0 would be none
 _PULSES: Final = 4  # signs of life in the time after which a peer would give us up
 
 T = TypeVar("T")
@@ -25,7 +25,10 @@ Pulse: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Wire(Protocol):
-    """A connection, or what stands for one. `patience`: seconds without progress after which a call raises TransportError."""
+    """A connection, or what stands for one.
+
+    `patience`: seconds without progress after which a call raises TransportError.
+    """
 
     @property
     def early(self) -> "Early":
@@ -48,7 +51,10 @@ class Wire(Protocol):
         """Whether the peer has said something that was not read yet, or is gone."""
 
     async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-        """Call `work` and return what it gives; every `pause` seconds until then, `pulse`. On return `work` has ended."""
+        """Call `work` and return what it gives; every `pause` seconds until then, `pulse`.
+
+        On return `work` has ended.
+        """
 
     def close(self) -> None:
         """Close it; what waits to be sent may still leave."""
@@ -68,7 +74,10 @@ class Driver:
         self._pace = Pace(min_rate)
 
     async def converse(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation and return its result; an error of a step is raised in the conversation, which may go on."""
+        """Hold a conversation and return its result.
+
+        An error of a step is raised in the conversation, which may go on.
+        """
         # Not `wait_for`: before Python 3.12 it may lose a cancellation that comes as the conversation ends.
         self._deadline = None if within is None else time.monotonic() + within
         try:
@@ -76,7 +85,7 @@ class Driver:
             while True:
                 try:
                     answer = await self._step(step)
-                except BaseException as error:
+                except BaseException as error:  # noqa: PERF203  # each step has errors of its own
                     step = conversation.throw(error)
                 else:
                     step = conversation.send(answer)
@@ -88,8 +97,10 @@ class Driver:
             conversation.close()
 
     async def send(self, buffers: Iterable[Buffer] | AsyncIterable[Buffer], *, alert: bool = False) -> int:
-        """Send every buffer in order; returns the bytes sent. Buffers are gathered up to a mebibyte; an empty one says that
-        the next may be long in coming, so that what is gathered leaves. `alert`: stop once the peer has said something.
+        """Send every buffer in order; returns the bytes sent.
+
+        Buffers are gathered up to a mebibyte; an empty one says that the next may be long in coming, so that what is
+        gathered leaves. `alert`: stop once the peer has said something.
         """
         before = self.sent
         batch = _Batch()
@@ -106,10 +117,14 @@ class Driver:
         return self.sent - before
 
     async def read(self, buffer: memoryview, *, steady: bool = True, within: float | None = None) -> int:
-        """Receive at least one byte into `buffer`; returns how many, 0 once the peer has closed. `steady`, `within`: see `Fill`."""
+        """Receive at least one byte into `buffer`; returns how many, 0 once the peer has closed.
+
+        `steady`, `within`: see `Fill`.
+        """
         patience = self._patience(within)
         began = time.monotonic()
-        got = self.wire.early.take(buffer) or await self.wire.read(buffer, patience)
+        early = self.wire.early
+        got = early.take(buffer) if early else await self.wire.read(buffer, patience)
         if steady:
             self._pace.moved(got, time.monotonic() - began)
         self.received += got
@@ -154,10 +169,12 @@ class Driver:
 
     def _patience(self, within: float | None = None) -> float | None:
         """Seconds that the next call may wait. Raises TransportError where the conversation's time is over."""
+        if self._deadline is None and within is None:
+            return self._timeout
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if left is not None and left <= 0:
             raise TransportError("the peer takes longer than it may")
-        return min((seconds for seconds in (self._timeout, within, left) if seconds is not None), default=None)
+        return max(_SHORTEST, min(seconds for seconds in (self._timeout, within, left) if seconds is not None))
 
 
 class Transport:
@@ -186,25 +203,14 @@ class Transport:
         self.driver.wire.close()
 
 
-class Early:
+class Early(bytearray):
     """Bytes that have arrived although nobody was reading, for whoever reads next."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def __bool__(self) -> bool:
-        return bool(self._data)
-
-    def add(self, data: bytes | memoryview) -> None:
-        """More of them."""
-        self._data += data
 
     def take(self, buffer: memoryview) -> int:
         """Move as many into `buffer` as there are and fit; returns how many."""
-        size = min(len(buffer), len(self._data))
-        if size:
-            buffer[:size] = self._data[:size]
-            del self._data[:size]
+        size = min(len(buffer), len(self))
+        buffer[:size] = self[:size]
+        del self[:size]
         return size
 
 
@@ -245,7 +251,10 @@ class _Batch:
 
 
 def run_of(views: list[memoryview]) -> bytes | memoryview:
-    """The next bytes of `views` for a call that takes one buffer: a large one as it is, or all small ones up to the next large."""
+    """What leaves next through a call that takes one buffer.
+
+    That is a large buffer as it is, or all small ones up to the next large one.
+    """
     small = 0
     while small < len(views) and len(views[small]) < _SMALL:
         small += 1
@@ -253,7 +262,10 @@ def run_of(views: list[memoryview]) -> bytes | memoryview:
 
 
 def completed(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine in which nothing waits: over a blocking wire, whatever is awaited has blocked instead."""
+    """The result of a coroutine in which nothing waits.
+
+    Over a blocking wire that is any of the driver's: whatever is awaited has blocked instead.
+    """
     try:
         coroutine.send(None)
     except StopIteration as stop:

@@ -1,4 +1,7 @@
-"""Two ends of a bounded pipe within one process: for tests of whole protocols, and for threads that hand streams to one another."""
+"""Two ends of a bounded pipe within one process.
+
+For tests of whole protocols, and for threads that hand streams to one another.
+"""
 
 import threading
 from collections import deque
@@ -14,8 +17,10 @@ _DEPTH: Final = 8  # buffers in the pipe, in each direction
 
 
 class MemoryTransport(BlockingTransport):
-    """One end of a pipe, for one thread at a time; `pair()` makes both. Buffers are handed over, not copied, so they must not be
-    changed before the other end has read them. Otherwise as `TcpTransport`: `run`, time-outs and errors too.
+    """One end of a pipe, for one thread at a time; `pair()` makes both.
+
+    Buffers are handed over, not copied, so they must not be changed before the other end has read them. Otherwise as
+    `TcpTransport`: `run`, time-outs and errors too.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""`send_resuming` for blocking sockets and for asyncio: one stream from here to there, over as many connections as it takes."""
+"""`send_resuming`, blocking and for asyncio: one stream from here to there, over as many connections as it takes."""
 
 import asyncio
 import time
@@ -30,15 +30,15 @@ def send_resuming(
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
-    `patience`: seconds without any progress of the receiver after which the last error is raised. Errors that trying again cannot
-    mend are raised at once. `check_peer` may raise before anything is offered.
+    `patience`: seconds without any progress of the receiver after which the last error is raised. Errors that trying
+    again cannot mend are raised at once. `check_peer` may raise before anything is offered.
     """
 
     async def connected() -> Driver:
         return connect().driver
 
     async def pause(seconds: float) -> None:
-        time.sleep(seconds)  # noqa: ASYNC251  # nothing here waits: see `completed`
+        time.sleep(seconds)  # nothing here waits: see `completed`
 
     sending = send_over(connected, pause, offer, outgoing, patience=patience, greeting=HANDSHAKE, check_peer=check_peer)
     return completed(sending)
