@@ -23,8 +23,7 @@ import numpy as np
 
 import tensorwire
 from tensorwire.transfer import Offer, Recording, Regenerated, greet, receive_stream, send_stream
-from tensorwire.transports import AsyncListener, AsyncTransport, TcpTransport, client_tls, server_tls
-from tensorwire.transports.pace import HANDSHAKE
+from tensorwire.transports import HANDSHAKE, AsyncListener, AsyncTransport, TcpTransport, client_tls, server_tls
 
 MIB = 1 << 20
 BAR = 1.5

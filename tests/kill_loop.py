@@ -169,15 +169,16 @@ def _child(verb: str, folder: Path, rate: float, arguments: list[str]) -> int:
     """One of the two commands, with every byte counted where it survives."""
     from tensorwire.cli import main
     from tensorwire.transfer import Recording
-    from tensorwire.transports import TcpTransport, aio
-    from tensorwire.transports import resume as transfer
+    from tensorwire.transfer.resume import Watched
+    from tensorwire.transports.aio_protocol import ProtocolWire
+    from tensorwire.transports.blocking import SocketWire
 
     moved, position = Counter(folder / verb), Counter(folder / "position")
-    send_some, after = TcpTransport._send_some, transfer._Watched.after
-    updated, store = aio._Wire.buffer_updated, Recording._store
+    write, after = SocketWire.write, Watched.after
+    updated, store = ProtocolWire.buffer_updated, Recording._store
 
-    def counted_send(self: Any, batch: list) -> int:
-        sent = send_some(self, batch)
+    async def counted_write(self: Any, views: list, patience: float | None) -> int:
+        sent = await write(self, views, patience)
         moved.value += sent
         time.sleep(sent / rate)
         return sent
@@ -196,8 +197,8 @@ def _child(verb: str, folder: Path, rate: float, arguments: list[str]) -> int:
         store(self)
         position.value = self.position.offset
 
-    TcpTransport._send_some, transfer._Watched.after = counted_send, logged_after
-    aio._Wire.buffer_updated, Recording._store = counted_receive, noted_store
+    SocketWire.write, Watched.after = counted_write, logged_after
+    ProtocolWire.buffer_updated, Recording._store = counted_receive, noted_store
     return main([verb, *arguments])
 
 

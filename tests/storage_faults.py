@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tensorwire.storage import atomic, output
+from tensorwire.storage import atomic, output, parts
 
 CALLS = ("open", "stat", "pwrite", "preadv", "fsync", "close", "replace", "posix_fadvise")
 
 
 def replace_os(patch: pytest.MonkeyPatch, fake: Any) -> None:
     """Let the modules of tensorwire.storage use `fake` for `os`."""
-    for module in (atomic, output):
+    for module in (atomic, output, parts):
         patch.setattr(module, "os", fake)
 
 

@@ -5,7 +5,6 @@ server has acknowledged it, so that the same update is delivered again and none 
 """
 
 import os
-import random
 import time
 import zlib
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
 from tensorwire.storage import write_file
 from tensorwire.transfer import (
+    Backoff,
     Offer,
     Recorded,
     Recording,
@@ -29,12 +29,11 @@ from tensorwire.transfer import (
     say,
     send_stream,
 )
-from tensorwire.transports import TcpTransport
+from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
 from tensorwire.updates import ErrorFeedback, Terms, encode, receive, subtract, views
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
-_GREETING: Final = 10.0  # seconds that the server has for its greeting
 
 
 class Client:
@@ -54,7 +53,7 @@ class Client:
         connect: Callable[[], TcpTransport],
         folder: str | os.PathLike[str],
         *,
-        patience: float = 60.0,
+        patience: float = TIMEOUT,
         hold: float = 10.0,
         on_refusal: Callable[[RefusedError], None] = lambda error: None,
     ) -> None:
@@ -70,19 +69,17 @@ class Client:
 
     def run(self) -> None:
         """Take part until the server says that the run is over. Raises TransportError, AuthError, RefusedError."""
-        since, pause = time.monotonic(), _FIRST_PAUSE
+        backoff = Backoff(patience=self._patience, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
         while True:
             try:
                 with self._connect() as transport:
-                    transport.run(greet("tensorwire.fl"), within=_GREETING)
+                    transport.run(greet("tensorwire.fl"), within=HANDSHAKE)
                     while self._step(transport):
-                        since, pause = time.monotonic(), _FIRST_PAUSE
+                        backoff.reset()
                     return
             except (TransportError, CorruptError, TruncatedError) as error:
-                if not getattr(error, "retryable", True) or time.monotonic() - since > self._patience:
-                    raise
-            time.sleep(pause * random.uniform(0.5, 1))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = backoff.after(error)
+            time.sleep(pause)
 
     def _step(self, transport: TcpTransport) -> bool:
         """Ask what to do and do it. Returns whether there may be more."""

@@ -38,11 +38,10 @@ from tensorwire.transfer import (
     send_stream,
     wait,
 )
-from tensorwire.transports import AsyncTransport
+from tensorwire.transports import HANDSHAKE, AsyncTransport
 from tensorwire.updates import Rules, Terms, Update, UpdateError, Verdict, average, check_update, encode, views
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
-_GREETING: Final = 10.0  # seconds that a client has for its greeting
 _POLL: Final = 10.0  # seconds that a client with nothing to do is kept at most, before it asks again
 _UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
 _MOST_CORRUPT: Final = 3  # broken uploads of one client in a round before it is out of it
@@ -100,7 +99,7 @@ class Server:
 
     async def serve(self, transport: AsyncTransport) -> None:
         """One connection, for as long as it lasts."""
-        await transport.run(greet("tensorwire.fl"), within=_GREETING)
+        await transport.run(greet("tensorwire.fl"), within=HANDSHAKE)
         while True:
             request = await transport.run(hear())
             try:

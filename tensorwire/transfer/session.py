@@ -127,7 +127,7 @@ class RefusedError(TransportError):
         self.kind = kind
 
 
-class Place(Protocol):
+class Destination(Protocol):
     """Where a stream is received to; `transfer.receiving.Recording` is one."""
 
     position: Position
@@ -146,18 +146,20 @@ class Place(Protocol):
     def close(self) -> None: ...
 
 
-def greet(software: str = "tensorwire") -> Conversation[Peer]:
+def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) -> Conversation[Peer]:
     """Both ends begin so: nothing is offered before each knows that it understands the other.
 
+    `codecs`: ids that this end can decode; None for all that are registered here. Who only keeps streams may name any.
     Raises UnsupportedError naming both versions, FormatError where the peer speaks something else.
     """
-    mine = {"session": VERSION, "format": FORMAT, "codecs": list(known_ids()), "software": software}
+    decodes = list(known_ids() if codecs is None else codecs)
+    mine = {"session": VERSION, "format": FORMAT, "codecs": decodes, "software": software}
     yield Send([_pack("hello", mine)])
     try:
         kind, hello = yield from _read_any(None)
     except TransportError as error:  # no alert of TLS reaches us from where asyncio listens
         raise TransportError(
-            f"{error.detail}, before its greeting: has it no place free, or does it refuse our certificate?"
+            f"{error.detail}, before its greeting: is it full, or does it refuse our certificate?"
         ) from error
     if kind != "hello":
         raise SequenceError(f"expected the message 'hello', got {show(kind)}")
@@ -203,36 +205,36 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
 
 
 def receive_stream(
-    open_place: Callable[[Offer], Place], *, about: Callable[[], Mapping[str, Any]] = dict
+    open_destination: Callable[[Offer], Destination], *, about: Callable[[], Mapping[str, Any]] = dict
 ) -> Conversation[tuple[Offer, Outcome, bool]]:
-    """Receive a stream to where `open_place` says. What that raises of this library's errors refuses the offer; a RefusedError
+    """Receive a stream to where `open_destination` says. What that raises of this library's errors refuses the offer; a RefusedError
     gives the reason in the caller's own word. The receipt is sent after `commit`, with what `about` gives then.
 
     Returns the offer, what was received, and whether the sender has said that it has its receipt. On any error what was
-    received so far stays for the next attempt; the connection is of no more use, unless `open_place` has refused the offer.
+    received so far stays for the next attempt; the connection is of no more use, unless `open_destination` has refused the offer.
     """
     offer = yield from _hear_offer()
-    opened: list[Place] = []  # by the work itself: it may end after this conversation was given up
+    opened: list[Destination] = []  # by the work itself: it may end after this conversation was given up
     try:
         try:
-            yield Do(lambda: opened.append(open_place(offer)), _WAIT)
-            place = opened[0]
-            yield Send([_pack("have", asdict(place.position))])
-            for _ in place.steps():
-                place.buffer_updated((yield Fill(place.get_buffer(), steady=True)))
-            yield Do(place.commit, _WAIT)
-            outcome = place.outcome
+            yield Do(lambda: opened.append(open_destination(offer)), _WAIT)
+            destination = opened[0]
+            yield Send([_pack("have", asdict(destination.position))])
+            for _ in destination.steps():
+                destination.buffer_updated((yield Fill(destination.get_buffer(), steady=True)))
+            yield Do(destination.commit, _WAIT)
+            outcome = destination.outcome
             assert outcome is not None
             receipt = {"digest": outcome.digest, "size": outcome.end.offset, "about": dict(about())}
             yield Send([_pack("receipt", receipt)])
             acknowledged = yield from _acknowledged()
             if acknowledged:
-                place.forget()
+                destination.forget()
         except MemoryError as error:
             raise StorageError("no memory left to receive with", errno=errno.ENOMEM) from error
         finally:
-            for place in opened:
-                place.close()
+            for destination in opened:
+                destination.close()
     except TensorwireError as error:
         if not isinstance(error, (TransportError, TruncatedError)) or isinstance(error, RefusedError):
             with suppress(TransportError):
@@ -248,7 +250,9 @@ def say(message: Mapping[str, Any]) -> Conversation[None]:
 
 def hear() -> Conversation[dict[Any, Any]]:
     """Receive a message of the application's own. It is not to be trusted: check every field."""
-    return (yield from _read("note", note=dict))["note"]
+    message = yield from _read("note", note=dict)
+    note: dict[Any, Any] = message["note"]
+    return note
 
 
 def wait() -> Conversation[None]:

@@ -5,16 +5,22 @@
 from tensorwire.transports.aio import AsyncListener, AsyncTransport
 from tensorwire.transports.blocking import TcpListener, TcpTransport
 from tensorwire.transports.memory import MemoryTransport
-from tensorwire.transports.resume import send_resuming
-from tensorwire.transports.tls import client_tls, server_tls
+from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
+from tensorwire.transports.resume import PATIENCE, send_resuming, send_resuming_async
+from tensorwire.transports.tls import client_tls, is_loopback, server_tls
 
 __all__ = [
+    "HANDSHAKE",
+    "PATIENCE",
+    "TIMEOUT",
     "AsyncListener",
     "AsyncTransport",
     "MemoryTransport",
     "TcpListener",
     "TcpTransport",
     "client_tls",
+    "is_loopback",
     "send_resuming",
+    "send_resuming_async",
     "server_tls",
 ]

@@ -6,11 +6,13 @@ host name. With mutual TLS the one who connects has a certificate too, and the l
 
 import os
 import ssl
+from collections.abc import Mapping
 from ipaddress import ip_address
+from typing import Any
 
 from tensorwire.errors import AuthError, TransportError
 
-Path = str | os.PathLike
+Path = str | os.PathLike[str]
 
 
 def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.SSLContext:
@@ -46,6 +48,12 @@ def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -
             "(plaintext=True, --plaintext)",
             retryable=False,
         )
+
+
+def common_name(certificate: Mapping[str, Any] | None) -> str | None:
+    """The common name in a certificate as `SSLSocket.getpeercert` gives it, None without."""
+    subject = (certificate or {}).get("subject", ())
+    return next((value for part in subject for key, value in part if key == "commonName"), None)
 
 
 def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, ca: Path | None) -> None:
