@@ -8,7 +8,7 @@
 loaded, imports done, connected); `receiver_extra_mib` likewise, less the model it is meant to end up holding
 (in file mode: nothing). `seconds` run from the sender's first step to the receiver's word that all is there
 and verified; in file mode that includes putting the file on disk (fsync). Of several runs, the largest peaks
-and the median time count. `torch.save` and `safetensors` do the regular thing as their users do it.
+and the median time count. `torch.save` and `safetensors` are rivals in regular mode, used as their users use them.
 """
 
 import importlib.util

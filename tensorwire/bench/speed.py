@@ -1,13 +1,14 @@
 """GB/s of fp32 input per codec, beside a copy and beside what a user would otherwise pick, in one run.
 
-Every contender works on the same array of seeded weights. After one warm-up each, rounds go over all of them
-in turn, so that whatever else the machine does falls on all alike; a figure is the median of the rounds.
-Contenders that allocate have rounds of their own, after the others: what they free the system, and below a virtual
-machine its host, takes back during the next hundredths of a second, at the cost of whoever runs then.
-`warm` writes into memory that was written before, `fresh` into what it allocates itself and nobody wrote to before.
-`reused` allocates too, as tensorwire does unless told otherwise: it gets the memory of what the round before it dropped
-(`tensorwire.set_spare_memory`). memcpy is `np.copyto` of the same array into warm memory, each byte
-counted once; vs_memcpy and vs_rival are ratios to figures of this run.
+Every contender works on the same array of seeded weights. After one warm-up each, rounds go over all of them in turn,
+so that other load on the machine meets all alike; a figure is the median of the rounds. Contenders that allocate have
+rounds of their own, after the others: for some hundredths of a second after they free memory, the system and the host
+of a virtual machine take it back, at the cost of whoever runs then.
+
+`warm` outputs are written to memory that was in use before, `fresh` ones to new memory that the contender allocates.
+`reused` ones are allocated too, as tensorwire does unless told otherwise: they get the memory of what the round before
+dropped (`tensorwire.set_spare_memory`). memcpy is `np.copyto` of the same array into warm memory, each byte counted
+once; vs_memcpy and vs_rival are ratios to figures of this run.
 
 encode and decode are the codec alone, the checksum of what it encodes included, in one call that may use `threads`
 threads; memcpy copies as many equal parts at once. encode_stream drains `tensorwire.encode` and decode_stream runs
@@ -42,8 +43,8 @@ from tensorwire.tensor import Extent
 DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "raw")
 DEFAULT_SIZE_MIB: Final = {"native": 32, "numpy": 4}
 ROUNDS: Final = 9
-FEWER_ROUNDS: Final = 5  # for what takes longer than
-_SLOW: Final = 0.2  # seconds
+FEWER_ROUNDS: Final = 5  # for slow contenders
+_SLOW: Final = 0.2  # seconds of a run, from which on a contender is slow
 COLUMNS: Final = (
     Column("size_mib", "MiB"),
     Column("codec", "codec"),

@@ -29,7 +29,7 @@ from tensorwire.transfer import (
     say,
     send_stream,
 )
-from tensorwire.transports import HANDSHAKE, TcpTransport
+from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
 from tensorwire.updates import ErrorFeedback, Terms, encode, receive, subtract, views
 
 _FIRST_PAUSE: Final = 0.05
@@ -53,7 +53,7 @@ class Client:
         connect: Callable[[], TcpTransport],
         folder: str | os.PathLike[str],
         *,
-        patience: float = 60.0,
+        patience: float = TIMEOUT,
         hold: float = 10.0,
         on_refusal: Callable[[RefusedError], None] = lambda error: None,
     ) -> None:
