@@ -2,6 +2,7 @@
 a reader written from the page alone agrees on every one, and each bad stream gets the error it must get.
 """
 
+import fnmatch
 import re
 import subprocess
 import sys
@@ -174,10 +175,25 @@ def test_the_page_lists_every_codec():
     assert found == {stage.id: stage.name for stage in codecs.BUILT_IN}
 
 
+STEPS = {
+    "STREAM": Step.STREAM, "ITEM": Step.ITEM, "DATA, item goes on": Step.SLICE, "DATA, item complete": Step.LAST,
+    "skippable": Step.SKIP, "END": Step.END,
+}  # fmt: skip
+
+
+def test_the_page_draws_the_figure_of_transitions():
+    found: dict[State, dict[Step, State]] = {state: {} for state in State}
+    for before, after, label in re.findall(r"^    (\w+) --> (\w+): (.*)$", PAGE, re.MULTILINE):
+        step = STEPS[label]
+        assert step not in found[State[before.upper()]]
+        found[State[before.upper()]][step] = State[after.upper()]
+    assert found == TRANSITIONS
+
+
 def test_the_page_shows_the_table_of_transitions():
     heads, _, *body = rows("## 7.")
-    steps = [Step.STREAM, Step.ITEM, Step.SLICE, Step.LAST, Step.SKIP, Step.END]
-    assert len(heads) == 1 + len(steps)
+    assert heads[1:] == [*STEPS]
+    steps = STEPS.values()
     found = {
         State[row[0].split()[0].upper()]: {
             step: State[cell.upper()] for step, cell in zip(steps, row[1:], strict=True) if cell
@@ -185,6 +201,21 @@ def test_the_page_shows_the_table_of_transitions():
         for row in body
     }
     assert found | {State.ENDED: {}} == TRANSITIONS
+
+
+# Stages that are known, in an order that is not: section 6 says what they are.
+ORDERS = {"item-codec-zstd-first", "item-codec-zstd-twice", "item-codec-zstd-inside", "item-codec-quantized-twice"}
+
+
+def test_the_page_gives_the_kind_of_every_error():
+    *kinds, (last, _, others) = rows("## 10.")[2:]
+    assert (last, others) == ("FormatError", "all others")
+    assert {kind for kind, _, _ in kinds} | {last} == {error for error, _, _ in bad.BAD.values()}
+    patterns = [(kind, pattern) for kind, _, cell in kinds for pattern in re.findall("`(.*?)`", cell)]
+    assert all(fnmatch.filter(BAD, pattern) for _, pattern in patterns)
+    for name in {*BAD} - ORDERS:
+        matching = {kind for kind, pattern in patterns if fnmatch.fnmatch(name, pattern)} or {last}
+        assert matching == {bad.BAD[name][0]}, name
 
 
 def test_the_page_gives_the_default_limits():

@@ -3,7 +3,7 @@
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec
-from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import GrowingMemory
@@ -19,15 +18,13 @@ from tensorwire.storage.atomic import write_file
 from tensorwire.streams.receiver import check_codec, check_slice, reject_files
 from tensorwire.streams.sender import encode
 from tensorwire.streams.sinks import collect, decode
-from tensorwire.tensor import Extent, Front
+from tensorwire.tensor import Front
 from tensorwire.wire import (
     AliasItem,
     Archive,
     ContainerItem,
     DataItem,
-    Header,
     Item,
-    StoredSlice,
     StreamInfo,
     TensorItem,
     ValueItem,
@@ -75,16 +72,16 @@ class TensorFile:
         self._front = front
         self._limits = limits
         self._file = _Mapped(path)
-        known: set[tuple[CodecSpec, DType]] = set()  # what `check_codec` has said yes to
+        self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
 
         def accept(what: StreamInfo | Item) -> None:
-            if isinstance(what, StreamInfo):
+            if isinstance(what, TensorItem):
+                if (what.codec, what.dtype.number) not in self._codecs:
+                    self._codecs[what.codec, what.dtype.number] = check_codec(what)
+            elif isinstance(what, StreamInfo):
                 what.check_base(base)
-                return
-            reject_files(what)
-            if isinstance(what, TensorItem) and (what.codec, what.dtype) not in known:
-                check_codec(what)
-                known.add((what.codec, what.dtype))
+            else:
+                reject_files(what)
 
         try:
             self._archive = Archive(self._file, crc32c, limits, accept=accept)
@@ -131,9 +128,10 @@ class TensorFile:
         """The tensor or value, decoded and verified. Raises KeyError."""
         number = self._resolve(name)
         item = self._archive.items[number]
-        data = read_item(self._archive, number, self._limits)
         if isinstance(item, TensorItem):
-            return self._front.wrap(data, item.dtype, item.shape)
+            codec = self._codecs[item.codec, item.dtype.number]
+            return self._front.wrap(read_item(self._archive, number, codec, self._limits), item.dtype, item.shape)
+        data = read_item(self._archive, number, RAW, self._limits)
         try:
             return unpack_value(data.tobytes(), self._limits)
         except TensorwireError as error:
@@ -148,11 +146,14 @@ class TensorFile:
         """
         number = self._resolve(name)
         item = self._archive.items[number]
-        slices, data = [], self._file.view[:0]
-        if isinstance(item, TensorItem) and (codec := check_codec(item)).in_place:
-            slices = list(_slices(self._archive, number, item, codec, self._limits))
-        if not isinstance(item, TensorItem) or not (codec.in_place and len(slices) == min(item.total, 1)):
-            raise EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
+        refusal = EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
+        codec = self._codecs.get((item.codec, item.dtype.number)) if isinstance(item, TensorItem) else None
+        if not isinstance(item, TensorItem) or codec is None or not codec.in_place:
+            raise refusal
+        slices = list(self._archive.slices(number, lambda header: check_slice(codec, header, item, self._limits)))
+        if len(slices) > 1:
+            raise refusal
+        data = self._file.view[:0]
         for stored, extent in slices:
             data = self._file.view[stored.offset : stored.offset + len(stored.payload)]
             codec.decode(stored.payload, extent, data)  # in place: only looks
@@ -167,44 +168,21 @@ class TensorFile:
         return item.of if isinstance(item, AliasItem) else number
 
 
-def read_item(archive: Archive, number: int, limits: Limits = DEFAULT) -> npt.NDArray[np.uint8]:
+def read_item(archive: Archive, number: int, codec: Codec, limits: Limits = DEFAULT) -> npt.NDArray[np.uint8]:
     """The decoded bytes of an item with data of its own: a tensor's elements, a value's encoding, a file's content."""
     item = archive.items[number]
     assert isinstance(item, DataItem), "aliases and containers have no data of their own"
     itemsize = 1 if isinstance(item, ValueItem) else item.dtype.itemsize
     memory = GrowingMemory((item.total if item.total is not None else limits.stream) * itemsize)
-    codec = RAW if isinstance(item, ValueItem) else check_codec(item)
     stop = 0
-    for stored, extent in _slices(archive, number, item, codec, limits):
+    for stored, extent in archive.slices(number, lambda header: check_slice(codec, header, item, limits)):
         start, stop = extent.start * itemsize, (extent.start + extent.count) * itemsize
-        with _located(item, stored):
+        try:
             codec.decode(stored.payload, extent, memory.region(start, stop))
+        except TensorwireError as error:
+            error.item, error.frame, error.offset = item.name, stored.header.sequence, stored.frame_offset
+            raise
     return memory.data[:stop]
-
-
-@contextmanager
-def _located(item: DataItem, stored: StoredSlice) -> Iterator[None]:
-    """Errors inside name the item and the frame."""
-    try:
-        yield
-    except TensorwireError as error:
-        error.item, error.frame, error.offset = item.name, stored.header.sequence, stored.frame_offset
-        raise
-
-
-def _slices(
-    archive: Archive, number: int, item: DataItem, codec: Codec, limits: Limits
-) -> Iterator[tuple[StoredSlice, Extent]]:
-    """The slices of an item as the codec may take them; without the frame that closes a file."""
-    extents: list[Extent] = []
-
-    def check(header: Header) -> None:
-        if header.count:
-            extents.append(check_slice(codec, header, item, limits))
-
-    for stored in archive.slices(number, check):
-        if stored.header.count:
-            yield stored, extents.pop()
 
 
 class _Mapped:

@@ -8,7 +8,7 @@ front to back checks, but for the digest in the END frame.
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from tensorwire.checksum import Checksum
 from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, WireError
@@ -16,7 +16,6 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
     PREAMBLE_SIZE,
-    SKIPPABLE,
     FrameType,
     Header,
     check_padding,
@@ -25,10 +24,12 @@ from tensorwire.wire.frames import (
     unpack_header,
 )
 from tensorwire.wire.items import AliasItem, ContainerItem, Item, StreamInfo
-from tensorwire.wire.ledger import END_SIZE, Ledger, Mark, State, Summary
+from tensorwire.wire.ledger import END_SIZE, Ledger, Mark, State, Step, Summary
 
 _ENTRY: Final = struct.Struct("<QIIQII")
-NO_DATA: Final = Mark(0, 0, 0)
+NO_DATA: Final[Mark] = 0, 0, 0
+
+CheckedT = TypeVar("CheckedT")
 
 
 class RandomAccess(Protocol):
@@ -43,12 +44,16 @@ class RandomAccess(Protocol):
 
 
 class StoredSlice(NamedTuple):
-    """A verified slice: its header, its payload, and the offsets of its frame and of its payload."""
+    """A verified slice: its header, its payload, and the byte of the archive that the payload begins at."""
 
     header: Header
     payload: memoryview
-    frame_offset: int
     offset: int
+
+    @property
+    def frame_offset(self) -> int:
+        """The byte of the archive that the frame begins at."""
+        return self.offset - self.header.pad - HEADER_SIZE
 
 
 def pack_index(entries: list[tuple[Mark, Mark]]) -> bytes:
@@ -74,7 +79,7 @@ class Archive:
     ) -> None:
         self.info = StreamInfo()
         self.items: list[Item] = []
-        self._source = source
+        self._read, self._size = source.read, source.size
         self._checksum = checksum
         self._accept = accept
         self._limits = limits
@@ -85,8 +90,11 @@ class Archive:
             self._walk()  # another fault may come before this one, and explain it
             raise
 
-    def slices(self, number: int, check: Callable[[Header], object]) -> Iterator[StoredSlice]:
-        """The data frames of an item. `check` is called with each header before its payload is read, and may raise."""
+    def slices(self, number: int, check: Callable[[Header], CheckedT]) -> Iterator[tuple[StoredSlice, CheckedT]]:
+        """The data frames of an item, each with what `check` says to its header.
+
+        `check` is called before the payload is read, and may raise. Without the frame that only closes a file.
+        """
         item = self.items[number]
         if isinstance(item, (AliasItem, ContainerItem)) or number not in self._data:
             return
@@ -94,15 +102,16 @@ class Archive:
         ledger = Ledger.within(self._limits, begin, self.info.align, number, item)
         try:
             while ledger.pending:
-                header, packed = self._header(ledger)
-                if header.type != FrameType.DATA:
-                    self._skip(ledger, header, packed)
-                    continue
-                check(header)
-                payload = self._payload(ledger, header, item.name)
-                begin = ledger.offset
-                ledger.pass_frame(header, packed)
-                yield StoredSlice(header, payload, begin, begin + HEADER_SIZE + header.pad)
+                header, packed, step = self._header(ledger)
+                if step is Step.SKIP:
+                    self._payload(ledger, header)
+                elif header.type != FrameType.DATA:
+                    raise FormatError("the index points at another frame")
+                elif header.count:
+                    checked = check(header)
+                    payload = self._payload(ledger, header, item.name)
+                    yield StoredSlice(header, payload, ledger.offset + HEADER_SIZE + header.pad), checked
+                ledger.pass_frame(header, packed, step)
             self._skip_to(ledger, end)
         except WireError as error:
             self._walk(until=ledger.offset)
@@ -113,23 +122,24 @@ class Archive:
         index, end, entries = self._find_index()
         ledger = self._begin()
         for entry in _ENTRY.iter_unpack(entries):
-            self._reach(ledger, Mark(*entry[:3]), entries)
-            header, packed = self._header(ledger)
-            if header.type != FrameType.ITEM:
+            if entry[:3] != ledger.mark:
+                self._reach(ledger, entry[:3], entries)
+            header, packed, step = self._header(ledger)
+            if step is not Step.ITEM:
                 raise FormatError("the index points at another frame", offset=ledger.offset)
             item = self._read_item(ledger, header)
             if item.total == 0 and entry[3:] != NO_DATA:
                 raise FormatError("the index has data for an item without any", item=item.name, offset=ledger.offset)
-            ledger.pass_frame(header, packed)
+            ledger.pass_frame(header, packed, step)
             self.items.append(item)
         self._reach(ledger, index, entries)
         self._skip_to(ledger, end)
-        header, packed = self._header(ledger)
+        header, _, _ = self._header(ledger)
         ledger.read_end(self._payload(ledger, header))
 
     def _find_index(self) -> tuple[Mark, Mark, memoryview]:
         """Where INDEX and END stand, and the entries, none of which is verified before the account reaches it."""
-        offset = self._source.size - HEADER_SIZE - END_SIZE
+        offset = max(self._size - HEADER_SIZE - END_SIZE, 0)
         end = self._header_at(offset)
         if end.type != FrameType.END or end.length != END_SIZE:
             raise FormatError("the last frame is no end frame", offset=offset)
@@ -143,33 +153,33 @@ class Archive:
         if index.length > self._limits.skippable:
             raise LimitError("index (skippable)", self._limits.skippable, index.length, offset=where)
         entries = self._bytes(where + HEADER_SIZE, index.length)
-        return Mark(where, index.sequence, index.link), Mark(offset, end.sequence, end.link), entries
+        return (where, index.sequence, index.link), (offset, end.sequence, end.link), entries
 
     def _walk(self, until: int | None = None) -> None:
         """Read the stream from front to back, all but the payloads of data, and raise for the first fault."""
         ledger = self._begin()
         while ledger.state is not State.ENDED and (until is None or ledger.offset <= until):
-            header, packed = self._header(ledger)
+            header, packed, step = self._header(ledger)
             if header.type == FrameType.DATA:
                 self._bytes(ledger.offset, header.size, ledger.sequence)
-            elif header.type == FrameType.ITEM:
+            elif step is Step.ITEM:
                 self._read_item(ledger, header)
-            elif header.type == FrameType.END:
+            elif step is Step.END:
                 ledger.read_end(self._payload(ledger, header))
             else:
                 self._payload(ledger, header)
-            ledger.pass_frame(header, packed)
-        if ledger.state is State.ENDED and ledger.offset != self._source.size:
+            ledger.pass_frame(header, packed, step)
+        if ledger.state is State.ENDED and ledger.offset != self._size:
             raise FormatError("bytes after the end frame", offset=ledger.offset)
 
     def _begin(self) -> Ledger:
         """The account after the preamble and the STREAM frame."""
         preamble = bytes(self._bytes(0, PREAMBLE_SIZE))
         ledger = Ledger(self._limits, preamble, check_preamble(preamble, self._checksum))
-        header, packed = self._header(ledger)
+        header, packed, step = self._header(ledger)
         self.info = ledger.read_stream(self._payload(ledger, header))
         self._accept(self.info)
-        ledger.pass_frame(header, packed)
+        ledger.pass_frame(header, packed, step)
         return ledger
 
     def _read_item(self, ledger: Ledger, header: Header) -> Item:
@@ -183,56 +193,54 @@ class Archive:
 
     def _reach(self, ledger: Ledger, mark: Mark, entries: memoryview) -> None:
         """Go on at the frame at `mark`, beyond the data of items that stands before it."""
-        while ledger.pending:
-            number = ledger.pending[0][0]
-            begin = _data_mark(entries, number)
-            if not 0 < begin.sequence < mark.sequence:
-                break
+        begin = self._next_data(ledger, mark, entries)
+        while begin is not None:
             self._skip_to(ledger, begin)
-            end = _data_mark(entries, ledger.pending[1][0]) if len(ledger.pending) > 1 else mark
-            if not 0 < end.sequence < mark.sequence:
-                end = mark
-            ledger.pass_data(end)
-            self._data[number] = begin, end
+            number, _ = ledger.pending.popleft()
+            following = self._next_data(ledger, mark, entries)
+            ledger.pass_data(following or mark)
+            self._data[number] = begin, following or mark
+            begin = following
         self._skip_to(ledger, mark)
+
+    def _next_data(self, ledger: Ledger, mark: Mark, entries: memoryview) -> Mark | None:
+        """Where the data of the first pending item begins, if that is before `mark`."""
+        if not ledger.pending:
+            return None
+        entry = _ENTRY.unpack_from(entries, ledger.pending[0][0] * _ENTRY.size)
+        return entry[3:] if 0 < entry[4] < mark[1] else None
 
     def _skip_to(self, ledger: Ledger, mark: Mark) -> None:
         """Go on at the frame at `mark`, over skippable ones, which are verified."""
-        while ledger.offset < mark.offset:
-            self._skip(ledger, *self._header(ledger))
+        while ledger.offset < mark[0]:
+            header, packed, step = self._header(ledger)
+            if step is not Step.SKIP:
+                raise FormatError("the index leaves out a frame", offset=ledger.offset)
+            self._payload(ledger, header)
+            ledger.pass_frame(header, packed, step)
         if ledger.mark != mark:
-            raise FormatError("the index points elsewhere", offset=mark.offset)
+            raise FormatError("the index points elsewhere", offset=ledger.offset)
 
-    def _skip(self, ledger: Ledger, header: Header, packed: memoryview) -> None:
-        if header.type < SKIPPABLE:
-            raise FormatError("the index leaves out a frame", offset=ledger.offset)
-        self._payload(ledger, header)
-        ledger.pass_frame(header, packed)
-
-    def _header(self, ledger: Ledger) -> tuple[Header, memoryview]:
-        """The next header, admitted, and its bytes."""
+    def _header(self, ledger: Ledger) -> tuple[Header, memoryview, Step]:
+        """The next header, admitted: its fields, its bytes and what it does."""
         packed = self._bytes(ledger.offset, HEADER_SIZE, ledger.sequence)
         header = unpack_header(packed, self._checksum, frame=ledger.sequence, offset=ledger.offset)
-        ledger.admit(header)
-        return header, packed
+        return header, packed, ledger.admit(header)
 
     def _header_at(self, offset: int) -> Header:
         return unpack_header(self._bytes(offset, HEADER_SIZE), self._checksum, frame=None, offset=offset)
 
     def _payload(self, ledger: Ledger, header: Header, item: str | None = None) -> memoryview:
         """The payload of the next frame, verified."""
-        begin = ledger.offset + HEADER_SIZE
-        if header.pad:
-            check_padding(self._bytes(begin, header.pad, ledger.sequence), header, offset=ledger.offset)
-        payload = self._bytes(begin + header.pad, header.length, ledger.sequence)
+        pad = header.pad
+        payload = self._bytes(ledger.offset + HEADER_SIZE, pad + header.length, ledger.sequence)
+        if pad:
+            check_padding(payload[:pad], header, offset=ledger.offset)
+            payload = payload[pad:]
         check_payload(self._checksum(payload, 0), header, offset=ledger.offset, item=item)
         return payload
 
     def _bytes(self, offset: int, size: int, frame: int | None = None) -> memoryview:
-        if offset < 0 or offset + size > self._source.size:
-            raise TruncatedError("the file ends before the end frame", frame=frame, offset=self._source.size)
-        return self._source.read(offset, size)
-
-
-def _data_mark(entries: memoryview, number: int) -> Mark:
-    return Mark(*_ENTRY.unpack_from(entries, number * _ENTRY.size)[3:])
+        if offset + size > self._size:
+            raise TruncatedError("the file ends before the end frame", frame=frame, offset=self._size)
+        return self._read(offset, size)

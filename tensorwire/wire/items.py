@@ -5,6 +5,7 @@ compares, so that any other spelling is refused. Holding an item means that it i
 missing, but for the size of a file that is not known ahead.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -28,8 +29,9 @@ _MAX_STAGES: Final = 8
 _MAX_PARAMETERS: Final = 8
 _MAX_UINT64: Final = (1 << 64) - 1
 
-# Format controls that change how surrounding text is shown: names end up in terminals and logs.
-_BIDI: Final = frozenset("\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Control characters, format controls that change how surrounding text is shown, lone surrogates: names end up in
+# terminals and logs.
+_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Key = str | int
 Path = tuple[Key, ...]
@@ -148,14 +150,15 @@ DataItem = TensorItem | ValueItem | FileItem
 
 _STREAM_KEYS: Final = ("align", "id", "base", "target", "metadata")
 _NAMED: Final = ("kind", "path")
-_FIELDS: Final[dict[int, tuple[str, ...]]] = {
-    Kind.TENSOR: (*_NAMED, "dtype", "shape", "codec"),
-    Kind.VALUE: (*_NAMED, "size"),
-    Kind.FILE: (*_NAMED, "size", "codec"),
-    Kind.ALIAS: (*_NAMED, "of"),
-    Kind.DICT: _NAMED,
-    Kind.LIST: _NAMED,
-    Kind.TUPLE: _NAMED,
+# By the number on the wire.
+_FIELDS: Final[dict[int, tuple[Kind, tuple[str, ...]]]] = {
+    1: (Kind.TENSOR, (*_NAMED, "dtype", "shape", "codec")),
+    2: (Kind.VALUE, (*_NAMED, "size")),
+    3: (Kind.FILE, (*_NAMED, "size", "codec")),
+    4: (Kind.ALIAS, (*_NAMED, "of")),
+    5: (Kind.DICT, _NAMED),
+    6: (Kind.LIST, _NAMED),
+    7: (Kind.TUPLE, _NAMED),
 }
 
 
@@ -257,8 +260,7 @@ def unpack_item(payload: bytes | memoryview, limits: Limits) -> Item:
     _check(_is_int(number), "item descriptor without a kind")
     if number not in _FIELDS:
         raise UnsupportedError(f"unknown item kind {number}")
-    kind = Kind(number)
-    fields = _FIELDS[kind]
+    kind, fields = _FIELDS[number]
     if tuple(body) != fields:
         _check_known(body, fields, f"item descriptor of a {kind.name.lower()}")
         raise FormatError(f"item descriptor of a {kind.name.lower()} has wrong keys")
@@ -289,10 +291,10 @@ def _path(keys: Any, limits: Limits) -> Path:
 def check_key(key: Any, limits: Limits) -> None:
     """Raise unless `key` may name an item: an int within +-2^53, or printable text within the limit."""
     if type(key) is str:
-        size = len(key.encode("utf-8", "surrogatepass"))
+        size = len(key) if key.isascii() else len(key.encode("utf-8", "surrogatepass"))
         if size > limits.name:
             raise LimitError("name", limits.name, size)
-        if any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" or c in _BIDI for c in key):
+        if _FORBIDDEN.search(key):
             raise FormatError(f"name {show(key)} holds control or bidirectional characters or lone surrogates")
     else:
         _check(_is_int(key) and -MAX_INT_KEY <= key <= MAX_INT_KEY, "a key must be text or an int within 2^53")
@@ -303,25 +305,27 @@ def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, .
     if number not in dtypes.BY_NUMBER:
         raise UnsupportedError(f"unknown dtype number {number}")
     dtype = dtypes.BY_NUMBER[number]
-    _check(type(dims) is list and all(_is_int(d) and d >= 0 for d in dims), "shape must be non-negative ints")
+    _check(type(dims) is list, "shape must be an array")
+    size = dtype.itemsize
+    for dim in dims:
+        _check(type(dim) is int and dim >= 0, "shape must be non-negative ints")
+        # Python's integers do not wrap. A zero counts as one: no tensor library holds (0, 2**62).
+        # Beyond 64 bits the exact product is nobody's business, and may have more digits than Python prints.
+        size = min(size * (dim or 1), 1 << 64)
     if len(dims) > limits.ndim:
         raise LimitError("ndim", limits.ndim, len(dims))
-    # Python's integers do not wrap. A zero counts as one: no tensor library holds (0, 2**62).
-    # Beyond 64 bits the exact product is nobody's business, and may have more digits than Python prints.
-    _size(min(prod(d or 1 for d in dims) * dtype.itemsize, 1 << 64), "item", limits.item)
+    _size(size, "item", limits.item)
     return dtype, tuple(dims)
 
 
 def _codec(stages: Any) -> CodecSpec:
     _check(type(stages) is list and 1 <= len(stages) <= _MAX_STAGES, "codec must be 1 to 8 stages")
+    wrong = "a codec stage must be an id and up to 8 unsigned parameters"
     for stage in stages:
-        _check(
-            type(stage) is list
-            and 1 <= len(stage) <= 1 + _MAX_PARAMETERS
-            and all(_is_int(p) and 0 <= p <= _MAX_UINT64 for p in stage),
-            "a codec stage must be an id and up to 8 unsigned parameters",
-        )
-    return tuple(tuple(stage) for stage in stages)
+        _check(type(stage) is list and 1 <= len(stage) <= 1 + _MAX_PARAMETERS, wrong)
+        for parameter in stage:
+            _check(type(parameter) is int and 0 <= parameter <= _MAX_UINT64, wrong)
+    return tuple(map(tuple, stages))
 
 
 def _size(value: Any, what: str, limit: int) -> int:

@@ -9,8 +9,8 @@ import hashlib
 import struct
 from collections import deque
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Final, NamedTuple
+from enum import IntEnum, auto
+from typing import Final
 
 from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError, WireError
 from tensorwire.limits import Limits
@@ -34,7 +34,7 @@ END_SIZE: Final = _END.size
 _MAX_SEQUENCE: Final = (1 << 32) - 1
 
 
-class State(Enum):
+class State(IntEnum):
     """Where a stream is."""
 
     OPENING = auto()  # the preamble has passed
@@ -43,7 +43,7 @@ class State(Enum):
     ENDED = auto()
 
 
-class Step(Enum):
+class Step(IntEnum):
     """What a frame does."""
 
     STREAM = auto()
@@ -71,19 +71,14 @@ TRANSITIONS: Final[dict[State, dict[Step, State]]] = {
     State.ENDED: {},
 }
 
+# Where a frame begins in the stream, and the sequence number and link that its header must have.
+Mark = tuple[int, int, int]
+
 _STEPS: Final[dict[int, Step]] = {
     FrameType.STREAM: Step.STREAM,
     FrameType.ITEM: Step.ITEM,
     FrameType.END: Step.END,
 }
-
-
-class Mark(NamedTuple):
-    """Where a frame begins in the stream, and the sequence number and link that its header must have."""
-
-    offset: int
-    sequence: int
-    link: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +104,23 @@ class Summary:
 class Ledger:
     """The account of one stream."""
 
-    def __init__(self, limits: Limits, preamble: bytes, link: int) -> None:
+    __slots__ = (
+        "_digest",
+        "_index_offset",
+        "_is_tensor",
+        "_tree",
+        "align",
+        "items",
+        "limits",
+        "link",
+        "offset",
+        "pending",
+        "position",
+        "sequence",
+        "state",
+    )
+
+    def __init__(self, limits: Limits, preamble: bytes | None, link: int) -> None:
         self.limits = limits
         self.state = State.OPENING
         self.sequence = 0  # of the next frame
@@ -120,14 +131,15 @@ class Ledger:
         self.position = 0  # elements of the current item that have passed
         self.pending: deque[tuple[int, DataItem]] = deque()  # items whose data is still to come, in order
         self._index_offset = 0
-        self._digest: hashlib._Hash | None = hashlib.sha256(preamble)  # None: not every frame was seen
+        # None: not every frame was seen.
+        self._digest = None if preamble is None else hashlib.sha256(preamble)
         self._tree = _Tree()
         self._is_tensor = bytearray()  # by item number
 
     @classmethod
     def within(cls, limits: Limits, mark: Mark, align: int, number: int, item: DataItem) -> "Ledger":
         """The account of one item's data alone, whose first frame is at `mark`."""
-        ledger = cls(limits, b"", 0)
+        ledger = cls(limits, None, 0)
         ledger.state, ledger.align = State.READY, align
         ledger.pending.append((number, item))
         ledger._move(mark)
@@ -136,20 +148,21 @@ class Ledger:
     @property
     def mark(self) -> Mark:
         """Of the next frame."""
-        return Mark(self.offset, self.sequence, self.link)
+        return self.offset, self.sequence, self.link
 
     def padding(self) -> int:
         """Zero bytes between the next data frame's header and its payload."""
         return -(self.offset + HEADER_SIZE) % self.align
 
-    def admit(self, header: Header) -> None:
-        """Raise unless a frame with this header may come next. Changes nothing."""
+    def admit(self, header: Header) -> Step:
+        """What a frame with this header does. Raises unless it may come next; changes nothing."""
         if header.sequence != self.sequence:
             raise SequenceError(f"expected frame {self.sequence}, got {header.sequence}", **self._where())
         if header.link != self.link:
             detail = "frame does not follow the one before it: spliced from another stream"
             raise SequenceError(detail, **self._where())
-        if self._step(header) not in TRANSITIONS[self.state]:
+        step = self._step(header)
+        if step not in TRANSITIONS[self.state]:
             name = FrameType.label(header.type)
             raise SequenceError(f"a {name} frame cannot come here ({self.state.name.lower()})", **self._where())
         if header.type == FrameType.DATA:
@@ -160,6 +173,7 @@ class Ledger:
         elif header.type == FrameType.END:
             self._admit_end(header)
         self._admit_size(header)
+        return step
 
     def _admit_slice(self, header: Header) -> None:
         number, item = self.pending[0]
@@ -191,7 +205,7 @@ class Ledger:
 
     def _admit_size(self, header: Header) -> None:
         """Hold the header to the limits. Sizes are exact: Python's integers do not wrap."""
-        limits, size = self.limits, self.offset + header.size
+        limits, size = self.limits, self.offset + HEADER_SIZE + header.pad + header.length
         if self.sequence == _MAX_SEQUENCE:
             raise LimitError("frames", _MAX_SEQUENCE, self.sequence + 1, **self._where())
         if size > limits.stream:
@@ -263,28 +277,26 @@ class Ledger:
         self._is_tensor.append(isinstance(item, TensorItem) and total != 0)
         self.items += 1
 
-    def pass_frame(self, header: Header, packed: bytes | bytearray | memoryview) -> None:
-        """Enter an admitted and verified frame into the account."""
-        step = self._step(header)
+    def pass_frame(self, header: Header, packed: bytes | bytearray | memoryview, step: Step) -> None:
+        """Enter an admitted and verified frame into the account. `step` is what `admit` said."""
         self.state = TRANSITIONS[self.state][step]
         if step is Step.SLICE:
             self.position += header.count
         elif step is Step.LAST:
             self.pending.popleft()
             self.position = 0
-        elif header.type == FrameType.INDEX:
+        elif step is Step.SKIP and header.type == FrameType.INDEX:
             self._index_offset = self.offset
         if self._digest is not None:
             self._digest.update(packed)
         self.link = header.crc
         self.sequence += 1
-        self.offset += header.size
+        self.offset += HEADER_SIZE + header.pad + header.length
 
     def pass_data(self, mark: Mark) -> None:
-        """Go on at `mark`, beyond the data of the first pending item, which is not read."""
-        if mark.sequence <= self.sequence or mark.offset < self.offset + HEADER_SIZE:
+        """Go on at `mark`, beyond data that is not read, of an item that is pending no more."""
+        if mark[1] <= self.sequence or mark[0] < self.offset + HEADER_SIZE:
             raise FormatError("the index is not in the order of frames", offset=self.offset)
-        self.pending.popleft()
         self._move(mark)
 
     def _move(self, mark: Mark) -> None:
@@ -312,6 +324,8 @@ class Ledger:
 
 class _Tree:
     """The containers that are open: items come depth-first, parents before children, siblings in order."""
+
+    __slots__ = ("_open", "_started")
 
     def __init__(self) -> None:
         self._open: list[tuple[Path, Kind, set[Key]]] = []

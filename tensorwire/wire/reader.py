@@ -38,7 +38,7 @@ from tensorwire.wire.frames import (
     unpack_header,
 )
 from tensorwire.wire.items import DataItem, Item, StreamInfo
-from tensorwire.wire.ledger import Ledger, Summary
+from tensorwire.wire.ledger import Ledger, Step, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
 _UNDIRECTED: Final = None, False
@@ -236,15 +236,15 @@ class Reader:
             self.frame = None
             header = unpack_header(packed, self._checksum, frame=ledger.sequence, offset=ledger.offset)
             self.frame = header, ledger.offset
-            ledger.admit(header)
+            step = ledger.admit(header)
             if header.type == FrameType.DATA:
-                event = yield from self._read_slice(ledger, header)
+                event = yield from self._read_slice(ledger, header, last=step is Step.LAST)
             else:
                 event = yield from self._read_message(ledger, header)
-            ledger.pass_frame(header, packed)
+            ledger.pass_frame(header, packed, step)
             yield event
 
-    def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | NeedData, None, Event]:
+    def _read_slice(self, ledger: Ledger, header: Header, *, last: bool) -> Generator[Event | NeedData, None, Event]:
         number, item = ledger.pending[0]
         self._destination = _UNDIRECTED
         yield SliceStart(number, item, header.start, header.count, header.length)
@@ -266,7 +266,6 @@ class Reader:
                 destination, crc = yield from self._fill_checked(destination, crc, anywhere)
                 left -= destination.nbytes
         check_payload(crc, header, offset=ledger.offset, item=item.name)
-        last = header.start + header.count == item.total if item.total is not None else header.count == 0
         return Slice(number, item, header.start, header.count, destination, last)
 
     def _read_message(self, ledger: Ledger, header: Header) -> Generator[NeedData, None, Event]:

@@ -61,10 +61,10 @@ class Writer:
             count=count,
             pad=pad,
         )
-        ledger.admit(header)
+        step = ledger.admit(header)
         if self._entries is not None and start == 0:
             self._entries[number] = self._entries[number][0], ledger.mark
-        ledger.pass_frame(header, packed)
+        ledger.pass_frame(header, packed, step)
         return packed + bytes(pad)
 
     def end(self) -> bytes:
@@ -85,8 +85,8 @@ class Writer:
             payload_crc=self._checksum(payload, 0),
             item=ledger.items if item is not None else 0,
         )
-        ledger.admit(header)
+        step = ledger.admit(header)
         if item is not None:
             ledger.add_item(item)
-        ledger.pass_frame(header, packed)
+        ledger.pass_frame(header, packed, step)
         return packed + payload

@@ -28,8 +28,9 @@ from vectors import InMemory
 import tensorwire.numpy as tw
 from tensorwire import dtypes, encode_file, register
 from tensorwire.checksum import crc32c as tw_crc32c
-from tensorwire.codecs import Encoded, Packer, Range, Sizes, parameter
+from tensorwire.codecs import RAW, Encoded, Packer, Range, Sizes, parameter
 from tensorwire.files.tw import read_item
+from tensorwire.streams.receiver import check_codec
 from tensorwire.wire import AliasItem, Archive, FileItem, TensorItem, ValueItem
 
 LIBZSTD = (1, 5, 7)  # of the stored vectors: another version may compress to other bytes
@@ -368,7 +369,8 @@ def _described(stream: bytes) -> dict[str, Any]:
         if isinstance(item, AliasItem):
             entry |= {"of": item.of}
         if isinstance(item, (TensorItem, ValueItem, FileItem)):
-            entry |= {"sha256": hashlib.sha256(read_item(archive, number)).hexdigest()}
+            codec = RAW if isinstance(item, ValueItem) else check_codec(item)
+            entry |= {"sha256": hashlib.sha256(read_item(archive, number, codec)).hexdigest()}
         items.append(entry)
     info = archive.info
     told = {"id": info.id.hex(), "target": info.target.hex(), "metadata": dict(info.metadata)}

@@ -145,8 +145,8 @@ class InMemory(NamedTuple):
 def _carried(data: bytes) -> Verdict:
     """The one file in a stream, which `open_file` leaves to the functions for files."""
     archive = Archive(InMemory(data), crc32c, accept=lambda what: isinstance(what, FileItem) and check_codec(what))
-    (number,) = (number for number, item in enumerate(archive.items) if isinstance(item, FileItem))
-    return Verdict(reference.File(read_item(archive, number).tobytes()), name=archive.items[number].name)
+    ((number, item),) = (pair for pair in enumerate(archive.items) if isinstance(pair[1], FileItem))
+    return Verdict(reference.File(read_item(archive, number, check_codec(item)).tobytes()), name=item.name)
 
 
 def zstd_decompress(frame: bytes) -> bytes:
