@@ -5,7 +5,20 @@ import pytest
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import BUILT_IN, Codec, from_stages, parse
+from tensorwire.codecs import (
+    BUILT_IN,
+    NF4,
+    Codec,
+    Raw,
+    Zstd,
+    as_floats,
+    describe,
+    from_floats,
+    from_stages,
+    is_float,
+    parse,
+)
+from tensorwire.codecs.stage import spell
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError, UnsupportedError
 from tensorwire.tensor import Extent, TensorView
 
@@ -75,6 +88,71 @@ def test_the_wire_carries_all_that_decoding_needs(spec: str) -> None:
     if spec != "raw":
         payload = payload_of(codec, VALUES)
         assert np.array_equal(decoded(received, payload, VALUES.size), decoded(codec, payload, VALUES.size))
+
+
+@pytest.mark.parametrize(
+    ("spec", "lossless", "exact", "in_place", "on_device", "fallback"),
+    [
+        ("raw", True, True, True, False, "raw"),
+        ("raw|zstd:level=9", True, False, False, False, "raw|zstd:level=9"),
+        ("bf16", False, True, False, True, "raw"),
+        ("nf4:double_quant=true|zstd", False, False, False, True, "raw|zstd"),
+    ],
+)
+def test_a_codec_says_what_streams_need_to_know(
+    spec: str, lossless: bool, exact: bool, in_place: bool, on_device: bool, fallback: str
+) -> None:
+    codec = parse(spec)
+    assert (codec.lossless, codec.exact_length, codec.in_place, codec.on_device) == (
+        lossless,
+        exact,
+        in_place,
+        on_device,
+    )
+    assert repr(codec.lossless_fallback()) == fallback and codec.lossless_fallback().lossless
+    size = codec.sizes(1000, dtypes.FLOAT32).total
+    assert codec.bound(1000, dtypes.FLOAT32) == (size if exact else size + size // 256 + 64)
+
+
+def test_stages_make_a_codec_in_one_order_only() -> None:
+    assert Codec((NF4(), Zstd(9))) == parse("nf4|zstd:level=9")
+    for stages in ((), (Zstd(),), (Zstd(), NF4()), (NF4(), NF4(128)), (Raw(), Zstd(), Zstd(9)), (Raw(), "zstd")):
+        with pytest.raises(EncodeError):
+            Codec(stages)
+
+
+def test_help_lists_every_stage_and_parameter() -> None:
+    text = describe()
+    for stage in BUILT_IN:
+        assert f"  {stage.name} " in text or f"  {stage.name}\n" in text
+        assert all(
+            f"{known.name} {spell(known.default)} ({known.legal})" in text.replace("\n" + " " * 15, " ")
+            for known in stage.parameters()
+        )
+
+
+FLOATS = [dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.FLOAT64]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bytes_of_floats_can_be_calculated_with_and_rounded_back(dtype: dtypes.DType) -> None:
+    values = np.concatenate([VALUES[:1000], [0.0, -0.0, np.inf, -np.inf, 1e-40]]).astype(np.float64)
+    data = from_floats(values, dtype)
+    assert data.dtype == np.uint8 and data.size == values.size * dtype.itemsize
+    floats = as_floats(data, dtype)
+    assert np.allclose(floats, values, rtol=2**-8, atol=1e-7)
+    assert np.array_equal(from_floats(floats, dtype), data)
+    out = np.empty_like(data)
+    assert from_floats(floats, dtype, out) is out and np.array_equal(out, data)
+    if dtype != dtypes.BFLOAT16:
+        assert np.shares_memory(floats, data)
+
+
+def test_bytes_of_what_is_no_float_are_refused() -> None:
+    assert [dtype for dtype in dtypes.ALL if is_float(dtype)] == FLOATS
+    for call in (as_floats, from_floats):
+        with pytest.raises(EncodeError, match="int64"):
+            call(np.zeros(8, np.uint8), dtypes.INT64)
 
 
 def test_ids_are_fixed() -> None:
