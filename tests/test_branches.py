@@ -3,6 +3,7 @@ together, and what callers get wrong. tests/measure_coverage counts on them.
 """
 
 import asyncio
+import gc
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,48 @@ def test_a_file_is_a_mapping_and_is_read_item_by_item(tmp_path):
         assert "a" in file
         assert file.map("b").shape == (0,)
     assert sorted(name for name, _ in iterate_file(path, tw.FRONT)) == ["a", "b"]  # what is empty comes first
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+def test_a_file_is_let_go_of_when_it_is_closed_and_when_the_last_view_of_it_goes(tmp_path):
+    path = tmp_path / "x.tw"
+    tw.save_file({"a": np.arange(3), "b": 7}, path)
+    file = tw.open_file(path)
+    assert [*file["a"], file["b"]] == [0, 1, 2, 7]
+    assert mapped(path)
+    view = file.map("a")
+    for _ in range(2):  # closing twice does no harm
+        file.close()
+    assert view[2] == 2
+    with pytest.raises(ValueError, match="released"):
+        file["a"]
+    del view
+    gc.collect()
+    assert not mapped(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TruncatedError):
+        tw.open_file(path)
+    gc.collect()
+    assert not mapped(path)
+
+
+def test_what_is_no_raw_tensor_in_one_frame_cannot_be_mapped(tmp_path):
+    path = tmp_path / "x.tw"
+    frames = (tensor(1, ["a"], [3]), data(1, b"ab", 2), data(1, b"c", 1, 2))
+    path.write_bytes(assemble([AT_REST, ROOT, *frames, Frame(INDEX, None), end()], align=64))
+    with tw.open_file(path) as file:
+        assert file["a"].tolist() == [97, 98, 99]
+        with pytest.raises(EncodeError, match="in one frame"):
+            file.map("a")
+    tw.save_file({"value": 1, "q": np.zeros(64, np.float32)}, path, codec="nf4")
+    with tw.open_file(path) as file:
+        for name in file:
+            with pytest.raises(EncodeError, match="only a raw tensor"):
+                file.map(name)
 
 
 def test_torch_maps_a_file_and_never_writes_to_it(tmp_path):

@@ -86,7 +86,7 @@ class TensorFile:
         try:
             self._archive = Archive(self._file, crc32c, limits, accept=accept)
         except BaseException:
-            self.close()
+            self._file.close()
             raise
         self.info = self._archive.info
         named = enumerate(self._archive.items)
@@ -99,7 +99,11 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Unmap the file. Views that `map` gave stay valid: the memory goes when the last of them does."""
+        """Unmap the file. Views that `map` gave stay valid: the memory goes when the last of them does.
+
+        To read afterwards is a ValueError.
+        """
+        self._archive.close()
         self._file.close()
 
     def keys(self) -> list[str]:
@@ -130,8 +134,10 @@ class TensorFile:
         item = self._archive.items[number]
         if isinstance(item, TensorItem):
             codec = self._codecs[item.codec, item.dtype.number]
-            return self._front.wrap(read_item(self._archive, number, codec, self._limits), item.dtype, item.shape)
-        data = read_item(self._archive, number, RAW, self._limits)
+            data = read_item(self._archive, number, item, codec, self._limits)
+            return self._front.wrap(data, item.dtype, item.shape)
+        assert isinstance(item, ValueItem), "a name is a tensor's, an alias's or a value's, and an alias is resolved"
+        data = read_item(self._archive, number, item, RAW, self._limits)
         try:
             return unpack_value(data.tobytes(), self._limits)
         except TensorwireError as error:
@@ -168,10 +174,10 @@ class TensorFile:
         return item.of if isinstance(item, AliasItem) else number
 
 
-def read_item(archive: Archive, number: int, codec: Codec, limits: Limits = DEFAULT) -> npt.NDArray[np.uint8]:
-    """The decoded bytes of an item with data of its own: a tensor's elements, a value's encoding, a file's content."""
-    item = archive.items[number]
-    assert isinstance(item, DataItem), "aliases and containers have no data of their own"
+def read_item(
+    archive: Archive, number: int, item: DataItem, codec: Codec, limits: Limits = DEFAULT
+) -> npt.NDArray[np.uint8]:
+    """The decoded bytes of the item of this number: a tensor's elements, a value's encoding, a file's content."""
     itemsize = 1 if isinstance(item, ValueItem) else item.dtype.itemsize
     memory = GrowingMemory((item.total if item.total is not None else limits.stream) * itemsize)
     stop = 0
@@ -193,11 +199,12 @@ class _Mapped:
             self.size = os.fstat(file.fileno()).st_size
             if not self.size:
                 raise TruncatedError("the file is empty", offset=0)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            shared = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # torch has no read-only tensors: what `map` gives may be written to, privately, never to the file.
-            self._private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._data = memoryview(self._map)
-        self.view = np.frombuffer(self._private, np.uint8)
+            private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._maps = [shared, private]
+        self._data = memoryview(shared)
+        self.view = np.frombuffer(private, np.uint8)
 
     def read(self, offset: int, size: int, /) -> memoryview:
         """`RandomAccess.read`."""
@@ -205,7 +212,7 @@ class _Mapped:
 
     def close(self) -> None:
         """Let go of the file: at once, but for maps that somebody looks at, which go with the last view of them."""
-        self.size, self._data, self.view = 0, memoryview(b""), np.empty(0, np.uint8)
-        for mapped in (self._map, self._private):
+        self._data, self.view = memoryview(b""), np.empty(0, np.uint8)
+        while self._maps:
             with suppress(BufferError):
-                mapped.close()
+                self._maps.pop().close()

@@ -83,7 +83,8 @@ class Archive:
         self._checksum = checksum
         self._accept = accept
         self._limits = limits
-        self._data: dict[int, tuple[Mark, Mark]] = {}  # by item number: its first data frame, and what comes after all
+        self._entries = memoryview(b"")  # of the index: as objects, they would take ten times the memory
+        self._after: dict[int, Mark] = {}  # by item number: the first frame after its data that the index knows
         try:
             self._open()
         except WireError:
@@ -96,9 +97,9 @@ class Archive:
         `check` is called before the payload is read, and may raise. Without the frame that only closes a file.
         """
         item = self.items[number]
-        if isinstance(item, (AliasItem, ContainerItem)) or number not in self._data:
+        if isinstance(item, (AliasItem, ContainerItem)) or number not in self._after:
             return
-        begin, end = self._data[number]
+        begin = _ENTRY.unpack_from(self._entries, number * _ENTRY.size)[3:]
         ledger = Ledger.within(self._limits, begin, self.info.align, number, item)
         try:
             while ledger.pending:
@@ -112,18 +113,22 @@ class Archive:
                     payload = self._payload(ledger, header, item.name)
                     yield StoredSlice(header, payload, ledger.offset + HEADER_SIZE + header.pad), checked
                 ledger.pass_frame(header, packed, step)
-            self._skip_to(ledger, end)
+            self._skip_to(ledger, self._after[number])
         except WireError as error:
             self._walk(until=ledger.offset)
             error.item, error.frame, error.offset = item.name, ledger.sequence, error.offset or ledger.offset
             raise
 
+    def close(self) -> None:
+        """Let go of the source: no data can be read any more, and to ask for it is a ValueError."""
+        self._entries.release()
+
     def _open(self) -> None:
-        index, end, entries = self._find_index()
-        ledger = self._begin()
-        for entry in _ENTRY.iter_unpack(entries):
+        index, end = self._find_index()
+        ledger = self._begin(digest=False)  # which takes every header
+        for entry in _ENTRY.iter_unpack(self._entries):
             if entry[:3] != ledger.mark:
-                self._reach(ledger, entry[:3], entries)
+                self._reach(ledger, entry[:3])
             header, packed, step = self._header(ledger)
             if step is not Step.ITEM:
                 raise FormatError("the index points at another frame", offset=ledger.offset)
@@ -132,13 +137,13 @@ class Archive:
                 raise FormatError("the index has data for an item without any", item=item.name, offset=ledger.offset)
             ledger.pass_frame(header, packed, step)
             self.items.append(item)
-        self._reach(ledger, index, entries)
+        self._reach(ledger, index)
         self._skip_to(ledger, end)
         header, _, _ = self._header(ledger)
         ledger.read_end(self._payload(ledger, header))
 
-    def _find_index(self) -> tuple[Mark, Mark, memoryview]:
-        """Where INDEX and END stand, and the entries, none of which is verified before the account reaches it."""
+    def _find_index(self) -> tuple[Mark, Mark]:
+        """Find the entries, and where INDEX and END stand. None of it is verified before the account reaches it."""
         offset = max(self._size - HEADER_SIZE - END_SIZE, 0)
         end = self._header_at(offset)
         if end.type != FrameType.END or end.length != END_SIZE:
@@ -152,12 +157,12 @@ class Archive:
             raise FormatError("no index of all items stands where the end frame says", offset=where)
         if index.length > self._limits.skippable:
             raise LimitError("index (skippable)", self._limits.skippable, index.length, offset=where)
-        entries = self._bytes(where + HEADER_SIZE, index.length)
-        return (where, index.sequence, index.link), (offset, end.sequence, end.link), entries
+        self._entries = self._bytes(where + HEADER_SIZE, index.length)
+        return (where, index.sequence, index.link), (offset, end.sequence, end.link)
 
     def _walk(self, until: int | None = None) -> None:
         """Read the stream from front to back, all but the payloads of data, and raise for the first fault."""
-        ledger = self._begin()
+        ledger = self._begin(digest=True)
         while ledger.state is not State.ENDED and (until is None or ledger.offset <= until):
             header, packed, step = self._header(ledger)
             if header.type == FrameType.DATA:
@@ -172,10 +177,11 @@ class Archive:
         if ledger.state is State.ENDED and ledger.offset != self._size:
             raise FormatError("bytes after the end frame", offset=ledger.offset)
 
-    def _begin(self) -> Ledger:
+    def _begin(self, *, digest: bool) -> Ledger:
         """The account after the preamble and the STREAM frame."""
         preamble = bytes(self._bytes(0, PREAMBLE_SIZE))
-        ledger = Ledger(self._limits, preamble, check_preamble(preamble, self._checksum))
+        link = check_preamble(preamble, self._checksum)
+        ledger = Ledger(self._limits, preamble if digest else None, link)
         header, packed, step = self._header(ledger)
         self.info = ledger.read_stream(self._payload(ledger, header))
         self._accept(self.info)
@@ -191,23 +197,23 @@ class Archive:
             raise
         return item
 
-    def _reach(self, ledger: Ledger, mark: Mark, entries: memoryview) -> None:
+    def _reach(self, ledger: Ledger, mark: Mark) -> None:
         """Go on at the frame at `mark`, beyond the data of items that stands before it."""
-        begin = self._next_data(ledger, mark, entries)
+        begin = self._next_data(ledger, mark)
         while begin is not None:
             self._skip_to(ledger, begin)
             number, _ = ledger.pending.popleft()
-            following = self._next_data(ledger, mark, entries)
+            following = self._next_data(ledger, mark)
+            self._after[number] = following or mark
             ledger.pass_data(following or mark)
-            self._data[number] = begin, following or mark
             begin = following
         self._skip_to(ledger, mark)
 
-    def _next_data(self, ledger: Ledger, mark: Mark, entries: memoryview) -> Mark | None:
+    def _next_data(self, ledger: Ledger, mark: Mark) -> Mark | None:
         """Where the data of the first pending item begins, if that is before `mark`."""
         if not ledger.pending:
             return None
-        entry = _ENTRY.unpack_from(entries, ledger.pending[0][0] * _ENTRY.size)
+        entry = _ENTRY.unpack_from(self._entries, ledger.pending[0][0] * _ENTRY.size)
         return entry[3:] if 0 < entry[4] < mark[1] else None
 
     def _skip_to(self, ledger: Ledger, mark: Mark) -> None:

@@ -308,7 +308,8 @@ def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, .
     _check(type(dims) is list, "shape must be an array")
     size = dtype.itemsize
     for dim in dims:
-        _check(type(dim) is int and dim >= 0, "shape must be non-negative ints")
+        if type(dim) is not int or dim < 0:
+            raise FormatError("shape must be non-negative ints")
         # Python's integers do not wrap. A zero counts as one: no tensor library holds (0, 2**62).
         # Beyond 64 bits the exact product is nobody's business, and may have more digits than Python prints.
         size = min(size * (dim or 1), 1 << 64)
@@ -324,7 +325,8 @@ def _codec(stages: Any) -> CodecSpec:
     for stage in stages:
         _check(type(stage) is list and 1 <= len(stage) <= 1 + _MAX_PARAMETERS, wrong)
         for parameter in stage:
-            _check(type(parameter) is int and 0 <= parameter <= _MAX_UINT64, wrong)
+            if type(parameter) is not int or not 0 <= parameter <= _MAX_UINT64:
+                raise FormatError(wrong)
     return tuple(map(tuple, stages))
 
 

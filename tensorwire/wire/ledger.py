@@ -131,7 +131,7 @@ class Ledger:
         self.position = 0  # elements of the current item that have passed
         self.pending: deque[tuple[int, DataItem]] = deque()  # items whose data is still to come, in order
         self._index_offset = 0
-        # None: not every frame was seen.
+        # None: not every frame will be seen.
         self._digest = None if preamble is None else hashlib.sha256(preamble)
         self._tree = _Tree()
         self._is_tensor = bytearray()  # by item number
@@ -141,8 +141,8 @@ class Ledger:
         """The account of one item's data alone, whose first frame is at `mark`."""
         ledger = cls(limits, None, 0)
         ledger.state, ledger.align = State.READY, align
+        ledger.offset, ledger.sequence, ledger.link = mark
         ledger.pending.append((number, item))
-        ledger._move(mark)
         return ledger
 
     @property
@@ -297,11 +297,7 @@ class Ledger:
         """Go on at `mark`, beyond data that is not read, of an item that is pending no more."""
         if mark[1] <= self.sequence or mark[0] < self.offset + HEADER_SIZE:
             raise FormatError("the index is not in the order of frames", offset=self.offset)
-        self._move(mark)
-
-    def _move(self, mark: Mark) -> None:
         self.offset, self.sequence, self.link = mark
-        self._digest = None
 
     def summary(self) -> Summary:
         """What the END frame has to say at this point."""

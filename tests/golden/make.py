@@ -370,7 +370,7 @@ def _described(stream: bytes) -> dict[str, Any]:
             entry |= {"of": item.of}
         if isinstance(item, (TensorItem, ValueItem, FileItem)):
             codec = RAW if isinstance(item, ValueItem) else check_codec(item)
-            entry |= {"sha256": hashlib.sha256(read_item(archive, number, codec)).hexdigest()}
+            entry |= {"sha256": hashlib.sha256(read_item(archive, number, item, codec)).hexdigest()}
         items.append(entry)
     info = archive.info
     told = {"id": info.id.hex(), "target": info.target.hex(), "metadata": dict(info.metadata)}

@@ -146,7 +146,7 @@ def _carried(data: bytes) -> Verdict:
     """The one file in a stream, which `open_file` leaves to the functions for files."""
     archive = Archive(InMemory(data), crc32c, accept=lambda what: isinstance(what, FileItem) and check_codec(what))
     ((number, item),) = (pair for pair in enumerate(archive.items) if isinstance(pair[1], FileItem))
-    return Verdict(reference.File(read_item(archive, number, check_codec(item)).tobytes()), name=item.name)
+    return Verdict(reference.File(read_item(archive, number, item, check_codec(item)).tobytes()), name=item.name)
 
 
 def zstd_decompress(frame: bytes) -> bytes:
