@@ -53,7 +53,7 @@ def crowd(pipe: Connection, port: int, idle: int, trickling: int, ca: str | None
         while True:
             try:
                 await (stay(trickles) if number % 2 else stay_greeted(trickles))
-            except OSError:  # noqa: PERF203  # each turn may be thrown out
+            except OSError:  # each turn may be thrown out
                 await asyncio.sleep(0.1)
 
     async def stay(trickles: bool) -> None:

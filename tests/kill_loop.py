@@ -83,9 +83,9 @@ def run(side: str, kills: int, size: int, folder: Path, *, rate: float = float("
     began, killed, processes = time.monotonic(), 0, {}
     try:
         while True:
-            for name in commands:
+            for name, command in commands.items():
                 if name not in processes:
-                    processes[name] = _start(name, folder, rate, commands[name])
+                    processes[name] = _start(name, folder, rate, command)
             with _deadline() as late:
                 while all(process.poll() is None for process in processes.values()) and not late():
                     if killed < kills and position.value >= points[killed]:

@@ -129,7 +129,7 @@ def test_listeners_offer_the_same() -> None:
 
 
 def test_a_blocking_listener_passes_its_pace_on() -> None:
-    with TcpListener(min_rate=123.0, timeout=5) as listener, TcpTransport.connect("127.0.0.1", listener.port):  # noqa: SIM117
+    with TcpListener(min_rate=123.0, timeout=5) as listener, TcpTransport.connect("127.0.0.1", listener.port):
         with listener.accept() as transport:
             assert transport.driver._pace._min_rate == 123.0
 

@@ -143,10 +143,9 @@ def test_an_index_that_points_elsewhere_is_refused_and_ignored_by_who_does_not_n
     assert same(library(stream).value, library(stored("at-rest")).value)
     path = tmp_path / "x.tw"
     path.write_bytes(stream)
-    with pytest.raises(WireError) as caught:
-        with tw.open_file(path) as file:
-            for tensor_name in file:
-                file[tensor_name]
+    with pytest.raises(WireError) as caught, tw.open_file(path) as file:
+        for tensor_name in file:
+            file[tensor_name]
     assert type(caught.value).__name__ == error
 
 

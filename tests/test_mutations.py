@@ -9,7 +9,6 @@ on whether it is and on what it holds.
 import os
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import reference
@@ -134,7 +133,7 @@ def test_frames_lost_repeated_or_swapped_are_out_of_sequence(name):
     for at in range(len(pieces) - 1):
         without = pieces[:at] + pieces[at + 1 :]
         repeated = pieces[: at + 1] + pieces[at:]
-        swapped = pieces[:at] + [pieces[at + 1], pieces[at]] + pieces[at + 2 :]
+        swapped = [*pieces[:at], pieces[at + 1], pieces[at], *pieces[at + 2 :]]
         for mutant in (without, repeated, swapped):
             assert_both_refuse(first + b"".join(mutant), file=is_file(name), error="SequenceError")
     assert_both_refuse(first + b"".join([*pieces, pieces[-1]]), file=is_file(name), error="FormatError")
@@ -159,7 +158,7 @@ def test_frames_of_another_stream_with_the_same_schema_are_refused(same_id):
     assert len(ours) == len(theirs)
     good = (b"".join(ours), b"".join(theirs))
     for at in range(1, len(ours)):
-        for mutant in (ours[:at] + [theirs[at]] + ours[at + 1 :], ours[:at] + theirs[at:]):
+        for mutant in ([*ours[:at], theirs[at], *ours[at + 1 :]], ours[:at] + theirs[at:]):
             stream = b"".join(mutant)
             if stream not in good:  # what stands before the first difference is common to both
                 assert_both_refuse(stream)

@@ -205,17 +205,17 @@ def test_only_the_first_connections_are_faulty() -> None:
 def test_a_reset_at_once_and_a_server_that_is_not_there_look_the_same() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with Proxy(port, up=Reset(0)) as proxy, pytest.raises(ConnectionResetError):  # noqa: SIM117
+        with Proxy(port, up=Reset(0)) as proxy, pytest.raises(ConnectionResetError):
             with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as client:
                 client.recv(1)
         listener.accept()[0].close()
-    with Proxy(port) as proxy, pytest.raises(ConnectionResetError):  # noqa: SIM117
+    with Proxy(port) as proxy, pytest.raises(ConnectionResetError):
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as client:
             client.recv(1)
 
 
 def test_a_proxy_before_a_proxy_has_both_faults() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, Proxy(listener.getsockname()[1], up=Flip(0)) as inner:  # noqa: SIM117
+    with socket.create_server(("127.0.0.1", 0)) as listener, Proxy(listener.getsockname()[1], up=Flip(0)) as inner:
         with Proxy(inner.port, up=Drop(0, 2)) as outer, socket.create_connection(("127.0.0.1", outer.port)) as client:
             server, _ = listener.accept()
             with server:

@@ -391,7 +391,7 @@ def test_a_folder_swapped_for_a_link_redirects_nothing(tmp_path: Path) -> None:
 def test_a_folder_removed_midway(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(StorageError, match="folder does not exist, or no longer"), replacing(folder / "target") as fd:  # noqa: PT012
+    with pytest.raises(StorageError, match="folder does not exist, or no longer"), replacing(folder / "target") as fd:
         os.write(fd, BLOB)
         shutil.rmtree(folder)
         folder.mkdir()  # a new one of the same name is not the one that was chosen

@@ -271,7 +271,7 @@ def test_loopback_by_all_its_names(host: str, tmp_path: Path) -> None:
     with Server(receiving(tmp_path), host=host) as server:
         assert send_once(server.port, Offer(b"1", "a"), host=host).sent == len(STREAM)
         assert asyncio.run(send_once_async(server.port, Offer(b"2", "b"), host=host)).sent == len(STREAM)
-    with blocking_server(lambda transport: transport.run(hear()), host=host) as (port, results):  # noqa: SIM117
+    with blocking_server(lambda transport: transport.run(hear()), host=host) as (port, results):
         with TcpTransport.connect(host, port) as transport:
             transport.run(say({"x": 1}))
     assert results == [{"x": 1}]
@@ -554,7 +554,7 @@ def test_a_handshake_that_trickles_ends(
                     client.send(bytes([byte]))
                     if not client.recv(100):
                         return True
-                except TimeoutError:  # noqa: PERF203
+                except TimeoutError:
                     continue
                 except OSError:
                     return True
@@ -693,7 +693,7 @@ def test_decode_async_takes_one_stream_and_leaves_the_next() -> None:
 
     async def serve(transport: AsyncTransport) -> None:
         for _ in values:
-            got.append({name: value async for name, value in tensorwire.decode_async(transport.receive())})  # noqa: PERF401
+            got.append({name: value async for name, value in tensorwire.decode_async(transport.receive())})
 
     with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
         for value in values:
@@ -868,7 +868,7 @@ def test_a_conversation_within_its_time_and_not_beyond(tmp_path: Path) -> None:
         while True:
             yield from hear()
 
-    with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:  # noqa: SIM117
+    with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
         with pytest.raises(TransportError, match="longer than it may|timed out"):
             transport.run(listen_for_ever(), within=0.3)
 
@@ -880,7 +880,7 @@ def test_closing_a_listener_ends_what_it_serves(tmp_path: Path) -> None:
             for peer in peers[:3]:
                 peer.run(greet())
         for peer in peers:
-            with peer, pytest.raises(TransportError) as caught:  # noqa: PT012
+            with peer, pytest.raises(TransportError) as caught:
                 if peer not in peers[:3]:
                     peer.run(greet())
                 peer.run(hear())

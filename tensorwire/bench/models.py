@@ -200,7 +200,9 @@ def _fill(out: Weights, phase: int, sign: np.float32) -> None:
 
 @lru_cache(maxsize=1)
 def _block() -> Weights:
-    return np.random.default_rng(0).standard_normal(_BLOCK, np.float32) * _SIGMA
+    block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
+    block *= _SIGMA
+    return block
 
 
 def _fp32_itemsize(view: TensorView) -> int:

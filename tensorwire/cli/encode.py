@@ -14,6 +14,7 @@ import tensorwire
 from tensorwire import codecs
 from tensorwire.cli.common import PIPE, UsageError, codec_spec, verb, write_stream
 from tensorwire.errors import EncodeError
+from tensorwire.files import safetensors
 
 _TEXT: Final = f"""\
 what IN is:
@@ -59,7 +60,7 @@ def stream(path: str, codec: str, *, at_rest: bool = False) -> Iterator[Any]:
     if suffix in _ARRAYS + _CHECKPOINTS:
         return tensorwire.encode(_container(path, suffix), codec=codec)
     if suffix == ".safetensors":
-        return tensorwire.safetensors.encode(path, codec=codec, at_rest=at_rest)
+        return safetensors.encode(path, codec=codec, at_rest=at_rest)
     return tensorwire.encode_file(sys.stdin.buffer if path == PIPE else path, codec=codec)
 
 

@@ -51,7 +51,7 @@ class FourBit(TableQuantizer):
     def _metadata(self, blocks: int) -> int:
         return _nested_head(blocks) + blocks if self.double_quant else 4 * blocks
 
-    def prepare(self, view: TensorView) -> np.float32 | None:
+    def prepare(self, view: TensorView) -> float | None:
         """With double_quant the offset: the mean absmax of the tensor."""
         return mean_absmax(view, self.blocksize) if self.double_quant and view.numel else None
 
@@ -81,7 +81,7 @@ class FourBit(TableQuantizer):
             values, codes, absmax, crc, blocksize=self.blocksize, quant_type=self.quant_type
         )
 
-    def _encode_nested(self, values: Any, codes: Bytes, metadata: Bytes, offset: np.float32) -> bool:
+    def _encode_nested(self, values: Any, codes: Bytes, metadata: Bytes, offset: float) -> bool:
         """In pieces: no memory is needed beside the payload but for the absmax of one of them."""
         head_bytes, nested_codes = split(metadata, _nested_head(self.blocks(len(values))))
         head = head_bytes.view(np.float32)
@@ -139,17 +139,17 @@ class FP4(FourBit):
     table = tables.FP4_CODE
 
 
-def mean_absmax(view: TensorView, blocksize: int) -> np.float32:
+def mean_absmax(view: TensorView, blocksize: int) -> float:
     """The mean of all blocks' absmax: summed in order in float64, divided, rounded once to float32."""
-    total = np.float64(0)
+    total = 0.0
     step = _SCAN_BLOCKS * blocksize
     for start in range(0, view.numel, step):
         values = kernel_view((view.device_read or view.read)(start, min(start + step, view.numel)), view.dtype)
         absmax = np.empty(-(-len(values) // blocksize), np.float32)
         if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=blocksize):
-            return np.float32(0)  # the quantizer will name the element
-        total = np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1]
-    return np.float32(total / -(-view.numel // blocksize))
+            return 0.0  # the quantizer will name the element
+        total = float(np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1])
+    return float(np.float32(total / -(-view.numel // blocksize)))
 
 
 def unnest(state: State) -> npt.NDArray[np.float32]:

@@ -14,10 +14,8 @@ from tensorwire.transports.driver import Buffer, Transport
 from tensorwire.transports.pace import MIN_RATE, TIMEOUT, failed
 from tensorwire.transports.tls import require_protection
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -203,7 +201,7 @@ class AsyncListener:
 
 def _affordable() -> int:
     """Connections that leave descriptors for a file each, and as many for everything else."""
-    if resource is None:
+    if sys.platform == "win32":
         return sys.maxsize
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if allowed == resource.RLIM_INFINITY else max(allowed // 3, 1)

@@ -85,7 +85,7 @@ class Driver:
             while True:
                 try:
                     answer = await self._step(step)
-                except BaseException as error:  # noqa: PERF203  # each step has errors of its own
+                except BaseException as error:  # each step has errors of its own
                     step = conversation.throw(error)
                 else:
                     step = conversation.send(answer)

@@ -38,7 +38,7 @@ def send_resuming(
         return connect().driver
 
     async def pause(seconds: float) -> None:
-        time.sleep(seconds)  # nothing here waits: see `completed`
+        time.sleep(seconds)  # noqa: ASYNC251 - nothing here waits: see `completed`
 
     sending = send_over(connected, pause, offer, outgoing, patience=patience, greeting=HANDSHAKE, check_peer=check_peer)
     return completed(sending)

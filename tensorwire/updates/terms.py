@@ -48,12 +48,11 @@ class Terms:
         try:
             terms = cls(**json.loads(metadata[_KEY]))
             good = all(type(getattr(terms, name)) is kind for name, kind in _TYPES.items()) and terms.kind in _KINDS
-            good = good and all(type(value) in (int, float) for value in terms.metrics.values())
+            if good and all(type(value) in (int, float) for value in terms.metrics.values()):
+                return terms
         except (KeyError, TypeError, ValueError, RecursionError):
-            good = False
-        if not good:
-            raise SchemaError("the stream does not say what it updates: its metadata holds no valid terms")
-        return terms
+            pass
+        raise SchemaError("the stream does not say what it updates: its metadata holds no valid terms")
 
 
 def check_weight(weight: object, most: float = math.inf) -> None:

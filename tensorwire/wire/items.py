@@ -12,7 +12,7 @@ from enum import IntEnum
 from math import prod
 from typing import Any, ClassVar, Final
 
-import msgpack  # type: ignore[import-untyped]  # it ships no types
+import msgpack
 
 from tensorwire import dtypes
 from tensorwire.dtypes import DType

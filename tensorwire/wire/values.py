@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Final
 
-import msgpack  # type: ignore[import-untyped]  # it ships no types
+import msgpack
 
 from tensorwire.errors import EncodeError, FormatError, LimitError, UnsupportedError, WireError, show
 from tensorwire.limits import Limits
