@@ -412,23 +412,25 @@ def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | 
     descriptor, at = frame[4], 5
     single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
     check(descriptor & 0x08 == 0, "zstd: reserved bit")
-    check(descriptor & 0x03 == 0, "zstd: dictionary")
-    window = 0
+    window, dictionary = 0, [0, 1, 2, 4][descriptor & 3]
     if not single:
         exponent, mantissa = frame[at] >> 3, frame[at] & 7
         window, at = (8 + mantissa) << (7 + exponent), at + 1
+    check(not any(frame[at : at + dictionary]), "zstd: dictionary")
+    at += dictionary
     size = [single, 2, 4, 8][descriptor >> 6]
     check(size > 0 and len(frame) >= at + size, "zstd: no content size")
     content = int.from_bytes(frame[at : at + size], "little") + (256 if size == 2 else 0)
     at += size
     check(content == length, "zstd: content size")
+    window = content if single else window
     check(window <= max(8 << 20, content), "zstd: window")
     last = 0
     while not last:
         check(len(frame) >= at + 3, "zstd: runs over its end")
         block = int.from_bytes(frame[at : at + 3], "little")
         last, kind, size = block & 1, block >> 1 & 3, block >> 3
-        check(kind != 3, "zstd: block type")
+        check(kind != 3 and size <= min(window, 128 << 10), "zstd: block type or size")
         at += 3 + (1 if kind == 1 else size)
     check(len(frame) == at + 4 * checksum, "zstd: not one frame")
     if decompress is None:

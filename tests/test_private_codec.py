@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import make
 import numpy as np
 import pytest
+import reference
+from vectors import stored
 
 import tensorwire
 from tensorwire import dtypes
@@ -283,6 +286,16 @@ def test_a_reader_without_it_says_so_and_what_to_do(tmp_path: Path) -> None:
     assert (
         "UnsupportedError: codec id 40000 is private" in last and "tensorwire.register" in last and "item 'w'" in last
     )
+
+
+def test_the_stored_vector_is_read_by_who_registered_its_stage_and_refused_by_others() -> None:
+    data = stored("private/complement")
+    assert make.complement() == data
+    root = tensorwire.loads(data)
+    assert np.array_equal(root["f32"], make.weights((3, 5), "complement")) and root["u8"].tolist() == [*range(7)]
+    assert root["bool"].tolist() == [True, False]
+    with pytest.raises(reference.Refused, match="codec 45000"):
+        reference.read(data)
 
 
 def test_what_is_not_registered_is_not_written() -> None:

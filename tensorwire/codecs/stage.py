@@ -98,8 +98,7 @@ def spell(value: Value) -> str:
     return str(value).lower() if type(value) is bool else str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Bytes of a payload: `data` (the elements themselves) and `metadata` (absmax, scales, offsets)."""
 
     data: int

@@ -261,6 +261,7 @@ for name, error, says, frame in (
     ("codec-text", "FormatError", "stage", tensor(1, ["a"], codec=["raw"])),
     ("codec-0", "UnsupportedError", "codec id 0", tensor(1, ["a"], codec=[[0]])),
     ("codec-99", "UnsupportedError", "codec id 99", tensor(1, ["a"], codec=[[99]])),
+    ("codec-private", "UnsupportedError", "codec id 65000 is private", tensor(1, ["a"], codec=[[65_000, 1]])),
     ("codec-zstd-first", "FormatError", "stages", tensor(1, ["a"], codec=[[ZSTD]])),
     ("codec-zstd-twice", "FormatError", "stages", tensor(1, ["a"], codec=[[RAW], [ZSTD], [ZSTD]])),
     ("codec-zstd-inside", "FormatError", "stages", tensor(1, ["a"], codec=[[RAW], [ZSTD], [RAW]])),
@@ -460,6 +461,11 @@ for name, says, payload in (
     ("longer-than-compressors-make", "at most", zstd_frame(b"") * 8),
 ):
     bad(f"zstd-{name}", "FormatError", says, carried(payload, 3, ZRAW, UINT8))
+# Blocks larger than RFC 8878 has them, which libzstd takes: over 128 KiB, and over the window.
+LONG_RUN = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", 200_000) + (200_000 << 3 | 3).to_bytes(3, "little") + b"x"
+bad("zstd-block-over-128-kib", "FormatError", "zstd block", carried(LONG_RUN, 200_000, ZRAW, UINT8))
+WIDE = zstd_frame(bytes(1025), window=0)  # of 1 KiB
+bad("zstd-block-over-window", "FormatError", "zstd block", carried(WIDE, 1025, ZRAW, UINT8))
 # 2^31 bytes out of a run-length block: refused by what it declares, before anything is unpacked.
 BOMB = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", 1 << 31) + b"\x0b\0\x10\0"
 bad("zstd-bomb", "LimitError", "frame", carried(BOMB, 1 << 31, ZRAW, UINT8))

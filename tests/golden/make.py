@@ -12,6 +12,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from reference import crc32c
 from vectors import InMemory
 
 import tensorwire.numpy as tw
-from tensorwire import dtypes, encode_file
+from tensorwire import dtypes, encode_file, register
 from tensorwire.checksum import crc32c as tw_crc32c
+from tensorwire.codecs import Encoded, Packer, Range, Sizes, parameter
 from tensorwire.files.tw import read_item
 from tensorwire.wire import AliasItem, Archive, FileItem, TensorItem, ValueItem
 
@@ -128,6 +130,38 @@ NESTED: dict[str, Any] = {
     "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "amsgrad": False, "params": [0, 1]}],
     "pair": (np.int8(7), [], {"x": (np.bool_(True),)}),
 }
+
+
+@register
+@dataclass(frozen=True, repr=False)
+class Complement(Packer):
+    """A private stage: each byte, exclusive or `mask`."""
+
+    mask: int = parameter(0xFF, Range(0, 255), wire=True)
+
+    id, name, lossless, exact_length = 45_000, "complement", True, True
+
+    def accepts(self, dtype: dtypes.DType) -> bool:
+        return dtype is not dtypes.BOOL
+
+    def sizes(self, count: int, dtype: dtypes.DType) -> Sizes:
+        return Sizes(count * dtype.itemsize)
+
+    def encode(self, data: Any, extent: Any, take: Any, context: Any = None) -> Encoded:
+        return Encoded(np.frombuffer(data, np.uint8) ^ np.uint8(self.mask))
+
+    def decode(self, payload: memoryview, extent: Any, out: Any, uncached: bool | None = None) -> None:
+        np.bitwise_xor(np.frombuffer(payload, np.uint8), np.uint8(self.mask), out=out)
+
+
+def complement() -> bytes:
+    numbers = np.arange(7, dtype=np.uint8)
+    tensors = {"f32": weights((3, 5), "complement"), "bool": np.array([True, False]), "u8": numbers}
+    return tw.dumps(tensors, codec={"f32": "complement", "*": "complement:mask=85"})
+
+
+# Vectors with private stages, which a reader has to be told of: in a folder of their own.
+PRIVATE: dict[str, Callable[[], bytes]] = {"complement": complement}
 
 
 def golden(recipe: Callable[[], bytes]) -> Callable[[], bytes]:
@@ -366,6 +400,12 @@ def main() -> None:
         path = HERE / f"{name}.tw"
         if everything or not path.exists():
             path.write_bytes(recipe())
+    (HERE / "private").mkdir(exist_ok=True)
+    for name, recipe in PRIVATE.items():
+        path = HERE / "private" / f"{name}.tw"
+        if everything or not path.exists():
+            path.write_bytes(recipe())
+    errors = {}
     for name, (_, _, recipe) in BAD.items():
         path = HERE / "bad" / f"{name}.tw"
         if everything or not path.exists():
