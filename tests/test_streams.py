@@ -219,6 +219,19 @@ def test_what_a_consumer_raises_over_an_event_is_located() -> None:
     assert (caught.value.item, caught.value.frame) == (None, None)
 
 
+def test_an_error_over_a_part_of_a_large_slice_is_located(tmp_path: Path) -> None:
+    tensorwire.save_file({"a": BIG}, tmp_path / "x.tw")  # in one frame
+
+    def consume() -> None:
+        with open(tmp_path / "x.tw", "rb") as file, Receiver(DEFAULT) as receiver:
+            for event in receiver.events(file):
+                if isinstance(event, Piece):
+                    raise SchemaError("not this one")
+
+    with pytest.raises(SchemaError, match="item 'a', frame 3"):
+        consume()
+
+
 @pytest.mark.parametrize("end", ["whole", "broken", "left"])
 def test_a_consumer_and_its_receiver_are_gone_when_the_stream_ends(end: str) -> None:
     """Nothing refers back: no cycle keeps what was received for the garbage collector."""

@@ -101,7 +101,7 @@ class GrowingMemory:
 
     @property
     def uncached(self) -> bool | None:
-        """Past the caches where it is large, warm, and so not written to for the first time."""
+        """Past the caches where it is large and was written to before: kernels see to the rest."""
         return (self._reused and self.data.size >= _UNCACHED_FROM) or None
 
     def region(self, start: int, stop: int) -> ByteArray:

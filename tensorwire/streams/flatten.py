@@ -1,8 +1,7 @@
 """Containers to leaves: what is sent, item by item."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorwire.codecs import Codec
 from tensorwire.errors import EncodeError, WireError
@@ -15,8 +14,7 @@ from tensorwire.wire.values import is_plain_dict, is_plain_tuple, pack_value
 Rule = Callable[[str, Any, TensorView], Codec]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorLeaf:
+class TensorLeaf(NamedTuple):
     """A tensor, whose slices `codec` makes of what `view` reads; or a file, for its codec a tensor of bytes."""
 
     item: TensorItem | FileItem
@@ -24,16 +22,14 @@ class TensorLeaf:
     codec: Codec
 
 
-@dataclass(frozen=True, slots=True)
-class ValueLeaf:
+class ValueLeaf(NamedTuple):
     """A plain value, as bytes (`wire.values`)."""
 
     item: ValueItem
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class BareLeaf:
+class BareLeaf(NamedTuple):
     """What is described and has no data of its own."""
 
     item: AliasItem | ContainerItem

@@ -196,6 +196,7 @@ class Receiver:
                 self._at = self._position(event.item)
                 yield from self._start_item(event)
             elif isinstance(event, SlicePart):
+                self._at = self._position(event.item)
                 incoming = self._incoming[event.number]
                 yield from self._landed(incoming)
                 self._direct(incoming, self._landing[0] + self._landing[1].size, event.left)

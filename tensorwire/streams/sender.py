@@ -7,7 +7,6 @@ is still to be made.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -237,8 +236,7 @@ def _encoded(start: int, count: int, encoded: Encoded) -> _EncodedSlice:
     return _EncodedSlice(start, count, payload.nbytes, crc, (payload,))
 
 
-@dataclass(frozen=True, slots=True)
-class StreamSize:
+class StreamSize(NamedTuple):
     """Bytes of a stream: of payloads, `metadata` of them for absmax, scales and the like, and of all around them."""
 
     payloads: int
