@@ -16,7 +16,7 @@ import numpy as np
 from tensorwire.errors import CorruptError, SchemaError, TransportError, TruncatedError
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
-from tensorwire.storage import write_file
+from tensorwire.storage import rename, write_file
 from tensorwire.transfer import (
     Backoff,
     Offer,
@@ -122,7 +122,7 @@ class Client:
             with open(part, "rb", buffering=0) as file:
                 feedback.settle(sent, file)
             feedback.save(f"{update}.residual")
-        os.replace(part, update)
+        rename(part, update)
 
     def _deliver(self, transport: TcpTransport, order: Order, update: str) -> None:
         transport.run(say({"client": self.name, "want": "deliver"}))
@@ -138,7 +138,7 @@ class Client:
             counted = False
         # What this update's quantization dropped replaces what earlier ones did only if it counts.
         if os.path.exists(residual := f"{update}.residual"):
-            os.replace(residual, self._path("residual.tw")) if counted else os.unlink(residual)
+            rename(residual, self._path("residual.tw")) if counted else os.unlink(residual)
         os.unlink(update)
 
     def _settled(self) -> str:

@@ -24,7 +24,7 @@ from tensorwire.errors import CorruptError, SchemaError, WireError
 from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.store import Store
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.storage import write_file
+from tensorwire.storage import rename, write_file
 from tensorwire.transfer import (
     Offer,
     Recorded,
@@ -204,7 +204,7 @@ class Server:
         with self._lock:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number} has been closed", kind="stale")
-            os.replace(part, path)
+            rename(part, path)
             self._accepted[update.client] = replace(update, recording=path)
 
     def check(self, client: str, path: str) -> Update:
