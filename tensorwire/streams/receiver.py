@@ -12,6 +12,7 @@ A consumer owns its receiver, which knows nothing of it: memory, files and sums 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
@@ -20,7 +21,7 @@ from tensorwire.codecs import RAW, Codec, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import Limits
-from tensorwire.memory import Memory, Pool, Scratch
+from tensorwire.memory import Memory, Scratch
 from tensorwire.streams.overlap import Helper
 from tensorwire.tensor import ByteArray, Extent
 from tensorwire.wire import NEED_DATA, ItemStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
@@ -120,14 +121,14 @@ class Receiver:
     def __init__(
         self, limits: Limits, *, base: bytes | None = None, overlap: bool = True, scratch: Scratch | None = None
     ) -> None:
-        pool = Pool()
         reader = self._reader = Reader(crc32c, limits)
         self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
         self._limits = limits
         self._base = base
         self._overlap = overlap and scratch is None
-        self._payload_memory = pool.take if scratch is None else scratch.payload
-        self._piece_memory = pool.take if scratch is None else scratch.values
+        # Taken in turns by slices: one is decoded, or in the hands of the consumer, while the next one is received.
+        self._scratches = cycle([Scratch(), Scratch()] if scratch is None else [scratch])
+        self._scratch = next(self._scratches)
         self._incoming: dict[int, _Incoming] = {}
         self._aliases: dict[int, list[AliasItem]] = {}
         self._helper: Helper[tuple[_Position, Piece]] = Helper()
@@ -225,12 +226,13 @@ class Receiver:
     def _start_slice(self, event: SliceStart) -> None:
         if event.count == 0:  # the close of an open-ended file
             return
+        self._scratch = next(self._scratches)
         incoming = self._incoming[event.number]
         check_slice(incoming.codec, event, event.item, self._limits)
         if incoming.codec.in_place:
             self._direct(incoming, event.start * incoming.itemsize, event.length)
         else:
-            self._reader.direct(self._payload_memory(event.length).data, anywhere=True)
+            self._reader.direct(self._scratch.payload(event.length).data, anywhere=True)
 
     def _direct(self, incoming: _Incoming, begin: int, left: int) -> None:
         """Let the next part of a raw slice land in its place."""
@@ -240,7 +242,7 @@ class Receiver:
 
     def _region(self, incoming: _Incoming, begin: int, size: int) -> Any:
         if incoming.memory is None:
-            return self._piece_memory(size)
+            return self._scratch.values(size)
         return incoming.memory.region(begin, begin + size)
 
     def _landed(self, incoming: _Incoming) -> Iterator[Piece]:
