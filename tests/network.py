@@ -16,7 +16,9 @@ import pytest
 from tensorwire.errors import TensorwireError
 from tensorwire.transports import AsyncListener, AsyncTransport
 
-PATIENCE: Final = 60.0  # seconds after which something that must happen is taken not to: a busy machine may take its time
+PATIENCE: Final = (
+    60.0  # seconds after which something that must happen is taken not to: a busy machine may take its time
+)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -28,7 +30,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Certificates:
-    """An authority, a server and a client of its own, an expired server, and another authority with its client; PEM files."""
+    """PEM files of an authority, with a server and a client of its own and an expired server.
+
+    Also of another authority, with its client.
+    """
 
     def __init__(self, folder: Path) -> None:
         trustme = pytest.importorskip("trustme")

@@ -20,7 +20,10 @@ def replace_os(patch: pytest.MonkeyPatch, fake: Any) -> None:
 
 
 class FaultyOs:
-    """`os`, whose `call` fails: the `first`-th time, or with `lasting` from then on. `short`: most bytes of one write or read."""
+    """`os`, whose `call` fails: the `first`-th time, or with `lasting` from then on.
+
+    `short`: most bytes of one write or read.
+    """
 
     def __init__(
         self,
@@ -62,8 +65,11 @@ class FaultyOs:
 
 @dataclass(frozen=True)
 class Op:
-    """One change to the disk: `write` (file, offset, data), `sync` (file), `create` (file, name), `rename` (name, to),
-    `unlink` (name), `sync folder`. Files are numbered as they are made."""
+    """One change to the disk. Files are numbered as they are made.
+
+    `write` (file, offset, data), `sync` (file), `create` (file, name), `rename` (name, to), `unlink` (name), `sync
+    folder`.
+    """
 
     kind: str
     arguments: tuple = ()

@@ -1,4 +1,4 @@
-"""What all transports share: equal calls and counters, gathered writes that leave when a producer pauses, trying again."""
+"""What all transports share: equal calls and counters, gathered writes that leave in a pause, trying again."""
 
 import asyncio
 import inspect
@@ -79,8 +79,9 @@ def serving(serve: Callable[[Any], Any], tls: ssl.SSLContext | None = None) -> I
 
 
 def converse(kind: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **tls: ssl.SSLContext) -> list[Any]:
-    """Both ends of a connection do what they are told: what `ours` and `theirs` return. `ours` of asyncio is a coroutine function,
-    and `theirs` is blocking.
+    """Both ends of a connection do what they are told: what `ours` and `theirs` return.
+
+    `ours` of asyncio is a coroutine function, and `theirs` is blocking.
     """
     if kind == "memory":
         left, right = MemoryTransport.pair()
@@ -110,7 +111,7 @@ def converse(kind: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any]
 
 
 def test_transports_offer_the_same() -> None:
-    names = {"sent", "received", "peer_name", "send", "receive", "readinto", "run", "close"}
+    names = {"sent", "received", "send", "receive", "readinto", "run", "close"}  # and `peer_name`, of each
     for kind in (TcpTransport, AsyncTransport, MemoryTransport):
         assert names <= {*dir(kind)}, kind
         for name in ("run", "readinto"):
@@ -128,7 +129,7 @@ def test_listeners_offer_the_same() -> None:
 
 
 def test_a_blocking_listener_passes_its_pace_on() -> None:
-    with TcpListener(min_rate=123.0, timeout=5) as listener, TcpTransport.connect("127.0.0.1", listener.port):
+    with TcpListener(min_rate=123.0, timeout=5) as listener, TcpTransport.connect("127.0.0.1", listener.port):  # noqa: SIM117
         with listener.accept() as transport:
             assert transport.driver._pace._min_rate == 123.0
 
@@ -227,7 +228,8 @@ def test_buffers_in_memory_are_handed_over_and_not_copied() -> None:
     assert got[:6] == b"after!"
 
 
-# A producer that pauses. The receiver answers each layer before the producer goes on to the next: who holds one back waits for ever.
+# A producer that pauses. The receiver answers each layer before the producer goes on to the next: who holds one back
+# waits for ever.
 
 LAYERS = [b"small", b"x" * 100_000, b"y" * (3 << 20), b"", b"z" * 17]
 
@@ -252,7 +254,7 @@ class Answers:
 
 
 def layers(answers: Answers) -> Iterator[bytes]:
-    """Each layer in two buffers, as a header and its payload, and an empty one that says that the next takes its time."""
+    """Each layer in two buffers, as a header and its payload, and an empty one: the next takes its time."""
     for number, layer in enumerate(LAYERS):
         yield number.to_bytes(8, "little")
         if layer:
@@ -429,7 +431,7 @@ def test_one_call_takes_small_buffers_together_and_large_ones_as_they_are() -> N
 
 def test_what_came_early_is_read_first() -> None:
     early = Early()
-    early.add(b"abc")
+    early += b"abc"
     buffer = bytearray(2)
     assert (early.take(memoryview(buffer)), buffer, bool(early)) == (2, b"ab", True)
     assert (early.take(memoryview(buffer)), buffer[:1], bool(early)) == (1, b"c", False)

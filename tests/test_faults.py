@@ -1,7 +1,7 @@
 """A transfer through a network that does its worst: it ends, well or with a typed error, and leaves nothing behind.
 
-CI tries a spread of positions; TENSORWIRE_FAULTS=200 tries so many for each fault and direction, and, on a machine that has nothing
-else to do, judges how long each call takes.
+CI tries a spread of positions; TENSORWIRE_FAULTS=200 tries so many for each fault and direction, and, on a machine that
+has nothing else to do, judges how long each call takes.
 """
 
 import errno

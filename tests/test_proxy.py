@@ -89,7 +89,7 @@ def test_an_honest_way_both_ways() -> None:
 @pytest.mark.parametrize("at", PLACES[:-1])
 def test_flip(at: int) -> None:
     got = came_through(Flip(at, 0x81))
-    assert [(n, a ^ b) for n, (a, b) in enumerate(zip(DATA, got)) if a != b] == [(at, 0x81)]
+    assert [(n, a ^ b) for n, (a, b) in enumerate(zip(DATA, got, strict=False)) if a != b] == [(at, 0x81)]
     assert len(got) == len(DATA)
 
 
@@ -181,9 +181,9 @@ def seconds(fault: Fault, size: int) -> float:
 
 
 def test_paces() -> None:
-    """A pace holds up by what it says; that it does so by no more is told by ratios, which a busy machine leaves alone."""
+    """A pace holds up by what it says, and by no more: that is told by ratios, which a busy machine leaves alone."""
     one, many = seconds(Delay(0.2), 1 << 10), seconds(Delay(0.2), 2 << 20)
-    assert 0.2 <= one and 0.2 <= many < 16 * one  # later, not slower: in turns, 64 chunks would take 64 times as long
+    assert one >= 0.2 and 0.2 <= many < 16 * one  # later, not slower: in turns, 64 chunks would take 64 times as long
     fast, slow = seconds(Throttle(1 << 20), 256 << 10), seconds(Throttle(1 << 18), 256 << 10)
     assert 0.2 <= fast < slow and slow >= 0.8
     few, more = seconds(Trickle(0.01, at=50_000), 50_020), seconds(Trickle(0.01, at=50_000), 50_100)
@@ -205,17 +205,17 @@ def test_only_the_first_connections_are_faulty() -> None:
 def test_a_reset_at_once_and_a_server_that_is_not_there_look_the_same() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with Proxy(port, up=Reset(0)) as proxy, pytest.raises(ConnectionResetError):
+        with Proxy(port, up=Reset(0)) as proxy, pytest.raises(ConnectionResetError):  # noqa: SIM117
             with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as client:
                 client.recv(1)
         listener.accept()[0].close()
-    with Proxy(port) as proxy, pytest.raises(ConnectionResetError):
+    with Proxy(port) as proxy, pytest.raises(ConnectionResetError):  # noqa: SIM117
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as client:
             client.recv(1)
 
 
 def test_a_proxy_before_a_proxy_has_both_faults() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, Proxy(listener.getsockname()[1], up=Flip(0)) as inner:
+    with socket.create_server(("127.0.0.1", 0)) as listener, Proxy(listener.getsockname()[1], up=Flip(0)) as inner:  # noqa: SIM117
         with Proxy(inner.port, up=Drop(0, 2)) as outer, socket.create_connection(("127.0.0.1", outer.port)) as client:
             server, _ = listener.accept()
             with server:

@@ -391,7 +391,7 @@ def test_a_folder_swapped_for_a_link_redirects_nothing(tmp_path: Path) -> None:
 def test_a_folder_removed_midway(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(StorageError, match="folder does not exist, or no longer"), replacing(folder / "target") as fd:
+    with pytest.raises(StorageError, match="folder does not exist, or no longer"), replacing(folder / "target") as fd:  # noqa: PT012
         os.write(fd, BLOB)
         shutil.rmtree(folder)
         folder.mkdir()  # a new one of the same name is not the one that was chosen
@@ -634,9 +634,9 @@ def crashes(ops: list[Op], names: dict[str, bytes]) -> Iterator[tuple[int, dict[
         lost = []
         for number, op in enumerate(before):
             later = before[number + 1 :]
-            if op.kind == "write" and Op("sync", op.arguments[:1]) not in later:
-                lost.append(number)
-            elif op.kind in ("create", "rename", "unlink") and Op("sync folder") not in later:
+            if (op.kind == "write" and Op("sync", op.arguments[:1]) not in later) or (
+                op.kind in ("create", "rename", "unlink") and Op("sync folder") not in later
+            ):
                 lost.append(number)
         for chosen in subsets(lost, rng):
             for torn in (False, True):

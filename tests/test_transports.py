@@ -1,5 +1,6 @@
-"""A real model through every codec, over TCP, into another process; TLS; blocking and asyncio ends in all pairs; and what
-a transport does when the peer fails.
+"""A real model through every codec, over TCP, into another process.
+
+TLS; blocking and asyncio ends in all pairs; and what a transport does when the peer fails.
 """
 
 import asyncio
@@ -270,7 +271,7 @@ def test_loopback_by_all_its_names(host: str, tmp_path: Path) -> None:
     with Server(receiving(tmp_path), host=host) as server:
         assert send_once(server.port, Offer(b"1", "a"), host=host).sent == len(STREAM)
         assert asyncio.run(send_once_async(server.port, Offer(b"2", "b"), host=host)).sent == len(STREAM)
-    with blocking_server(lambda transport: transport.run(hear()), host=host) as (port, results):
+    with blocking_server(lambda transport: transport.run(hear()), host=host) as (port, results):  # noqa: SIM117
         with TcpTransport.connect(host, port) as transport:
             transport.run(say({"x": 1}))
     assert results == [{"x": 1}]
@@ -320,13 +321,11 @@ def test_a_refusal_while_the_sender_still_sends(
     if tls:
         certificates = request.getfixturevalue("certificates")
         theirs, ours = {"tls": server_tls(*certificates.server)}, {"tls": client_tls(ca=certificates.ca)}
+    send = send_once if sender == "blocking" else lambda *what, **how: asyncio.run(send_once_async(*what, **how))
     with nothing_left(tmp_path), Server(refusing(tmp_path), **theirs) as server:
         for _ in range(5):
             with pytest.raises(RefusedError, match="not that") as caught:
-                if sender == "asyncio":
-                    asyncio.run(send_once_async(server.port, Offer(b"t", "m"), source(LARGE), **ours))
-                else:
-                    send_once(server.port, Offer(b"t", "m"), source(LARGE), **ours)
+                send(server.port, Offer(b"t", "m"), source(LARGE), **ours)
             assert caught.value.kind == "schema" and not caught.value.retryable
         assert all(isinstance(error, SchemaError) for error in server.errors)
 
@@ -426,12 +425,10 @@ def test_only_tls_1_3_is_spoken(certificates: Certificates) -> None:
 def test_a_server_that_is_not_who_it_should_be(case: str, blocking: bool, certificates: Certificates) -> None:
     identity = {"wrong name": certificates.elsewhere, "expired": certificates.expired}.get(case, certificates.server)
     ca = {"wrong authority": certificates.foreign_ca, "no authority": None}.get(case, certificates.ca)
+    connect = TcpTransport.connect if blocking else lambda *to, **how: asyncio.run(AsyncTransport.connect(*to, **how))
     with nothing_left(), Server(greeting, tls=server_tls(*identity)) as server:
         with pytest.raises(AuthError, match="certificate is refused"):
-            if blocking:
-                TcpTransport.connect("127.0.0.1", server.port, tls=client_tls(ca=ca))
-            else:
-                asyncio.run(AsyncTransport.connect("127.0.0.1", server.port, tls=client_tls(ca=ca)))
+            connect("127.0.0.1", server.port, tls=client_tls(ca=ca))
         # Standard asyncio ends a failed handshake without an alert, so that the other end cannot know why.
         assert isinstance(server.error(), AuthError if blocking else TransportError)
 
@@ -557,7 +554,7 @@ def test_a_handshake_that_trickles_ends(
                     client.send(bytes([byte]))
                     if not client.recv(100):
                         return True
-                except TimeoutError:
+                except TimeoutError:  # noqa: PERF203
                     continue
                 except OSError:
                     return True
@@ -642,8 +639,7 @@ def test_a_peer_that_does_not_read_slowly_either(monkeypatch: pytest.MonkeyPatch
     for _ in range(100):
         rate.moved(2000, 1.5)
     with pytest.raises(TransportError, match="500 bytes a second"):
-        for _ in range(100):
-            rate.moved(1000, 2)
+        any(rate.moved(1000, 2) for _ in range(100))
 
 
 def test_a_silent_peer_is_a_timeout_under_asyncio(tmp_path: Path) -> None:
@@ -684,7 +680,7 @@ def test_a_server_whose_client_reads_nothing_holds_a_bounded_part(tmp_path: Path
 def test_no_clock_but_the_monotonic_one() -> None:
     """Nothing in transports and streams asks for the time of day."""
     package = Path(tensorwire.__file__).parent
-    for path in [*(package / "transports").glob("*.py"), *(package / "streams").glob("*.py")]:
+    for path in [path for room in ("transports", "transfer", "streams") for path in (package / room).glob("*.py")]:
         assert not re.search(r"time\.time\b|datetime|time_ns|localtime", path.read_text()), path
 
 
@@ -697,7 +693,7 @@ def test_decode_async_takes_one_stream_and_leaves_the_next() -> None:
 
     async def serve(transport: AsyncTransport) -> None:
         for _ in values:
-            got.append({name: value async for name, value in tensorwire.decode_async(transport.receive())})
+            got.append({name: value async for name, value in tensorwire.decode_async(transport.receive())})  # noqa: PERF401
 
     with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
         for value in values:
@@ -740,10 +736,9 @@ def test_decode_async_says_what_is_broken() -> None:
         async for _ in tensorwire.decode_async(transport.receive(), expect={"b": np.zeros(1)}):
             pass
 
-    with nothing_left(), Server(serve) as server:
-        with TcpTransport.connect("127.0.0.1", server.port) as transport:
-            transport.send([data])
-            assert isinstance(server.error(), SchemaError)
+    with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
+        transport.send([data])
+        assert isinstance(server.error(), SchemaError)
 
     async def truncated(transport: AsyncTransport) -> None:
         async for _ in tensorwire.decode_async(transport.receive()):
@@ -779,7 +774,7 @@ def test_cancelling_lets_go_of_the_place_even_while_it_opens(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("receiver", ["blocking", "asyncio"])
 def test_long_work_does_not_look_like_death(receiver: str, tmp_path: Path) -> None:
-    """Opening takes longer than the time-out: the sender hears so many signs of life, four in each, before it is done."""
+    """Opening takes longer than the time-out: the sender hears so many signs of life, four in each."""
     heard = threading.Semaphore(0)
 
     def slowly(offer: Offer) -> Recording:
@@ -873,7 +868,7 @@ def test_a_conversation_within_its_time_and_not_beyond(tmp_path: Path) -> None:
         while True:
             yield from hear()
 
-    with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
+    with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:  # noqa: SIM117
         with pytest.raises(TransportError, match="longer than it may|timed out"):
             transport.run(listen_for_ever(), within=0.3)
 
@@ -885,7 +880,7 @@ def test_closing_a_listener_ends_what_it_serves(tmp_path: Path) -> None:
             for peer in peers[:3]:
                 peer.run(greet())
         for peer in peers:
-            with peer, pytest.raises(TransportError) as caught:
+            with peer, pytest.raises(TransportError) as caught:  # noqa: PT012
                 if peer not in peers[:3]:
                     peer.run(greet())
                 peer.run(hear())

@@ -18,9 +18,9 @@ from tensorwire.transports import HANDSHAKE, TIMEOUT, AsyncListener, AsyncTransp
 from tensorwire.wire import FileItem, Item, TensorItem
 
 _TEXT: Final = f"""\
-OUT becomes what `tensorwire decode` makes of a stream, by its name; *.tw keeps the stream as it was sent. It appears only
-when all is verified. What has arrived waits beside it under a hidden name (*.part), and the transfer goes on there
-when the sender, or this command, is started again.
+OUT becomes what `tensorwire decode` makes of a stream, by its name; *.tw keeps the stream as it was sent. It appears
+only when all is verified. What has arrived waits beside it under a hidden name (*.part), and the transfer goes on
+there when the sender, or this command, is started again.
 
 {SECURITY}
 examples:

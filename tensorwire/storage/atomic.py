@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete, and a StorageError for whatever keeps them from it."""
+"""Files that appear under their name only when they are complete, and errors that say what keeps them from it."""
 
 import errno
 import os
@@ -95,7 +95,10 @@ class Target:
             return self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def open(self, name: str, flags: int) -> int:
-        """A descriptor of a file in the folder that is no link, made with the permissions `mode`, less the umask. Raises OSError."""
+        """A descriptor of a file in the folder that is no link, made with the permissions `mode`, less the umask.
+
+        Raises OSError.
+        """
         return os.open(self._at(name), flags | _ALWAYS, self.mode, dir_fd=self._fd)
 
     def exists(self, name: str) -> bool:
@@ -169,11 +172,16 @@ class Target:
 
 
 def rename(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
-    """Give a complete file the name `new`, over whatever has it, and put that on disk. Both are in one folder. Raises StorageError."""
+    """Give a complete file the name `new`, over whatever has it, and put that on disk.
+
+    Both are in one folder. Raises StorageError.
+    """
     folder, name = os.path.split(os.fsdecode(old))
     with Target(new) as target:
         if os.path.split(target.path)[0] != folder:
-            raise StorageError(f"cannot rename {old!r} to {target.path!r}: they are in different folders", errno=errno.EXDEV)
+            raise StorageError(
+                f"cannot rename {old!r} to {target.path!r}: they are in different folders", errno=errno.EXDEV
+            )
         target.rename(name)
         target.sync()
 

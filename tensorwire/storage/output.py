@@ -89,16 +89,20 @@ class OutputFile(io.RawIOBase):
         self._offset = self._end = 0
 
     def writable(self) -> bool:
+        """Yes."""
         return True
 
     def seekable(self) -> bool:
+        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a place; returns it."""
         self._offset = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._end}[whence]
         return self._offset
 
     def write(self, data: Any, /) -> int:
+        """Write all of `data`; returns its size."""
         size = memoryview(data).nbytes
         self._output.write_at(data, self._offset)
         self._offset += size

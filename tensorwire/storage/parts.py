@@ -1,4 +1,7 @@
-"""Files under hidden names: parts, which are written over several attempts before they get theirs, and scratch, which never does."""
+"""Files under hidden names.
+
+Parts are written over several attempts before they get their name; scratch never gets one.
+"""
 
 import errno
 import os
@@ -26,12 +29,12 @@ _NO_NOTE: Final = (errno.ENOENT, errno.ELOOP)  # nothing there, or a link, which
 class Part:
     """A file that several attempts may write, each in a process of its own, before it takes the name `path`.
 
-    It stands beside its target under a hidden name made of the target's and of `key`, so that the next attempt finds it. Whoever
-    has called `open` has it alone. No link is followed: a part that is one, or is no file of its own, is refused. Permissions are
-    those of the file that it replaces, less the umask.
+    It stands beside its target under a hidden name made of the target's and of `key`, so that the next attempt finds
+    it. Whoever has called `open` has it alone. No link is followed: a part that is one, or is no file of its own, is
+    refused. Permissions are those of the file that it replaces, less the umask.
 
-    A note, written when the part is complete and before it takes its name, outlives it: it tells an attempt that comes later
-    what became of it. It stays until `forget`.
+    A note, written when the part is complete and before it takes its name, outlives it: it tells an attempt that comes
+    later what became of it. It stays until `forget`.
 
     Raises StorageError; with errno EWOULDBLOCK where somebody else has the part open.
     """
@@ -87,8 +90,10 @@ class Part:
             os.ftruncate(self._open_fd, size)
 
     def finish(self, note: bytes, make: Callable[[str], None] | None = None) -> None:
-        """Leave a note and give the part its final name, once all is on disk. `make` is called instead of the renaming, with the part's
-        path: it has to make the target atomically, or to raise; what it raises is raised here, and the part stays.
+        """Leave a note and give the part its final name, once all is on disk.
+
+        `make` is called instead of the renaming, with the part's path: it has to make the target atomically, or to
+        raise; what it raises is raised here, and the part stays.
         """
         with self._keeping("sync"):
             os.fsync(self._open_fd)

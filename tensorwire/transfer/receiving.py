@@ -1,9 +1,9 @@
 """A stream received to disk, frame by frame verified, and taken up again after either side was killed.
 
-What is on disk is the stream itself under a temporary name, so that it says on its own how much of it is whole. The next
-attempt verifies every frame in it again, cuts off a torn tail and asks the sender for the rest. Once the END frame has come and
-all is synced, a journal notes the outcome, and the stream takes its final name. The journal stays until the sender has its
-receipt: one that asks again is told the digest, and nothing is received twice.
+What is on disk is the stream itself under a temporary name, so that it says on its own how much of it is whole. The
+next attempt verifies every frame in it again, cuts off a torn tail and asks the sender for the rest. Once the END frame
+has come and all is synced, a journal notes the outcome, and the stream takes its final name. The journal stays until
+the sender has its receipt: one that asks again is told the digest, and nothing is received twice.
 """
 
 import json
@@ -26,14 +26,15 @@ _HELD: Final = 4 << 20  # a frame up to this size is written when it is verified
 class Recording:
     """The place of one transfer; a `wire.drive.Consumer` that gives no results.
 
-    `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` gives a function
-    that is called with each item before its data is taken, and raises to refuse the stream (`lambda: schema(model).check`);
-    it is called anew for every time that the stream is read from its beginning. `finish` is called instead of the
-    renaming, with the path of the temporary file, and has to make `path` from it atomically, or to raise. What was received is
-    removed where `check` or `finish` finds it wanting (SchemaError; any WireError of `finish`) and stays in all other cases.
+    `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` gives a
+    function that is called with each item before its data is taken, and raises to refuse the stream (`lambda:
+    schema(model).check`); it is called anew for every time that the stream is read from its beginning. `finish` is
+    called instead of the renaming, with the path of the temporary file, and has to make `path` from it atomically, or
+    to raise. What was received is removed where `check` or `finish` finds it wanting (SchemaError; any WireError of
+    `finish`) and stays in all other cases.
 
-    `position` says where the sender has to go on, `outcome` is set once the stream is whole. Raises StorageError, with errno
-    EWOULDBLOCK where somebody else is receiving the same transfer.
+    `position` says where the sender has to go on, `outcome` is set once the stream is whole. Raises StorageError, with
+    errno EWOULDBLOCK where somebody else is receiving the same transfer.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""One stream from here to there, over as many connections as it takes: when to try again, and when to give up. Without I/O of its own."""
+"""One stream from here to there, over as many connections as it takes: when to try again, and when to give up.
+
+Without I/O of its own.
+"""
 
 import random
 import time
@@ -17,8 +20,10 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """Pauses between tries: twice as long each time, from `first` to `longest` seconds, less up to a half by chance, so that those whom
-    one failure has hit do not come back together.
+    """Pauses between attempts, longer each time, and the end of patience.
+
+    A pause is twice as long as the one before it, from `first` to `longest` seconds, less up to a half by chance, so
+    that those who were hit by one failure do not all come back at once.
 
         backoff = Backoff(patience=60)
         while True:
@@ -49,7 +54,10 @@ class Backoff:
         self._since = self._clock()
 
     def after(self, error: TensorwireError) -> float:
-        """Seconds to wait after this error. Raises it where trying again cannot help, or after `patience` seconds without progress."""
+        """Seconds to wait after this error.
+
+        Raises it where trying again cannot help, or after `patience` seconds without progress.
+        """
         if not getattr(error, "retryable", True) or self._clock() - self._since > self._patience:
             raise error
         pause, self._pause = self._pause, min(2 * self._pause, self._longest)
@@ -78,8 +86,9 @@ async def send_over(
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
-    `patience`: seconds without any progress of the receiver after which the last error is raised. `greeting`: seconds that it may
-    take. Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is offered.
+    `patience`: seconds without any progress of the receiver after which the last error is raised. `greeting`: seconds
+    that it may take. Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is
+    offered.
     """
     backoff = Backoff(patience=patience)
     reached = -1

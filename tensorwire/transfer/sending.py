@@ -1,8 +1,8 @@
 """The sending side of a transfer that may be taken up again: the rest of a stream from where its receiver is.
 
-The same input gives the same bytes, so a sender needs no state: it makes the stream again and leaves out what the receiver has. The
-receiver's position carries the CRC of its last header, which stands for every byte before it; that the next frame repeats it as
-its link shows that it is still the same stream.
+The same input gives the same bytes, so a sender needs no state: it makes the stream again and leaves out what the
+receiver has. The receiver's position carries the CRC of its last header, which stands for every byte before it; that
+the next frame repeats it as its link shows that it is still the same stream.
 """
 
 import os
@@ -22,7 +22,10 @@ class Outgoing(Protocol):
     """A stream to be sent, as often as it takes."""
 
     def after(self, position: Position) -> Iterator[Any]:
-        """The buffers from `position` on. Raises SequenceError where the receiver has the beginning of another stream."""
+        """The buffers from `position` on.
+
+        Raises SequenceError where the receiver has the beginning of another stream.
+        """
 
     @property
     def digest(self) -> str:

@@ -1,5 +1,7 @@
-"""Ways to move buffers. A transport knows no codec: `send` takes an iterable of buffers, `receive` gives something to `decode` from,
-`run` holds a conversation around a stream (`tensorwire.transfer`): greeting, resumption, receipt.
+"""Ways to move buffers.
+
+A transport knows no codec: `send` takes an iterable of buffers, `receive` gives something to `decode` from, `run` holds
+a conversation around a stream (`tensorwire.transfer`): greeting, resumption, receipt.
 """
 
 from tensorwire.transports.aio import AsyncListener, AsyncTransport

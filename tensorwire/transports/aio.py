@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 class AsyncTransport(Transport):
-    """One connection, as `TcpTransport`, for coroutines; an async context manager. Made by `connect` and by `AsyncListener`."""
+    """One connection, as `TcpTransport`, for coroutines; an async context manager.
+
+    Made by `connect` and by `AsyncListener`.
+    """
 
     def __init__(self, wire: ProtocolWire, *, timeout: float | None, min_rate: float) -> None:
         super().__init__(wire, timeout=timeout, min_rate=min_rate)
@@ -54,7 +57,9 @@ class AsyncTransport(Transport):
         return cls(wire, timeout=timeout, min_rate=min_rate)
 
     async def run(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation (see `tensorwire.transfer`) and return its result. `within`: seconds that it may take in all.
+        """Hold a conversation (see `tensorwire.transfer`) and return its result.
+
+        `within`: seconds that it may take in all.
 
         Raises what the conversation raises, and TransportError.
         """
@@ -65,8 +70,8 @@ class AsyncTransport(Transport):
     async def send(self, buffers: Iterable[Buffer] | AsyncIterable[Buffer]) -> int:
         """Send every buffer in order; returns the bytes sent. Raises TransportError.
 
-        Buffers are gathered as by `TcpTransport.send`, and an empty one has what is gathered leave. Of an async iterable it leaves
-        whenever the next buffer is not there at once.
+        Buffers are gathered as by `TcpTransport.send`, and an empty one has what is gathered leave. Of an async
+        iterable it leaves whenever the next buffer is not there at once.
         """
         if not isinstance(buffers, AsyncIterable):
             return await self.driver.send(buffers)
@@ -107,14 +112,17 @@ async def _flushing(buffers: AsyncIterable[Buffer]) -> AsyncGenerator[Buffer, No
 
 
 class AsyncListener:
-    """Accepts connections and calls `serve(transport)` for each, at most `connections` at a time, or a third of the descriptors
-    that this process may have. When there are more, a new one takes the place of the one that has for longest not held a
-    conversation (the greeting, to begin with), and is closed where all have.
+    """Accepts connections and calls `serve(transport)` for each.
+
+    At most `connections` are served at a time, or a third of the descriptors that this process may have. A new
+    connection displaces the oldest over which no conversation (the greeting, to begin with) has been held yet, and is
+    closed where there is none.
 
         async with AsyncListener(serve, host, port, tls=server_tls(...)) as listener:
             await listener.serve_forever()
 
-    An error that `serve` raises ends its connection and is given to `on_error`. Other parameters as for `TcpListener`.
+    An error that `serve` raises ends its connection and is given to `on_error`. `host`, `port`, `tls`, `plaintext`,
+    `timeout` and `min_rate` are as for `TcpListener`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""asyncio's callbacks as a `Wire`: between the event loop and a transport, one read and one drain are waited for at most."""
+"""asyncio's callbacks as a `Wire`: at most one read and one drain are waited for at a time."""
 
 import asyncio
 import math
@@ -21,16 +21,21 @@ T = TypeVar("T")
 
 
 class ProtocolWire(asyncio.BufferedProtocol):
-    """A connection of asyncio. Without a read nothing is taken from the socket, so that whoever sends has to wait as well.
+    """A connection of asyncio.
 
-    `accepted` is told once it is made. `known`: whether a conversation has been held over it. `leaving`: whether it is being closed.
+    Without a read nothing is taken from the socket, so that whoever sends has to wait as well.
+
+    `accepted` is told once it is made. `known`: whether a conversation has been held over it. `leaving`: whether it is
+    being closed.
     """
 
     def __init__(self, accepted: Callable[["ProtocolWire"], None] = lambda wire: None) -> None:
         self._accepted = accepted
         self._loop = asyncio.get_running_loop()
-        self._reading: asyncio.Future[int] = _settled(self._loop, 0)
-        self._draining: asyncio.Future[None] = _settled(self._loop, None)
+        self._reading: asyncio.Future[int] = self._loop.create_future()
+        self._draining: asyncio.Future[None] = self._loop.create_future()
+        self._reading.cancel()  # nobody waits for either yet
+        self._draining.cancel()
         self._wanted = memoryview(b"")  # where the read that is waited for wants its bytes,
         self._spare = memoryview(b"")  # and where those go that the loop delivers although nobody reads
         self.early = Early()
@@ -57,7 +62,8 @@ class ProtocolWire(asyncio.BufferedProtocol):
     async def write(self, views: list[memoryview], patience: float | None) -> int:
         """`Wire.write`: done when all is with the system, or the peer has been `heard`.
 
-        Not `writelines`, which before Python 3.12 copies all, and before 3.12.9 never says that it is full (CVE-2024-12254).
+        Not `writelines`, which before Python 3.12 copies all, and before 3.12.9 never says that it is full
+        (CVE-2024-12254).
         """
         if self._gone is not None:
             raise self._gone
@@ -103,7 +109,9 @@ class ProtocolWire(asyncio.BufferedProtocol):
         """Send what waits to be sent, for a while, and close."""
         if not self.leaving:
             self.leaving = True
-            if self._tls and not self._ended:  # or it would wait for somebody to read the end that the peer has sent already
+            if (
+                self._tls and not self._ended
+            ):  # or it would wait for somebody to read the end that the peer has sent already
                 self._transport.resume_reading()
             self._transport.close()
             timer = self._loop.call_later(_LINGER, self._transport.abort)
@@ -120,10 +128,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         await asyncio.wait([self.closed])
 
     async def start_tls(self, context: ssl.SSLContext, *, server_hostname: str | None = None) -> None:
-        """Agree on TLS with the peer: with `server_hostname` as the one who has connected, who checks that name, else as the listener.
-
-        Raises AuthError, TransportError.
-        """
+        """Agree on TLS, as the one who connects to `server_hostname` or listens. Raises AuthError, TransportError."""
         self._agreeing = True
         try:
             transport = await self._loop.start_tls(
@@ -144,6 +149,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         self._take(transport)
 
     def connection_made(self, transport: Any) -> None:
+        """asyncio: the connection stands."""
         tune(transport.get_extra_info("socket"))
         self._plain = transport
         self._take(transport)
@@ -162,31 +168,37 @@ class ProtocolWire(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=int(self._tls))
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """asyncio: where the next bytes go."""
         self._direct = not self._reading.done() and (not self._tls or len(self._wanted) >= _TLS_HELD)
         if self._direct:
             return self._wanted
-        # At the end of a TLS connection asyncio asks once and drops what it holds beyond: there must be room for all of that.
+        # At the end of a TLS connection asyncio asks once and drops what it holds beyond: there must be room for all of
+        # that.
         self._spare = memoryview(bytearray(_TLS_HELD if self._tls else _SPARE))
         return self._spare
 
     def buffer_updated(self, nbytes: int) -> None:
+        """asyncio: so many bytes went there."""
         if not self._agreeing:  # then TLS reads, and may give us the first bytes before its transport
             self._transport.pause_reading()
         if not self._direct:
-            self.early.add(self._spare[:nbytes])
+            self.early += self._spare[:nbytes]
             self._spare = memoryview(b"")
             self._wake()
         if not self._reading.done():
             self._reading.set_result(nbytes if self._direct else self.early.take(self._wanted))
 
     def pause_writing(self) -> None:
+        """asyncio: what is written waits to be sent."""
         self._full = True
 
     def resume_writing(self) -> None:
+        """asyncio: all is with the system."""
         self._full = False
         _settle(self._draining, None)
 
     def eof_received(self) -> bool:
+        """asyncio: the peer says no more. Returns whether to keep the connection."""
         self._peer_gone = True
         self._wake()
         if self._tls:  # which knows no half: the connection is about to be lost, and only that says whether by an alert
@@ -196,6 +208,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         return True  # stay open for our answer
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio: there is no connection any more."""
         self._ended = self._peer_gone = True
         if isinstance(exc, OSError):
             self._broken = self._gone = failed("talking to the peer", exc)
@@ -221,12 +234,6 @@ async def _in_time(future: "asyncio.Future[T]", patience: float | None, doing: s
         return await future
     finally:
         timer.cancel()
-
-
-def _settled(loop: asyncio.AbstractEventLoop, result: T) -> "asyncio.Future[T]":
-    future: asyncio.Future[T] = loop.create_future()
-    future.set_result(result)
-    return future
 
 
 def _settle(future: "asyncio.Future[T]", result: T) -> None:

@@ -1,6 +1,4 @@
-"""Blocking TCP, plain on this machine and TLS beyond it: gathered writes of the caller's memory, reads straight into the
-destination.
-"""
+"""Blocking TCP, plain on this machine and TLS beyond it: writes are gathered, reads go straight to the destination."""
 
 import socket
 import ssl
@@ -22,7 +20,6 @@ _UNSENT: Final = 1 << 20
 _UNREAD: Final = 2 << 20
 _EARLY: Final = 64 << 10
 _LAST_WORDS: Final = 2.0  # seconds to be heard once a handshake has failed
-_SHORTEST: Final = 0.001  # seconds to wait; 0 would not wait at all
 _GATHERS: Final = hasattr(socket.socket, "sendmsg")  # not on Windows
 
 T = TypeVar("T")
@@ -30,12 +27,15 @@ Skin = TypeVar("Skin", bound="BlockingTransport")
 
 
 class BlockingTransport(Transport):
-    """The calls of a transport, each of which returns when it is done; a context manager. Streams follow one another in either
-    direction.
+    """The calls of a transport, each of which returns when it is done; a context manager.
+
+    Streams follow one another in either direction.
     """
 
     def run(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation (see `tensorwire.transfer`) and return its result. `within`: seconds that it may take in all.
+        """Hold a conversation (see `tensorwire.transfer`) and return its result.
+
+        `within`: seconds that it may take in all.
 
         Raises what the conversation raises, and TransportError.
         """
@@ -44,8 +44,8 @@ class BlockingTransport(Transport):
     def send(self, buffers: Iterable[Buffer]) -> int:
         """Send every buffer in order; returns the bytes sent. Raises TransportError.
 
-        Buffers are gathered: up to a mebibyte waits for the next one. An empty buffer says that the next may be long in coming, and
-        what is gathered leaves; `tensorwire.encode` gives one behind each layer of a generator.
+        Buffers are gathered: up to a mebibyte waits for the next one. An empty buffer says that the next may be long in
+        coming, and what is gathered leaves; `tensorwire.encode` gives one behind each layer of a generator.
         """
         return completed(self.driver.send(buffers))
 
@@ -67,8 +67,8 @@ class BlockingTransport(Transport):
 class TcpTransport(BlockingTransport):
     """One connection over TCP. Made by `connect` and by `TcpListener.accept`.
 
-    `timeout`: seconds without any progress after which a call fails with TransportError, however long it takes in all. A peer
-    that trickles a stream below `min_rate` bytes a second is given up as well.
+    `timeout`: seconds without any progress after which a call fails with TransportError, however long it takes in all.
+    A peer that trickles a stream below `min_rate` bytes a second is given up as well.
     """
 
     def __init__(
@@ -89,8 +89,10 @@ class TcpTransport(BlockingTransport):
         timeout: float | None = TIMEOUT,
         min_rate: float = MIN_RATE,
     ) -> "TcpTransport":
-        """Connect to a listener. `tls`: see `client_tls`; without it only this machine is spoken to, unless `plaintext` says that
-        the network is trusted. Raises TransportError, AuthError where the other end is not who it should be.
+        """Connect to a listener.
+
+        `tls`: see `client_tls`; without it only this machine is spoken to, unless `plaintext` says that the network is
+        trusted. Raises TransportError, AuthError where the other end is not who it should be.
         """
         require_protection(host, tls, plaintext)
         try:
@@ -98,23 +100,44 @@ class TcpTransport(BlockingTransport):
         except OSError as error:
             raise TransportError(f"cannot connect to {host}:{port}: {error}") from error
         if tls is not None:
-            connection = _handshake(
-                tls.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False)
-            )
+            connection = _handshake(tls.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False))
         return cls(connection, timeout=timeout, min_rate=min_rate)
 
 
-class SocketWire:
+class BlockingWire:
+    """What the wires of blocking transports have in common: nothing stays behind when a call returns."""
+
+    peer_name: str | None = None
+
+    def __init__(self) -> None:
+        self.early = Early()
+
+    async def flush(self, patience: float | None) -> None:
+        """`Wire.flush`: `write` has done it."""
+
+    async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
+        """`Wire.work`: in a thread of its own where the peer has to be told meanwhile that we are alive."""
+        if pause is None:
+            return work()
+        with ThreadPoolExecutor(1) as executor:  # which ends when the work does, whatever is raised here
+            working = executor.submit(work)
+            while not wait([working], pause).done:
+                await pulse()
+            return working.result()
+
+    async def wait_closed(self) -> None:
+        """`Wire.wait_closed`: `close` has done it."""
+
+
+class SocketWire(BlockingWire):
     """A blocking socket as a `Wire`."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.early = Early()
+        super().__init__()
         self._socket = connection
-
-    @property
-    def peer_name(self) -> str | None:
-        """The common name in the peer's certificate, None without one."""
-        return common_name(self._socket.getpeercert()) if isinstance(self._socket, ssl.SSLSocket) else None
+        self._seconds = connection.gettimeout()
+        if isinstance(connection, ssl.SSLSocket):
+            self.peer_name = common_name(connection.getpeercert())
 
     async def read(self, buffer: memoryview, patience: float | None) -> int:
         """`Wire.read`."""
@@ -134,42 +157,32 @@ class SocketWire:
         except OSError as error:
             raise failed("sending", self._alert(error)) from error
 
-    async def flush(self, patience: float | None) -> None:
-        """`Wire.flush`: `write` has done it."""
-
     async def heard(self) -> bool:
         """`Wire.heard`."""
         try:
-            self._socket.settimeout(0)
-            self.early.add(self._socket.recv(_EARLY))
+            self._wait_at_most(0)
+            self.early += self._socket.recv(_EARLY)
         except (BlockingIOError, ssl.SSLWantReadError):
             return bool(self.early)
         except OSError:  # the next call says which
             pass
         return True
 
-    async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-        """`Wire.work`."""
-        return await work_beside(work, pause, pulse)
-
     def close(self) -> None:
         """`Wire.close`."""
         self._socket.close()
 
-    async def wait_closed(self) -> None:
-        """`Wire.wait_closed`: `close` has done it."""
-
-    def _wait_at_most(self, patience: float | None) -> None:
-        seconds = None if patience is None else max(patience, _SHORTEST)
-        if seconds != self._socket.gettimeout():
+    def _wait_at_most(self, seconds: float | None) -> None:
+        if seconds != self._seconds:
             self._socket.settimeout(seconds)
+            self._seconds = seconds
 
     def _alert(self, error: OSError) -> OSError:
         """Why TLS has ended, where the peer has said so before it closed; else `error`."""
         if isinstance(self._socket, ssl.SSLSocket) and not isinstance(error, TimeoutError):
             with suppress(ssl.SSLWantReadError):
                 try:
-                    self._socket.settimeout(0)
+                    self._wait_at_most(0)
                     self._socket.recv(1)
                 except ssl.SSLError as said:
                     return said if said.reason else error
@@ -179,12 +192,14 @@ class SocketWire:
 
 
 class TcpListener:
-    """Accepts connections one at a time, each when `accept` is called; a context manager. `port` 0 picks a free one, which `port`
-    then tells.
+    """Accepts connections one at a time, each when `accept` is called; a context manager.
 
-    `tls`: see `server_tls`; without it only this machine is listened to, unless `plaintext` says that the network is trusted.
-    `timeout` and `min_rate` are those of the transports, and `accept` waits for `timeout` at most. It has no `connections` and no
-    `on_error`, as `AsyncListener` has: how many are served, and what comes of an error, is up to whoever calls `accept`.
+    `port` 0 picks a free one, which `port` then tells.
+
+    `tls`: see `server_tls`; without it only this machine is listened to, unless `plaintext` says that the network is
+    trusted. `timeout` and `min_rate` are those of the transports, and `accept` waits for `timeout` at most. It has no
+    `connections` and no `on_error`, as `AsyncListener` has: how many are served, and what comes of an error, is up to
+    whoever calls `accept`.
     """
 
     def __init__(
@@ -211,17 +226,17 @@ class TcpListener:
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self) -> TcpTransport:
-        """Wait for a peer. Raises TransportError after the timeout, AuthError where its certificate is not what it must be; the
-        next call waits for another peer.
+        """Wait for a peer.
+
+        Raises TransportError after the timeout, AuthError where its certificate is not what it must be; the next call
+        waits for another peer.
         """
         try:
             connection, _ = self._socket.accept()
         except OSError as error:
             raise failed("waiting for a peer", error) from error
         if self._tls is not None:
-            connection = _handshake(
-                self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-            )
+            connection = _handshake(self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False))
         return TcpTransport(connection, timeout=self._timeout, min_rate=self._min_rate)
 
     def close(self) -> None:
@@ -246,8 +261,10 @@ def tune(connection: socket.socket) -> None:
 
 @cache
 def _may_fix_window() -> bool:
-    """Whether the system gives the receive buffer we ask for. Where it would give less, and keep it at that, its own choice is
-    better: 6 MiB at most by Linux's defaults, the same that cap what may be asked for.
+    """Whether the system gives the receive buffer we ask for.
+
+    Where it would give less, and keep it at that, its own choice is better: 6 MiB at most by Linux's defaults, the same
+    that cap what may be asked for.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _UNREAD)
@@ -267,7 +284,7 @@ def _handshake(connection: ssl.SSLSocket) -> ssl.SSLSocket:
 
 
 def _be_heard(connection: ssl.SSLSocket) -> None:
-    """Let the alert that says why reach the peer: closing while something is unread would reset the connection, and lose it."""
+    """Let the alert reach the peer: closing with something unread would reset the connection, and lose it."""
     plain = socket.socket(fileno=connection.detach())
     with plain, suppress(OSError):
         plain.shutdown(socket.SHUT_WR)
@@ -275,14 +292,3 @@ def _be_heard(connection: ssl.SSLSocket) -> None:
         until = time.monotonic() + _LAST_WORDS
         while time.monotonic() < until and plain.recv(_EARLY):
             pass
-
-
-async def work_beside(work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-    """`Wire.work` of a blocking wire: in a thread of its own where somebody has to be told meanwhile that we are alive."""
-    if pause is None:
-        return work()
-    with ThreadPoolExecutor(1) as executor:  # which ends when the work does, whatever is raised here
-        working = executor.submit(work)
-        while not wait([working], pause).done:
-            await pulse()
-        return working.result()

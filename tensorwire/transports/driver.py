@@ -1,8 +1,7 @@
-"""What every transport does, written once and without I/O: stepping through conversations, gathering and flushing, pace, deadlines,
-counting.
+"""What every transport does, written once and without I/O: conversations, gathering, pace, deadlines, counters.
 
-A transport is a `Driver` over a `Wire`, behind a skin that offers the calls. The driver's methods are coroutines. Over a wire of asyncio
-they wait; over a blocking wire nothing in them ever does, so that `completed` runs them like functions.
+A transport is a `Driver` over a `Wire`, behind a skin that offers the calls. The driver's methods are coroutines. Over
+asyncio they wait; over a blocking wire nothing in them ever does, so that `completed` runs them like functions.
 """
 
 import time
@@ -17,6 +16,7 @@ from tensorwire.transports.pace import Pace
 _GATHER_BYTES: Final = 1 << 20  # buffers are gathered up to this many bytes,
 _GATHER_COUNT: Final = 64  # or this many buffers (IOV_MAX is at least 1024 where it matters)
 _SMALL: Final = 16 << 10  # buffers of fewer bytes cost less to copy than a call, or a record of TLS, of their own
+_SHORTEST: Final = 0.001  # seconds; a patience of 0 would be none
 _PULSES: Final = 4  # signs of life in the time after which a peer would give us up
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ Pulse: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Wire(Protocol):
-    """A connection, or what stands for one. `patience`: seconds without progress after which a call raises TransportError."""
+    """A connection, or what stands for one. Calls raise TransportError after `patience` seconds without progress."""
 
     @property
     def early(self) -> "Early":
@@ -48,7 +48,7 @@ class Wire(Protocol):
         """Whether the peer has said something that was not read yet, or is gone."""
 
     async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-        """Call `work` and return what it gives; every `pause` seconds until then, `pulse`. On return `work` has ended."""
+        """The result of `work`; until it is there, `pulse` every `pause` seconds. On return `work` has ended."""
 
     def close(self) -> None:
         """Close it; what waits to be sent may still leave."""
@@ -68,7 +68,7 @@ class Driver:
         self._pace = Pace(min_rate)
 
     async def converse(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation and return its result; an error of a step is raised in the conversation, which may go on."""
+        """Hold a conversation and return its result; what a step raises is raised in it, and it may go on."""
         # Not `wait_for`: before Python 3.12 it may lose a cancellation that comes as the conversation ends.
         self._deadline = None if within is None else time.monotonic() + within
         try:
@@ -76,7 +76,7 @@ class Driver:
             while True:
                 try:
                     answer = await self._step(step)
-                except BaseException as error:
+                except BaseException as error:  # noqa: PERF203  # each step has errors of its own
                     step = conversation.throw(error)
                 else:
                     step = conversation.send(answer)
@@ -88,28 +88,34 @@ class Driver:
             conversation.close()
 
     async def send(self, buffers: Iterable[Buffer] | AsyncIterable[Buffer], *, alert: bool = False) -> int:
-        """Send every buffer in order; returns the bytes sent. Buffers are gathered up to a mebibyte; an empty one says that
-        the next may be long in coming, so that what is gathered leaves. `alert`: stop once the peer has said something.
+        """Send every buffer in order; returns the bytes sent.
+
+        Buffers are gathered up to a mebibyte; an empty one says that the next may be long in coming, so that what is
+        gathered leaves. `alert`: stop once the peer has said something.
         """
         before = self.sent
         batch = _Batch()
         if isinstance(buffers, AsyncIterable):
             async for buffer in buffers:
                 if batch.add(buffer) and not await self._leave(batch, alert):
-                    break
+                    return self.sent - before
         else:
             for buffer in buffers:
                 if batch.add(buffer) and not await self._leave(batch, alert):
-                    break
+                    return self.sent - before
         batch.pauses = True
         await self._leave(batch, False)
         return self.sent - before
 
     async def read(self, buffer: memoryview, *, steady: bool = True, within: float | None = None) -> int:
-        """Receive at least one byte into `buffer`; returns how many, 0 once the peer has closed. `steady`, `within`: see `Fill`."""
+        """Receive at least one byte into `buffer`; returns how many, 0 once the peer has closed.
+
+        `steady`, `within`: see `Fill`.
+        """
         patience = self._patience(within)
         began = time.monotonic()
-        got = self.wire.early.take(buffer) or await self.wire.read(buffer, patience)
+        early = self.wire.early
+        got = early.take(buffer) if early else await self.wire.read(buffer, patience)
         if steady:
             self._pace.moved(got, time.monotonic() - began)
         self.received += got
@@ -138,7 +144,6 @@ class Driver:
     async def _leave(self, batch: "_Batch", alert: bool) -> bool:
         """Send what is gathered. Returns whether to go on: with `alert`, not where the peer has said something."""
         if alert and await self.wire.heard():
-            batch.clear()
             return False
         while batch.views:
             patience = self._patience()
@@ -154,17 +159,24 @@ class Driver:
 
     def _patience(self, within: float | None = None) -> float | None:
         """Seconds that the next call may wait. Raises TransportError where the conversation's time is over."""
+        if self._deadline is None and within is None:
+            return self._timeout
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if left is not None and left <= 0:
             raise TransportError("the peer takes longer than it may")
-        return min((seconds for seconds in (self._timeout, within, left) if seconds is not None), default=None)
+        return max(_SHORTEST, min(seconds for seconds in (self._timeout, within, left) if seconds is not None))
 
 
 class Transport:
-    """What every skin tells of its connection. `driver` has its calls as coroutines, for code that serves all kinds."""
+    """What every skin tells of its connection.
+
+    `driver` has its calls as coroutines, for code that serves all kinds. `peer_name` is the common name in the peer's
+    certificate, None without one.
+    """
 
     def __init__(self, wire: Wire, *, timeout: float | None, min_rate: float) -> None:
         self.driver: Final = Driver(wire, timeout=timeout, min_rate=min_rate)
+        self.peer_name: Final = wire.peer_name
 
     @property
     def sent(self) -> int:
@@ -176,35 +188,19 @@ class Transport:
         """Bytes received so far, without those of TLS."""
         return self.driver.received
 
-    @property
-    def peer_name(self) -> str | None:
-        """The common name in the peer's certificate, None without one."""
-        return self.driver.wire.peer_name
-
     def close(self) -> None:
         """Close the connection. What waits to be sent still leaves: under asyncio within two seconds."""
         self.driver.wire.close()
 
 
-class Early:
+class Early(bytearray):
     """Bytes that have arrived although nobody was reading, for whoever reads next."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def __bool__(self) -> bool:
-        return bool(self._data)
-
-    def add(self, data: bytes | memoryview) -> None:
-        """More of them."""
-        self._data += data
 
     def take(self, buffer: memoryview) -> int:
         """Move as many into `buffer` as there are and fit; returns how many."""
-        size = min(len(buffer), len(self._data))
-        if size:
-            buffer[:size] = self._data[:size]
-            del self._data[:size]
+        size = min(len(buffer), len(self))
+        buffer[:size] = self[:size]
+        del self[:size]
         return size
 
 
@@ -238,14 +234,9 @@ class _Batch:
         if size:
             views[0] = views[0][size:]
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.views.clear()
-        self._size = 0
-
 
 def run_of(views: list[memoryview]) -> bytes | memoryview:
-    """The next bytes of `views` for a call that takes one buffer: a large one as it is, or all small ones up to the next large."""
+    """What leaves next through a call that takes one buffer: a large one, or all small ones before it."""
     small = 0
     while small < len(views) and len(views[small]) < _SMALL:
         small += 1
@@ -253,7 +244,7 @@ def run_of(views: list[memoryview]) -> bytes | memoryview:
 
 
 def completed(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine in which nothing waits: over a blocking wire, whatever is awaited has blocked instead."""
+    """The result of a coroutine in which nothing waits, because over a blocking wire all that it awaits has blocked."""
     try:
         coroutine.send(None)
     except StopIteration as stop:

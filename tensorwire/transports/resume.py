@@ -1,4 +1,4 @@
-"""`send_resuming` for blocking sockets and for asyncio: one stream from here to there, over as many connections as it takes."""
+"""`send_resuming`, blocking and for asyncio: one stream from here to there, over as many connections as it takes."""
 
 import asyncio
 import time
@@ -16,29 +16,25 @@ from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 PATIENCE: Final = 2 * TIMEOUT
 
 
-def anybody(peer: Peer) -> None:
-    """Whoever greets is welcome."""
-
-
 def send_resuming(
     connect: Callable[[], BlockingTransport],
     offer: Offer,
     outgoing: Outgoing,
     *,
     patience: float = PATIENCE,
-    check_peer: Callable[[Peer], None] = anybody,
+    check_peer: Callable[[Peer], None] = lambda peer: None,
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
-    `patience`: seconds without any progress of the receiver after which the last error is raised. Errors that trying again cannot
-    mend are raised at once. `check_peer` may raise before anything is offered.
+    `patience`: seconds without any progress of the receiver after which the last error is raised. Errors that trying
+    again cannot mend are raised at once. `check_peer` may raise before anything is offered.
     """
 
     async def connected() -> Driver:
         return connect().driver
 
     async def pause(seconds: float) -> None:
-        time.sleep(seconds)  # noqa: ASYNC251  # nothing here waits: see `completed`
+        time.sleep(seconds)  # nothing here waits: see `completed`
 
     sending = send_over(connected, pause, offer, outgoing, patience=patience, greeting=HANDSHAKE, check_peer=check_peer)
     return completed(sending)
@@ -50,7 +46,7 @@ async def send_resuming_async(
     outgoing: Outgoing,
     *,
     patience: float = PATIENCE,
-    check_peer: Callable[[Peer], None] = anybody,
+    check_peer: Callable[[Peer], None] = lambda peer: None,
 ) -> Receipt:
     """`send_resuming` under asyncio. What `outgoing` does to make its buffers, it does in the event loop."""
 
