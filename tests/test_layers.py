@@ -211,3 +211,26 @@ def test_the_page_and_this_table_agree():
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE)
     found = {name.strip("`/").removesuffix(".py"): int(number) for number, names in rows for name in names.split()}
     assert found == {room: layer for room, layer in LAYER.items() if not room.startswith("__")}
+
+
+# Modules that are public by themselves: a foreign format, library or subject each.
+PUBLIC_MODULES = {
+    "files.authenticity",
+    "files.examine",
+    "files.safetensors",
+    "integrations.bitsandbytes",
+}
+OVER_PUBLIC_NAMES = {"updates", "integrations", "bench", "cli", "fl"}
+ABOVE = [path for path in FILES if room_of(path) in OVER_PUBLIC_NAMES]
+
+
+@pytest.mark.parametrize("path", ABOVE, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_upper_rooms_use_what_other_rooms_export(path):
+    for name, _ in imports(path):
+        parts = name.split(".")
+        # Commands are written for what they run: the last row's own modules are theirs.
+        if parts[0] != "tensorwire" or len(parts) < 4 or LAYER[parts[1]] == LAYER["cli"]:
+            continue
+        assert parts[1] == room_of(path) or ".".join(parts[1:3]) in PUBLIC_MODULES, (
+            f"{name} is not exported by tensorwire.{parts[1]}"
+        )

@@ -13,8 +13,7 @@ import numpy as np
 import tensorwire
 from tensorwire.cli.common import PIPE, binary_stdout, reading, verb
 from tensorwire.errors import SchemaError, show
-from tensorwire.storage import replacing, scratch
-from tensorwire.storage.output import Output, OutputFile
+from tensorwire.storage import Output, OutputFile, replacing, scratch
 
 _TEXT: Final = """\
 what OUT becomes:
