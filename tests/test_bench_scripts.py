@@ -138,6 +138,13 @@ def test_kernels_and_what_memory_allows():
     assert [row[0] for row in rows] == KERNELS
 
 
+def test_partial_updates():
+    lines = run("partial_updates.py", "--layers=3", "--every=0.05", "--mib=0.5", allowed=(0, 1))
+    row = json.loads("".join(lines))
+    assert (row["codec"], row["layer_mib"], len(row["delays_s"])) == ("nf4", 0.5, 3)
+    assert all(delay > 0 for delay in row["delays_s"])
+
+
 def test_every_script_is_run_here():
     tested = re.findall(r'"(\w+\.py)"', Path(__file__).read_text())
     assert {path.name for path in BENCH.glob("*.py")} == {*tested}
