@@ -69,7 +69,13 @@ BARE = dict.fromkeys(("wire", "kernels", "codecs"), OUTSIDE | THREADS) | dict.fr
 )
 
 # Modules within rooms whose names are public.
-PUBLIC_MODULES = [["files", "safetensors"], ["files", "authenticity"], ["integrations", "bitsandbytes"]]
+PUBLIC_MODULES = [
+    ["files", "safetensors"],
+    ["files", "authenticity"],
+    ["files", "examine"],
+    ["integrations", "bitsandbytes"],
+    ["storage", "parts"],
+]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -143,15 +149,10 @@ def test_private_names_stay_in_their_room(path):
             assert not any(re.match(r"_[^_]", part) for part in parts), name
 
 
-def stranger_to(path: Path) -> bool:
-    """Whether a file uses this library as its users do, over public names only."""
-    return room_of(path) in ("updates", "bench", "fl") or path in (
-        PACKAGE / "cli" / "fl.py",
-        PACKAGE / "cli" / "bench.py",
-    )
+ABOVE = [path for path in FILES if LAYER[room_of(path)] > LAYER["__init__"]]
 
 
-@pytest.mark.parametrize("path", [*filter(stranger_to, FILES)], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", ABOVE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_a_stranger_could_have_written_imports_public_names_only(path):
     """What rooms export, from their `__init__` or from a module that is named as public."""
     for name, _ in imports(path):
@@ -211,26 +212,3 @@ def test_the_page_and_this_table_agree():
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE)
     found = {name.strip("`/").removesuffix(".py"): int(number) for number, names in rows for name in names.split()}
     assert found == {room: layer for room, layer in LAYER.items() if not room.startswith("__")}
-
-
-# Modules that are public by themselves: a foreign format, library or subject each.
-PUBLIC_MODULES = {
-    "files.authenticity",
-    "files.examine",
-    "files.safetensors",
-    "integrations.bitsandbytes",
-}
-OVER_PUBLIC_NAMES = {"updates", "integrations", "bench", "cli", "fl"}
-ABOVE = [path for path in FILES if room_of(path) in OVER_PUBLIC_NAMES]
-
-
-@pytest.mark.parametrize("path", ABOVE, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_upper_rooms_use_what_other_rooms_export(path):
-    for name, _ in imports(path):
-        parts = name.split(".")
-        # Commands are written for what they run: the last row's own modules are theirs.
-        if parts[0] != "tensorwire" or len(parts) < 4 or LAYER[parts[1]] == LAYER["cli"]:
-            continue
-        assert parts[1] == room_of(path) or ".".join(parts[1:3]) in PUBLIC_MODULES, (
-            f"{name} is not exported by tensorwire.{parts[1]}"
-        )

@@ -13,7 +13,8 @@ import numpy as np
 import tensorwire
 from tensorwire.cli.common import PIPE, binary_stdout, reading, verb
 from tensorwire.errors import SchemaError, show
-from tensorwire.storage import Output, OutputFile, replacing, scratch
+from tensorwire.storage import Output, OutputFile, replacing
+from tensorwire.storage.parts import scratch
 
 _TEXT: Final = """\
 what OUT becomes:

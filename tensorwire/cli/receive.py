@@ -12,7 +12,7 @@ from tensorwire.cli import decode
 from tensorwire.cli.common import PIPE, Progress, binary_stdout, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report
 from tensorwire.errors import SchemaError, TensorwireError, show
-from tensorwire.storage import scratch
+from tensorwire.storage.parts import scratch
 from tensorwire.transfer import Offer, Outcome, Recording, RefusedError, greet, receive_stream
 from tensorwire.transports import HANDSHAKE, TIMEOUT, AsyncListener, AsyncTransport
 from tensorwire.wire import FileItem, Item, TensorItem

@@ -14,7 +14,7 @@ from typing import Final
 
 from tensorwire.errors import SchemaError, WireError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.storage import Part
+from tensorwire.storage.parts import Part
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position
 from tensorwire.wire import NEED_DATA, Item, ItemStart, StreamEnd
