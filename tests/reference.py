@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 __all__ = ["File", "Refused", "Stream", "Tensor", "Truncated", "crc32c", "decode_payload", "read", "unpack"]
 
 
-class Refused(ValueError):
+class Refused(ValueError):  # noqa: N818 - what happened to the bytes
     """The bytes are not a stream of version 1."""
 
 
@@ -515,7 +515,7 @@ def decode_payload(codec: list, dtype: str, width: int, count: int, payload: byt
     return b"".join(to_dtype(float32(value * absmax[j // blocksize]), dtype) for j, value in enumerate(values))
 
 
-# ----------------------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
+# -------------------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
 
 LIMIT_STREAM_PAYLOAD = 1 << 20
 LIMIT_ITEM_PAYLOAD = 64 << 10

@@ -138,7 +138,7 @@ class InMemory(NamedTuple):
         return len(self.data)
 
     def read(self, offset: int, size: int) -> memoryview:
-        assert 0 <= offset and size >= 0 and offset + size <= len(self.data)
+        assert offset >= 0 and size >= 0 and offset + size <= len(self.data)
         return memoryview(self.data)[offset : offset + size]
 
 

@@ -1,4 +1,5 @@
-"""What each hostile case costs a receiver: a line of JSON for each with the error, seconds, and bytes that the process rose.
+"""What each hostile case costs a receiver: a line of JSON for each with the error, seconds, and bytes that the process
+rose.
 
 A process of its own, so that nothing else that runs, warm pools of tests for example, hides in the figure.
 
