@@ -517,8 +517,7 @@ def decode_payload(codec: list, dtype: str, width: int, count: int, payload: byt
     return b"".join(to_dtype(float32(value * absmax[j // blocksize]), dtype) for j, value in enumerate(values))
 
 
-# ----------------------------------------------------------------------------------- 7. Order of frames, 8. END and
-# INDEX
+# ----------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
 
 LIMIT_STREAM_PAYLOAD = 1 << 20
 LIMIT_ITEM_PAYLOAD = 64 << 10

@@ -1,6 +1,5 @@
-"""Branches of the decoder that only a stream made for them reaches: `.tw` files whose frames are sound one by one
-and wrong
-together, and what callers get wrong. tests/measure_coverage counts on them.
+"""Branches of the decoder that only a stream made for them reaches: `.tw` files whose frames are sound one by one and
+wrong together, and what callers get wrong. tests/measure_coverage counts on them.
 """
 
 import asyncio

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from tensorwire.checksum import Checksum
-from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, WireError
+from tensorwire.errors import FormatError, LimitError, SchemaError, SequenceError, TruncatedError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
@@ -87,9 +87,8 @@ class Archive:
         self._after: dict[int, Mark] = {}  # by item number: the first frame after its data that the index knows
         try:
             self._open()
-        except WireError:
-            self._walk()  # another fault may come before this one, and explain it
-            raise
+        except WireError as error:
+            raise self._explained(error) from None
 
     def slices(self, number: int, check: Callable[[Header], CheckedT]) -> Iterator[tuple[StoredSlice, CheckedT]]:
         """The data frames of an item, each with what `check` says to its header.
@@ -115,9 +114,8 @@ class Archive:
                 ledger.pass_frame(header, packed, step)
             self._skip_to(ledger, self._after[number])
         except WireError as error:
-            self._walk(until=ledger.offset)
             error.item, error.frame, error.offset = item.name, ledger.sequence, error.offset or ledger.offset
-            raise
+            raise self._explained(error, until=ledger.offset) from None
 
     def close(self) -> None:
         """Let go of the source: no data can be read any more, and to ask for it is a ValueError."""
@@ -160,12 +158,24 @@ class Archive:
         self._entries = self._bytes(where + HEADER_SIZE, index.length)
         return (where, index.sequence, index.link), (offset, end.sequence, end.link)
 
+    def _explained(self, error: WireError, until: int | None = None) -> WireError:
+        """The same error, for there is none before it in the stream; raises that otherwise."""
+        self._walk(until)
+        if isinstance(error, SequenceError):  # of frames where the index has them, which the stream has in order
+            return FormatError(f"the index points elsewhere: {error.detail}", item=error.item, offset=error.offset)
+        return error
+
     def _walk(self, until: int | None = None) -> None:
-        """Read the stream from front to back, all but the payloads of data, and raise for the first fault."""
+        """Read the stream from front to back, all but the payloads of data, and raise for the first fault.
+
+        `until`: the offset of the last frame of interest.
+        """
         ledger = self._begin(digest=True)
         while ledger.state is not State.ENDED and (until is None or ledger.offset <= until):
             header, packed, step = self._header(ledger)
             if header.type == FrameType.DATA:
+                if ledger.offset == until:
+                    return
                 self._bytes(ledger.offset, header.size, ledger.sequence)
             elif step is Step.ITEM:
                 self._read_item(ledger, header)
@@ -221,7 +231,7 @@ class Archive:
         while ledger.offset < mark[0]:
             header, packed, step = self._header(ledger)
             if step is not Step.SKIP:
-                raise FormatError("the index leaves out a frame", offset=ledger.offset)
+                raise FormatError("a frame that the index leaves out", offset=ledger.offset)
             self._payload(ledger, header)
             ledger.pass_frame(header, packed, step)
         if ledger.mark != mark:

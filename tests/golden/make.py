@@ -115,7 +115,7 @@ VALUES: dict[str, Any] = {
         -(2**63),
     ],
     "floats": [0.0, -0.0, 1.5, float("inf"), float("-inf"), 5e-324],
-    "text": ["", "weight", "größe ✓ 𝛼", "\n\x00\x1b", "x" * 32],  # noqa: RUF001
+    "text": ["", "weight", "größe ✓ \U0001d6fc", "\n\x00\x1b", "x" * 32],
     "bytes": [b"", b"\x00\xff", b"y" * 17],
     "tuple": (1, (), (2.0, [None]), {"k": ()}),
     "keys": {0: "int", "0": "text", -(2**53): 1, 2**53: 2, "": 3},

@@ -1,6 +1,5 @@
 """Hostile streams beyond those stored in tests/golden/bad: whole families, made by loops, one for each field, code
-point,
-codec or limit that a peer can get wrong.
+point, codec or limit that a peer can get wrong.
 
 `CASES` maps a name to what the library must say and the recipe. All is put together by hand, every other check
 satisfied.
@@ -57,8 +56,9 @@ __all__ = ["CASES", "INDEXES", "Case"]
 
 
 class Case(NamedTuple):
-    """A stream, the error it must get and a word of its message. `limits` where the defaults would need a huge
-    stream.
+    """A stream, the error it must get and a word of its message.
+
+    `limits`: where the defaults would need a huge stream.
     """
 
     error: str
@@ -98,9 +98,10 @@ for bit in range(8):
         lambda bit=bit: assemble(GOOD, head=preamble(minor=7, flags=1 << bit)),
     )  # fmt: skip
 for what, junk in {
-    "elf": b"\x7fELF\x02\x01\x01", "gzip": b"\x1f\x8b\x08\0", "pdf": b"%PDF-1.7\n", "png": b"\x89PNG\r\n\x1a\n",
-    "bom": b"\xef\xbb\xbf",
-    "pickle": b"\x80\x04\x95", "zeros": bytes(16), "html": b"<!doctype html>", "safetensors": struct.pack("<Q", 2) + b"{}",
+    "elf": b"\x7fELF\x02\x01\x01", "gzip": b"\x1f\x8b\x08\0", "pdf": b"%PDF-1.7\n",
+    "png": b"\x89PNG\r\n\x1a\n", "bom": b"\xef\xbb\xbf",
+    "pickle": b"\x80\x04\x95", "zeros": bytes(16), "html": b"<!doctype html>",
+    "safetensors": struct.pack("<Q", 2) + b"{}",
     "zstd": b"\x28\xb5\x2f\xfd",
 }.items():  # fmt: skip
     case(f"before-{what}", "FormatError", "magic", lambda junk=junk: junk + assemble(GOOD))
@@ -137,7 +138,8 @@ for sequence in (0, 3, 0xFFFFFFFF):
 
 # Lengths: what each frame type says to nothing, one byte, its limit with nothing behind it, and to all beyond.
 TYPES = {
-    "stream": ((), START, 1 << 20), "item": ((START,), ROOT, 64 << 10), "skipped": ((START, ROOT), Frame(0x90), 8 << 20),
+    "stream": ((), START, 1 << 20), "item": ((START,), ROOT, 64 << 10),
+    "skipped": ((START, ROOT), Frame(0x90), 8 << 20),
     "index": ((START, ROOT), Frame(INDEX, b""), 8 << 20),
 }  # fmt: skip
 for what, (before, frame, limit) in TYPES.items():
@@ -190,7 +192,8 @@ case(
 case("flood-of-claims", "TruncatedError", "ended",
      lambda: (START, ROOT, *(tensor(n, [n], [4 << 20]) for n in range(1, 10_001))))  # fmt: skip
 case("flood-of-aliases", "TruncatedError", "ended",
-     lambda: (START, ROOT, tensor(1, ["a"], [1 << 20]), *(item(n, ALIAS, [n], of=1) for n in range(2, 10_000))))  # fmt: skip
+     lambda: (START, ROOT, tensor(1, ["a"], [1 << 20]),
+              *(item(n, ALIAS, [n], of=1) for n in range(2, 10_000))))  # fmt: skip
 case("flood-of-empty-frames", "TruncatedError", "ended", lambda: (START, ROOT, *[Frame(0x90)] * 30_000))
 case("flood-of-empty-data", "FormatError", "empty", lambda: (START, ROOT, ITEM_A, *[data(1, b"")] * 1000))
 case("flood-of-slices", "TruncatedError", "ended",
@@ -227,7 +230,8 @@ case("metadata-pairs", "LimitError", "pairs", lambda: (Frame(STREAM, packb({"ali
 
 # ------------------------------------------------------------------------------------------------------ Tensor header
 for name, shape in {
-    "2^64": [1 << 32, 1 << 32], "2^64-1": [(1 << 64) - 1], "2^64-1-twice": [(1 << 64) - 1] * 2, "wraps-to-1": [3, 0xAAAAAAAAAAAAAAAB],
+    "2^64": [1 << 32, 1 << 32], "2^64-1": [(1 << 64) - 1], "2^64-1-twice": [(1 << 64) - 1] * 2,
+    "wraps-to-1": [3, 0xAAAAAAAAAAAAAAAB],
     "wraps-to-0": [1 << 63, 2], "64-times": [(1 << 64) - 1] * 64, "2^63": [1 << 63, 1], "0-and-2^62": [0, 1 << 62],
 }.items():  # fmt: skip
     case(f"shape-{name}", "LimitError", "item", (START, ROOT, tensor(1, ["a"], shape)))
@@ -259,7 +263,8 @@ for number in (-1, 1.0, None, True):
     error = "UnsupportedError" if number == -1 else "FormatError"
     case(f"dtype-is-{number}", error, "dtype", (START, ROOT, tensor(1, ["a"], dtype=number)))
 QUANTIZERS = {
-    "int8": [INT8, 64], "int8-linear": [LINEAR, 64], "nf4": [NF4, 64, 0], "fp4": [FP4, 64, 0], "nf4-double": [NF4, 64, 1],
+    "int8": [INT8, 64], "int8-linear": [LINEAR, 64], "nf4": [NF4, 64, 0], "fp4": [FP4, 64, 0],
+    "nf4-double": [NF4, 64, 1],
     "fp4-double": [FP4, 64, 1],
 }  # fmt: skip
 OTHERS = {
@@ -299,11 +304,11 @@ def named(raw: bytes) -> tuple:
 
 
 for name, raw in {
-    "overlong-2": b"\xc1\xa1", "overlong-3": b"\xe0\x80\xaf", "overlong-4": b"\xf0\x80\x80\xaf", "overlong-nul":
-    b"\xc0\x80",
+    "overlong-2": b"\xc1\xa1", "overlong-3": b"\xe0\x80\xaf", "overlong-4": b"\xf0\x80\x80\xaf",
+    "overlong-nul": b"\xc0\x80",
     "high-surrogate": b"\xed\xa0\xbd", "low-surrogate": b"\xed\xb8\x80", "surrogate-pair": b"\xed\xa0\xbd\xed\xb8\x80",
-    "beyond-unicode": b"\xf4\x90\x80\x80", "lead-alone": b"\xe2\x82", "tail-alone": b"\x80", "fe": b"\xfe",
-    "latin-1": b"\xe4",
+    "beyond-unicode": b"\xf4\x90\x80\x80", "lead-alone": b"\xe2\x82", "tail-alone": b"\x80",
+    "fe": b"\xfe", "latin-1": b"\xe4",
 }.items():  # fmt: skip
     case(f"utf-8-{name}", "FormatError", "not msgpack", named(raw))
 for tag, size in ((b"\xdb", 4), (b"\xda", 2)):
@@ -498,8 +503,7 @@ case("slice-count-of-open-file", "LimitError", "file",
 case("value-size-2^63", "LimitError", "value", (START, ROOT, item(1, VALUE, ["v"], size=1 << 63)))
 
 
-# ---------------------------------------------------------------------------------------- Files: indexes that point
-# elsewhere
+# ---------------------------------------------------------------------------------- Files: indexes that point elsewhere
 INDEXES: dict[str, tuple[str, Callable[[], bytes]]] = {}
 _ENTRY = struct.Struct("<QIIQII")
 
@@ -527,7 +531,8 @@ def entry(number: int, field: int, to: Any) -> Callable[[list[list[int]], int], 
 
 
 for name, where in {
-    "preamble": 0, "2^63": 1 << 63, "2^64-1": (1 << 64) - 1, "end": lambda entries, size: size - 112, "beyond": lambda entries, size: size,
+    "preamble": 0, "2^63": 1 << 63, "2^64-1": (1 << 64) - 1,
+    "end": lambda entries, size: size - 112, "beyond": lambda entries, size: size,
     "odd": lambda entries, size: entries[1][0] + 1,
 }.items():  # fmt: skip
     index(f"item-at-{name}", "FormatError", entry(1, 0, where))
