@@ -22,11 +22,18 @@ def parse(spec: str | Stage | Codec) -> Codec:
     if isinstance(spec, Codec):
         return spec
     if isinstance(spec, Stage):
-        stages = [spec]
-    elif isinstance(spec, str):
-        stages = [_stage(part) for part in spec.split("|")]
-    else:
-        raise EncodeError(f"a codec is a spec string, a stage or a codec, not {type(spec).__name__}")
+        return _completed([spec])
+    if isinstance(spec, str):
+        return _spelled(spec)
+    raise EncodeError(f"a codec is a spec string, a stage or a codec, not {type(spec).__name__}")
+
+
+@lru_cache(maxsize=256)
+def _spelled(spec: str) -> Codec:
+    return _completed([_stage(part) for part in spec.split("|")])
+
+
+def _completed(stages: list[Stage]) -> Codec:
     if not any(isinstance(stage, Packer) for stage in stages):
         stages.insert(sum(not isinstance(stage, Compressor) for stage in stages), Raw())
     return Codec(tuple(stages))
