@@ -30,9 +30,10 @@ from tensorwire.cli import main
 from tensorwire.errors import CorruptError, StorageError
 from tensorwire.memory import buffers as pool
 from tensorwire.memory import spare
-from tensorwire.storage import atomic, rename, scratch
+from tensorwire.storage import atomic, rename
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output
+from tensorwire.storage.parts import scratch
 
 RNG = np.random.default_rng(9)
 TIED = RNG.standard_normal(900).astype(np.float32)

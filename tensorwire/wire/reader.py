@@ -19,9 +19,8 @@ then the payload CRC, then the event. The reader never asks for a byte beyond th
 
 from collections.abc import Generator
 from copy import copy
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tensorwire.checksum import Checksum
 from tensorwire.errors import FormatError, TruncatedError, WireError
@@ -57,34 +56,30 @@ class NeedData(Enum):
 NEED_DATA: Final = NeedData.NEED_DATA
 
 
-@dataclass(frozen=True, slots=True)
-class StreamStart:
+class StreamStart(NamedTuple):
     """The stream has begun."""
 
     info: StreamInfo
 
 
-@dataclass(frozen=True, slots=True)
-class ItemStart:
+class ItemStart(NamedTuple):
     """An item was described; its data follows later unless `item.total` is 0."""
 
     number: int
     item: Item
 
 
-@dataclass(frozen=True, slots=True)
-class SliceStart:
+class SliceStart(NamedTuple):
     """A data frame's header is verified, its `length` payload bytes are still to come."""
 
     number: int
     item: DataItem
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, as in Header
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class SlicePart:
+class SlicePart(NamedTuple):
     """The place that was directed is full, not verified yet; `left` bytes of the payload are to be directed."""
 
     number: int
@@ -93,8 +88,7 @@ class SlicePart:
     left: int
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`.
 
     `payload` is where it was directed (its last part) or, where it was not, a buffer of its own.
@@ -103,21 +97,19 @@ class Slice:
     number: int
     item: DataItem
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, as in Header
     payload: memoryview
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
+class Skipped(NamedTuple):
     """A skippable frame, the index or one of a type that this version does not know, was verified and dropped."""
 
     type: int
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class StreamEnd:
+class StreamEnd(NamedTuple):
     """The whole stream is verified."""
 
     summary: Summary
