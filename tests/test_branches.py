@@ -4,6 +4,7 @@ wrong together, and what callers get wrong. tests/measure_coverage counts on the
 
 import asyncio
 import gc
+import struct
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import zstandard
 from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, data, item, tensor, zstd_frame
-from frames import INDEX, STREAM, Frame, assemble, end, preamble, take_apart
+from frames import INDEX, STREAM, Frame, assemble, cut, end, preamble, take_apart
 from msgpack import packb
 from vectors import stored
 
@@ -104,6 +105,54 @@ def test_a_file_is_a_mapping_and_is_read_item_by_item(tmp_path):
         assert "a" in file
         assert file.map("b").shape == (0,)
     assert sorted(name for name, _ in iterate_file(path, tw.FRONT)) == ["a", "b"]  # what is empty comes first
+
+
+def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path):
+    """Each within the order of frames, so that only the item that is asked for, or the count of items, shows it."""
+    path = tmp_path / "x.tw"
+    items = (tensor(1, ["a"], [0]), tensor(2, ["b"], [2]), tensor(3, ["c"], [2]))
+    frames = [AT_REST, ROOT, *items, data(2, b"ab"), data(3, b"cd"), Frame(INDEX, None), end()]
+    good = assemble(frames, align=64)
+    opened(path, good)
+    begin = int.from_bytes(good[-40:-32], "little") + 48
+    entries = [struct.unpack_from("<QIIQII", good, begin + 32 * number) for number in range(4)]
+
+    def refused(changed: list[tuple[int, ...]], says: str) -> None:
+        packed = b"".join(struct.pack("<QIIQII", *entry) for entry in changed)
+        stream = assemble([*frames[:-2], Frame(INDEX, packed), end()], align=64)
+        assert set(tw.loads(stream)) == {"a", "b", "c"}
+        with pytest.raises(FormatError, match=says):
+            opened(path, stream)
+
+    root, empty, first, second = entries
+    refused([root, (*empty[:3], *first[3:]), first, second], "without any")
+    refused([root, empty, (*first[:3], *second[3:]), second], "elsewhere|leaves out")
+    refused([root, empty, first, (*second[:3], second[3], second[4], 7)], "points elsewhere")
+    refused([root, empty, first, (*first[3:], *second[3:])], "elsewhere|another frame|leaves out")
+
+
+def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):
+    path = tmp_path / "x.tw"
+    described = (ROOT, tensor(1, ["b"], [2]), tensor(2, ["c"], [2]))
+    slices = (data(1, b"a", 1), data(1, b"b", 1, 1), data(2, b"cd"))
+    good = assemble([AT_REST, *described, *slices, Frame(INDEX, None), end()], align=64)
+    pieces = [*cut(good)]
+    inside = (sum(map(len, pieces[:6])), 5, int.from_bytes(pieces[5][44:48], "little"))  # the second slice of b
+    entries = struct.pack("<QIIQII", *struct.unpack("<QIIQII", pieces[8][-32:])[:3], *inside)
+    index = Frame(INDEX, pieces[8][48:-32] + entries)
+    path.write_bytes(assemble([AT_REST, *described, *slices, index, end()], align=64))
+    with tw.open_file(path) as file:
+        with pytest.raises(FormatError, match="points elsewhere: expected data of item 2"):
+            file["c"]
+        with pytest.raises(FormatError, match="points elsewhere"):
+            file["b"]
+
+
+def test_an_index_is_held_to_the_limit_of_skippable_frames(tmp_path):
+    path = tmp_path / "x.tw"
+    tw.save_file([0, 1, np.ones(1)], path)
+    with pytest.raises(LimitError, match="skippable"):
+        tw.open_file(path, limits=Limits(skippable=64))
 
 
 def mapped(path: Path) -> bool:

@@ -105,8 +105,6 @@ class Archive:
                 header, packed, step = self._header(ledger)
                 if step is Step.SKIP:
                     self._payload(ledger, header)
-                elif header.type != FrameType.DATA:
-                    raise FormatError("the index points at another frame")
                 elif header.count:
                     checked = check(header)
                     payload = self._payload(ledger, header, item.name)
