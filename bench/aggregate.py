@@ -4,7 +4,7 @@ An fp32 model of MIB mebibytes (1024) and updates encoded with CODEC (nf4), read
 that stands for all clients. Prints seconds, and memory at peak beyond the model.
 """
 
-import sys
+import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,9 @@ from time import perf_counter
 
 import numpy as np
 
-from tensorwire.bench import machine
-from tensorwire.bench.rss import Rise
-from tensorwire.fl.aggregate import Rules, aggregate, check_update
-from tensorwire.fl.updates import Terms, encode, views
-from tensorwire.storage.output import Output
+from tensorwire.bench import Rise, machine
+from tensorwire.storage import write_file
+from tensorwire.updates import Terms, average, check_update, encode, subtract
 
 CLIENTS = (2, 4, 8, 16)
 ITEM_MIB = 64
@@ -24,26 +22,29 @@ ITEM_MIB = 64
 
 def main(mib: int, codec: str) -> None:
     print(machine.describe())
-    block = np.random.default_rng(0).standard_normal(ITEM_MIB << 18).astype(np.float32) * np.float32(0.02)
-    model = {f"layer.{number}": block.copy() for number in range(mib // ITEM_MIB)}
+    item_mib = min(mib, ITEM_MIB)
+    block = np.random.default_rng(0).standard_normal(item_mib << 18).astype(np.float32) * np.float32(0.02)
+    model = {f"layer.{number}": block.copy() for number in range(mib // item_mib)}
     terms = Terms("bench", 0, client="0", kind="difference")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "0.tw")
         start = perf_counter()
-        with path.open("wb") as file:
-            size = Output(file.fileno()).append(encode(views(model, model), terms, codec=codec))
+        size = write_file(path, encode(subtract(model, model), terms, codec=codec))
         print(f"{mib} MiB, {codec}: difference encoded to {size / 2**20:.0f} MiB in {perf_counter() - start:.2f} s")
         rise, start = Rise(), perf_counter()
         with path.open("rb", buffering=0) as source:
-            update = check_update(source, model, terms, Rules(), recording=path)
+            update = check_update(source, model, terms, recording=path)
         print(f"checked in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB")
         for count in CLIENTS:
             updates = [replace(update, terms=replace(terms, client=str(client))) for client in range(count)]
             rise, start = Rise(), perf_counter()
-            aggregate(updates, model)
+            average(updates, into=model)
             print(f"{count} clients averaged in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(int(arguments[0]) if arguments else 1024, arguments[1] if len(arguments) > 1 else "nf4")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mib", type=int, nargs="?", default=1024, metavar="MIB")
+    parser.add_argument("codec", nargs="?", default="nf4", metavar="CODEC")
+    options = parser.parse_args()
+    main(options.mib, options.codec)

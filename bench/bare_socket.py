@@ -1,6 +1,6 @@
-"""What a bare socket program moves, beside tensorwire's raw container mode, in turns: `python bench/bare_socket.py`.
+"""A bare socket program beside tensorwire in raw container mode, in turns: `python bench/bare_socket.py [MODEL]`.
 
-Both send the bytes of llama-3.2-1b (5716 MiB) over loopback from one process into fresh memory of another.
+Both send the bytes of MODEL (llama-3.2-1b, 5716 MiB) over loopback from one process into fresh memory of another.
 """
 
 import json
@@ -13,11 +13,14 @@ from time import perf_counter
 
 import numpy as np
 
-SIZE = 5716 << 20
+from tensorwire.bench import models
+
+MODEL = sys.argv[1] if len(sys.argv) > 1 else "llama-3.2-1b"
+SIZE = models.resolve(MODEL).nbytes
 PIECE = 1 << 20
 BUFFER = 4 << 20
 TURNS = 3
-COMMAND = ["bench", "memory", "--model", "llama-3.2-1b", "--mode", "container", "--codec", "raw", "--json", "-"]
+COMMAND = ["bench", "memory", "--model", MODEL, "--mode", "container", "--codec", "raw", "--json", "-"]
 
 
 def receive(pipe: Connection) -> None:

@@ -1,4 +1,4 @@
-"""5716 MiB to a file and fsync, left to the page cache and written behind: `python bench/file_writes.py [FOLDER]`."""
+"""5716 MiB to a file and fsync, page cache or written behind: `python bench/file_writes.py [FOLDER [MIB]]`."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ from time import perf_counter
 
 import numpy as np
 
-from tensorwire.storage.output import Output
+from tensorwire.storage import Output
 
-SIZE = 5716 << 20
+SIZE = int(sys.argv[2] if len(sys.argv) > 2 else 5716) << 20
 PIECE = 4 << 20
 TURNS = 3
 

@@ -3,8 +3,8 @@
     python bench/fl_round.py --size-mb 1000 --clients 2                     # one big model
     python bench/fl_round.py --size-mb 256 --clients 2 4 8 16               # memory over the number of clients
 
-Real processes and sockets; the first round also waits for the clients to start. Updates are whole weights, so that nothing
-is all zeros. `wire` is what the sockets carried over what model and updates take as streams.
+Real processes and sockets; the first round also waits for the clients to start. Updates are whole weights, so that
+nothing is all zeros. `wire` is what the sockets carried over what model and updates take as streams.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import numpy as np
 
 import tensorwire
 from tensorwire.fl import local
+from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
 
 _LAYER = 4096 * 1024  # elements
@@ -25,7 +26,6 @@ _LAYER = 4096 * 1024  # elements
 
 def frozen(*, clients: int, size_mb: int) -> Task:
     """A model of so many megabytes of fp32 that nobody trains."""
-
     block = np.random.default_rng(0).standard_normal(_LAYER, np.float32) * np.float32(0.02)
     layers = max(size_mb * 1_000_000 // 4 // _LAYER, 1)
     model = {f"layers.{n}.weight": np.roll(block, n * 4099).reshape(4096, 1024) for n in range(layers)}
@@ -55,15 +55,9 @@ def measure(folder: Path, clients: int, options: argparse.Namespace) -> dict[str
         sum(map(len, map(bytes, tensorwire.encode(model, codec=codec)))) for codec in (options.down, options.up)
     )
     del model
-    plan = [
-        f"--clients={clients}",
-        f"--rounds={options.rounds}",
-        f"--up={options.up}",
-        f"--down={options.down}",
-        "--kind=weights",
-    ]
+    plan = Plan(clients=clients, rounds=options.rounds, up=options.up, down=options.down, kind="weights")
     asked = ["--task=fl_round:frozen", f"--set=size_mb={options.size_mb}"]
-    rows = list(local.run(task, folder, clients, plan, asked))[1:]
+    rows = list(local.run(task, plan, folder, asked))[1:]
     return {
         "clients": clients,
         "model_mb": size / 1e6,

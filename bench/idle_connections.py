@@ -1,9 +1,9 @@
 """An honest upload to a listener beside idle and trickling connections: `python bench/idle_connections.py`.
 
-The listener, the crowd and the honest peer are a process each. Half of the crowd has greeted, half has not; trickling ones send a
-byte a second of their next message (with --tls, the first half of a TLS handshake). The crowd is niced: in life it has machines
-of its own. Alone and crowded take turns; medians.
-Exit code 1 where the crowd costs more than half as much time again.
+The listener, the crowd and the honest peer are a process each. Half of the crowd has greeted, half has not; trickling
+ones send a byte a second of their next message (with --tls, the first half of a TLS handshake). The crowd is niced: in
+life it has machines of its own. Alone and crowded take turns; medians. Exit code 1 where the crowd costs more than half
+as much time again.
 """
 
 import argparse
@@ -23,8 +23,7 @@ import numpy as np
 
 import tensorwire
 from tensorwire.transfer import Offer, Recording, Regenerated, greet, receive_stream, send_stream
-from tensorwire.transports import AsyncListener, AsyncTransport, TcpTransport, client_tls, server_tls
-from tensorwire.transports.pace import HANDSHAKE
+from tensorwire.transports import HANDSHAKE, AsyncListener, AsyncTransport, TcpTransport, client_tls, server_tls
 
 MIB = 1 << 20
 BAR = 1.5
@@ -34,9 +33,9 @@ TLS_HELLO = bytes.fromhex("160301020001000001fc0303")  # the beginning of one
 def listen(pipe: Connection, folder: str, tls: bool) -> None:
     async def serve(transport: AsyncTransport) -> None:
         await transport.run(greet(), within=HANDSHAKE)
+        path = Path(folder) / "received.tw"
         while True:
-            place = Path(folder) / "received.tw"
-            await transport.run(receive_stream(lambda offer: Recording(place, offer.transfer)))
+            await transport.run(receive_stream(lambda offer: Recording(path, offer.transfer)))
 
     async def main() -> None:
         context = server_tls(f"{folder}/server.pem", f"{folder}/server.key") if tls else None
@@ -54,7 +53,7 @@ def crowd(pipe: Connection, port: int, idle: int, trickling: int, ca: str | None
         while True:
             try:
                 await (stay(trickles) if number % 2 else stay_greeted(trickles))
-            except OSError:
+            except OSError:  # each turn may be thrown out
                 await asyncio.sleep(0.1)
 
     async def stay(trickles: bool) -> None:

@@ -20,7 +20,7 @@ if sys.byteorder != "little":  # the streams are, and the kernels look at them a
 
 from tensorwire import numpy as _numpy
 from tensorwire.api import Api
-from tensorwire.codecs import Codec
+from tensorwire.codecs import Codec, register
 from tensorwire.codecs import parse as codec
 from tensorwire.errors import (
     AuthError,
@@ -43,10 +43,11 @@ from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
 from tensorwire.streams import Schema
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Front, TensorView
 
 if TYPE_CHECKING:
     from tensorwire import torch as torch
+    from tensorwire.files.examine import inspect, verify
 
 __version__: Final = "0.1.0"
 
@@ -75,16 +76,21 @@ __all__ = [
     "decode_file",
     "dumps",
     "encode",
+    "encode_async",
     "encode_file",
+    "encoded_size",
     "get_spare_memory",
     "get_threads",
+    "inspect",
     "load_file",
     "loads",
     "open_file",
+    "register",
     "save_file",
     "schema",
     "set_spare_memory",
     "set_threads",
+    "verify",
 ]
 
 # Rooms and modules that are loaded when they are asked for.
@@ -95,6 +101,7 @@ _LAZY: Final = {
     "torch": "torch",
     "transfer": "transfer",
     "transports": "transports",
+    "updates": "updates",
 }
 
 
@@ -113,12 +120,15 @@ class _AnyFront(_numpy.NumPyFront):
         return self._torch().device_target(value) if "torch" in sys.modules else None
 
     @staticmethod
-    def _torch() -> Any:
-        return importlib.import_module("tensorwire.torch").FRONT
+    def _torch() -> Front:
+        front: Front = importlib.import_module("tensorwire.torch").FRONT
+        return front
 
 
 _api: Final = Api(_AnyFront())
 encode = _api.encode
+encode_async = _api.encode_async
+encoded_size = _api.encoded_size
 decode = _api.decode
 decode_async = _api.decode_async
 dumps = _api.dumps
@@ -129,7 +139,12 @@ open_file = _api.open_file
 schema = _api.schema
 
 
+_LAZY_FUNCTIONS: Final = {"inspect": "files.examine", "verify": "files.examine"}
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"tensorwire.{_LAZY[name]}")
+    if name in _LAZY_FUNCTIONS:
+        return getattr(importlib.import_module(f"tensorwire.{_LAZY_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'tensorwire' has no attribute {name!r}")

@@ -1,15 +1,17 @@
-"""The public functions, bound to one tensor library. `tensorwire`, `tensorwire.numpy` and `tensorwire.torch` share them."""
+"""The public functions, bound to one tensor library: `tensorwire`, `tensorwire.numpy` and `tensorwire.torch`."""
 
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from io import BytesIO
-from typing import Any
+from typing import Any, Final
 
 from tensorwire import files, streams
+from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams.codec_choice import CodecChoice
-from tensorwire.streams.schema import Schema
-from tensorwire.tensor import Front
+from tensorwire.streams import CodecChoice, Schema
+from tensorwire.tensor import Buffer, Front
+
+_BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
 
 
 class Api:
@@ -28,14 +30,15 @@ class Api:
         stream_id: bytes = b"",
         tie: bool = True,
         limits: Limits = DEFAULT,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Buffer]:
         """Encode a container as an iterator of buffers to be sent one after the other.
 
         `obj`: a tensor, a plain value, or dicts, lists and tuples of them; or an iterator of (name, tensor) pairs,
-        sent as they come. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping of name patterns to
-        specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is also the memory
-        that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes that bind
-        every frame to a round or session. `tie`: send tensors that share their memory once.
+        sent as they come: all of a pair leaves before the next one is asked for, with an empty buffer behind it, at
+        which transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping
+        of name patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is
+        also the memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes
+        that bind every frame to a round or session. `tie`: send tensors that share their memory once.
 
         Everything but the values themselves is checked here, before the first buffer. Raises EncodeError naming
         the item; NonFiniteError, while iterating, for NaN or infinities under a quantizing codec.
@@ -51,12 +54,57 @@ class Api:
             limits=limits,
         )
 
+    def encode_async(
+        self,
+        obj: Any,
+        *,
+        codec: CodecChoice = "raw",
+        frame_size: int = streams.FRAME_SIZE,
+        metadata: Mapping[str, str] | None = None,
+        stream_id: bytes = b"",
+        tie: bool = True,
+        limits: Limits = DEFAULT,
+    ) -> AsyncIterator[Buffer]:
+        """As `encode`, for `async for`: `obj` may also be an asynchronous iterator of (name, tensor) pairs.
+
+        All work is done in other threads (`asyncio.to_thread`), from the walk over the container on, a MiB of buffers
+        at a time, so that the event loop is never held up. Do not change the tensors meanwhile. Nothing is checked
+        before the first buffer is asked for.
+        """
+        sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits)
+        return _encoded(sender, obj, self._front, streams.rule(codec), limits, tie=tie)
+
+    def encoded_size(
+        self,
+        obj: Any,
+        *,
+        codec: CodecChoice = "raw",
+        frame_size: int = streams.FRAME_SIZE,
+        metadata: Mapping[str, str] | None = None,
+        stream_id: bytes = b"",
+        tie: bool = True,
+        at_rest: bool = False,
+        limits: Limits = DEFAULT,
+    ) -> int:
+        """The bytes that `encode` makes of a container with these options, framing included, without encoding it.
+
+        Exact where payloads have a fixed length, as all but compressed ones do; else an upper bound. `at_rest`: of the
+        file that `save_file` writes. Raises EncodeError as `encode` does, and for an iterator, whose size is not known
+        ahead.
+        """
+        if isinstance(obj, Iterator):
+            raise EncodeError("the size of an iterator of pairs is known only once it was encoded; give a container")
+        leaves = streams.flatten(obj, self._front, streams.rule(codec), limits, tie=tie)
+        info = streams.stream_info(metadata, stream_id, at_rest=at_rest)
+        return streams.stream_size(leaves, info=info, frame_size=frame_size, at_rest=at_rest, limits=limits).total
+
     def decode(
         self,
         source: Any,
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Iterator[tuple[str, Any]]:
         """Decode a stream as an iterator of (name, value), each given when complete and verified.
@@ -64,11 +112,13 @@ class Api:
         `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`).
         Names are dotted paths. `into`: preallocated tensors by name, written in place and given back. `expect`: a
         schema (see `schema`) or a container like the one expected; anything else is refused before memory is taken.
+        `base`: the content digest of the version that the values are to be applied to, for a stream that is against
+        one; without it, or with another, such a stream is refused.
 
         Raises a WireError, and nothing else, for any bytes that are not a whole valid stream. What was given
         before is good; tensors in `into` may then hold parts of an item that was not given.
         """
-        return streams.decode(source, self._front, into=into, expect=expect, limits=limits)
+        return streams.decode(source, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def decode_async(
         self,
@@ -76,13 +126,16 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> AsyncIterator[tuple[str, Any]]:
-        """As `decode`, for `async for`: `source` has a coroutine function `readinto`, as `AsyncTransport` does.
+        """As `decode`, for `async for`.
 
-        Decoding itself runs where the event loop runs; a slice takes well under a millisecond.
+        `source`: an asynchronous iterable of buffers, or what has a coroutine function `readinto`, as `AsyncTransport`
+        does; also a buffer, an iterable of buffers or a plain `readinto`, none of which may wait. Slices are decoded in
+        another thread while the next one is received; the event loop waits for one to end, at most.
         """
-        return streams.decode_async(source, self._front, into=into, expect=expect, limits=limits)
+        return streams.decode_async(source, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
         """A container as one message: all buffers of `encode`, joined."""
@@ -97,15 +150,16 @@ class Api:
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
         """The container in a message or any other source that `decode` takes, once all of it is verified."""
-        return streams.collect(data, self._front, into=into, expect=expect, limits=limits)
+        return streams.collect(data, self._front, into=into, expect=expect, base=base, limits=limits)
 
     def save_file(
         self,
         obj: Any,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         codec: CodecChoice = "raw",
         metadata: Mapping[str, str] | None = None,
@@ -115,19 +169,68 @@ class Api:
 
     def load_file(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
+        base: bytes | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
         """The whole container in a `.tw` file, verified. For single tensors see `open_file`."""
-        return files.load_file(path, self._front, into=into, expect=expect, limits=limits)
+        return files.load_file(path, self._front, into=into, expect=expect, base=base, limits=limits)
 
-    def open_file(self, path: str | os.PathLike, *, limits: Limits = DEFAULT) -> files.TensorFile:
-        """A `.tw` file as a mapping of names to tensors, each read and verified when asked for."""
-        return files.TensorFile(path, self._front, limits=limits)
+    def open_file(
+        self, path: str | os.PathLike[str], *, base: bytes | None = None, limits: Limits = DEFAULT
+    ) -> files.TensorFile:
+        """A `.tw` file as a mapping of names to values, read and verified when asked for. `base` as in `decode`."""
+        return files.TensorFile(path, self._front, base=base, limits=limits)
 
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
         """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given."""
         return Schema.of(obj, self._front, codec=codec)
+
+
+async def _encoded(
+    sender: streams.Sender, obj: Any, front: Front, rule: streams.Rule, limits: Limits, *, tie: bool
+) -> AsyncIterator[Buffer]:
+    """What `Sender` makes of a container or of pairs, made in other threads."""
+    from asyncio import to_thread  # asyncio takes longer to import than all of this package
+
+    if isinstance(obj, AsyncIterator):
+        yield sender.head()
+        yield streams.FLUSH
+        async for name, value in obj:
+            async for buffer in _in_threads(sender.pair(name, value, front, rule)):
+                yield buffer
+            yield streams.FLUSH
+        yield sender.end()
+    elif isinstance(obj, Iterator):
+        async for buffer in _in_threads(sender.pairs(obj, front, rule)):
+            yield buffer
+    else:
+        leaves = streams.flatten(obj, front, rule, limits, tie=tie)
+        async for buffer in _in_threads(await to_thread(sender.container, leaves)):
+            yield buffer
+
+
+async def _in_threads(buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:
+    """The same buffers, a batch of them made in another thread at a time."""
+    from asyncio import to_thread
+
+    more = True
+    while more:
+        batch, more = await to_thread(_batch, buffers)
+        for buffer in batch:
+            yield buffer
+
+
+def _batch(buffers: Iterator[Buffer]) -> tuple[list[Buffer], bool]:
+    """The next `_BATCH` bytes, or up to where they are to be flushed, and whether there may be more."""
+    batch: list[Buffer] = []
+    size = 0
+    for buffer in buffers:
+        batch.append(buffer)
+        size += memoryview(buffer).nbytes
+        if size >= _BATCH or buffer is streams.FLUSH:
+            return batch, True
+    return batch, False

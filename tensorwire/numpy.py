@@ -5,29 +5,29 @@ ml_dtypes arrays; where ml_dtypes is not installed they are received as their bi
 `dtype.metadata["tensorwire"]` names the type, which can be sent on.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, UnsupportedError
-from tensorwire.tensor import TensorView, reader
+from tensorwire.tensor import ByteArray, Front, TensorView, reader
 
 _NATIVE: Final = {
-    np.dtype(dtype.name): dtype
-    for dtype in dtypes.ALL
-    if dtype.name in np.sctypeDict and dtype.name not in ("complex32",)
+    np.dtype(dtype.name): dtype for dtype in dtypes.ALL if dtype.name in np.sctypeDict and dtype.name != "complex32"
 }
 _BITS: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _METADATA: Final = "tensorwire"
 
 
-class NumPyFront:
+class NumPyFront(Front):
     """`tensorwire.tensor.Front` for ndarrays and NumPy scalars."""
 
     def view(self, value: object) -> TensorView | None:
+        """An ndarray or NumPy scalar as a view."""
         if not isinstance(value, (np.ndarray, np.generic)):
             return None
         array = np.asarray(value)
@@ -41,27 +41,26 @@ class NumPyFront:
             identity = (array.ctypes.data, array.shape, array.strides, dtype.number)
         return TensorView(dtype, array.shape, reader(array, dtype.itemsize), identity=identity)
 
-    def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
+    def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """An array over `data`."""
         try:
             return data.view(_numpy_dtype(dtype)).reshape(shape)
         except ValueError:  # NumPy 1 has 32 dimensions
             raise UnsupportedError(f"NumPy {np.__version__} has no arrays of {len(shape)} dimensions") from None
 
     def target(self, value: object) -> memoryview:
+        """The bytes of a writable C-contiguous array."""
         if not isinstance(value, np.ndarray) or not value.flags.c_contiguous or not value.flags.writeable:
             raise EncodeError("into= takes writable C-contiguous arrays")
         if not value.dtype.isnative:
             raise EncodeError("into= takes arrays in native byte order")
-        return memoryview(value.reshape(-1).view(np.uint8))
-
-    def device_target(self, value: object) -> None:
-        return None
+        return value.reshape(-1).view(np.uint8).data
 
 
 _LITTLE: Final = np.dtype("<u2").isnative
 
 
-def _dtype(dtype: np.dtype) -> DType | None:
+def _dtype(dtype: np.dtype[Any]) -> DType | None:
     if dtype.metadata and _METADATA in dtype.metadata:
         return dtypes.BY_NAME.get(dtype.metadata[_METADATA])
     native = _NATIVE.get(dtype.newbyteorder("="))
@@ -70,14 +69,15 @@ def _dtype(dtype: np.dtype) -> DType | None:
     return native
 
 
-def _numpy_dtype(dtype: DType) -> np.dtype:
+def _numpy_dtype(dtype: DType) -> np.dtype[Any]:
     native = np.dtype(dtype.name) if dtype in _NATIVE.values() else None
     if native is not None:
         return native
     try:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, dtype.name))
+        foreign: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.name))
+        return foreign
     except (ImportError, AttributeError):
         return np.dtype(_BITS[dtype.itemsize], metadata={_METADATA: dtype.name})
 
@@ -85,6 +85,8 @@ def _numpy_dtype(dtype: DType) -> np.dtype:
 FRONT: Final = NumPyFront()
 _api: Final = Api(FRONT)
 encode = _api.encode
+encode_async = _api.encode_async
+encoded_size = _api.encoded_size
 decode = _api.decode
 decode_async = _api.decode_async
 dumps = _api.dumps

@@ -3,8 +3,9 @@
 Tensors come back on the CPU, contiguous, without gradients. Tensors of one storage, shape and layout are tied.
 """
 
+from collections.abc import Callable
 from math import prod
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, UnsupportedError
-from tensorwire.tensor import TensorView, reader
+from tensorwire.tensor import ByteArray, Front, TensorView, reader
 
 # Every dtype of the wire that this torch has; looked up by our own names, never by a peer's.
 _TORCH: Final = {
@@ -26,10 +27,11 @@ _OURS: Final = {theirs: ours for ours, theirs in _TORCH.items()}
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-class TorchFront:
+class TorchFront(Front):
     """`tensorwire.tensor.Front` for torch tensors."""
 
     def view(self, value: object) -> TensorView | None:
+        """A tensor, on any device, as a view."""
         if not isinstance(value, torch.Tensor):
             return None
         tensor = _plain(value)
@@ -46,7 +48,8 @@ class TorchFront:
         read, device_read = _readers(tensor, dtype)
         return TensorView(dtype, tuple(tensor.shape), read, device_read, identity)
 
-    def wrap(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+    def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor on the CPU over `data`."""
         if dtype not in _TORCH:
             raise UnsupportedError(f"this torch ({torch.__version__}) has no {dtype}")
         if not prod(shape):
@@ -54,14 +57,16 @@ class TorchFront:
         return torch.frombuffer(data, dtype=_TORCH[dtype]).reshape(shape)
 
     def target(self, value: object) -> memoryview:
+        """The bytes of a contiguous tensor on the CPU."""
         if not isinstance(value, torch.Tensor) or not value.is_contiguous() or value.device.type != "cpu":
             raise EncodeError("into= takes contiguous tensors on the CPU or a CUDA device")
         if value.is_conj() or value.is_neg():
             raise EncodeError("into= cannot write through a conjugate or negative view")
         array = _plain(value).view(_BITS[value.element_size()]).numpy()
-        return memoryview(array.reshape(-1).view(np.uint8))
+        return array.reshape(-1).view(np.uint8).data
 
     def device_target(self, value: object) -> torch.Tensor | None:
+        """A contiguous tensor on a CUDA device as a 1-D view of it."""
         if not isinstance(value, torch.Tensor) or not value.is_cuda or not value.is_contiguous() or value.is_conj():
             return None
         return _plain(value).reshape(-1)
@@ -88,13 +93,17 @@ def _is_fake(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
-def _readers(tensor: torch.Tensor, dtype: DType) -> tuple[Any, Any]:
+_Read = Callable[[int, int], ByteArray]
+_DeviceRead = Callable[[int, int], torch.Tensor]
+
+
+def _readers(tensor: torch.Tensor, dtype: DType) -> tuple[_Read, _DeviceRead | None]:
     """`TensorView.read` and `device_read`."""
     if tensor.device.type == "cpu":
         return reader(tensor.view(_BITS[dtype.itemsize]).numpy(), dtype.itemsize), None
     flat = tensor.contiguous().reshape(-1)
 
-    def read(start: int, stop: int) -> np.ndarray:
+    def read(start: int, stop: int) -> ByteArray:
         return flat[start:stop].view(torch.uint8).cpu().numpy()
 
     return read, lambda start, stop: flat[start:stop]
@@ -103,6 +112,8 @@ def _readers(tensor: torch.Tensor, dtype: DType) -> tuple[Any, Any]:
 FRONT: Final = TorchFront()
 _api: Final = Api(FRONT)
 encode = _api.encode
+encode_async = _api.encode_async
+encoded_size = _api.encoded_size
 decode = _api.decode
 decode_async = _api.decode_async
 dumps = _api.dumps

@@ -1,10 +1,11 @@
-"""kill -9 at random points of a transfer between `tensorwire send` and `tensorwire receive`, on one side and then on the other.
+"""kill -9 at random points of a transfer between `tensorwire send` and `tensorwire receive`, on each side.
 
     python tests/kill_loop.py --kills 100 --size 1GB
 
-Every killed process is started again with the same arguments. In the end the file must be equal; on the way the receiver's
-verified position must never go back, and nothing may stand under the final name that is not the whole file. Counted at the
-sender is what it handed to the system, attempt by attempt, and at the receiver what it read; what exceeds the stream was moved again.
+Every killed process is started again with the same arguments. In the end the file must be equal; on the way the
+receiver's verified position must never go back, and nothing may stand under the final name that is not the whole file.
+Counted at the sender is what it handed to the system, attempt by attempt, and at the receiver what it read; what
+exceeds the stream was moved again.
 """
 
 import argparse
@@ -34,8 +35,10 @@ _UNITS: Final = {"": 1, "MB": 10**6, "GB": 10**9}
 
 @dataclass
 class Result:
-    """What a side's kills cost. `again`: bytes handed to the system beyond what the receiver kept, attempt by attempt;
-    `read_again`: bytes the receiver read beyond the stream, in all.
+    """What a side's kills cost.
+
+    `again`: bytes handed to the system beyond what the receiver kept, attempt by attempt; `read_again`: bytes the
+    receiver read beyond the stream, in all.
     """
 
     side: str
@@ -65,7 +68,10 @@ class Counter:
 
 
 def run(side: str, kills: int, size: int, folder: Path, *, rate: float = float("inf"), seed: int = 0) -> Result:
-    """Move a file of `size` random bytes at `rate` and kill `side`, "send" or "receive", `kills` times. Raises AssertionError."""
+    """Move a file of `size` random bytes at `rate` and kill `side`, "send" or "receive", `kills` times.
+
+    Raises AssertionError.
+    """
     source, target = folder / "source.bin", folder / "target.bin"
     digest = _make(source, size, seed)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -77,9 +83,9 @@ def run(side: str, kills: int, size: int, folder: Path, *, rate: float = float("
     began, killed, processes = time.monotonic(), 0, {}
     try:
         while True:
-            for name in commands:
+            for name, command in commands.items():
                 if name not in processes:
-                    processes[name] = _start(name, folder, rate, commands[name])
+                    processes[name] = _start(name, folder, rate, command)
             with _deadline() as late:
                 while all(process.poll() is None for process in processes.values()) and not late():
                     if killed < kills and position.value >= points[killed]:
@@ -120,7 +126,7 @@ def _result(side: str, kills: int, seconds: float, folder: Path) -> Result:
     assert positions == sorted(positions), "verified bytes were lost"
     again = [
         (sent - sent_before) - (place - place_before)
-        for (place_before, sent_before), (place, sent) in zip(attempts, ends)
+        for (place_before, sent_before), (place, sent) in zip(attempts, ends, strict=True)
     ]
     return Result(side, kills, seconds, stream, again, Counter(folder / "receive").value - stream)
 
@@ -169,15 +175,16 @@ def _child(verb: str, folder: Path, rate: float, arguments: list[str]) -> int:
     """One of the two commands, with every byte counted where it survives."""
     from tensorwire.cli import main
     from tensorwire.transfer import Recording
-    from tensorwire.transports import TcpTransport, aio
-    from tensorwire.transports import resume as transfer
+    from tensorwire.transfer.resume import Watched
+    from tensorwire.transports.aio_protocol import ProtocolWire
+    from tensorwire.transports.blocking import SocketWire
 
     moved, position = Counter(folder / verb), Counter(folder / "position")
-    send_some, after = TcpTransport._send_some, transfer._Watched.after
-    updated, store = aio._Wire.buffer_updated, Recording._store
+    write, after = SocketWire.write, Watched.after
+    updated, store = ProtocolWire.buffer_updated, Recording._store
 
-    def counted_send(self: Any, batch: list) -> int:
-        sent = send_some(self, batch)
+    async def counted_write(self: Any, views: list, patience: float | None) -> int:
+        sent = await write(self, views, patience)
         moved.value += sent
         time.sleep(sent / rate)
         return sent
@@ -196,8 +203,8 @@ def _child(verb: str, folder: Path, rate: float, arguments: list[str]) -> int:
         store(self)
         position.value = self.position.offset
 
-    TcpTransport._send_some, transfer._Watched.after = counted_send, logged_after
-    aio._Wire.buffer_updated, Recording._store = counted_receive, noted_store
+    SocketWire.write, Watched.after = counted_write, logged_after
+    ProtocolWire.buffer_updated, Recording._store = counted_receive, noted_store
     return main([verb, *arguments])
 
 
@@ -217,8 +224,8 @@ def _main() -> None:
             result = run(side, arguments.kills, arguments.size, Path(folder), seed=arguments.seed)
         again = sorted(result.again)
         print(
-            f"{side}: {result.kills} kills in {result.seconds:.0f} s, file equal, position never back; sent again a kill: "
-            f"median {again[len(again) // 2] / MIB:.2f} MiB, most {again[-1] / MIB:.2f}; "
+            f"{side}: {result.kills} kills in {result.seconds:.0f} s, file equal, position never back; "
+            f"sent again a kill: median {again[len(again) // 2] / MIB:.2f} MiB, most {again[-1] / MIB:.2f}; "
             f"read again: {result.read_again / MIB / max(result.kills, 1):.2f} MiB a kill",
             flush=True,
         )

@@ -9,16 +9,31 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from tensorwire.errors import TensorwireError
 from tensorwire.transports import AsyncListener, AsyncTransport
 
+PATIENCE: Final = (
+    60.0  # seconds after which something that must happen is taken not to: a busy machine may take its time
+)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must happen."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.002)
+
 
 class Certificates:
-    """An authority, a server and a client of its own, an expired server, and another authority with its client; PEM files."""
+    """PEM files of an authority, with a server and a client of its own and an expired server.
+
+    Also of another authority, with its client.
+    """
 
     def __init__(self, folder: Path) -> None:
         trustme = pytest.importorskip("trustme")
@@ -58,20 +73,22 @@ class Server:
 
     def __enter__(self) -> "Server":
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(PATIENCE)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
-    def error(self, seconds: float = 10) -> TensorwireError:
+    def error(self) -> TensorwireError:
         """The first error, once there is one."""
-        end = time.monotonic() + seconds
-        while not self.errors and time.monotonic() < end:
-            time.sleep(0.005)
+        until(lambda: bool(self.errors))
         return self.errors[0]
+
+    def knows(self, peers: int) -> bool:
+        """Whether conversations have been held with so many that are still there."""
+        return sum(wire.known for wire in list(self._listener._tasks)) == peers
 
     def _run(self) -> None:
         async def main() -> None:
@@ -105,7 +122,7 @@ class _Plain:
 
 
 @contextmanager
-def nothing_left(folder: Path | None = None, *, seconds: float = 5) -> Iterator[None]:
+def nothing_left(folder: Path | None = None, *, seconds: float = PATIENCE) -> Iterator[None]:
     """Descriptors and threads are as before when the block has ended, or soon after; in `folder` no part is left."""
     descriptors, threads = _descriptors(), threading.active_count()
     yield

@@ -3,10 +3,10 @@
     with Proxy(port, up=Reset(at=1000)) as proxy:
         client.connect(("127.0.0.1", proxy.port))     # reset once 1000 bytes have gone to the server
 
-`up` is a fault on the way from client to server, `down` on the way back, `None` an honest way. A fault has its state per
-connection; `faulty=1` lets it befall the first connection only, so that a second attempt comes through. Several
-faults one after the other: a proxy in front of a proxy. Knows bytes, not frames: a test that wants to lose a frame passes
-the frame's place in the stream. An honest direction holds at most 64 KiB, so that back-pressure passes through.
+`up` is a fault on the way from client to server, `down` on the way back, `None` an honest way. A fault has its state
+per connection; `faulty=1` lets it befall the first connection only, so that a second attempt comes through. Several
+faults one after the other: a proxy in front of a proxy. Knows bytes, not frames: a test that wants to lose a frame
+passes the frame's place in the stream. An honest direction holds at most 64 KiB, so that back-pressure passes through.
 """
 
 import asyncio
@@ -26,16 +26,19 @@ _CHUNK: Final = 64 << 10
 _FOREVER: Final = 1 << 62
 
 
-class _Ended(Exception):
+class _EndedError(Exception):
     """A fault has ended this direction: what else comes is thrown away."""
 
 
-class _Broken(Exception):
+class _BrokenError(Exception):
     """The connection ends with a reset on both sides."""
 
 
 class Fault:
-    """Base of all faults: an honest way. Subclasses name the bytes at which they want a piece to begin or end, and act."""
+    """Base of all faults: an honest way.
+
+    Subclasses name the bytes at which they want a piece to begin or end, and act.
+    """
 
     def cuts(self) -> tuple[int, ...]:
         """Places in the stream that no piece spans."""
@@ -111,14 +114,14 @@ class Cut(_At):
     async def happen(self, way: "Way") -> None:
         way.finish()
         way.back.finish()
-        raise _Ended
+        raise _EndedError
 
 
 class Reset(_At):
     """Both peers are reset (RST). Bytes that the system had not yet delivered may be lost, as in life."""
 
     async def happen(self, way: "Way") -> None:
-        raise _Broken
+        raise _BrokenError
 
 
 class HalfClose(_At):
@@ -126,7 +129,7 @@ class HalfClose(_At):
 
     async def happen(self, way: "Way") -> None:
         way.finish()
-        raise _Ended
+        raise _EndedError
 
 
 class Stall(_At):
@@ -213,7 +216,7 @@ class Way:
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
-        """Pass bytes on until the source ends. Raises _Broken, OSError."""
+        """Pass bytes on until the source ends. Raises _BrokenError, OSError."""
         try:
             await self._fault.reach(self)
             if isinstance(self._fault, Delay):
@@ -226,7 +229,7 @@ class Way:
                         await self._fault.reach(self)
             await self.release()
             self.finish()
-        except _Ended:
+        except _EndedError:
             while await self._receive():
                 pass
 
@@ -254,7 +257,7 @@ class Way:
     def _pieces(self, data: bytes) -> Iterator[bytes]:
         begin = self.position
         places = sorted({cut - begin for cut in self._fault.cuts() if 0 < cut - begin < len(data)})
-        for start, stop in zip([0, *places], [*places, len(data)]):
+        for start, stop in zip([0, *places], [*places, len(data)], strict=True):
             yield data[start:stop]
 
     async def _run_delayed(self, seconds: float) -> None:
@@ -278,7 +281,8 @@ class Way:
 class Proxy:
     """Listens on loopback and connects whoever comes to a server there; a context manager.
 
-    `port`: where to connect to. `connections` accepted so far; `received` and `sent`: bytes by direction, "up" and "down".
+    `port`: where to connect to. `connections` accepted so far; `received` and `sent`: bytes by direction, "up" and
+    "down".
     """
 
     def __init__(
@@ -344,7 +348,7 @@ class Proxy:
             down = Way(self, DOWN, server, client, Fault() if honest else self._down)
             up.back, down.back = down, up
             await _all_or_none(up.run(), down.run())
-        except (_Broken, OSError):  # a fault's reset, or a peer's, which is passed on
+        except (_BrokenError, OSError):  # a fault's reset, or a peer's, which is passed on
             for peer in (client, server):
                 with suppress(OSError):
                     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

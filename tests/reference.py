@@ -38,6 +38,8 @@ class Stream(NamedTuple):
     root: Any
     align: int
     id: bytes | None
+    base: bytes | None
+    target: bytes | None
     metadata: dict[str, str]
     frames: int
     index_frames: int
@@ -228,13 +230,17 @@ def read_header(data: bytes, at: int, sequence: int, link: int, align: int) -> H
 # ------------------------------------------------------------------------------------------------ 4. STREAM payload
 
 
-def read_stream_payload(payload: bytes) -> dict:
+def read_stream_payload(payload: bytes, base: bytes | None) -> dict:
     entries = unpack(payload)
     check(type(entries) is dict, "STREAM: not a map")
-    check([*entries] == [key for key in ("align", "id", "metadata") if key in entries], "STREAM: keys")
+    keys = ("align", "id", "base", "target", "metadata")
+    check([*entries] == [key for key in keys if key in entries], "STREAM: keys")
     check(type(entries.get("align")) is int and entries["align"] in (1, 64), "STREAM: align")
     if "id" in entries:
         check(type(entries["id"]) is bytes and 1 <= len(entries["id"]) <= 64, "STREAM: id")
+    for key in {"base", "target"} & {*entries}:
+        check(type(entries[key]) is bytes and len(entries[key]) == 32, f"STREAM: {key}")
+    check(entries.get("base") in (None, base), "STREAM: against another version")
     if "metadata" in entries:
         metadata = entries["metadata"]
         check(type(metadata) is dict and 0 < len(metadata) <= LIMIT_PAIRS, "STREAM: metadata")
@@ -406,23 +412,25 @@ def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | 
     descriptor, at = frame[4], 5
     single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
     check(descriptor & 0x08 == 0, "zstd: reserved bit")
-    check(descriptor & 0x03 == 0, "zstd: dictionary")
-    window = 0
+    window, dictionary = 0, [0, 1, 2, 4][descriptor & 3]
     if not single:
         exponent, mantissa = frame[at] >> 3, frame[at] & 7
         window, at = (8 + mantissa) << (7 + exponent), at + 1
+    check(not any(frame[at : at + dictionary]), "zstd: dictionary")
+    at += dictionary
     size = [single, 2, 4, 8][descriptor >> 6]
     check(size > 0 and len(frame) >= at + size, "zstd: no content size")
     content = int.from_bytes(frame[at : at + size], "little") + (256 if size == 2 else 0)
     at += size
     check(content == length, "zstd: content size")
+    window = content if single else window
     check(window <= max(8 << 20, content), "zstd: window")
     last = 0
     while not last:
         check(len(frame) >= at + 3, "zstd: runs over its end")
         block = int.from_bytes(frame[at : at + 3], "little")
         last, kind, size = block & 1, block >> 1 & 3, block >> 3
-        check(kind != 3, "zstd: block type")
+        check(kind != 3 and size <= min(window, 128 << 10), "zstd: block type or size")
         at += 3 + (1 if kind == 1 else size)
     check(len(frame) == at + 4 * checksum, "zstd: not one frame")
     if decompress is None:
@@ -509,7 +517,7 @@ def decode_payload(codec: list, dtype: str, width: int, count: int, payload: byt
     return b"".join(to_dtype(float32(value * absmax[j // blocksize]), dtype) for j, value in enumerate(values))
 
 
-# ----------------------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
+# ----------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
 
 LIMIT_STREAM_PAYLOAD = 1 << 20
 LIMIT_ITEM_PAYLOAD = 64 << 10
@@ -524,8 +532,10 @@ LIMIT_STREAM = 64 << 30
 
 
 class _Reader:
-    def __init__(self, data: bytes, decompress: Callable[[bytes], bytes] | None) -> None:
-        self.data, self.decompress = data, decompress
+    def __init__(
+        self, data: bytes, decompress: Callable[[bytes], bytes] | None = None, base: bytes | None = None
+    ) -> None:
+        self.data, self.decompress, self.base = data, decompress, base
         self.at = 0
         self.items: list[Item] = []
         self.open: list[list] = []  # Paths of the containers that may still get children.
@@ -566,7 +576,7 @@ class _Reader:
             payload = self.take(header.length)
             check(crc32c(payload) == header.payload_crc, "payload: CRC")
             if header.type == STREAM:
-                opening = read_stream_payload(payload)
+                opening = read_stream_payload(payload, self.base)
             elif header.type == ITEM:
                 self.add_item(Item(payload))
             elif header.type == DATA:
@@ -582,9 +592,8 @@ class _Reader:
             link, sequence = header.crc, sequence + 1
         check(self.at == len(self.data), "something after END")
         root = self.build(self.items[0])
-        return Stream(
-            root, opening["align"], opening.get("id"), opening.get("metadata", {}), sequence + 1, index_frames
-        )
+        named = [opening.get(key) for key in ("id", "base", "target")]
+        return Stream(root, opening["align"], *named, opening.get("metadata", {}), sequence + 1, index_frames)
 
     def check_limit(self, header: Header) -> None:
         limit = {STREAM: LIMIT_STREAM_PAYLOAD, ITEM: LIMIT_ITEM_PAYLOAD, DATA: LIMIT_ITEM, END: 64}
@@ -672,6 +681,6 @@ class _Reader:
         return values if item.kind == DICT else [*values.values()] if item.kind == LIST else (*values.values(),)
 
 
-def read(data: bytes, *, zstd_decompress: Callable[[bytes], bytes] | None = None) -> Stream:
-    """The stream in `data`, all of it; raises Refused."""
-    return _Reader(bytes(data), zstd_decompress).read()
+def read(data: bytes, *, zstd_decompress: Callable[[bytes], bytes] | None = None, base: bytes | None = None) -> Stream:
+    """The stream in `data`, all of it; raises Refused. `base`: the version that it may be against."""
+    return _Reader(bytes(data), zstd_decompress, base).read()

@@ -8,19 +8,22 @@ from typing import Any
 
 import pytest
 
-from tensorwire.storage import atomic, output
+from tensorwire.storage import atomic, output, parts
 
 CALLS = ("open", "stat", "pwrite", "preadv", "fsync", "close", "replace", "posix_fadvise")
 
 
 def replace_os(patch: pytest.MonkeyPatch, fake: Any) -> None:
     """Let the modules of tensorwire.storage use `fake` for `os`."""
-    for module in (atomic, output):
+    for module in (atomic, output, parts):
         patch.setattr(module, "os", fake)
 
 
 class FaultyOs:
-    """`os`, whose `call` fails: the `first`-th time, or with `lasting` from then on. `short`: most bytes of one write or read."""
+    """`os`, whose `call` fails: the `first`-th time, or with `lasting` from then on.
+
+    `short`: most bytes of one write or read.
+    """
 
     def __init__(
         self,
@@ -62,8 +65,11 @@ class FaultyOs:
 
 @dataclass(frozen=True)
 class Op:
-    """One change to the disk: `write` (file, offset, data), `sync` (file), `create` (file, name), `rename` (name, to),
-    `unlink` (name), `sync folder`. Files are numbered as they are made."""
+    """One change to the disk. Files are numbered as they are made.
+
+    `write` (file, offset, data), `sync` (file), `create` (file, name), `rename` (name, to), `unlink` (name), `sync
+    folder`.
+    """
 
     kind: str
     arguments: tuple = ()

@@ -3,17 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import tensorwire
+from tensorwire import dtypes
 from tensorwire.bench import SUITES, BenchError, Options, memory, models, rivals, shapes, size, speed, suite
 from tensorwire.bench.error import error_row
 from tensorwire.bench.rss import Rise
 from tensorwire.bench.tables import Column, render
 from tensorwire.cli import main
+from tensorwire.codecs import Transform
+from tensorwire.tensor import Extent
 
 MIB = 1 << 20
 CODECS = ("raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true")
@@ -135,6 +141,44 @@ def test_speed_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("raw", "encode", "warm") not in ours
 
 
+@tensorwire.register
+@dataclass(frozen=True, repr=False)
+class Flipped(Transform):
+    """Bit patterns upside down, as a third party would write it."""
+
+    id, name, lossless = 41_000, "flipped", True
+
+    def accepts(self, dtype: dtypes.DType) -> bool:
+        return dtype == dtypes.FLOAT32
+
+    def encode(self, data: Any, extent: Extent) -> npt.NDArray[np.uint8]:
+        return np.invert(np.frombuffer(data, np.uint8))
+
+    def decode(self, data: npt.NDArray[np.uint8], extent: Extent, out: npt.NDArray[np.uint8]) -> None:
+        np.invert(data, out=out)
+
+
+@pytest.mark.parametrize("spec", ["flipped|raw", "flipped|zstd"])
+def test_private_codecs_are_measured_like_any_other(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    rows = list(speed.run(Options(codecs=(spec,), sizes_mib=(1,)), quiet))
+    ours = {(row["op"], row["output"]) for row in rows if row["codec"] == repr(tensorwire.codec(spec))}
+    assert ours >= {(op, output) for op in ("encode", "decode") for output in ("warm", "fresh", "reused")}
+    state = {"x": models.weights(5000), "steps": np.arange(9)}
+    model = models.from_state_dict("state", state)
+    row = size.compressed_row(model, spec) if "zstd" in spec else size.size_row(model, spec)
+    assert row["wire_mib"] * MIB == len(tensorwire.dumps(state, codec=spec))
+    assert error_row(model, spec)["sqnr_db"] is None
+
+
+def test_tied_tensors_are_counted_once() -> None:
+    shared = models.weights(5000)
+    state = {"a": shared, "b": shared}
+    row = size.size_row(models.from_state_dict("state", state), "nf4")
+    assert row["wire_mib"] * MIB == len(tensorwire.dumps(state, codec="nf4"))
+    assert row["payload_mib"] * MIB == 2500
+
+
 def test_rivals_do_the_work_they_are_timed_for() -> None:
     pytest.importorskip("bitsandbytes")
     values = models.weights(64 * 4096)
@@ -250,6 +294,8 @@ import sys
 for name in ("torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm", "ml_dtypes"):
     sys.modules[name] = None
 from tensorwire.cli import main
+from tensorwire.codecs import Transform
+from tensorwire.tensor import Extent
 from tensorwire.bench import SUITES, suite, peer
 [suite(name) for name in SUITES]
 assert main(["bench", "size", "--model", "llama-tiny"]) == 0

@@ -1,8 +1,10 @@
-"""Branches of the decoder that only a stream made for them reaches: `.tw` files whose frames are sound one by one and wrong
-together, and what callers get wrong. tests/measure_coverage counts on them.
+"""Branches of the decoder that only a stream made for them reaches: `.tw` files whose frames are sound one by one and
+wrong together, and what callers get wrong. tests/measure_coverage counts on them.
 """
 
 import asyncio
+import gc
+import struct
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import zstandard
 from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, data, item, tensor, zstd_frame
-from frames import INDEX, STREAM, Frame, assemble, end, preamble, take_apart
+from frames import INDEX, STREAM, Frame, assemble, cut, end, preamble, take_apart
 from msgpack import packb
 from vectors import stored
 
@@ -22,6 +24,7 @@ from tensorwire import (
     FormatError,
     LimitError,
     SchemaError,
+    SequenceError,
     TruncatedError,
     WireError,
     decode_file,
@@ -53,20 +56,21 @@ def test_frames_of_a_file_that_are_wrong_together(tmp_path):
     good = stored("at-rest")
     opened(path, good)
     frames = take_apart(good)
-    with pytest.raises(FormatError, match="where it says"):
+    with pytest.raises(FormatError, match="size=64"):
         opened(path, assemble([*frames[:-1], end(size=64)], align=64))
-    with pytest.raises(FormatError, match="follow the preamble"):
+    with pytest.raises(SequenceError, match="spliced"):
         opened(path, preamble(minor=9) + good[16:])
-    with pytest.raises(FormatError, match="before the end frame"):
-        opened(path, assemble([*frames[:-1], Frame(0x90), frames[-1]], align=64))
-    with pytest.raises(FormatError, match="whole number"):
+    opened(path, assemble([*frames[:-1], Frame(0x90), frames[-1]], align=64))
+    with pytest.raises(FormatError, match="no index of all items"):
         opened(path, assemble([*frames[:-2], Frame(INDEX, bytes(33)), frames[-1]], align=64))
     with pytest.raises(SchemaError, match="no index"):
         opened(path, assemble([*frames[:-2], frames[-1]], align=64))
-    with pytest.raises(TruncatedError, match="too short"):
-        opened(path, good[:100])
+    for length in (0, 1, 16, 100, len(good) - 1):
+        with pytest.raises(TruncatedError):
+            opened(path, good[:length])
     first = 16
-    for length, error in ((1 << 40, TruncatedError), (len(frames[0].payload) - 1, CorruptError)):
+    shorter = len(frames[0].payload) - 1
+    for length, error in ((1 << 40, LimitError), (1 << 19, TruncatedError), (shorter, CorruptError)):
         long = assemble([frames[0].having(length=length)])[first : first + 48]
         with pytest.raises(error):
             opened(path, good[:first] + long + good[first + 48 :])
@@ -75,9 +79,9 @@ def test_frames_of_a_file_that_are_wrong_together(tmp_path):
 @pytest.mark.parametrize(
     ("frames", "error", "says"),
     [
-        ((item(1, VALUE, ["v"], size=1), item(2, ALIAS, ["a"], of=1), data(1, b"\xc0")), FormatError, "no tensor"),
+        ((item(1, VALUE, ["v"], size=1), item(2, ALIAS, ["a"], of=1), data(1, b"\xc0")), FormatError, "still to come"),
         ((tensor(1, ["a"], [3]), data(1, b"abcd", 4)), FormatError, "beyond the end"),
-        ((tensor(1, ["a"], [3]), data(1, b"", 0)), FormatError, "out of place"),
+        ((tensor(1, ["a"], [3]), data(1, b"", 0)), FormatError, "empty data frame"),
         ((tensor(1, ["a"], [3]), data(1, b"abcd", 3)), FormatError, "must have 3"),
         ((tensor(1, ["a"], [3], codec=ZRAW), data(1, zstd_frame(b"ab"), 3)), FormatError, "must say 3"),
         ((tensor(1, ["a"], [3], FLOAT32, [[INT8, 16]]), data(1, b"\0\0\0\x80abc", 3)), FormatError, "absmax"),
@@ -101,6 +105,96 @@ def test_a_file_is_a_mapping_and_is_read_item_by_item(tmp_path):
         assert "a" in file
         assert file.map("b").shape == (0,)
     assert sorted(name for name, _ in iterate_file(path, tw.FRONT)) == ["a", "b"]  # what is empty comes first
+
+
+def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path):
+    """Each within the order of frames, so that only the item that is asked for, or the count of items, shows it."""
+    path = tmp_path / "x.tw"
+    items = (tensor(1, ["a"], [0]), tensor(2, ["b"], [2]), tensor(3, ["c"], [2]))
+    frames = [AT_REST, ROOT, *items, data(2, b"ab"), data(3, b"cd"), Frame(INDEX, None), end()]
+    good = assemble(frames, align=64)
+    opened(path, good)
+    begin = int.from_bytes(good[-40:-32], "little") + 48
+    entries = [struct.unpack_from("<QIIQII", good, begin + 32 * number) for number in range(4)]
+
+    def refused(changed: list[tuple[int, ...]], says: str) -> None:
+        packed = b"".join(struct.pack("<QIIQII", *entry) for entry in changed)
+        stream = assemble([*frames[:-2], Frame(INDEX, packed), end()], align=64)
+        assert set(tw.loads(stream)) == {"a", "b", "c"}
+        with pytest.raises(FormatError, match=says):
+            opened(path, stream)
+
+    root, empty, first, second = entries
+    refused([root, (*empty[:3], *first[3:]), first, second], "without any")
+    refused([root, empty, (*first[:3], *second[3:]), second], "elsewhere|leaves out")
+    refused([root, empty, first, (*second[:3], second[3], second[4], 7)], "points elsewhere")
+    refused([root, empty, first, (*first[3:], *second[3:])], "elsewhere|another frame|leaves out")
+
+
+def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):
+    path = tmp_path / "x.tw"
+    described = (ROOT, tensor(1, ["b"], [2]), tensor(2, ["c"], [2]))
+    slices = (data(1, b"a", 1), data(1, b"b", 1, 1), data(2, b"cd"))
+    good = assemble([AT_REST, *described, *slices, Frame(INDEX, None), end()], align=64)
+    pieces = [*cut(good)]
+    inside = (sum(map(len, pieces[:6])), 5, int.from_bytes(pieces[5][44:48], "little"))  # the second slice of b
+    entries = struct.pack("<QIIQII", *struct.unpack("<QIIQII", pieces[8][-32:])[:3], *inside)
+    index = Frame(INDEX, pieces[8][48:-32] + entries)
+    path.write_bytes(assemble([AT_REST, *described, *slices, index, end()], align=64))
+    with tw.open_file(path) as file:
+        with pytest.raises(FormatError, match="points elsewhere: expected data of item 2"):
+            file["c"]
+        with pytest.raises(FormatError, match="points elsewhere"):
+            file["b"]
+
+
+def test_an_index_is_held_to_the_limit_of_skippable_frames(tmp_path):
+    path = tmp_path / "x.tw"
+    tw.save_file([0, 1, np.ones(1)], path)
+    with pytest.raises(LimitError, match="skippable"):
+        tw.open_file(path, limits=Limits(skippable=64))
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+def test_a_file_is_let_go_of_when_it_is_closed_and_when_the_last_view_of_it_goes(tmp_path):
+    path = tmp_path / "x.tw"
+    tw.save_file({"a": np.arange(3), "b": 7}, path)
+    file = tw.open_file(path)
+    assert [*file["a"], file["b"]] == [0, 1, 2, 7]
+    assert mapped(path)
+    view = file.map("a")
+    for _ in range(2):  # closing twice does no harm
+        file.close()
+    assert view[2] == 2
+    with pytest.raises(ValueError, match="released"):
+        file["a"]
+    del view
+    gc.collect()
+    assert not mapped(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TruncatedError):
+        tw.open_file(path)
+    gc.collect()
+    assert not mapped(path)
+
+
+def test_what_is_no_raw_tensor_in_one_frame_cannot_be_mapped(tmp_path):
+    path = tmp_path / "x.tw"
+    frames = (tensor(1, ["a"], [3]), data(1, b"ab", 2), data(1, b"c", 1, 2))
+    path.write_bytes(assemble([AT_REST, ROOT, *frames, Frame(INDEX, None), end()], align=64))
+    with tw.open_file(path) as file:
+        assert file["a"].tolist() == [97, 98, 99]
+        with pytest.raises(EncodeError, match="in one frame"):
+            file.map("a")
+    tw.save_file({"value": 1, "q": np.zeros(64, np.float32)}, path, codec="nf4")
+    with tw.open_file(path) as file:
+        for name in file:
+            with pytest.raises(EncodeError, match="only a raw tensor"):
+                file.map(name)
 
 
 def test_torch_maps_a_file_and_never_writes_to_it(tmp_path):

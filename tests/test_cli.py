@@ -435,3 +435,15 @@ def test_exit_codes_of_send_and_receive(arguments: list[str], code: int, capsys:
     assert main(arguments) == code
     captured = capsys.readouterr()
     assert "error: " in captured.err and "Traceback" not in captured.err
+
+
+def test_the_library_inspects_and_verifies_in_one_call(stream: Path) -> None:
+    report, verified = tensorwire.inspect(stream), tensorwire.verify(stream)
+    assert report.error is None and report.digest == verified.digest
+    assert report.wire_size == verified.size == stream.stat().st_size
+    assert [item.complete for item in report.items] == [True] * verified.items
+    assert tensorwire.verify(stream.read_bytes()) == verified
+    broken = stream.read_bytes()[:-200]
+    assert isinstance(tensorwire.inspect(broken).error, tensorwire.TruncatedError)
+    with pytest.raises(tensorwire.TruncatedError):
+        tensorwire.verify(broken)

@@ -5,7 +5,20 @@ import pytest
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import CODECS, Codec, from_stages, parse
+from tensorwire.codecs import (
+    BUILT_IN,
+    NF4,
+    Codec,
+    Raw,
+    Zstd,
+    as_floats,
+    describe,
+    from_floats,
+    from_stages,
+    is_float,
+    parse,
+)
+from tensorwire.codecs.stage import spell
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError, UnsupportedError
 from tensorwire.tensor import Extent, TensorView
 
@@ -77,8 +90,73 @@ def test_the_wire_carries_all_that_decoding_needs(spec: str) -> None:
         assert np.array_equal(decoded(received, payload, VALUES.size), decoded(codec, payload, VALUES.size))
 
 
+@pytest.mark.parametrize(
+    ("spec", "lossless", "exact", "in_place", "on_device", "fallback"),
+    [
+        ("raw", True, True, True, False, "raw"),
+        ("raw|zstd:level=9", True, False, False, False, "raw|zstd:level=9"),
+        ("bf16", False, True, False, True, "raw"),
+        ("nf4:double_quant=true|zstd", False, False, False, True, "raw|zstd"),
+    ],
+)
+def test_a_codec_says_what_streams_need_to_know(
+    spec: str, lossless: bool, exact: bool, in_place: bool, on_device: bool, fallback: str
+) -> None:
+    codec = parse(spec)
+    assert (codec.lossless, codec.exact_length, codec.in_place, codec.on_device) == (
+        lossless,
+        exact,
+        in_place,
+        on_device,
+    )
+    assert repr(codec.lossless_fallback()) == fallback and codec.lossless_fallback().lossless
+    size = codec.sizes(1000, dtypes.FLOAT32).total
+    assert codec.bound(1000, dtypes.FLOAT32) == (size if exact else size + size // 256 + 64)
+
+
+def test_stages_make_a_codec_in_one_order_only() -> None:
+    assert Codec((NF4(), Zstd(9))) == parse("nf4|zstd:level=9")
+    for stages in ((), (Zstd(),), (Zstd(), NF4()), (NF4(), NF4(128)), (Raw(), Zstd(), Zstd(9)), (Raw(), "zstd")):
+        with pytest.raises(EncodeError):
+            Codec(stages)
+
+
+def test_help_lists_every_stage_and_parameter() -> None:
+    text = describe()
+    for stage in BUILT_IN:
+        assert f"  {stage.name} " in text or f"  {stage.name}\n" in text
+        assert all(
+            f"{known.name} {spell(known.default)} ({known.legal})" in text.replace("\n" + " " * 15, " ")
+            for known in stage.parameters()
+        )
+
+
+FLOATS = [dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.FLOAT64]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bytes_of_floats_can_be_calculated_with_and_rounded_back(dtype: dtypes.DType) -> None:
+    values = np.concatenate([VALUES[:1000], [0.0, -0.0, np.inf, -np.inf, 1e-40]]).astype(np.float64)
+    data = from_floats(values, dtype)
+    assert data.dtype == np.uint8 and data.size == values.size * dtype.itemsize
+    floats = as_floats(data, dtype)
+    assert np.allclose(floats, values, rtol=2**-8, atol=1e-7)
+    assert np.array_equal(from_floats(floats, dtype), data)
+    out = np.empty_like(data)
+    assert from_floats(floats, dtype, out) is out and np.array_equal(out, data)
+    if dtype != dtypes.BFLOAT16:
+        assert np.shares_memory(floats, data)
+
+
+def test_bytes_of_what_is_no_float_are_refused() -> None:
+    assert [dtype for dtype in dtypes.ALL if is_float(dtype)] == FLOATS
+    for call in (as_floats, from_floats):
+        with pytest.raises(EncodeError, match="int64"):
+            call(np.zeros(8, np.uint8), dtypes.INT64)
+
+
 def test_ids_are_fixed() -> None:
-    assert {codec.name: codec.id for codec in CODECS} == {
+    assert {stage.name: stage.id for stage in BUILT_IN} == {
         "raw": 1,
         "fp16": 2,
         "bf16": 3,
@@ -86,6 +164,7 @@ def test_ids_are_fixed() -> None:
         "int8-linear": 5,
         "nf4": 6,
         "fp4": 7,
+        "zstd": 64,
     }
 
 
@@ -118,7 +197,16 @@ def test_wrong_parameters_on_the_wire_are_refused(stages: tuple) -> None:
         from_stages(stages)
 
 
-@pytest.mark.parametrize("stages", [((0,),), ((99,),), ((64,),), ((1,), (2,)), ((1,), (64,), (64,)), ((1,), (64, 3))])
+@pytest.mark.parametrize(
+    "stages",
+    [((64,),), ((1,), (2,)), ((1,), (64,), (1,)), ((64,), (1,)), ((1,), (64,), (64,)), ((1,), (64, 3)), ()],
+)
+def test_stages_in_an_order_that_no_writer_makes_are_refused(stages: tuple) -> None:
+    with pytest.raises(FormatError):
+        from_stages(stages)
+
+
+@pytest.mark.parametrize("stages", [((0,),), ((99,),), ((1,), (65,)), ((32768,),), ((65535, 1), (64,))])
 def test_unknown_codecs_on_the_wire_are_unsupported(stages: tuple) -> None:
     with pytest.raises(UnsupportedError):
         from_stages(stages)
@@ -236,3 +324,77 @@ def test_zstd_frames_may_not_lie() -> None:
         with pytest.raises(FormatError):
             decoded(codec, payload, count)
     assert not decoded(codec, good, count).any()
+
+
+def zstd_frame(head: bytes, *blocks: bytes) -> bytes:
+    return b"\x28\xb5\x2f\xfd" + head + b"".join(blocks)
+
+
+def zstd_block(kind: int, size: int, content: bytes, *, last: bool = False) -> bytes:
+    return (size << 3 | kind << 1 | last).to_bytes(3, "little") + content
+
+
+SINGLE, WINDOWED = 0xA0, 0x80  # descriptors with four bytes of content size: all in one segment, or with a window
+RAW_BLOCK, RUN = 0, 1
+
+
+def test_a_zstd_frame_may_have_a_window_as_large_as_its_content() -> None:
+    count, blocks = 10 << 20, 80
+    size = count.to_bytes(4, "little")
+    runs = [zstd_block(RUN, 128 << 10, b"\x07", last=number == blocks - 1) for number in range(blocks)]
+    for head in (bytes([SINGLE]) + size, bytes([WINDOWED, 13 << 3 | 2]) + size):  # 2^23 bytes and 2/8 more
+        assert (unpacked(zstd_frame(head, *runs), count) == 7).all()
+    with pytest.raises(FormatError, match="window"):
+        unpacked(zstd_frame(bytes([WINDOWED, 13 << 3 | 3]) + size, *runs), count)
+
+
+def test_a_zstd_frame_may_name_dictionary_0_and_have_a_checksum() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    block = zstd_block(RAW_BLOCK, 3, b"abc", last=True)
+    assert bytes(unpacked(zstd_frame(b"\xa1\x00\x03\0\0\0", block), 3)) == b"abc"
+    with pytest.raises(FormatError, match="dictionary"):
+        unpacked(zstd_frame(b"\xa1\x01\x03\0\0\0", block), 3)
+    summed = zstandard.ZstdCompressor(write_checksum=True).compress(b"abc" * 1000)
+    assert bytes(unpacked(summed, 3000)) == b"abc" * 1000
+    with pytest.raises(FormatError):
+        unpacked(summed[:-1] + bytes([summed[-1] ^ 1]), 3000)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count"),
+    [
+        ([zstd_block(RUN, 200_000, b"x", last=True)], 200_000),
+        ([zstd_block(RUN, 128 << 10, b"x"), zstd_block(RUN, (128 << 10) + 1, b"x", last=True)], (256 << 10) + 1),
+        ([zstd_block(3, 3, b"abc", last=True)], 3),
+        ([zstd_block(RAW_BLOCK, 3, b"abc")], 3),
+        ([zstd_block(RAW_BLOCK, 4, b"abc", last=True)], 3),
+        ([zstd_block(RAW_BLOCK, 3, b"abc", last=True), zstd_block(RAW_BLOCK, 0, b"", last=True)], 3),
+        ([zstd_block(RAW_BLOCK, 3, b"abc", last=True), b"\0"], 3),
+        ([b"\x19"], 3),
+        ([], 3),
+    ],
+)
+def test_zstd_blocks_are_as_the_rfc_has_them(blocks: list[bytes], count: int) -> None:
+    with pytest.raises(FormatError, match="zstd"):
+        unpacked(zstd_frame(bytes([SINGLE]) + count.to_bytes(4, "little"), *blocks), count)
+
+
+def unpacked(payload: bytes, count: int) -> np.ndarray:
+    codec, extent, out = parse("raw|zstd"), Extent.whole(dtypes.UINT8, (count,)), np.empty(count, np.uint8)
+    codec.check_length(len(payload), extent)
+    codec.decode(memoryview(payload), extent, out)
+    return out
+
+
+@pytest.mark.parametrize("level", [1, 3, 6, 9, 13, 17, 19, 22])
+def test_whatever_zstd_makes_is_taken(level: int) -> None:
+    spread = np.random.default_rng(level)
+    for values in (
+        np.cumsum(spread.standard_normal(100_000)).astype(np.float32),
+        spread.integers(0, 3, 300_000).astype(np.float32),
+        spread.random(50_000, np.float32),
+        np.zeros(200_000, np.float32),
+        np.arange(7, dtype=np.float32),
+    ):
+        codec = parse(f"zstd:level={level}")
+        assert np.array_equal(decoded(codec, payload_of(codec, values), values.size), values)

@@ -20,16 +20,17 @@ import sys
 import numpy as np
 from tensorwire import codec, dtypes
 from tensorwire.bench.rss import Rise
-from tensorwire.tensor import TensorView
+from tensorwire.tensor import Extent, TensorView
 
 it = codec(sys.argv[1])
 values = np.resize(np.random.default_rng(0).standard_normal(100_003, dtype=np.float32), int(sys.argv[2]) // 4)
 view = TensorView(dtypes.FLOAT32, values.shape, lambda start, stop: values[start:stop])
 payload = np.empty(it.sizes(values.size, dtypes.FLOAT32).total, np.uint8)
 context = it.prepare(view)
-it.encode(values[: it.block(dtypes.FLOAT32)], dtypes.FLOAT32, lambda size: payload[:size], context)
+block = it.block(dtypes.FLOAT32)
+it.encode(values[:block], Extent(dtypes.FLOAT32, values.shape, 0, block), lambda size: payload[:size], context)
 rise = Rise()
-it.encode(values, dtypes.FLOAT32, lambda size: payload[:size], context)
+it.encode(values, Extent.whole(dtypes.FLOAT32, values.shape), lambda size: payload[:size], context)
 print(rise.peak() - payload.nbytes)
 """
 

@@ -1,6 +1,7 @@
 """A transfer through a network that does its worst: it ends, well or with a typed error, and leaves nothing behind.
 
-CI tries a spread of positions; TENSORWIRE_FAULTS=200 tries so many for each fault and direction.
+CI tries a spread of positions; TENSORWIRE_FAULTS=200 tries so many for each fault and direction, and, on a machine that
+has nothing else to do, judges how long each call takes.
 """
 
 import errno
@@ -37,8 +38,11 @@ import tensorwire
 from tensorwire.errors import StorageError, TensorwireError
 from tensorwire.transfer import Offer, Receipt, Recording, RefusedError, Regenerated, greet, receive_stream
 from tensorwire.transports import AsyncTransport, TcpTransport, send_resuming
+from tensorwire.transports.aio_protocol import ProtocolWire
+from tensorwire.transports.blocking import SocketWire
 
 POSITIONS = int(os.environ.get("TENSORWIRE_FAULTS", "6"))
+JUDGES_TIME = "TENSORWIRE_FAULTS" in os.environ
 IDLE = 0.3
 SLACK = 5.0  # seconds beyond the idle time-out within which every call ends
 AT_ONCE = 8
@@ -80,7 +84,7 @@ def transfer(folder: Path, server: Server, name: str, **faults: Any) -> Receipt 
         finally:
             took = time.monotonic() - began
             # One faulty attempt and one good one; a slow fault takes as long as it does, with progress.
-            assert took < 2 * (IDLE + SLACK), f"took {took:.1f} s"
+            assert not JUDGES_TIME or took < 2 * (IDLE + SLACK), f"took {took:.1f} s"
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
@@ -185,17 +189,17 @@ def test_the_nth_call_of_the_sender_s_socket_fails(
         await transport.run(greet(), within=2)
         await transport.run(receive_stream(lambda offer: Recording(tmp_path / "m", offer.transfer)))
 
-    name = {"recv_into": "_read", "sendmsg": "_send_some"}[call]
-    real = getattr(TcpTransport, name)
+    name = {"recv_into": "read", "sendmsg": "write"}[call]
+    real = getattr(SocketWire, name)
 
-    def failing(self: TcpTransport, *arguments: Any, **options: Any) -> Any:
+    async def failing(self: SocketWire, *arguments: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
             self._socket.close()  # what follows is EBADF from the system itself
-        return real(self, *arguments, **options)
+        return await real(self, *arguments)
 
     with nothing_left(), Server(serve) as server:
-        monkeypatch.setattr(TcpTransport, name, failing)
+        monkeypatch.setattr(SocketWire, name, failing)
         receipt = send_resuming(
             lambda: TcpTransport.connect("127.0.0.1", server.port),
             Offer(b"t"),
@@ -206,10 +210,8 @@ def test_the_nth_call_of_the_sender_s_socket_fails(
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 10, 30])
 def test_the_receiver_s_nth_receive_fails(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorwire.transports import aio
-
     left = [number]
-    real = aio._Wire.buffer_updated
+    real = ProtocolWire.buffer_updated
 
     def failing(self: Any, size: int) -> None:
         left[0] -= 1
@@ -222,7 +224,7 @@ def test_the_receiver_s_nth_receive_fails(number: int, tmp_path: Path, monkeypat
         await transport.run(receive_stream(lambda offer: Recording(tmp_path / "m", offer.transfer)))
 
     with nothing_left(), Server(serve) as server:
-        monkeypatch.setattr(aio._Wire, "buffer_updated", failing)
+        monkeypatch.setattr(ProtocolWire, "buffer_updated", failing)
         receipt = send_resuming(
             lambda: TcpTransport.connect("127.0.0.1", server.port),
             Offer(b"t"),

@@ -1,4 +1,4 @@
-"""The loop over real sockets: what it computes, what it refuses, and that neither faults nor kills change a bit of the result."""
+"""The loop over real sockets: what it computes and refuses, and that neither faults nor kills change a bit of it."""
 
 import asyncio
 import os
@@ -16,13 +16,13 @@ import pytest
 from proxy import Cut, Flip, Proxy, Reset, Stall
 
 import tensorwire
-from tensorwire.fl.aggregate import Rules
 from tensorwire.fl.client import Client
-from tensorwire.fl.server import Plan, Server
+from tensorwire.fl.plan import Plan
+from tensorwire.fl.server import Server
 from tensorwire.fl.task import Task
-from tensorwire.fl.updates import Terms, encode, views
 from tensorwire.transfer import Offer, Recorded, RefusedError, greet, hear, say, send_stream
 from tensorwire.transports import AsyncListener, TcpTransport, client_tls, server_tls
+from tensorwire.updates import Terms, encode, views
 
 PACKAGE = Path(tensorwire.__file__).parent
 FULL = bool(os.environ.get("TENSORWIRE_EXHAUSTIVE"))
@@ -104,7 +104,7 @@ def same(left, right) -> bool:
 
 
 def test_raw_rounds_are_the_weighted_mean(tmp_path):
-    plan = Plan("run", 2, 3, down="raw", up="raw", kind="weights")
+    plan = Plan(rounds=2, clients=3, down="raw", up="raw", kind="weights")
     model, expected, task = undisturbed(tmp_path, plan), counting().initial(), counting()
     for number in range(2):
         trained = [task.train(expected, client, number)[0] for client in range(3)]
@@ -117,12 +117,12 @@ def test_raw_rounds_are_the_weighted_mean(tmp_path):
 
 @pytest.mark.parametrize("kind", ["weights", "difference"])
 def test_the_result_is_the_same_whoever_comes_first(tmp_path, kind):
-    plan = Plan("run", 2, 3, kind=kind, feedback=kind == "difference")
+    plan = Plan(rounds=2, clients=3, kind=kind, feedback=kind == "difference")
     assert same(undisturbed(tmp_path / "a", plan), undisturbed(tmp_path / "b", plan))
 
 
 def test_bytes_on_the_socket_are_those_of_the_streams(tmp_path):
-    plan = Plan("run", 2, 3)
+    plan = Plan(rounds=2, clients=3)
     with Loop(tmp_path / "server", plan) as loop:
         for thread in [take_part(loop, tmp_path, number) for number in range(3)]:
             thread.join()
@@ -134,11 +134,11 @@ def test_bytes_on_the_socket_are_those_of_the_streams(tmp_path):
 
 
 def test_a_server_that_is_started_again_goes_on_where_it_was(tmp_path):
-    expected = undisturbed(tmp_path / "a", Plan("run", 4, 3))
-    undisturbed(tmp_path / "b", Plan("run", 2, 3))
-    assert same(undisturbed(tmp_path / "b", Plan("run", 4, 3)), expected)
+    expected = undisturbed(tmp_path / "a", Plan(rounds=4, clients=3))
+    undisturbed(tmp_path / "b", Plan(rounds=2, clients=3))
+    assert same(undisturbed(tmp_path / "b", Plan(rounds=4, clients=3)), expected)
     with pytest.raises(tensorwire.SchemaError, match="holds run 'run'"):
-        Server(Plan("other", 4, 3), counting().initial, tmp_path / "b" / "server")
+        Server(Plan(name="other", rounds=4, clients=3), counting().initial, tmp_path / "b" / "server")
 
 
 def deliver(loop: Loop, update: dict[str, np.ndarray], *, name="bad", round=0, transfer=None, **terms):
@@ -174,7 +174,7 @@ BAD = {
 
 
 def test_what_must_not_count_is_refused_with_a_reason_and_harms_nobody(tmp_path):
-    plan = Plan("run", 1, 2, quorum=1, rules=Rules(max_norm=1e6))
+    plan = Plan(rounds=1, clients=2, quorum=1, max_norm=1e6)
     with Loop(tmp_path / "server", plan) as loop:
         loop.folder = tmp_path
         for case, (changes, terms) in BAD.items():
@@ -212,8 +212,9 @@ def told(loop, name):
 
 
 class Chaos:
-    """Connections to the server of which one in two meets a fault, within what the requests of one round take: two in a round that
-    carry data, so that more than one in five of those are hit.
+    """Connections to the server of which one in two meets a fault within what the requests of one round take.
+
+    Two requests in a round carry data, so that more than one in five of those are hit.
     """
 
     def __init__(self, port: int, seed: int) -> None:
@@ -248,7 +249,7 @@ def start_server(port: int, folder: Path, plan: Plan) -> subprocess.Popen:
 
 
 def test_faults_and_kills_do_not_change_a_bit(tmp_path):
-    plan = Plan("run", 10 if FULL else 3, 5)
+    plan = Plan(rounds=10 if FULL else 3, clients=5)
     expected = undisturbed(tmp_path / "calm", plan)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -288,7 +289,7 @@ def test_with_mutual_tls_a_client_is_who_its_certificate_says(tmp_path):
         certificate = authority.issue_cert("localhost", common_name=name)
         certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
     ca, ours, theirs = (tmp_path / f"{name}.pem" for name in ("ca", "server", "client-0"))
-    plan = Plan("run", 1, 1)
+    plan = Plan(rounds=1, clients=1)
     with Loop(tmp_path / "state", plan, tls=server_tls(ours, ours, ca=ca)) as loop:
         tls = client_tls(ca=ca, certificate=theirs, key=theirs)
         loop.connect = lambda: TcpTransport.connect("localhost", loop.port, tls=tls)

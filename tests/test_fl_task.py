@@ -1,14 +1,20 @@
 """Training that is real, at tiny settings, and the loop in one process."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tensorwire.fl.simulate import Plan, simulate
+from tensorwire.fl.plan import Plan
+from tensorwire.fl.simulate import simulate
 from tensorwire.fl.task import Task, load, split
 
 TINY = {"hidden": 16, "layers": 1, "context": 16, "batch": 4, "steps": 3}
+
+
+def exact(**changes):
+    """A plan that loses nothing, but for the changes."""
+    return Plan(**{"down": "raw", "up": "raw", "kind": "weights"} | changes)
 
 
 def descend():
@@ -31,9 +37,9 @@ def descend():
     )
 
 
-@pytest.mark.parametrize("up_kind", ["weights", "difference"])
-def test_federated_averaging_in_fp32_is_what_it_says(up_kind):
-    rounds = list(simulate(descend(), Plan(up_kind=up_kind), clients=4, rounds=5))
+@pytest.mark.parametrize("kind", ["weights", "difference"])
+def test_federated_averaging_in_fp32_is_what_it_says(kind):
+    rounds = list(simulate(descend(), exact(kind=kind, clients=4, rounds=5)))
     start = rounds[0].loss
     assert [point.number for point in rounds] == [0, 1, 2, 3, 4, 5]
     assert [point.loss for point in rounds] == pytest.approx([start * 0.7**number for number in range(6)], rel=1e-4)
@@ -41,18 +47,18 @@ def test_federated_averaging_in_fp32_is_what_it_says(up_kind):
 
 
 def test_what_each_setting_does_to_a_message():
-    def ends(**plan):
-        return list(simulate(descend(), Plan(**plan), clients=4, rounds=30))[-1]
+    def ends(down_kind="weights", **plan):
+        return list(simulate(descend(), exact(clients=4, rounds=30, **plan), down_kind=down_kind))[-1]
 
     weights = ends(down="nf4", up="nf4")
-    up = ends(down="nf4", up="nf4", up_kind="difference")
-    both = ends(down="nf4", up="nf4", up_kind="difference", down_kind="difference")
-    fed = ends(down="nf4", up="nf4", up_kind="difference", down_kind="difference", feedback=True)
-    exact = ends()
-    assert weights.bytes < exact.bytes / 3
+    up = ends(down="nf4", up="nf4", kind="difference")
+    both = ends("difference", down="nf4", up="nf4", kind="difference")
+    fed = ends("difference", down="nf4", up="nf4", kind="difference", feedback=True)
+    lossless = ends()
+    assert weights.bytes < lossless.bytes / 3
     # Each step of the way helps where clients pull apart; see docs/fl.md for a language model.
     assert 2 * fed.loss < both.loss < up.loss < weights.loss
-    assert exact.loss < fed.loss / 100
+    assert lossless.loss < fed.loss / 100
 
 
 def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
@@ -60,17 +66,17 @@ def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
         return {"x": state["x"] + np.float32(2**-11)}, 1, {}  # a sixteenth of a unit in the last place
 
     task = Task(lambda: {"x": np.ones(10_000, np.float32)}, train, lambda state: float(state["x"].mean()))
+    plan = exact(down="bf16", up="bf16", clients=2, rounds=16)
     ends = {
-        stochastic: list(simulate(task, Plan("bf16", "bf16", stochastic=stochastic), clients=2, rounds=16))[-1].loss
-        for stochastic in (False, True)
+        stochastic: list(simulate(task, replace(plan, stochastic=stochastic)))[-1].loss for stochastic in (False, True)
     }
     assert ends[False] == 1
     assert ends[True] == pytest.approx(1 + 2**-7, rel=1e-4)
 
 
 def test_the_same_plan_gives_the_same_bits():
-    plan = Plan(down="bf16", up="nf4", up_kind="difference", feedback=True, stochastic=True)
-    assert list(simulate(descend(), plan, clients=4, rounds=3)) == list(simulate(descend(), plan, clients=4, rounds=3))
+    plan = Plan(down="bf16", up="nf4", kind="difference", feedback=True, stochastic=True, clients=4, rounds=3)
+    assert list(simulate(descend(), plan)) == list(simulate(descend(), plan))
 
 
 def test_a_task_is_found_by_name():
@@ -122,8 +128,8 @@ def test_a_round_of_the_language_model_through_every_setting(torch):
     losses = {}
     for codec in ("raw", "bf16", "nf4"):
         for kind in ("weights", "difference"):
-            plan = Plan(down=codec, up=codec, down_kind=kind, up_kind=kind, feedback=kind == "difference")
-            losses[codec, kind] = list(simulate(task, plan, clients=2, rounds=2))[-1].loss
+            plan = Plan(down=codec, up=codec, kind=kind, feedback=kind == "difference", clients=2, rounds=2)
+            losses[codec, kind] = list(simulate(task, plan, down_kind=kind))[-1].loss
     assert losses["bf16", "difference"] == pytest.approx(losses["raw", "weights"], abs=1e-3)
     assert losses["nf4", "difference"] == pytest.approx(losses["raw", "weights"], abs=0.02)
     assert all(loss < 5.7 for loss in losses.values()), losses
@@ -137,22 +143,6 @@ def test_adapters_are_all_that_is_trained_and_sent(torch):
     task = language_model(clients=2, lora=2, start=start, **TINY | {"rate": 3e-2})
     names = set(task.initial())
     assert names and all("lora_" in name for name in names)
-    rounds = list(simulate(task, Plan(down="bf16", up="nf4", up_kind="difference"), clients=2, rounds=2))
+    rounds = list(simulate(task, Plan(down="bf16", up="nf4", kind="difference", clients=2, rounds=2)))
     assert rounds[-1].loss < rounds[0].loss
     assert rounds[-1].bytes < 40_000
-
-
-def test_the_experiment(torch, tmp_path):
-    pytest.importorskip("matplotlib")
-    from tensorwire.fl.convergence import SETTINGS, experiment
-
-    settings = {start: {name: plans[name] for name in ("fp32", "nf4")} for start, plans in SETTINGS.items()}
-    runs = experiment(tmp_path, settings, rounds=1, seeds=1, processes=1, pretraining=((3e-3, 1),))
-    assert [json.loads(line) for line in (tmp_path / "convergence.json").read_text().splitlines()] == runs
-    assert [(run["start"], run["setting"]) for run in runs] == [
-        (start, name) for start, plans in settings.items() for name in plans
-    ]
-    assert all(len(run["losses"]) == len(run["bytes"]) == 2 for run in runs)
-    assert runs[1]["bytes"][1] < runs[0]["bytes"][1] / 6
-    assert (tmp_path / "convergence.md").read_text().count("| nf4 |") == 2
-    assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ The core needs NumPy, msgpack and zstandard alone, and `import tensorwire` loads
 """
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -42,6 +43,7 @@ NEVER = {
     "transports": {"kernels", "codecs", "wire", "streams", "storage"},
 }
 FOREIGN = {
+    "tensor": {"numpy"},
     "wire": {"msgpack"},
     "kernels": {"numpy", "torch", "bitsandbytes"},
     "codecs": {"numpy", "zstandard"},
@@ -65,6 +67,15 @@ THREADS = {"threading", "concurrent"}
 BARE = dict.fromkeys(("wire", "kernels", "codecs"), OUTSIDE | THREADS) | dict.fromkeys(
     ("memory", "storage", "streams", "transfer", "files", "updates"), OUTSIDE
 )
+
+# Modules within rooms whose names are public.
+PUBLIC_MODULES = [
+    ["files", "safetensors"],
+    ["files", "authenticity"],
+    ["files", "examine"],
+    ["integrations", "bitsandbytes"],
+    ["storage", "parts"],
+]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -138,6 +149,22 @@ def test_private_names_stay_in_their_room(path):
             assert not any(re.match(r"_[^_]", part) for part in parts), name
 
 
+ABOVE = [path for path in FILES if LAYER[room_of(path)] > LAYER["__init__"]]
+
+
+@pytest.mark.parametrize("path", ABOVE, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_a_stranger_could_have_written_imports_public_names_only(path):
+    """What rooms export, from their `__init__` or from a module that is named as public."""
+    for name, _ in imports(path):
+        module, _, last = name.rpartition(".")
+        parts = module.split(".")
+        if parts[0] != "tensorwire" or len(parts) == 1 or parts[1] in (room_of(path), *LAYERS[-1]):
+            continue
+        assert len(parts) == 2 or parts[1:] in PUBLIC_MODULES, f"{module} is no public module"
+        exported = getattr(importlib.import_module(module), "__all__", None)
+        assert exported is None or last in exported or (PACKAGE / parts[1] / f"{last}.py").exists(), name
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run(
@@ -164,6 +191,7 @@ def test_import_tensorwire_loads_no_foreign_library_and_no_room_it_does_not_need
 
 def test_rooms_come_when_asked_for():
     assert "tensorwire.transports" in loaded_by("import tensorwire; tensorwire.transports")
+    assert "tensorwire.updates" in loaded_by("import tensorwire; tensorwire.updates")
     assert "torch" not in loaded_by("import tensorwire; tensorwire.loads(tensorwire.dumps({'a': 1}))")
 
 

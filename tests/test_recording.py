@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from storage_faults import replace_os
+from storage_faults import RecordingOs, replace_os
+from test_storage import crashes
 
 import tensorwire
 from tensorwire.errors import (
@@ -226,11 +227,13 @@ def test_a_crash_between_journal_and_name_is_made_good(tmp_path: Path, monkeypat
             path = tmp_path / f"{call}{number}"
             left = [number]
 
-            def die(*arguments: Any, real: Callable = getattr(os, call), left: list[int] = left) -> Any:
+            real = getattr(os, call)
+
+            def die(*arguments: Any, real: Callable = real, left: list[int] = left, **fds: int) -> Any:
                 left[0] -= 1
                 if left[0] == 0:
                     raise KeyboardInterrupt
-                return real(*arguments)
+                return real(*arguments, **fds)
 
             with monkeypatch.context() as patch:
                 patch.setattr(os, call, die)
@@ -353,13 +356,14 @@ def test_the_nth_call_fails_and_the_next_attempt_goes_on(
         break_off(path, STREAM[: POSITIONS[4].offset])
         faulty = Failing(call, number, error)
         with monkeypatch.context() as patch:
-            patch.setattr(recording, "os", faulty)
             replace_os(patch, faulty)
             try:
                 receive(path)
-            except StorageError as caught:
-                assert caught.errno == error and str(path) in str(caught)
-                failures += 1
+            except StorageError as error_found:
+                found, failures = error_found, failures + 1
+            else:
+                found = None
+        assert found is None or (found.errno == error and str(path) in str(found))
         place = Recording(path, b"t")
         assert place.position.offset >= POSITIONS[4].offset, "verified bytes were lost"
         feed(place, STREAM[place.position.offset :])
@@ -380,7 +384,131 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     place = Recording(tmp_path / "m.tw", b"t")
     place.discard()
     (tmp_path / "victim").write_text("precious")
-    os.symlink(tmp_path / "victim", place._part)
+    os.symlink(tmp_path / "victim", place._part.path)
     with pytest.raises(StorageError):
         Recording(tmp_path / "m.tw", b"t")
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_journal_that_is_a_link_is_not_written_through_nor_believed(tmp_path: Path) -> None:
+    path = tmp_path / "m.tw"
+    receive(path)
+    (journal,) = tmp_path.glob(".*.done")
+    whole = journal.read_bytes()
+    (tmp_path / "victim").write_bytes(whole)
+    journal.unlink()
+    os.symlink(tmp_path / "victim", journal)
+    place = Recording(path, b"t")
+    assert place.position == Position()  # a link is no journal,
+    feed(place, STREAM)
+    with pytest.raises(StorageError):
+        place.commit()
+    place.close()
+    assert (tmp_path / "victim").read_bytes() == whole  # and nothing is written where it points
+
+
+def test_a_part_that_is_no_file_of_its_own_is_refused(tmp_path: Path) -> None:
+    place = Recording(tmp_path / "m.tw", b"t")
+    part = Path(place._part.path)
+    place.discard()
+    (tmp_path / "victim").write_text("precious")
+    os.link(tmp_path / "victim", part)
+    with pytest.raises(StorageError, match="no file of its own"):
+        Recording(tmp_path / "m.tw", b"t")
+    assert (tmp_path / "victim").read_text() == "precious"
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(StorageError, match="no file of its own"):
+        Recording(tmp_path / "m.tw", b"t")
+
+
+@pytest.mark.parametrize("trap", ["folder", "fifo"])
+def test_what_no_file_can_replace_is_refused_before_anything_is_received(trap: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.tw"
+    path.mkdir() if trap == "folder" else os.mkfifo(path)
+    with pytest.raises(StorageError, match="cannot write"):
+        Recording(path, b"t")
+    assert hidden(tmp_path) == []
+
+
+def test_permissions_are_those_of_the_target_or_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        receive(tmp_path / "new")
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+        (tmp_path / "old").write_text("x")
+        (tmp_path / "old").chmod(0o600)
+        receive(tmp_path / "old")
+        assert (tmp_path / "old").stat().st_mode & 0o777 == 0o600
+        break_off(tmp_path / "later", STREAM[:500])
+        (tmp_path / "later").write_text("x")  # with fewer permissions than the part has
+        (tmp_path / "later").chmod(0o400)
+        receive(tmp_path / "later")
+        assert (tmp_path / "later").stat().st_mode & 0o777 == 0o400
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_swapped_for_a_link_redirects_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    place = Recording(tmp_path / "folder" / "m.tw", b"t")
+    feed(place, STREAM)
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "folder")
+    place.commit()
+    assert (tmp_path / "moved" / "m.tw").read_bytes() == STREAM
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+# Crashes, as in test_storage.py: every prefix of what was done to the disk, with any of what was not yet synced lost.
+
+OLD = b"what was here before"
+
+
+@pytest.mark.parametrize("old", [None, OLD], ids=["new", "over an old file"])
+def test_a_crash_at_any_point_leaves_old_or_new_and_a_new_one_is_known_to_be_done(
+    old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.tw"
+    if old is not None:
+        path.write_bytes(old)
+    disk = RecordingOs()
+    with monkeypatch.context() as patch:
+        replace_os(patch, disk)
+        receive(path)
+    kinds = [op.kind for op in disk.ops if op.kind != "write"]
+    assert kinds == ["create", "sync", "create", "sync", "sync folder", "rename", "sync folder"]
+    (journal,) = tmp_path.glob(".*.done")
+    seen = set()
+    for done, names in crashes(disk.ops, {} if old is None else {"m.tw": old}):
+        found = names.get("m.tw")
+        assert found in (old, STREAM)
+        if found == STREAM:
+            assert names.get(journal.name) == journal.read_bytes()  # or it would be received a second time
+        assert done < len(disk.ops) or found == STREAM
+        seen.add(found)
+    assert seen == {old, STREAM}
+
+
+@pytest.mark.parametrize("missing", ["the stream's", "the journal's", "the folder's before the name", "the folder's"])
+def test_the_check_of_crashes_finds_a_sync_that_is_missing(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = RecordingOs()
+    with monkeypatch.context() as patch:
+        replace_os(patch, disk)
+        receive(tmp_path / "m.tw")
+    (journal,) = tmp_path.glob(".*.done")
+    syncs = [number for number, op in enumerate(disk.ops) if op.kind.startswith("sync")]
+    names = ["the stream's", "the journal's", "the folder's before the name", "the folder's"]
+    ops = [op for number, op in enumerate(disk.ops) if number != syncs[names.index(missing)]]
+    states = [(done, found.get("m.tw"), found.get(journal.name)) for done, found in crashes(ops, {})]
+    wrong = [
+        (stream, note)
+        for done, stream, note in states
+        if stream not in (None, STREAM)
+        or (stream is not None and note != journal.read_bytes())
+        or (done == len(ops) and stream is None)
+    ]
+    assert wrong

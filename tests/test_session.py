@@ -273,7 +273,7 @@ CONVERSATIONS = {
         message("refuse", {"kind": "busy", "detail": "x", "retryable": True}),
     ),
     "receive, offer": (
-        lambda folder: receiver(folder),
+        receiver,
         message("offer", {"transfer": b"t", "name": "n", "size": None, "about": {}}),
     ),
 }

@@ -1,4 +1,5 @@
-"""Quantization states that no quantizer made: absmax, scales, offsets, codes and lengths changed, decoded by every codec
+"""Quantization states that no quantizer made: absmax, scales, offsets, codes and lengths changed, decoded by every
+codec
 that takes them and handed to bitsandbytes. Each is decoded, to what the definition in NumPy decodes it to, or refused
 with a WireError; memory is touched nowhere else, which AddressSanitizer looks at where CI runs this under it.
 
@@ -30,7 +31,8 @@ CODECS = {
 }  # fmt: skip
 NUMBERS = {"float32": 18, "float16": 16, "bfloat16": 17}
 # Bits of float32 that matter to a scale: zeros, subnormals, around 1, the largest, infinities, NaN, negatives.
-SCALES = [0, 1, 0x007FFFFF, 0x00800000, 0x3F800000, 0x3F7FFFFF, 0x477FE000, 0x477FF000, 0x7F000000, 0x7F7FFFFF, 0x7F800000,
+SCALES = [0, 1, 0x007FFFFF, 0x00800000, 0x3F800000, 0x3F7FFFFF, 0x477FE000, 0x477FF000, 0x7F000000, 0x7F7FFFFF,
+0x7F800000,
           0x7F800001, 0x7FC00000, 0x80000000, 0x80000001, 0xBF800000, 0xFF800000, 0xFFFFFFFF]  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def states(stage: tuple, spread: random.Random) -> Iterator[tuple[int, str, byte
         sizes = codec.sizes(count, dtypes.BY_NAME[dtype])
         payload = bytearray(spread.randbytes(sizes.total))
         width = 2 if stage[0] == 5 else 4
-        blocks = codec.blocks(count)
+        blocks = codec.packer.blocks(count)
         scales = (1 + -(-blocks // 256) if stage[-1] == 1 and stage[0] > 5 else blocks) * width
         for at in range(0, scales, width):  # sound ones first
             bits = spread.randrange(0x20000000, 0x50000000) >> (16 if width == 2 else 0)

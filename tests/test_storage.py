@@ -30,9 +30,10 @@ from tensorwire.cli import main
 from tensorwire.errors import CorruptError, StorageError
 from tensorwire.memory import buffers as pool
 from tensorwire.memory import spare
-from tensorwire.storage import atomic
+from tensorwire.storage import atomic, rename
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output
+from tensorwire.storage.parts import scratch
 
 RNG = np.random.default_rng(9)
 TIED = RNG.standard_normal(900).astype(np.float32)
@@ -326,7 +327,7 @@ def test_a_folder_fifo_socket_or_device_is_refused_before_anything_is_written(in
         listener.close()
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic.Place, "create", lambda *_: pytest.fail("went on"))
+        patch.setattr(atomic.Target, "create", lambda *_: pytest.fail("went on"))
         targets = ["folder", "fifo", "socket", "folder/", ".", "..", "folder/.", "folder/.."]
         for target in [*(f"{tmp_path}/{name}" for name in targets), os.devnull, "/", ""]:
             with pytest.raises(StorageError):
@@ -365,7 +366,7 @@ def test_a_temporary_name_that_is_taken_is_not_written_to(
     """As if somebody could guess it between the choice of the name and the open."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(OLD)
-    monkeypatch.setattr(atomic.Place, "temporary", lambda _: "guessed")
+    monkeypatch.setattr(atomic.Target, "temporary", lambda _: "guessed")
     {"file": elsewhere.rename, "link": lambda to: to.symlink_to(elsewhere), "fifo": os.mkfifo}[trap](
         tmp_path / "guessed"
     )
@@ -634,9 +635,9 @@ def crashes(ops: list[Op], names: dict[str, bytes]) -> Iterator[tuple[int, dict[
         lost = []
         for number, op in enumerate(before):
             later = before[number + 1 :]
-            if op.kind == "write" and Op("sync", op.arguments[:1]) not in later:
-                lost.append(number)
-            elif op.kind in ("create", "rename", "unlink") and Op("sync folder") not in later:
+            if (op.kind == "write" and Op("sync", op.arguments[:1]) not in later) or (
+                op.kind in ("create", "rename", "unlink") and Op("sync folder") not in later
+            ):
                 lost.append(number)
         for chosen in subsets(lost, rng):
             for torn in (False, True):
@@ -688,6 +689,40 @@ def test_the_check_of_crashes_finds_a_sync_that_is_missing(missing: str, inputs:
         assert any(found not in (None, complete) for _, found in states)
     else:
         assert any(done == len(ops) and found is None for done, found in states)
+
+
+# Renaming and scratch
+
+
+def test_a_file_takes_another_name_at_once(tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    (tmp_path / "old").write_bytes(OLD)
+    rename(tmp_path / "new", tmp_path / "old")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+    (tmp_path / "folder").mkdir()
+    for source, target in [("missing", "old"), ("old", "folder"), ("old", "folder/old")]:
+        with pytest.raises(StorageError, match="cannot rename|cannot write"):
+            rename(tmp_path / source, tmp_path / target)
+    assert (tmp_path / "old").read_bytes() == b"new"
+
+
+def test_a_rename_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    disk = RecordingOs()
+    replace_os(monkeypatch, disk)
+    rename(tmp_path / "new", tmp_path / "target")
+    assert [op.kind for op in disk.ops] == ["rename", "sync folder"]
+
+
+def test_scratch_goes_with_its_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with scratch() as path:
+        assert os.stat(os.path.dirname(path)).st_mode & 0o777 == 0o700
+        Path(path).write_bytes(BLOB)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(StorageError, match="temporary"), scratch():
+        pass
 
 
 # Ctrl-C

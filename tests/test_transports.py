@@ -1,5 +1,6 @@
-"""A real model through every codec, over TCP, into another process; TLS; blocking and asyncio ends in all pairs; and what
-a transport does when the peer fails.
+"""A real model through every codec, over TCP, into another process.
+
+TLS; blocking and asyncio ends in all pairs; and what a transport does when the peer fails.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from network import Certificates, Server, nothing_left
+from network import PATIENCE, Certificates, Server, nothing_left, until
 
 import tensorwire
 from tensorwire.errors import (
@@ -37,6 +38,7 @@ from tensorwire.errors import (
 )
 from tensorwire.transfer import (
     Do,
+    Fill,
     Offer,
     Recording,
     RefusedError,
@@ -233,7 +235,7 @@ def blocking_server(serve: Callable[[TcpTransport], Any], **options: Any) -> Ite
     try:
         yield listener.port, results
     finally:
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -319,13 +321,11 @@ def test_a_refusal_while_the_sender_still_sends(
     if tls:
         certificates = request.getfixturevalue("certificates")
         theirs, ours = {"tls": server_tls(*certificates.server)}, {"tls": client_tls(ca=certificates.ca)}
+    send = send_once if sender == "blocking" else lambda *what, **how: asyncio.run(send_once_async(*what, **how))
     with nothing_left(tmp_path), Server(refusing(tmp_path), **theirs) as server:
         for _ in range(5):
             with pytest.raises(RefusedError, match="not that") as caught:
-                if sender == "asyncio":
-                    asyncio.run(send_once_async(server.port, Offer(b"t", "m"), source(LARGE), **ours))
-                else:
-                    send_once(server.port, Offer(b"t", "m"), source(LARGE), **ours)
+                send(server.port, Offer(b"t", "m"), source(LARGE), **ours)
             assert caught.value.kind == "schema" and not caught.value.retryable
         assert all(isinstance(error, SchemaError) for error in server.errors)
 
@@ -365,28 +365,38 @@ def test_busy_is_refused_and_comes_through_later(tmp_path: Path) -> None:
 
 
 def test_errors_that_trying_again_cannot_mend_are_raised_at_once(tmp_path: Path) -> None:
-    began = time.monotonic()
+    tries = 0
+
+    def connect() -> TcpTransport:
+        nonlocal tries
+        tries += 1
+        return TcpTransport.connect("127.0.0.1", server.port)
+
     with Server(refusing(tmp_path)) as server:
         with pytest.raises(RefusedError):
-            send_resuming(lambda: TcpTransport.connect("127.0.0.1", server.port), Offer(b"t", "m"), source())
+            send_resuming(connect, Offer(b"t", "m"), source())
         with pytest.raises(SchemaError, match="peer"):
-            send_resuming(
-                lambda: TcpTransport.connect("127.0.0.1", server.port), Offer(b"t", "m"), source(), check_peer=_unwanted
-            )
-    assert time.monotonic() - began < 5
+            send_resuming(connect, Offer(b"t", "m"), source(), check_peer=_unwanted)
+    assert tries == 2
 
 
 def _unwanted(peer: Any) -> None:
     raise SchemaError(f"not this peer: {peer.software}")
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_ends() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    began = time.monotonic()
+    tries = 0
+
+    def connect() -> TcpTransport:
+        nonlocal tries
+        tries += 1
+        return TcpTransport.connect("127.0.0.1", port)
+
     with pytest.raises(TransportError, match="cannot connect"):
-        send_resuming(lambda: TcpTransport.connect("127.0.0.1", port), Offer(b"t", "m"), source(), patience=0.5)
-    assert 0.4 < time.monotonic() - began < 2
+        send_resuming(connect, Offer(b"t", "m"), source(), patience=0.5)
+    assert tries > 1
 
 
 # TLS.
@@ -415,12 +425,10 @@ def test_only_tls_1_3_is_spoken(certificates: Certificates) -> None:
 def test_a_server_that_is_not_who_it_should_be(case: str, blocking: bool, certificates: Certificates) -> None:
     identity = {"wrong name": certificates.elsewhere, "expired": certificates.expired}.get(case, certificates.server)
     ca = {"wrong authority": certificates.foreign_ca, "no authority": None}.get(case, certificates.ca)
+    connect = TcpTransport.connect if blocking else lambda *to, **how: asyncio.run(AsyncTransport.connect(*to, **how))
     with nothing_left(), Server(greeting, tls=server_tls(*identity)) as server:
         with pytest.raises(AuthError, match="certificate is refused"):
-            if blocking:
-                TcpTransport.connect("127.0.0.1", server.port, tls=client_tls(ca=ca))
-            else:
-                asyncio.run(AsyncTransport.connect("127.0.0.1", server.port, tls=client_tls(ca=ca)))
+            connect("127.0.0.1", server.port, tls=client_tls(ca=ca))
         # Standard asyncio ends a failed handshake without an alert, so that the other end cannot know why.
         assert isinstance(server.error(), AuthError if blocking else TransportError)
 
@@ -513,7 +521,7 @@ def test_what_was_sent_before_closing_arrives_also_where_it_is_read_late(
             while len(received) < 4:
                 await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
     assert received[:3] == [{"n": 0}, {"n": 1}, {"n": 2}] and np.array_equal(received[3]["a"], model["a"])
 
 
@@ -536,32 +544,32 @@ def test_certificates_that_are_none(certificates: Certificates, tmp_path: Path) 
 def test_a_handshake_that_trickles_ends(
     certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tensorwire.transports.aio.HANDSHAKE", 0.5)
-    monkeypatch.setattr("tensorwire.transports.blocking.HANDSHAKE", 0.5)
     hello = bytes.fromhex("16030100c8010000c40303")
 
-    def trickle(port: int) -> float:
-        began = time.monotonic()
+    def is_given_up(port: int) -> bool:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.settimeout(0.1)
             for byte in hello * 100:
                 try:
                     client.send(bytes([byte]))
                     if not client.recv(100):
-                        break
+                        return True
                 except TimeoutError:
                     continue
                 except OSError:
-                    break
-        return time.monotonic() - began
+                    return True
+        return False
 
     tls = server_tls(*certificates.server)
     with nothing_left(), Server(receiving(tmp_path), tls=tls) as server:
-        assert 0.4 < trickle(server.port) < 3
-        assert isinstance(server.error(), TransportError)
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorwire.transports.aio_protocol.HANDSHAKE", 0.5)
+            assert is_given_up(server.port)
+            assert isinstance(server.error(), TransportError)
         send_once(server.port, Offer(b"t", "m"), tls=client_tls(ca=certificates.ca))
+    monkeypatch.setattr("tensorwire.transports.blocking.HANDSHAKE", 0.5)
     with nothing_left(), blocking_server(lambda transport: None, tls=tls) as (port, results):
-        assert 0.4 < trickle(port) < 3
+        assert is_given_up(port)
     assert isinstance(results[0], TransportError)
 
 
@@ -569,25 +577,25 @@ def test_a_greeting_has_a_deadline_however_it_trickles() -> None:
     async def serve(transport: AsyncTransport) -> None:
         await transport.run(greet(), within=0.4)
 
-    def drip(port: int) -> None:
+    def is_given_up(port: int) -> bool:
         with socket.create_connection(("127.0.0.1", port)) as client:
-            for byte in b"\x93TWM" + bytes(20):
+            for byte in b"\x93TWM" + (1000).to_bytes(4, "little") + bytes(500):
                 try:
                     client.send(bytes([byte]))
                 except OSError:
-                    break
+                    return True
                 time.sleep(0.1)
+        return False
 
     with nothing_left(), Server(serve) as server:
-        began = time.monotonic()
-        drip(server.port)
-        assert isinstance(server.error(), TransportError) and time.monotonic() - began < 2
+        assert is_given_up(server.port)
+        assert isinstance(server.error(), TransportError)
 
     def serve_blocking(transport: TcpTransport) -> None:
         transport.run(greet(), within=0.4)
 
     with nothing_left(), blocking_server(serve_blocking) as (port, results):
-        drip(port)
+        assert is_given_up(port)
     assert isinstance(results[0], TransportError)
 
 
@@ -631,8 +639,7 @@ def test_a_peer_that_does_not_read_slowly_either(monkeypatch: pytest.MonkeyPatch
     for _ in range(100):
         rate.moved(2000, 1.5)
     with pytest.raises(TransportError, match="500 bytes a second"):
-        for _ in range(100):
-            rate.moved(1000, 2)
+        any(rate.moved(1000, 2) for _ in range(100))
 
 
 def test_a_silent_peer_is_a_timeout_under_asyncio(tmp_path: Path) -> None:
@@ -673,7 +680,7 @@ def test_a_server_whose_client_reads_nothing_holds_a_bounded_part(tmp_path: Path
 def test_no_clock_but_the_monotonic_one() -> None:
     """Nothing in transports and streams asks for the time of day."""
     package = Path(tensorwire.__file__).parent
-    for path in [*(package / "transports").glob("*.py"), *(package / "streams").glob("*.py")]:
+    for path in [path for room in ("transports", "transfer", "streams") for path in (package / room).glob("*.py")]:
         assert not re.search(r"time\.time\b|datetime|time_ns|localtime", path.read_text()), path
 
 
@@ -691,9 +698,7 @@ def test_decode_async_takes_one_stream_and_leaves_the_next() -> None:
     with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
         for value in values:
             transport.send(tensorwire.encode(value, codec="raw|zstd"))
-        end = time.monotonic() + 10
-        while len(got) < 3 and time.monotonic() < end:
-            time.sleep(0.01)
+        until(lambda: len(got) == 3)
     assert np.array_equal(got[0]["a"], values[0]["a"])
     assert [list(found) for found in got] == [["a", "b"], [], ["c"]]
 
@@ -731,10 +736,9 @@ def test_decode_async_says_what_is_broken() -> None:
         async for _ in tensorwire.decode_async(transport.receive(), expect={"b": np.zeros(1)}):
             pass
 
-    with nothing_left(), Server(serve) as server:
-        with TcpTransport.connect("127.0.0.1", server.port) as transport:
-            transport.send([data])
-            assert isinstance(server.error(), SchemaError)
+    with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
+        transport.send([data])
+        assert isinstance(server.error(), SchemaError)
 
     async def truncated(transport: AsyncTransport) -> None:
         async for _ in tensorwire.decode_async(transport.receive()):
@@ -752,12 +756,12 @@ def test_cancelling_lets_go_of_the_place_even_while_it_opens(tmp_path: Path) -> 
     def slowly(offer: Offer) -> Recording:
         place = Recording(tmp_path / "m", offer.transfer)
         opening.set()
-        time.sleep(0.5)
+        time.sleep(1.5)
         return place
 
     async def serve(transport: AsyncTransport) -> None:
         await transport.run(greet())
-        await transport.run(receive_stream(slowly), within=0.1)
+        await transport.run(receive_stream(slowly), within=1)
 
     with nothing_left(), Server(serve) as server:
         with TcpTransport.connect("127.0.0.1", server.port) as transport:
@@ -770,10 +774,11 @@ def test_cancelling_lets_go_of_the_place_even_while_it_opens(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("receiver", ["blocking", "asyncio"])
 def test_long_work_does_not_look_like_death(receiver: str, tmp_path: Path) -> None:
-    """Opening takes several times the sender's time-out."""
+    """Opening takes longer than the time-out: the sender hears so many signs of life, four in each."""
+    heard = threading.Semaphore(0)
 
     def slowly(offer: Offer) -> Recording:
-        time.sleep(1)
+        assert all(heard.acquire(timeout=PATIENCE) for _ in range(9))
         return Recording(tmp_path / "m", offer.transfer)
 
     async def serve(transport: AsyncTransport) -> None:
@@ -784,11 +789,26 @@ def test_long_work_does_not_look_like_death(receiver: str, tmp_path: Path) -> No
         transport.run(greet())
         transport.run(receive_stream(slowly))
 
+    def listening() -> Any:
+        """`send_stream`, and a count of the messages that come before the receiver's position."""
+        sending = send_stream(Offer(b"t"), source())
+        step = next(sending)
+        try:
+            while True:
+                answer = yield step
+                if isinstance(step, Fill) and len(step.buffer) == 1:
+                    heard.release()
+                step = sending.send(answer)
+        except StopIteration as stop:
+            return stop.value
+
     options = {"timeout": 0.4}
     server = Server(serve, **options) if receiver == "asyncio" else blocking_server(serve_blocking, **options)
     with nothing_left(), server as started:
         port = started[0] if isinstance(started, tuple) else started.port
-        assert send_once(port, Offer(b"t"), timeout=0.4).sent == len(STREAM)
+        with TcpTransport.connect("127.0.0.1", port) as transport:
+            transport.run(greet())
+            assert transport.run(listening()).sent == len(STREAM)
 
 
 @pytest.mark.parametrize("receiver", ["blocking", "asyncio"])
@@ -833,7 +853,7 @@ def test_do_answers_and_raises(tmp_path: Path) -> None:
         assert await transport.run(conversation()) == "done"
         await transport.run(say({"ok": True}))
 
-    with Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port, timeout=0.5) as transport:
+    with Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
         assert transport.run(conversation()) == "done"
         assert transport.run(hear()) == {"ok": True}
 
@@ -849,25 +869,22 @@ def test_a_conversation_within_its_time_and_not_beyond(tmp_path: Path) -> None:
             yield from hear()
 
     with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
-        began = time.monotonic()
         with pytest.raises(TransportError, match="longer than it may|timed out"):
             transport.run(listen_for_ever(), within=0.3)
-        assert time.monotonic() - began < 1
 
 
 def test_closing_a_listener_ends_what_it_serves(tmp_path: Path) -> None:
-    began = time.monotonic()
     with nothing_left():
         with Server(greeting) as server:
             peers = [TcpTransport.connect("127.0.0.1", server.port) for _ in range(5)]
             for peer in peers[:3]:
                 peer.run(greet())
         for peer in peers:
-            with peer, pytest.raises(TransportError):
+            with peer, pytest.raises(TransportError) as caught:
                 if peer not in peers[:3]:
                     peer.run(greet())
                 peer.run(hear())
-    assert time.monotonic() - began < 5
+            assert "timed out" not in str(caught.value)
 
 
 def test_nobody_listening_is_a_transport_error_under_asyncio() -> None:
@@ -891,12 +908,10 @@ def test_strangers_make_room(tls: bool, tmp_path: Path, request: pytest.FixtureR
         known = [TcpTransport.connect("127.0.0.1", server.port, **ours) for _ in range(3)]
         for transport in known:
             transport.run(greet())
-        time.sleep(0.2)  # until the other end knows as well
+        until(lambda: server.knows(3))
         strangers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
-        began = time.monotonic()
         for number in range(3):
             assert send_once(server.port, Offer(b"%d" % number, f"{number}"), **ours).sent == len(STREAM)
-        assert time.monotonic() - began < 5
         assert "too many connections" in str(server.error()) or tls
         for number, transport in enumerate(known):
             with transport:
@@ -920,17 +935,12 @@ def test_where_all_have_greeted_a_newcomer_is_turned_away(tmp_path: Path) -> Non
         known = [TcpTransport.connect("127.0.0.1", server.port) for _ in range(2)]
         for transport in known:
             transport.run(greet())
-        time.sleep(0.2)  # until the other end knows as well
+        until(lambda: server.knows(2))
         with pytest.raises(TransportError), TcpTransport.connect("127.0.0.1", server.port) as transport:
             transport.run(greet())
         known.pop().close()
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            try:
-                send_once(server.port, Offer(b"t", "m"))
-                break
-            except TransportError:
-                time.sleep(0.05)
+        until(lambda: server.knows(1))
+        send_once(server.port, Offer(b"t", "m"))
         assert (tmp_path / "m").exists()
         known.pop().close()
 
@@ -942,7 +952,7 @@ def test_a_crowd_costs_an_honest_peer_little() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(tensorwire.__file__).parents[1])}
     command = [sys.executable, bench, *options]
     for _ in range(3):  # whatever else the machine does may be to blame for one of them
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10 * PATIENCE, env=environment)
         if done.returncode == 0:
             break
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,9 +4,12 @@ taken, events come in order, no byte beyond the end is asked for, an error stays
 The checksum is handed in, so that most tests here use zlib's, which is quick everywhere.
 """
 
+import asyncio
+import io
 import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +25,7 @@ from tensorwire import (
     FormatError,
     LimitError,
     SequenceError,
+    TransportError,
     TruncatedError,
     WireError,
     decode_file,
@@ -46,6 +50,8 @@ from tensorwire.wire import (
     TensorItem,
     Writer,
 )
+from tensorwire.wire.drive import as_async_source, as_source, pull_async
+from tensorwire.wire.drive import pull as drive_blocking
 from tensorwire.wire.ledger import TRANSITIONS, State, Step
 
 MIB = 1 << 20
@@ -263,28 +269,30 @@ def test_a_payload_lands_where_it_is_directed_and_nowhere_else():
             assert event.payload.obj is room
     assert room == b"\0\0abc\0"
     reader = Reader(crc32c)
+    events = pull(reader, assemble([START, ROOT, OPEN, data(1, b"abc"), end()]))
+    next(event for event in events if isinstance(event, SliceStart))
+    reader.direct(memoryview(room)[:4])
     with pytest.raises(ValueError, match="4 bytes for 3"):
-        for event in pull(reader, assemble([START, ROOT, OPEN, data(1, b"abc"), end()])):
-            if isinstance(event, SliceStart):
-                reader.direct(memoryview(room)[:4])
+        next(events)
+
+
+def directed_by_parts(reader: Reader, stream: bytes, kinds: tuple[type, ...]) -> list[bytearray]:
+    """Where the payload went, one byte a part, directed at events of these kinds."""
+    rooms: list[bytearray] = []
+    for event in pull(reader, stream):
+        if isinstance(event, SlicePart):
+            assert (event.done, event.left) == (len(rooms), 3 - len(rooms))
+        if isinstance(event, kinds):
+            rooms.append(bytearray(1))
+            reader.direct(memoryview(rooms[-1]))
+    return rooms
 
 
 def test_a_payload_may_be_directed_part_by_part():
     stream = assemble([START, ROOT, OPEN, data(1, b"abc"), end()])
-    for goes_on in (True, False):
-        reader = Reader(crc32c)
-        rooms = []
-        try:
-            for event in pull(reader, stream):
-                if isinstance(event, SlicePart):
-                    assert (event.done, event.left) == (len(rooms), 3 - len(rooms))
-                if isinstance(event, SliceStart) or (isinstance(event, SlicePart) and goes_on):
-                    rooms.append(bytearray(1))
-                    reader.direct(memoryview(rooms[-1]))
-            assert (reader.ended, rooms) == (True, [b"a", b"b", b"c"])
-        except ValueError as error:
-            assert not goes_on
-            assert "not directed" in str(error)
+    assert directed_by_parts(Reader(crc32c), stream, (SliceStart, SlicePart)) == [b"a", b"b", b"c"]
+    with pytest.raises(ValueError, match="not directed"):
+        directed_by_parts(Reader(crc32c), stream, (SliceStart,))
 
 
 def lent(reader: Reader, stream: bytes, most: int) -> Iterator[Any]:
@@ -318,18 +326,20 @@ def test_a_lent_payload_is_used_where_it_stands_if_it_may_and_is_whole(anywhere:
 @pytest.mark.parametrize("anywhere", [False, True])
 def test_lent_bytes_are_checked_like_any_others(anywhere: bool) -> None:
     stream = bytearray(assemble([START, ROOT, OPEN, data(1, b"abc"), end()]))
+
+    def read(data: bytes) -> None:
+        reader = Reader(crc32c)
+        for event in lent(reader, data, 1 << 20):
+            if isinstance(event, SliceStart):
+                reader.direct(memoryview(bytearray(3)), anywhere=anywhere)
+
     for at in range(len(stream)):
         stream[at] ^= 1
-        reader = Reader(crc32c)
         with pytest.raises(WireError):
-            for event in lent(reader, bytes(stream), 1 << 20):
-                if isinstance(event, SliceStart):
-                    reader.direct(memoryview(bytearray(3)), anywhere=anywhere)
+            read(bytes(stream))
         stream[at] ^= 1
         with pytest.raises(TruncatedError):
-            for event in lent(reader := Reader(crc32c), bytes(stream[:at]), 1 << 20):
-                if isinstance(event, SliceStart):
-                    reader.direct(memoryview(bytearray(3)), anywhere=anywhere)
+            read(bytes(stream[:at]))
 
 
 # ------------------------------------------------------------------------------------------------------- Limits
@@ -412,12 +422,15 @@ CLAIMS = {
 @pytest.mark.parametrize("limits", [DEFAULT, WIDE], ids=["default", "wide"])
 @pytest.mark.parametrize("what", [*CLAIMS])
 def test_memory_follows_what_has_arrived_not_what_is_declared(what, limits, tmp_path):
+    def receive() -> None:
+        if what.startswith("file"):
+            decode_file(CLAIMS[what], tmp_path / "target", limits=limits)
+        else:
+            tw.loads(CLAIMS[what], limits=limits)
+
     def act() -> None:
         with pytest.raises((TruncatedError, LimitError)):
-            if what.startswith("file"):
-                decode_file(CLAIMS[what], tmp_path / "target", limits=limits)
-            else:
-                tw.loads(CLAIMS[what], limits=limits)
+            receive()
 
     assert peak(act) < 9 * MIB
     assert [*tmp_path.iterdir()] == []
@@ -477,3 +490,108 @@ def test_frames_of_no_use_are_bounded_by_the_limit_of_the_stream():
 
     with pytest.raises(LimitError, match="stream"):
         tw.loads(endless(), limits=replace(DEFAULT, stream=1000))
+
+
+# ------------------------------------------------------------------------------------------------------ Driving
+
+
+class Collected:
+    """A consumer that keeps nothing but the payloads of slices."""
+
+    def __init__(self) -> None:
+        self._reader = Reader(crc32c)
+        self.get_buffer, self.buffer_updated = self._reader.get_buffer, self._reader.buffer_updated
+        self.lend = self._reader.lend
+
+    def steps(self) -> Iterator[Any]:
+        while not self._reader.ended:
+            event = self._reader.next_event()
+            if event is NEED_DATA:
+                yield event
+            elif isinstance(event, Slice):
+                yield bytes(event.payload)
+
+
+class Reading:
+    """A file of a few bytes a read; `coroutine` says how it is read."""
+
+    def __init__(self, stream: bytes, *, coroutine: bool) -> None:
+        self._file = io.BytesIO(stream)
+        self.readinto = self._later if coroutine else self._now
+
+    def _now(self, buffer: memoryview) -> int:
+        return self._file.readinto(buffer[:50])
+
+    async def _later(self, buffer: memoryview) -> int:
+        await asyncio.sleep(0)
+        return self._now(buffer)
+
+
+def cut_at(stream: bytes, size: int = 50) -> Iterator[bytes]:
+    for at in range(0, len(stream), size):
+        yield stream[at : at + size]
+        yield b""
+
+
+async def cut_later(stream: bytes) -> AsyncIterator[bytes]:
+    for chunk in cut_at(stream):
+        await asyncio.sleep(0)
+        yield chunk
+
+
+async def drive(source: Any) -> list[bytes]:
+    return [payload async for payload in pull_async(Collected(), as_async_source(source))]
+
+
+STREAM_OF_TWO = assemble([START, ROOT, OPEN, data(1, b"ab"), data(1, b"c", start=2), end()])
+BLOCKING: dict[str, Any] = {
+    "bytes": bytes,
+    "bytearray": bytearray,
+    "iterable": cut_at,
+    "file": lambda stream: Reading(stream, coroutine=False),
+}
+WAITING = BLOCKING | {"asynchronous iterable": cut_later, "coroutine": lambda stream: Reading(stream, coroutine=True)}
+
+
+@pytest.mark.parametrize("how", [*BLOCKING])
+def test_a_consumer_is_fed_from_every_blocking_source(how):
+    assert [*drive_blocking(Collected(), as_source(BLOCKING[how](STREAM_OF_TWO)))] == [b"ab", b"c"]
+    with pytest.raises(TruncatedError):
+        [*drive_blocking(Collected(), as_source(BLOCKING[how](STREAM_OF_TWO[:-1])))]
+
+
+@pytest.mark.parametrize("how", [*WAITING])
+def test_a_consumer_is_fed_from_every_asynchronous_source(how):
+    assert asyncio.run(drive(WAITING[how](STREAM_OF_TWO))) == [b"ab", b"c"]
+    with pytest.raises(TruncatedError):
+        asyncio.run(drive(WAITING[how](STREAM_OF_TWO[:-1])))
+
+
+@pytest.mark.parametrize("how", [*WAITING])
+def test_what_is_one_stream_ends_with_it_and_what_is_a_file_goes_on(how):
+    longer = STREAM_OF_TWO + b"?"
+    goes_on = how in ("file", "coroutine")
+    with nullcontext() if goes_on else pytest.raises(FormatError, match="after the end"):
+        asyncio.run(drive(WAITING[how](longer)))
+    if how in BLOCKING:
+        with nullcontext() if goes_on else pytest.raises(FormatError, match="after the end"):
+            [*drive_blocking(Collected(), as_source(BLOCKING[how](longer)))]
+
+
+def test_a_source_that_has_nothing_yet_has_not_ended():
+    class Nothing:
+        def readinto(self, buffer: memoryview) -> None:
+            return None
+
+    with pytest.raises(TransportError, match="non-blocking"):
+        [*drive_blocking(Collected(), as_source(Nothing()))]
+    with pytest.raises(TransportError, match="non-blocking"):
+        asyncio.run(drive(Nothing()))
+
+
+def test_what_is_no_source_is_refused_by_name():
+    for make in (as_source, as_async_source):
+        with pytest.raises(TypeError, match="not int"):
+            make(7)
+        with pytest.raises(TypeError, match="not str"):
+            make("text")

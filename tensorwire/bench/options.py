@@ -6,7 +6,7 @@ from typing import Final
 
 MODES: Final = ("regular", "container", "file")
 
-# Takes a line for the reader that belongs to no row: what was left out, and why.
+# Takes a line that belongs to no row: what was left out, and why.
 Note = Callable[[str], None]
 
 

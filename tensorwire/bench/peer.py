@@ -83,7 +83,8 @@ def _safetensors_tensors(job: Job) -> dict[str, Any]:
 
 def _file(job: Job) -> str:
     tensorwire.safetensors  # noqa: B018 - imported here, before anything is measured
-    return job["path"]
+    path: str = job["path"]
+    return path
 
 
 def _schema(job: Job) -> Schema:

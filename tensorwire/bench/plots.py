@@ -159,7 +159,7 @@ def _error(rows: list[Row]) -> Figure:
 
 
 def _near(row: Row, other: Row) -> bool:
-    return abs(row["bits"] - other["bits"]) < 1 and abs(row["sqnr_db"] - other["sqnr_db"]) < 2
+    return bool(abs(row["bits"] - other["bits"]) < 1 and abs(row["sqnr_db"] - other["sqnr_db"]) < 2)
 
 
 _PICTURES: Final[dict[str, Callable[[list[Row]], Figure]]] = {

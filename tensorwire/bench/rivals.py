@@ -11,14 +11,17 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-import numpy as np
 import zstandard
 
+from tensorwire.bench.models import Weights
 from tensorwire.bench.options import Note
-from tensorwire.codecs import BFloat16, Codec, Float16, Int8, Zstd
-from tensorwire.codecs.fourbit import FourBit
+from tensorwire.codecs import Codec
+
+# Packers by name, and the library that does the same.
+_TORCH: Final = frozenset({"fp16", "bf16"})
+_BITSANDBYTES: Final = frozenset({"int8", "nf4", "fp4"})
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Contender:
 
 def import_rivals(codecs: list[Codec], threads: int, note: Note) -> None:
     """Import what `contenders` will need, with its thread pools set to `threads`."""
-    if not any(isinstance(codec, (Float16, BFloat16, Int8, FourBit)) for codec in codecs):
+    if not any(codec.packer.name in _TORCH | _BITSANDBYTES for codec in codecs):
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
@@ -51,31 +54,34 @@ def import_rivals(codecs: list[Codec], threads: int, note: Note) -> None:
         note("bitsandbytes left out: not installed")
 
 
-def contenders(codec: Codec, values: np.ndarray, out: np.ndarray, threads: int) -> Iterator[Contender]:
+def contenders(codec: Codec, values: Weights, out: Weights, threads: int) -> Iterator[Contender]:
     """The rivals of one codec. `values`: the fp32 input; `out`: warm memory of its size."""
-    if isinstance(codec, (Float16, BFloat16)):
-        yield from _torch(codec, values, out)
-    elif isinstance(codec, FourBit):
-        yield from _bitsandbytes_4bit(codec, values, out)
-    elif isinstance(codec, Int8):
-        yield from _bitsandbytes_int8(codec, values, out)
-    elif isinstance(codec, Zstd) and codec.inner.in_place:
+    name, parameters = codec.packer.name, codec.packer.values()
+    if [stage.name for stage in codec.pipeline] == ["raw", "zstd"]:
         yield from _zstd(codec, values, threads)
+    elif codec.compressors or codec.transforms:
+        return
+    elif name in _TORCH:
+        yield from _torch(codec, values, out)
+    elif name == "int8":
+        yield from _bitsandbytes_int8(repr(codec), parameters, values, out)
+    elif name in _BITSANDBYTES:
+        yield from _bitsandbytes_4bit(repr(codec), name, parameters, values, out)
 
 
-def crc32(values: np.ndarray) -> Contender:
+def crc32(values: Weights) -> Contender:
     """Zlib's checksum, the one Python users have at hand."""
-    return Contender("crc32c", "checksum", "zlib.crc32", "none", lambda: zlib.crc32(values))
+    return Contender("crc32c", "checksum", "zlib.crc32", "none", lambda: zlib.crc32(values.data))
 
 
-def _torch(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contender]:
+def _torch(codec: Codec, values: Weights, out: Weights) -> Iterator[Contender]:
     try:
         import torch
     except ImportError:
         return
     name = repr(codec)
     wide, wide_out = torch.from_numpy(values), torch.from_numpy(out)
-    narrow = wide.to(torch.float16 if isinstance(codec, Float16) else torch.bfloat16)
+    narrow = wide.to(torch.float16 if codec.packer.name == "fp16" else torch.bfloat16)
     narrow_out = torch.zeros_like(narrow)
     yield Contender(name, "encode", "torch", "warm", lambda: narrow_out.copy_(wide))
     yield Contender(name, "encode", "torch", "fresh", lambda: wide.to(narrow.dtype))
@@ -83,49 +89,46 @@ def _torch(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Conten
     yield Contender(name, "decode", "torch", "fresh", lambda: narrow.to(torch.float32))
 
 
-def _bitsandbytes_4bit(codec: FourBit, values: np.ndarray, out: np.ndarray) -> Iterator[Contender]:
+def _bitsandbytes_4bit(
+    name: str, quant_type: str, parameters: dict[str, Any], values: Weights, out: Weights
+) -> Iterator[Contender]:
     try:
         import bitsandbytes.functional as bnb
         import torch
     except ImportError:
         return
-    name, wide = repr(codec), torch.from_numpy(values)
+    wide, blocksize, nested = torch.from_numpy(values), parameters["blocksize"], parameters["double_quant"]
 
     def encode() -> Any:
-        return bnb.quantize_4bit(
-            wide,
-            blocksize=codec.blocksize,
-            quant_type=codec.quant_type,
-            compress_statistics=codec.double_quant,
-        )
+        return bnb.quantize_4bit(wide, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
 
     codes, state = encode()
     yield Contender(name, "encode", "bitsandbytes", "fresh", encode)
     yield Contender(name, "decode", "bitsandbytes", "fresh", lambda: bnb.dequantize_4bit(codes, state))
-    kernel = _kernel(f"cdequantize_blockwise_cpu_{codec.quant_type}_fp32")
-    if kernel is not None and not codec.double_quant:
-        sizes = (ctypes.c_longlong(codec.blocksize), ctypes.c_longlong(1), ctypes.c_longlong(values.size))
+    kernel = _kernel(f"cdequantize_blockwise_cpu_{quant_type}_fp32")
+    if kernel is not None and not nested:
+        sizes = (ctypes.c_longlong(blocksize), ctypes.c_longlong(1), ctypes.c_longlong(values.size))
         pointers = _pointers(codes, state.absmax, torch.from_numpy(out))
         yield Contender(name, "decode", "bitsandbytes", "warm", lambda: kernel(*pointers, *sizes))
 
 
-def _bitsandbytes_int8(codec: Int8, values: np.ndarray, out: np.ndarray) -> Iterator[Contender]:
+def _bitsandbytes_int8(name: str, parameters: dict[str, Any], values: Weights, out: Weights) -> Iterator[Contender]:
     try:
         import bitsandbytes.functional as bnb
         import torch
     except ImportError:
         return
-    name, wide = repr(codec), torch.from_numpy(values)
-    codes, state = bnb.quantize_blockwise(wide, blocksize=codec.blocksize)
+    wide, blocksize = torch.from_numpy(values), parameters["blocksize"]
+    codes, state = bnb.quantize_blockwise(wide, blocksize=blocksize)
 
     def encode() -> Any:
-        return bnb.quantize_blockwise(wide, blocksize=codec.blocksize)
+        return bnb.quantize_blockwise(wide, blocksize=blocksize)
 
     yield Contender(name, "encode", "bitsandbytes", "fresh", encode)
     yield Contender(name, "decode", "bitsandbytes", "fresh", lambda: bnb.dequantize_blockwise(codes, state))
     quantize, dequantize = _kernel("cquantize_blockwise_cpu_fp32"), _kernel("cdequantize_blockwise_cpu_fp32")
     if quantize is not None and dequantize is not None:
-        sizes = (ctypes.c_longlong(codec.blocksize), ctypes.c_longlong(values.size))
+        sizes = (ctypes.c_longlong(blocksize), ctypes.c_longlong(values.size))
         forth = _pointers(state.code, wide, torch.zeros_like(state.absmax), torch.zeros_like(codes))
         back = _pointers(state.code, codes, state.absmax, torch.from_numpy(out))
         yield Contender(name, "encode", "bitsandbytes", "warm", lambda: quantize(*forth, *sizes))
@@ -154,9 +157,11 @@ def _pointers(*tensors: Any) -> list[_Pointer]:
     return pointers
 
 
-def _zstd(codec: Zstd, values: np.ndarray, threads: int) -> Iterator[Contender]:
-    compressor = zstandard.ZstdCompressor(level=codec.level, threads=threads if threads > 1 else 0)
+def _zstd(codec: Codec, values: Weights, threads: int) -> Iterator[Contender]:
+    level = int(codec.compressors[0].values()["level"])
+    compressor = zstandard.ZstdCompressor(level=level, threads=threads if threads > 1 else 0)
     decompressor = zstandard.ZstdDecompressor()
-    payload = compressor.compress(values)
-    yield Contender(repr(codec), "encode", "zstd", "fresh", lambda: compressor.compress(values))
+    data = values.data.cast("B")
+    payload = compressor.compress(data)
+    yield Contender(repr(codec), "encode", "zstd", "fresh", lambda: compressor.compress(data))
     yield Contender(repr(codec), "decode", "zstd", "fresh", lambda: decompressor.decompress(payload))

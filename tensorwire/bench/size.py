@@ -6,20 +6,14 @@ are computed from shapes alone: the wire format's own writer is driven with size
 model is needed.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import tensorwire
-from tensorwire import dtypes
 from tensorwire.bench.models import MIB, Model, resolve
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.tables import Column, Row
-from tensorwire.codecs import FP4, NF4, Codec, Int8, Raw, Zstd
-from tensorwire.streams import FRAME_SIZE
-from tensorwire.streams.flatten import Leaf
-from tensorwire.streams.sender import slice_size
-from tensorwire.wire import StreamInfo, Writer
-from tensorwire.wire.frames import HEADER_SIZE
+from tensorwire.codecs import Codec
 
 DEFAULT_MODEL: Final = "llama-3.2-1b"
 DEFAULT_CODECS: Final = ("raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true")
@@ -34,9 +28,6 @@ COLUMNS: Final = (
     Column("framing_percent", "framing %", ".4f"),
 )
 
-_INT8_TABLE: Final = 256 * 4
-_4BIT_TABLE: Final = 16 * 4
-
 
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
@@ -47,30 +38,29 @@ def run(options: Options, note: Note) -> Iterator[Row]:
     """One row a codec."""
     model = resolve(options.model or DEFAULT_MODEL)
     for spec in options.codecs or DEFAULT_CODECS:
-        if not isinstance(tensorwire.codec(spec), Zstd):
+        if tensorwire.codec(spec).exact_length:
             yield size_row(model, spec)
         elif model.values:
             yield compressed_row(model, spec)
         else:
-            note(f"{spec} left out: what zstd makes of {model.name} depends on values, and it is only shapes")
+            note(f"{spec} left out: its size on {model.name} depends on values, and it is only shapes")
 
 
 def size_row(model: Model, spec: str) -> Row:
     """Sizes under a codec whose payloads have a known length."""
-    leaves = model.leaves(spec)
-    tensors = [(leaf.view, leaf.codec) for leaf in leaves if leaf.view is not None and leaf.codec is not None]
+    tensors = list(model.codecs(spec))
     sizes = [codec.sizes(view.numel, view.dtype) for view, codec in tensors]
     tables = sum(table_bytes(codec) for view, codec in tensors if view.numel > 0)
     payload = sum(size.data for size in sizes)
     meta = sum(size.metadata for size in sizes) + tables
-    wire, wire_meta = wire_sizes(leaves)
-    return _row(model, spec, payload=payload, meta=meta, wire=wire, wire_meta=wire_meta)
+    wire = model.stream_size(spec)
+    return _row(model, spec, payload=payload, meta=meta, wire=wire.total, wire_meta=wire.metadata)
 
 
 def compressed_row(model: Model, spec: str) -> Row:
-    """Sizes under a compressor, which are known only by encoding; its metadata is compressed along."""
+    """Sizes of payloads that depend on values, known only by encoding; its metadata is compressed along."""
     wire = sum(memoryview(buffer).nbytes for buffer in model.encode(spec))
-    framing = wire_sizes(model.leaves(spec), payloads=False)[0]
+    framing = model.stream_size(spec).framing
     return _row(model, spec, payload=wire - framing, meta=0, wire=wire, wire_meta=0)
 
 
@@ -91,38 +81,4 @@ def _row(model: Model, spec: str, *, payload: int, meta: int, wire: int, wire_me
 
 def table_bytes(codec: Codec) -> int:
     """The fp32 code tables that a published item carries; double quantization brings an 8-bit one too."""
-    if isinstance(codec, (NF4, FP4)):
-        return _4BIT_TABLE + (_INT8_TABLE if codec.double_quant else 0)
-    return _INT8_TABLE if isinstance(codec, Int8) else 0
-
-
-def wire_sizes(leaves: Iterable[Leaf], *, payloads: bool = True) -> tuple[int, int]:
-    """(bytes of the whole stream, bytes of quantization metadata in it) without any data.
-
-    Without `payloads`, only preamble, headers, descriptors and the end frame are counted.
-    """
-    leaves = list(leaves)
-    # Lengths do not depend on checksums, so nothing is checksummed.
-    writer = Writer(lambda data, crc: 0)
-    total = len(writer.start(StreamInfo()))
-    total += sum(len(writer.item(leaf.item)) for leaf in leaves)
-    metadata = 0
-    for leaf in leaves:
-        for start, count, size, scales in _slices(leaf):
-            total += len(writer.data(start, count, size, 0)) + (size if payloads else 0)
-            metadata += scales
-    return total + len(writer.end()), metadata
-
-
-def _slices(leaf: Leaf) -> Iterator[tuple[int, int, int, int]]:
-    """(start, count, payload bytes, metadata bytes) of each data frame, as `tensorwire.encode` cuts them."""
-    total = leaf.item.total or 0
-    if not total:
-        return
-    codec = leaf.codec or Raw()  # a plain value's bytes
-    dtype = leaf.item.dtype or dtypes.UINT8
-    step = slice_size(codec, leaf.item, FRAME_SIZE) if leaf.codec else FRAME_SIZE - HEADER_SIZE
-    for start in range(0, total, step):
-        count = min(step, total - start)
-        sizes = codec.sizes(count, dtype)
-        yield start, count, sizes.total, sizes.metadata
+    return sum(table.nbytes for table in codec.packer.tables)

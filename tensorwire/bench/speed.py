@@ -1,13 +1,14 @@
 """GB/s of fp32 input per codec, beside a copy and beside what a user would otherwise pick, in one run.
 
-Every contender works on the same array of seeded weights. After one warm-up each, rounds go over all of them
-in turn, so that whatever else the machine does falls on all alike; a figure is the median of the rounds.
-Contenders that allocate have rounds of their own, after the others: what they free the system, and below a virtual
-machine its host, takes back during the next hundredths of a second, at the cost of whoever runs then.
-`warm` writes into memory that was written before, `fresh` into what it allocates itself and nobody wrote to before.
-`reused` allocates too, as tensorwire does unless told otherwise: it gets the memory of what the round before it dropped
-(`tensorwire.set_spare_memory`). memcpy is `np.copyto` of the same array into warm memory, each byte
-counted once; vs_memcpy and vs_rival are ratios to figures of this run.
+Every contender works on the same array of seeded weights. After one warm-up each, rounds go over all of them in turn,
+so that other load on the machine meets all alike; a figure is the median of the rounds. Contenders that allocate have
+rounds of their own, after the others: for some hundredths of a second after they free memory, the system and the host
+of a virtual machine take it back, at the cost of whoever runs then.
+
+`warm` outputs are written to memory that was in use before, `fresh` ones to new memory that the contender allocates.
+`reused` ones are allocated too, as tensorwire does unless told otherwise: they get the memory of what the round before
+dropped (`tensorwire.set_spare_memory`). memcpy is `np.copyto` of the same array into warm memory, each byte counted
+once; vs_memcpy and vs_rival are ratios to figures of this run.
 
 encode and decode are the codec alone, the checksum of what it encodes included, in one call that may use `threads`
 threads; memcpy copies as many equal parts at once. encode_stream drains `tensorwire.encode` and decode_stream runs
@@ -25,24 +26,25 @@ from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 import tensorwire
 from tensorwire import dtypes, kernels
 from tensorwire.bench import rivals
-from tensorwire.bench.models import MIB, view_of, weights
+from tensorwire.bench.models import MIB, Weights, view_of, weights
 from tensorwire.bench.options import Note, Options
 from tensorwire.bench.rivals import Contender
 from tensorwire.bench.tables import Column, Row
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec
-from tensorwire.memory.spare import SPARE
+from tensorwire.codecs import Codec, Take
+from tensorwire.memory import SPARE
 from tensorwire.tensor import Extent
 
 DEFAULT_CODECS: Final = ("fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "raw")
 DEFAULT_SIZE_MIB: Final = {"native": 32, "numpy": 4}
 ROUNDS: Final = 9
-FEWER_ROUNDS: Final = 5  # for what takes longer than
-_SLOW: Final = 0.2  # seconds
+FEWER_ROUNDS: Final = 5  # for slow contenders
+_SLOW: Final = 0.2  # seconds of a run, from which on a contender is slow
 COLUMNS: Final = (
     Column("size_mib", "MiB"),
     Column("codec", "codec"),
@@ -139,7 +141,7 @@ def _time(run: Callable[[], Any]) -> float:
     return perf_counter() - start
 
 
-def _copies(values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
+def _copies(values: Weights, out: Weights, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
     parts = _parts(values.size, threads)
     copy = _together([partial(np.copyto, out[start:stop], values[start:stop]) for start, stop in parts], pool)
     fresh = _together([values[start:stop].copy for start, stop in parts], pool)
@@ -147,11 +149,11 @@ def _copies(values: np.ndarray, out: np.ndarray, threads: int, pool: ThreadPoolE
     yield Contender("raw", "copy", "memcpy", "fresh", fresh)
 
 
-def _checksum(values: np.ndarray) -> Contender:
+def _checksum(values: Weights) -> Contender:
     return Contender("crc32c", "checksum", kernels.implementation, "none", lambda: crc32c(values))
 
 
-def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contender]:
+def _ours(codec: Codec, values: Weights, out: Weights) -> Iterator[Contender]:
     name, impl = repr(codec), kernels.implementation
     if not codec.in_place:
         ours = _Ours(codec, values, out)
@@ -172,7 +174,7 @@ def _ours(codec: Codec, values: np.ndarray, out: np.ndarray) -> Iterator[Contend
 class _Ours:
     """Our codec over one array, into warm memory and into what it allocates as streams do."""
 
-    def __init__(self, codec: Codec, values: np.ndarray, out: np.ndarray) -> None:
+    def __init__(self, codec: Codec, values: Weights, out: Weights) -> None:
         self._codec = codec
         self._view = view_of(values)
         self._data = values.view(np.uint8)
@@ -193,12 +195,12 @@ class _Ours:
     def decode_allocating(self) -> None:
         self._codec.decode(memoryview(self._payload), self._extent, SPARE.empty(self._out.size))
 
-    def _encode(self, take: Callable[[int], np.ndarray]) -> Any:
+    def _encode(self, take: Take) -> Any:
         # What a codec must know of the whole tensor (double quantization: its mean) is part of the work.
         context = self._codec.prepare(self._view) if self._view is not None else None
         return self._codec.encode(self._data, self._extent, take, context).payload
 
-    def _take_warm(self, size: int) -> np.ndarray:
+    def _take_warm(self, size: int) -> npt.NDArray[np.uint8]:
         return self._warm[:size]
 
 

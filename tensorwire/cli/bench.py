@@ -32,7 +32,7 @@ examples:
 def add_parser(verbs: Any) -> None:
     """Add this verb to the command line."""
     parser = verb(verbs, "bench", _run, summary="measure size, speed, memory and error", text=_TEXT)
-    # No choices=: argparse holds an empty list against them.
+    # Without choices=: argparse would check the empty list against them.
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (all)")
     parser.add_argument("--model", help="what to measure (each suite's own small one)")
     parser.add_argument("--codec", nargs="+", action="extend", type=codec_spec, metavar="SPEC", help="codecs")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, TypeAlias, TypeVar
 
 import tensorwire
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
-from tensorwire.storage.atomic import write_file
+from tensorwire.storage import write_file
 
 if TYPE_CHECKING:
     import tqdm

@@ -2,9 +2,7 @@
 
 import argparse
 import io
-import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +13,8 @@ import numpy as np
 import tensorwire
 from tensorwire.cli.common import PIPE, binary_stdout, reading, verb
 from tensorwire.errors import SchemaError, show
-from tensorwire.storage.atomic import replacing
-from tensorwire.storage.output import Output, OutputFile
+from tensorwire.storage import Output, OutputFile, replacing
+from tensorwire.storage.parts import scratch
 
 _TEXT: Final = """\
 what OUT becomes:
@@ -50,8 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
             write(source, output, kind)
             return 0
         out = binary_stdout()
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "decoded")
+        with scratch() as path:
             write(source, path, kind)
             with open(path, "rb") as file:
                 shutil.copyfileobj(file, out, 1 << 20)

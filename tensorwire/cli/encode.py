@@ -11,17 +11,20 @@ from typing import Any, Final
 import numpy as np
 
 import tensorwire
+from tensorwire import codecs
 from tensorwire.cli.common import PIPE, UsageError, codec_spec, verb, write_stream
 from tensorwire.errors import EncodeError
+from tensorwire.files import safetensors
 
-_TEXT: Final = """\
+_TEXT: Final = f"""\
 what IN is:
   *.safetensors    tensors, read piece by piece; the model is never loaded
   *.npz, *.npy     arrays
   *.pt, *.pth      a torch checkpoint that loads with weights_only=True
   any other, or -  a file, sent in chunks; codec raw or zstd
 
-codecs: raw, fp16, bf16, int8, int8-linear, nf4, fp4; parameters after a colon, zstd behind any of them.
+codecs, with their parameters as in nf4:blocksize=128,double_quant=true; zstd may stand behind any of them:
+{codecs.describe()}
 Tensors that a codec cannot represent (integers, for example) travel losslessly beside the others.
 
 examples:
@@ -57,7 +60,7 @@ def stream(path: str, codec: str, *, at_rest: bool = False) -> Iterator[Any]:
     if suffix in _ARRAYS + _CHECKPOINTS:
         return tensorwire.encode(_container(path, suffix), codec=codec)
     if suffix == ".safetensors":
-        return tensorwire.safetensors.encode(path, codec=codec, at_rest=at_rest)
+        return safetensors.encode(path, codec=codec, at_rest=at_rest)
     return tensorwire.encode_file(sys.stdin.buffer if path == PIPE else path, codec=codec)
 
 

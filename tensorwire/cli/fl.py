@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import tensorwire
-from tensorwire.bench.rss import highest
-from tensorwire.cli.common import UsageError, codec_spec, print_json, verb
+from tensorwire.bench import highest
+from tensorwire.cli.common import UsageError, print_json, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, connection_tls, listener_tls
 from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.fl.plan import Plan, add_arguments, from_arguments
+from tensorwire.storage import write_file
 
 _TEXT: Final = f"""\
 run      a server and its clients as processes on this machine; curves and rows under --out
@@ -40,17 +42,25 @@ def add_parser(verbs: Any) -> None:
     parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
 
     run = parts.add_parser("run", help="a server and its clients on this machine")
-    _add_plan(run)
+    add_arguments(run)
     _add_task(run)
     run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")
     run.add_argument("--json", action="store_true", help="the rows as JSON on stdout too")
     run.set_defaults(run=_run)
 
     server = parts.add_parser("server", help="the server; a row of JSON on stdout for each round")
-    _add_plan(server)
+    add_arguments(server)
     _add_task(server)
-    server.add_argument("--listen", metavar="HOST:PORT", type=address, default=("127.0.0.1", PORT), help="where")
-    server.add_argument("--state", metavar="DIR", required=True, help="what must outlive this process; taken up again")
+    server.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        type=address,
+        default=("127.0.0.1", PORT),
+        help=f"address to listen on (127.0.0.1:{PORT})",
+    )
+    server.add_argument(
+        "--state", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
+    )
     server.add_argument("--initial", metavar="FILE", help="a .tw file to start from instead of what the task gives")
     add_security(server, listens=True)
     server.set_defaults(run=_server)
@@ -58,10 +68,12 @@ def add_parser(verbs: Any) -> None:
     client = parts.add_parser("client", help="one client")
     _add_task(client)
     client.add_argument("address", metavar="HOST:PORT", type=address, help="where the server listens")
-    client.add_argument("--number", type=int, required=True, help="which share of the data is ours: 0, 1, ...")
+    client.add_argument("--number", type=int, required=True, help="which share of the data is this client's: 0, 1, ...")
     client.add_argument("--clients", type=int, default=4, help="how many shares there are (4)")
-    client.add_argument("--name", help="who we are; as in our certificate where we have one (client-NUMBER)")
-    client.add_argument("--folder", metavar="DIR", required=True, help="what must outlive this process; taken up again")
+    client.add_argument("--name", help="of this client; as in its certificate where it has one (client-NUMBER)")
+    client.add_argument(
+        "--folder", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
+    )
     client.add_argument("--evaluate", action="store_true", help="report the loss of each model that comes, too")
     client.add_argument(
         "--patience", type=float, default=60, metavar="S", help="give up after S s without success (60)"
@@ -70,24 +82,20 @@ def add_parser(verbs: Any) -> None:
     client.set_defaults(run=_client)
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--clients", type=int, default=4, help="updates that close a round (4)")
-    add("--rounds", type=int, default=10, help="(10)")
-    add("--up", type=codec_spec, default="nf4", metavar="SPEC", help="codec of updates (nf4)")
-    add("--down", type=codec_spec, default="bf16", metavar="SPEC", help="codec of models (bf16)")
-    add("--kind", choices=("difference", "weights"), default="difference", help="what clients send (difference)")
-    add("--feedback", action="store_true", help="clients carry over what quantization dropped of their differences")
-    add("--stochastic", action="store_true", help="under bf16, round up or down at random")
-    add("--quorum", type=int, metavar="N", help="updates that suffice after the deadline (all)")
-    add("--deadline", type=float, default=600, metavar="S", help="seconds of a round (600)")
-    add("--max-norm", type=float, metavar="X", help="refuse updates of a larger L2 norm")
-    add("--name", dest="run_name", default="run", help="of this run (run)")
-
-
 def _add_task(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", default=_TASK, metavar="MODULE:FUNCTION", help="what is learned")
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="for the task")
+    parser.add_argument(
+        "--task", default=_TASK, metavar="MODULE:FUNCTION", help="what is learned (a small language model)"
+    )
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the task"
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    try:
+        return from_arguments(arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _task(arguments: argparse.Namespace) -> Any:
@@ -111,22 +119,7 @@ def _task(arguments: argparse.Namespace) -> Any:
 
 
 def _server(arguments: argparse.Namespace) -> int:
-    from tensorwire.fl.aggregate import Rules
-    from tensorwire.fl.server import Plan, Server
-
-    plan = Plan(
-        arguments.run_name,
-        arguments.rounds,
-        arguments.clients,
-        arguments.quorum,
-        arguments.deadline,
-        down=arguments.down,
-        up=arguments.up,
-        kind=arguments.kind,
-        feedback=arguments.feedback,
-        stochastic=arguments.stochastic,
-        rules=Rules(max_norm=arguments.max_norm),
-    )
+    from tensorwire.fl.server import Server
 
     def initial() -> Any:
         return tensorwire.load_file(arguments.initial) if arguments.initial else _task(arguments).initial()
@@ -134,7 +127,7 @@ def _server(arguments: argparse.Namespace) -> int:
     def on_round(row: dict[str, Any]) -> None:
         print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
 
-    server = Server(plan, initial, arguments.state, on_round=on_round)
+    server = Server(_plan(arguments), initial, arguments.state, on_round=on_round)
     asyncio.run(_serve(server, arguments))
     return 0
 
@@ -196,14 +189,10 @@ def _run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if (out / "state").exists():
         raise UsageError(f"{out} has a run in it: give another --out, or remove it")
-    task = _task(arguments)
+    plan, task = _plan(arguments), _task(arguments)
     asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
-    plan = [f"--{name.replace('_', '-')}={value}" for name, value in _plan(arguments).items() if value is not None]
-    flags = [f"--{name}" for name in ("feedback", "stochastic") if getattr(arguments, name)]
-    rows = []
-    for row in tracked_rounds(local.run(task, out, arguments.clients, [*plan, *flags], asked), arguments.rounds):
-        rows.append(row)
-    (out / "rows.json").write_text(json.dumps(rows, indent=1))
+    rows = list(_tracked(local.run(task, plan, out, asked), plan.rounds))
+    write_file(out / "rows.json", [json.dumps(rows, indent=1).encode()])
     drawn = local.draw(rows, out / "curves.png")
     if arguments.json:
         print_json(rows)
@@ -217,12 +206,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("clients", "rounds", "up", "down", "kind", "quorum", "deadline", "max_norm")
-    return {**{name: getattr(arguments, name) for name in names}, "name": arguments.run_name}
-
-
-def tracked_rounds(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
+def _tracked(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
     """`rows`, with a bar of rounds on a terminal for those who have tqdm."""
     bar: Any = None
     if sys.stderr.isatty():

@@ -3,25 +3,23 @@
 import argparse
 from typing import Any, Final
 
+import tensorwire
 from tensorwire.bench.tables import Column, render
 from tensorwire.cli.common import error_fields, print_json, reading, verb
-from tensorwire.codecs import from_stages
-from tensorwire.errors import WireError, show
-from tensorwire.transfer.frames import Frame, Frames
+from tensorwire.errors import show
+from tensorwire.files.examine import Inspection, ItemReport, describe_codec
+from tensorwire.transfer import Frame
 from tensorwire.wire import (
     AliasItem,
+    ContainerItem,
     FileItem,
     Item,
     ItemStart,
-    Slice,
     StreamEnd,
-    StreamInfo,
     StreamStart,
     TensorItem,
     ValueItem,
 )
-from tensorwire.wire.drive import as_source
-from tensorwire.wire.frames import PREAMBLE_SIZE
 
 _TEXT: Final = """\
 The whole stream is read and its checksums are checked, but payloads are not decoded; `verify` does that too.
@@ -31,7 +29,6 @@ examples:
   tensorwire inspect model.tw --frames | head
   tensorwire inspect model.tw --json | jq '.items[] | select(.codec == "raw")'
 """
-_CONTAINERS: Final = ("dict", "list", "tuple")
 _COLUMNS: Final = (
     Column("name", "item"),
     Column("kind", "kind"),
@@ -53,131 +50,84 @@ def add_parser(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    account = _Account()
     listed: list[dict[str, Any]] = []
-    error: WireError | None = None
+
+    def on_frame(frame: Frame) -> None:
+        if arguments.frames and arguments.json:
+            listed.append(_frame_fields(frame))
+        elif arguments.frames:
+            print(_frame_line(frame))
+
     with reading(arguments.input) as source:
-        frames = Frames(as_source(source))
-        try:
-            for frame in frames:
-                account.enter(frame)
-                if arguments.frames and arguments.json:
-                    listed.append(_frame_fields(frame))
-                elif arguments.frames:
-                    print(_frame_line(frame))
-        except WireError as caught:
-            error = caught
+        report = tensorwire.inspect(source, on_frame=on_frame)
     if arguments.json:
-        print_json(account.fields() | ({"frames": listed} if arguments.frames else {}) | _broken(frames, error))
+        print_json(_fields(report) | ({"frames": listed} if arguments.frames else {}))
     else:
-        if error is not None and frames.broken is not None and arguments.frames:
-            print(f"{_frame_line(frames.broken)}  <- breaks here")
-        print(account.text(items=not arguments.frames, whole=error is None))
-    if error is not None:
-        raise error
+        if report.broken is not None and arguments.frames:
+            print(f"{_frame_line(report.broken)}  <- breaks here")
+        print(_text(report, items=not arguments.frames))
+    if report.error is not None:
+        raise report.error
     return 0
 
 
-def _broken(frames: Frames, error: WireError | None) -> dict[str, Any]:
-    if error is None:
-        return {"error": None}
-    frame = None if frames.broken is None else _frame_fields(frames.broken)
-    return {"error": error_fields(error), "broken_frame": frame}
+def _fields(report: Inspection) -> dict[str, Any]:
+    """The report as JSON has it."""
+    fields = {
+        "align": report.info.align,
+        "id": report.info.id.hex(),
+        "metadata": dict(report.info.metadata),
+        "items": [_item_fields(item) for item in report.items],
+        "totals": {
+            "items": len(report.items),
+            "frames": report.frames,
+            "bytes": report.size,
+            "wire_bytes": report.wire_size,
+            "framing_bytes": report.framing,
+        },
+        "digest": report.digest,
+        "error": None if report.error is None else error_fields(report.error),
+    }
+    if report.error is not None:
+        fields["broken_frame"] = None if report.broken is None else _frame_fields(report.broken)
+    return fields
 
 
-class _Account:
-    """What has passed: the stream's own fields, items, and bytes."""
-
-    def __init__(self) -> None:
-        self._info: StreamInfo | None = None
-        self._items: list[dict[str, Any]] = []
-        self._frames = 0
-        self._size = PREAMBLE_SIZE
-        self._digest: str | None = None
-
-    def enter(self, frame: Frame) -> None:
-        """Add one verified frame."""
-        self._frames += 1
-        self._size += frame.size
-        event = frame.event
-        if isinstance(event, StreamStart):
-            self._info = event.info
-        elif isinstance(event, ItemStart):
-            self._items.append(_item_fields(event.item))
-        elif isinstance(event, StreamEnd):
-            self._digest = event.summary.digest.hex()
-        elif isinstance(event, Slice):
-            fields = self._items[event.number]
-            itemsize = event.item.dtype.itemsize if isinstance(event.item, TensorItem) else 1
-            fields["bytes"] += event.count * itemsize
-            fields["wire_bytes"] += frame.header.length
-            fields["complete"] = event.last
-            fields["ratio"] = fields["bytes"] / fields["wire_bytes"] if fields["wire_bytes"] else None
-
-    def fields(self) -> dict[str, Any]:
-        """The summary as JSON has it."""
-        info = self._info or StreamInfo()
-        return {
-            "align": info.align,
-            "id": info.id.hex(),
-            "metadata": dict(info.metadata),
-            "items": self._items,
-            "totals": {
-                "items": len(self._items),
-                "frames": self._frames,
-                "bytes": self._decoded,
-                "wire_bytes": self._size,
-                "framing_bytes": self._framing,
-            },
-            "digest": self._digest,
-        }
-
-    def text(self, *, items: bool, whole: bool) -> str:
-        """The summary for people, with or without its items."""
-        info = self._info or StreamInfo()
-        lines = [f"metadata {show(key)}: {show(text)}" for key, text in info.metadata]
-        if info.id:
-            lines.append(f"stream id {info.id.hex()}")
-        rows = [item | {"name": show(item["name"])} for item in self._items if item["kind"] not in _CONTAINERS]
-        if items and rows:
-            lines.append(render(rows, _COLUMNS))
-        lines.append(
-            f"{len(self._items)} items in {self._frames} frames: {self._decoded:,} bytes as {self._size:,}, "
-            f"ratio {self._decoded / self._size:.2f}, framing {100 * self._framing / self._size:.3f} %"
-            + ("" if whole else "; then the stream breaks")
-        )
-        return "\n".join(lines)
-
-    @property
-    def _decoded(self) -> int:
-        return sum(item["bytes"] for item in self._items)
-
-    @property
-    def _framing(self) -> int:
-        return self._size - sum(item["wire_bytes"] for item in self._items)
-
-
-def _item_fields(item: Item) -> dict[str, Any]:
+def _item_fields(report: ItemReport) -> dict[str, Any]:
+    item = report.item
     fields: dict[str, Any] = {
         "name": item.name,
         "path": list(item.path),
         "kind": item.kind.name.lower(),
-        "dtype": item.dtype.name if isinstance(item, TensorItem) else None,
-        "shape": list(item.shape) if isinstance(item, TensorItem) else None,
-        "codec": _codec(item.codec) if isinstance(item, (TensorItem, FileItem)) else None,
-        "bytes": 0,
-        "wire_bytes": 0,
-        "ratio": None,
-        "complete": item.total == 0,
+        "dtype": report.dtype,
+        "shape": None if report.shape is None else list(report.shape),
+        "codec": report.codec,
+        "bytes": report.size,
+        "wire_bytes": report.wire_size,
+        "ratio": report.ratio,
+        "complete": report.complete,
     }
-    return fields | ({"alias_of": item.of} if isinstance(item, AliasItem) else {})
+    return fields if report.alias_of is None else fields | {"alias_of": report.alias_of}
 
 
-def _codec(stages: tuple[tuple[int, ...], ...]) -> str:
-    try:
-        return repr(from_stages(stages))
-    except WireError:
-        return f"unknown {[list(stage) for stage in stages]}"
+def _text(report: Inspection, *, items: bool) -> str:
+    """The report for people, with or without its items."""
+    lines = [f"metadata {show(key)}: {show(text)}" for key, text in report.info.metadata]
+    if report.info.id:
+        lines.append(f"stream id {report.info.id.hex()}")
+    rows = [
+        _item_fields(item) | {"name": show(item.item.name)}
+        for item in report.items
+        if not isinstance(item.item, ContainerItem)
+    ]
+    if items and rows:
+        lines.append(render(rows, _COLUMNS))
+    lines.append(
+        f"{len(report.items)} items in {report.frames} frames: {report.size:,} bytes as {report.wire_size:,}, "
+        f"ratio {report.size / report.wire_size:.2f}, framing {100 * report.framing / report.wire_size:.3f} %"
+        + ("" if report.error is None else "; then the stream breaks")
+    )
+    return "\n".join(lines)
 
 
 def _frame_fields(frame: Frame) -> dict[str, Any]:
@@ -219,11 +169,11 @@ def _explain(frame: Frame) -> str:
 def _describe(item: Item) -> str:
     name = show(item.name) if item.path else "root"
     if isinstance(item, TensorItem):
-        return f"{name} {item.dtype} {list(item.shape)} {_codec(item.codec)}"
+        return f"{name} {item.dtype} {list(item.shape)} {describe_codec(item.codec)}"
     if isinstance(item, AliasItem):
         return f"{name} is #{item.of}"
     if isinstance(item, FileItem):
         size = "unknown length" if item.size is None else f"{item.size} bytes"
-        return f"{name} file of {size}, {_codec(item.codec)}"
+        return f"{name} file of {size}, {describe_codec(item.codec)}"
     size = f" of {item.size} bytes" if isinstance(item, ValueItem) else ""
     return f"{name} {item.kind.name.lower()}{size}"

@@ -6,8 +6,7 @@ import sys
 from typing import Any, Final
 
 from tensorwire.cli.common import UsageError, print_json
-from tensorwire.transports import client_tls, server_tls
-from tensorwire.transports.tls import is_loopback
+from tensorwire.transports import client_tls, is_loopback, server_tls
 
 PORT: Final = 7453
 SECURITY: Final = """\

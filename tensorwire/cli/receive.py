@@ -2,10 +2,8 @@
 
 import argparse
 import asyncio
-import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from typing import Any, Final
@@ -14,15 +12,15 @@ from tensorwire.cli import decode
 from tensorwire.cli.common import PIPE, Progress, binary_stdout, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report
 from tensorwire.errors import SchemaError, TensorwireError, show
+from tensorwire.storage.parts import scratch
 from tensorwire.transfer import Offer, Outcome, Recording, RefusedError, greet, receive_stream
-from tensorwire.transports import AsyncListener, AsyncTransport
-from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
+from tensorwire.transports import HANDSHAKE, TIMEOUT, AsyncListener, AsyncTransport
 from tensorwire.wire import FileItem, Item, TensorItem
 
 _TEXT: Final = f"""\
-OUT becomes what `tensorwire decode` makes of a stream, by its name; *.tw keeps the stream as it was sent. It appears only
-when all is verified. What has arrived waits beside it under a hidden name (*.part), and the transfer goes on there
-when the sender, or this command, is started again.
+OUT becomes what `tensorwire decode` makes of a stream, by its name; *.tw keeps the stream as it was sent. It appears
+only when all is verified. What has arrived waits beside it under a hidden name (*.part), and the transfer goes on
+there when the sender, or this command, is started again.
 
 {SECURITY}
 examples:
@@ -50,8 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
         result = asyncio.run(_Reception(arguments, arguments.output, kind).result())
     else:
         out = binary_stdout()
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "received")
+        with scratch() as path:
             result = asyncio.run(_Reception(arguments, path, kind).result())
             with open(path, "rb") as file:
                 shutil.copyfileobj(file, out, _CHUNK)
@@ -66,7 +63,7 @@ class _Reception:
         self._arguments = arguments
         self._path = path
         self._kind = kind
-        self._place: _Place | None = None
+        self._arrival: _Arrival | None = None
         self._through: bytes | None = None  # the transfer that is
         self._opening = threading.Lock()
 
@@ -79,8 +76,8 @@ class _Reception:
             shown = f"[{host}]" if ":" in host else host
             print(f"listening on {shown}:{listener.port}", file=sys.stderr, flush=True)
             outcome = await self._outcome
-        assert self._place is not None
-        result = {"bytes": outcome.end.offset, "moved": self._place.moved, "seconds": self._place.seconds}
+        assert self._arrival is not None
+        result = {"bytes": outcome.end.offset, "moved": self._arrival.moved, "seconds": self._arrival.seconds}
         return {**result, "digest": outcome.digest}
 
     async def _serve(self, transport: AsyncTransport) -> None:
@@ -92,7 +89,7 @@ class _Reception:
         if not self._outcome.done():
             self._outcome.set_result(outcome)
 
-    def _open(self, offer: Offer) -> "_Place":
+    def _open(self, offer: Offer) -> "_Arrival":
         # This runs in a thread per connection, and takes long where much is to be verified again.
         busy = RefusedError("another sender is at it", kind="busy", retryable=True)
         if not self._opening.acquire(blocking=False):
@@ -100,15 +97,15 @@ class _Reception:
         try:
             if self._through not in (None, offer.transfer):
                 raise RefusedError("another transfer is through", kind="done")
-            if self._place is not None and self._place.open:
+            if self._arrival is not None and self._arrival.open:
                 raise busy
-            self._place = _Place(self._path, self._kind, offer)
-            return self._place
+            self._arrival = _Arrival(self._path, self._kind, offer)
+            return self._arrival
         finally:
             self._opening.release()
 
 
-class _Place(Recording):
+class _Arrival(Recording):
     """A recording with progress that becomes a file of the kind asked for."""
 
     def __init__(self, path: str, kind: str, offer: Offer) -> None:

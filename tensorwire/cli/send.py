@@ -14,8 +14,7 @@ from tensorwire.cli.common import PIPE, Progress, UsageError, codec_spec, verb
 from tensorwire.cli.network import SECURITY, add_security, address, connection_tls, report
 from tensorwire.errors import UnsupportedError, show
 from tensorwire.transfer import Offer, Peer, Position, Regenerated
-from tensorwire.transports import TcpTransport, send_resuming
-from tensorwire.transports.resume import PATIENCE
+from tensorwire.transports import PATIENCE, TcpTransport, send_resuming
 
 _TEXT: Final = f"""\
 IN is what `tensorwire encode` takes. When the connection breaks, or either side is killed and started again with the

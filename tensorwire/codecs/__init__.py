@@ -1,27 +1,68 @@
-"""Tensor slices <-> payloads. One file a family; the contract is in base.py, the layouts in docs/codecs.md."""
+"""Tensor slices <-> payloads: codecs, each a row of stages.
 
-from tensorwire.codecs.base import Codec, Encoded, Sizes
+The contract is in stage.py, the layouts in docs/codecs.md; a file a family of stages.
+"""
+
 from tensorwire.codecs.cast import BFloat16, Float16
-from tensorwire.codecs.fourbit import FP4, NF4
+from tensorwire.codecs.floats import as_floats, from_floats, is_float
+from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
+from tensorwire.codecs.pipeline import Codec, Readymade
+from tensorwire.codecs.quantizer import State, TableQuantizer, checked_absmax
 from tensorwire.codecs.raw import Raw
-from tensorwire.codecs.spec import CODECS, from_stages, known_ids, parse
+from tensorwire.codecs.registry import BUILT_IN, describe, known_ids, register, registered
+from tensorwire.codecs.spec import RAW, from_stages, parse
+from tensorwire.codecs.stage import (
+    Choice,
+    Compressor,
+    Encoded,
+    Packer,
+    Parameter,
+    Range,
+    Sizes,
+    Stage,
+    Take,
+    Transform,
+    parameter,
+)
 from tensorwire.codecs.zstd import Zstd
 
 __all__ = [
-    "CODECS",
+    "BUILT_IN",
     "FP4",
+    "NESTED_BLOCKSIZE",
     "NF4",
+    "RAW",
     "BFloat16",
+    "Choice",
     "Codec",
+    "Compressor",
     "Encoded",
     "Float16",
     "Int8",
     "Int8Linear",
+    "Packer",
+    "Parameter",
+    "Range",
     "Raw",
+    "Readymade",
     "Sizes",
+    "Stage",
+    "State",
+    "TableQuantizer",
+    "Take",
+    "Transform",
     "Zstd",
+    "as_floats",
+    "checked_absmax",
+    "describe",
+    "from_floats",
     "from_stages",
+    "is_float",
     "known_ids",
+    "parameter",
     "parse",
+    "register",
+    "registered",
+    "unnest",
 ]

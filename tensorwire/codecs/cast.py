@@ -6,61 +6,52 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.codecs.base import (
-    FLOATS,
-    Codec,
-    Encoded,
-    Sizes,
-    Take,
-    check_choice,
-    float_target,
-    floats,
-    kernels_for,
-    largest,
-    widen,
-)
+from tensorwire.codecs.floats import KERNEL_DTYPES, kernel_target, kernel_view, kernels_for, largest, widen
+from tensorwire.codecs.stage import Choice, Encoded, Packer, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import NonFiniteError
 from tensorwire.tensor import Extent, TensorView
 
 
 @dataclass(frozen=True, repr=False)
-class _Cast(Codec):
-    """`overflow`: what becomes of finite values beyond the narrow type: error, saturate (to its largest finite
-    value) or raw (the whole tensor travels losslessly). Infinities and NaN are values like any other.
+class Cast(Packer):
+    """What both casts share.
+
+    `overflow`: what becomes of finite values beyond the narrow type: error, saturate (to its largest finite value) or
+    raw (the whole tensor travels losslessly). Infinities and NaN are values like any other.
     """
 
-    overflow: str = "error"
+    overflow: str = parameter("error", Choice(("error", "saturate", "raw")))
 
+    lossless = False
+    exact_length = True
     on_device = True
     narrow: ClassVar[DType]
     # The smallest magnitude that rounds to infinity.
-    bound: ClassVar[float]
-
-    def __post_init__(self) -> None:
-        check_choice("overflow", self.overflow, ("error", "saturate", "raw"))
-
-    def stages(self) -> tuple[tuple[int, ...], ...]:
-        return ((self.id,),)
+    limit: ClassVar[float]
 
     def accepts(self, dtype: DType) -> bool:
+        """float32."""
         return dtype == dtypes.FLOAT32
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
+        """Two bytes an element."""
         return Sizes(count * self.narrow.itemsize)
 
     def fallback(self, view: TensorView) -> bool:
-        return self.overflow == "raw" and largest(view) >= self.bound
+        """With overflow=raw, whether a value is too large."""
+        return self.overflow == "raw" and largest(view) >= self.limit
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, extent.dtype)
+        """Each element rounded. Raises NonFiniteError for one that overflows, unless it is to saturate."""
+        values = kernel_view(data, extent.dtype)
         payload = take(self.sizes(len(values), extent.dtype).total)
-        narrow = payload.view(FLOATS[self.narrow])
+        narrow = payload.view(KERNEL_DTYPES[self.narrow])
         crc = np.empty(1, np.uint32)
         overflowed = kernels_for(values).cast(values, narrow, crc, saturate=self.overflow == "saturate")
         if overflowed and self.overflow == "error":
             values = widen(values)
-            index = int(np.flatnonzero(np.isfinite(values) & (np.abs(values) >= np.float32(self.bound)))[0])
+            index = int(np.flatnonzero(np.isfinite(values) & (np.abs(values) >= np.float32(self.limit)))[0])
             raise NonFiniteError(
                 f"{values[index]}, beyond {self.narrow}; "
                 "use overflow=saturate, or overflow=raw to send such items losslessly",
@@ -68,26 +59,25 @@ class _Cast(Codec):
             )
         return Encoded(payload, int(crc[0]))
 
-    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
-        values = float_target(out, extent.dtype)
-        kernels_for(values).cast(np.frombuffer(payload, FLOATS[self.narrow]), values, uncached=uncached)
+    def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        """Each element widened, which is exact."""
+        values = kernel_target(out, extent.dtype)
+        kernels_for(values).cast(np.frombuffer(payload, KERNEL_DTYPES[self.narrow]), values, uncached=uncached)
 
 
-@dataclass(frozen=True, repr=False)
-class Float16(_Cast):
+class Float16(Cast):
     """IEEE binary16."""
 
     id = 2
     name = "fp16"
     narrow = dtypes.FLOAT16
-    bound = 65520.0
+    limit = 65520.0
 
 
-@dataclass(frozen=True, repr=False)
-class BFloat16(_Cast):
+class BFloat16(Cast):
     """The upper half of a float32."""
 
     id = 3
     name = "bf16"
     narrow = dtypes.BFLOAT16
-    bound = float(np.array(0x7F7F8000, np.uint32).view(np.float32))
+    limit = float(np.array(0x7F7F8000, np.uint32).view(np.float32))

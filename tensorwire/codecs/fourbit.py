@@ -9,19 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from tensorwire import kernels
-from tensorwire.codecs.base import (
-    Encoded,
-    Sizes,
-    Take,
-    check_choice,
-    float_target,
-    floats,
-    kernels_for,
-    refuse_nonfinite,
-)
-from tensorwire.codecs.int8 import Quantizer, checked_absmax, split
+from tensorwire.codecs.floats import kernel_target, kernel_view, kernels_for
+from tensorwire.codecs.quantizer import State, TableQuantizer, checked_absmax, split
+from tensorwire.codecs.stage import Bytes, Choice, Encoded, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.kernels import tables
@@ -33,38 +26,38 @@ _SCAN_BLOCKS: Final = 4096  # blocks looked at in one go for their mean absmax
 
 
 @dataclass(frozen=True, repr=False)
-class FourBit(Quantizer):
+class FourBit(TableQuantizer):
     """The part that both 4-bit types share."""
 
-    blocksize: int = 64
-    double_quant: bool = False
+    blocksize: int = parameter(64, Range(32, 4096, power_of_two=True), wire=True)
+    double_quant: bool = parameter(False, Choice((False, True)), wire=True)
 
-    smallest = 32
-    biggest = 4096
     quant_type: ClassVar[str]
-    # The 16 float32 values of the codes.
-    table: ClassVar[np.ndarray]
+    codes_per_byte = 2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("double_quant", self.double_quant, (False, True))
-
-    def stages(self) -> tuple[tuple[int, ...], ...]:
-        return ((self.id, self.blocksize, int(self.double_quant)),)
+    @property
+    def tables(self) -> tuple[npt.NDArray[np.float32], ...]:
+        """The table of the codes, and with double_quant the one of the absmax."""
+        return (self.table, tables.INT8_CODE) if self.double_quant else (self.table,)
 
     def block(self, dtype: DType) -> int:
+        """Elements that share a scale, or with double_quant a nested one."""
         return self.blocksize * NESTED_BLOCKSIZE if self.double_quant else self.blocksize
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
-        blocks = self.blocks(count)
-        metadata = 4 + 4 * -(-blocks // NESTED_BLOCKSIZE) + blocks if self.double_quant else 4 * blocks
-        return Sizes((count + 1) // 2, metadata)
+        """Half a byte an element, four bytes a block; with double_quant one a block, and a little."""
+        return Sizes((count + 1) // 2, self._metadata(self.blocks(count)))
 
-    def prepare(self, view: TensorView) -> np.float32 | None:
+    def _metadata(self, blocks: int) -> int:
+        return _nested_head(blocks) + blocks if self.double_quant else 4 * blocks
+
+    def prepare(self, view: TensorView) -> float | None:
+        """With double_quant the offset: the mean absmax of the tensor."""
         return mean_absmax(view, self.blocksize) if self.double_quant and view.numel else None
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        values = floats(data, extent.dtype)
+        """The absmax, then the codes. Raises NonFiniteError."""
+        values = kernel_view(data, extent.dtype)
         sizes = self.sizes(len(values), extent.dtype)
         payload = take(sizes.total)
         metadata, codes = split(payload, sizes.metadata)
@@ -74,18 +67,24 @@ class FourBit(Quantizer):
         else:
             finite = self._quantize(values, codes, metadata.view(np.float32), crc)
         if not finite:
-            refuse_nonfinite(values, self)
+            self.refuse_nonfinite(values)
         return Encoded(payload, None if crc is None else int(crc[0]))
 
-    def _quantize(self, values: Any, codes: np.ndarray, absmax: np.ndarray, crc: np.ndarray | None = None) -> bool:
+    def _quantize(
+        self,
+        values: Any,
+        codes: Bytes,
+        absmax: npt.NDArray[np.float32],
+        crc: npt.NDArray[np.uint32] | None = None,
+    ) -> bool:
         return kernels_for(values).quantize_4bit(
             values, codes, absmax, crc, blocksize=self.blocksize, quant_type=self.quant_type
         )
 
-    def _encode_nested(self, values: Any, codes: np.ndarray, metadata: np.ndarray, offset: np.float32) -> bool:
+    def _encode_nested(self, values: Any, codes: Bytes, metadata: Bytes, offset: float) -> bool:
         """In pieces: no memory is needed beside the payload but for the absmax of one of them."""
-        head, nested_codes = split(metadata, 4 + 4 * -(-self.blocks(len(values)) // NESTED_BLOCKSIZE))
-        head = head.view(np.float32)
+        head_bytes, nested_codes = split(metadata, _nested_head(self.blocks(len(values))))
+        head = head_bytes.view(np.float32)
         head[0] = offset
         buffer = np.empty(_NEST_BLOCKS, np.float32)
         for block in range(0, nested_codes.size, _NEST_BLOCKS):
@@ -102,23 +101,28 @@ class FourBit(Quantizer):
             )
         return True
 
-    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
-        values = float_target(out, extent.dtype)
-        metadata, codes = self.parts(payload, len(values), extent.dtype)
-        absmax = unnest(metadata, self.blocks(len(values))) if self.double_quant else checked_absmax(metadata)
+    def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        """Table entries times absmax. Raises FormatError for an absmax that is none, or a half byte that is not 0."""
+        values = kernel_target(out, extent.dtype)
+        state = self.state(payload, len(values))
+        absmax = unnest(state) if self.double_quant else state.absmax
         kernels_for(values).dequantize_4bit(
-            codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type, uncached=uncached
+            state.codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type, uncached=uncached
         )
 
-    def parts(self, payload: memoryview, count: int, dtype: DType) -> tuple[np.ndarray, np.ndarray]:
-        """Metadata and codes of a received payload of the right length. Raises FormatError."""
-        metadata, codes = split(np.frombuffer(payload, np.uint8), self.sizes(count, dtype).metadata)
+    def state(self, payload: Any, count: int) -> State:
+        """Codes and absmax. Raises FormatError for an absmax that is none, or a half byte that is not 0."""
+        blocks = self.blocks(count)
+        metadata, codes = split(np.frombuffer(payload, np.uint8), self._metadata(blocks))
         if count % 2 and codes[-1] & 0x0F:
             raise FormatError("the unused half of the last byte is not zero")
-        return metadata, codes
+        if not self.double_quant:
+            return State(codes, checked_absmax(metadata))
+        head, absmax_codes = split(metadata, _nested_head(blocks))
+        floats = checked_absmax(head)
+        return State(codes, absmax_codes, floats[1:], floats[:1])
 
 
-@dataclass(frozen=True, repr=False)
 class NF4(FourBit):
     """4-bit NormalFloat: 16 levels at the quantiles of a normal distribution."""
 
@@ -127,7 +131,6 @@ class NF4(FourBit):
     table = tables.NF4_CODE
 
 
-@dataclass(frozen=True, repr=False)
 class FP4(FourBit):
     """4-bit float, as bitsandbytes' CUDA code rounds it."""
 
@@ -136,27 +139,32 @@ class FP4(FourBit):
     table = tables.FP4_CODE
 
 
-def mean_absmax(view: TensorView, blocksize: int) -> np.float32:
+def mean_absmax(view: TensorView, blocksize: int) -> float:
     """The mean of all blocks' absmax: summed in order in float64, divided, rounded once to float32."""
-    total = np.float64(0)
+    total = 0.0
     step = _SCAN_BLOCKS * blocksize
     for start in range(0, view.numel, step):
-        values = floats((view.device_read or view.read)(start, min(start + step, view.numel)), view.dtype)
+        values = kernel_view((view.device_read or view.read)(start, min(start + step, view.numel)), view.dtype)
         absmax = np.empty(-(-len(values) // blocksize), np.float32)
         if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=blocksize):
-            return np.float32(0)  # the quantizer will name the element
-        total = np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1]
-    return np.float32(total / -(-view.numel // blocksize))
+            return 0.0  # the quantizer will name the element
+        total = float(np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1])
+    return float(np.float32(total / -(-view.numel // blocksize)))
 
 
-def unnest(metadata: np.ndarray, blocks: int) -> np.ndarray:
-    """The float32 absmax of `blocks` blocks that double quantization stands for. Raises FormatError."""
-    head, codes = split(metadata, 4 + 4 * -(-blocks // NESTED_BLOCKSIZE))
-    nested = checked_absmax(head)
-    absmax = np.empty(blocks, np.float32)
-    kernels.dequantize_int8(codes, nested[1:], absmax, blocksize=NESTED_BLOCKSIZE)
+def unnest(state: State) -> npt.NDArray[np.float32]:
+    """The float32 absmax that a nested state stands for. Raises FormatError where one is not finite."""
+    assert state.nested_absmax is not None
+    assert state.offset is not None
+    absmax = np.empty(state.absmax.size, np.float32)
+    kernels.dequantize_int8(state.absmax, state.nested_absmax, absmax, blocksize=NESTED_BLOCKSIZE)
     with np.errstate(over="ignore"):
-        absmax += nested[0]
+        absmax += state.offset
     if not np.isfinite(absmax).all():
         raise FormatError("a double-quantized absmax is infinite")
     return absmax
+
+
+def _nested_head(blocks: int) -> int:
+    """Bytes of the offset and the nested absmax."""
+    return 4 + 4 * -(-blocks // NESTED_BLOCKSIZE)

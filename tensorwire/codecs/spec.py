@@ -1,95 +1,74 @@
-"""Spec strings and wire ids to codecs: one table, closed."""
+"""Spec strings, stages and wire ids to codecs."""
 
-from typing import Any, Final
+from functools import lru_cache
+from typing import Final
 
-from tensorwire.codecs.base import Codec
-from tensorwire.codecs.cast import BFloat16, Float16
-from tensorwire.codecs.fourbit import FP4, NF4
-from tensorwire.codecs.int8 import Int8, Int8Linear
+from tensorwire.codecs.pipeline import Codec
 from tensorwire.codecs.raw import Raw
-from tensorwire.codecs.zstd import Zstd
-from tensorwire.errors import EncodeError, FormatError, UnsupportedError
+from tensorwire.codecs.registry import by_id, by_name
+from tensorwire.codecs.stage import Compressor, Packer, Stage, Value
+from tensorwire.errors import EncodeError, FormatError
 
-CODECS: Final[tuple[type[Codec], ...]] = (Raw, Float16, BFloat16, Int8, Int8Linear, NF4, FP4)
-_BY_NAME: Final = {codec.name: codec for codec in CODECS}
-_BY_ID: Final = {codec.id: codec for codec in CODECS}
-
-
-def known_ids() -> tuple[int, ...]:
-    """Ids of the codecs that this process can decode, for a peer to know."""
-    return tuple(sorted(codec.id for codec in (*CODECS, Zstd)))
+# What carries whatever nobody chose a codec for.
+RAW: Final = Codec((Raw(),))
 
 
-def parse(spec: str | Codec) -> Codec:
+def parse(spec: str | Stage | Codec) -> Codec:
     """The codec that a spec string names: `"nf4"`, `"nf4:blocksize=128,double_quant=true"`, `"bf16|zstd"`.
 
-    `"zstd"` alone is `"raw|zstd"`. Raises EncodeError with what is known.
+    A stage is a codec of its own, and where no stage makes bytes, raw does: `"zstd"` is `"raw|zstd"`. Raises
+    EncodeError with what is known.
     """
     if isinstance(spec, Codec):
         return spec
-    if not isinstance(spec, str):
-        raise EncodeError(f"a codec is a spec string or a codec, not {type(spec).__name__}")
-    first, *rest = (_stage(part) for part in spec.split("|"))
-    if first[0] == Zstd.name:
-        rest.insert(0, first)
-        first = (Raw.name, {})
-    if first[0] not in _BY_NAME:
-        raise EncodeError(f"unknown codec {first[0]!r}; known: {', '.join([*_BY_NAME, Zstd.name])}")
-    codec = _build(_BY_NAME[first[0]], first[1])
-    for name, parameters in rest:
-        if name != Zstd.name:
-            raise EncodeError(f"only zstd may stand behind another codec, not {name!r}")
-        codec = _build(Zstd, {"inner": codec, **parameters})
-    return codec
+    if isinstance(spec, Stage):
+        return _completed([spec])
+    if isinstance(spec, str):
+        return _spelled(spec)
+    raise EncodeError(f"a codec is a spec string, a stage or a codec, not {type(spec).__name__}")
 
 
+@lru_cache(maxsize=256)
+def _spelled(spec: str) -> Codec:
+    return _completed([_stage(part) for part in spec.split("|")])
+
+
+def _completed(stages: list[Stage]) -> Codec:
+    if not any(isinstance(stage, Packer) for stage in stages):
+        stages.insert(sum(not isinstance(stage, Compressor) for stage in stages), Raw())
+    return Codec(tuple(stages))
+
+
+@lru_cache(maxsize=256)
 def from_stages(stages: tuple[tuple[int, ...], ...]) -> Codec:
-    """The codec of an item descriptor. Raises UnsupportedError or FormatError."""
-    (number, *parameters), rest = stages[0], stages[1:]
-    if number not in _BY_ID:
-        raise UnsupportedError(f"unknown codec id {number}")
-    cls = _BY_ID[number]
-    names = ("blocksize", "double_quant") if cls in (NF4, FP4) else ("blocksize",) if cls in (Int8, Int8Linear) else ()
-    if len(parameters) != len(names):
-        raise FormatError(f"codec {cls.name} takes {len(names)} parameters, not {len(parameters)}")
-    values: dict[str, Any] = dict(zip(names, parameters, strict=True))
-    if "double_quant" in values:
-        if values["double_quant"] > 1:
-            raise FormatError("double_quant must be 0 or 1")
-        values["double_quant"] = bool(values["double_quant"])
+    """The codec of an item descriptor.
+
+    Raises UnsupportedError for an id that is not known here, FormatError for parameters or an order of stages that no
+    writer produces.
+    """
+    pipeline = tuple(by_id(number).from_wire(tuple(parameters)) for number, *parameters in stages)
     try:
-        codec = cls(**values)
+        return Codec(pipeline)
     except EncodeError as error:
         raise FormatError(error.detail) from None
-    if not rest:
-        return codec
-    if rest != ((Zstd.id,),):
-        raise UnsupportedError(f"unknown codec stages {rest}; only zstd may stand behind another codec")
-    return Zstd(codec)
 
 
-def _stage(text: str) -> tuple[str, dict[str, Any]]:
+def _stage(text: str) -> Stage:
     name, _, arguments = text.strip().partition(":")
-    parameters = {}
+    cls = by_name(name)
+    legal = {known.name for known in cls.parameters()}
+    values: dict[str, Value] = {}
     for argument in filter(None, arguments.split(",")):
-        key, equals, value = argument.partition("=")
-        if not equals or key.strip() in parameters:
+        key, equals, value = (part.strip() for part in argument.partition("="))
+        if not equals or key in values:
             raise EncodeError(f"codec parameters are written name=value, once each: {text!r}")
-        parameters[key.strip()] = _value(value.strip())
-    return name, parameters
+        if key not in legal:
+            raise EncodeError(f"{name} has no parameter {key}; it has {', '.join(sorted(legal)) or 'none'}")
+        values[key] = _value(value)
+    return cls(**values)
 
 
-def _value(text: str) -> int | bool | str:
+def _value(text: str) -> Value:
     if text in ("true", "false"):
         return text == "true"
     return int(text) if text.isdecimal() else text
-
-
-def _build(cls: type[Codec], parameters: dict[str, Any]) -> Codec:
-    known = {name for name in cls.__dataclass_fields__}
-    unknown = sorted(parameters.keys() - known)
-    if unknown:
-        raise EncodeError(
-            f"{cls.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
-        )
-    return cls(**parameters)

@@ -1,9 +1,10 @@
 """Authenticity at rest: that a stream or file is from whom it should be, where checksums say only that it is whole.
 
-Two ways, both beside the bytes and not in them, and both made of what other tools know: a keyed digest (HMAC-SHA256) for
+Two ways, both beside the bytes and not in them, and both made of what other tools know: a keyed digest (HMAC-SHA256)
+for
 those who share a secret, and a manifest, an in-toto Statement, for those who sign with a key of their own.
 
-    tag = authenticity.tag("model.tw", key)              # openssl dgst -sha256 -mac HMAC -macopt hexkey:... gives the same
+    tag = authenticity.tag("model.tw", key)              # what openssl dgst -sha256 -mac HMAC gives, too
     authenticity.check_tag("model.tw", key, tag)         # before anything is decoded
 
     manifest = authenticity.manifest(["model.tw"])       # to be signed by cosign, gpg, openssl ...
@@ -31,7 +32,7 @@ PREDICATE_TYPE: Final = "https://model_signing/Digests/v0.1"
 _PIECE: Final = 1 << 20
 _DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
 
-_File = str | os.PathLike | BinaryIO
+_File = str | os.PathLike[str] | BinaryIO
 
 
 class Tagged:
@@ -97,7 +98,7 @@ def digest(file: _File) -> str:
     return hasher.hexdigest()
 
 
-def manifest(paths: Iterable[str | os.PathLike]) -> str:
+def manifest(paths: Iterable[str | os.PathLike[str]]) -> str:
     """An in-toto Statement v1 as JSON: a name, without its folder, and a SHA-256 for each file.
 
     It proves nothing by itself: sign it. Raises EncodeError for no file, and for two of one name.
@@ -119,7 +120,7 @@ def manifest(paths: Iterable[str | os.PathLike]) -> str:
     return json.dumps(statement, indent=1) + "\n"
 
 
-def check_manifest(manifest: str | bytes, paths: Iterable[str | os.PathLike]) -> None:
+def check_manifest(manifest: str | bytes, paths: Iterable[str | os.PathLike[str]]) -> None:
     """Raise AuthError unless each file is listed under its name with the digest that it has.
 
     Verify the manifest's signature first. It may list more files; its names are compared, never opened. Raises

@@ -13,22 +13,19 @@ from dataclasses import replace
 from math import prod
 from typing import Any, Final
 
-import numpy as np
-
 from tensorwire import dtypes, streams
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TruncatedError, UnsupportedError, show
-from tensorwire.files.any import FileSink, file_reader
+from tensorwire.files.any import file_reader
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory.buffers import Pool
+from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output, read_at
-from tensorwire.streams import Schema
+from tensorwire.streams import Completed, Piece, Receiver, Schema
 from tensorwire.streams.codec_choice import CodecChoice
-from tensorwire.streams.receiver import Receiver, Sink
-from tensorwire.tensor import TensorView
-from tensorwire.wire import AliasItem, Item, Kind, TensorItem
-from tensorwire.wire.drive import as_source
+from tensorwire.tensor import Buffer, TensorView, ViewFront
+from tensorwire.wire import AliasItem, Item, ItemStart, Kind, StreamStart, TensorItem
+from tensorwire.wire.items import Path
 
 # The safetensors library's own ceiling.
 _MAX_HEADER: Final = 100_000_000
@@ -59,13 +56,13 @@ _DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def encode(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     codec: CodecChoice = "raw",
     frame_size: int = streams.FRAME_SIZE,
     at_rest: bool = False,
     limits: Limits = DEFAULT,
-) -> Iterator[Any]:
+) -> Iterator[Buffer]:
     """The buffers of a stream of all tensors in a `.safetensors` file, read piece by piece as they are sent.
 
     `codec` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along. With
@@ -77,7 +74,7 @@ def encode(
     try:
         buffers = streams.encode(
             dict(file),
-            _ViewFront(),
+            ViewFront(),
             codec=codec,
             frame_size=frame_size,
             metadata=file.metadata,
@@ -92,7 +89,9 @@ def encode(
     return stream
 
 
-def decode(source: Any, path: str | os.PathLike, *, expect: Schema | None = None, limits: Limits = DEFAULT) -> None:
+def decode(
+    source: Any, path: str | os.PathLike[str], *, expect: Schema | None = None, limits: Limits = DEFAULT
+) -> None:
     """Receive a stream of a flat dict of tensors into a `.safetensors` file, decoded, slice by slice.
 
     The file appears under its name only when the whole stream is verified. The sender must describe all tensors
@@ -100,12 +99,17 @@ def decode(source: Any, path: str | os.PathLike, *, expect: Schema | None = None
     the file format has no ties. Raises SchemaError for streams that such a file cannot hold, StorageError where the
     system does not take the file.
     """
-    with replacing(path) as fd:
-        layout = _Layout(Output(fd, path), None if expect is None else Schema.of(expect, _ViewFront()), limits)
-        receiver = Receiver(as_source(source), layout.open, limits)
-        layout.receiver = receiver  # for the metadata that its stream carries
-        for number, _, _ in receiver:
-            layout.copy_aliases(number)
+    with replacing(path) as fd, Receiver(limits) as receiver:
+        layout = _Layout(Output(fd, path), None if expect is None else Schema.of(expect, ViewFront()), limits)
+        for event in receiver.events(source):
+            if isinstance(event, Piece):
+                layout.write(event)
+            elif isinstance(event, ItemStart):
+                layout.describe(event.number, event.item)
+            elif isinstance(event, Completed):
+                layout.copy(event)
+            elif isinstance(event, StreamStart):
+                layout.metadata = dict(event.info.metadata)
         layout.finish()
 
 
@@ -115,7 +119,7 @@ class SafetensorsFile(Mapping[str, TensorView]):
     Offsets, sizes and dtypes are checked against the file before anything is read through them.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             header, begin, size = self._read_header()
@@ -206,131 +210,85 @@ def _is_text_map(value: Any) -> bool:
     return type(value) is dict and all(type(text) is str for text in value.values())
 
 
-def _closing(file: SafetensorsFile, buffers: Iterator[Any]) -> Iterator[Any]:
+def _closing(file: SafetensorsFile, buffers: Iterator[Buffer]) -> Iterator[Buffer]:
     with file:
-        yield  # begun, so that the file is closed even if the stream never is
+        yield b""  # begun, so that the file is closed even if the stream never is
         yield from buffers
 
 
-class _ViewFront:
-    """Takes tensors that are views already; these streams are never decoded to memory."""
-
-    def view(self, value: object) -> TensorView | None:
-        return value if isinstance(value, TensorView) else None
-
-    def wrap(self, data: Any, dtype: DType, shape: tuple[int, ...]) -> Any:
-        raise NotImplementedError
-
-    def target(self, value: object) -> memoryview:
-        raise NotImplementedError
-
-    def device_target(self, value: object) -> Any:
-        raise NotImplementedError
-
-
 class _Layout:
-    """Where each tensor goes in the file being written: known once the stream has described all of them."""
+    """The file being written: where each tensor goes is known once the stream has described all of them."""
 
     def __init__(self, output: Output, schema: Schema | None, limits: Limits) -> None:
-        self.output = output
-        self._limits = limits
-        self.pool = Pool()
+        self.metadata: dict[str, str] = {}
+        self._output = output
         self._schema = schema
-        self.receiver: Receiver | None = None
+        self._limits = limits
         self._items: dict[int, TensorItem] = {}
-        self._offsets: dict[int, int] | None = None
-        self._aliases: dict[int, list[int]] = {}
+        self._offsets: dict[Path, int] = {}  # empty until the first data comes
 
-    def open(self, number: int, item: Item) -> "_LateSink | None":
+    def describe(self, number: int, item: Item) -> None:
+        """Make room for an item. Raises for what the file cannot hold."""
         if self._schema is not None:
             self._schema.check(item)
         if not item.path and item.kind is Kind.DICT:
-            return None
+            return
         if not isinstance(item, (TensorItem, AliasItem)) or len(item.path) != 1 or type(item.path[0]) is not str:
             raise SchemaError("a .safetensors file holds a flat dict of tensors only; receive this with decode")
         if item.path[0] == _METADATA:
             raise SchemaError(f"a .safetensors file cannot hold a tensor called {_METADATA}")
-        if self._offsets is not None:
+        if self._offsets:
             raise SchemaError("tensors described after data has begun; receive this stream with decode")
-        if isinstance(item, AliasItem):
-            self._aliases.setdefault(item.of, []).append(number)
-            self._items[number] = replace(self._items[item.of], path=item.path)
-            return None
-        if item.dtype not in _NAMES:
-            raise UnsupportedError(f"safetensors has no {item.dtype}")
-        self._items[number] = item
-        return _LateSink(self, number)
+        tensor = replace(self._items[item.of], path=item.path) if isinstance(item, AliasItem) else item
+        if tensor.dtype not in _NAMES:
+            raise UnsupportedError(f"safetensors has no {tensor.dtype}")
+        self._items[number] = tensor
 
-    def offset(self, number: int) -> int:
-        """Where item `number` begins; the first question settles the layout and writes the header."""
-        if self._offsets is None:
+    def write(self, piece: Piece) -> None:
+        """Write a piece of a tensor; the first one settles the layout and writes the header."""
+        if not self._offsets:
             self._settle()
-        return self._offsets[number]
+        start = self._offsets[piece.item.path] + piece.start * piece.dtype.itemsize
+        self._output.write_at(piece.data.data, start)
 
-    def copy_aliases(self, number: int) -> None:
+    def copy(self, event: Completed) -> None:
         """Write a completed tensor once more under each of its other names."""
-        for alias in self._aliases.get(number, ()):
-            size = _bytes(self._items[number])
+        for alias in event.aliases:
+            size = _bytes(self._items[event.number])
             buffer = memoryview(bytearray(min(size, _COPY)))
             for done in range(0, size, _COPY):
                 part = buffer[: min(_COPY, size - done)]
-                self.output.read_at(part, self.offset(number) + done)
-                self.output.write_at(part, self.offset(alias) + done)
+                self._output.read_at(part, self._offsets[event.item.path] + done)
+                self._output.write_at(part, self._offsets[alias.path] + done)
 
     def finish(self) -> None:
         """All data has come."""
-        if self._offsets is None:
+        if not self._offsets:
             self._settle()
         if self._schema is not None:
             self._schema.check_complete()
 
     def _settle(self) -> None:
         # Widest dtypes first, as the safetensors library orders them, so that every tensor is aligned.
-        order = sorted(self._items, key=lambda n: (-self._items[n].dtype.itemsize, self._items[n].name))
-        assert self.receiver is not None and self.receiver.start is not None
-        metadata = dict(self.receiver.start.info.metadata)
-        header: dict[str, Any] = {_METADATA: metadata} if metadata else {}
+        order = sorted(self._items.values(), key=lambda item: (-item.dtype.itemsize, item.name))
+        header: dict[str, Any] = {_METADATA: self.metadata} if self.metadata else {}
         begins, end = {}, 0
-        for number in order:
-            item = self._items[number]
-            begins[number] = end
+        for item in order:
+            begins[item.path] = end
             end += _bytes(item)
             if end > self._limits.stream:  # every other name of a tensor is another copy of it here
                 raise LimitError("safetensors file", self._limits.stream, end)
-            header[item.path[0]] = {
+            header[item.name] = {
                 "dtype": _NAMES[item.dtype],
                 "shape": list(item.shape),
-                "data_offsets": [begins[number], end],
+                "data_offsets": [begins[item.path], end],
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         if len(text) > _MAX_HEADER:
             raise LimitError("safetensors header", _MAX_HEADER, len(text))
-        self.output.write_at(memoryview(len(text).to_bytes(8, "little") + text), 0)
-        self._offsets = {number: 8 + len(text) + begin for number, begin in begins.items()}
-
-
-class _LateSink(Sink):
-    """A FileSink whose place is asked for when its first slice comes."""
-
-    def __init__(self, layout: _Layout, number: int) -> None:
-        self._layout = layout
-        self._number = number
-        self._sink: FileSink | None = None
-
-    def region(self, start: int, stop: int) -> np.ndarray:
-        return self._file().region(start, stop)
-
-    def commit(self, start: int, region: np.ndarray) -> None:
-        self._file().commit(start, region)
-
-    def _file(self) -> FileSink:
-        if self._sink is None:
-            self._sink = FileSink(self._layout.output, self._layout.offset(self._number), self._layout.pool)
-        return self._sink
-
-    def close(self) -> None:
-        return None
+        self._output.write_at(memoryview(len(text).to_bytes(8, "little") + text), 0)
+        self._offsets = {path: 8 + len(text) + begin for path, begin in begins.items()}
 
 
 def _bytes(item: TensorItem) -> int:

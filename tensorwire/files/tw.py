@@ -1,36 +1,39 @@
-"""`.tw` files: the same stream at rest, with an index for access to single tensors."""
+"""`.tw` files: the same stream at rest, with an index for access to single items."""
 
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
-from tensorwire.errors import (
-    CorruptError,
-    EncodeError,
-    FormatError,
-    LimitError,
-    SchemaError,
-    TensorwireError,
-    TruncatedError,
-)
+from tensorwire.codecs import RAW, Codec
+from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import GrowingMemory
 from tensorwire.storage.atomic import write_file
-from tensorwire.streams.receiver import check_codec, check_slice
+from tensorwire.streams.receiver import check_codec, check_slice, reject_files
 from tensorwire.streams.sender import encode
 from tensorwire.streams.sinks import collect, decode
 from tensorwire.tensor import Front
-from tensorwire.wire import AliasItem, Header, Index, Item, StreamInfo, Summary, TensorItem
-from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE, FrameType, check_preamble, unpack_header
-from tensorwire.wire.items import unpack_item, unpack_stream
-from tensorwire.wire.ledger import END_SIZE
+from tensorwire.wire import (
+    AliasItem,
+    Archive,
+    ContainerItem,
+    DataItem,
+    Item,
+    StreamInfo,
+    TensorItem,
+    ValueItem,
+)
+from tensorwire.wire.items import CodecSpec
+from tensorwire.wire.values import unpack_value
 
 
-def save_file(value: Any, path: str | os.PathLike, front: Front, **options: Any) -> int:
+def save_file(value: Any, path: str | os.PathLike[str], front: Front, **options: Any) -> int:
     """Write `value` to `path`, which appears only when complete. Returns the bytes written.
 
     Raises StorageError where the system does not take the file; one that was at `path` is untouched then.
@@ -39,7 +42,7 @@ def save_file(value: Any, path: str | os.PathLike, front: Front, **options: Any)
     return write_file(path, buffers)
 
 
-def load_file(path: str | os.PathLike, front: Front, **options: Any) -> Any:
+def load_file(path: str | os.PathLike[str], front: Front, **options: Any) -> Any:
     """The whole container in a `.tw` file, every byte verified."""
     with open(path, "rb", buffering=0) as file:
         value = collect(file, front, **options)
@@ -48,42 +51,46 @@ def load_file(path: str | os.PathLike, front: Front, **options: Any) -> Any:
     return value
 
 
-def iterate_file(path: str | os.PathLike, front: Front, **options: Any) -> Iterator[tuple[str, Any]]:
+def iterate_file(path: str | os.PathLike[str], front: Front, **options: Any) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item in a `.tw` file, one at a time."""
     with open(path, "rb", buffering=0) as file:
         yield from decode(file, front, **options)
 
 
 class TensorFile:
-    """Random access to the tensors of a `.tw` file: only what is asked for is read and verified.
+    """Random access to the tensors and plain values of a `.tw` file: only what is asked for is read and verified.
 
-    A context manager and a read-only mapping of names to tensors. `map(name)` gives a raw item as a view of
-    the file itself. The file must have an index, as `save_file` writes; a recorded stream has none.
+    A context manager and a read-only mapping of names to tensors and values. `map(name)` gives a raw tensor as a view
+    of the file itself. The file must have an index, as `save_file` writes; a recorded stream has none. Reading every
+    name checks all that `load_file` checks, but for the digest at the end. `base`: the content digest of the version
+    that the file may be against.
     """
 
-    def __init__(self, path: str | os.PathLike, front: Front, *, limits: Limits = DEFAULT) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], front: Front, *, base: bytes | None = None, limits: Limits = DEFAULT
+    ) -> None:
         self._front = front
         self._limits = limits
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < PREAMBLE_SIZE + 2 * HEADER_SIZE + END_SIZE:
-                raise TruncatedError("too short for a stream", offset=size)
-            self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            # torch has no read-only tensors: what `map` gives may be written to, privately, never to the file.
-            self._private = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        self._file = _Mapped(path)
+        self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
+
+        def accept(what: StreamInfo | Item) -> None:
+            if isinstance(what, TensorItem):
+                if (what.codec, what.dtype.number) not in self._codecs:
+                    self._codecs[what.codec, what.dtype.number] = check_codec(what)
+            elif isinstance(what, StreamInfo):
+                what.check_base(base)
+            else:
+                reject_files(what)
+
         try:
-            self.info, self._entries = self._read_index()
-            self._items = [self._read_item(number) for number in range(len(self._entries))]
-            if any(
-                isinstance(item, AliasItem) and not isinstance(self._items[item.of], TensorItem) for item in self._items
-            ):
-                raise FormatError("alias of what is no tensor")
+            self._archive = Archive(self._file, crc32c, limits, accept=accept)
         except BaseException:
-            self.close()
+            self._file.close()
             raise
-        self._numbers = {
-            item.name: n for n, item in enumerate(self._items) if isinstance(item, (TensorItem, AliasItem))
-        }
+        self.info = self._archive.info
+        named = enumerate(self._archive.items)
+        self._numbers = {item.name: number for number, item in named if not isinstance(item, ContainerItem)}
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -92,11 +99,15 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Unmap the file. Views that `map` gave stay valid: the memory goes when the last of them does."""
-        self._data = self._private = memoryview(b"")
+        """Unmap the file. Views that `map` gave stay valid: the memory goes when the last of them does.
+
+        To read afterwards is a ValueError.
+        """
+        self._archive.close()
+        self._file.close()
 
     def keys(self) -> list[str]:
-        """Names of all tensors."""
+        """Names of all tensors and values."""
         return list(self._numbers)
 
     def __iter__(self) -> Iterator[str]:
@@ -114,24 +125,24 @@ class TensorFile:
         return dict(self.info.metadata)
 
     def item(self, name: str) -> Item:
-        """The descriptor of a tensor: dtype, shape, codec. Raises KeyError."""
-        return self._items[self._resolve(name)]
+        """The descriptor of a tensor (dtype, shape, codec) or of a value. Raises KeyError."""
+        return self._archive.items[self._resolve(name)]
 
     def __getitem__(self, name: str) -> Any:
-        """The tensor, decoded and verified. Raises KeyError."""
-        item = self.item(name)
-        codec = check_codec(item)
-        size = item.dtype.itemsize
-        memory = GrowingMemory(item.total * size)
-        for header, payload, _ in self._frames(name):
-            try:
-                extent = check_slice(codec, header, item, self._limits)
-                region = memory.region(header.start * size, (header.start + header.count) * size)
-                codec.decode(payload, extent, region)
-            except TensorwireError as error:
-                error.item = name
-                raise
-        return self._front.wrap(memory.data, item.dtype, item.shape)
+        """The tensor or value, decoded and verified. Raises KeyError."""
+        number = self._resolve(name)
+        item = self._archive.items[number]
+        if isinstance(item, TensorItem):
+            codec = self._codecs[item.codec, item.dtype.number]
+            data = read_item(self._archive, number, item, codec, self._limits)
+            return self._front.wrap(data, item.dtype, item.shape)
+        assert isinstance(item, ValueItem), "a name is a tensor's, an alias's or a value's, and an alias is resolved"
+        data = read_item(self._archive, number, item, RAW, self._limits)
+        try:
+            return unpack_value(data.tobytes(), self._limits)
+        except TensorwireError as error:
+            error.item = name
+            raise
 
     def map(self, name: str) -> Any:
         """A raw tensor as a view of the file, verified once here, without a copy.
@@ -139,16 +150,19 @@ class TensorFile:
         NumPy arrays are read-only; writing to a torch tensor changes a private copy of its pages, not the file.
         Raises EncodeError for a tensor that is not stored raw in one frame.
         """
-        item = self.item(name)
-        codec = check_codec(item)
-        frames = list(self._frames(name)) if codec.in_place else []
-        if item.total and len(frames) != 1:
-            raise EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
-        begin, length = (frames[0][2], frames[0][0].length) if frames else (0, 0)
-        data = np.frombuffer(self._private, np.uint8)[begin : begin + length]
-        for header, payload, _ in frames:
-            extent = check_slice(codec, header, item, self._limits)
-            codec.decode(payload, extent, np.frombuffer(payload, np.uint8))  # in place: only looks
+        number = self._resolve(name)
+        item = self._archive.items[number]
+        refusal = EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
+        codec = self._codecs.get((item.codec, item.dtype.number)) if isinstance(item, TensorItem) else None
+        if not isinstance(item, TensorItem) or codec is None or not codec.in_place:
+            raise refusal
+        slices = list(self._archive.slices(number, lambda header: check_slice(codec, header, item, self._limits)))
+        if len(slices) > 1:
+            raise refusal
+        data = self._file.view[:0]
+        for stored, extent in slices:
+            data = self._file.view[stored.offset : stored.offset + len(stored.payload)]
+            codec.decode(stored.payload, extent, data)  # in place: only looks
         tensor = self._front.wrap(data, item.dtype, item.shape)
         if isinstance(tensor, np.ndarray):
             tensor.flags.writeable = False
@@ -156,71 +170,49 @@ class TensorFile:
 
     def _resolve(self, name: str) -> int:
         number = self._numbers[name]
-        item = self._items[number]
+        item = self._archive.items[number]
         return item.of if isinstance(item, AliasItem) else number
 
-    def _read_index(self) -> tuple[StreamInfo, Index]:
-        link = check_preamble(bytes(self._data[:PREAMBLE_SIZE]), crc32c)
-        end_offset = len(self._data) - HEADER_SIZE - END_SIZE
-        end, payload = self._frame(end_offset, FrameType.END)
-        summary = Summary.unpack(payload)
-        if summary.size != end_offset:
-            raise FormatError("the end frame does not stand where it says", offset=end_offset)
-        if not summary.index_offset:
-            raise SchemaError("the file has no index: it is a recorded stream; read it with load_file")
-        start, payload = self._frame(PREAMBLE_SIZE, FrameType.STREAM)
-        if start.link != link:
-            raise FormatError("the first frame does not follow the preamble", offset=PREAMBLE_SIZE)
-        info = unpack_stream(bytes(payload), self._limits)
-        index, payload = self._frame(summary.index_offset, FrameType.INDEX)
-        if index.crc != end.link or index.sequence + 1 != end.sequence:
-            raise FormatError("the index does not stand before the end frame", offset=summary.index_offset)
-        entries = Index(payload)
-        if len(entries) != summary.items:
-            raise FormatError(f"the index has {len(entries)} entries for {summary.items} items")
-        if len(entries) > self._limits.items:
-            raise LimitError("items", self._limits.items, len(entries))
-        return info, entries
 
-    def _read_item(self, number: int) -> Item:
-        entry = self._entries[number]
-        header, payload = self._frame(entry.item_offset, FrameType.ITEM)
-        if (header.item, header.sequence, header.link) != (number, entry.item_sequence, entry.item_link):
-            raise FormatError("the index points at another item", offset=entry.item_offset)
-        item = unpack_item(bytes(payload), self._limits)
-        if isinstance(item, AliasItem) and not (item.of < number and self._entries[item.of].data_offset):
-            raise FormatError("alias of a later item", item=item.name)
-        return item
+def read_item(
+    archive: Archive, number: int, item: DataItem, codec: Codec, limits: Limits = DEFAULT
+) -> npt.NDArray[np.uint8]:
+    """The decoded bytes of the item of this number: a tensor's elements, a value's encoding, a file's content."""
+    itemsize = 1 if isinstance(item, ValueItem) else item.dtype.itemsize
+    memory = GrowingMemory((item.total if item.total is not None else limits.stream) * itemsize)
+    stop = 0
+    for stored, extent in archive.slices(number, lambda header: check_slice(codec, header, item, limits)):
+        start, stop = extent.start * itemsize, (extent.start + extent.count) * itemsize
+        try:
+            codec.decode(stored.payload, extent, memory.region(start, stop))
+        except TensorwireError as error:
+            error.item, error.frame, error.offset = item.name, stored.header.sequence, stored.frame_offset
+            raise
+    return memory.data[:stop]
 
-    def _frames(self, name: str) -> Iterator[tuple[Header, memoryview, int]]:
-        """Header, payload and the payload's offset of each data frame."""
-        number = self._resolve(name)
-        item, entry = self._items[number], self._entries[number]
-        offset, position = entry.data_offset, 0
-        sequence, link = entry.data_sequence, entry.data_link
-        while position < item.total:
-            header, payload = self._frame(offset, FrameType.DATA)
-            expected = (number, position, sequence, link)
-            if (header.item, header.start, header.sequence, header.link) != expected or not header.count:
-                raise FormatError("data frame out of place", item=name, offset=offset)
-            position += header.count
-            if position > item.total:
-                raise FormatError("data beyond the end of the item", item=name, offset=offset)
-            begin = offset + HEADER_SIZE + header.pad
-            yield header, payload, begin
-            offset = begin + header.length
-            sequence, link = sequence + 1, header.crc
 
-    def _frame(self, offset: int, kind: FrameType) -> tuple[Header, memoryview]:
-        if not PREAMBLE_SIZE <= offset <= len(self._data) - HEADER_SIZE:
-            raise TruncatedError("a frame begins beyond the end of the file", offset=offset)
-        header = unpack_header(self._data[offset : offset + HEADER_SIZE], crc32c, frame=None, offset=offset)
-        if header.type != kind:
-            raise FormatError(f"expected a {kind.name} frame", offset=offset)
-        begin = offset + HEADER_SIZE + header.pad
-        if begin + header.length > len(self._data):
-            raise TruncatedError("a frame reaches beyond the end of the file", offset=offset)
-        payload = self._data[begin : begin + header.length]
-        if crc32c(payload, 0) != header.payload_crc or any(self._data[offset + HEADER_SIZE : begin]):
-            raise CorruptError("payload checksum mismatch", frame=header.sequence, offset=begin)
-        return header, payload
+class _Mapped:
+    """A file mapped into memory, as an archive takes it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        with open(path, "rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            if not self.size:
+                raise TruncatedError("the file is empty", offset=0)
+            shared = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # torch has no read-only tensors: what `map` gives may be written to, privately, never to the file.
+            private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._maps = [shared, private]
+        self._data = memoryview(shared)
+        self.view = np.frombuffer(private, np.uint8)
+
+    def read(self, offset: int, size: int, /) -> memoryview:
+        """`RandomAccess.read`."""
+        return self._data[offset : offset + size]
+
+    def close(self) -> None:
+        """Let go of the file: at once, but for maps that somebody looks at, which go with the last view of them."""
+        self._data, self.view = memoryview(b""), np.empty(0, np.uint8)
+        while self._maps:
+            with suppress(BufferError):
+                self._maps.pop().close()

@@ -12,35 +12,39 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.errors import TensorwireError
+from tensorwire.fl.plan import Plan, to_arguments
 from tensorwire.fl.task import Task
 
 Row = dict[str, Any]
 
 # As the command `tensorwire` does, which does not look for packages in the current folder.
 _COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.cli import main; sys.exit(main())"
-_START: Final = 60.0  # seconds until the server listens, at most
-_END: Final = 30.0  # and until all have ended, once the run has
+_START: Final = 60.0  # seconds that the server has to listen
+_END: Final = 30.0  # seconds that each process has to end once the run has
 
 
 class RunError(TensorwireError):
     """A process of the run failed; its log says why."""
 
 
-def run(task: Task, out: Path, clients: int, plan: Sequence[str], asked: Sequence[str]) -> Iterator[Row]:
-    """Run, and give a row as each round ends: `round`, the `loss` of the model after it, the `bytes` that went over the sockets until
-    then, `server_mib`, `seconds`. The first row is the model at the start.
+def run(task: Task, plan: Plan, out: Path, asked: Sequence[str]) -> Iterator[Row]:
+    """Run a plan, and give a row as each round ends; the first row is the model at the start.
 
-    `plan`, `asked`: options of `tensorwire fl server`, and those that name the task. Folders and logs stand in `out`.
+    A row has `round`, the `loss` of the model after it, the `bytes` that went over the sockets until then, `server_mib`
+    and `seconds`. `out`: where folders and logs stand. `asked`: options of `tensorwire fl` that name the task.
+    Raises RunError where a process fails.
     """
     out.mkdir(parents=True, exist_ok=True)
     tensorwire.save_file(dict(task.initial()), out / "initial.tw")
     with ExitStack() as stack:
         listen = ["--listen=127.0.0.1:0", f"--state={out / 'state'}", f"--initial={out / 'initial.tw'}"]
-        server = stack.enter_context(_Process(out / "server.log", ["server", *listen, *plan, *asked], piped=True))
+        server = stack.enter_context(
+            _Process(out / "server.log", ["server", *listen, *to_arguments(plan), *asked], piped=True)
+        )
         where = f"127.0.0.1:{_port(server)}"
         processes = [server]
-        for number in range(clients):
-            mine = [f"--number={number}", f"--clients={clients}", f"--folder={out / f'client-{number}'}"]
+        for number in range(plan.clients):
+            mine = [f"--number={number}", f"--clients={plan.clients}", f"--folder={out / f'client-{number}'}"]
             mine += ["--evaluate"] if number == 0 else []
             log = out / f"client-{number}.log"
             processes.append(stack.enter_context(_Process(log, ["client", where, *mine, *asked])))
@@ -53,7 +57,7 @@ def _rows(task: Task, server: "_Process", state: Path) -> Iterator[Row]:
     before: Row = {"round": 0, "bytes": 0, "server_mib": 0.0, "seconds": 0.0}
     for line in server.lines():
         row = json.loads(line)
-        # What a client measured is the model that the round began with.
+        # What a client measured is the loss of the model that the round began with.
         loss = next(report["loss"] for report in row["clients"].values() if "loss" in report)
         yield {**before, "loss": loss}
         moved = before["bytes"] + row["down"] + row["up"]
@@ -107,9 +111,8 @@ class _Process:
             code = None
         if code != 0:
             last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise RunError(
-                f"{self.log.stem} {'does not end' if code is None else f'failed ({code})'}: {last}; see {self.log}"
-            )
+            what = "does not end" if code is None else f"failed ({code})"
+            raise RunError(f"{self.log.stem} {what}: {last}; see {self.log}")
 
     def __enter__(self) -> "_Process":
         return self

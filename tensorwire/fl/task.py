@@ -1,4 +1,4 @@
-"""What is learned: the three functions the loop asks for, and a small language model that gives them.
+"""What is learned: the three functions that the loop calls, and a small language model that has them.
 
 A task of your own is a function that returns a `Task`, which `load` finds as "module:function". It sees plain
 tensors, in their own precision, whatever the messages were quantized to.
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 State = Mapping[str, Any]
+Text = npt.NDArray[np.uint8]
 
 # Not what people write: generated tables, vendored trees, other people's packages.
 _SKIPPED: Final = frozenset(
@@ -42,9 +44,10 @@ def load(spec: str) -> Callable[..., Task]:
     """The function that "module:function" names. Raises ValueError."""
     module, _, name = spec.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        function: Callable[..., Task] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no task {spec!r}, which must be module:function: {error}") from error
+        raise ValueError(f"no task {spec!r}; a task is named as module:function ({error})") from error
+    return function
 
 
 def language_model(
@@ -100,7 +103,7 @@ def language_model(
     def get_state() -> State:
         return {name: tensor.detach().clone() for name, tensor in trained.items()}
 
-    def loss(windows: np.ndarray) -> Any:
+    def loss(windows: Text) -> Any:
         tokens = torch.from_numpy(windows.astype(np.int64))
         return model(input_ids=tokens, labels=tokens).loss
 
@@ -131,7 +134,7 @@ def language_model(
 
 
 @cache
-def split(clients: int) -> tuple[list[np.ndarray], np.ndarray]:
+def split(clients: int) -> tuple[list[Text], Text]:
     """The standard library's sources as bytes: one text a client, and one that is held out.
 
     Whole packages go to one client, the largest first and each to the client that has least.

@@ -7,36 +7,41 @@ for name, value in bitsandbytes.decode(transport.receive()):
 transport.send(bitsandbytes.encode({"weight": Quantized(data, state)}))   # also takes Params4bit
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import Params4bit
 
 from tensorwire import dtypes, streams
 from tensorwire import torch as torch_front
-from tensorwire.codecs import FP4, NF4, Codec, Encoded, Int8, Sizes, Zstd, from_stages
-from tensorwire.codecs.base import Take
-from tensorwire.codecs.fourbit import NESTED_BLOCKSIZE, FourBit, unnest
-from tensorwire.codecs.int8 import checked_absmax, split
-from tensorwire.dtypes import DType
+from tensorwire.codecs import (
+    FP4,
+    NESTED_BLOCKSIZE,
+    NF4,
+    Codec,
+    Int8,
+    Readymade,
+    State,
+    TableQuantizer,
+    checked_absmax,
+    from_stages,
+    parse,
+    unnest,
+)
 from tensorwire.errors import EncodeError, FormatError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory.buffers import GrowingMemory
-from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.receiver import EncodedSink, Receiver
-from tensorwire.streams.sinks import TensorSink
+from tensorwire.memory import GrowingMemory
+from tensorwire.streams import Completed, Payload, Receiver
 from tensorwire.tensor import Extent, TensorView
-from tensorwire.wire import AliasItem, FileItem, Item, TensorItem, ValueItem
-from tensorwire.wire.drive import as_source
+from tensorwire.wire import FileItem, ItemStart, TensorItem, ValueItem
 
-_FOUR_BIT: Final = {"nf4": NF4, "fp4": FP4}
-# bitsandbytes has no quant_type for its 8-bit states.
-_TABLES: Final = {"nf4": NF4.table, "fp4": FP4.table, None: Int8.table}
+_QUANT_STATE: Final[Any] = QuantState  # bitsandbytes has no types
+_TABLES: Final = {row.quant_type: row.table for row in (NF4, FP4, Int8)}
 
 
 class Quantized(NamedTuple):
@@ -49,7 +54,7 @@ class Quantized(NamedTuple):
 def encode(
     obj: Any,
     *,
-    codec: CodecChoice = "raw",
+    codec: streams.CodecChoice = "raw",
     frame_size: int = streams.FRAME_SIZE,
     limits: Limits = DEFAULT,
 ) -> Iterator[Any]:
@@ -58,13 +63,15 @@ def encode(
     Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
     format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
     """
-    choose = rule(codec)
+    choose = streams.rule(codec)
     front = _Front()
 
     def select(name: str, value: Any) -> Codec:
         if isinstance(value, (Quantized, Params4bit)):
-            return _Ready(_codec(_quantized(value).state))
-        return choose(name, value, front.view(value))
+            return Readymade(_codec(_quantized(value).state).pipeline)
+        view = front.view(value)
+        assert view is not None  # only tensors are asked about
+        return choose(name, value, view)
 
     return streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits)
 
@@ -74,11 +81,31 @@ def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]
 
     Raises what `tensorwire.decode` raises, and SchemaError for streams with plain values in them.
     """
-    opener = _Opener()
-    for number, item, value in Receiver(as_source(source), opener, limits):
-        yield item.name, value
-        for alias in opener.aliases.pop(number, ()):
-            yield alias, value
+    quantized: dict[int, _Collected] = {}
+    tensors: dict[int, GrowingMemory] = {}
+    with Receiver(limits) as receiver:
+        for event in receiver.events(source):
+            if isinstance(event, Payload):
+                quantized[event.number].add(event)
+            elif isinstance(event, Completed) and isinstance(event.item, TensorItem):
+                collected = quantized.pop(event.number, None)
+                value = collected.quantized() if collected else _tensor(event.item, tensors.pop(event.number))
+                for item in (event.item, *event.aliases):
+                    yield item.name, value
+            elif isinstance(event, ItemStart) and isinstance(event.item, (ValueItem, FileItem)):
+                raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
+            elif isinstance(event, ItemStart) and isinstance(event.item, TensorItem):
+                codec = from_stages(event.item.codec)
+                if isinstance(codec.packer, TableQuantizer) and not codec.transforms:
+                    quantized[event.number] = _Collected(event.item, codec, codec.packer)
+                    receiver.keep_encoded(event.number)
+                else:
+                    tensors[event.number] = GrowingMemory(event.item.total * event.item.dtype.itemsize)
+                    receiver.land(event.number, tensors[event.number])
+
+
+def _tensor(item: TensorItem, memory: GrowingMemory) -> torch.Tensor:
+    return torch_front.FRONT.wrap(memory.data, item.dtype, item.shape)
 
 
 def _quantized(value: Any) -> Quantized:
@@ -103,38 +130,9 @@ def _codec(state: QuantState) -> Codec:
     if state.nested and (state.quant_type is None or state.state2.blocksize != NESTED_BLOCKSIZE):
         raise EncodeError(f"only 4-bit absmax nested in blocks of {NESTED_BLOCKSIZE} can be sent")
     if state.quant_type is None:
-        return Int8(blocksize=state.blocksize)
-    return _FOUR_BIT[state.quant_type](blocksize=state.blocksize, double_quant=state.nested)
-
-
-@dataclass(frozen=True, repr=False)
-class _Ready(Codec):
-    """Stands for `inner` on the wire; what it is given is the payload already."""
-
-    inner: Codec
-
-    name = "ready"
-
-    def stages(self) -> tuple[tuple[int, ...], ...]:
-        return self.inner.stages()
-
-    def accepts(self, dtype: DType) -> bool:
-        return self.inner.accepts(dtype)
-
-    def block(self, dtype: DType) -> int:
-        return self.inner.block(dtype)
-
-    def sizes(self, count: int, dtype: DType) -> Sizes:
-        return self.inner.sizes(count, dtype)
-
-    def fit(self, budget: int, dtype: DType) -> int:
-        return self.inner.fit(budget, dtype)
-
-    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        return Encoded(data)
-
-    def decode(self, payload: memoryview, extent: Extent, out: np.ndarray, uncached: bool | None = None) -> None:
-        self.inner.decode(payload, extent, out, uncached)
+        return parse(Int8(blocksize=state.blocksize))
+    four_bit = {"nf4": NF4, "fp4": FP4}[state.quant_type]
+    return parse(four_bit(blocksize=state.blocksize, double_quant=state.nested))
 
 
 class _Front(torch_front.TorchFront):
@@ -153,27 +151,29 @@ class _Front(torch_front.TorchFront):
         return TensorView(dtype, shape, _payload_reader(data, state, prod(shape)))
 
 
-def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Any:
-    codes = data.detach().cpu().contiguous().reshape(-1).numpy()
-    absmax = state.absmax.detach().cpu().contiguous().numpy()
+def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Callable[[int, int], Any]:
+    codes = _host(data).reshape(-1)
+    absmax = _host(state.absmax)
     per_byte = 1 if state.quant_type is None else 2
     if codes.size != -(-numel // per_byte) or absmax.size != -(-numel // state.blocksize):
         raise EncodeError("codes, absmax and shape of the quantized tensor do not match")
-    nested, offset = np.empty(0, np.float32), np.empty(0, np.float32)
+    nested = offset = None
     if state.nested:
-        nested = state.state2.absmax.detach().cpu().contiguous().numpy()
-        offset = np.float32([float(state.offset)])
+        nested = _host(state.state2.absmax)
+        offset = np.array([float(state.offset)], np.float32)
         if nested.dtype != np.float32 or nested.size != -(-absmax.size // NESTED_BLOCKSIZE):
             raise EncodeError("the nested absmax of the quantized tensor does not match its absmax")
-    _check_scales(absmax, nested, offset)
+    _check_scales(State(codes, absmax, nested, offset))
 
-    def read(start: int, stop: int) -> np.ndarray:
+    def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
         first, last = start // state.blocksize, -(-stop // state.blocksize)
-        parts = [absmax[first:last]]
-        if state.nested:
-            parts = [offset, nested[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)], *parts]
-        parts.append(codes[start // per_byte : -(-stop // per_byte)])
-        payload = np.concatenate([part.view(np.uint8) for part in parts])
+        part = State(
+            codes[start // per_byte : -(-stop // per_byte)],
+            absmax[first:last],
+            None if nested is None else nested[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)],
+            offset,
+        )
+        payload = part.pack()
         if per_byte == 2 and stop % 2:
             payload[-1] &= 0xF0  # bitsandbytes pads with the code of zero, the format with 0
         return payload
@@ -181,100 +181,80 @@ def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Any:
     return read
 
 
-def _check_scales(absmax: np.ndarray, nested: np.ndarray, offset: np.ndarray) -> None:
+def _host(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
+    return array
+
+
+def _check_scales(state: State) -> None:
     """Raise EncodeError for what a receiver would refuse: absmax that are negative, infinite or NaN."""
     try:
-        if offset.size:
-            unnest(np.concatenate([part.view(np.uint8) for part in (offset, nested, absmax)]), absmax.size)
+        if state.nested_absmax is None or state.offset is None:
+            checked_absmax(state.absmax.view(np.uint8))
         else:
-            checked_absmax(absmax.view(np.uint8))
+            for scales in (state.offset, state.nested_absmax):
+                checked_absmax(scales.view(np.uint8))
+            unnest(state)
     except FormatError as error:
         raise EncodeError(f"{error.detail}: no quantizer made this state") from None
 
 
-class _Opener:
-    """Opens the items of a stream as tensors or as Quantized."""
+class _Collected:
+    """The codes and absmax of one item, as they arrive."""
 
-    def __init__(self) -> None:
-        self.aliases: dict[int, list[str]] = {}
-
-    def __call__(self, number: int, item: Item) -> Any:
-        if isinstance(item, AliasItem):
-            self.aliases.setdefault(item.of, []).append(item.name)
-            return None
-        if isinstance(item, (ValueItem, FileItem)):
-            raise SchemaError("only tensors can be handed to bitsandbytes; receive this stream with decode")
-        if not isinstance(item, TensorItem):
-            return None
-        codec = from_stages(item.codec)
-        if isinstance(codec.inner if isinstance(codec, Zstd) else codec, (FourBit, Int8)):
-            return _QuantizedSink(item, codec)
-        return TensorSink(item, torch_front.FRONT, trusted=False)
-
-
-class _QuantizedSink(EncodedSink):
-    """Collects the codes and absmax of one item."""
-
-    def __init__(self, item: TensorItem, codec: Codec) -> None:
+    def __init__(self, item: TensorItem, codec: Codec, packer: TableQuantizer) -> None:
         self._item = item
         self._codec = codec
-        self._inner = codec.inner if isinstance(codec, Zstd) else codec
-        self._blocks = self._inner.blocks(item.total)
-        self._per_byte = 2 if isinstance(self._inner, FourBit) else 1
-        self._nested = isinstance(self._inner, FourBit) and self._inner.double_quant
+        self._packer = packer
+        self._blocks = packer.blocks(item.total)
+        self._nested = len(packer.tables) > 1
         nested_blocks = -(-self._blocks // NESTED_BLOCKSIZE) if self._nested else 0
-        self._codes = GrowingMemory(-(-item.total // self._per_byte))
+        self._codes = GrowingMemory(-(-item.total // packer.codes_per_byte))
         self._absmax = GrowingMemory(self._blocks * (1 if self._nested else 4))
         self._nested_absmax = GrowingMemory(nested_blocks * 4)
         self._offset: bytes | None = None
 
-    def accept(self, start: int, count: int, payload: memoryview) -> None:
-        if isinstance(self._codec, Zstd):
-            payload = self._codec.decompress(payload, count, self._item.dtype)
-        if isinstance(self._inner, FourBit):
-            metadata, codes = self._inner.parts(payload, count, self._item.dtype)
-        else:
-            metadata, codes = split(
-                np.frombuffer(payload, np.uint8), self._inner.sizes(count, self._item.dtype).metadata
-            )
-        _put(self._codes, start // self._per_byte, codes)
-        first, blocks = start // self._inner.blocksize, self._inner.blocks(count)
-        if not self._nested:
-            _put(self._absmax, first * 4, checked_absmax(metadata).view(np.uint8))
+    def add(self, payload: Payload) -> None:
+        """Put a slice in its place."""
+        start, count = payload.start, payload.count
+        extent = Extent(self._item.dtype, self._item.shape, start, count)
+        state = self._packer.state(self._codec.unpack(payload.data, extent), count)
+        first = start // self._packer.blocksize
+        _put(self._codes, start // self._packer.codes_per_byte, state.codes)
+        _put(self._absmax, first * state.absmax.itemsize, state.absmax)
+        if state.nested_absmax is None or state.offset is None:
             return
-        unnest(metadata, blocks)  # bitsandbytes does this later, and would not look whether the result is finite
-        head, absmax_codes = split(metadata, metadata.size - blocks)
-        offset, nested_absmax = split(checked_absmax(head).view(np.uint8), 4)
-        if self._offset not in (None, bytes(offset)):
+        unnest(state)  # bitsandbytes does this later, and would not look whether the result is finite
+        if self._offset not in (None, state.offset.tobytes()):
             raise UnsupportedError("bitsandbytes has one offset a tensor, this one has several; use decode")
-        self._offset = bytes(offset)
-        _put(self._absmax, first, absmax_codes)
-        _put(self._nested_absmax, first // NESTED_BLOCKSIZE * 4, nested_absmax)
+        self._offset = state.offset.tobytes()
+        _put(self._nested_absmax, first // NESTED_BLOCKSIZE * 4, state.nested_absmax)
 
-    def close(self) -> Quantized:
+    def quantized(self) -> Quantized:
+        """The whole."""
         codes = torch.from_numpy(self._codes.data)
         dtype = getattr(torch, self._item.dtype.name)
         shape = torch.Size(self._item.shape)
-        common = {"blocksize": self._inner.blocksize, "dtype": dtype}
-        if self._per_byte == 1:
+        common = {"blocksize": self._packer.blocksize, "dtype": dtype}
+        if self._packer.quant_type is None:
             absmax = torch.from_numpy(self._absmax.data.view(np.float32))
-            return Quantized(codes.reshape(shape), QuantState(absmax, code=_table(None), **common))
-        common |= {"shape": shape, "quant_type": self._inner.quant_type, "code": _table(self._inner.quant_type)}
+            return Quantized(codes.reshape(shape), _QUANT_STATE(absmax, code=_table(None), **common))
+        common |= {"shape": shape, "quant_type": self._packer.quant_type, "code": _table(self._packer.quant_type)}
         absmax = torch.from_numpy(self._absmax.data)
         if not self._nested:
-            return Quantized(codes.reshape(-1, 1), QuantState(absmax.view(torch.float32), **common))
-        state2 = QuantState(
+            return Quantized(codes.reshape(-1, 1), _QUANT_STATE(absmax.view(torch.float32), **common))
+        state2 = _QUANT_STATE(
             torch.from_numpy(self._nested_absmax.data.view(np.float32)),
             code=_table(None),
             blocksize=NESTED_BLOCKSIZE,
             dtype=torch.float32,
         )
         offset = torch.tensor(np.frombuffer(self._offset or bytes(4), np.float32)[0])
-        return Quantized(codes.reshape(-1, 1), QuantState(absmax, offset=offset, state2=state2, **common))
+        return Quantized(codes.reshape(-1, 1), _QUANT_STATE(absmax, offset=offset, state2=state2, **common))
 
 
-def _put(memory: GrowingMemory, start: int, data: np.ndarray) -> None:
-    memory.region(start, start + data.size)[:] = data
+def _put(memory: GrowingMemory, start: int, data: npt.NDArray[Any]) -> None:
+    memory.region(start, start + data.nbytes)[:] = data.view(np.uint8)
 
 
 def _table(quant_type: str | None) -> torch.Tensor:

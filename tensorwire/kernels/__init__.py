@@ -1,22 +1,9 @@
 """Arrays in, arrays out: the one door to the C++ extension, and its readable twin in NumPy.
 
-Every kernel exists twice with the same signature and the same bits: in ``_native`` (csrc/) and in ``_numpy``,
-which is the definition. All arrays are 1-D, C-contiguous and owned by the caller; outputs are given, never
+Every kernel exists twice with the same signature (contract.py) and the same bits: in ``_native`` (csrc/) and in
+``_numpy``, which is the definition. All arrays are 1-D, C-contiguous and owned by the caller; outputs are given, never
 allocated, never overlap an input, and their sizes are checked against one another before anything is written.
 A *float array* is float32, float16, or uint16 holding bfloat16 bit patterns (NumPy has no bfloat16).
-
-    crc32c(data, seed=0) -> int                         CRC-32C (Castagnoli) of a buffer, chained through `seed`
-    cast(values, out, crc=None, *, saturate=False, uncached=None) -> int
-                                                        float32 <-> float16/bfloat16; finite values that overflowed
-    blockwise_absmax(values, absmax, *, blocksize) -> bool
-    quantize_4bit(values, codes, absmax, crc=None, *, blocksize, quant_type) -> bool
-    dequantize_4bit(codes, absmax, out, *, blocksize, quant_type, uncached=None) -> None
-    quantize_int8(values, codes, absmax, crc=None, *, blocksize) -> bool
-    dequantize_int8(codes, absmax, out, *, blocksize, uncached=None) -> None
-    quantize_linear(values, codes, scales, crc=None, *, blocksize) -> bool
-    dequantize_linear(codes, scales, out, *, blocksize, uncached=None) -> bool
-                                                        False: there was a -128, which no quantizer makes
-    set_threads(count), get_threads()                   threads that one call may use, its own included
 
 A quantizer returns whether all its input was finite; when it returns False the outputs are to be thrown away.
 `crc`, a uint32 array of one element, receives the CRC-32C of the absmax or scales followed by the codes, or of `out`:
@@ -30,10 +17,11 @@ The implementation is chosen once, at import: ``TENSORWIRE_ISA=numpy`` forces th
 ``TENSORWIRE_THREADS`` says otherwise; the twin always does.
 """
 
-import importlib
 import os
 import warnings
-from types import ModuleType
+from typing import Final
+
+from tensorwire.kernels.contract import HostKernels
 
 __all__ = [
     "blockwise_absmax",
@@ -52,25 +40,28 @@ __all__ = [
 ]
 
 
-def _choose() -> tuple[ModuleType, str]:
+def _choose() -> tuple[HostKernels, str]:
     # The twin is imported only where it serves: it costs a fifth of the whole import.
     if os.environ.get("TENSORWIRE_ISA") == "numpy":
-        from tensorwire.kernels import _numpy
-
-        return _numpy, "numpy"
+        return _twin(), "numpy"
     try:
-        _native = importlib.import_module("tensorwire.kernels._native")
+        import tensorwire.kernels._native as _native
     except ModuleNotFoundError as error:
-        from tensorwire.kernels import _numpy
-
         warnings.warn(
             f"tensorwire: the C++ extension is missing ({error}). {_remedy()} "
             "Until then NumPy serves, 10 to 200 times slower; set TENSORWIRE_ISA=numpy to accept this.",
             RuntimeWarning,
             stacklevel=3,
         )
-        return _numpy, "numpy"
-    return _native, _native.isa()
+        return _twin(), "numpy"
+    native: HostKernels = _native
+    return native, _native.isa()
+
+
+def _twin() -> HostKernels:
+    from tensorwire.kernels import _numpy
+
+    return _numpy
 
 
 def _remedy() -> str:
@@ -84,7 +75,7 @@ def _remedy() -> str:
 
 
 _module, isa = _choose()
-implementation = "numpy" if isa == "numpy" else "native"
+implementation: Final = "numpy" if isa == "numpy" else "native"
 
 crc32c = _module.crc32c
 cast = _module.cast

@@ -9,7 +9,7 @@ errors are the contract of `tensorwire.kernels`; `uncached` is ignored.
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,14 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
+    "get_threads",
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
+    "set_threads",
 ]
 
-Array = npt.NDArray
+Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 
@@ -186,7 +188,7 @@ def cast(
     if (values.dtype == np.float32) == (out.dtype == np.float32):
         raise TypeError(f"cast: no conversion from {values.dtype} to {out.dtype}")
     _check_size("out", out, values.size)
-    _check_overlap({"out": out} | _checked_crc(crc), {"values": values})
+    _check_overlap({"out": out, **_checked_crc(crc)}, {"values": values})
     overflows = 0
     infinity, largest = (0x7C00, 0x7BFF) if out.dtype == np.float16 else (0x7F80, 0x7F7F)
     for start, stop in _slices(values.size):
@@ -231,7 +233,7 @@ def blockwise_absmax(values: Array, absmax: Float32, *, blocksize: int) -> bool:
 def _normalized(values: Array, absmax: Float32, start: int, stop: int, blocksize: int) -> Float32:
     """Y = fl32(x * fl32(1 / max(absmax, 1e-38))), in a partial block too; 0 in a zero block."""
     first, last, edges = _edges(start, stop, blocksize)
-    inverse = np.float32(1) / np.maximum(absmax[first:last], _SMALLEST_ABSMAX)
+    inverse = np.divide(np.float32(1), np.maximum(absmax[first:last], _SMALLEST_ABSMAX), dtype=np.float32)
     return _times(_widen(values[start:stop]), inverse, edges)
 
 
@@ -261,7 +263,7 @@ def quantize_4bit(
     _check_array("absmax", absmax, np.float32, output=True)
     _check_size("codes", codes, (values.size + 1) // 2)
     _check_size("absmax", absmax, _blocks(values.size, blocksize))
-    _check_overlap({"codes": codes, "absmax": absmax} | _checked_crc(crc), {"values": values})
+    _check_overlap({"codes": codes, "absmax": absmax, **_checked_crc(crc)}, {"values": values})
     if not _absmax(values, absmax, blocksize):
         return False
     for start, stop in _slices(values.size):
@@ -271,7 +273,7 @@ def quantize_4bit(
             q = np.searchsorted(tables.NF4_THRESHOLDS, y).astype(np.uint8)
         else:
             level = np.searchsorted(tables.FP4_THRESHOLDS, np.abs(y))
-            q = tables.FP4_CODE_OF_LEVEL[level] | (y < 0).astype(np.uint8) << 3
+            q = tables.FP4_CODE_OF_LEVEL[level] | (y < 0).astype(np.uint8) << np.uint8(3)
         packed = codes[start // 2 : (stop + 1) // 2]
         packed[:] = q[0::2] << 4
         packed[: q.size // 2] |= q[1::2]
@@ -330,7 +332,7 @@ def quantize_int8(
     blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, values.size)
     _check_size("absmax", absmax, _blocks(values.size, blocksize))
-    _check_overlap({"codes": codes, "absmax": absmax} | _checked_crc(crc), {"values": values})
+    _check_overlap({"codes": codes, "absmax": absmax, **_checked_crc(crc)}, {"values": values})
     if not _absmax(values, absmax, blocksize):
         return False
     for start, stop in _slices(values.size):
@@ -381,7 +383,7 @@ def quantize_linear(
     blocksize = _check_blocksize(blocksize)
     _check_size("codes", codes, values.size)
     _check_size("scales", scales, _blocks(values.size, blocksize))
-    _check_overlap({"codes": codes, "scales": scales} | _checked_crc(crc), {"values": values})
+    _check_overlap({"codes": codes, "scales": scales, **_checked_crc(crc)}, {"values": values})
     absmax = np.empty(scales.size, np.float32)
     if not _absmax(values, absmax, blocksize):
         return False
@@ -446,7 +448,7 @@ _BYTE_TABLE: Final = _bit_table()  # register byte -> the register after eight z
 def _lookup(byte_tables: Words, registers: Words) -> Words:
     """A linear map of registers, given as what each value of each of its four bytes contributes: (4, 256)."""
     octets = registers.view(np.uint8).reshape(-1, 4)
-    result = byte_tables[0][octets[:, 0]]
+    result: Words = byte_tables[0][octets[:, 0]]
     for k in range(1, 4):
         result ^= byte_tables[k][octets[:, k]]
     return result
@@ -481,7 +483,10 @@ def _fold(register: int, words: Words) -> int:
 
 
 def crc32c(data: bytes | bytearray | memoryview | Array, seed: int = 0) -> int:
-    """CRC-32C (RFC 3720, appendix B.4) of a contiguous buffer; crc32c(b, crc32c(a)) == crc32c(a + b)."""
+    """The CRC-32C of a contiguous buffer (RFC 3720, appendix B.4).
+
+    It chains through `seed`: the checksum of a, given as seed for b, leads to that of both.
+    """
     octets = np.frombuffer(data, np.uint8)
     register = operator.index(seed) ^ 0xFFFFFFFF
     if not 0 <= register <= 0xFFFFFFFF:

@@ -4,9 +4,9 @@ The contract is that of `tensorwire.kernels`, except that the float side of each
 decoders) is a 1-D torch tensor on the device and the other arrays are NumPy's, on the host. `uncached` is ignored.
 
 Same bytes as on the CPU but for three things, which docs/codecs.md lists: bitsandbytes' device code takes an
-approximate reciprocal, so values next to a threshold may get the neighbouring code; 4 NF4 thresholds lie one unit in the
-last place apart; the payload bits of a NaN may differ after a cast. What its device code does to blocks of zeros and
-to NaN is put right here.
+approximate reciprocal, so values next to a threshold may get the neighbouring code; 4 NF4 thresholds lie one unit in
+the last place apart; the payload bits of a NaN may differ after a cast. What its device code does to blocks of zeros
+and to NaN is put right here.
 """
 
 from functools import reduce
@@ -18,6 +18,9 @@ from bitsandbytes import functional
 
 from tensorwire.kernels import crc32c
 
+# bitsandbytes has no types.
+_QUANT_STATE: Final[Any] = functional.QuantState
+_DYNAMIC_MAP: Final[Any] = functional.create_dynamic_map
 _ZERO_NF4: Final = 0x77  # code 7 twice: 0.0 in both halves
 _ZERO_INT8: Final = 127
 _SMALLEST_SCALE: Final = torch.finfo(torch.bfloat16).tiny
@@ -88,9 +91,7 @@ def dequantize_4bit(
     uncached: bool | None = None,
 ) -> None:
     """table[code] * absmax, rounded to the dtype of `out`."""
-    state = functional.QuantState(
-        _to(absmax, out), shape=out.shape, dtype=out.dtype, blocksize=blocksize, quant_type=quant_type
-    )
+    state = _QUANT_STATE(_to(absmax, out), shape=out.shape, dtype=out.dtype, blocksize=blocksize, quant_type=quant_type)
     out.copy_(functional.dequantize_4bit(_to(codes, out).reshape(-1, 1), state).reshape(-1))
 
 
@@ -113,8 +114,8 @@ def dequantize_int8(
     codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int, uncached: bool | None = None
 ) -> None:
     """table[code] * absmax, rounded to the dtype of `out`."""
-    code = functional.create_dynamic_map().to(out.device)
-    state = functional.QuantState(_to(absmax, out), code=code, blocksize=blocksize, dtype=out.dtype)
+    code = _DYNAMIC_MAP().to(out.device)
+    state = _QUANT_STATE(_to(absmax, out), code=code, blocksize=blocksize, dtype=out.dtype)
     out.copy_(functional.dequantize_blockwise(_to(codes, out), state))
 
 

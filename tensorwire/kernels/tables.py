@@ -7,9 +7,10 @@ array holds, in ascending order, the points where the nearest code changes. The 
 `tensorwire.kernels._numpy`.
 """
 
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 __all__ = [
     "FP4_CODE",
@@ -21,15 +22,18 @@ __all__ = [
     "NF4_THRESHOLDS",
 ]
 
+T = TypeVar("T", bound=np.generic)
 
-def _constant(array: np.ndarray) -> np.ndarray:
+
+def _constant(array: npt.NDArray[T]) -> npt.NDArray[T]:
     array.setflags(write=False)
     return array
 
 
-def _midpoints(code: np.ndarray) -> np.ndarray:
+def _midpoints(code: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """fl32(fl32(c[k] + c[k+1]) / 2) of a sorted table, as bitsandbytes' encoders take it."""
-    return (code[:-1] + code[1:]) * np.float32(0.5)
+    points: npt.NDArray[np.float32] = (code[:-1] + code[1:]) * np.float32(0.5)
+    return points
 
 
 # Quantiles of the normal distribution, chosen so that 0 and both ends are exact (QLoRA, arXiv:2305.14314).
@@ -73,7 +77,7 @@ FP4_THRESHOLDS: Final = _constant(
 FP4_CODE_OF_LEVEL: Final = _constant(np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8))
 
 
-def _dynamic_code() -> np.ndarray:
+def _dynamic_code() -> npt.NDArray[np.float32]:
     """The signed 8-bit dynamic map (arXiv:1511.04561): 256 sorted values from -0.993 to 1, code 127 is 0.
 
     Decade i of seven, 10**(i-7) to 10**(i-6), holds the centres of 2**i equal steps, each sign; 0 and 1

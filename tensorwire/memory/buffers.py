@@ -2,21 +2,24 @@
 
 import sys
 import threading
-from typing import Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from tensorwire.memory.spare import SPARE
+from tensorwire.tensor import ByteArray
 
 _KEPT: Final = 8
-# Taken for an item when its first bytes come. Beyond it memory grows by this factor: what is taken and not yet written to
-# costs addresses only, and little is left to copy.
+# Taken for an item when its first bytes come. Beyond it memory grows by this factor: what is taken and not yet written
+# to costs addresses only, and little is left to copy.
 _FIRST_TAKE: Final = 4 << 20
 _GROWTH: Final = 16
+# Tensors of more bytes would leave the caches before they are whole: half of a common L3.
+_UNCACHED_FROM: Final = 16 << 20
 _NOTHING: Final = np.empty(0, np.uint8)
 
 
-def _count(arrays: list[np.ndarray], index: int) -> int:
+def _count(arrays: list[ByteArray], index: int) -> int:
     return sys.getrefcount(arrays[index])
 
 
@@ -31,10 +34,10 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        self._arrays: list[ByteArray] = []
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> np.ndarray:
+    def take(self, size: int) -> ByteArray:
         """A uint8 array of `size` bytes with arbitrary content."""
         with self._lock:
             free = [i for i in range(len(self._arrays)) if _count(self._arrays, i) == _FREE]
@@ -49,23 +52,60 @@ class Pool:
             return array[:size]
 
 
+class Memory(Protocol):
+    """The memory of one decoded item, addressed by its bytes."""
+
+    @property
+    def stable(self) -> bool:
+        """Whether regions stay where they are when the next one is asked for."""
+
+    @property
+    def uncached(self) -> bool | None:
+        """How kernels are to write to it: past the caches (True), or as they see fit (None)."""
+
+    def region(self, start: int, stop: int) -> Any:
+        """Bytes [start, stop): a writable flat uint8 array, or a device tensor for codecs that decode there."""
+
+
+class FixedMemory:
+    """Memory that is there already: `data`, a flat array or device tensor of elements of `itemsize` bytes."""
+
+    __slots__ = ("_data", "_itemsize", "uncached")
+
+    stable: Final = True
+
+    def __init__(self, data: Any, itemsize: int = 1) -> None:
+        self._data = data
+        self._itemsize = itemsize
+        self.uncached = data.nbytes >= _UNCACHED_FROM or None
+
+    def region(self, start: int, stop: int) -> Any:
+        """Bytes [start, stop)."""
+        return self._data[start // self._itemsize : stop // self._itemsize]
+
+
 class GrowingMemory:
     """`size` bytes for an item that a peer declared: unless trusted, only as much is taken as has arrived.
 
     Nothing is taken before the first region is asked for: a stream may describe a quarter of a million items in a few
-    megabytes, and bring none of them.
+    megabytes, and bring none of them. `data` is what there is, all of it once the last region was asked for.
     """
 
-    __slots__ = ("_size", "_trusted", "data", "reused")
+    __slots__ = ("_reused", "_size", "data", "stable")
 
     def __init__(self, size: int, *, trusted: bool = False) -> None:
-        self._size = size
-        self._trusted = trusted
+        self.stable = trusted
         self.data = _NOTHING
-        self.reused = False  # whether the memory was in use before, and not only taken from the system
+        self._size = size
+        self._reused = False  # whether the memory was in use before, and not only taken from the system
 
-    def region(self, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop). Regions given before must no longer be in use."""
+    @property
+    def uncached(self) -> bool | None:
+        """Past the caches where it is large and was written to before: kernels see to the rest."""
+        return (self._reused and self.data.size >= _UNCACHED_FROM) or None
+
+    def region(self, start: int, stop: int) -> ByteArray:
+        """Bytes [start, stop). Regions given before must no longer be in use, unless it is stable."""
         if self.data is _NOTHING:
             self.data = self._first(stop)
         elif stop > self.data.size:
@@ -75,12 +115,12 @@ class GrowingMemory:
             self.data = grown
         return self.data[start:stop]
 
-    def _first(self, stop: int) -> np.ndarray:
+    def _first(self, stop: int) -> ByteArray:
         spare = SPARE.take(self._size)
-        self.reused = spare is not None
-        return self._taken(self._size if self._trusted else max(stop, _FIRST_TAKE)) if spare is None else spare
+        self._reused = spare is not None
+        return self._taken(self._size if self.stable else max(stop, _FIRST_TAKE)) if spare is None else spare
 
-    def _taken(self, size: int) -> np.ndarray:
+    def _taken(self, size: int) -> ByteArray:
         return SPARE.empty(self._size) if size >= self._size else np.empty(size, np.uint8)
 
 
@@ -88,15 +128,15 @@ class Scratch:
     """The memory of one slice, encoded and decoded. Streams that are read in turns can share one."""
 
     def __init__(self) -> None:
-        self._payload = self._values = np.empty(0, np.uint8)
+        self._payload = self._values = _NOTHING
 
-    def payload(self, size: int) -> np.ndarray:
+    def payload(self, size: int) -> ByteArray:
         """`size` bytes for an encoded slice."""
         if self._payload.size < size:
             self._payload = SPARE.empty(size)
         return self._payload[:size]
 
-    def values(self, size: int) -> np.ndarray:
+    def values(self, size: int) -> ByteArray:
         """`size` bytes for a decoded slice."""
         if self._values.size < size:
             self._values = SPARE.empty(size)

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from tensorwire.tensor import ByteArray
+
 # Smaller memory the C library keeps by itself.
 _SPARE_FROM: Final = 256 << 10
 
@@ -33,15 +35,15 @@ class SpareMemory:
 
     Filling memory for the first time costs three to ten times what filling it again does: the system clears each page
     before. A training loop that decodes the same model every round pays that in the first round only. What is kept is
-    marked as free (madvise, MADV_FREE): the system takes it when it runs short, at no cost to anybody but the next array.
+    marked as free (madvise, MADV_FREE): the system takes it when it runs short, at no cost but to the next array.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._size = 0
         self._free: dict[int, list[_Mapping]] = {}  # by size, the one that was given back last at the end
-        # Tried, never waited for: finalizers run in any thread at any time, that of its holder included, and a child of a
-        # fork may find it held for ever. Whoever does not get it does without spare memory.
+        # Tried, never waited for: finalizers run in any thread at any time, that of its holder included, and a child of
+        # a fork may find it held for ever. Whoever does not get it does without spare memory.
         self._lock = threading.Lock()
 
     @property
@@ -54,7 +56,7 @@ class SpareMemory:
         self._limit = limit
         self._shrink(limit)
 
-    def empty(self, size: int) -> np.ndarray:
+    def empty(self, size: int) -> ByteArray:
         """A uint8 array of `size` bytes with arbitrary content. Raises MemoryError."""
         array = self.take(size)
         if array is not None:
@@ -65,12 +67,12 @@ class SpareMemory:
             self._shrink(0)
             return self._new(size)
 
-    def _new(self, size: int) -> np.ndarray:
+    def _new(self, size: int) -> ByteArray:
         if size < _SPARE_FROM or size > self._limit:
             return np.empty(size, np.uint8)
         return _Loan(_Mapping(size), self).array()
 
-    def take(self, size: int) -> np.ndarray | None:
+    def take(self, size: int) -> ByteArray | None:
         """The same if there is spare memory of that size: nothing is asked of the system."""
         mapping = None
         if self._lock.acquire(blocking=False):
@@ -143,7 +145,7 @@ class _Loan:
     def __array_interface__(self) -> dict[str, Any]:
         return {"version": 3, "typestr": "|u1", "shape": (self._mapping.size,), "data": (self._mapping.address, False)}
 
-    def array(self) -> np.ndarray:
+    def array(self) -> ByteArray:
         return np.asarray(self)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete, and a StorageError for whatever keeps them from it."""
+"""Files that appear under their name only when they are complete, and errors that say what keeps them from it."""
 
 import errno
 import os
@@ -6,48 +6,49 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from tensorwire.errors import StorageError
 from tensorwire.storage.output import Output, storing
 
-_BINARY: Final = getattr(os, "O_BINARY", 0)
-_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | _BINARY
+_ALWAYS: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _NAME_SHOWN: Final = 24  # characters of the target's name in the temporary one: at most 96 bytes, names may have 255
 _HAS_FOLDER_FDS: Final = os.open in os.supports_dir_fd  # not on Windows: there, names are joined to the folder's path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[int]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[int]:
     """A file descriptor, open for reading and writing, of a new file that takes the name `path` on success.
 
     The file is made beside its target (O_EXCL, no links followed), synced, closed, renamed over it, and the folder
     synced. On any error it is removed and a file already at `path` stays untouched. Raises StorageError; for the
     last sync, when the file is complete under its name but may not survive a loss of power, its detail says so.
     """
-    with Place(path) as place:
-        temporary = place.temporary()
+    with Target(path) as target:
+        temporary = target.temporary()
         try:
-            fd = place.create(temporary)
+            fd = target.create(temporary)
             try:
                 yield fd
-                with place.storing("sync"):
+                with target.storing("sync"):
                     os.fsync(fd)
             except BaseException:
                 with suppress(OSError):  # the first error counts
                     os.close(fd)
                 raise
-            with place.storing("close"):  # network file systems report a full disk here
+            with target.storing("close"):  # network file systems report a full disk here
                 os.close(fd)
-            place.rename(temporary)
+            target.rename(temporary)
         except BaseException:
-            place.remove(temporary)
+            target.remove(temporary)
             raise
-        place.sync()
+        target.sync()
 
 
-class Place:
+class Target:
     """The name of a file to come, in a folder that is held open; a context manager. Raises StorageError.
+
+    `name`: the last part of `path`. `mode`: the permissions that the file may have, those of the one that it replaces.
 
     Files are made, renamed and removed relative to the open folder: one that is swapped for a link meanwhile redirects
     nothing. A folder, FIFO, socket or device at `path` is refused here; a symbolic link is replaced, never followed.
@@ -55,21 +56,21 @@ class Place:
     written through it.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fsdecode(path)
-        folder, self._name = os.path.split(self.path)
+        folder, self.name = os.path.split(self.path)
         self._folder = folder or os.curdir
         self._fd: int | None = None
         with self.storing("write"):
             if _HAS_FOLDER_FDS:
                 self._fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                self._mode = self._check()
+                self.mode = self._check()
             except BaseException:
                 self.close()
                 raise
 
-    def __enter__(self) -> "Place":
+    def __enter__(self) -> "Target":
         return self
 
     def __exit__(
@@ -86,17 +87,39 @@ class Place:
 
     def temporary(self) -> str:
         """A name nobody else uses, in the same folder."""
-        return f".{self._name[:_NAME_SHOWN]}.{os.urandom(8).hex()}.part"
+        return f".{self.name[:_NAME_SHOWN]}.{os.urandom(8).hex()}.part"
 
     def create(self, name: str) -> int:
-        """A descriptor of a new file in the folder, with the permissions of the one to be replaced, less the umask."""
+        """A descriptor of a new file in the folder, as `open` makes it."""
         with self.storing("create a file beside"):
-            return os.open(self._at(name), _NEW, self._mode, dir_fd=self._fd)
+            return self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+    def open(self, name: str, flags: int) -> int:
+        """A descriptor of a file in the folder that is no link, made with the permissions `mode`, less the umask.
+
+        Raises OSError.
+        """
+        return os.open(self._at(name), flags | _ALWAYS, self.mode, dir_fd=self._fd)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file in the folder has this name, if only a link. Raises OSError."""
+        try:
+            self._stat(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_at(self, name: str, status: os.stat_result) -> bool:
+        """Whether `status` is that of the file in the folder that has this name. Raises OSError."""
+        try:
+            return os.path.samestat(status, self._stat(name))
+        except FileNotFoundError:
+            return False
 
     def rename(self, name: str) -> None:
         """Give a file in the folder the final name, over whatever has it."""
         with self.storing("rename a file to"):
-            os.replace(self._at(name), self._at(self._name), src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            os.replace(self._at(name), self._at(self.name), src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def remove(self, name: str) -> None:
         """Remove a file from the folder as far as that is possible."""
@@ -124,12 +147,15 @@ class Place:
     def _at(self, name: str) -> str:
         return name if self._fd is not None else os.path.join(self._folder, name)
 
+    def _stat(self, name: str) -> os.stat_result:
+        return os.stat(self._at(name), dir_fd=self._fd, follow_symlinks=False)
+
     def _check(self) -> int:
         """The permissions that the file may have. Raises OSError for a target that is neither file nor link."""
-        if self._name in ("", os.curdir, os.pardir):
+        if self.name in ("", os.curdir, os.pardir):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         try:
-            mode = os.stat(self._at(self._name), dir_fd=self._fd, follow_symlinks=False).st_mode
+            mode = self._stat(self.name).st_mode
         except FileNotFoundError:
             return 0o666
         if stat.S_ISDIR(mode):
@@ -145,21 +171,25 @@ class Place:
         )
 
 
-def write_file(path: str | os.PathLike, buffers: Iterable) -> int:
+def rename(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Give a complete file the name `new`, over whatever has it, and put that on disk.
+
+    Both are in one folder. Raises StorageError.
+    """
+    folder, name = os.path.split(os.fsdecode(old))
+    with Target(new) as target:
+        if os.path.split(target.path)[0] != folder:
+            raise StorageError(
+                f"cannot rename {old!r} to {target.path!r}: they are in different folders", errno=errno.EXDEV
+            )
+        target.rename(name)
+        target.sync()
+
+
+def write_file(path: str | os.PathLike[str], buffers: Iterable[Any]) -> int:
     """Write a file that appears only when complete, of these buffers; returns its size. Raises StorageError."""
     with replacing(path) as fd:
         return Output(fd, path).append(buffers)
-
-
-def sync_folder(folder: str) -> None:
-    """Put on disk which names a folder holds. Raises OSError."""
-    if not _HAS_FOLDER_FDS:
-        return
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _sync_folder(fd)
-    finally:
-        os.close(fd)
 
 
 def _sync_folder(fd: int) -> None:

@@ -8,14 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from tensorwire.errors import StorageError
+from tensorwire.errors import StorageError, TensorwireError
 
-_WINDOW: Final = 64 << 20
-
-
+_WINDOW: Final = 64 << 20  # bytes that may wait to be written to the disk
 _SEEKING: Final = threading.Lock()  # where reading and writing at an offset takes two calls
-
-
 _REMEDIES: Final = {
     errno.ENOSPC: "free some space and try again",
     errno.EDQUOT: "the quota is used up: free some space, have it raised, and try again",
@@ -41,7 +37,7 @@ class Output:
     `path`: the name that the file will have, for errors.
     """
 
-    def __init__(self, fd: int, path: str | os.PathLike) -> None:
+    def __init__(self, fd: int, path: str | os.PathLike[str]) -> None:
         self._fd = fd
         self._path = os.fsdecode(path)
         self._begin = self._pushed = self._end = 0
@@ -67,7 +63,7 @@ class Output:
             if read_at(self._fd, buffer, offset) != memoryview(buffer).nbytes:
                 raise OSError(errno.EIO, "the file became shorter while it was written")
 
-    def append(self, buffers: Iterable) -> int:
+    def append(self, buffers: Iterable[Any]) -> int:
         """Write every buffer one after the other from the start; returns the bytes written."""
         total = 0
         for buffer in buffers:
@@ -93,16 +89,20 @@ class OutputFile(io.RawIOBase):
         self._offset = self._end = 0
 
     def writable(self) -> bool:
+        """Yes."""
         return True
 
     def seekable(self) -> bool:
+        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a place; returns it."""
         self._offset = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._end}[whence]
         return self._offset
 
     def write(self, data: Any, /) -> int:
+        """Write all of `data`; returns its size."""
         size = memoryview(data).nbytes
         self._output.write_at(data, self._offset)
         self._offset += size
@@ -142,9 +142,10 @@ def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
 
 @contextmanager
 def storing(path: str, doing: str) -> Iterator[None]:
+    """What the system refuses inside becomes a StorageError that names the path and says what to do."""
     try:
         yield
-    except StorageError:
+    except TensorwireError:  # some of which are OSErrors too
         raise
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "try again, or choose another place")

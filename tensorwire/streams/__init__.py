@@ -1,8 +1,32 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
+from tensorwire.streams.codec_choice import CodecChoice, rule
+from tensorwire.streams.flatten import Rule, flatten
+from tensorwire.streams.pieces import Pieces
+from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.sender import FRAME_SIZE, encode
+from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, stream_info, stream_size
 from tensorwire.streams.sinks import collect, decode, decode_async
-from tensorwire.streams.slices import Piece, Pieces
 
-__all__ = ["FRAME_SIZE", "Piece", "Pieces", "Schema", "collect", "decode", "decode_async", "encode"]
+__all__ = [
+    "FLUSH",
+    "FRAME_SIZE",
+    "CodecChoice",
+    "Completed",
+    "Payload",
+    "Piece",
+    "Pieces",
+    "Receiver",
+    "Rule",
+    "Schema",
+    "Sender",
+    "StreamSize",
+    "collect",
+    "decode",
+    "decode_async",
+    "encode",
+    "flatten",
+    "rule",
+    "stream_info",
+    "stream_size",
+]

@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Event, Lock
-from typing import Any, Final
+from typing import Final, Generic, TypeVar
 
 # Slices of fewer bytes are not worth handing to another thread.
 _WORTHWHILE: Final = 256 << 10
 # Results that may wait to be taken, which bounds the memory they hold.
 _AHEAD: Final = 1
 
+T = TypeVar("T")
 
-class _Job:
+
+class _Job(Generic[T]):
     """Work that is done once, by whoever comes first, and lets go of all it holds when its result is taken."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work: Callable[[], Any] | None = work
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work: Callable[[], T] | None = work
         self._claim = Lock()
         self._done = Event()
-        self._value: Any = None
+        self._value: T | None = None
         self._error: BaseException | None = None
 
     def attempt(self) -> None:
@@ -33,14 +35,15 @@ class _Job:
         if not self._claim.acquire(blocking=False):
             return
         work, self._work = self._work, None
+        assert work is not None
         try:
-            self._value = work()  # type: ignore[misc]
+            self._value = work()
         except BaseException as error:
             self._error = error
         finally:
             self._done.set()
 
-    def result(self) -> Any:
+    def result(self) -> T:
         """What the work gave, or raise what it raised."""
         self.attempt()
         self._done.wait()
@@ -51,20 +54,20 @@ class _Job:
                 raise error
             finally:
                 del error  # its traceback holds this frame: together they would outlive the stream, and hold its files
-        return value
+        return value  # type: ignore[return-value]  # which work that raised nothing gave
 
 
-class Helper:
+class Helper(Generic[T]):
     """A queue of jobs and a thread that starts with the first job worth one; `close` ends it."""
 
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[_Job[T]] = deque()
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def submit(self, work: Callable[[], Any], size: int) -> None:
+    def submit(self, work: Callable[[], T], size: int) -> None:
         """Add work over `size` bytes."""
         job = _Job(work)
         self._jobs.append(job)
@@ -79,7 +82,7 @@ class Helper:
         """Whether a result should be taken before more work is added."""
         return len(self._jobs) > _AHEAD
 
-    def take(self) -> Any:
+    def take(self) -> T:
         """The result of the oldest job, or the exception that it raised."""
         return self._jobs.popleft().result()
 
@@ -95,9 +98,9 @@ class Helper:
             self._executor.shutdown(cancel_futures=True)
 
 
-def in_order(jobs: Iterable[tuple[Callable[[], Any], int]]) -> Iterator[Any]:
+def in_order(jobs: Iterable[tuple[Callable[[], T], int]]) -> Iterator[T]:
     """The results of (job, size in bytes) pairs, in order."""
-    helper = Helper()
+    helper: Helper[T] = Helper()
     try:
         for job, size in jobs:
             helper.submit(job, size)

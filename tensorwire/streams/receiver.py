@@ -1,242 +1,320 @@
-"""The receiving loop: wire events to decoded slices, into sinks.
+"""The receiving loop: a stream in, verified pieces of its items out, pulled by whoever consumes them.
 
-A sink is the place of one item: it lends the memory that a slice is decoded into and is told when a slice is
-verified. Memory, files and `.safetensors` files differ in nothing else.
+    with Receiver(limits) as receiver:
+        for event in receiver.events(source):
+            if isinstance(event, ItemStart): receiver.land(event.number, memory)    # or `keep_encoded`, or neither
+            elif isinstance(event, Piece): ...        # elements in that memory, or in some that is lent
+            elif isinstance(event, Completed): ...    # the item is complete and verified
+
+A consumer owns its receiver, which knows nothing of it: memory, files and sums differ in what they do with pieces.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Final
-
-import numpy as np
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec, Raw, from_stages
+from tensorwire.codecs import RAW, Codec, from_stages
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, TensorwireError, WireError
 from tensorwire.limits import Limits
-from tensorwire.memory.buffers import Pool
+from tensorwire.memory import Memory, Scratch
 from tensorwire.streams.overlap import Helper
-from tensorwire.tensor import Extent
-from tensorwire.wire import (
-    NEED_DATA,
-    DataItem,
-    FileItem,
-    Header,
-    Item,
-    ItemStart,
-    Reader,
-    Slice,
-    SlicePart,
-    SliceStart,
-    StreamEnd,
-    StreamStart,
-    TensorItem,
-    ValueItem,
-)
-from tensorwire.wire.drive import FromReader, Source
+from tensorwire.tensor import ByteArray, Extent
+from tensorwire.wire import NEED_DATA, ItemStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
+from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
+from tensorwire.wire.frames import Header
+from tensorwire.wire.items import AliasItem, ContainerItem, DataItem, FileItem, Item, TensorItem, ValueItem
+from tensorwire.wire.reader import NeedData, Reader
+from tensorwire.wire.values import unpack_value
 
-# A raw payload lands in pieces of at most this, so that memory follows what arrives and not what a header claims.
-_PIECE: Final = 4 << 20
+# A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
+_PART: Final = 4 << 20
 
 
-class Sink(ABC):
-    """The place of one item. Offsets in bytes of the decoded item."""
+class Piece(NamedTuple):
+    """Elements of `item` from `start` on: `data` are their bytes, decoded.
 
-    # Whether regions stay valid when the next one is asked for. Memory that still grows may move.
-    stable = True
-    # How decoders write to regions, as kernels take it.
-    uncached: bool | None = None
-
-    @abstractmethod
-    def region(self, start: int, stop: int) -> Any:
-        """Memory for bytes [start, stop): a writable flat uint8 array, or a device tensor where the codec takes one."""
-
-    def commit(self, start: int, region: Any) -> None:
-        """The region now holds the bytes from `start` on. Called in order, maybe in another thread.
-
-        A raw slice longer than 4 MiB is committed in pieces before it is verified; all is when `close` is called.
-        """
-
-    @abstractmethod
-    def close(self) -> Any:
-        """The item is complete and verified: give its value."""
-
-
-class EncodedSink(ABC):
-    """The place of an item that stays encoded: it gets verified payloads instead of decoded bytes."""
-
-    @abstractmethod
-    def accept(self, start: int, count: int, payload: memoryview) -> None:
-        """Elements [start, start + count), encoded. The payload is valid during the call only."""
-
-    @abstractmethod
-    def close(self) -> Any:
-        """The item is complete and verified: give its value."""
-
-
-# Called with each item as it is described, before any memory is taken for it; None: it has no data of its own.
-OpenItem = Callable[[int, Item], Sink | EncodedSink | None]
-
-
-class Receiver(FromReader):
-    """One stream being received: iterate for (number, item, value) of each completed item.
-
-    `start` holds the stream's info and `end` what its end frame said, once they have passed. Without a source,
-    drive `steps`. `overlap`: decode slices in another thread while the next ones are received, which costs more than it
-    gains where nothing is waited for.
+    They stand in the memory that the item lands in; else in memory that is lent until the next event. They are
+    verified, but for a raw slice of more than 4 MiB, which comes in several pieces and is verified with its last one.
     """
 
-    def __init__(self, source: Source | None, open_item: OpenItem, limits: Limits, *, overlap: bool = True) -> None:
-        self.start: StreamStart | None = None
-        self.end: StreamEnd | None = None
-        self._source = source
-        self._reader = Reader(crc32c, limits)
-        self._open_item = open_item
-        self._limits = limits
-        self._overlap = overlap
-        self._pool = Pool()
-        self._codecs: dict[int, Codec] = {}
-        self._sinks: dict[int, Any] = {}
-        self._helper = Helper()
-        self._raw: SliceStart | None = None  # the raw slice that is landing,
-        self._landing: tuple[int, np.ndarray] = 0, np.empty(0, np.uint8)  # its current piece,
-        self._unfit: WireError | None = None  # and what was wrong with one, to be raised once the slice is verified
+    number: int
+    item: TensorItem | FileItem
+    start: int
+    data: ByteArray
 
-    def steps(self) -> Generator[Any, None, None]:
-        """The same for whoever fills the buffers (`wire.drive.Consumer`): yields NEED_DATA and completed items."""
+    @property
+    def dtype(self) -> DType:
+        """Of the elements."""
+        return self.item.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A verified slice of an item that is kept encoded: elements [start, start + count).
+
+    `data` is lent until the next event.
+    """
+
+    number: int
+    item: TensorItem | FileItem
+    start: int
+    count: int
+    data: memoryview
+
+
+class Completed(NamedTuple):
+    """All of an item has come and is verified. `aliases`: its other names. `value`: of a ValueItem."""
+
+    number: int
+    item: DataItem
+    aliases: tuple[AliasItem, ...]
+    value: Any = None
+
+
+Event = StreamStart | ItemStart | Piece | Payload | Completed | StreamEnd
+
+
+class _Position(NamedTuple):
+    """Where in a stream something is: what an error about it says."""
+
+    item: Item
+    frame: int
+    offset: int
+
+    def locate(self, error: TensorwireError) -> None:
+        """Say so in an error that does not yet."""
+        error.item = self.item.name if error.item is None else error.item
+        if error.frame is None:
+            error.frame, error.offset = self.frame, self.offset
+
+
+class _Incoming:
+    """An item whose data is still to come."""
+
+    __slots__ = ("codec", "encoded", "item", "itemsize", "memory", "number", "value")
+
+    def __init__(self, number: int, item: DataItem) -> None:
+        self.number = number
+        self.item = item
+        self.codec = RAW if isinstance(item, ValueItem) else check_codec(item)
+        self.itemsize = _dtype(item).itemsize
+        self.memory: Memory | None = None
+        self.encoded = False
+        self.value = bytearray()  # of a ValueItem
+
+
+class Receiver:
+    """One stream being received: a `wire.drive.Consumer`, a context manager.
+
+    Used as one, it adds to errors that the consumer raises over an event which item, frame and offset that was.
+    `overlap`: where its source may wait, decode slices in another thread while the next ones are received, which costs
+    more than it gains where nothing is waited for. `scratch`: memory for slices that do not land anywhere, shared with
+    other streams that are read in turns with this one; nothing is then decoded ahead. `base`: the content digest of the
+    version that the stream may be against; one that is against any other is refused with a SchemaError.
+    """
+
+    def __init__(
+        self, limits: Limits, *, base: bytes | None = None, overlap: bool = True, scratch: Scratch | None = None
+    ) -> None:
+        reader = self._reader = Reader(crc32c, limits)
+        self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
+        self._limits = limits
+        self._base = base
+        self._overlap = overlap and scratch is None
+        # Taken in turns by slices: one is decoded, or in the hands of the consumer, while the next one is received.
+        self._scratches = cycle([Scratch(), Scratch()] if scratch is None else [scratch])
+        self._scratch = next(self._scratches)
+        self._incoming: dict[int, _Incoming] = {}
+        self._aliases: dict[int, list[AliasItem]] = {}
+        self._helper: Helper[tuple[_Position, Piece]] = Helper()
+        self._at: _Position | None = None  # where the event that is handled now came from
+        # The part of a raw slice that is being filled: its first byte and its memory. And what was wrong with an
+        # earlier part, an error once the slice is verified.
+        self._landing: tuple[int, Any] = 0, None
+        self._unfit = ""
+
+    def events(self, source: Any) -> Iterator[Event]:
+        """The events of a stream from a blocking source: a buffer, an iterable of buffers, or what has `readinto`."""
+        source = as_source(source)
+        self._overlap = self._overlap and may_wait(source)
+        return pull(self, source)
+
+    def events_async(self, source: Any) -> AsyncIterator[Event]:
+        """As `events`; also from an asynchronous iterable, or where `readinto` is a coroutine function."""
+        source = as_async_source(source)
+        self._overlap = self._overlap and may_wait(source)
+        return pull_async(self, source)
+
+    def land(self, number: int, memory: Memory) -> None:
+        """Let an item that was just described be decoded into `memory`."""
+        self._incoming[number].memory = memory
+
+    def keep_encoded(self, number: int) -> None:
+        """Give the payloads of an item that was just described in place of pieces; of a raw one they are the same."""
+        self._incoming[number].encoded = True
+
+    def __enter__(self) -> "Receiver":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._locate(error)
+
+    def steps(self) -> Generator[Event | NeedData, None, None]:
+        """Events, and NEED_DATA."""
         try:
             yield from self._receive()
-        except WireError:
+        except WireError as error:
+            self._locate(error)
             self._helper.drain()  # an earlier slice's error comes first, whatever the threads did
             raise
         finally:
             self._helper.close()
-            # Not to leave what was received to the garbage collector: whoever opens items knows this object.
             self._reader.close()
-            del self._open_item
 
-    def _receive(self) -> Iterator[Any]:
+    def _locate(self, error: BaseException | None) -> None:
+        if isinstance(error, TensorwireError) and self._at is not None:
+            self._at.locate(error)
+
+    def _receive(self) -> Iterator[Event | NeedData]:
         reader = self._reader
         while not reader.ended:
+            self._at = None
             event = reader.next_event()
             if event is NEED_DATA:
                 yield event
             elif isinstance(event, Slice):
-                self._finish_slice(event)
-                if event.last:
-                    self._helper.drain()
-                    del self._codecs[event.number]
-                    yield event.number, event.item, self._close(event.number, event.item)
+                self._at = self._position(event.item)
+                yield from self._finish_slice(event)
             elif isinstance(event, SliceStart):
+                self._at = self._position(event.item)
                 self._start_slice(event)
-            elif isinstance(event, SlicePart):
-                self._land()
-                self._direct_piece(event.done, event.left)
             elif isinstance(event, ItemStart):
-                if self._start_item(event.number, event.item) and event.item.total == 0:
-                    yield event.number, event.item, self._close(event.number, event.item)
+                self._at = self._position(event.item)
+                yield from self._start_item(event)
+            elif isinstance(event, SlicePart):
+                self._at = self._position(event.item)
+                incoming = self._incoming[event.number]
+                yield from self._landed(incoming)
+                self._direct(incoming, self._landing[0] + self._landing[1].size, event.left)
             elif isinstance(event, StreamStart):
-                self.start = event
+                event.info.check_base(self._base)
+                yield event
             elif isinstance(event, StreamEnd):
-                self.end = event
+                yield event
 
-    def _close(self, number: int, item: Item) -> Any:
-        with self._located(item):
-            return self._sinks.pop(number).close()
+    def _start_item(self, event: ItemStart) -> Iterator[Event]:
+        number, item = event.number, event.item
+        if isinstance(item, AliasItem):
+            self._aliases.setdefault(item.of, []).append(item)
+        elif not isinstance(item, ContainerItem):
+            self._incoming[number] = _Incoming(number, item)
+        yield event
+        if item.total == 0 and number in self._incoming:
+            yield self._complete(self._incoming.pop(number))
 
-    def _start_item(self, number: int, item: Item) -> bool:
-        with self._located(item):
-            codec = check_codec(item) if isinstance(item, (TensorItem, FileItem)) else Raw()
-            sink = self._open_item(number, item)
-        if sink is None:
-            return False
-        self._sinks[number] = sink
-        if item.total != 0:
-            self._codecs[number] = codec
-        return True
+    def _complete(self, incoming: _Incoming) -> Completed:
+        number, item = incoming.number, incoming.item
+        aliases = tuple(self._aliases.pop(number, ()))
+        value = unpack_value(bytes(incoming.value), self._limits) if isinstance(item, ValueItem) else None
+        return Completed(number, item, aliases, value)
 
     def _start_slice(self, event: SliceStart) -> None:
         if event.count == 0:  # the close of an open-ended file
             return
-        codec = self._codecs[event.number]
-        with self._located(event.item):
-            check_slice(codec, event, event.item, self._limits)
-        if codec.in_place and isinstance(self._sinks[event.number], Sink):
-            self._raw = event
-            self._direct_piece(0, event.length)
+        self._scratch = next(self._scratches)
+        incoming = self._incoming[event.number]
+        check_slice(incoming.codec, event, event.item, self._limits)
+        if incoming.codec.in_place:
+            self._direct(incoming, event.start * incoming.itemsize, event.length)
         else:
-            self._reader.direct(memoryview(self._pool.take(event.length)), anywhere=True)
+            self._reader.direct(self._scratch.payload(event.length).data, anywhere=True)
 
-    def _direct_piece(self, done: int, left: int) -> None:
-        begin = self._raw.start * _dtype(self._raw.item).itemsize + done
-        region = self._sinks[self._raw.number].region(begin, begin + min(left, _PIECE))
+    def _direct(self, incoming: _Incoming, begin: int, left: int) -> None:
+        """Let the next part of a raw slice land in its place."""
+        region = self._region(incoming, begin, min(left, _PART))
         self._landing = begin, region
         self._reader.direct(memoryview(region))
 
-    def _land(self) -> None:
+    def _region(self, incoming: _Incoming, begin: int, size: int) -> Any:
+        if incoming.memory is None:
+            return self._scratch.values(size)
+        return incoming.memory.region(begin, begin + size)
+
+    def _landed(self, incoming: _Incoming) -> Iterator[Piece]:
+        """A part of a raw slice is there."""
         begin, region = self._landing
+        extent = extent_of(incoming.item, begin // incoming.itemsize, region.size // incoming.itemsize)
         try:
-            itemsize = _dtype(self._raw.item).itemsize
-            extent = extent_of(self._raw.item, begin // itemsize, region.size // itemsize)
-            self._codecs[self._raw.number].decode(memoryview(region), extent, region)
-        except WireError as error:
-            self._unfit = self._unfit or error
-        self._sinks[self._raw.number].commit(begin, region)
+            incoming.codec.decode(memoryview(region), extent, region)  # in place: only looks
+        except FormatError as error:
+            self._unfit = self._unfit or error.detail
+        if isinstance(incoming.item, ValueItem):
+            incoming.value += memoryview(region)
+        elif not self._unfit:
+            yield Piece(incoming.number, incoming.item, extent.start, region)
 
-    def _finish_slice(self, event: Slice) -> None:
+    def _finish_slice(self, event: Slice) -> Iterator[Event]:
+        incoming = self._incoming[event.number]
+        item = incoming.item
         if event.count == 0:
-            return
-        codec, sink = self._codecs[event.number], self._sinks[event.number]
-        if isinstance(sink, Sink) and not codec.in_place:
-            self._decode(event, codec, sink)
-            return
-        with self._located(event.item):
-            if isinstance(sink, EncodedSink):
-                sink.accept(event.start, event.count, event.payload)
-            else:
-                self._land()
-                if self._unfit is not None:
-                    raise self._unfit
+            pass
+        elif incoming.codec.in_place or isinstance(item, ValueItem):
+            yield from self._landed(incoming)
+            if self._unfit:
+                raise FormatError(self._unfit)
+        elif incoming.encoded:
+            yield Payload(event.number, item, event.start, event.count, event.payload)
+        else:
+            yield from self._decode(event, incoming, item)
+        if event.last:
+            while self._helper:
+                yield self._taken()
+            yield self._complete(self._incoming.pop(event.number))
 
-    def _decode(self, event: Slice, codec: Codec, sink: Sink) -> None:
+    def _decode(self, event: Slice, incoming: _Incoming, item: TensorItem | FileItem) -> Iterator[Piece]:
         """Decode a slice, or let the helper do it while the next one is received."""
-        if not sink.stable:
-            self._helper.drain()
-        dtype, located = _dtype(event.item), self._located(event.item)
-        begin, size = event.start * dtype.itemsize, event.count * dtype.itemsize
-        region = sink.region(begin, begin + size)
-
-        def work() -> None:
-            with located:
-                codec.decode(event.payload, extent_of(event.item, event.start, event.count), region, sink.uncached)
-                sink.commit(begin, region)
-
+        position = self._position(item)
+        if incoming.memory is not None and not incoming.memory.stable:
+            while self._helper:
+                yield self._taken()
+        extent = extent_of(item, event.start, event.count)
+        size = event.count * incoming.itemsize
+        region = self._region(incoming, event.start * incoming.itemsize, size)
+        uncached = incoming.memory.uncached if incoming.memory is not None else None
+        piece = Piece(event.number, item, event.start, region)
+        decode = partial(incoming.codec.decode, event.payload, extent, region, uncached)
         if not self._overlap:
-            work()
+            decode()
+            yield piece
             return
-        self._helper.submit(work, size)
+        self._helper.submit(partial(_decoded, decode, piece, position), size)
         if self._helper.full:
-            self._helper.take()
+            yield self._taken()
 
-    def _located(self, item: Item) -> AbstractContextManager[None]:
-        """Errors inside name `item` and the frame being read now."""
+    def _taken(self) -> Piece:
+        """The next piece that the helper has decoded."""
+        self._at, piece = self._helper.take()
+        return piece
+
+    def _position(self, item: Item) -> _Position:
+        """The frame being read now, which is about `item`."""
         assert self._reader.frame is not None
         header, offset = self._reader.frame
-        return _located(item.name, header.sequence, offset)
+        return _Position(item, header.sequence, offset)
 
 
-@contextmanager
-def _located(item: str, frame: int, offset: int) -> Iterator[None]:
+def _decoded(decode: Callable[[], None], piece: Piece, position: _Position) -> tuple[_Position, Piece]:
     try:
-        yield
+        decode()
     except TensorwireError as error:
-        if error.item is None:
-            error.item = item
-        error.frame, error.offset = frame, offset
+        position.locate(error)
         raise
+    return position, piece
 
 
 def check_slice(codec: Codec, place: SliceStart | Header, item: DataItem, limits: Limits) -> Extent:
@@ -268,11 +346,11 @@ def check_codec(item: TensorItem | FileItem) -> Codec:
     return codec
 
 
-def _dtype(item: DataItem) -> DType:
-    return dtypes.UINT8 if isinstance(item, ValueItem) else item.dtype
-
-
 def reject_files(item: Item) -> None:
     """Raise for items that only the file functions take."""
     if isinstance(item, FileItem):
         raise SchemaError("the stream carries a file; receive it with decode_file", item=item.name)
+
+
+def _dtype(item: DataItem) -> DType:
+    return dtypes.UINT8 if isinstance(item, ValueItem) else item.dtype

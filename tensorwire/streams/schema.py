@@ -5,7 +5,7 @@ from typing import Any, Final
 from tensorwire.errors import SchemaError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.flatten import Walk
+from tensorwire.streams.flatten import flatten
 from tensorwire.tensor import Front
 from tensorwire.wire import Item, Kind
 from tensorwire.wire.items import Path
@@ -30,8 +30,8 @@ class Schema:
         """
         if isinstance(value, Schema):
             return cls(value._items, codecs=value._codecs)
-        walk = Walk(front, rule(codec or "raw"), limits)
-        return cls({leaf.item.path: leaf.item for leaf in walk.leaves(value)}, codecs=codec is not None)
+        leaves = flatten(value, front, rule(codec or "raw"), limits)
+        return cls({leaf.item.path: leaf.item for leaf in leaves}, codecs=codec is not None)
 
     def check(self, item: Item) -> None:
         """Raise SchemaError unless `item` is as expected."""

@@ -2,7 +2,8 @@
 
 Everything about the container is checked, and every descriptor made, before the first buffer leaves; then each
 tensor is encoded frame by frame. Buffers are either small bytes, the caller's own memory (raw), or pooled memory
-that is used again once the consumer lets go of it.
+that is used again once the consumer lets go of it. An empty buffer says: send what you have gathered, what comes next
+is still to be made.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,19 +15,21 @@ from tensorwire.checksum import crc32c
 from tensorwire.codecs import Codec, Encoded
 from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory.buffers import Pool
+from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.flatten import Leaf, Walk
+from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, flatten
 from tensorwire.streams.overlap import in_order
-from tensorwire.tensor import Extent, Front, TensorView
-from tensorwire.wire import FileItem, StreamInfo, TensorItem, ValueItem, Writer
+from tensorwire.tensor import Buffer, Extent, Front, TensorView, as_buffer
+from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
 FRAME_SIZE: Final = 1 << 20
+ALIGNMENT: Final = 64  # of payloads in a file
 _MIN_FRAME_SIZE: Final = 1 << 12
 # A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
 _DECODED: Final = 4
-_PIECE: Final = 1 << 20  # raw frames larger than this are read and checksummed piece by piece
+_PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
+FLUSH: Final = b""
 
 
 def encode(
@@ -40,162 +43,179 @@ def encode(
     tie: bool = True,
     at_rest: bool = False,
     limits: Limits = DEFAULT,
-) -> Iterator[Any]:
+) -> Iterator[Buffer]:
     """The buffers of one stream.
 
-    `frame_size`: bytes of a data frame with its header, at most. `at_rest`: lay the stream out as a file, with an
-    index, aligned payloads and each raw item in one frame, so that it can be mapped. An iterator of (name, tensor)
-    pairs is sent as a dict without being collected first.
+    Options as `tensorwire.encode` has them. `at_rest`: lay the stream out as a file, with an index, aligned payloads
+    and each raw item in one frame, so that it can be mapped.
     """
-    if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
-        raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
-    writer = Writer(crc32c, limits, index=at_rest)
-    emit = _Emitter(writer, frame_size, whole=at_rest)
-    try:
-        head = writer.start(stream_info(metadata, stream_id, align=64 if at_rest else 1))
-    except WireError as error:
-        raise EncodeError(error.detail) from None
+    sender = Sender(stream_info(metadata, stream_id, at_rest=at_rest), frame_size, limits, at_rest=at_rest)
     if isinstance(value, Iterator):
-        # Memory of tensors that are made one after the other is used again: equal addresses mean nothing.
-        return emit.pairs(head, value, Walk(front, rule(codec), limits, tie=False))
-    return emit.container(head, Walk(front, rule(codec), limits, tie=tie).leaves(value))
+        return sender.pairs(value, front, rule(codec))
+    return sender.container(flatten(value, front, rule(codec), limits, tie=tie))
 
 
-def encode_leaves(leaves: list[Leaf], *, frame_size: int, info: StreamInfo, limits: Limits) -> Iterator[Any]:
-    """The buffers of a stream whose items were made elsewhere: files, tensors inside files."""
-    writer = Writer(crc32c, limits)
-    emit = _Emitter(writer, frame_size, whole=False)
-    return emit.container(writer.start(info), leaves)
-
-
-def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, align: int = 1) -> StreamInfo:
+def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:
     """StreamInfo in canonical form. Raises EncodeError for metadata that is not text."""
     pairs = tuple((metadata or {}).items())
     if not all(type(key) is str and type(text) is str for key, text in pairs):
         raise EncodeError("metadata must map text to text")
-    return StreamInfo(align, stream_id, tuple(sorted(pairs)))
+    return StreamInfo(align=ALIGNMENT if at_rest else 1, id=stream_id, metadata=tuple(sorted(pairs)))
 
 
-class _Frame(NamedTuple):
+class _EncodedSlice(NamedTuple):
     """A data frame to be sent: what its header says, and the buffers of its payload."""
 
     start: int
-    count: int
+    elements: int
     length: int
     crc: int
-    payload: Iterable[Any]
+    payload: Iterable[Buffer]
 
 
-class _Emitter:
+_Job = Callable[[], Iterable[_EncodedSlice]]
+
+
+class Sender:
     """Writes leaves through one Writer."""
 
-    def __init__(self, writer: Writer, frame_size: int, *, whole: bool) -> None:
-        self._writer = writer
+    def __init__(self, info: StreamInfo, frame_size: int, limits: Limits, *, at_rest: bool = False) -> None:
+        if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
+            raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
+        self._writer = Writer(crc32c, limits, index=at_rest)
         self._frame_size = frame_size
-        self._whole = whole
+        self._limits = limits
+        self._at_rest = at_rest
         self._pool = Pool()
+        try:
+            self._start = self._writer.start(info)
+        except WireError as error:
+            raise EncodeError(error.detail) from None
 
-    def describe(self, leaf: Leaf) -> bytes:
+    def container(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
+        """All buffers. Every item is described, and refused if it must be, before this returns."""
+        parts, described = [self._start], []
+        for leaf in leaves:
+            parts.append(self._describe(leaf))
+            described.append(leaf)
+        return self._container(b"".join(parts), described)
+
+    def _container(self, head: bytes, leaves: list[Leaf]) -> Iterator[Buffer]:
+        yield head
+        yield from self._data(leaves)
+        yield self.end()
+
+    def pairs(self, pairs: Iterator[tuple[str, Any]], front: Front, rule: Rule) -> Iterator[Buffer]:
+        """All buffers of a dict that is still being produced."""
+        yield self.head()
+        yield FLUSH
+        for name, value in pairs:
+            yield from self.pair(name, value, front, rule)
+            yield FLUSH
+        yield self.end()
+
+    def head(self) -> bytes:
+        """What comes before the first pair."""
+        return self._start + self._writer.item(ContainerItem((), Kind.DICT))
+
+    def pair(self, name: str, value: Any, front: Front, rule: Rule) -> Iterator[Buffer]:
+        """The buffers of one pair."""
+        # Memory of tensors that are made one after the other is used again: equal addresses mean nothing.
+        for leaf in flatten(value, front, rule, self._limits, path=(name,), tie=False):
+            yield self._describe(leaf)
+            yield from self._data([leaf])
+
+    def end(self) -> bytes:
+        """What comes last."""
+        return self._writer.end()
+
+    def _describe(self, leaf: Leaf) -> bytes:
         """The leaf's ITEM frame. Raises EncodeError, also where its codec's blocks do not fit into a frame."""
-        if leaf.codec is not None and leaf.item.total != 0:
+        if isinstance(leaf, TensorLeaf) and leaf.item.total != 0:
             slice_size(leaf.codec, leaf.item, self._frame_size)
         try:
             return self._writer.item(leaf.item)
         except WireError as error:
             raise EncodeError(error.detail, item=leaf.item.name) from None
 
-    def container(self, head: bytes, leaves: Iterable[Leaf]) -> Iterator[Any]:
-        """All buffers. Every item is described, and refused if it must be, before this returns."""
-        parts, described = [head], []
+    def _data(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
+        for slices in in_order(self._jobs(leaves)):
+            for encoded in slices:
+                yield self._writer.data(*encoded[:4])
+                yield from encoded.payload
+
+    def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
+        """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
         for leaf in leaves:
-            parts.append(self.describe(leaf))
-            described.append(leaf)
-        return self._container(b"".join(parts), described)
-
-    def _container(self, head: bytes, leaves: list[Leaf]) -> Iterator[Any]:
-        yield head
-        yield from self._data(leaves)
-        yield self._writer.end()
-
-    def pairs(self, head: bytes, pairs: Iterator[tuple[str, Any]], walk: Walk) -> Iterator[Any]:
-        """All buffers of a dict that is still being produced."""
-        yield head + self._writer.item(next(walk.leaves({})).item)
-        for name, value in pairs:
-            for leaf in walk.leaves(value, (name,)):
-                yield self.describe(leaf)
-                yield from self._data([leaf])
-        yield self._writer.end()
-
-    def _data(self, leaves: Iterable[Leaf]) -> Iterator[Any]:
-        for frames in in_order(self._jobs(leaves)):
-            for frame in frames:
-                yield self._writer.data(*frame[:4])
-                yield from frame.payload
-
-    def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[Callable[[], Iterable[_Frame]], int]]:
-        """(job, size) for every piece of work; a job gives the frames to be sent next."""
-        for leaf in leaves:
-            if leaf.item.total == 0:
+            if isinstance(leaf, BareLeaf) or leaf.item.total == 0:
                 continue
-            if isinstance(leaf.item, ValueItem):
-                yield partial(self._bytes, leaf.value), 0
+            if isinstance(leaf, ValueLeaf):
+                yield partial(self._value, leaf), 0
             elif leaf.item.total is None:
                 yield partial(self._open_ended, leaf), 0
-            elif self._whole and leaf.codec.in_place:
+            elif self._at_rest and leaf.codec.in_place:
                 yield partial(self._in_one_frame, leaf.view), 0
             else:
                 yield from self._slices(leaf)
 
-    def _slices(self, leaf: Leaf) -> Iterator[tuple[Callable[[], Iterable[_Frame]], int]]:
-        step = slice_size(leaf.codec, leaf.item, self._frame_size)
+    def _slices(self, leaf: TensorLeaf) -> Iterator[tuple[_Job, int]]:
         context = leaf.codec.prepare(leaf.view)
-        for start in range(0, leaf.item.total, step):
-            stop = min(start + step, leaf.item.total)
+        for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
             yield partial(self._slice, leaf, start, stop, context), (stop - start) * leaf.view.dtype.itemsize
 
-    def _slice(self, leaf: Leaf, start: int, stop: int, context: Any) -> list[_Frame]:
-        on_device = leaf.codec.on_device and leaf.view.device_read is not None
-        data = (leaf.view.device_read if on_device else leaf.view.read)(start, stop)
+    def _slice(self, leaf: TensorLeaf, start: int, stop: int, context: Any) -> list[_EncodedSlice]:
+        read = leaf.view.device_read if leaf.codec.on_device and leaf.view.device_read else leaf.view.read
         try:
             extent = Extent(leaf.view.dtype, leaf.view.shape, start, stop - start)
-            encoded = leaf.codec.encode(data, extent, self._pool.take, context)
+            encoded = leaf.codec.encode(read(start, stop), extent, self._pool.take, context)
         except NonFiniteError as error:
             error.index += start
             error.item = leaf.item.name
             raise
-        return [_frame(start, stop - start, encoded)]
+        return [_encoded(start, stop - start, encoded)]
 
-    def _open_ended(self, leaf: Leaf) -> Iterator[_Frame]:
+    def _open_ended(self, leaf: TensorLeaf) -> Iterator[_EncodedSlice]:
         step = slice_size(leaf.codec, leaf.item, self._frame_size)
         start = 0
         while data := leaf.view.read(start, start + step):
             extent = Extent(dtypes.UINT8, leaf.view.shape, start, len(data))
-            yield _frame(start, len(data), leaf.codec.encode(data, extent, self._pool.take))
+            yield _encoded(start, len(data), leaf.codec.encode(data, extent, self._pool.take))
             start += len(data)
-        yield _Frame(start, 0, 0, 0, ())
+        yield _EncodedSlice(start, 0, 0, 0, ())
 
-    def _in_one_frame(self, view: TensorView) -> list[_Frame]:
+    def _in_one_frame(self, view: TensorView) -> list[_EncodedSlice]:
         """A raw item in a single frame. Its checksum stands before it, so its bytes are read twice."""
-        step = max(_PIECE // view.dtype.itemsize, 1)
-        pieces = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
+        step = max(_PART // view.dtype.itemsize, 1)
+        parts = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
         crc = 0
-        for start, stop in pieces:
+        for start, stop in parts:
             crc = crc32c(view.read(start, stop), crc)
-        payload = (view.read(start, stop) for start, stop in pieces)
-        return [_Frame(0, view.numel, view.numel * view.dtype.itemsize, crc, payload)]
+        payload = (as_buffer(view.read(start, stop)) for start, stop in parts)
+        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, payload)]
 
-    def _bytes(self, data: bytes) -> Iterator[_Frame]:
-        step = self._frame_size - HEADER_SIZE
-        for start in range(0, len(data), step):
-            part = memoryview(data)[start : start + step]
-            yield _frame(start, len(part), Encoded(part))
+    def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
+        for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
+            yield _encoded(start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
+
+
+def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each slice of an item whose size is known."""
+    total = leaf.item.total or 0
+    if isinstance(leaf, ValueLeaf):
+        step = frame_size - HEADER_SIZE
+    elif at_rest and leaf.codec.in_place:
+        step = total
+    else:
+        step = slice_size(leaf.codec, leaf.item, frame_size)
+    for start in range(0, total, step or 1):
+        yield start, min(start + step, total)
 
 
 def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> int:
-    """Elements of a full slice of `item`: as many whole blocks as fit into a frame, encoded, and into
-    `_DECODED` frames, decoded; at least one block, or an item that is smaller than one.
+    """Elements of a full slice of `item`.
 
-    Raises EncodeError where a frame is too small for that.
+    As many whole blocks as fit into a frame, encoded, and into `_DECODED` frames, decoded; at least one block, or an
+    item that is smaller than one. Raises EncodeError where a frame is too small for that.
     """
     budget, dtype = frame_size - HEADER_SIZE, item.dtype
     block = codec.block(dtype)
@@ -210,7 +230,47 @@ def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> in
     )
 
 
-def _frame(start: int, count: int, encoded: Encoded) -> _Frame:
+def _encoded(start: int, count: int, encoded: Encoded) -> _EncodedSlice:
     payload = memoryview(encoded.payload)
     crc = crc32c(payload, 0) if encoded.crc is None else encoded.crc
-    return _Frame(start, count, payload.nbytes, crc, (payload,))
+    return _EncodedSlice(start, count, payload.nbytes, crc, (payload,))
+
+
+class StreamSize(NamedTuple):
+    """Bytes of a stream: of payloads, `metadata` of them for absmax, scales and the like, and of all around them."""
+
+    payloads: int
+    metadata: int
+    framing: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.payloads + self.framing
+
+
+def stream_size(
+    leaves: Iterable[Leaf],
+    *,
+    info: StreamInfo | None = None,
+    frame_size: int = FRAME_SIZE,
+    at_rest: bool = False,
+    limits: Limits = DEFAULT,
+) -> StreamSize:
+    """The size of a stream of these leaves; of a file whose size is not known ahead, without its data."""
+    # Lengths do not depend on checksums, so nothing is checksummed.
+    writer = Writer(lambda data, crc: 0, limits, index=at_rest)
+    described = list(leaves)
+    framing = len(writer.start(info or stream_info(None, at_rest=at_rest)))
+    framing += sum(len(writer.item(leaf.item)) for leaf in described)
+    payloads = metadata = 0
+    for leaf in described:
+        if isinstance(leaf, BareLeaf):
+            continue
+        for start, stop in cuts(leaf, frame_size, at_rest=at_rest):
+            count = stop - start
+            length = leaf.codec.bound(count, leaf.item.dtype) if isinstance(leaf, TensorLeaf) else count
+            framing += len(writer.data(start, count, length, 0))
+            payloads += length
+            metadata += leaf.codec.sizes(count, leaf.item.dtype).metadata if isinstance(leaf, TensorLeaf) else 0
+    return StreamSize(payloads, metadata, framing + len(writer.end()))

@@ -1,23 +1,20 @@
-"""Buffers to tensors."""
+"""Buffers to tensors and values in memory."""
 
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from tensorwire.codecs import Raw
+from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory.buffers import GrowingMemory
-from tensorwire.streams.receiver import Receiver, Sink, check_codec, reject_files
+from tensorwire.memory import FixedMemory, GrowingMemory
+from tensorwire.streams.receiver import Completed, Event, Piece, Receiver, check_codec, reject_files
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.unflatten import Tree
+from tensorwire.streams.unflatten import Unflattener
 from tensorwire.tensor import Front
-from tensorwire.wire import NEED_DATA, AliasItem, Item, TensorItem, ValueItem
-from tensorwire.wire.drive import as_source, may_wait, pull
-from tensorwire.wire.values import unpack_value
+from tensorwire.wire import AliasItem, DataItem, Item, ItemStart, TensorItem
 
 
 def decode(
@@ -26,18 +23,20 @@ def decode(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item, as soon as it is complete and verified.
 
-    `source`: a buffer, an iterable of buffers, or anything with `readinto`. `into`: preallocated tensors by name,
-    written in place. `expect`: a Schema, or a container like the one expected; anything else is refused before
-    memory is taken. When an error is raised, items already given are good and the rest is not delivered, but
-    tensors in `into` may hold parts of what was received.
+    Options as `tensorwire.decode` has them. When an error is raised, items already given are good and the rest is not
+    delivered, but tensors in `into` may hold parts of what was received.
     """
-    source = as_source(source)
-    for _, item, value in pull(_Memory(front, into, expect, limits, overlap=may_wait(source)), source):
-        yield item.name, value
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
+    with memory.receiver as receiver:
+        for event in receiver.events(source):
+            for item, value in memory.completed(event):
+                yield item.name, value
+    memory.check_complete()
 
 
 async def decode_async(
@@ -46,16 +45,16 @@ async def decode_async(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
-    """As `decode`, from a source whose `readinto` is a coroutine function."""
-    memory = _Memory(front, into, expect, limits)
-    with closing(memory.steps()) as steps:
-        for step in steps:
-            if step is NEED_DATA:
-                memory.buffer_updated(await source.readinto(memory.get_buffer()))
-            else:
-                yield step[1].name, step[2]
+    """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine `readinto`."""
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
+    with memory.receiver as receiver:
+        async for event in receiver.events_async(source):
+            for item, value in memory.completed(event):
+                yield item.name, value
+    memory.check_complete()
 
 
 def collect(
@@ -64,169 +63,111 @@ def collect(
     *,
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
+    base: bytes | None = None,
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    source = as_source(source)
-    memory = _Memory(front, into, expect, limits, overlap=may_wait(source))
-    for _, item, value in pull(memory, source):
-        memory.tree.fill(item.path, value)
-    return memory.tree.result()
-
-
-# Tensors of more bytes would leave the caches before they are whole: half of a common L3.
-_UNCACHED_FROM: Final = 16 << 20
+    memory, containers = _Memory(Receiver(limits, base=base), front, into, expect, limits), Unflattener()
+    with memory.receiver as receiver:
+        for event in receiver.events(source):
+            if isinstance(event, ItemStart):
+                containers.declare(event.item)
+            for item, value in memory.completed(event):
+                containers.fill(item.path, value)
+    memory.check_complete()
+    return containers.result()
 
 
 class _Memory:
     """Receives a stream into memory."""
 
     def __init__(
-        self,
-        front: Front,
-        into: Mapping[str, Any] | None,
-        expect: Any,
-        limits: Limits,
-        *,
-        overlap: bool = True,
+        self, receiver: Receiver, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits
     ) -> None:
-        self.tree = Tree()
+        self.receiver = receiver
         self._front = front
-        self._into = into or {}
-        self._filled: set[str] = set()
+        self._into = dict(into or {})
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
-        self._limits = limits
-        self._receiver = Receiver(None, self._open, limits, overlap=overlap)
-        self._aliases: dict[int, list[tuple[int, AliasItem]]] = {}
-        receiver = self._receiver
-        self.get_buffer, self.buffer_updated, self.lend = receiver.get_buffer, receiver.buffer_updated, receiver.lend
+        self._filled: set[str] = set()
+        self._memory: dict[int, GrowingMemory] = {}  # of tensors that are on their way,
+        self._targets: dict[int, Any] = {}  # those of them that the caller has preallocated
+        self._copied: dict[int, Any] = {}  # and of those, on a device, what is copied there piece by piece
 
-    def steps(self) -> Generator[Any, None, None]:
-        """NEED_DATA, and (number, item, value) of what is complete."""
-        for step in self._receiver.steps():
-            yield step
-            if step is NEED_DATA:
-                continue
-            number, item, value = step
-            for alias_number, alias in self._aliases.pop(number, ()):
-                yield alias_number, alias, self._other_name(alias, item, value)
+    def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
+        """What is complete with this event, under all of its names."""
+        if isinstance(event, Completed):
+            value = self._value(event)
+            return [(event.item, value), *((alias, self._other_name(alias, value)) for alias in event.aliases)]
+        if isinstance(event, ItemStart):
+            self._open(event.number, event.item)
+        elif self._copied and isinstance(event, Piece) and event.number in self._copied:
+            self._copy(event)
+        return ()
+
+    def check_complete(self) -> None:
+        """Raise SchemaError for what was expected, or preallocated, and has not come."""
         if self._schema is not None:
             self._schema.check_complete()
         for name in self._into.keys() - self._filled:
             raise SchemaError("into= has a tensor that the stream does not carry: it was not written", item=name)
 
-    def _other_name(self, alias: AliasItem, item: TensorItem, value: Any) -> Any:
-        """What an alias gives: the tensor itself, or the tensor that `into` has for it, filled alike."""
-        if alias.name not in self._into:
-            return value
-        source = self._front.view(value)
-        raw = TensorItem(alias.path, item.dtype, item.shape, Raw().stages())
-        sink = _into_sink(raw, self._into[alias.name], self._front)
-        region = sink.region(0, source.numel * source.dtype.itemsize)
-        region[:] = np.frombuffer(source.read(0, source.numel), np.uint8)
-        sink.commit(0, region)
-        return sink.close()
-
-    def _open(self, number: int, item: Item) -> Sink | None:
+    def _open(self, number: int, item: Item) -> None:
         reject_files(item)
         if self._schema is not None:
             self._schema.check(item)
-        self.tree.declare(item)
-        if isinstance(item, AliasItem):
+        if isinstance(item, (TensorItem, AliasItem)) and self._into and item.name in self._into:
             self._filled.add(item.name)
-            self._aliases.setdefault(item.of, []).append((number, item))
-            return None
-        if isinstance(item, ValueItem):
-            return ValueSink(self._limits)
+            if isinstance(item, TensorItem):
+                self._open_target(number, item)
+        elif isinstance(item, TensorItem):
+            size = prod(item.shape) * item.dtype.itemsize
+            grown = self._memory[number] = GrowingMemory(size, trusted=self._schema is not None)
+            self.receiver.land(number, grown)
+
+    def _open_target(self, number: int, item: TensorItem) -> None:
+        tensor = self._target(item.name, item.dtype, item.shape)
+        self._targets[number] = tensor
+        flat = self._front.device_target(tensor)
+        if flat is None:
+            self.receiver.land(number, FixedMemory(np.frombuffer(self._front.target(tensor), np.uint8)))
+        elif check_codec(item).on_device:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
+            self.receiver.land(number, FixedMemory(flat, item.dtype.itemsize))
+        else:
+            self._copied[number] = flat
+
+    def _value(self, event: Completed) -> Any:
+        number, item = event.number, event.item
         if not isinstance(item, TensorItem):
-            return None
-        if item.name in self._into:
-            self._filled.add(item.name)
-            return _into_sink(item, self._into[item.name], self._front)
-        return TensorSink(item, self._front, trusted=self._schema is not None)
+            return event.value
+        if number in self._targets:
+            return self._targets[number]
+        return self._front.wrap(self._memory.pop(number).data, item.dtype, item.shape)
 
+    def _other_name(self, alias: AliasItem, value: Any) -> Any:
+        """What an alias gives: the tensor itself, or the tensor that `into` has for it, filled alike."""
+        if alias.name not in self._into:
+            return value
+        view = self._front.view(value)
+        assert view is not None
+        tensor = self._target(alias.name, view.dtype, view.shape)
+        flat, data = self._front.device_target(tensor), np.frombuffer(view.read(0, view.numel), np.uint8)
+        if flat is None:
+            np.frombuffer(self._front.target(tensor), np.uint8)[:] = data
+        else:
+            flat.copy_(self._front.wrap(data, view.dtype, (view.numel,)))
+        return tensor
 
-class TensorSink(Sink):
-    """A new tensor."""
+    def _target(self, name: str, dtype: DType, shape: tuple[int, ...]) -> Any:
+        """The tensor that `into` has under this name. Raises SchemaError where it does not match."""
+        tensor = self._into[name]
+        view = self._front.view(tensor)
+        if view is None or (view.dtype, view.shape) != (dtype, shape):
+            got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
+            raise SchemaError(f"into= has {got} where the stream has {dtype} {list(shape)}")
+        return tensor
 
-    def __init__(self, item: TensorItem, front: Front, *, trusted: bool) -> None:
-        self._item = item
-        self._front = front
-        self._memory = GrowingMemory(prod(item.shape) * item.dtype.itemsize, trusted=trusted)
-        self.stable = trusted
-
-    def region(self, start: int, stop: int) -> np.ndarray:
-        region = self._memory.region(start, stop)
-        self.uncached = (self._memory.reused and self._memory.data.size >= _UNCACHED_FROM) or None
-        return region
-
-    def close(self) -> Any:
-        return self._front.wrap(self._memory.data, self._item.dtype, self._item.shape)
-
-
-def _into_sink(item: TensorItem, tensor: Any, front: Front) -> Sink:
-    """The sink of a tensor that the caller preallocated. Raises SchemaError where it does not match the item."""
-    view = front.view(tensor)
-    if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
-        got = "no tensor" if view is None else f"{view.dtype} {list(view.shape)}"
-        raise SchemaError(f"into= has {got} where the stream has {item.dtype} {list(item.shape)}")
-    flat = front.device_target(tensor)
-    if flat is not None:  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-        return _DeviceSink(item, tensor, flat, front)
-    return _HostSink(tensor, np.frombuffer(front.target(tensor), np.uint8))
-
-
-class _HostSink(Sink):
-    """A preallocated tensor in host memory."""
-
-    def __init__(self, tensor: Any, data: np.ndarray) -> None:
-        self._tensor = tensor
-        self._data = data
-        self.uncached = data.size >= _UNCACHED_FROM or None
-
-    def region(self, start: int, stop: int) -> np.ndarray:
-        return self._data[start:stop]
-
-    def close(self) -> Any:
-        return self._tensor
-
-
-class _DeviceSink(Sink):  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
-    """A preallocated tensor on a CUDA device: what a codec cannot decode there is copied to it, slice by slice."""
-
-    def __init__(self, item: TensorItem, tensor: Any, flat: Any, front: Front) -> None:
-        self._tensor = tensor
-        self._flat = flat
-        self._front = front
-        self._dtype = item.dtype
-        self._on_device = check_codec(item).on_device
-
-    def region(self, start: int, stop: int) -> Any:
-        if self._on_device:
-            return self._flat[start // self._dtype.itemsize : stop // self._dtype.itemsize]
-        return np.empty(stop - start, np.uint8)
-
-    def commit(self, start: int, region: Any) -> None:
-        if not self._on_device:
-            first, count = start // self._dtype.itemsize, region.size // self._dtype.itemsize
-            self._flat[first : first + count].copy_(self._front.wrap(region, self._dtype, (count,)))
-
-    def close(self) -> Any:
-        return self._tensor
-
-
-class ValueSink(Sink):
-    """A plain Python value."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._data = bytearray()
-
-    def region(self, start: int, stop: int) -> np.ndarray:
-        return np.empty(stop - start, np.uint8)
-
-    def commit(self, start: int, region: np.ndarray) -> None:
-        self._data += memoryview(region)
-
-    def close(self) -> Any:
-        return unpack_value(bytes(self._data), self._limits)
+    def _copy(self, piece: Piece) -> None:
+        """Copy a piece to the device."""
+        count = piece.data.size // piece.dtype.itemsize
+        target = self._copied[piece.number][piece.start : piece.start + count]
+        target.copy_(self._front.wrap(piece.data, piece.dtype, (count,)))

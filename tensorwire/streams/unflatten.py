@@ -1,4 +1,4 @@
-"""Items to containers: the rebuilding of what arrives."""
+"""Items to containers: what was flattened, rebuilt as it arrives."""
 
 from typing import Any, Final
 
@@ -9,7 +9,7 @@ from tensorwire.wire.items import Path
 _MISSING: Final = object()
 
 
-class Tree:
+class Unflattener:
     """Rebuilds the containers that a stream describes."""
 
     def __init__(self) -> None:

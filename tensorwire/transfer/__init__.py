@@ -3,6 +3,7 @@
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position
 from tensorwire.transfer.receiving import Recording
+from tensorwire.transfer.resume import Backoff
 from tensorwire.transfer.sending import Outgoing, Recorded, Regenerated
 from tensorwire.transfer.session import (
     Conversation,
@@ -23,6 +24,7 @@ from tensorwire.transfer.session import (
 )
 
 __all__ = [
+    "Backoff",
     "Conversation",
     "Do",
     "Fill",

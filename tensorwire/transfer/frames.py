@@ -2,13 +2,14 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from tensorwire.checksum import crc32c
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire import NEED_DATA, Event, FrameType, Header, Reader, SlicePart, SliceStart
 from tensorwire.wire.drive import FromReader, Source
 from tensorwire.wire.frames import HEADER_SIZE
+from tensorwire.wire.reader import NeedData
 
 _SCRATCH: Final = 1 << 20  # bytes of a payload that are held at once
 
@@ -33,7 +34,7 @@ class Frame:
         return FrameType(self.header.type).name if known else f"type {self.header.type:#04x}"
 
 
-class Frames(FromReader):
+class Frames(FromReader[Frame]):
     """Iterate for the frames of a stream, each once it is verified; payloads are not kept.
 
     When the stream breaks, the WireError is raised, and `broken` is the frame it broke in, if its header was good.
@@ -49,7 +50,7 @@ class Frames(FromReader):
         """The frame whose header has been read but which has not been given."""
         return Frame(*self._reader.frame, None) if self._reader.frame and not self._reader.ended else None
 
-    def steps(self) -> Generator[Any, None, None]:
+    def steps(self) -> Generator[NeedData | Frame, None, None]:
         """The same for whoever fills the buffers (`wire.drive.Consumer`): yields NEED_DATA and Frames."""
         reader = self._reader
         self._scratch = memoryview(bytearray(_SCRATCH))

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How much of a stream is whole: the number of frames, their bytes with the preamble, and the last header's CRC, which the
-    next frame repeats as its link and which stands for all before it.
+    """How much of a stream is whole.
+
+    The number of frames, their bytes with the preamble, and the last header's CRC, which the next frame repeats as its
+    link and which stands for all before it.
     """
 
     frames: int = 0

@@ -1,8 +1,8 @@
 """The sending side of a transfer that may be taken up again: the rest of a stream from where its receiver is.
 
-The same input gives the same bytes, so a sender needs no state: it makes the stream again and leaves out what the receiver has. The
-receiver's position carries the CRC of its last header, which stands for every byte before it; that the next frame repeats it as
-its link shows that it is still the same stream.
+The same input gives the same bytes, so a sender needs no state: it makes the stream again and leaves out what the
+receiver has. The receiver's position carries the CRC of its last header, which stands for every byte before it; that
+the next frame repeats it as its link shows that it is still the same stream.
 """
 
 import os
@@ -22,7 +22,10 @@ class Outgoing(Protocol):
     """A stream to be sent, as often as it takes."""
 
     def after(self, position: Position) -> Iterator[Any]:
-        """The buffers from `position` on. Raises SequenceError where the receiver has the beginning of another stream."""
+        """The buffers from `position` on.
+
+        Raises SequenceError where the receiver has the beginning of another stream.
+        """
 
     @property
     def digest(self) -> str:
@@ -40,7 +43,10 @@ class Regenerated:
         """The buffers from `position` on."""
         offset, head = 0, b""
         for buffer in self._make():
-            view = memoryview(buffer).cast("B")
+            view = _bytes_of(buffer)
+            if not view:  # the transport should not hold back what it has
+                yield view
+                continue
             self._tail = (self._tail + bytes(view[-_DIGEST_SIZE:]))[-_DIGEST_SIZE:]
             view, offset = view[max(position.offset - offset, 0) :], offset + len(view)
             if position.offset and len(head) < HEADER_SIZE:
@@ -61,7 +67,7 @@ class Regenerated:
 class Recorded:
     """A stream that stands in a file: encoded once, sent to many."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
 
     def after(self, position: Position) -> Iterator[Any]:
@@ -89,6 +95,11 @@ class Recorded:
         with open(self._path, "rb") as file:
             file.seek(-_DIGEST_SIZE, os.SEEK_END)
             return file.read().hex()
+
+
+def _bytes_of(buffer: Any) -> memoryview:
+    view = memoryview(buffer)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # a shape with a 0 in it cannot be cast
 
 
 def _check(head: bytes, position: Position) -> None:

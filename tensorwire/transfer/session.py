@@ -1,7 +1,7 @@
 """What two ends say to one another around a stream: versions, what is offered, how much of it is there, the receipt.
 
-Without I/O: a conversation is a generator that yields what is to be done next, `Fill`, `Send` or `Do`, and is sent the result. The
-same conversations run over blocking sockets (`TcpTransport.run`) and under asyncio (`AsyncTransport.run`).
+Without I/O: a conversation is a generator that yields what is to be done next, `Fill`, `Send` or `Do`, and is sent the
+result. The same conversations run over blocking sockets (`TcpTransport.run`) and under asyncio (`AsyncTransport.run`).
 
     greet               greet
     send_stream  ---->  receive_stream      offer, have (position), the rest of the stream, receipt, bye
@@ -55,8 +55,8 @@ _SCRATCH: Final = 64 << 10
 class Fill:
     """Receive at least one byte into `buffer`; the answer is how many, 0 once the peer has closed.
 
-    `steady`: something is on its way, so that a peer that only trickles is given up. `within`: seconds to wait at most, where that
-    is less than the transport's time-out.
+    `steady`: something is on its way, so that a peer that only trickles is given up. `within`: seconds to wait at most,
+    where that is less than the transport's time-out.
     """
 
     buffer: memoryview
@@ -74,8 +74,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Do:
-    """Call `work`, which may take long, and answer with what it gives. `meanwhile` is sent now and then until it is done,
-    so that the peer knows that we are alive. Whatever happens, `work` has ended when the conversation goes on.
+    """Call `work`, which may take long, and answer with what it gives.
+
+    `meanwhile` is sent now and then until it is done, so that the peer knows that we are alive. Whatever happens,
+    `work` has ended when the conversation goes on.
     """
 
     work: Callable[[], Any]
@@ -97,8 +99,10 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A stream that somebody wants to send. `transfer`: 1 to 64 bytes that name this transfer, the same on every attempt.
-    `name`: what it is, data and never a path. `size`: bytes of the stream where known. `about`: the application's own.
+    """A stream that somebody wants to send.
+
+    `transfer`: 1 to 64 bytes that name this transfer, the same on every attempt. `name`: what it is, data and never a
+    path. `size`: bytes of the stream where known. `about`: the application's own.
     """
 
     transfer: bytes
@@ -109,8 +113,9 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A stream has arrived whole and verified and is on disk, or wherever the receiver keeps it. `sent`: bytes that this attempt
-    sent. `about`: the application's own.
+    """A stream has arrived whole and verified and is on disk, or wherever the receiver keeps it.
+
+    `sent`: bytes that this attempt sent. `about`: the application's own.
     """
 
     digest: str
@@ -120,44 +125,55 @@ class Receipt:
 
 
 class RefusedError(TransportError):
-    """The receiver said no. `kind`: the reason in one word, "busy", "storage", "corrupt", "schema", or the application's own."""
+    """The receiver said no.
+
+    `kind`: the reason in one word, "busy", "storage", "corrupt", "schema", or the application's own.
+    """
 
     def __init__(self, detail: str, *, kind: str, retryable: bool = False) -> None:
         super().__init__(detail, retryable=retryable)
         self.kind = kind
 
 
-class Place(Protocol):
+class Destination(Protocol):
     """Where a stream is received to; `transfer.receiving.Recording` is one."""
 
     position: Position
     outcome: Outcome | None
 
-    def steps(self) -> Generator[Any, None, None]: ...
+    def steps(self) -> Generator[Any, None, None]:
+        """Yields whenever bytes are needed, until the stream is whole."""
 
-    def get_buffer(self) -> memoryview: ...
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go."""
 
-    def buffer_updated(self, size: int) -> None: ...
+    def buffer_updated(self, size: int) -> None:
+        """`size` bytes went there; 0: the input has ended."""
 
-    def commit(self) -> Any: ...
+    def commit(self) -> Any:
+        """The stream is whole: keep it. A receipt says so to the sender."""
 
-    def forget(self) -> None: ...
+    def forget(self) -> None:
+        """The sender has its receipt."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go, whatever has happened."""
 
 
-def greet(software: str = "tensorwire") -> Conversation[Peer]:
+def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) -> Conversation[Peer]:
     """Both ends begin so: nothing is offered before each knows that it understands the other.
 
+    `codecs`: ids that this end can decode; None for all that are registered here. Who only keeps streams may name any.
     Raises UnsupportedError naming both versions, FormatError where the peer speaks something else.
     """
-    mine = {"session": VERSION, "format": FORMAT, "codecs": list(known_ids()), "software": software}
+    decodes = list(known_ids() if codecs is None else codecs)
+    mine = {"session": VERSION, "format": FORMAT, "codecs": decodes, "software": software}
     yield Send([_pack("hello", mine)])
     try:
         kind, hello = yield from _read_any(None)
     except TransportError as error:  # no alert of TLS reaches us from where asyncio listens
         raise TransportError(
-            f"{error.detail}, before its greeting: has it no place free, or does it refuse our certificate?"
+            f"{error.detail}, before its greeting: is it full, or does it refuse our certificate?"
         ) from error
     if kind != "hello":
         raise SequenceError(f"expected the message 'hello', got {show(kind)}")
@@ -175,8 +191,10 @@ def greet(software: str = "tensorwire") -> Conversation[Peer]:
 
 
 def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
-    """Send a stream from where the receiver has it. Raises RefusedError, and SequenceError where the receiver has another stream,
-    or the beginning of one. After an error the connection is of no more use, unless a RefusedError came before any byte of the stream.
+    """Send a stream from where the receiver has it.
+
+    Raises RefusedError, and SequenceError where the receiver has another stream, or the beginning of one. After an
+    error the connection is of no more use, unless a RefusedError came before any byte of the stream.
     """
     yield Send([_pack("offer", asdict(offer))])
     have = yield from _read("have", frames=int, offset=int, link=int)
@@ -203,36 +221,39 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
 
 
 def receive_stream(
-    open_place: Callable[[Offer], Place], *, about: Callable[[], Mapping[str, Any]] = dict
+    open_destination: Callable[[Offer], Destination], *, about: Callable[[], Mapping[str, Any]] = dict
 ) -> Conversation[tuple[Offer, Outcome, bool]]:
-    """Receive a stream to where `open_place` says. What that raises of this library's errors refuses the offer; a RefusedError
-    gives the reason in the caller's own word. The receipt is sent after `commit`, with what `about` gives then.
+    """Receive a stream to where `open_destination` says.
+
+    What that raises of this library's errors refuses the offer; a RefusedError gives the reason in the caller's own
+    word. The receipt is sent after `commit`, with what `about` gives then.
 
     Returns the offer, what was received, and whether the sender has said that it has its receipt. On any error what was
-    received so far stays for the next attempt; the connection is of no more use, unless `open_place` has refused the offer.
+    received so far stays for the next attempt; the connection is of no more use, unless `open_destination` has refused
+    the offer.
     """
     offer = yield from _hear_offer()
-    opened: list[Place] = []  # by the work itself: it may end after this conversation was given up
+    opened: list[Destination] = []  # by the work itself: it may end after this conversation was given up
     try:
         try:
-            yield Do(lambda: opened.append(open_place(offer)), _WAIT)
-            place = opened[0]
-            yield Send([_pack("have", asdict(place.position))])
-            for _ in place.steps():
-                place.buffer_updated((yield Fill(place.get_buffer(), steady=True)))
-            yield Do(place.commit, _WAIT)
-            outcome = place.outcome
+            yield Do(lambda: opened.append(open_destination(offer)), _WAIT)
+            destination = opened[0]
+            yield Send([_pack("have", asdict(destination.position))])
+            for _ in destination.steps():
+                destination.buffer_updated((yield Fill(destination.get_buffer(), steady=True)))
+            yield Do(destination.commit, _WAIT)
+            outcome = destination.outcome
             assert outcome is not None
             receipt = {"digest": outcome.digest, "size": outcome.end.offset, "about": dict(about())}
             yield Send([_pack("receipt", receipt)])
             acknowledged = yield from _acknowledged()
             if acknowledged:
-                place.forget()
+                destination.forget()
         except MemoryError as error:
             raise StorageError("no memory left to receive with", errno=errno.ENOMEM) from error
         finally:
-            for place in opened:
-                place.close()
+            for destination in opened:
+                destination.close()
     except TensorwireError as error:
         if not isinstance(error, (TransportError, TruncatedError)) or isinstance(error, RefusedError):
             with suppress(TransportError):
@@ -248,7 +269,9 @@ def say(message: Mapping[str, Any]) -> Conversation[None]:
 
 def hear() -> Conversation[dict[Any, Any]]:
     """Receive a message of the application's own. It is not to be trusted: check every field."""
-    return (yield from _read("note", note=dict))["note"]
+    message = yield from _read("note", note=dict)
+    note: dict[Any, Any] = message["note"]
+    return note
 
 
 def wait() -> Conversation[None]:
@@ -278,7 +301,9 @@ def _acknowledged() -> Conversation[bool]:
 
 
 def _refuse(error: TensorwireError, *, sending: bool) -> Conversation[None]:
-    """Say no. To a peer that is `sending`, also take in what it sends until it has heard: closing at once would reset the
+    """Say no.
+
+    To a peer that is `sending`, also take in what it sends until it has heard: closing at once would reset the
     connection, and our word be lost.
     """
     yield Send([_refusal(error)])
@@ -311,7 +336,10 @@ _WAIT: Final = _pack("wait", {})
 
 
 def _read(wanted: str, /, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
-    """The next message that is not "wait", with exactly these fields of these types. `until`: when not to wait any longer."""
+    """The next message that is not "wait", with exactly these fields of these types.
+
+    `until`: when not to wait any longer.
+    """
     for _ in range(_MOST_WAITS):
         kind, message = yield from _read_any(until)
         if kind != "wait":

@@ -1,36 +1,74 @@
-"""Blocking TCP, plain on this machine and TLS beyond it: gathered writes of the caller's memory, reads straight into the
-destination.
-"""
+"""Blocking TCP, plain on this machine and TLS beyond it: writes are gathered, reads go straight to the destination."""
 
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from typing import Any, Final, TypeVar
 
 from tensorwire.errors import TransportError
-from tensorwire.transfer.session import Conversation, Do, Fill
-from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, Pace, failed
-from tensorwire.transports.tls import require_protection
+from tensorwire.transfer import Conversation
+from tensorwire.transports.driver import Buffer, Early, Pulse, Transport, completed, run_of
+from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, failed
+from tensorwire.transports.tls import common_name, require_protection
 
-_GATHER_BYTES: Final = 1 << 20  # buffers are gathered up to this many bytes,
-_GATHER_COUNT: Final = 64  # or this many buffers (IOV_MAX is at least 1024 where it matters)
 # What is on its way when a peer dies is sent again: what has not left yet, and what has arrived but was not read.
 _UNSENT: Final = 1 << 20
 _UNREAD: Final = 2 << 20
 _EARLY: Final = 64 << 10
+_LAST_WORDS: Final = 2.0  # seconds to be heard once a handshake has failed
+_GATHERS: Final = hasattr(socket.socket, "sendmsg")  # not on Windows
 
 T = TypeVar("T")
+Skin = TypeVar("Skin", bound="BlockingTransport")
 
 
-class TcpTransport:
-    """One connection. Streams follow one another in either direction; a context manager.
+class BlockingTransport(Transport):
+    """The calls of a transport, each of which returns when it is done; a context manager.
 
-    `timeout`: seconds without any progress after which a call fails with TransportError, however long it takes in all. A peer
-    that trickles a stream below `min_rate` bytes a second is given up as well.
+    Streams follow one another in either direction.
+    """
+
+    def run(self, conversation: Conversation[T], *, within: float | None = None) -> T:
+        """Hold a conversation (see `tensorwire.transfer`) and return its result.
+
+        `within`: seconds that it may take in all.
+
+        Raises what the conversation raises, and TransportError.
+        """
+        return completed(self.driver.converse(conversation, within=within))
+
+    def send(self, buffers: Iterable[Buffer]) -> int:
+        """Send every buffer in order; returns the bytes sent. Raises TransportError.
+
+        Buffers are gathered: up to a mebibyte waits for the next one. An empty buffer says that the next may be long in
+        coming, and what is gathered leaves; `tensorwire.encode` gives one behind each layer of a generator.
+        """
+        return completed(self.driver.send(buffers))
+
+    def receive(self: Skin) -> Skin:
+        """What `decode` reads from: exactly one stream is taken, the next one stays."""
+        return self
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Receive straight into `buffer`: at least one byte, 0 once the peer has closed. Raises TransportError."""
+        return completed(self.driver.read(buffer))
+
+    def __enter__(self: Skin) -> Skin:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class TcpTransport(BlockingTransport):
+    """One connection over TCP. Made by `connect` and by `TcpListener.accept`.
+
+    `timeout`: seconds without any progress after which a call fails with TransportError, however long it takes in all.
+    A peer that trickles a stream below `min_rate` bytes a second is given up as well.
     """
 
     def __init__(
@@ -38,11 +76,7 @@ class TcpTransport:
     ) -> None:
         connection.settimeout(timeout)
         tune(connection)
-        self._socket = connection
-        self._timeout = timeout
-        self._deadline: float | None = None
-        self._pace = Pace(min_rate)
-        self._early = b""  # what was heard while sending
+        super().__init__(SocketWire(connection), timeout=timeout, min_rate=min_rate)
 
     @classmethod
     def connect(
@@ -55,8 +89,10 @@ class TcpTransport:
         timeout: float | None = TIMEOUT,
         min_rate: float = MIN_RATE,
     ) -> "TcpTransport":
-        """Connect to a listener. `tls`: see `client_tls`; without it only this machine is spoken to, unless `plaintext` says that
-        the network is trusted. Raises TransportError, AuthError where the other end is not who it should be.
+        """Connect to a listener.
+
+        `tls`: see `client_tls`; without it only this machine is spoken to, unless `plaintext` says that the network is
+        trusted. Raises TransportError, AuthError where the other end is not who it should be.
         """
         require_protection(host, tls, plaintext)
         try:
@@ -64,126 +100,89 @@ class TcpTransport:
         except OSError as error:
             raise TransportError(f"cannot connect to {host}:{port}: {error}") from error
         if tls is not None:
-            connection = _handshake(connection, tls, server_hostname=host)
+            connection = _handshake(tls.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False))
         return cls(connection, timeout=timeout, min_rate=min_rate)
 
-    def run(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation (see `session`) and return its result. `within`: seconds that it may take in all.
 
-        Raises what the conversation raises, and TransportError.
-        """
-        self._deadline = None if within is None else time.monotonic() + within
-        try:
-            step = next(conversation)
-            while True:
-                try:
-                    answer = self._step(step)
-                except BaseException as error:
-                    step = conversation.throw(error)
-                else:
-                    step = conversation.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            self._deadline = None
-            conversation.close()
+class BlockingWire:
+    """What the wires of blocking transports have in common: nothing stays behind when a call returns."""
 
-    def send(self, buffers: Iterable[Any]) -> int:
-        """Send every buffer in order; returns the bytes sent. Raises TransportError."""
-        return self._send(buffers, alert=False)
+    peer_name: str | None = None
 
-    def _send(self, buffers: Iterable[Any], *, alert: bool) -> int:
-        batch: list[memoryview] = []
-        size = total = 0
-        for buffer in buffers:
-            view = memoryview(buffer).cast("B")
-            batch.append(view)
-            size += len(view)
-            if size >= _GATHER_BYTES or len(batch) == _GATHER_COUNT:
-                if alert and self._heard():
-                    return total
-                self._send_all(batch)
-                total += size
-                size = 0
-                batch = []
-        self._send_all(batch)
-        return total + size
+    def __init__(self) -> None:
+        self.early = Early()
 
-    def receive(self) -> "TcpTransport":
-        """What `decode` reads from: exactly one stream is taken, the next one stays."""
-        return self
+    async def flush(self, patience: float | None) -> None:
+        """`Wire.flush`: `write` has done it."""
 
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Receive straight into `buffer`: at least one byte, 0 once the peer has closed. Raises TransportError."""
-        return self._read(buffer, steady=True)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._socket.close()
-
-    def __enter__(self) -> "TcpTransport":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _step(self, step: Any) -> Any:
-        if isinstance(step, Fill):
-            return self._read(step.buffer, steady=step.steady, within=step.within)
-        if isinstance(step, Do):
-            return self._do(step)
-        return self._send(step.buffers, alert=step.alert)
-
-    def _do(self, step: Do) -> Any:
-        if not step.meanwhile or self._timeout is None:
-            return step.work()
+    async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
+        """`Wire.work`: in a thread of its own where the peer has to be told meanwhile that we are alive."""
+        if pause is None:
+            return work()
         with ThreadPoolExecutor(1) as executor:  # which ends when the work does, whatever is raised here
-            work = executor.submit(step.work)
-            while not wait([work], self._timeout / 4).done:
-                with suppress(TransportError):  # whether the peer is still there shows when the work is done
-                    self.send([step.meanwhile])
-            return work.result()
+            working = executor.submit(work)
+            while not wait([working], pause).done:
+                await pulse()
+            return working.result()
 
-    def _read(self, buffer: memoryview, *, steady: bool, within: float | None = None) -> int:
-        if self._early:
-            size = min(len(buffer), len(self._early))
-            buffer[:size], self._early = self._early[:size], self._early[size:]
-            return size
-        began = time.monotonic()
+    async def wait_closed(self) -> None:
+        """`Wire.wait_closed`: `close` has done it."""
+
+
+class SocketWire(BlockingWire):
+    """A blocking socket as a `Wire`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self._socket = connection
+        self._seconds = connection.gettimeout()
+        if isinstance(connection, ssl.SSLSocket):
+            self.peer_name = common_name(connection.getpeercert())
+
+    async def read(self, buffer: memoryview, patience: float | None) -> int:
+        """`Wire.read`."""
         try:
-            self._set_patience(within)
-            got = self._socket.recv_into(buffer)
+            self._wait_at_most(patience)
+            return self._socket.recv_into(buffer)
         except OSError as error:
             raise failed("receiving", error) from error
-        if steady:
-            self._pace.moved(got, time.monotonic() - began)
-        return got
 
-    def _send_all(self, batch: list[memoryview]) -> None:
-        while batch:
-            began = time.monotonic()
-            try:
-                self._set_patience()
-                sent = self._send_some(batch)
-            except OSError as error:
-                raise failed("sending", self._alert(error)) from error
-            self._pace.moved(sent, time.monotonic() - began)
-            while batch and sent >= len(batch[0]):
-                sent -= len(batch.pop(0))
-            if sent:
-                batch[0] = batch[0][sent:]
+    async def write(self, views: list[memoryview], patience: float | None) -> int:
+        """`Wire.write`."""
+        try:
+            self._wait_at_most(patience)
+            if _GATHERS and not isinstance(self._socket, ssl.SSLSocket):
+                return self._socket.sendmsg(views)
+            return self._socket.send(run_of(views))
+        except OSError as error:
+            raise failed("sending", self._alert(error)) from error
 
-    def _send_some(self, batch: list[memoryview]) -> int:
-        if isinstance(self._socket, ssl.SSLSocket):  # which gathers nothing
-            return self._socket.send(batch[0]) if batch[0] else 0
-        return self._socket.sendmsg(batch)
+    async def heard(self) -> bool:
+        """`Wire.heard`."""
+        try:
+            self._wait_at_most(0)
+            self.early += self._socket.recv(_EARLY)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return bool(self.early)
+        except OSError:  # the next call says which
+            pass
+        return True
+
+    def close(self) -> None:
+        """`Wire.close`."""
+        self._socket.close()
+
+    def _wait_at_most(self, seconds: float | None) -> None:
+        if seconds != self._seconds:
+            self._socket.settimeout(seconds)
+            self._seconds = seconds
 
     def _alert(self, error: OSError) -> OSError:
         """Why TLS has ended, where the peer has said so before it closed; else `error`."""
         if isinstance(self._socket, ssl.SSLSocket) and not isinstance(error, TimeoutError):
             with suppress(ssl.SSLWantReadError):
                 try:
-                    self._socket.settimeout(0)
+                    self._wait_at_most(0)
                     self._socket.recv(1)
                 except ssl.SSLError as said:
                     return said if said.reason else error
@@ -191,32 +190,16 @@ class TcpTransport:
                     pass
         return error
 
-    def _heard(self) -> bool:
-        """Whether the peer has said something since we began to send, or is gone."""
-        try:
-            self._socket.settimeout(0)
-            self._early += self._socket.recv(_EARLY)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return False
-        except OSError:  # the next call says which
-            pass
-        return True
-
-    def _set_patience(self, within: float | None = None) -> None:
-        left = None if self._deadline is None else self._deadline - time.monotonic()
-        if left is not None and left <= 0:
-            raise TransportError("the peer takes longer than it may")
-        times = [seconds for seconds in (self._timeout, within, left) if seconds is not None]
-        patience = max(min(times), 0.001) if times else None
-        if patience != self._socket.gettimeout():
-            self._socket.settimeout(patience)
-
 
 class TcpListener:
-    """Accepts connections, one at a time; for many, and for those who mean ill, see `AsyncListener`. `port` 0 picks a free one,
-    which `port` then tells; a context manager.
+    """Accepts connections one at a time, each when `accept` is called; a context manager.
 
-    `tls`: see `server_tls`; without it only this machine is listened to, unless `plaintext` says that the network is trusted.
+    `port` 0 picks a free one, which `port` then tells.
+
+    `tls`: see `server_tls`; without it only this machine is listened to, unless `plaintext` says that the network is
+    trusted. `timeout` and `min_rate` are those of the transports, and `accept` waits for `timeout` at most. It has no
+    `connections` and no `on_error`, as `AsyncListener` has: how many are served, and what comes of an error, is up to
+    whoever calls `accept`.
     """
 
     def __init__(
@@ -227,6 +210,7 @@ class TcpListener:
         tls: ssl.SSLContext | None = None,
         plaintext: bool = False,
         timeout: float | None = TIMEOUT,
+        min_rate: float = MIN_RATE,
     ) -> None:
         require_protection(host, tls, plaintext)
         try:
@@ -234,20 +218,26 @@ class TcpListener:
             self._socket = socket.create_server((host, port), family=family)
         except OSError as error:
             raise TransportError(f"cannot listen on {host}:{port}: {error}") from error
+        self._socket.settimeout(timeout)
         self._tls = tls
         self._timeout = timeout
-        self._socket.settimeout(timeout)
+        self._min_rate = min_rate
+        self.host = host
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self) -> TcpTransport:
-        """Wait for a peer. Raises TransportError after the timeout, AuthError where its certificate is not what it must be."""
+        """Wait for a peer.
+
+        Raises TransportError after the timeout, AuthError where its certificate is not what it must be; the next call
+        waits for another peer.
+        """
         try:
             connection, _ = self._socket.accept()
         except OSError as error:
             raise failed("waiting for a peer", error) from error
         if self._tls is not None:
-            connection = _handshake(connection, self._tls, server_side=True)
-        return TcpTransport(connection, timeout=self._timeout)
+            connection = _handshake(self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False))
+        return TcpTransport(connection, timeout=self._timeout, min_rate=self._min_rate)
 
     def close(self) -> None:
         """Stop listening; accepted connections live on."""
@@ -260,7 +250,7 @@ class TcpListener:
         self.close()
 
 
-def tune(connection: Any) -> None:
+def tune(connection: socket.socket) -> None:
     """Send small messages at once, and keep little in the system's buffers."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
@@ -271,18 +261,34 @@ def tune(connection: Any) -> None:
 
 @cache
 def _may_fix_window() -> bool:
-    """Whether the system gives the receive buffer we ask for. Where it would give less, and keep it at that, its own choice is
-    better: 6 MiB at most by Linux's defaults, the same that cap what may be asked for.
+    """Whether the system gives the receive buffer we ask for.
+
+    Where it would give less, and keep it at that, its own choice is better: 6 MiB at most by Linux's defaults, the same
+    that cap what may be asked for.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _UNREAD)
         return probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= _UNREAD
 
 
-def _handshake(connection: socket.socket, tls: ssl.SSLContext, **side: Any) -> ssl.SSLSocket:
+def _handshake(connection: ssl.SSLSocket) -> ssl.SSLSocket:
     connection.settimeout(HANDSHAKE)
     try:
-        return tls.wrap_socket(connection, **side)
+        connection.do_handshake()
+        return connection
     except OSError as error:
+        if isinstance(error, ssl.SSLError):
+            _be_heard(connection)
         connection.close()
         raise failed("agreeing on TLS", error) from error
+
+
+def _be_heard(connection: ssl.SSLSocket) -> None:
+    """Let the alert reach the peer: closing with something unread would reset the connection, and lose it."""
+    plain = socket.socket(fileno=connection.detach())
+    with plain, suppress(OSError):
+        plain.shutdown(socket.SHUT_WR)
+        plain.settimeout(_LAST_WORDS)
+        until = time.monotonic() + _LAST_WORDS
+        while time.monotonic() < until and plain.recv(_EARLY):
+            pass

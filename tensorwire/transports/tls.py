@@ -1,16 +1,19 @@
 """TLS 1.3 through the standard library, and where plain text may go.
 
-Certificates come as PEM files. A listener has a certificate and its key; whoever connects checks it against `ca` and against the
-host name. With mutual TLS the one who connects has a certificate too, and the listener checks it against its own `ca`.
+Certificates come as PEM files. A listener has a certificate and its key; whoever connects checks it against `ca` and
+against the host name. With mutual TLS the one who connects has a certificate too, and the listener checks it against
+its own `ca`.
 """
 
 import os
 import ssl
+from collections.abc import Mapping
 from ipaddress import ip_address
+from typing import Any
 
 from tensorwire.errors import AuthError, TransportError
 
-Path = str | os.PathLike
+Path = str | os.PathLike[str]
 
 
 def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.SSLContext:
@@ -22,14 +25,17 @@ def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.S
     _load(context, certificate, key, ca)
     if ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
-    # Tickets for later sessions would lie unread at a peer that only sends: its close would be a reset, and lose what it sent last.
+    # Tickets for later sessions would lie unread at a peer that only sends: its close would be a reset, and lose what
+    # it sent last.
     context.num_tickets = 0
     return context
 
 
 def client_tls(*, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
-    """For those who connect. `ca`: trust this authority alone, and not those the system trusts. `certificate`, `key`: who we are,
-    for mutual TLS. Raises AuthError as `server_tls` does.
+    """For those who connect.
+
+    `ca`: trust this authority alone, and not those the system trusts. `certificate`, `key`: who we are, for mutual TLS.
+    Raises AuthError as `server_tls` does.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if ca is None:
@@ -46,6 +52,12 @@ def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -
             "(plaintext=True, --plaintext)",
             retryable=False,
         )
+
+
+def common_name(certificate: Mapping[str, Any] | None) -> str | None:
+    """The common name in a certificate as `SSLSocket.getpeercert` gives it, None without."""
+    subject = (certificate or {}).get("subject", ())
+    return next((value for part in subject for key, value in part if key == "commonName"), None)
 
 
 def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, ca: Path | None) -> None:

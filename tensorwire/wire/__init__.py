@@ -1,11 +1,11 @@
 """Bytes <-> events, without I/O: the format of docs/format.md and nothing else.
 
-`Reader` is fed bytes and gives events; `Writer` is given events and gives buffers. Both walk the one table of legal
-steps in `ledger.py`, so that the writer refuses whatever the reader would refuse. Knows no codec, socket or thread;
-the checksum is handed in.
+`Reader` is fed bytes and gives events; `Writer` is given events and gives buffers; `Archive` gives single items of a
+stream at rest. All three walk the one table of legal steps in `ledger.py`: what one of them refuses, each does. Knows
+no codec, socket or thread; the checksum is handed in.
 """
 
-from tensorwire.wire.archive import Index, IndexEntry, pack_index
+from tensorwire.wire.archive import Archive, RandomAccess, StoredSlice
 from tensorwire.wire.frames import FrameType, Header
 from tensorwire.wire.items import (
     AliasItem,
@@ -36,22 +36,23 @@ from tensorwire.wire.writer import Writer
 __all__ = [
     "NEED_DATA",
     "AliasItem",
+    "Archive",
     "ContainerItem",
     "DataItem",
     "Event",
     "FileItem",
     "FrameType",
     "Header",
-    "Index",
-    "IndexEntry",
     "Item",
     "ItemStart",
     "Kind",
+    "RandomAccess",
     "Reader",
     "Skipped",
     "Slice",
     "SlicePart",
     "SliceStart",
+    "StoredSlice",
     "StreamEnd",
     "StreamInfo",
     "StreamStart",
@@ -59,5 +60,4 @@ __all__ = [
     "TensorItem",
     "ValueItem",
     "Writer",
-    "pack_index",
 ]

@@ -1,22 +1,61 @@
-"""Where bytes come from: anything with `readinto`, any buffer, any iterable of buffers."""
+"""Who feeds a consumer from what: blocking sources with `pull`, asynchronous ones with `pull_async`.
 
-from collections.abc import Generator, Iterable, Iterator
+A source is anything with `readinto`; `as_source` and `as_async_source` make one of a buffer or of an iterable of
+buffers. A buffer or an iterable is one stream and nothing else, so bytes after the end frame are an error there; a file
+or a socket may carry on.
+"""
+
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
 from contextlib import closing
-from typing import Any, Protocol
+from inspect import isawaitable
+from typing import Any, Protocol, TypeVar
 
-from tensorwire.errors import FormatError
-from tensorwire.wire import NEED_DATA, Reader
+from tensorwire.errors import FormatError, TransportError
+from tensorwire.wire.reader import NEED_DATA, NeedData, Reader
+
+ResultT = TypeVar("ResultT")
+ResultT_co = TypeVar("ResultT_co", covariant=True)
 
 
 class Source(Protocol):
-    """A blocking byte source, as raw files and sockets are."""
+    """A blocking byte source, as raw files are."""
 
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Fill `buffer` with at least one byte and return how many; 0 at the end of input."""
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill `buffer` with at least one byte and return how many; 0 at the end of input.
+
+        None, which a non-blocking file gives when it has nothing yet, is refused by whoever drives.
+        """
+
+
+class AsyncSource(Protocol):
+    """A byte source for coroutines."""
+
+    async def readinto(self, buffer: memoryview, /) -> int | None:
+        """As `Source.readinto`."""
+
+
+class Consumer(Protocol[ResultT_co]):
+    """What takes a stream in, without its input.
+
+    `steps` yields results and NEED_DATA, after which `get_buffer()` is to be filled and `buffer_updated(n)` called (0:
+    the input has ended), or `lend(data)` in place of both. Whoever drives it decides how bytes are waited for.
+    """
+
+    def steps(self) -> Generator[ResultT_co | NeedData, None, None]:
+        """Results, and NEED_DATA."""
+
+    def get_buffer(self) -> memoryview:
+        """`Reader.get_buffer`."""
+
+    def buffer_updated(self, size: int) -> None:
+        """`Reader.buffer_updated`."""
+
+    def lend(self, data: memoryview) -> None:
+        """`Reader.lend`."""
 
 
 class _Bytes:
-    """One buffer that holds one stream and nothing else."""
+    """One buffer."""
 
     def __init__(self, data: Any) -> None:
         self._rest = memoryview(data).cast("B")
@@ -33,38 +72,73 @@ class _Bytes:
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
 
-    def finish(self, offset: int) -> None:
-        if self._rest:
-            raise FormatError(f"{len(self._rest)} bytes after the end frame", offset=offset)
+    def holds_more(self) -> bool:
+        return len(self._rest) > 0
 
 
 class _Chunks:
     """An iterable of buffers, which may be cut anywhere."""
 
     def __init__(self, chunks: Iterable[Any]) -> None:
-        self._chunks: Iterator[Any] = iter(chunks)
-        self._rest = memoryview(b"")
+        self._chunks = iter(chunks)
+        self._current = _Bytes(b"")
 
     def readinto(self, buffer: memoryview, /) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk).cast("B")
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
+        return self._current.readinto(buffer) if self.holds_more() else 0
 
-    def finish(self, offset: int) -> None:
-        if self._rest or any(memoryview(chunk).nbytes for chunk in self._chunks):
-            raise FormatError("bytes after the end frame", offset=offset)
+    def holds_more(self) -> bool:
+        if self._current.holds_more():
+            return True
+        for chunk in self._chunks:
+            self._current = _Bytes(chunk)
+            if self._current.holds_more():
+                return True
+        return False
+
+
+class _AsyncChunks:
+    """The same, of an asynchronous iterable."""
+
+    def __init__(self, chunks: AsyncIterable[Any]) -> None:
+        self._chunks = aiter(chunks)
+        self._current = _Bytes(b"")
+
+    async def readinto(self, buffer: memoryview, /) -> int:
+        return self._current.readinto(buffer) if await self.holds_more() else 0
+
+    async def holds_more(self) -> bool:
+        if self._current.holds_more():
+            return True
+        async for chunk in self._chunks:
+            self._current = _Bytes(chunk)
+            if self._current.holds_more():
+                return True
+        return False
+
+
+async def _each(chunks: Iterable[Any]) -> AsyncIterator[Any]:
+    for chunk in chunks:
+        yield chunk
+
+
+class _Either:
+    """What has a `readinto` that may or may not be a coroutine function."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    async def readinto(self, buffer: memoryview, /) -> int | None:
+        got = self._source.readinto(buffer)
+        return await got if isawaitable(got) else got  # type: ignore[no-any-return]  # what it gives is checked later
 
 
 def as_source(data: Any) -> Source:
-    """`data` as a Source. Raises TypeError for what is none."""
+    """`data` as a Source: a buffer, an iterable of buffers, or what has `readinto`.
+
+    Raises TypeError for anything else.
+    """
     if hasattr(data, "readinto"):
-        return data
+        return data  # type: ignore[no-any-return]  # what its readinto gives is checked when it is called
     try:
         return _Bytes(data)
     except TypeError:
@@ -74,38 +148,85 @@ def as_source(data: Any) -> Source:
     raise TypeError(f"expected a buffer, an iterable of buffers or something with readinto, not {type(data).__name__}")
 
 
-def may_wait(source: Source) -> bool:
+def as_async_source(data: Any) -> AsyncSource | _Bytes:
+    """`data` for `pull_async`: a buffer, an iterable or asynchronous iterable of buffers, or what has `readinto`.
+
+    `readinto` may be a coroutine function; one that is not is called on the event loop, as iterables are, and must not
+    wait. Raises TypeError for anything else.
+    """
+    if hasattr(data, "readinto"):
+        return _Either(data)
+    if isinstance(data, AsyncIterable):
+        return _AsyncChunks(data)
+    source = as_source(data)
+    return source if isinstance(source, _Bytes) else _AsyncChunks(_each(data))
+
+
+def may_wait(source: Source | AsyncSource) -> bool:
     """Whether reading from it may take time that work can be done in."""
     return not isinstance(source, _Bytes)
 
 
-def finish(source: Source, offset: int) -> None:
-    """After the end frame, which ended at `offset`: refuse what is left of a buffer or iterable. A file or socket may carry on."""
-    if isinstance(source, (_Bytes, _Chunks)):
-        source.finish(offset)
+def pull(consumer: Consumer[ResultT], source: Source) -> Iterator[ResultT]:
+    """The results of a consumer that is fed from a blocking source.
 
-
-class Consumer(Protocol):
-    """What takes a stream in, without its input: `steps` yields NEED_DATA, after which `get_buffer()` is to be filled and
-    `buffer_updated(n)` told (0: the input has ended), and results. Whoever drives it decides how bytes are waited for.
+    Raises FormatError for bytes after the end frame in a buffer or iterable, TransportError for a source that is
+    non-blocking.
     """
+    fed = 0
+    with closing(consumer.steps()) as steps:
+        for step in steps:
+            if step is not NEED_DATA:
+                yield step
+            elif isinstance(source, _Bytes):
+                fed += _feed_bytes(consumer, source)
+            else:
+                fed += _feed(consumer, source.readinto(consumer.get_buffer()))
+    if isinstance(source, (_Bytes, _Chunks)) and source.holds_more():
+        raise FormatError("bytes after the end frame", offset=fed)
 
-    def steps(self) -> Generator[Any, None, None]: ...
 
-    def get_buffer(self) -> memoryview: ...
+async def pull_async(consumer: Consumer[ResultT], source: AsyncSource | _Bytes) -> AsyncIterator[ResultT]:
+    """As `pull`, from what `as_async_source` gives, or any other source whose `readinto` is a coroutine function."""
+    fed = 0
+    with closing(consumer.steps()) as steps:
+        for step in steps:
+            if step is not NEED_DATA:
+                yield step
+            elif isinstance(source, _Bytes):
+                fed += _feed_bytes(consumer, source)
+            else:
+                fed += _feed(consumer, await source.readinto(consumer.get_buffer()))
+    more = await source.holds_more() if isinstance(source, _AsyncChunks) else False
+    if more or (isinstance(source, _Bytes) and source.holds_more()):
+        raise FormatError("bytes after the end frame", offset=fed)
 
-    def buffer_updated(self, size: int) -> None: ...
 
-    def lend(self, data: memoryview) -> None: ...
+def _feed_bytes(consumer: Consumer[Any], source: _Bytes) -> int:
+    """Hand over what the consumer lacks, where it stands if it may; returns its size."""
+    data = source.take(len(consumer.get_buffer()))
+    if source.lasting:
+        consumer.lend(data)
+        return len(data)
+    consumer.get_buffer()[: len(data)] = data
+    return _feed(consumer, len(data))
 
 
-class FromReader(Consumer):
+def _feed(consumer: Consumer[Any], size: int | None) -> int:
+    """Say that `size` bytes were read into the consumer's buffer; returns it."""
+    if size is None:
+        raise TransportError("the source is non-blocking and has nothing yet: give one that waits", retryable=False)
+    consumer.buffer_updated(size)
+    return size
+
+
+class FromReader(Consumer[ResultT]):
     """A Consumer around a Reader that can also be iterated over where it has a source of its own."""
 
     _reader: Reader
     _source: Source | None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[ResultT]:
         assert self._source is not None
         return pull(self, self._source)
 
@@ -120,21 +241,3 @@ class FromReader(Consumer):
     def lend(self, data: memoryview) -> None:
         """`Reader.lend`."""
         self._reader.lend(data)
-
-
-def pull(consumer: Consumer, source: Source) -> Iterator[Any]:
-    """The results of a consumer that is fed from a blocking source."""
-    offset = 0
-    with closing(consumer.steps()) as steps:
-        for step in steps:
-            if step is not NEED_DATA:
-                yield step
-            elif isinstance(source, _Bytes) and source.lasting:
-                data = source.take(len(consumer.get_buffer()))
-                consumer.lend(data)
-                offset += len(data)
-            else:
-                got = source.readinto(consumer.get_buffer()) or 0
-                consumer.buffer_updated(got)
-                offset += got
-    finish(source, offset)

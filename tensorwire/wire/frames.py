@@ -36,6 +36,12 @@ class FrameType(IntEnum):
     DATA = 3
     END = 4
     INDEX = 0x81
+    TARGET = 0x82
+
+    @classmethod
+    def label(cls, number: int) -> str:
+        """The name of a type, its number where this version has no name for it."""
+        return cls(number).name if number in _KNOWN else f"type {number:#04x}"
 
 
 _KNOWN: Final = frozenset(FrameType)
@@ -51,9 +57,14 @@ class Header(NamedTuple):
     item: int
     link: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a field of the format, which hides tuple.count
     payload_crc: int
     crc: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole frame."""
+        return HEADER_SIZE + self.pad + self.length
 
 
 def pack_preamble(checksum: Checksum) -> bytes:
@@ -62,12 +73,14 @@ def pack_preamble(checksum: Checksum) -> bytes:
     return body + _CRC.pack(checksum(body, 0))
 
 
-def check_preamble(data: bytes, checksum: Checksum) -> int:
+def check_preamble(data: bytes | memoryview, checksum: Checksum) -> int:
     """Return the preamble's CRC, the link of the first frame.
 
     Raises FormatError (not a stream), UnsupportedError (another version, byte order or critical feature),
     CorruptError.
     """
+    magic: bytes
+    crc: int
     magic, major, minor, flags, crc = _PREAMBLE.unpack(data)
     if magic == MAGIC[::-1]:
         raise UnsupportedError("the magic is byte-swapped: written big-endian; streams are little-endian", offset=0)
@@ -102,7 +115,9 @@ def pack_header(
     return body + _CRC.pack(crc), header
 
 
-def unpack_header(data: bytes | memoryview, checksum: Checksum, *, frame: int, offset: int) -> Header:
+def unpack_header(
+    data: bytes | bytearray | memoryview, checksum: Checksum, *, frame: int | None, offset: int
+) -> Header:
     """Check a header's CRC and reserved bits, then return it. `frame` and `offset` name it in errors."""
     (kind, flags, pad, reserved, sequence, length, item, link, start, count, payload_crc, crc) = _HEADER.unpack(data)
     if checksum(data[:_CRC_OFFSET], 0) != crc:
@@ -114,3 +129,16 @@ def unpack_header(data: bytes | memoryview, checksum: Checksum, *, frame: int, o
     if kind != FrameType.DATA and (pad or (item and kind != FrameType.ITEM) or start or count):
         raise FormatError(f"frame type {kind} must leave pad, item, start and count zero", frame=frame, offset=offset)
     return Header(kind, pad, sequence, length, item, link, start, count, payload_crc, crc)
+
+
+def check_payload(crc: int, header: Header, *, offset: int, item: str | None = None) -> None:
+    """Raise CorruptError unless `crc` is what the header of the frame at `offset` says of its payload."""
+    if crc != header.payload_crc:
+        place = offset + HEADER_SIZE
+        raise CorruptError("payload checksum mismatch", frame=header.sequence, item=item, offset=place)
+
+
+def check_padding(padding: bytes | bytearray | memoryview, header: Header, *, offset: int) -> None:
+    """Raise FormatError unless the bytes before the payload of the frame at `offset` are zero."""
+    if any(padding):
+        raise FormatError("padding is not zero", frame=header.sequence, offset=offset)

@@ -1,27 +1,40 @@
 """What has passed in a stream so far, and whether a frame may come next (docs/format.md, sections 3, 6 and 7).
 
-Reader and writer each keep one `Ledger` and ask it before every frame. The legal order is the table `TRANSITIONS`;
-sequence numbers, links to the previous frame, slice positions and the tree of containers are checked beside it.
+Reader, writer and archive each keep a `Ledger` and ask it before every frame. The legal order is the table
+`TRANSITIONS`; sequence numbers, links to the previous frame, slice positions and the tree of containers are checked
+beside it.
 """
 
 import hashlib
 import struct
 from collections import deque
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Final
 
-from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError
+from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError, WireError
 from tensorwire.limits import Limits
 from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE, SKIPPABLE, FrameType, Header
-from tensorwire.wire.items import AliasItem, ContainerItem, DataItem, Item, Kind, Path, TensorItem
+from tensorwire.wire.items import (
+    AliasItem,
+    ContainerItem,
+    DataItem,
+    Item,
+    Key,
+    Kind,
+    Path,
+    StreamInfo,
+    TensorItem,
+    unpack_item,
+    unpack_stream,
+)
 
 _END: Final = struct.Struct("<QQQQ32s")
 END_SIZE: Final = _END.size
 _MAX_SEQUENCE: Final = (1 << 32) - 1
 
 
-class State(Enum):
+class State(IntEnum):
     """Where a stream is."""
 
     OPENING = auto()  # the preamble has passed
@@ -30,7 +43,7 @@ class State(Enum):
     ENDED = auto()
 
 
-class Step(Enum):
+class Step(IntEnum):
     """What a frame does."""
 
     STREAM = auto()
@@ -58,6 +71,15 @@ TRANSITIONS: Final[dict[State, dict[Step, State]]] = {
     State.ENDED: {},
 }
 
+# Where a frame begins in the stream, and the sequence number and link that its header must have.
+Mark = tuple[int, int, int]
+
+_STEPS: Final[dict[int, Step]] = {
+    FrameType.STREAM: Step.STREAM,
+    FrameType.ITEM: Step.ITEM,
+    FrameType.END: Step.END,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -70,17 +92,35 @@ class Summary:
     digest: bytes
 
     def pack(self) -> bytes:
+        """The END payload."""
         return _END.pack(self.items, self.frames, self.size, self.index_offset, self.digest)
 
     @classmethod
     def unpack(cls, payload: bytes | memoryview) -> "Summary":
+        """The summary in an END payload, which has the right length."""
         return cls(*_END.unpack(payload))
 
 
 class Ledger:
-    """The account of one stream, kept by its reader and by its writer alike."""
+    """The account of one stream."""
 
-    def __init__(self, limits: Limits, preamble: bytes, link: int) -> None:
+    __slots__ = (
+        "_digest",
+        "_index_offset",
+        "_is_tensor",
+        "_tree",
+        "align",
+        "items",
+        "limits",
+        "link",
+        "offset",
+        "pending",
+        "position",
+        "sequence",
+        "state",
+    )
+
+    def __init__(self, limits: Limits, preamble: bytes | None, link: int) -> None:
         self.limits = limits
         self.state = State.OPENING
         self.sequence = 0  # of the next frame
@@ -91,131 +131,207 @@ class Ledger:
         self.position = 0  # elements of the current item that have passed
         self.pending: deque[tuple[int, DataItem]] = deque()  # items whose data is still to come, in order
         self._index_offset = 0
-        self._digest = hashlib.sha256(preamble)
+        # None: not every frame will be seen.
+        self._digest = None if preamble is None else hashlib.sha256(preamble)
         self._tree = _Tree()
         self._is_tensor = bytearray()  # by item number
+
+    @classmethod
+    def within(cls, limits: Limits, mark: Mark, align: int, number: int, item: DataItem) -> "Ledger":
+        """The account of one item's data alone, whose first frame is at `mark`."""
+        ledger = cls(limits, None, 0)
+        ledger.state, ledger.align = State.PARTIAL, align
+        ledger.offset, ledger.sequence, ledger.link = mark
+        ledger.pending.append((number, item))
+        return ledger
+
+    @property
+    def mark(self) -> Mark:
+        """Of the next frame."""
+        return self.offset, self.sequence, self.link
 
     def padding(self) -> int:
         """Zero bytes between the next data frame's header and its payload."""
         return -(self.offset + HEADER_SIZE) % self.align
 
-    def admit(self, header: Header) -> None:
-        """Raise unless a frame with this header may come next. Changes nothing."""
-        where = {"frame": self.sequence, "offset": self.offset}
+    def admit(self, header: Header) -> Step:
+        """What a frame with this header does. Raises unless it may come next; changes nothing."""
         if header.sequence != self.sequence:
-            raise SequenceError(f"expected frame {self.sequence}, got {header.sequence}", **where)
+            raise SequenceError(f"expected frame {self.sequence}, got {header.sequence}", **self._where())
         if header.link != self.link:
-            raise SequenceError("frame does not follow the one before it: spliced from another stream", **where)
-        if self.sequence == _MAX_SEQUENCE:
-            raise LimitError("frames", _MAX_SEQUENCE, self.sequence + 1, **where)
-        size = self.offset + HEADER_SIZE + header.pad + header.length
-        if size > self.limits.stream:
-            raise LimitError("stream", self.limits.stream, size, **where)
-        if self._step(header) not in TRANSITIONS[self.state]:
-            raise SequenceError(f"a {_name(header.type)} frame cannot come here ({self.state.name.lower()})", **where)
-        if header.type == FrameType.ITEM:
+            detail = "frame does not follow the one before it: spliced from another stream"
+            raise SequenceError(detail, **self._where())
+        step = self._step(header)
+        if step not in TRANSITIONS[self.state]:
+            name = FrameType.label(header.type)
+            raise SequenceError(f"a {name} frame cannot come here ({self.state.name.lower()})", **self._where())
+        if header.type == FrameType.DATA:
+            self._admit_slice(header)
+        elif header.type == FrameType.ITEM:
             if header.item != self.items:
-                raise SequenceError(f"expected item {self.items}, got {header.item}", **where)
-            if self.items == self.limits.items:
-                raise LimitError("items", self.limits.items, self.items + 1, **where)
-        elif header.type == FrameType.DATA:
-            self._admit_slice(header, where)
+                raise SequenceError(f"expected item {self.items}, got {header.item}", **self._where())
         elif header.type == FrameType.END:
-            if self.pending:
-                raise FormatError("end frame before the data of all items", item=self.pending[0][1].name, **where)
-            if not self.items:
-                raise FormatError("a stream holds at least its root item", **where)
-        _check_length(header, self.limits, where)
+            self._admit_end(header)
+        self._admit_size(header)
+        return step
 
-    def _admit_slice(self, header: Header, where: dict[str, int]) -> None:
+    def _admit_slice(self, header: Header) -> None:
         number, item = self.pending[0]
+        total = item.total
         if header.item != number:
-            raise SequenceError(f"expected data of item {number}, got item {header.item}", **where)
+            raise SequenceError(f"expected data of item {number}, got item {header.item}", **self._where())
         if header.start != self.position:
-            raise SequenceError(f"expected element {self.position}, got {header.start}", item=item.name, **where)
-        if item.total is None:
+            detail = f"expected element {self.position}, got {header.start}"
+            raise SequenceError(detail, item=item.name, **self._where())
+        if total is None:
             if (header.count == 0) != (header.length == 0):
-                raise FormatError("only the empty closing frame has no bytes", item=item.name, **where)
-            if header.start + header.count > self.limits.stream:
-                raise LimitError("file", self.limits.stream, header.start + header.count, **where)
+                raise FormatError("only the empty closing frame has no bytes", item=item.name, **self._where())
         elif header.count == 0 or header.length == 0:
-            raise FormatError("empty data frame", item=item.name, **where)
-        elif header.start + header.count > item.total:
-            raise FormatError("data beyond the end of the item", item=item.name, **where)
+            raise FormatError("empty data frame", item=item.name, **self._where())
+        elif header.start + header.count > total:
+            raise FormatError("data beyond the end of the item", item=item.name, **self._where())
         if header.pad != self.padding():
-            raise FormatError(f"padding is {header.pad}, must be {self.padding()}", item=item.name, **where)
+            detail = f"padding is {header.pad}, must be {self.padding()}"
+            raise FormatError(detail, item=item.name, **self._where())
+
+    def _admit_end(self, header: Header) -> None:
+        if self.pending:
+            detail = "end frame before the data of all items"
+            raise SequenceError(detail, item=self.pending[0][1].name, **self._where())
+        if not self.items:
+            raise SequenceError("end frame before the root item", **self._where())
+        if header.length != END_SIZE:
+            raise FormatError(f"end frame of {header.length} bytes, must be {END_SIZE}", **self._where())
+
+    def _admit_size(self, header: Header) -> None:
+        """Hold the header to the limits. Sizes are exact: Python's integers do not wrap."""
+        limits, size = self.limits, self.offset + HEADER_SIZE + header.pad + header.length
+        if self.sequence == _MAX_SEQUENCE:
+            raise LimitError("frames", _MAX_SEQUENCE, self.sequence + 1, **self._where())
+        if size > limits.stream:
+            raise LimitError("stream", limits.stream, size, **self._where())
+        if header.type == FrameType.DATA:
+            name, limit = "item", limits.item
+            if header.start + header.count > limits.stream and self.pending[0][1].total is None:
+                raise LimitError("file", limits.stream, header.start + header.count, **self._where())
+        elif header.type == FrameType.ITEM:
+            name, limit = "descriptor", limits.descriptor
+            if self.items == limits.items:
+                raise LimitError("items", limits.items, self.items + 1, **self._where())
+        elif header.type == FrameType.STREAM:
+            name, limit = "metadata", limits.metadata
+        elif header.type >= SKIPPABLE:
+            name, limit = "skippable", limits.skippable
+        else:
+            return
+        if header.length > limit:
+            name = f"length of a {FrameType.label(header.type)} frame ({name})"
+            raise LimitError(name, limit, header.length, **self._where())
 
     def _step(self, header: Header) -> Step:
-        if header.type >= SKIPPABLE:
-            return Step.SKIP
         if header.type != FrameType.DATA:
-            return Step[FrameType(header.type).name]
+            return Step.SKIP if header.type >= SKIPPABLE else _STEPS[header.type]
         if not self.pending:
-            raise SequenceError("data without an item", frame=self.sequence, offset=self.offset)
+            raise SequenceError("data without an item", **self._where())
         total = self.pending[0][1].total
         last = header.count == 0 if total is None else header.start + header.count == total
         return Step.LAST if last else Step.SLICE
 
+    def read_stream(self, payload: bytes | memoryview) -> StreamInfo:
+        """What the verified payload of an admitted STREAM frame says, taken note of."""
+        try:
+            info = unpack_stream(bytes(payload), self.limits)
+        except WireError as error:
+            error.frame, error.offset = self.sequence, self.offset
+            raise
+        self.align = info.align
+        return info
+
+    def read_item(self, payload: bytes | memoryview) -> Item:
+        """What the verified payload of an admitted ITEM frame says, taken note of."""
+        try:
+            item = unpack_item(payload, self.limits)
+            self.add_item(item)
+        except WireError as error:
+            error.frame, error.offset = self.sequence, self.offset
+            raise
+        return item
+
+    def read_end(self, payload: bytes | memoryview) -> Summary:
+        """What the verified payload of an admitted END frame says, compared with the account."""
+        summary = Summary.unpack(payload)
+        self._check_summary(summary)
+        return summary
+
     def add_item(self, item: Item) -> None:
         """Take note of the item that the current ITEM frame describes. Raises where it cannot stand here."""
         self._tree.add(item)
+        total = item.total
         if isinstance(item, AliasItem):
             # So that a receiver knows all names of a tensor when it arrives, and need not keep it for later ones.
             waiting = self.pending and self.pending[0][0] <= item.of < self.items and self._is_tensor[item.of]
             if not waiting:
                 raise FormatError(f"alias of item {item.of}, not an earlier tensor still to come", item=item.name)
-        self._is_tensor.append(isinstance(item, TensorItem) and item.total != 0)
-        if not isinstance(item, (AliasItem, ContainerItem)) and item.total != 0:
+        elif not isinstance(item, ContainerItem) and total != 0:
             self.pending.append((self.items, item))
+        self._is_tensor.append(isinstance(item, TensorItem) and total != 0)
         self.items += 1
 
-    def pass_frame(self, header: Header, packed: bytes) -> None:
-        """Enter an admitted and verified frame into the account."""
-        step = self._step(header)
+    def pass_frame(self, header: Header, packed: bytes | bytearray | memoryview, step: Step) -> None:
+        """Enter an admitted and verified frame into the account. `step` is what `admit` said."""
         self.state = TRANSITIONS[self.state][step]
         if step is Step.SLICE:
             self.position += header.count
         elif step is Step.LAST:
             self.pending.popleft()
             self.position = 0
-        if header.type == FrameType.INDEX:
+        elif step is Step.SKIP and header.type == FrameType.INDEX:
             self._index_offset = self.offset
-        self._digest.update(packed)
+        if self._digest is not None:
+            self._digest.update(packed)
         self.link = header.crc
         self.sequence += 1
         self.offset += HEADER_SIZE + header.pad + header.length
 
+    def pass_data(self, mark: Mark) -> None:
+        """Go on at `mark`, beyond data that is not read, of an item that is pending no more."""
+        if mark[1] <= self.sequence or mark[0] < self.offset + HEADER_SIZE:
+            raise FormatError("the index is not in the order of frames", offset=self.offset)
+        self.offset, self.sequence, self.link = mark
+
     def summary(self) -> Summary:
         """What the END frame has to say at this point."""
-        return Summary(self.items, self.sequence, self.offset, self._index_offset, self._digest.digest())
+        digest = b"" if self._digest is None else self._digest.digest()
+        return Summary(self.items, self.sequence, self.offset, self._index_offset, digest)
 
-    def check_summary(self, got: Summary) -> None:
-        """Compare an END frame with the account."""
+    def _check_summary(self, got: Summary) -> None:
+        """Compare an END frame with the account; the digest only where every frame was seen."""
         expected = self.summary()
-        where = {"frame": self.sequence, "offset": self.offset}
         for field in ("items", "frames", "size", "index_offset"):
             if getattr(got, field) != getattr(expected, field):
-                raise FormatError(
-                    f"end frame says {field}={getattr(got, field)}, the stream has {getattr(expected, field)}",
-                    **where,
-                )
-        if got.digest != expected.digest:
-            raise CorruptError("stream digest mismatch", **where)
+                detail = f"end frame says {field}={getattr(got, field)}, the stream has {getattr(expected, field)}"
+                raise FormatError(detail, **self._where())
+        if self._digest is not None and got.digest != expected.digest:
+            raise CorruptError("stream digest mismatch", **self._where())
+
+    def _where(self) -> dict[str, int]:
+        return {"frame": self.sequence, "offset": self.offset}
 
 
 class _Tree:
     """The containers that are open: items come depth-first, parents before children, siblings in order."""
 
+    __slots__ = ("_open", "_started")
+
     def __init__(self) -> None:
-        self._open: list[tuple[Path, Kind, set]] = []
+        self._open: list[tuple[Path, Kind, set[Key]]] = []
         self._started = False
 
     def add(self, item: Item) -> None:
-        if not item.path:
-            if self._started:
-                raise SequenceError("a second root item")
-        else:
+        if item.path:
             self._add_child(item)
+        elif self._started:
+            raise FormatError("a second root item")
         self._started = True
         if isinstance(item, ContainerItem):
             self._open.append((item.path, item.kind, set()))
@@ -229,24 +345,7 @@ class _Tree:
         _, kind, keys = self._open[-1]
         if kind == Kind.DICT:
             if key in keys:
-                raise SequenceError("duplicate key", item=item.name)
+                raise FormatError("a key of a container appears twice", item=item.name)
         elif type(key) is not int or key != len(keys):
             raise FormatError(f"expected element {len(keys)} of a {kind.name.lower()}", item=item.name)
         keys.add(key)
-
-
-def _check_length(header: Header, limits: Limits, where: dict[str, int]) -> None:
-    name, limit = {
-        FrameType.STREAM: ("metadata", limits.metadata),
-        FrameType.ITEM: ("descriptor", limits.descriptor),
-        FrameType.DATA: ("item", limits.item),
-        FrameType.END: ("end frame", END_SIZE),
-    }.get(header.type, ("skippable", limits.skippable))  # type: ignore[call-overload]
-    if header.length > limit:
-        raise LimitError(f"length of a {_name(header.type)} frame ({name})", limit, header.length, **where)
-    if header.type == FrameType.END and header.length != END_SIZE:
-        raise FormatError(f"end frame of {header.length} bytes, must be {END_SIZE}", **where)
-
-
-def _name(number: int) -> str:
-    return FrameType(number).name if number in FrameType._value2member_map_ else f"type {number}"

@@ -19,64 +19,67 @@ then the payload CRC, then the event. The reader never asks for a byte beyond th
 
 from collections.abc import Generator
 from copy import copy
-from dataclasses import dataclass
-from typing import Any, Final
+from enum import Enum, auto
+from typing import Any, Final, NamedTuple
 
 from tensorwire.checksum import Checksum
-from tensorwire.errors import CorruptError, FormatError, TruncatedError, WireError
+from tensorwire.errors import FormatError, TruncatedError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
     PREAMBLE_SIZE,
+    SKIPPABLE,
     FrameType,
     Header,
+    check_padding,
+    check_payload,
     check_preamble,
     unpack_header,
 )
-from tensorwire.wire.items import DataItem, Item, StreamInfo, unpack_item, unpack_stream
-from tensorwire.wire.ledger import Ledger, Summary
+from tensorwire.wire.items import DataItem, Item, StreamInfo
+from tensorwire.wire.ledger import Ledger, Step, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
 _UNDIRECTED: Final = None, False
 _STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
 
 
-class _NeedData:
+class NeedData(Enum):
+    """The type of `NEED_DATA`, an enumeration of one so that type checkers know what else an outcome may be."""
+
+    NEED_DATA = auto()
+
     def __repr__(self) -> str:
         return "NEED_DATA"
 
 
-NEED_DATA: Final = _NeedData()
+NEED_DATA: Final = NeedData.NEED_DATA
 
 
-@dataclass(frozen=True, slots=True)
-class StreamStart:
+class StreamStart(NamedTuple):
     """The stream has begun."""
 
     info: StreamInfo
 
 
-@dataclass(frozen=True, slots=True)
-class ItemStart:
+class ItemStart(NamedTuple):
     """An item was described; its data follows later unless `item.total` is 0."""
 
     number: int
     item: Item
 
 
-@dataclass(frozen=True, slots=True)
-class SliceStart:
+class SliceStart(NamedTuple):
     """A data frame's header is verified, its `length` payload bytes are still to come."""
 
     number: int
     item: DataItem
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, as in Header
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class SlicePart:
+class SlicePart(NamedTuple):
     """The place that was directed is full, not verified yet; `left` bytes of the payload are to be directed."""
 
     number: int
@@ -85,8 +88,7 @@ class SlicePart:
     left: int
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`.
 
     `payload` is where it was directed (its last part) or, where it was not, a buffer of its own.
@@ -95,21 +97,19 @@ class Slice:
     number: int
     item: DataItem
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, as in Header
     payload: memoryview
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
+class Skipped(NamedTuple):
     """A skippable frame, the index or one of a type that this version does not know, was verified and dropped."""
 
     type: int
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class StreamEnd:
+class StreamEnd(NamedTuple):
     """The whole stream is verified."""
 
     summary: Summary
@@ -139,7 +139,7 @@ class Reader:
         self._error: WireError | None = None
         self._steps = self._run()
 
-    def next_event(self) -> Event | _NeedData:
+    def next_event(self) -> Event | NeedData:
         """The next event, or NEED_DATA. After an error every further call raises it again."""
         if self._error is not None:
             raise copy(self._error)
@@ -189,7 +189,7 @@ class Reader:
         while not self.ended:
             event = self.next_event()
             if event is not NEED_DATA:
-                yield event  # type: ignore[misc]
+                yield event
             elif taken == len(view):
                 break
             else:
@@ -217,7 +217,7 @@ class Reader:
             raise ValueError(f"destination of {destination.nbytes} bytes for {left} bytes of payload")
         return destination, anywhere
 
-    def _run(self) -> Generator[Event | _NeedData, None, None]:
+    def _run(self) -> Generator[Event | NeedData, None, None]:
         preamble = bytearray(PREAMBLE_SIZE)
         yield from self._fill(memoryview(preamble))
         link = check_preamble(bytes(preamble), self._checksum)
@@ -228,23 +228,22 @@ class Reader:
             self.frame = None
             header = unpack_header(packed, self._checksum, frame=ledger.sequence, offset=ledger.offset)
             self.frame = header, ledger.offset
-            ledger.admit(header)
+            step = ledger.admit(header)
             if header.type == FrameType.DATA:
-                event = yield from self._read_slice(ledger, header)
+                event = yield from self._read_slice(ledger, header, last=step is Step.LAST)
             else:
                 event = yield from self._read_message(ledger, header)
-            ledger.pass_frame(header, bytes(packed))
+            ledger.pass_frame(header, packed, step)
             yield event
 
-    def _read_slice(self, ledger: Ledger, header: Header) -> Generator[Event | _NeedData, None, Event]:
+    def _read_slice(self, ledger: Ledger, header: Header, *, last: bool) -> Generator[Event | NeedData, None, Event]:
         number, item = ledger.pending[0]
         self._destination = _UNDIRECTED
         yield SliceStart(number, item, header.start, header.count, header.length)
         destination, anywhere = self._directed(header.length)
         pad = bytearray(header.pad)
         yield from self._fill(memoryview(pad))
-        if any(pad):
-            raise FormatError("padding is not zero", frame=ledger.sequence, offset=ledger.offset)
+        check_padding(pad, header, offset=ledger.offset)
         if destination is None:
             destination = yield from self._buffer(header.length)
             crc = self._checksum(destination, 0)
@@ -258,34 +257,24 @@ class Reader:
                     raise ValueError(f"{left} bytes of payload that were not directed")
                 destination, crc = yield from self._fill_checked(destination, crc, anywhere)
                 left -= destination.nbytes
-        self._verify(crc, header, item)
-        last = header.start + header.count == item.total if item.total is not None else header.count == 0
+        check_payload(crc, header, offset=ledger.offset, item=item.name)
         return Slice(number, item, header.start, header.count, destination, last)
 
-    def _read_message(self, ledger: Ledger, header: Header) -> Generator[_NeedData, None, Event]:
-        if header.type not in FrameType._value2member_map_ or header.type == FrameType.INDEX:
-            yield from self._skip(header)
+    def _read_message(self, ledger: Ledger, header: Header) -> Generator[NeedData, None, Event]:
+        if header.type >= SKIPPABLE:
+            yield from self._skip(ledger, header)
             return Skipped(header.type, header.length)
         payload = bytes((yield from self._buffer(header.length)))
-        self._verify(self._checksum(payload, 0), header, None)
-        try:
-            if header.type == FrameType.STREAM:
-                info = unpack_stream(payload, self._limits)
-                ledger.align = info.align
-                return StreamStart(info)
-            if header.type == FrameType.ITEM:
-                item = unpack_item(payload, self._limits)
-                ledger.add_item(item)
-                return ItemStart(header.item, item)
-        except WireError as error:
-            error.frame, error.offset = ledger.sequence, ledger.offset
-            raise
-        summary = Summary.unpack(payload)
-        ledger.check_summary(summary)
+        check_payload(self._checksum(payload, 0), header, offset=ledger.offset)
+        if header.type == FrameType.STREAM:
+            return StreamStart(ledger.read_stream(payload))
+        if header.type == FrameType.ITEM:
+            return ItemStart(header.item, ledger.read_item(payload))
+        summary = ledger.read_end(payload)
         self.ended = True
         return StreamEnd(summary)
 
-    def _skip(self, header: Header) -> Generator[_NeedData, None, None]:
+    def _skip(self, ledger: Ledger, header: Header) -> Generator[NeedData, None, None]:
         scratch = memoryview(bytearray(min(header.length, _SKIP_BUFFER)))
         crc, left = 0, header.length
         while left:
@@ -293,26 +282,16 @@ class Reader:
             yield from self._fill(part)
             crc = self._checksum(part, crc)
             left -= len(part)
-        self._verify(crc, header, None)
+        check_payload(crc, header, offset=ledger.offset)
 
-    def _verify(self, crc: int, header: Header, item: Item | None) -> None:
-        if crc != header.payload_crc:
-            assert self._ledger is not None
-            raise CorruptError(
-                "payload checksum mismatch",
-                frame=header.sequence,
-                item=item.name if item else None,
-                offset=self._ledger.offset + HEADER_SIZE,
-            )
-
-    def _fill(self, buffer: memoryview) -> Generator[_NeedData, None, None]:
+    def _fill(self, buffer: memoryview) -> Generator[NeedData, None, None]:
         self._wanted = buffer
         if buffer:  # `next_event` comes back when all of it is filled
             yield NEED_DATA
 
     def _fill_checked(
         self, buffer: memoryview, crc: int, anywhere: bool
-    ) -> Generator[_NeedData, None, tuple[memoryview, int]]:
+    ) -> Generator[NeedData, None, tuple[memoryview, int]]:
         """The bytes, in `buffer` or where they were lent, and their checksum."""
         self._anywhere = anywhere
         yield from self._fill(buffer)
@@ -320,7 +299,7 @@ class Reader:
         filled = buffer if lent is None else lent
         return filled, self._checksum(filled, crc)
 
-    def _buffer(self, length: int) -> Generator[_NeedData, None, memoryview]:
+    def _buffer(self, length: int) -> Generator[NeedData, None, memoryview]:
         parts = []
         for done in range(0, length, _STEP):
             parts.append(bytearray(min(_STEP, length - done)))

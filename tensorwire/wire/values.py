@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgpack
 
-from tensorwire.errors import EncodeError, FormatError, LimitError, show
+from tensorwire.errors import EncodeError, FormatError, LimitError, UnsupportedError, WireError, show
 from tensorwire.limits import Limits
 from tensorwire.wire.items import MAX_INT_KEY
 
@@ -22,16 +22,20 @@ _SCALARS: Final = frozenset({bool, float, str, bytes})
 
 def pack_value(value: Any, limits: Limits) -> bytes:
     """The bytes of a value. Raises EncodeError for anything that would not come back equal, types included."""
-    _check(value, limits.nesting)
+    try:
+        _check(value, 0, limits.nesting)
+    except WireError as error:
+        raise EncodeError(error.detail) from None
     return _pack(value)
 
 
 def _pack(value: Any) -> bytes:
     # Strict: a tuple, and what is not exactly a list or dict, goes through `_to_wire`.
     try:
-        return msgpack.packb(value, default=_to_wire, strict_types=True)
+        payload: bytes = msgpack.packb(value, default=_to_wire, strict_types=True)
     except UnicodeEncodeError:
         raise EncodeError("text with lone surrogates cannot be sent") from None
+    return payload
 
 
 def _to_wire(value: Any) -> Any:
@@ -41,16 +45,17 @@ def _to_wire(value: Any) -> Any:
 
 
 def unpack_value(payload: bytes, limits: Limits) -> Any:
-    """The value of received bytes. Raises FormatError or LimitError."""
+    """The value of received bytes. Raises FormatError, LimitError or UnsupportedError."""
     if payload[:1] and not _is_text(payload[0]) and len(payload) > limits.composite:
         raise LimitError("composite value", limits.composite, len(payload))
     depth = 0
 
-    def extension(code: int, data: bytes) -> tuple:
+    def extension(code: int, data: bytes) -> tuple[Any, ...]:
         nonlocal depth
         depth += 1
-        if code != _TUPLE or depth > limits.nesting:
-            raise FormatError("a value holds an unknown extension, or tuples nested too deep")
+        if code != _TUPLE:
+            raise UnsupportedError(f"a value holds an unknown extension, type {code}")
+        _check_depth(depth, limits.nesting)
         items = unpack(data)
         depth -= 1
         if type(items) is not list:
@@ -62,11 +67,12 @@ def unpack_value(payload: bytes, limits: Limits) -> Any:
 
     try:
         value = unpack(payload)
-        canonical = pack_value(value, limits) == payload
-    except EncodeError as error:
-        raise FormatError(f"a value that no writer sends: {error.detail}") from None
+        _check(value, 0, limits.nesting)
+        canonical = _pack(value) == payload
+    except msgpack.StackError:
+        raise LimitError("nesting", limits.nesting, limits.nesting + 1) from None
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        if isinstance(error, FormatError):
+        if isinstance(error, WireError):
             raise
         raise FormatError(f"a value is not msgpack: {show(str(error))}") from None
     if not canonical:
@@ -74,8 +80,8 @@ def unpack_value(payload: bytes, limits: Limits) -> Any:
     return value
 
 
-def _check(value: Any, depth: int) -> None:
-    """Raise EncodeError unless `value` is of the types that travel, at most `depth` containers deep.
+def _check(value: Any, depth: int, nesting: int) -> None:
+    """Raise unless `value`, within `depth` containers, is of the types that travel.
 
     Copies nothing: a hostile value takes 70 times its bytes once, and must not take it twice.
     """
@@ -83,24 +89,28 @@ def _check(value: Any, depth: int) -> None:
         return
     if type(value) is int:
         if not _MIN_INT <= value <= _MAX_INT:
-            raise EncodeError("an int beyond 64 bits cannot be sent; send it as text")
+            raise FormatError("an int beyond 64 bits cannot be sent; send it as text")
         return
-    if depth == 0:
-        raise EncodeError("nested too deep")
     if is_plain_dict(value):
         for key in value:
             if type(key) is not str and (type(key) is not int or abs(key) > MAX_INT_KEY):
-                raise EncodeError(f"dict key {show(key)} is neither text nor an int within 2^53")
+                raise FormatError(f"dict key {show(key)} is neither text nor an int within 2^53")
         children: Iterable[Any] = value.values()
     elif type(value) is list or is_plain_tuple(value):
         children = value
     else:
-        raise EncodeError(
+        raise UnsupportedError(
             f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent: "
             "only tensors, None, bool, int, float, str, bytes and dict, list and tuple of them"
         )
+    _check_depth(depth + 1, nesting)
     for child in children:
-        _check(child, depth - 1)
+        _check(child, depth + 1, nesting)
+
+
+def _check_depth(depth: int, nesting: int) -> None:
+    if depth > nesting:
+        raise LimitError("nesting", nesting, depth)
 
 
 def is_plain_dict(value: Any) -> bool:
@@ -113,7 +123,7 @@ def is_plain_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and not hasattr(value, "_fields")
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict:
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     for key, _ in pairs:
         if type(key) is not str and type(key) is not int:
             raise FormatError("a dict key is neither text nor an int")

@@ -1,15 +1,11 @@
 """Events in, bytes out. A payload never passes through here: only its length and checksum do."""
 
-from typing import Final
-
 from tensorwire.checksum import Checksum
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.wire.archive import IndexEntry, pack_index
+from tensorwire.wire.archive import NO_DATA, pack_index
 from tensorwire.wire.frames import FrameType, pack_header, pack_preamble
 from tensorwire.wire.items import Item, StreamInfo, pack_item, pack_stream
-from tensorwire.wire.ledger import Ledger
-
-_NO_DATA: Final = (0, 0, 0)
+from tensorwire.wire.ledger import Ledger, Mark
 
 
 class Writer:
@@ -24,7 +20,7 @@ class Writer:
         preamble = pack_preamble(checksum)
         self._preamble = preamble
         self._ledger = Ledger(limits, preamble, int.from_bytes(preamble[-4:], "little"))
-        self._entries: list[IndexEntry] | None = [] if index else None
+        self._entries: list[tuple[Mark, Mark]] | None = [] if index else None  # as `pack_index` takes them
 
     @property
     def offset(self) -> int:
@@ -42,7 +38,7 @@ class Writer:
         payload = pack_item(item, self._limits)
         ledger = self._ledger
         if self._entries is not None:
-            self._entries.append(IndexEntry(ledger.offset, ledger.sequence, ledger.link, *_NO_DATA))
+            self._entries.append((ledger.mark, NO_DATA))
         return self._message(FrameType.ITEM, payload, item=item)
 
     def data(self, start: int, count: int, length: int, crc: int) -> bytes:
@@ -65,11 +61,10 @@ class Writer:
             count=count,
             pad=pad,
         )
-        ledger.admit(header)
+        step = ledger.admit(header)
         if self._entries is not None and start == 0:
-            place = (ledger.offset, ledger.sequence, ledger.link)
-            self._entries[number] = IndexEntry(*self._entries[number][:3], *place)
-        ledger.pass_frame(header, packed)
+            self._entries[number] = self._entries[number][0], ledger.mark
+        ledger.pass_frame(header, packed, step)
         return packed + bytes(pad)
 
     def end(self) -> bytes:
@@ -90,8 +85,8 @@ class Writer:
             payload_crc=self._checksum(payload, 0),
             item=ledger.items if item is not None else 0,
         )
-        ledger.admit(header)
+        step = ledger.admit(header)
         if item is not None:
             ledger.add_item(item)
-        ledger.pass_frame(header, packed)
+        ledger.pass_frame(header, packed, step)
         return packed + payload

@@ -17,15 +17,17 @@ __all__ = [
     "INDEX",
     "ITEM",
     "STREAM",
+    "TARGET",
     "Frame",
     "assemble",
+    "at_rest",
     "cut",
     "end",
     "preamble",
     "take_apart",
 ]
 
-STREAM, ITEM, DATA, END, INDEX = 1, 2, 3, 4, 0x81
+STREAM, ITEM, DATA, END, INDEX, TARGET = 1, 2, 3, 4, 0x81, 0x82
 PREAMBLE_SIZE, HEADER_SIZE = 16, 48
 _HEADER = struct.Struct("<BBBBIQIIQQII")
 
@@ -104,6 +106,23 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
         digest.update(packed)
         link = int.from_bytes(packed[-4:], "little")
     return bytes(stream)
+
+
+def at_rest(frames: Iterable[Frame], *, head: bytes | None = None, align: int = 1) -> bytes:
+    """The same frames as a file: aligned to 64 where the STREAM frame says 1, with an index and an end frame.
+
+    What is there already stays as it is, with every flaw.
+    """
+    first, *others = frames
+    payload = first.payload or b""
+    if first.type == STREAM and payload[1:8] in (b"\xa5align\x01", b"\xa5align\x40"):
+        first = replace(first, payload=payload[:7] + b"\x40" + payload[8:])
+        align = 64
+    if not others or others[-1].type != END:
+        others.append(end())
+    if all(frame.type != INDEX for frame in others):
+        others.insert(-1, Frame(INDEX, None))
+    return assemble([first, *others], align=align, head=head)
 
 
 def cut(stream: bytes) -> Iterator[bytes]:

@@ -12,19 +12,26 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
+sys.path += [str(HERE), str(HERE.parent)]
 
 import numpy as np
 from bad import BAD
-from frames import Frame, assemble, take_apart
+from frames import TARGET, Frame, assemble, at_rest, take_apart
 from reference import crc32c
+from vectors import InMemory
 
 import tensorwire.numpy as tw
-from tensorwire import dtypes, encode_file
+from tensorwire import dtypes, encode_file, register
+from tensorwire.checksum import crc32c as tw_crc32c
+from tensorwire.codecs import RAW, Encoded, Packer, Range, Sizes, parameter
+from tensorwire.files.tw import read_item
+from tensorwire.streams.receiver import check_codec
+from tensorwire.wire import AliasItem, Archive, FileItem, TensorItem, ValueItem
 
 LIBZSTD = (1, 5, 7)  # of the stored vectors: another version may compress to other bytes
 GOLDEN: dict[str, Callable[[], bytes]] = {}
@@ -108,7 +115,7 @@ VALUES: dict[str, Any] = {
         -(2**63),
     ],
     "floats": [0.0, -0.0, 1.5, float("inf"), float("-inf"), 5e-324],
-    "text": ["", "weight", "größe ✓ 𝛼", "\n\x00\x1b", "x" * 32],
+    "text": ["", "weight", "größe ✓ \U0001d6fc", "\n\x00\x1b", "x" * 32],
     "bytes": [b"", b"\x00\xff", b"y" * 17],
     "tuple": (1, (), (2.0, [None]), {"k": ()}),
     "keys": {0: "int", "0": "text", -(2**53): 1, 2**53: 2, "": 3},
@@ -126,8 +133,40 @@ NESTED: dict[str, Any] = {
 }
 
 
+@register
+@dataclass(frozen=True, repr=False)
+class Complement(Packer):
+    """A private stage: each byte, exclusive or `mask`."""
+
+    mask: int = parameter(0xFF, Range(0, 255), wire=True)
+
+    id, name, lossless, exact_length = 45_000, "complement", True, True
+
+    def accepts(self, dtype: dtypes.DType) -> bool:
+        return dtype is not dtypes.BOOL
+
+    def sizes(self, count: int, dtype: dtypes.DType) -> Sizes:
+        return Sizes(count * dtype.itemsize)
+
+    def encode(self, data: Any, extent: Any, take: Any, context: Any = None) -> Encoded:
+        return Encoded(np.frombuffer(data, np.uint8) ^ np.uint8(self.mask))
+
+    def decode(self, payload: memoryview, extent: Any, out: Any, uncached: bool | None = None) -> None:
+        np.bitwise_xor(np.frombuffer(payload, np.uint8), np.uint8(self.mask), out=out)
+
+
+def complement() -> bytes:
+    numbers = np.arange(7, dtype=np.uint8)
+    tensors = {"f32": weights((3, 5), "complement"), "bool": np.array([True, False]), "u8": numbers}
+    return tw.dumps(tensors, codec={"f32": "complement", "*": "complement:mask=85"})
+
+
+# Vectors with private stages, which a reader has to be told of: in a folder of their own.
+PRIVATE: dict[str, Callable[[], bytes]] = {"complement": complement}
+
+
 def golden(recipe: Callable[[], bytes]) -> Callable[[], bytes]:
-    GOLDEN[recipe.__name__.replace("_", "-")] = recipe
+    GOLDEN[recipe.__name__.strip("_").replace("_", "-")] = recipe
     return recipe
 
 
@@ -245,7 +284,16 @@ def metadata_id() -> bytes:
 
 
 @golden
-def at_rest() -> bytes:
+def target() -> bytes:
+    """By hand: the version that the stream makes, named ahead in STREAM and again in a frame before END."""
+    digest = hashlib.sha256(b"a version").digest()
+    first, *others, last = take_apart(tw.dumps({"a": np.arange(3, dtype=np.uint8)}))
+    first = Frame(first.type, b"\x82\xa5align\x01\xa6target\xc4\x20" + digest)
+    return assemble([first, *others, Frame(TARGET, digest), last])
+
+
+@golden
+def at_rest_() -> bytes:
     tensors = {
         "a": weights((2, 9), "rest"),
         "q": weights(33, "rest"),
@@ -302,6 +350,50 @@ def future_minor() -> bytes:
     return assemble(take_apart(tw.dumps(7)), head=head + struct.pack("<I", crc32c(head)))
 
 
+def expected() -> dict[str, Any]:
+    """What is in each good vector, and the kind of error of each bad one, for readers in any language.
+
+    An item's `sha256` is that of its decoded bytes: little-endian elements in C order, a value's msgpack, a file's
+    content.
+    """
+    good = {name: _described(recipe()) for name, recipe in GOLDEN.items()}
+    return {"good": good, "bad": {name: error for name, (error, _, _) in BAD.items()}}
+
+
+def _described(stream: bytes) -> dict[str, Any]:
+    archive = Archive(InMemory(at_rest(take_apart(stream), head=stream[:16])), tw_crc32c, accept=id)
+    items = []
+    for number, item in enumerate(archive.items):
+        entry: dict[str, Any] = {"path": [*item.path], "kind": item.kind.name.lower()}
+        if isinstance(item, TensorItem):
+            entry |= {"dtype": item.dtype.name, "shape": [*item.shape], "codec": item.codec}
+        if isinstance(item, AliasItem):
+            entry |= {"of": item.of}
+        if isinstance(item, (TensorItem, ValueItem, FileItem)):
+            codec = RAW if isinstance(item, ValueItem) else check_codec(item)
+            entry |= {"sha256": hashlib.sha256(read_item(archive, number, item, codec)).hexdigest()}
+        items.append(entry)
+    info = archive.info
+    told = {"id": info.id.hex(), "target": info.target.hex(), "metadata": dict(info.metadata)}
+    return {key: value for key, value in told.items() if value} | {"items": items}
+
+
+def listed() -> str:
+    """The content of vectors.json: a line an item."""
+    made = expected()
+    lines = ["{", ' "good": {']
+    for name, vector in made["good"].items():
+        lines.append(f"  {json.dumps(name)}: {{")
+        lines += [f"   {json.dumps(key)}: {json.dumps(vector[key])}," for key in vector if key != "items"]
+        lines.append('   "items": [')
+        lines.append(",\n".join(f"    {json.dumps(item)}" for item in vector["items"]))
+        lines.append("   ]\n  },")
+    lines[-1] = lines[-1].rstrip(",")
+    lines.append(' },\n "bad": {')
+    lines.append(",\n".join(f"  {json.dumps(name)}: {json.dumps(kind)}" for name, kind in made["bad"].items()))
+    return "\n".join([*lines, " }\n}\n"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="write also those that are there already")
@@ -311,13 +403,16 @@ def main() -> None:
         path = HERE / f"{name}.tw"
         if everything or not path.exists():
             path.write_bytes(recipe())
-    errors = {}
-    for name, (error, says, recipe) in BAD.items():
-        errors[name] = {"error": error, "says": says}
+    (HERE / "private").mkdir(exist_ok=True)
+    for name, recipe in PRIVATE.items():
+        path = HERE / "private" / f"{name}.tw"
+        if everything or not path.exists():
+            path.write_bytes(recipe())
+    for name, (_, _, recipe) in BAD.items():
         path = HERE / "bad" / f"{name}.tw"
         if everything or not path.exists():
             path.write_bytes(recipe())
-    (HERE / "bad" / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
+    (HERE / "vectors.json").write_text(listed())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,19 @@ import zstandard
 
 import tensorwire.numpy as tw
 from tensorwire import TensorwireError, decode_file
+from tensorwire.checksum import crc32c
+from tensorwire.files.tw import read_item
+from tensorwire.streams.receiver import check_codec
+from tensorwire.wire import Archive, FileItem
 
 __all__ = [
     "GOOD",
+    "WAYS",
+    "InMemory",
     "Verdict",
+    "by_file",
+    "by_index",
+    "content",
     "library",
     "plain",
     "read_reference",
@@ -58,23 +67,86 @@ def library(data: bytes | Iterable[bytes], *, file: bool = False) -> Verdict:
 
     Anything but a value or a TensorwireError is the caller's to see.
     """
-    try:
-        if not file:
-            return Verdict(plain(tw.loads(data)))
-        target = _FOLDER / "received"
-        target.unlink(missing_ok=True)
-        try:
-            name = decode_file(data, target)
-        except TensorwireError:
-            assert not any(_FOLDER.iterdir()), "a failure left something behind"
-            raise
-        return Verdict(reference.File(target.read_bytes()), name=name)
-    except TensorwireError as error:
-        return Verdict(None, type(error).__name__, str(error), error.frame, error.offset)
+    return _verdict(lambda: _received(data) if file else Verdict(plain(tw.loads(data))))
+
+
+def by_file(data: bytes, *, file: bool = False) -> Verdict:
+    """The same of a file that is streamed from front to back."""
+    path = _at_rest(data)
+    if not file:
+        return _verdict(lambda: Verdict(plain(tw.load_file(path))))
+    with open(path, "rb", buffering=0) as source:
+        return _verdict(lambda: _received(source))
+
+
+def by_index(data: bytes, *, file: bool = False) -> Verdict:
+    """The same of a file that is opened by its index and of which every item is read."""
+    path = _at_rest(data)
+    return _verdict(lambda: _carried(data) if file else _opened(path))
 
 
 def single_bytes(data: bytes) -> Iterable[bytes]:
     return (data[at : at + 1] for at in range(len(data)))
+
+
+def bytewise(data: bytes, *, file: bool = False) -> Verdict:
+    """The library's reading of single bytes."""
+    return library(single_bytes(data), file=file)
+
+
+# From front to back, however the bytes come. Whatever they say, `by_index` must say.
+WAYS = (library, bytewise, by_file)
+
+
+def _verdict(read: Callable[[], Verdict]) -> Verdict:
+    try:
+        return read()
+    except TensorwireError as error:
+        return Verdict(None, type(error).__name__, str(error), error.frame, error.offset)
+
+
+def _received(source: Any) -> Verdict:
+    target = _FOLDER / "received"
+    target.unlink(missing_ok=True)
+    try:
+        name = decode_file(source, target)
+    except TensorwireError:
+        assert not target.exists(), "a failure left something behind"
+        raise
+    return Verdict(reference.File(target.read_bytes()), name=name)
+
+
+def _at_rest(data: bytes) -> Path:
+    path = _FOLDER / "stream.tw"
+    path.write_bytes(data)
+    return path
+
+
+def _opened(path: Path) -> Verdict:
+    """Items by name, in the order of the file."""
+    with tw.open_file(path) as opened:
+        return Verdict({name: plain(opened[name]) for name in opened})
+
+
+class InMemory(NamedTuple):
+    """`tensorwire.wire.RandomAccess` over bytes."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, offset: int, size: int) -> memoryview:
+        assert offset >= 0 and size >= 0 and offset + size <= len(self.data)
+        return memoryview(self.data)[offset : offset + size]
+
+
+def _carried(data: bytes) -> Verdict:
+    """The one file in a stream, which `open_file` leaves to the functions for files."""
+    archive = Archive(InMemory(data), crc32c, accept=lambda what: isinstance(what, FileItem) and check_codec(what))
+    ((number, item),) = (pair for pair in enumerate(archive.items) if isinstance(pair[1], FileItem))
+    return Verdict(reference.File(read_item(archive, number, item, check_codec(item)).tobytes()), name=item.name)
 
 
 def zstd_decompress(frame: bytes) -> bytes:

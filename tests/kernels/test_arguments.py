@@ -81,7 +81,7 @@ class TestArguments:
         expected = 0 if name == "cast" else None if name in ("dequantize_4bit", "dequantize_int8") else True
         assert call(kernels, name) is expected
 
-    @pytest.mark.parametrize("name, key", ARRAYS)
+    @pytest.mark.parametrize(("name", "key"), ARRAYS)
     def test_size(self, kernels: ModuleType, name: str, key: str) -> None:
         right = correct(name)[key]
         sets_n = key == "values" or (key == "out" and name != "cast")
@@ -93,33 +93,33 @@ class TestArguments:
             else:
                 assert key in message and str(right.size) in message
 
-    @pytest.mark.parametrize("name, key", ARRAYS)
+    @pytest.mark.parametrize(("name", "key"), ARRAYS)
     def test_dtype(self, kernels: ModuleType, name: str, key: str) -> None:
         right = correct(name)[key]
         for dtype in (np.float64, np.int32, np.uint32, np.bool_, np.complex64, right.dtype.newbyteorder()):
             if np.dtype(dtype) != right.dtype:
                 assert key in refused(kernels, name, TypeError, **{key: np.zeros(right.size, dtype)})
 
-    @pytest.mark.parametrize("name, key", ALWAYS)
+    @pytest.mark.parametrize(("name", "key"), ALWAYS)
     def test_no_array(self, kernels: ModuleType, name: str, key: str) -> None:
         for value in (None, 1, [0.0] * N):
             refused(kernels, name, TypeError, **{key: value})
 
-    @pytest.mark.parametrize("name, key", ARRAYS)
+    @pytest.mark.parametrize(("name", "key"), ARRAYS)
     def test_dimensions(self, kernels: ModuleType, name: str, key: str) -> None:
         right = correct(name)[key]
         for shape in ((1, right.size), (right.size, 1)):
             assert key in refused(kernels, name, TypeError, **{key: right.reshape(shape)})
         assert key in refused(kernels, name, TypeError, **{key: right[0].reshape(())})
 
-    @pytest.mark.parametrize("name, key", ALWAYS)
+    @pytest.mark.parametrize(("name", "key"), ALWAYS)
     def test_gaps(self, kernels: ModuleType, name: str, key: str) -> None:
         right = correct(name)[key]
         for with_gaps in (np.zeros(2 * right.size, right.dtype)[::2], right[::-1]):
             with pytest.raises(ValueError, match=key):
                 call(kernels, name, **{key: with_gaps})
 
-    @pytest.mark.parametrize("name, key", OUTPUTS)
+    @pytest.mark.parametrize(("name", "key"), OUTPUTS)
     def test_read_only_output(self, kernels: ModuleType, name: str, key: str) -> None:
         array = correct(name)[key]
         array.setflags(write=False)
@@ -132,7 +132,7 @@ class TestArguments:
             array.setflags(write=False)
         call(kernels, name, **inputs)
 
-    @pytest.mark.parametrize("name, key", OUTPUTS)
+    @pytest.mark.parametrize(("name", "key"), OUTPUTS)
     def test_overlap(self, kernels: ModuleType, name: str, key: str) -> None:
         """By one byte, of an output with each other array, at either end."""
         output = correct(name)[key]
@@ -149,7 +149,7 @@ class TestArguments:
                 message = refused(kernels, name, ValueError, **pair)
                 assert key in message and other in message
 
-    @pytest.mark.parametrize("name, key", OUTPUTS)
+    @pytest.mark.parametrize(("name", "key"), OUTPUTS)
     def test_neighbours_do_not_overlap(self, kernels: ModuleType, name: str, key: str) -> None:
         output = correct(name)[key]
         for other in array_names(name):

@@ -276,7 +276,7 @@ class TestExamples:
             assert codes.tolist() == expected.tolist()
             assert scales.tolist() == expected_scales.tolist()
 
-    @pytest.mark.parametrize("method, db", [("nf4", 20.7), ("fp4", 18.3), ("int8", 40.4), ("linear", 44.5)])
+    @pytest.mark.parametrize(("method", "db"), [("nf4", 20.7), ("fp4", 18.3), ("int8", 40.4), ("linear", 44.5)])
     def test_noise_on_normal_data(self, kernels: ModuleType, method: str, db: float) -> None:
         x = sample("normal", 1 << 16, 2)
         _, codes, stats = encode(kernels, method, x, 64)
@@ -363,7 +363,7 @@ class TestCast:
         assert overflows == overflowed.sum()
 
     @pytest.mark.parametrize(
-        "dtype, wide, narrow",
+        ("dtype", "wide", "narrow"),
         [
             ("float16", 0x7F800001, 0x7E00),
             ("float16", 0xFFFFFFFF, 0xFFFF),

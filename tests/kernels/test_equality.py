@@ -131,7 +131,7 @@ class TestAbsmax:
 PAIRS = [("float32", "float16"), ("float32", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32")]
 
 
-@pytest.mark.parametrize("source, target", PAIRS)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 class TestCast:
     def check(self, native: ModuleType, values: Array, target: str, *, offset: int = 0) -> None:
         for saturate in (False, True):
@@ -200,7 +200,7 @@ class TestHugeOutputs:
         found = decode(native, method, codes, stats, times * PERIOD + REST, 64, dtype, offset)
         assert (bits(found) == bits(repeated(expected, PERIOD, times))).all()
 
-    @pytest.mark.parametrize("source, target", PAIRS)
+    @pytest.mark.parametrize(("source", "target"), PAIRS)
     def test_cast(self, native: ModuleType, source: str, target: str, offset: int) -> None:
         values = as_float(sample("bits", PERIOD + REST, 14), source)
         expected = np.empty(values.size, float_dtype(target))

@@ -1,4 +1,6 @@
-"""A call shared by threads gives the bits of a call alone: over odd lengths, from several callers at once, and after a fork."""
+"""A call shared by threads gives the bits of a call alone: over odd lengths, from several callers at once, and after
+a fork.
+"""
 
 import os
 import subprocess

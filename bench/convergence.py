@@ -1,6 +1,7 @@
 """Does quantizing the messages hurt learning? Every setting, several seeds, one table, one picture.
 
-    python -m tensorwire.fl.convergence --out DIR
+    python bench/convergence.py --out DIR
+    python bench/convergence.py --out DIR --tiny      # two settings, one round: whether it runs at all
 
 Writes DIR/convergence.json (one run a line), .md and .png. Takes the extra `fl`; some 10 minutes on 2 cores.
 """
@@ -13,11 +14,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import tensorwire
-from tensorwire.fl.simulate import Plan, simulate
+from tensorwire.fl.plan import Plan
+from tensorwire.fl.simulate import simulate
 from tensorwire.fl.task import State, language_model
+from tensorwire.updates import UpdateKind
 
 Run = dict[str, Any]
 
@@ -26,23 +29,34 @@ FP32: Final = "fp32"
 CENTRAL: Final = "centralized"
 PRETRAINED: Final = "pre-trained"
 _CODECS: Final = ("bf16", "fp16", "int8", "nf4", "fp4")
-_WEIGHTS: Final = {CENTRAL: Plan(), FP32: Plan()} | {codec: Plan(down=codec, up=codec) for codec in _CODECS}
 
 
-def _differences(codec: str, **options: Any) -> Plan:
-    return Plan(down=codec, up=codec, down_kind="difference", up_kind="difference", **options)
+class Setting(NamedTuple):
+    """How models and updates travel."""
+
+    down: str = "raw"
+    up: str = "raw"
+    down_kind: UpdateKind = "weights"
+    up_kind: UpdateKind = "weights"
+    feedback: bool = False
 
 
-# start -> setting -> plan. A random start moves far and forgives much; fine-tuning takes steps that are smaller
-# than what four bits of a weight can tell apart.
-SETTINGS: Final[dict[str, dict[str, Plan]]] = {
-    "random": _WEIGHTS | {f"{codec} differences": _differences(codec) for codec in ("nf4", "fp4")},
-    PRETRAINED: _WEIGHTS
-    | {"nf4 differences up": Plan(down="nf4", up="nf4", up_kind="difference")}
-    | {"bf16 down, nf4 differences up": Plan(down="bf16", up="nf4", up_kind="difference")}
-    | {f"{codec} differences": _differences(codec) for codec in ("nf4", "fp4")}
-    | {f"{codec} differences, feedback": _differences(codec, feedback=True) for codec in ("nf4", "fp4")},
+_WEIGHTS: Final = {CENTRAL: Setting(), FP32: Setting()} | {codec: Setting(codec, codec) for codec in _CODECS}
+_DIFFERENCES: Final = {
+    f"{codec} differences": Setting(codec, codec, "difference", "difference") for codec in ("nf4", "fp4")
 }
+
+# start -> setting. A random start moves far and forgives much; fine-tuning takes steps that are smaller
+# than what four bits of a weight can tell apart.
+SETTINGS: Final[dict[str, dict[str, Setting]]] = {
+    "random": _WEIGHTS | _DIFFERENCES,
+    PRETRAINED: _WEIGHTS
+    | {"nf4 differences up": Setting("nf4", "nf4", up_kind="difference")}
+    | {"bf16 down, nf4 differences up": Setting("bf16", "nf4", up_kind="difference")}
+    | _DIFFERENCES
+    | {f"{name}, feedback": setting._replace(feedback=True) for name, setting in _DIFFERENCES.items()},
+}
+TINY: Final = {start: {name: named[name] for name in (FP32, "nf4")} for start, named in SETTINGS.items()}
 # Of Okabe and Ito; the first whose name is part of a setting's.
 _COLOURS: Final = {
     CENTRAL: "#999999",
@@ -63,7 +77,7 @@ _PRETRAINING: Final = ((3e-3, 1000), (1e-3, 600))  # learning rate, steps of fou
 
 def experiment(
     out: Path,
-    settings: dict[str, dict[str, Plan]] = SETTINGS,
+    settings: dict[str, dict[str, Setting]] = SETTINGS,
     *,
     rounds: int = 20,
     seeds: int = 3,
@@ -76,11 +90,11 @@ def experiment(
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         ready = pool.submit(pretrain, pretrained, pretraining)
         jobs = []
-        for start, plans in settings.items():
+        for start, named in settings.items():
             if start == PRETRAINED:
                 ready.result()
-            for setting, plan in plans.items():
-                jobs += [pool.submit(run, start, setting, plan, seed, rounds, pretrained) for seed in range(seeds)]
+            for name, setting in named.items():
+                jobs += [pool.submit(run, start, name, setting, seed, rounds, pretrained) for seed in range(seeds)]
         for number, job in enumerate(as_completed(jobs), 1):
             done = job.result()
             name = f"{done['start']} {done['setting']} {done['seed']}"
@@ -102,18 +116,26 @@ def pretrain(path: Path, schedule: tuple[tuple[float, int], ...]) -> None:
     tensorwire.torch.save_file(dict(state), path)
 
 
-def run(start: str, setting: str, plan: Plan, seed: int, rounds: int, pretrained: Path) -> Run:
+def run(start: str, name: str, setting: Setting, seed: int, rounds: int, pretrained: Path) -> Run:
     """One curve: losses and bytes so far, from before the first round to after the last."""
     _one_thread()
     state = tensorwire.torch.load_file(pretrained) if start == PRETRAINED else None
     # One client with everybody's text and as many examples a step: training before it was federated.
-    clients, batch = (1, CLIENTS * _BATCH) if setting == CENTRAL else (CLIENTS, _BATCH)
+    clients, batch = (1, CLIENTS * _BATCH) if name == CENTRAL else (CLIENTS, _BATCH)
     task = language_model(
         clients=clients, batch=batch, seed=seed, steps=_STEPS, rate=_RATES[start], start=state, **_MODEL
     )
-    curve = list(simulate(task, plan, clients=clients, rounds=rounds))
+    plan = Plan(
+        rounds=rounds,
+        clients=clients,
+        down=setting.down,
+        up=setting.up,
+        kind=setting.up_kind,
+        feedback=setting.feedback,
+    )
+    curve = list(simulate(task, plan, down_kind=setting.down_kind))
     losses, sent = [round(point.loss, 5) for point in curve], [point.bytes for point in curve]
-    return {"start": start, "setting": setting, "seed": seed, "losses": losses, "bytes": sent}
+    return {"start": start, "setting": name, "seed": seed, "losses": losses, "bytes": sent}
 
 
 def _one_thread() -> None:
@@ -130,9 +152,9 @@ def table(runs: list[Run]) -> str:
         low, high = ends[FP32][0], ends[FP32][-1]
         rounds = len(curves[FP32][0]["losses"]) - 1
         begin = mean(each["losses"][0] for each in curves[FP32])
+        ends_between = f"between {low:.4f} and {high:.4f}, {high - low:.4f} apart"
         lines += [
-            f"Start: {start}, loss {begin:.4f}. After {rounds} rounds FL in fp32 ends between {low:.4f} and "
-            f"{high:.4f}, {high - low:.4f} apart.",
+            f"Start: {start}, loss {begin:.4f}. After {rounds} rounds FL in fp32 ends {ends_between}.",
             "",
             "| setting | MB a round and client | loss, mean | lowest to highest | above fp32 | within |",
             "|---|---|---|---|---|---|",
@@ -211,13 +233,19 @@ def _dashes(setting: str) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tensorwire.fl.convergence", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for convergence.json, .md and .png")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, help="at a time; one a core")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two settings, one round, one seed, hardly any pre-training"
+    )
     options = parser.parse_args()
-    runs = experiment(options.out, rounds=options.rounds, seeds=options.seeds, processes=options.processes)
+    if options.tiny:
+        runs = experiment(options.out, TINY, rounds=1, seeds=1, processes=1, pretraining=((3e-3, 1),))
+    else:
+        runs = experiment(options.out, rounds=options.rounds, seeds=options.seeds, processes=options.processes)
     print(table(runs))
 
 

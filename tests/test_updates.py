@@ -1,4 +1,4 @@
-"""The parts of the learning loop that need no network: slices, updates, checks, aggregation."""
+"""`tensorwire.updates`: pieces, differences, feedback, rounding, checks, the mean."""
 
 import json
 import math
@@ -21,10 +21,22 @@ from tensorwire.errors import (
     TruncatedError,
     WireError,
 )
-from tensorwire.fl.aggregate import Rules, UpdateError, aggregate, check_update
-from tensorwire.fl.updates import ErrorFeedback, Terms, arrays, encode, receive, views
 from tensorwire.limits import Limits
 from tensorwire.streams import Pieces
+from tensorwire.updates import (
+    ErrorFeedback,
+    Rules,
+    Terms,
+    UpdateError,
+    arrays,
+    average,
+    check_update,
+    encode,
+    receive,
+    stochastic_bf16,
+    subtract,
+    views,
+)
 
 CODECS = [
     "raw",
@@ -75,9 +87,7 @@ def upload(model, number, *, kind="difference", codec="nf4", frame_size=1 << 13,
     """What client `number` sends, its terms, and its model as the server is to see it, in float64."""
     terms = replace(TERMS, client=f"c{number}", kind=kind, weight=weight or 1.5 + number)
     state = trained(model, 100 + number)
-    data = joined(
-        encode(views(state, model if kind == "difference" else None), terms, codec=codec, frame_size=frame_size)
-    )
+    data = joined(encode(changes(state, model, kind), terms, codec=codec, frame_size=frame_size))
     sent = tensorwire.loads(data)
     values = {}
     for name, array in model.items():
@@ -98,6 +108,10 @@ def plain_mean(model, uploads):
             total = total + terms.weight * values[name]
         mean[name] = (total / weight).astype(array.dtype) if array.dtype.kind == "f" else array
     return mean
+
+
+def changes(state, base, kind):
+    return views(state) if kind == "weights" else subtract(state, base)
 
 
 def same(one, other):
@@ -176,7 +190,7 @@ def test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order(codec, ki
     for order in range(3):
         random.Random(order).shuffle(uploads)
         model = make_model()
-        aggregate([check_update(data, model, terms, Rules()) for data, terms, _ in uploads], model)
+        average([check_update(data, model, terms, Rules()) for data, terms, _ in uploads], into=model)
         assert same(model, expected)
 
 
@@ -201,7 +215,7 @@ def test_clients_may_differ_in_codec_kind_and_frame_size():
             replace(check_update(data, model, original, Rules()), terms=terms)
             for (data, original, _), (_, terms, _) in zip(uploads, turned, strict=True)
         ]
-        aggregate(updates, model)
+        average(updates, into=model)
         assert same(model, plain_mean(make_model(), turned))
 
 
@@ -215,7 +229,7 @@ def test_any_sizes_and_weights(sizes, weights, seed):
     model = {f"t{number}": draw.standard_normal(size).astype(np.float32) for number, size in enumerate(sizes)}
     before = {name: array.copy() for name, array in model.items()}
     uploads = [upload(before, number, codec="nf4", weight=weight) for number, weight in enumerate(weights)]
-    aggregate([check_update(data, model, terms, Rules()) for data, terms, _ in uploads], model)
+    average([check_update(data, model, terms, Rules()) for data, terms, _ in uploads], into=model)
     assert same(model, plain_mean(before, uploads))
 
 
@@ -229,8 +243,15 @@ def test_bfloat16_models_are_averaged_and_rounded_once():
         terms = replace(TERMS, client=f"c{number}", kind="weights", weight=1.0 + number)
         updates.append(check_update(joined(encode(views(state), terms)), model, terms, Rules()))
     expected = ((states[0]["a"].double() + 2 * states[1]["a"].double()) / 3).float().bfloat16()
-    aggregate(updates, model)
+    average(updates, into=model)
     assert model["a"].tobytes() == expected.view(torch.int16).numpy().tobytes()
+
+
+def test_views_can_be_put_in_a_row_and_be_made_of_views():
+    model = make_model()
+    state = trained(model, 1)
+    plain = joined(encode(subtract(state, model), TERMS))
+    assert joined(encode(ErrorFeedback().add(subtract(views(state), views(model))), TERMS)) == plain
 
 
 def test_tied_tensors_stay_tied_and_travel_once():
@@ -238,12 +259,12 @@ def test_tied_tensors_stay_tied_and_travel_once():
     model = {"embed": shared, "head": shared, "bias": np.zeros(3, np.float32)}
     state_shared = np.full((20, 10), 3, np.float32)
     state = {"embed": state_shared, "head": state_shared, "bias": np.ones(3, np.float32)}
-    for kind, base in (("weights", None), ("difference", model)):
+    for kind in ("weights", "difference"):
         terms = replace(TERMS, kind=kind)
-        data = joined(encode(views(state, base), terms))
+        data = joined(encode(changes(state, model, kind), terms))
         assert len(data) < 1600
         update = check_update(data, model, terms, Rules())
-        aggregate([update], model)
+        average([update], into=model)
         assert model["embed"] is model["head"] and (shared == 3).all() and (model["bias"] == 1).all()
 
 
@@ -258,7 +279,7 @@ def test_memory_does_not_grow_with_clients():
             for number in range(clients)
         ]
         tracemalloc.start()
-        aggregate(updates, model)
+        average(updates, into=model)
         peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
         tracemalloc.stop()
     assert peaks[0] < 16 and peaks[1] < peaks[0] + 1.5, peaks
@@ -271,25 +292,25 @@ def test_a_recording_that_rots_after_it_was_checked_is_an_error(tmp_path):
     path.write_bytes(data)
     with path.open("rb", buffering=0) as file:
         update = check_update(file, model, terms, Rules(), recording=path)
-    aggregate([update], model)  # as it is
+    average([update], into=model)  # as it is
     path.write_bytes(data[:-60] + bytes([data[-60] ^ 1]) + data[-59:])
     with pytest.raises(WireError):
-        aggregate([update], model)
+        average([update], into=model)
     other, _, _ = upload({"weight": model["weight"]}, 1)
     path.write_bytes(other)
     with pytest.raises(CorruptError, match="not the recording"):
-        aggregate([update], model)
+        average([update], into=model)
     with pytest.raises(WireError):
-        aggregate([update, replace(update, terms=replace(terms, client="c1"), recording=data)], model)
+        average([update, replace(update, terms=replace(terms, client="c1"), recording=data)], into=model)
 
 
-def test_aggregate_wants_one_update_of_each_client():
+def test_average_wants_one_update_of_each_client():
     model = make_model()
     data, terms, _ = upload(model, 0)
     update = check_update(data, model, terms, Rules())
     for updates in ([], [update, update]):
         with pytest.raises(ValueError, match="one of each client"):
-            aggregate(updates, model)
+            average(updates, into=model)
 
 
 # What the server refuses
@@ -305,7 +326,7 @@ def refused(data, model, rules=None, expected=None):
 
 
 @pytest.mark.parametrize(
-    "field, value", [("run", "other"), ("round", 2), ("round", 4), ("base", "cd"), ("client", "c9")]
+    ("field", "value"), [("run", "other"), ("round", 2), ("round", 4), ("base", "cd"), ("client", "c9")]
 )
 def test_another_run_round_base_or_client_is_refused(field, value):
     model = make_model()
@@ -360,7 +381,7 @@ def test_a_difference_that_would_overflow_the_model_is_refused():
 @pytest.mark.parametrize("weight", [True, "3", 0, -1.0, float("nan"), float("inf"), 1e10, None, 10**400])
 def test_a_weight_that_is_none_is_refused(weight):
     model = {"a": np.ones(3, np.float32)}
-    metadata = {"tensorwire.fl": json.dumps({**TERMS.__dict__, "weight": weight})}
+    metadata = {"tensorwire.terms": json.dumps({**TERMS.__dict__, "weight": weight})}
     data = joined(tensorwire.encode(model, metadata=metadata))
     assert refused(data, model).reason == "weight"
     if weight != 1e10:
@@ -375,7 +396,7 @@ def test_a_weight_that_is_none_is_refused(weight):
 )  # fmt: skip
 def test_terms_that_are_none_are_refused(text):
     model = {"a": np.ones(3, np.float32)}
-    data = joined(tensorwire.encode(model, metadata={"tensorwire.fl": text}))
+    data = joined(tensorwire.encode(model, metadata={"tensorwire.terms": text}))
     assert isinstance(refused(data, model), SchemaError)
     assert isinstance(refused(joined(tensorwire.encode(model)), model), SchemaError)
 
@@ -391,19 +412,19 @@ def test_norms_are_measured_from_the_base_rejected_and_clipped(kind):
 
     update = check_update(data, model, terms, Rules(max_norm=norm / 2, on_norm="clip"))
     assert update.scale == pytest.approx(0.5, rel=1e-6)
-    aggregate([update], model)
+    average([update], into=model)
     for name in ("weight", "double"):
         assert np.allclose(model[name] - before[name], (values[name] - before[name]) / 2, atol=1e-6)
 
 
 def test_validate_has_the_last_word():
     model = make_model()
-    data, terms, values = upload(model, 0, kind="weights")
+    data, terms, _ = upload(model, 0, kind="weights")
     seen = []
 
     def validate(verdict):
         def judge(update, schema):
-            assert {piece.item.name for piece in update.slices()} == {*model} - {"empty"}
+            assert {piece.item.name for piece in update.pieces()} == {*model} - {"empty"}
             seen.append(update.norm)
             return verdict
 
@@ -442,7 +463,7 @@ def test_a_difference_is_added_to_what_its_receivers_hold_and_to_nothing_else():
     _, digest = receive(first, held)
     for number in range(1, 5):
         terms = Terms("run", number, digest, kind="difference")
-        news = joined(encode(views(model, held), terms, codec="nf4"))
+        news = joined(encode(subtract(model, held), terms, codec="nf4"))
         for stale in ("", "0" * 64):
             with pytest.raises(SchemaError, match="difference to"):
                 receive(news, {name: np.zeros_like(array) for name, array in model.items()}, held=stale)
@@ -455,17 +476,17 @@ def test_a_difference_is_added_to_what_its_receivers_hold_and_to_nothing_else():
 def test_views_are_lazy_and_leave_their_input_alone():
     model, state = make_model(), trained(make_model(), 1)
     keep = {name: array.copy() for name, array in state.items()}
-    difference = tensorwire.loads(joined(encode(views(state, model), TERMS)))
+    difference = tensorwire.loads(joined(encode(subtract(state, model), TERMS)))
     for name, array in model.items():
         expected = state[name] - array if array.dtype.kind == "f" else array
         assert np.array_equal(difference[name], expected) and difference[name].dtype == array.dtype
     assert same(state, keep)
     with pytest.raises(EncodeError, match="bias"):
-        encode(views({**state, "bias": "no tensor"}, model), TERMS)
+        encode(subtract({**state, "bias": "no tensor"}, model), TERMS)
     with pytest.raises(EncodeError, match="before"):
-        views({**state, "bias": state["weight"]}, model)
+        subtract({**state, "bias": state["weight"]}, model)
     with pytest.raises(EncodeError, match="more"):
-        views({**state, "more": state["weight"]}, model)
+        subtract({**state, "more": state["weight"]}, model)
 
 
 def test_codecs_are_chosen_by_item():
@@ -492,7 +513,9 @@ def test_error_feedback_delivers_in_the_long_run_what_quantization_drops(codec):
     for feedback in (None, ErrorFeedback()):
         total = np.zeros(4096)
         for _ in range(20):
-            sent = views(state, base, feedback)
+            sent = subtract(state, base)
+            if feedback is not None:
+                sent = feedback.add(sent)
             data = joined(encode(sent, TERMS, codec=codec))
             total += tensorwire.loads(data)["a"]
             if feedback is not None:
@@ -504,7 +527,7 @@ def test_error_feedback_delivers_in_the_long_run_what_quantization_drops(codec):
 def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
     model, state = make_model(), trained(make_model(), 1)
     feedback = ErrorFeedback(tmp_path / "residual.tw")
-    sent = views(state, model, feedback)
+    sent = feedback.add(subtract(state, model))
     data = joined(encode(sent, TERMS, codec="nf4"))
     assert not (tmp_path / "residual.tw").exists()  # nothing has counted yet
     expected = {
@@ -514,21 +537,15 @@ def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
     }
     feedback.settle(sent, data)
     feedback.save(tmp_path / "residual.tw")
-    again = joined(encode(views(state, model, ErrorFeedback(tmp_path / "residual.tw")), TERMS))
+    again = joined(encode(ErrorFeedback(tmp_path / "residual.tw").add(subtract(state, model)), TERMS))
     for name, residual in expected.items():
         assert np.allclose(
             tensorwire.loads(again)[name],
             state[name] - model[name] + residual,
             atol=2e-3 if name == "half" else 1e-6,
         )
-    with pytest.raises(EncodeError, match="differences"):
-        views(state, None, feedback)
     with pytest.raises(EncodeError, match="another model"):
-        views(
-            {"bias": np.zeros(9, np.float32)},
-            {"bias": np.zeros(9, np.float32)},
-            ErrorFeedback(tmp_path / "residual.tw"),
-        )
+        ErrorFeedback(tmp_path / "residual.tw").add(views({"bias": np.zeros(9, np.float32)}))
 
 
 def test_stochastic_rounding_is_right_on_average_and_the_same_for_the_same_seed():
@@ -538,6 +555,7 @@ def test_stochastic_rounding_is_right_on_average_and_the_same_for_the_same_seed(
     }  # an eighth of a unit above 1 in bf16
     data = joined(encode(views(state), TERMS, codec="bf16", stochastic=7))
     assert data == joined(encode(views(state), TERMS, codec="bf16", stochastic=7))
+    assert data == joined(encode(stochastic_bf16(views(state), 7), TERMS, codec="bf16"))
     assert data != joined(encode(views(state), TERMS, codec="bf16", stochastic=8))
     got = tensorwire.loads(data)["a"].astype(np.float64)
     assert {*got} == {1, 1 + 2**-7}

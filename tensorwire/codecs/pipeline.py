@@ -1,0 +1,280 @@
+"""Codecs: rows of stages, which streams use without knowing what they are made of."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+from typing import Any, Final
+
+import numpy as np
+
+from tensorwire.codecs.raw import Raw
+from tensorwire.codecs.registry import BUILT_IN, by_id
+from tensorwire.codecs.stage import Compressor, Encoded, Packer, Sizes, Stage, Take, Transform
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError, FormatError, UnsupportedError
+from tensorwire.tensor import Extent, TensorView
+
+MAX_STAGES: Final = 8
+_ORDER: Final = (Transform, Packer, Compressor)
+
+
+@dataclass(frozen=True, repr=False)
+class Codec:
+    """Transforms, one packer, compressors: one way to encode slices. Equal to another of equal stages.
+
+    Its repr is the spec string that `parse` rebuilds it from. Raises EncodeError for stages that are in no such order,
+    stand in it twice, or are not registered: what is written could not be read.
+    """
+
+    pipeline: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        ranks = [_rank(stage) for stage in self.pipeline]
+        if ranks != sorted(ranks) or ranks.count(1) != 1:
+            raise EncodeError(f"stages {self} are not in order: transforms, one packer (raw, nf4, ...), compressors")
+        if len({stage.id for stage in self.pipeline}) != len(self.pipeline) or len(self.pipeline) > MAX_STAGES:
+            raise EncodeError(f"stages {self}: each may stand there once, and at most {MAX_STAGES}")
+        for stage in self.pipeline:
+            _check_registered(stage)
+
+    # What streams ask for with every frame is worked out once.
+
+    @cached_property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The stages before the packer."""
+        return tuple(stage for stage in self.pipeline if isinstance(stage, Transform))
+
+    @cached_property
+    def packer(self) -> Packer:
+        """The stage that makes bytes."""
+        return next(stage for stage in self.pipeline if isinstance(stage, Packer))
+
+    @cached_property
+    def compressors(self) -> tuple[Compressor, ...]:
+        """The stages behind the packer."""
+        return tuple(stage for stage in self.pipeline if isinstance(stage, Compressor))
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether decoding gives back what was encoded, bit for bit."""
+        return all(stage.lossless for stage in self.pipeline)
+
+    @cached_property
+    def exact_length(self) -> bool:
+        """Whether a payload's length follows from its count (`bound` is it); else `bound` is the most it can be."""
+        return all(stage.exact_length for stage in self.pipeline)
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether the payload is the tensor's own bytes: it can land in its destination and be mapped from a file."""
+        return self.packer.in_place and len(self.pipeline) == 1
+
+    @cached_property
+    def on_device(self) -> bool:
+        """Whether slices of tensors on a CUDA device are encoded and decoded there."""
+        return self.packer.on_device and not self.transforms
+
+    @cached_property
+    def _lossless_fallback(self) -> "Codec":
+        return Codec((Raw(), *self.compressors))
+
+    @cached_property
+    def _stages(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(stage.to_wire() for stage in self.pipeline)
+
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The codec as it stands in an item descriptor."""
+        return self._stages
+
+    def lossless_fallback(self) -> "Codec":
+        """What carries a tensor that this codec cannot represent: its bytes, compressed where the codec compresses."""
+        return self._lossless_fallback
+
+    def accepts(self, dtype: DType) -> bool:
+        """Whether tensors of this dtype can be encoded; others travel losslessly."""
+        for transform in self.transforms:
+            if not transform.accepts(dtype):
+                return False
+            dtype = transform.output(dtype)
+        return self.packer.accepts(dtype)
+
+    def block(self, dtype: DType) -> int:
+        """Elements that cannot be divided between slices."""
+        block = 1
+        for transform in self.transforms:
+            block = lcm(block, transform.block(dtype))
+            dtype = transform.output(dtype)
+        return lcm(block, self.packer.block(dtype))
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        """Bytes that `count` elements take before compressors; at most, where a stage has no exact length."""
+        for transform in self.transforms:
+            dtype = transform.output(dtype)
+        return self.packer.sizes(count, dtype)
+
+    def bound(self, count: int, dtype: DType) -> int:
+        """The most bytes that a payload of `count` elements has; with `exact_length`, all that it has."""
+        size = self.sizes(count, dtype).total
+        for compressor in self.compressors:
+            size = compressor.bound(size)
+        return size
+
+    def fit(self, budget: int, dtype: DType) -> int:
+        """The most elements, a whole number of blocks, whose payload surely fits in `budget` bytes; maybe 0."""
+        for compressor in reversed(self.compressors):
+            budget = max(bisect_right(range(budget + 1), budget, key=compressor.bound) - 1, 0)
+        block = self.block(dtype)
+        return budget // max(self.sizes(block, dtype).total, 1) * block
+
+    def check_length(self, length: int, extent: Extent) -> None:
+        """Raise FormatError unless the payload of a slice can have `length` bytes."""
+        bound = self.bound(extent.count, extent.dtype)
+        if length > bound or (length != bound and self.exact_length):
+            must = "must have" if self.exact_length else "can have at most"
+            raise FormatError(f"{self} payload of {extent.count} elements has {length} bytes, {must} {bound}")
+
+    def fallback(self, view: TensorView) -> bool:
+        """Whether this tensor's values ask for a lossless codec instead, as the spec's policy says."""
+        return self.packer.fallback(self._transformed(view))
+
+    def prepare(self, view: TensorView) -> Any:
+        """What must be known of the whole tensor before its first slice; handed to `encode` as `context`."""
+        return self.packer.prepare(self._transformed(view))
+
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        """The payload of a slice.
+
+        `data`: the slice's little-endian bytes, or with `on_device` maybe a 1-D device tensor; `take(n)`: a uint8
+        array of n bytes to write into. Raises NonFiniteError with the offending element's index in the slice, and
+        EncodeError where a stage gives what its own reader would refuse.
+        """
+        place = extent
+        for transform in self.transforms:
+            data = transform.encode(data, place)
+            place = place._replace(dtype=transform.output(place.dtype))
+        encoded = self.packer.encode(data, place, take, context)
+        if self.compressors:
+            encoded = self._compressed(encoded, place)
+        if not self._proven:
+            self._check_made(encoded, extent)
+        return encoded
+
+    def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        """Write a slice's elements to `out`.
+
+        `payload` has passed `check_length`. `out`: a flat uint8 array of exactly the elements' bytes, or with
+        `on_device` maybe a 1-D device tensor of them. `uncached`: as kernels take it. Raises FormatError for a payload
+        that no encoder produces; `out` then holds anything.
+        """
+        if self.compressors:
+            payload = self.unpack(payload, extent)
+        if self.transforms:
+            self._decode_transformed(payload, extent, out)
+        else:
+            self.packer.decode(payload, extent, out, uncached)
+
+    def unpack(self, payload: memoryview, extent: Extent) -> memoryview:
+        """The packer's payload: that of a slice, decompressed. Raises FormatError."""
+        size, exact = self.sizes(extent.count, extent.dtype).total, self.packer.exact_length
+        steps: list[tuple[Compressor, int, bool]] = []
+        for compressor in self.compressors:
+            steps.append((compressor, size, exact))
+            size, exact = compressor.bound(size), exact and compressor.exact_length
+        place = self._places(extent)[-1] if self.transforms else extent
+        for compressor, size, exact in reversed(steps):
+            payload = memoryview(compressor.decode(payload, place, size, exact=exact)).cast("B")
+            if len(payload) > size or (exact and len(payload) != size):
+                raise FormatError(f"{compressor.name} gives {len(payload)} bytes where {size} belong")
+        return payload
+
+    def __repr__(self) -> str:
+        return "|".join(map(repr, self.pipeline))
+
+    @cached_property
+    def _proven(self) -> bool:
+        """Whether all stages are the library's own, whose payloads its tests vouch for."""
+        return all(type(stage) in BUILT_IN for stage in self.pipeline)
+
+    def _check_made(self, encoded: Encoded, extent: Extent) -> None:
+        """Raise EncodeError for a payload that no reader would take."""
+        try:
+            self.check_length(memoryview(encoded.payload).nbytes, extent)
+        except FormatError as error:
+            raise EncodeError(f"{error.detail}: a fault of one of its stages") from None
+
+    def _compressed(self, encoded: Encoded, place: Extent) -> Encoded:
+        for compressor in self.compressors:
+            encoded = Encoded(compressor.encode(encoded.payload, place))
+        return encoded
+
+    def _places(self, extent: Extent) -> list[Extent]:
+        """A slice as each transform gets it, and last as the packer does."""
+        places = [extent]
+        for transform in self.transforms:
+            places.append(places[-1]._replace(dtype=transform.output(places[-1].dtype)))
+        return places
+
+    def _decode_transformed(self, payload: memoryview, extent: Extent, out: Any) -> None:
+        *places, packed = self._places(extent)
+        data = np.empty(packed.count * packed.dtype.itemsize, np.uint8)
+        self.packer.decode(payload, packed, data)
+        for transform, place in zip(reversed(self.transforms), reversed(places), strict=True):
+            target = out if place is extent else np.empty(place.count * place.dtype.itemsize, np.uint8)
+            transform.decode(data, place, target)
+            data = target
+
+    def _transformed(self, view: TensorView) -> TensorView:
+        """A tensor as the packer gets it."""
+        for transform in self.transforms:
+            view = _through(transform, view)
+        return view
+
+
+class Readymade(Codec):
+    """Stands for a codec whose slices have been packed already: `encode` takes the packer's payload for data."""
+
+    on_device = False
+
+    def fallback(self, view: TensorView) -> bool:
+        """Never: the values are not there to be looked at."""
+        return False
+
+    def prepare(self, view: TensorView) -> None:
+        """Nothing."""
+
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        """The packer's payload as it came, compressed where the codec compresses."""
+        return self._compressed(Encoded(data), extent)
+
+
+def _through(transform: Transform, view: TensorView) -> TensorView:
+    """What a transform makes of a tensor, read in whole blocks."""
+    block, output = transform.block(view.dtype), transform.output(view.dtype)
+
+    def read(start: int, stop: int) -> Any:
+        first, last = start - start % block, min(-(-stop // block) * block, view.numel)
+        data = transform.encode(view.read(first, last), Extent(view.dtype, view.shape, first, last - first))
+        return data[(start - first) * output.itemsize : (stop - first) * output.itemsize]
+
+    return TensorView(output, view.shape, read)
+
+
+def _rank(stage: Stage) -> int:
+    """Where stages of this kind stand. Raises EncodeError for what is of none."""
+    for rank, kind in enumerate(_ORDER):
+        if isinstance(stage, kind):
+            return rank
+    raise EncodeError(f"{stage!r} is no Transform, Packer or Compressor")
+
+
+def _check_registered(stage: Stage) -> None:
+    """Raise EncodeError unless a reader that registered the same would find this stage under its id."""
+    try:
+        known = by_id(stage.id)
+    except UnsupportedError:
+        raise EncodeError(
+            f"{type(stage).__qualname__} is not registered: nobody could read it; call tensorwire.register with it"
+        ) from None
+    if not isinstance(stage, known):
+        raise EncodeError(f"id {stage.id} of {type(stage).__qualname__} is that of {known.__qualname__}")

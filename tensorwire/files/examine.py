@@ -1,0 +1,185 @@
+"""What a stream holds, and whether it is good: `inspect` reads frames, `verify` decodes everything and keeps nothing.
+
+Both take a path, or a source as `tensorwire.decode` does, and read it from its first byte to its last in
+O(frame) memory.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tensorwire.codecs import from_stages
+from tensorwire.errors import WireError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams import Receiver
+from tensorwire.transfer.frames import Frame, Frames
+from tensorwire.wire import (
+    AliasItem,
+    FileItem,
+    Item,
+    ItemStart,
+    Slice,
+    StreamEnd,
+    StreamInfo,
+    StreamStart,
+    TensorItem,
+)
+from tensorwire.wire.drive import as_source
+from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE
+from tensorwire.wire.items import CodecSpec
+from tensorwire.wire.ledger import END_SIZE
+
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A stream that is good: its items, frames and bytes, and the SHA-256 that its END frame carries."""
+
+    items: int
+    frames: int
+    size: int
+    digest: str
+
+
+@dataclass(slots=True)
+class ItemReport:
+    """One item: what it is, and its bytes decoded (`size`) and as they travel (`wire_size`, without headers).
+
+    `dtype` and `shape` are None for anything but a tensor, `codec` for what has none, `alias_of` but for an alias.
+    `complete`: whether all of its data has come.
+    """
+
+    item: Item
+    codec: str | None
+    size: int = 0
+    wire_size: int = 0
+    complete: bool = False
+
+    @property
+    def dtype(self) -> str | None:
+        """The name of the element type."""
+        return self.item.dtype.name if isinstance(self.item, TensorItem) else None
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Outermost dimension first."""
+        return self.item.shape if isinstance(self.item, TensorItem) else None
+
+    @property
+    def alias_of(self) -> int | None:
+        """The number of the item that this is another name of."""
+        return self.item.of if isinstance(self.item, AliasItem) else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Decoded bytes over bytes on the wire."""
+        return self.size / self.wire_size if self.wire_size else None
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What has passed of a stream: all of it, or up to where it breaks (`error`, and `broken`, the frame it broke in).
+
+    `digest`: the SHA-256 in the END frame, None where the stream breaks.
+    """
+
+    info: StreamInfo = field(default_factory=StreamInfo)
+    items: list[ItemReport] = field(default_factory=list)
+    frames: int = 0
+    wire_size: int = PREAMBLE_SIZE
+    digest: str | None = None
+    error: WireError | None = None
+    broken: Frame | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all items, decoded."""
+        return sum(item.size for item in self.items)
+
+    @property
+    def framing(self) -> int:
+        """Bytes on the wire that are no payload of an item."""
+        return self.wire_size - sum(item.wire_size for item in self.items)
+
+
+def inspect(
+    source: Any, *, on_frame: Callable[[Frame], None] = lambda frame: None, limits: Limits = DEFAULT
+) -> Inspection:
+    """Explain a stream without decoding it; checksums and the order of frames are checked, payloads are not decoded.
+
+    `source`: a path, or what `decode` takes. `on_frame` is called with each frame as it is verified. A stream that
+    breaks is explained up to there: see `Inspection.error`. Raises OSError where a file cannot be read.
+
+        report = tensorwire.inspect("model.tw")
+        print(report.digest, [(item.item.name, item.codec) for item in report.items])
+    """
+    report = Inspection()
+    with _opened(source) as opened:
+        frames = Frames(as_source(opened), limits)
+        try:
+            for frame in frames:
+                _enter(report, frame)
+                on_frame(frame)
+        except WireError as error:
+            report.error, report.broken = error, frames.broken
+    return report
+
+
+def verify(source: Any, *, limits: Limits = DEFAULT) -> Verified:
+    """Check a stream as a receiver would, payloads decoded and dropped. Raises a WireError that says where it breaks.
+
+    `source`: a path, or what `decode` takes.
+
+        tensorwire.verify("model.tw").digest
+    """
+    summary = None
+    with _opened(source) as opened:
+        for event in Receiver(limits).events(opened):
+            if isinstance(event, StreamEnd):
+                summary = event.summary
+    assert summary is not None  # a stream without an END frame is a TruncatedError
+    # The END frame counts what came before it.
+    return Verified(summary.items, summary.frames + 1, summary.size + HEADER_SIZE + END_SIZE, summary.digest.hex())
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Any]:
+    """A path as an iterable of chunks, so that bytes after the end of the stream are an error; else `source` itself."""
+    if not isinstance(source, (str, os.PathLike)):
+        yield source
+        return
+    with open(source, "rb", buffering=0) as file:
+        yield iter(lambda: file.read(_CHUNK), b"")
+
+
+def _enter(report: Inspection, frame: Frame) -> None:
+    report.frames += 1
+    report.wire_size += frame.size
+    event = frame.event
+    if isinstance(event, StreamStart):
+        report.info = event.info
+    elif isinstance(event, ItemStart):
+        report.items.append(_item_report(event.item))
+    elif isinstance(event, StreamEnd):
+        report.digest = event.summary.digest.hex()
+    elif isinstance(event, Slice):
+        item = report.items[event.number]
+        item.size += event.count * (event.item.dtype.itemsize if isinstance(event.item, TensorItem) else 1)
+        item.wire_size += frame.header.length
+        item.complete = event.last
+
+
+def _item_report(item: Item) -> ItemReport:
+    codec = describe_codec(item.codec) if isinstance(item, (TensorItem, FileItem)) else None
+    return ItemReport(item, codec, complete=item.total == 0)
+
+
+def describe_codec(stages: CodecSpec) -> str:
+    """The spec of a codec as it stands in a descriptor, also of one that is not known here."""
+    try:
+        return repr(from_stages(stages))
+    except WireError:
+        return f"unknown {[list(stage) for stage in stages]}"

@@ -1,0 +1,146 @@
+"""What a run is: each setting once, from which the command line, the orders to clients and their checks derive.
+
+A new setting is one line: its name, its type, a text and maybe a placeholder for the command line, and its default. One
+that clients must know stands in `Answer`, which puts it into every order too; others stand in `Plan`.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
+
+import tensorwire
+from tensorwire.errors import SchemaError
+
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How clients are to answer. Raises ValueError for a field of the wrong type or value."""
+
+    up: Annotated[str, "codec of the updates", "SPEC"] = "nf4"
+    kind: Annotated[Literal["weights", "difference"], "what clients send"] = "difference"
+    feedback: Annotated[bool, "clients carry over what quantization dropped of their differences"] = False
+    stochastic: Annotated[bool, "round up or down at random where the codec is bf16"] = False
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not _fits(value, each.type):
+                raise ValueError(f"{each.name} cannot be {value!r:.80}")
+        tensorwire.codec(self.up)
+        if self.feedback and self.kind != "difference":
+            raise ValueError("feedback is for differences; leave it out where clients send weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Answer):
+    """A whole run. Raises ValueError for settings that make no sense.
+
+    A round closes when `clients` updates are in, or, `deadline` seconds after it began, with at least `quorum` of them.
+    """
+
+    name: Annotated[str, "name of the run"] = "run"
+    rounds: Annotated[int, "number of rounds", "N"] = 10
+    clients: Annotated[int, "updates that close a round", "N"] = 4
+    quorum: Annotated[int | None, "updates that suffice after the deadline (all)", "N"] = None
+    deadline: Annotated[float, "seconds that a round may take", "S"] = 600.0
+    down: Annotated[str, "codec of the models", "SPEC"] = "bf16"
+    max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
+    max_norm: Annotated[float | None, "the largest L2 norm of an update (any)", "X"] = None
+    on_norm: Annotated[Literal["reject", "clip"], "what to do with larger updates"] = "reject"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tensorwire.codec(self.down)
+        for name, value in asdict(self).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order(Answer):
+    """What the server tells a client to do: to train the model with digest `base`, and how to answer."""
+
+    run: str
+    round: int
+    base: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _DIGEST.fullmatch(self.base):
+            raise ValueError("base is no digest of a model")
+
+    @classmethod
+    def of(cls, plan: Plan, number: int, base: str) -> "Order":
+        """The order of round `number`, which begins with the model with digest `base`."""
+        answer = {each.name: getattr(plan, each.name) for each in fields(Answer)}
+        return cls(run=plan.name, round=number, base=base, **answer)
+
+    def message(self) -> dict[str, Any]:
+        """The order as it travels."""
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> "Order":
+        """The order in a message from the server. Raises SchemaError for anything else."""
+        wanted = {each.name for each in fields(cls)}
+        if missing := wanted - message.keys():
+            raise SchemaError(f"the server's order lacks {', '.join(sorted(missing))}")
+        if message.keys() != wanted:
+            raise SchemaError("the server's order has fields that this client does not know")
+        try:
+            return cls(**message)
+        except ValueError as error:
+            raise SchemaError(f"the server's order cannot be followed: {error}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a command an option for every setting of a plan."""
+    for each in fields(Plan):
+        kind, text, *metavar = get_args(each.type)
+        default = f"{each.default:g}" if kind is float else each.default
+        shown = "" if default is None or kind is bool else f" ({default})"
+        options: dict[str, Any] = {"default": each.default, "help": text + shown}
+        if kind is bool:
+            options["action"] = "store_true"
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        else:
+            options |= {"type": _maker(kind), "metavar": metavar[0] if metavar else None}
+        parser.add_argument(_flag(each.name), **options)
+
+
+def from_arguments(arguments: argparse.Namespace) -> Plan:
+    """The plan that the options say. Raises ValueError."""
+    return Plan(**{each.name: getattr(arguments, each.name) for each in fields(Plan)})
+
+
+def to_arguments(plan: Plan) -> list[str]:
+    """The options that say this plan."""
+    given = [(each.name, getattr(plan, each.name)) for each in fields(Plan)]
+    values = [f"{_flag(name)}={value}" for name, value in given if value is not None and type(value) is not bool]
+    return values + [_flag(name) for name, value in given if value is True]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    """Whether a value is of an annotated type: a class, a Literal, or a union of them. True is no int."""
+    if get_origin(annotation) is Annotated:
+        return _fits(value, get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if isinstance(annotation, UnionType):
+        return any(_fits(value, each) for each in get_args(annotation))
+    return type(value) is annotation or (annotation is float and type(value) is int)
+
+
+def _maker(annotation: Any) -> Any:
+    """What makes a value of the text of an option: the class, or of a union with None the other."""
+    return get_args(annotation)[0] if isinstance(annotation, UnionType) else annotation

@@ -1,0 +1,103 @@
+"""The kernels' signatures, which every implementation has: the extension, its twin in NumPy, and the one for CUDA.
+
+The type checker holds each of the three modules against `Kernels`; tests hold their results against one another.
+"""
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Float32: TypeAlias = npt.NDArray[np.float32]
+# One element, which receives a checksum.
+Crc: TypeAlias = npt.NDArray[np.uint32]
+# float32, float16, or uint16 holding bfloat16 bit patterns; for CUDA a 1-D torch tensor on the device.
+Floats: TypeAlias = Any
+
+
+class Kernels(Protocol):
+    """What works on floats. See `tensorwire.kernels` for what all of them have in common."""
+
+    def cast(
+        self,
+        values: Floats,
+        out: Floats,
+        crc: Crc | None = None,
+        *,
+        saturate: bool = False,
+        uncached: bool | None = None,
+    ) -> int:
+        """Convert float32 to float16 or bfloat16, or back; the number of finite values that overflowed."""
+
+    def blockwise_absmax(self, values: Floats, absmax: Float32, *, blocksize: int) -> bool:
+        """absmax[i] = the largest |x| of block i."""
+
+    def quantize_4bit(
+        self,
+        values: Floats,
+        codes: Bytes,
+        absmax: Float32,
+        crc: Crc | None = None,
+        *,
+        blocksize: int,
+        quant_type: str,
+    ) -> bool:
+        """Quantize to nf4 or fp4 codes, two a byte, and absmax."""
+
+    def dequantize_4bit(
+        self,
+        codes: Bytes,
+        absmax: Float32,
+        out: Floats,
+        *,
+        blocksize: int,
+        quant_type: str,
+        uncached: bool | None = None,
+    ) -> None:
+        """table[code] * absmax of its block."""
+
+    def quantize_int8(
+        self, values: Floats, codes: Bytes, absmax: Float32, crc: Crc | None = None, *, blocksize: int
+    ) -> bool:
+        """Quantize to codes of the dynamic 8-bit type and absmax."""
+
+    def dequantize_int8(
+        self, codes: Bytes, absmax: Float32, out: Floats, *, blocksize: int, uncached: bool | None = None
+    ) -> None:
+        """table[code] * absmax of its block."""
+
+    def quantize_linear(
+        self,
+        values: Floats,
+        codes: npt.NDArray[np.int8],
+        scales: npt.NDArray[np.uint16],
+        crc: Crc | None = None,
+        *,
+        blocksize: int,
+    ) -> bool:
+        """Quantize to codes of -127 to 127 and bfloat16 scales."""
+
+    def dequantize_linear(
+        self,
+        codes: npt.NDArray[np.int8],
+        scales: npt.NDArray[np.uint16],
+        out: Floats,
+        *,
+        blocksize: int,
+        uncached: bool | None = None,
+    ) -> bool:
+        """Code * scale of its block; False: there was a -128, which no quantizer makes."""
+
+
+class HostKernels(Kernels, Protocol):
+    """What the host has beside them."""
+
+    def crc32c(self, data: Any, seed: int = 0) -> int:
+        """CRC-32C (Castagnoli) of a contiguous buffer, chained through `seed`."""
+
+    def set_threads(self, count: int) -> None:
+        """Threads that one call may use, its own included."""
+
+    def get_threads(self) -> int:
+        """The number that `set_threads`, or TENSORWIRE_THREADS at import, has set; else 1."""

@@ -1,0 +1,194 @@
+"""Files under hidden names.
+
+Parts are written over several attempts before they get their name; scratch never gets one.
+"""
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
+from typing import Final
+
+from tensorwire.errors import StorageError
+from tensorwire.storage.atomic import Target
+from tensorwire.storage.output import Output, read_at
+
+try:
+    import fcntl
+except ImportError:  # Windows: two writers of one part are not told from one another
+    fcntl = None  # type: ignore[assignment]
+
+_NAME_BYTES: Final = 200  # of the target's name in the hidden one; file systems stop at 255
+_NOTE_LIMIT: Final = 64 << 10
+_NO_NOTE: Final = (errno.ENOENT, errno.ELOOP)  # nothing there, or a link, which is not followed
+
+
+class Part:
+    """A file that several attempts may write, each in a process of its own, before it takes the name `path`.
+
+    It stands beside its target under a hidden name made of the target's and of `key`, so that the next attempt finds
+    it. Whoever has called `open` has it alone. No link is followed: a part that is one, or is no file of its own, is
+    refused. Permissions are those of the file that it replaces, less the umask.
+
+    A note, written when the part is complete and before it takes its name, outlives it: it tells an attempt that comes
+    later what became of it. It stays until `forget`.
+
+    Raises StorageError; with errno EWOULDBLOCK where somebody else has the part open.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], key: bytes) -> None:
+        self._target = Target(path)
+        name = os.fsdecode(os.fsencode(self._target.name)[:_NAME_BYTES])
+        stem = f".{name}.{sha256(key).hexdigest()[:16]}"
+        self._name, self._note_name = f"{stem}.part", f"{stem}.done"
+        self._fd: int | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the part stands."""
+        return os.path.join(os.path.dirname(self._target.path), self._name)
+
+    def note(self) -> bytes | None:
+        """What was noted when the part took its name; None where it has not, or where its file is gone."""
+        with self._keeping("look beside"):
+            if self._target.exists(self._name) or not self._target.exists(self._target.name):
+                return None
+            try:
+                fd = self._target.open(self._note_name, os.O_RDONLY)
+            except OSError as error:
+                if error.errno in _NO_NOTE:
+                    return None
+                raise
+            try:
+                return os.read(fd, _NOTE_LIMIT)
+            finally:
+                os.close(fd)
+
+    def open(self) -> int:
+        """Take hold of the part, made where there is none. Returns its size."""
+        with self._keeping("write"):
+            self._fd = self._open_alone()
+            self._output = Output(self._fd, self._target.path)
+            return os.fstat(self._fd).st_size
+
+    def read_at(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset`; returns fewer bytes only at the end of the part."""
+        with self._keeping("read back"):
+            return read_at(self._open_fd, buffer, offset)
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        with self._keeping("write"):
+            self._output.write_at(data, offset)
+
+    def truncate(self, size: int) -> None:
+        """Cut the part off behind `size` bytes."""
+        with self._keeping("cut"):
+            os.ftruncate(self._open_fd, size)
+
+    def finish(self, note: bytes, make: Callable[[str], None] | None = None) -> None:
+        """Leave a note and give the part its final name, once all is on disk.
+
+        `make` is called instead of the renaming, with the part's path: it has to make the target atomically, or to
+        raise; what it raises is raised here, and the part stays.
+        """
+        with self._keeping("sync"):
+            os.fsync(self._open_fd)
+            self._write_note(note)
+        self._target.sync()  # the note is there before the final name is
+        if make is None:
+            with self._keeping("rename"):
+                self._target.rename(self._name)
+        else:
+            with self._keeping("make"):
+                make(self.path)
+            self._target.remove(self._name)
+        self._target.sync()
+        self.close()
+
+    def forget(self) -> None:
+        """Remove the note."""
+        self._remove(self._note_name)
+
+    def discard(self) -> None:
+        """Remove the part and its note."""
+        self.close()
+        self._remove(self._name, self._note_name)
+
+    def close(self) -> None:
+        """Let go of the part; what was written stays for the next attempt."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with suppress(OSError):  # what counts was synced
+                os.close(fd)
+        self._target.close()
+
+    @property
+    def _open_fd(self) -> int:
+        assert self._fd is not None, "the part is not open"
+        return self._fd
+
+    def _open_alone(self) -> int:
+        while True:
+            fd = self._target.open(self._name, os.O_RDWR | os.O_CREAT)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(fd)
+                if self._target.is_at(self._name, status):
+                    self._check(fd, status)
+                    return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)  # whoever had it has just renamed or removed it
+
+    def _check(self, fd: int, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise StorageError(
+                f"{self.path!r} is no file of its own but a pipe, a device or a second name of another file; remove it",
+                errno=errno.EEXIST,
+            )
+        kept = status.st_mode & self._target.mode & 0o777
+        if kept != status.st_mode & 0o777 and hasattr(os, "fchmod"):  # the target's have become fewer since it was made
+            os.fchmod(fd, kept)
+
+    def _write_note(self, note: bytes) -> None:
+        fd = self._target.open(self._note_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            Output(fd, self._target.path).append([note])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _remove(self, *names: str) -> None:
+        with suppress(StorageError), Target(self._target.path) as target:
+            for name in names:
+                target.remove(name)
+
+    @contextmanager
+    def _keeping(self, doing: str) -> Iterator[None]:
+        """What the system refuses inside becomes a StorageError that says what is left."""
+        try:
+            with self._target.storing(doing):
+                yield
+        except StorageError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                busy = f"{self._target.path} is being written by somebody else"
+                raise StorageError(busy, errno=error.errno) from error
+            detail = f"{error.detail}; what was received stays and is resumed"
+            raise StorageError(detail, errno=error.errno) from error
+
+
+@contextmanager
+def scratch() -> Iterator[str]:
+    """The path of a file to come that is nobody else's business and ends with the block. Raises StorageError."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        except OSError as error:
+            raise StorageError(f"no folder for temporary files: {error}", errno=error.errno) from error
+        yield os.path.join(folder, "scratch")

@@ -1,0 +1,127 @@
+"""One stream from here to there, over as many connections as it takes: when to try again, and when to give up.
+
+Without I/O of its own.
+"""
+
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final, Protocol, TypeVar
+
+from tensorwire.errors import CorruptError, TensorwireError, TransportError
+from tensorwire.transfer.position import Position
+from tensorwire.transfer.sending import Outgoing
+from tensorwire.transfer.session import Conversation, Offer, Peer, Receipt, greet, send_stream
+
+FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 5.0
+
+T = TypeVar("T")
+
+
+class Backoff:
+    """Pauses between attempts, longer each time, and the end of patience.
+
+    A pause is twice as long as the one before it, from `first` to `longest` seconds, less up to a half by chance, so
+    that those who were hit by one failure do not all come back at once.
+
+        backoff = Backoff(patience=60)
+        while True:
+            try:
+                return attempt(on_progress=backoff.reset)
+            except TransportError as error:
+                pause = backoff.after(error)
+            time.sleep(pause)
+    """
+
+    def __init__(
+        self,
+        *,
+        patience: float,
+        first: float = FIRST_PAUSE,
+        longest: float = LONGEST_PAUSE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._patience = patience
+        self._first = first
+        self._longest = longest
+        self._clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """There was progress: patience and pauses begin anew."""
+        self._pause = self._first
+        self._since = self._clock()
+
+    def after(self, error: TensorwireError) -> float:
+        """Seconds to wait after this error.
+
+        Raises it where trying again cannot help, or after `patience` seconds without progress.
+        """
+        if not getattr(error, "retryable", True) or self._clock() - self._since > self._patience:
+            raise error
+        pause, self._pause = self._pause, min(2 * self._pause, self._longest)
+        return pause * random.uniform(0.5, 1)
+
+
+class Line(Protocol):
+    """A connection that conversations can be held over; the driver of every transport is one."""
+
+    async def converse(self, conversation: Conversation[T], *, within: float | None = None) -> T:
+        """Hold a conversation, `within` so many seconds in all."""
+
+    async def hang_up(self) -> None:
+        """Close the connection."""
+
+
+async def send_over(
+    connect: Callable[[], Awaitable[Line]],
+    pause: Callable[[float], Awaitable[None]],
+    offer: Offer,
+    outgoing: Outgoing,
+    *,
+    patience: float,
+    greeting: float,
+    check_peer: Callable[[Peer], None],
+) -> Receipt:
+    """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
+
+    `patience`: seconds without any progress of the receiver after which the last error is raised. `greeting`: seconds
+    that it may take. Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is
+    offered.
+    """
+    backoff = Backoff(patience=patience)
+    reached = -1
+    while True:
+        watched = Watched(outgoing)
+        try:
+            line = await connect()
+            try:
+                check_peer(await line.converse(greet(), within=greeting))
+                return await line.converse(send_stream(offer, watched))
+            finally:
+                await line.hang_up()
+        except (TransportError, CorruptError) as error:
+            if watched.position.offset > reached:
+                reached = watched.position.offset
+                backoff.reset()
+            seconds = backoff.after(error)
+        await pause(seconds)
+
+
+class Watched:
+    """An Outgoing that remembers where its receiver was."""
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+        self.position = Position(offset=-1)
+
+    def after(self, position: Position) -> Iterator[Any]:
+        """The buffers from `position` on."""
+        self.position = position
+        return self._outgoing.after(position)
+
+    @property
+    def digest(self) -> str:
+        """What the END frame said."""
+        return self._outgoing.digest

@@ -1,0 +1,40 @@
+"""What changed between versions of a model, and how it is added up: mathematics over containers, without sockets.
+
+    changed = subtract(trained, base)                    # views, computed slice by slice as they are encoded
+    terms = Terms("my run", round=3, client="ann", kind="difference", weight=100)
+    message = b"".join(encode(changed, terms, codec="nf4"))
+
+    update = check_update(message, model, expected)      # read through once: may it count?
+    average([update, ...], into=model)                   # memory of the model, whatever the number of updates
+
+Models and updates are mappings of names to tensors, torch or NumPy. `Views` are the same names with tensors that are
+computed when they are read, so that functions from views to views (`subtract`, `ErrorFeedback.add`,
+`stochastic_bf16`) take no memory of their own and can be put in a row.
+"""
+
+from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, check_update
+from tensorwire.updates.difference import Views, subtract, views
+from tensorwire.updates.feedback import ErrorFeedback
+from tensorwire.updates.mean import average
+from tensorwire.updates.message import arrays, encode, receive
+from tensorwire.updates.rounding import stochastic_bf16
+from tensorwire.updates.terms import Terms, UpdateKind
+
+__all__ = [
+    "ErrorFeedback",
+    "Rules",
+    "Terms",
+    "Update",
+    "UpdateError",
+    "UpdateKind",
+    "Verdict",
+    "Views",
+    "arrays",
+    "average",
+    "check_update",
+    "encode",
+    "receive",
+    "stochastic_bf16",
+    "subtract",
+    "views",
+]

@@ -1,0 +1,184 @@
+"""Whether an update may count: it is read through once, while it arrives or later, and judged slice by slice."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+import tensorwire
+from tensorwire import Schema, TensorwireError, dtypes
+from tensorwire.codecs import as_floats, is_float
+from tensorwire.dtypes import DType
+from tensorwire.errors import CorruptError, SchemaError, show
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.memory import Scratch
+from tensorwire.streams import Piece, Pieces
+from tensorwire.updates.difference import Bytes
+from tensorwire.updates.message import Arrays, place_of
+from tensorwire.updates.terms import Terms, UpdateKind, check_weight
+from tensorwire.wire import Item
+
+Verdict = Literal["accept", "reject", "clip"]
+Recording = str | os.PathLike[str] | bytes | bytearray | memoryview
+
+# Elements that are worked on at a time: float64 temporaries of this size stay in the second-level cache.
+_BLOCK: Final = 1 << 15
+# The largest finite value of each dtype that is averaged.
+_LARGEST: Final = {
+    dtypes.FLOAT16: 65504.0,
+    dtypes.BFLOAT16: float.fromhex("0x1.fep127"),
+    dtypes.FLOAT32: float(np.finfo(np.float32).max),
+    dtypes.FLOAT64: float(np.finfo(np.float64).max),
+}
+
+
+class UpdateError(TensorwireError, ValueError):
+    """A whole, well-formed update that must not count. `reason`: stale, client, weight, finite, norm or hook."""
+
+    def __init__(self, detail: str, *, reason: str, item: object = None) -> None:
+        super().__init__(detail, item=item)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Update:
+    """An encoded update that was read through and may count.
+
+    `recording`: the path of the stream, or a buffer that holds it. `norm`: L2 norm, over all floating-point items, of
+    what it adds to the base. `scale`: the factor that is to be applied to that, less than 1 where it was clipped.
+    `digest`: of the stream.
+    """
+
+    terms: Terms
+    recording: Recording
+    norm: float
+    digest: bytes
+    scale: float = 1.0
+
+    @property
+    def client(self) -> str:
+        """Who made it."""
+        return self.terms.client
+
+    def pieces(
+        self,
+        open_item: Callable[[Item], None] = lambda item: None,
+        *,
+        scratch: Scratch | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Iterator[Piece]:
+        """The decoded pieces, read once more. Raises a WireError where the recording is not what it was."""
+        with _opened(self.recording) as source:
+            pieces = Pieces(source, open_item, scratch=scratch, limits=limits)
+            yield from pieces
+        if pieces.digest != self.digest:
+            raise CorruptError("this is not the recording that was checked")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an update must keep to beyond the schema of the model.
+
+    `max_norm`: larger updates are rejected or, with `on_norm="clip"`, scaled down to it. `validate`: called with each
+    update that passes and the schema it was held against; it has the last word: accept, reject, or clip to `max_norm`.
+    """
+
+    max_weight: float = 1e9
+    max_norm: float | None = None
+    on_norm: Literal["reject", "clip"] = "reject"
+    validate: Callable[[Update, Schema], Verdict] | None = None
+    limits: Limits = DEFAULT
+
+
+def check_update(
+    source: Any, model: Arrays, expected: Terms, rules: Rules | None = None, *, recording: Recording | None = None
+) -> Update:
+    """Read an update through and return it as one that may count. Takes O(frame) memory beside the model.
+
+    `source`: as in `tensorwire.decode`. `model`: the base. `expected`: the terms that the update must carry, all but
+    its kind, weight and metrics. `recording`: where it can be read again, if not from `source` itself. Names, their
+    order, shapes and dtypes must be the model's. Raises UpdateError, SchemaError before any payload is read, or
+    another WireError.
+    """
+    rules = rules or Rules()
+    schema, names = tensorwire.schema(model), iter(model)
+    terms: Terms | None = None
+
+    def open_item(item: Item) -> None:
+        nonlocal terms
+        if terms is None:
+            terms = _agreed(Terms.parse(pieces.metadata), expected, rules)
+        schema.check(item)
+        if item.path and item.name != (name := next(names)):
+            raise SchemaError(f"items come in another order: {name!r} was expected here")
+
+    pieces = Pieces(source, open_item, limits=rules.limits)
+    energy = 0.0
+    for piece in pieces:
+        assert terms is not None
+        if is_float(piece.dtype):
+            energy += _energy(piece, place_of(model, piece), terms.kind)
+    schema.check_complete()
+    assert terms is not None
+    update = Update(terms, source if recording is None else recording, math.sqrt(energy), pieces.digest)
+    return _judged(update, rules, tensorwire.schema(model))
+
+
+def blocks(data: Bytes, base: Bytes, dtype: DType) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """Bytes of an update and of its base as pairs of float64 blocks, exactly."""
+    step = _BLOCK * dtype.itemsize
+    for start in range(0, data.size, step):
+        part, was = data[start : start + step], base[start : start + step]
+        yield as_floats(part, dtype).astype(np.float64), as_floats(was, dtype).astype(np.float64)
+
+
+def _opened(recording: Recording) -> AbstractContextManager[Any]:
+    return open(recording, "rb", buffering=0) if isinstance(recording, (str, os.PathLike)) else nullcontext(recording)
+
+
+def _agreed(terms: Terms, expected: Terms, rules: Rules) -> Terms:
+    for name, reason in (("run", "stale"), ("round", "stale"), ("base", "stale"), ("client", "client")):
+        got, wanted = getattr(terms, name), getattr(expected, name)
+        if got != wanted:
+            raise UpdateError(f"{name} is {show(got)}, expected {wanted!r}", reason=reason)
+    try:
+        check_weight(terms.weight, rules.max_weight)
+    except ValueError as error:
+        raise UpdateError(str(error), reason="weight") from None
+    return terms
+
+
+def _energy(piece: Piece, base: Bytes, kind: UpdateKind) -> float:
+    """The sum of squares of what a piece adds to the base.
+
+    Raises UpdateError for what is not finite, or would not be once added.
+    """
+    dtype, energy = piece.dtype, 0.0
+    for values, was in blocks(piece.data, base, dtype):
+        change = values - was if kind == "weights" else values
+        target = values if kind == "weights" else values + was
+        if not np.max(np.abs(target)) <= _LARGEST[dtype]:  # false for NaN too
+            detail = f"the update holds NaN, an infinity, or what {dtype} cannot hold"
+            raise UpdateError(detail, reason="finite", item=piece.item.name)
+        energy += float(np.sum(np.square(change)))
+    return energy
+
+
+def _judged(update: Update, rules: Rules, schema: Schema) -> Update:
+    limit = math.inf if rules.max_norm is None else rules.max_norm
+    clip = not update.norm <= limit
+    if clip and rules.on_norm == "reject":
+        raise UpdateError(f"norm {update.norm:.6g} is above {limit:.6g}", reason="norm")
+    if rules.validate is not None:
+        verdict = rules.validate(update, schema)
+        if verdict == "reject":
+            raise UpdateError("the receiver's validate function refuses this update", reason="hook")
+        if verdict not in ("accept", "clip") or (verdict == "clip" and rules.max_norm is None):
+            raise ValueError(f"validate must return accept, reject, or where there is a max_norm clip, not {verdict!r}")
+        clip = clip or (verdict == "clip" and update.norm > limit)
+    return replace(update, scale=limit / update.norm) if clip else update

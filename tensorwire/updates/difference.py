@@ -1,0 +1,68 @@
+"""Tensors as views, and what is new in them: computed slice by slice as they are read."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import tensorwire
+from tensorwire.codecs import as_floats, from_floats, is_float
+from tensorwire.errors import EncodeError
+from tensorwire.numpy import FRONT
+from tensorwire.tensor import TensorView
+
+Bytes = npt.NDArray[np.uint8]
+Views = dict[str, TensorView]
+
+
+def views(state: Mapping[str, Any]) -> Views:
+    """The tensors of `state` (torch, NumPy, or views already) as views. Raises EncodeError for what is no tensor."""
+    return {name: view_of(name, tensor) for name, tensor in state.items()}
+
+
+def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
+    """What is to be added to `base` to get `new`, tensor by tensor, in the dtype of each.
+
+    Only floating-point tensors are subtracted; others are those of `new`. `base` may hold more than `new`.
+    Raises EncodeError for what is no tensor, or has another dtype or shape in the base.
+    """
+    changes = {}
+    for name, view in views(new).items():
+        changes[name] = view
+        if is_float(view.dtype):
+            if name not in base:
+                raise EncodeError("the base has no tensor of this name", item=name)
+            old = view_of(name, base[name])
+            if (view.dtype, view.shape) != (old.dtype, old.shape):
+                detail = f"{view.dtype} {list(view.shape)} now, {old.dtype} {list(old.shape)} before"
+                raise EncodeError(detail, item=name)
+            changes[name] = derived(view, _subtraction(view, old))
+    return changes
+
+
+def view_of(name: str, tensor: Any) -> TensorView:
+    """One tensor as a view. Raises EncodeError with `name` for what is none."""
+    if isinstance(tensor, TensorView):
+        return tensor
+    view = FRONT.view(tensor)
+    if view is None and "torch" in sys.modules:
+        view = tensorwire.torch.FRONT.view(tensor)
+    if view is None:
+        raise EncodeError(f"a state must map names to tensors, not to {type(tensor).__name__}", item=name)
+    return view
+
+
+def derived(view: TensorView, read: Callable[[int, int], Bytes]) -> TensorView:
+    """A tensor computed from another, element by element. Tensors tied before are tied after."""
+    return TensorView(view.dtype, view.shape, read, identity=view.identity)
+
+
+def _subtraction(new: TensorView, old: TensorView) -> Callable[[int, int], Bytes]:
+    def read(start: int, stop: int) -> Bytes:
+        change = as_floats(new.read(start, stop), new.dtype) - as_floats(old.read(start, stop), new.dtype)
+        data: Bytes = from_floats(change, new.dtype)
+        return data
+
+    return read

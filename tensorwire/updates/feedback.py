@@ -1,0 +1,80 @@
+"""Error feedback: what a lossy codec dropped of one update is added to the next.
+
+Seide et al., 1-Bit SGD (Interspeech 2014); Karimireddy et al., arXiv:1901.09847.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import tensorwire
+from tensorwire import dtypes
+from tensorwire.codecs import as_floats, from_floats, is_float
+from tensorwire.errors import EncodeError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams import Pieces
+from tensorwire.tensor import TensorView
+from tensorwire.updates.difference import Bytes, Views, derived
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+class ErrorFeedback:
+    """The residual of one sender, in float32 (of float64 tensors in float64); zeros at first.
+
+    `path`: the file that `save` wrote, to go on from it where there is one.
+
+        sent = feedback.add(subtract(trained, base))
+        message = b"".join(encode(sent, terms, codec="nf4"))
+        ...                                     # once the update has counted:
+        feedback.settle(sent, message)
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self._residual: dict[str, Floats] = {}
+        if path is not None and os.path.exists(path):
+            self._residual = tensorwire.numpy.load_file(path)
+
+    def add(self, tensors: Views) -> Views:
+        """The tensors with their residuals added; those that are not floating-point as they are.
+
+        Raises EncodeError where the residual belongs to a tensor of another size or dtype.
+        """
+        return {
+            name: derived(view, _sum(view, self._of(name, view))) if is_float(view.dtype) else view
+            for name, view in tensors.items()
+        }
+
+    def settle(self, sent: Views, message: Any, *, limits: Limits = DEFAULT) -> None:
+        """Keep the difference between `sent`, which `add` gave, and what its receiver decodes of `message`.
+
+        `message`: the encoded stream, as in `tensorwire.decode`. Raises a WireError for a damaged one.
+        """
+        for piece in Pieces(message, lambda item: None, limits=limits):
+            residual = self._residual.get(piece.item.name)
+            if residual is not None:
+                start, stop = piece.start, piece.start + piece.data.size // piece.dtype.itemsize
+                wanted = as_floats(sent[piece.item.name].read(start, stop), piece.dtype)
+                residual[start:stop] = wanted - as_floats(piece.data, piece.dtype)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the residual to a `.tw` file, which appears under its name only when complete."""
+        tensorwire.numpy.save_file(self._residual, path)
+
+    def _of(self, name: str, view: TensorView) -> Floats:
+        dtype = np.dtype(np.float64 if view.dtype == dtypes.FLOAT64 else np.float32)
+        residual = self._residual.setdefault(name, np.zeros(view.numel, dtype))
+        if residual.size != view.numel or residual.dtype != dtype:
+            raise EncodeError("the residual kept for error feedback is of another model", item=name)
+        return residual
+
+
+def _sum(view: TensorView, residual: Floats) -> Callable[[int, int], Bytes]:
+    def read(start: int, stop: int) -> Bytes:
+        data: Bytes = from_floats(as_floats(view.read(start, stop), view.dtype) + residual[start:stop], view.dtype)
+        return data
+
+    return read

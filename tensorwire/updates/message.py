@@ -1,0 +1,103 @@
+"""Tensors under terms as a stream, and back into the memory of a receiver."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import tensorwire
+from tensorwire import streams
+from tensorwire.codecs import as_floats, from_floats, is_float
+from tensorwire.errors import SchemaError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.numpy import FRONT
+from tensorwire.streams import CodecChoice, Piece, Pieces
+from tensorwire.tensor import ViewFront
+from tensorwire.updates.difference import Bytes, Views, view_of
+from tensorwire.updates.rounding import stochastic_bf16
+from tensorwire.updates.terms import Terms
+from tensorwire.wire import Item
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def encode(
+    tensors: Views,
+    terms: Terms,
+    *,
+    codec: CodecChoice = "raw",
+    stochastic: int | None = None,
+    frame_size: int = streams.FRAME_SIZE,
+    limits: Limits = DEFAULT,
+) -> Iterator[Any]:
+    """The buffers of a stream of `tensors` under `terms`.
+
+    `codec`, `frame_size`: as in `tensorwire.encode`. `stochastic`: a seed for `stochastic_bf16`. Raises EncodeError.
+    """
+    if stochastic is not None:
+        tensors = stochastic_bf16(tensors, stochastic, codec=codec)
+    return streams.encode(
+        tensors,
+        ViewFront(),
+        codec=codec,
+        frame_size=frame_size,
+        metadata=terms.metadata(),
+        limits=limits,
+    )
+
+
+def receive(source: Any, into: Mapping[str, Any], *, held: str = "", limits: Limits = DEFAULT) -> tuple[Terms, str]:
+    """Decode a stream into the tensors `into`; returns its terms and its digest as hex.
+
+    `source`: as in `tensorwire.decode`. A difference is added to what `into` holds, which must be what the stream with
+    digest `held` made of it: all who add the same differences to the same base hold the same bits.
+
+    Raises a WireError, with `into` maybe partly written, for whatever is not a whole stream of just these tensors:
+    take differences from a recording that has been verified.
+    """
+    memory = arrays(into)
+    schema = tensorwire.schema(memory)
+    terms: Terms | None = None
+
+    def open_item(item: Item) -> None:
+        nonlocal terms
+        if terms is None:
+            terms = Terms.parse(pieces.metadata)
+            if terms.kind == "difference" and terms.base != held:
+                other = f"{terms.base[:16]}..." if terms.base else "nothing"
+                ours = f"{held[:16]}..." if held else "nothing"
+                raise SchemaError(f"the stream is a difference to {other}, but what is held here comes from {ours}")
+        schema.check(item)
+
+    pieces = Pieces(source, open_item, limits=limits)
+    for piece in pieces:
+        assert terms is not None
+        place, data = place_of(memory, piece), piece.data
+        if terms.kind == "difference" and is_float(piece.dtype):
+            data = from_floats(as_floats(place, piece.dtype) + as_floats(data, piece.dtype), piece.dtype)
+        place[:] = data
+    schema.check_complete()
+    assert terms is not None
+    return terms, pieces.digest.hex()
+
+
+def arrays(state: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """The same tensors, torch or NumPy, as NumPy arrays over the same memory.
+
+    bfloat16 becomes an array as `tensorwire.numpy` gives it. Raises EncodeError for tensors that are not contiguous,
+    writable and on the CPU.
+    """
+    made = {}
+    for name, tensor in state.items():
+        view = view_of(name, tensor)
+        front = FRONT if isinstance(tensor, np.ndarray) or "torch" not in sys.modules else tensorwire.torch.FRONT
+        made[name] = FRONT.wrap(np.frombuffer(front.target(tensor), np.uint8), view.dtype, view.shape)
+    return made
+
+
+def place_of(model: Arrays, piece: Piece) -> Bytes:
+    """The bytes of the model that a piece is about."""
+    begin = piece.start * piece.dtype.itemsize
+    return np.frombuffer(FRONT.target(model[piece.item.name]), np.uint8)[begin : begin + piece.data.size]

@@ -1,0 +1,62 @@
+"""What a stream of a model or an update says of itself, in its metadata."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Final, Literal, get_args
+
+from tensorwire.errors import EncodeError, SchemaError
+
+UpdateKind = Literal["weights", "difference"]
+
+_KEY: Final = "tensorwire.terms"
+_KINDS: Final = get_args(UpdateKind)
+_TYPES: Final = {"run": str, "round": int, "base": str, "client": str, "metrics": dict}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a stream is part of, what it is against, and what it counts.
+
+    `run`, `round`: names that sender and receiver agreed on. `client`: who made it, "" for a model that is handed
+    out. `kind`: whole weights, or a difference to be added to the base. `base`: digest, as hex, of the stream that
+    both sides made the base from; "" where there is none. `weight`: what an update counts in a mean, the number of
+    examples for instance. `metrics`: what else the sender reports.
+    """
+
+    run: str
+    round: int
+    base: str = ""
+    client: str = ""
+    kind: UpdateKind = "weights"
+    weight: float = 1.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of a stream under these terms. Raises EncodeError for a weight that `check_weight` refuses."""
+        try:
+            check_weight(self.weight)
+        except ValueError as error:
+            raise EncodeError(str(error)) from None
+        return {_KEY: json.dumps(asdict(self), allow_nan=False)}
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, str]) -> "Terms":
+        """The terms in the metadata of a received stream. Raises SchemaError; `check_weight` is left to the caller."""
+        try:
+            terms = cls(**json.loads(metadata[_KEY]))
+            good = all(type(getattr(terms, name)) is kind for name, kind in _TYPES.items()) and terms.kind in _KINDS
+            if good and all(type(value) in (int, float) for value in terms.metrics.values()):
+                return terms
+        except (KeyError, TypeError, ValueError, RecursionError):
+            pass
+        raise SchemaError("the stream does not say what it updates: its metadata holds no valid terms")
+
+
+def check_weight(weight: object, most: float = math.inf) -> None:
+    """Raise ValueError unless `weight` is a finite number with 0 < weight <= `most`; True and "3" are no numbers."""
+    bound = min(most, sys.float_info.max)
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight <= bound:
+        raise ValueError(f"a weight must be a finite number above 0 and at most {bound:g}, not {weight!r:.40}")

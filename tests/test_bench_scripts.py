@@ -1,0 +1,150 @@
+"""Every script of bench/ on something tiny: that it runs and what its output looks like, not how fast anything was."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensorwire
+
+BENCH = Path(__file__).parent.parent / "bench"
+NUMBER = r"-?\d+(\.\d+)?"
+SECONDS = rf"{NUMBER} s"
+
+
+def run(script, *arguments, allowed=(0,)):
+    """The lines that a script prints."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(tensorwire.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in allowed, done.stderr
+    return done.stdout.strip().splitlines()
+
+
+def all_match(lines, *patterns):
+    assert len(lines) == len(patterns), lines
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def native():
+    return pytest.importorskip("tensorwire.kernels._native", reason="needs the C++ extension")
+
+
+def test_aggregate():
+    lines = run("aggregate.py", 2, "nf4")
+    all_match(
+        lines[2:],
+        rf"2 MiB, nf4: difference encoded to \d+ MiB in {SECONDS}",
+        rf"checked in {SECONDS}, \d+ MiB",
+        *(rf"{count} clients averaged in {SECONDS}, \d+ MiB" for count in (2, 4, 8, 16)),
+    )
+
+
+def test_bare_socket():
+    all_match(run("bare_socket.py", "llama-tiny"), *[rf"bare {SECONDS}, tensorwire {SECONDS}"] * 3)
+
+
+@pytest.mark.skipif(shutil.which("nice") is None, reason="needs the command nice")
+def test_contention():
+    places = ("alone", "beside two niced processes", "beside two equal processes")
+    figures = rf"{NUMBER} GB/s with one thread, {NUMBER} with two"
+    all_match(run("contention.py", "--mib=1", "--calls=1"), *(f"{place}: {figures}" for place in places))
+
+
+def test_convergence(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    lines = run("convergence.py", "--tiny", f"--out={tmp_path}")
+    runs = [json.loads(line) for line in (tmp_path / "convergence.json").read_text().splitlines()]
+    settings = [(start, name) for start in ("random", "pre-trained") for name in ("fp32", "nf4")]
+    assert [(run["start"], run["setting"]) for run in runs] == settings
+    assert all(len(run["losses"]) == len(run["bytes"]) == 2 for run in runs)
+    assert runs[1]["bytes"][1] < runs[0]["bytes"][1] / 6
+    assert sum(line.startswith("| nf4 |") for line in lines) == 2
+    assert (tmp_path / "convergence.md").read_text().strip().splitlines() == lines
+    assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exhaustive():
+    tiers = native().supported()
+    lines = run("exhaustive.py", "--every=1024")
+    what = [f"{half} to float32" for half in ("float16", "bfloat16")]
+    what += [f"{codec} {kind}" for codec in ("nf4", "fp4", "int8") for kind in ("float32", "float16", "bfloat16")]
+    what += [f"float32 to {half} saturate={on}" for half in ("float16", "bfloat16") for on in (False, True)]
+    assert lines == [f"{tier} {check}: 0 mismatches" for check in what for tier in tiers]
+
+
+def test_file_writes(tmp_path):
+    all_match(run("file_writes.py", tmp_path, 8), *[rf"page cache {SECONDS}, written behind {SECONDS}"] * 3)
+
+
+def test_fl_round():
+    rows = [json.loads(line) for line in run("fl_round.py", "--size-mb=17", "--clients", 1, 2)]
+    assert [row["clients"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["model_mb"] == 4 * (4096 * 1024) / 1e6
+        assert len(row["seconds"]) == 2 and row["server_mib"] > 0
+        assert 1 <= row["wire"] < 1.001
+
+
+def test_idle_connections():
+    lines = run("idle_connections.py", "--idle=2", "--trickling=2", "--mib=1", "--turns=1", allowed=(0, 1))
+    row = json.loads("".join(lines))
+    assert {"idle": 2, "trickling": 2, "mib": 1.0, "tls": False}.items() <= row.items()
+    assert row["ratio"] == pytest.approx(row["crowded_s"] / row["alone_s"])
+
+
+def test_integrity():
+    figures = rf"{SECONDS} with, {SECONDS} without; pair by pair [+-]{NUMBER}%"
+    lines = run("integrity.py", "--mib=2", "--turns=1")
+    all_match(lines, *(f"{codec}: {figures}" for codec in ("raw", "bf16", "int8", "nf4")))
+
+
+KERNELS = ["memcpy", "crc32c", "absmax"]
+KERNELS += [f"{codec} {op}" for codec in ("nf4", "fp4", "int8", "linear") for op in ("encode", "decode")]
+KERNELS += [f"{codec} {op}" for codec in ("float16", "bfloat16") for op in ("encode", "decode")]
+
+
+def kernel_rows(*options):
+    lines = run("kernels.py", "--mib=0.25", "--repeats=1", *options)
+    return lines[2], [re.split(r" {2,}|(?<=[a-z]) (?= *\d)", line.strip()) for line in lines[3:]]
+
+
+def test_kernels():
+    tiers = native().supported()
+    head, rows = kernel_rows()
+    assert head.split() == ["0.25", "MiB", *tiers]
+    assert [row[0] for row in rows] == KERNELS
+
+
+def test_kernels_and_their_checksums():
+    native()
+    head, rows = kernel_rows("--checksums")
+    assert head.split()[2:] == ["encode", "with", "CRC32C", "it", "costs"]
+    assert [row[0] for row in rows] == ["nf4", "fp4", "int8", "int8-linear", "fp16", "bf16", "raw"]
+
+
+def test_kernels_and_what_memory_allows():
+    if "avx512" not in native().supported() or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("needs a C compiler and AVX-512")
+    head, rows = kernel_rows("--limits")
+    assert head.split()[2:] == ["GB/s", "of", "memcpy", "bytes/element", "limit", "of", "it"]
+    assert [row[0] for row in rows] == KERNELS
+
+
+def test_partial_updates():
+    lines = run("partial_updates.py", "--layers=3", "--every=0.05", "--mib=0.5", allowed=(0, 1))
+    row = json.loads("".join(lines))
+    assert (row["codec"], row["layer_mib"], len(row["delays_s"])) == ("nf4", 0.5, 3)
+    assert all(delay > 0 for delay in row["delays_s"])
+
+
+def test_every_script_is_run_here():
+    tested = re.findall(r'"(\w+\.py)"', Path(__file__).read_text())
+    assert {path.name for path in BENCH.glob("*.py")} == {*tested}
