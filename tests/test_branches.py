@@ -31,9 +31,11 @@ from tensorwire import (
     dtypes,
     encode_file,
 )
+from tensorwire.codecs import Encoded, Packer, Sizes, parse, register
 from tensorwire.files.tw import iterate_file
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import Pool
+from tensorwire.tensor import Extent
 from tensorwire.wire import NEED_DATA, ContainerItem, Kind, TensorItem
 from tensorwire.wire.frames import FrameType, Header
 from tensorwire.wire.items import pack_item
@@ -129,6 +131,19 @@ def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path)
     refused([root, empty, (*first[:3], *second[3:]), second], "elsewhere|leaves out")
     refused([root, empty, first, (*second[:3], second[3], second[4], 7)], "points elsewhere")
     refused([root, empty, first, (*first[3:], *second[3:])], "elsewhere|another frame|leaves out")
+    refused([root, empty, first, (*second[:3], *first[3:])], "order of frames")
+
+
+def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor(tmp_path):
+    path = tmp_path / "x.tw"
+    frames = [AT_REST, ROOT, tensor(1, ["a"], [2]), data(1, b"ab"), tensor(2, ["b"], [2]), data(2, b"cd")]
+    good = assemble([*frames, Frame(INDEX, None), end()], align=64)
+    opened(path, good)
+    begin = int.from_bytes(good[-40:-32], "little") + 48
+    root, a, b = (struct.unpack_from("<QIIQII", good, begin + 32 * number) for number in range(3))
+    packed = b"".join(struct.pack("<QIIQII", *entry) for entry in (root, a, (*a[3:], *b[3:])))
+    with pytest.raises(FormatError, match="another frame"):
+        opened(path, assemble([*frames, Frame(INDEX, packed), end()], align=64))
 
 
 def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):
@@ -306,3 +321,42 @@ def test_zstd_without_memory_is_a_memory_error(monkeypatch):
     monkeypatch.setattr(zstandard, "ZstdCompressor", lambda **options: SimpleNamespace(compress=fail))
     with pytest.raises(MemoryError):
         tw.dumps({"a": np.arange(1000)}, codec="zstd")
+
+
+def test_a_value_nested_beyond_what_msgpack_reads_is_too_deep():
+    nested = b"\x91" * 1500 + b"\xc0"
+    frames = (START, item(0, VALUE, [], size=len(nested)), data(0, nested), end())
+    with pytest.raises(LimitError, match="nesting"):
+        tw.loads(assemble(frames))
+
+
+def test_a_state_knows_whether_its_absmax_are_quantized():
+    values = np.ones(64, np.float32)
+    for spec, nested in (("nf4", False), ("nf4:double_quant=true", True), ("int8", False)):
+        codec = parse(spec)
+        view = tw.FRONT.view(values)
+        encoded = codec.encode(
+            values, Extent.whole(view.dtype, view.shape), lambda size: np.empty(size, np.uint8), codec.prepare(view)
+        )
+        state = codec.packer.state(memoryview(encoded.payload).cast("B"), values.size)
+        assert state.nested == nested
+
+
+def test_a_codec_has_a_name_that_specs_can_hold():
+    class Shouting(Packer):
+        id, name, lossless, exact_length = 40_000, "LOUD NAME", True, True
+
+        def accepts(self, dtype):
+            return True
+
+        def sizes(self, count, dtype):
+            return Sizes(count)
+
+        def encode(self, data, extent, take, context=None):
+            return Encoded(data)
+
+        def decode(self, payload, extent, out, uncached=None):
+            pass
+
+    with pytest.raises(EncodeError, match="lower-case"):
+        register(Shouting)
