@@ -6,6 +6,7 @@ import asyncio
 import gc
 import struct
 from collections import OrderedDict
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from tensorwire import (
     dtypes,
     encode_file,
 )
-from tensorwire.codecs import Encoded, Packer, Sizes, parse, register
+from tensorwire.codecs import Encoded, Packer, Range, Sizes, Transform, parameter, parse, register
 from tensorwire.files.tw import iterate_file
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import Pool
@@ -342,21 +343,48 @@ def test_a_state_knows_whether_its_absmax_are_quantized():
         assert state.nested == nested
 
 
+class Bytes(Packer):
+    """A codec that says nothing but what it must."""
+
+    id, name, lossless, exact_length = 40_020, "bytes", True, True
+
+    def accepts(self, dtype):
+        return True
+
+    def sizes(self, count, dtype):
+        return Sizes(count)
+
+    def encode(self, data, extent, take, context=None):
+        return Encoded(data)
+
+    def decode(self, payload, extent, out, uncached=None):
+        pass
+
+
 def test_a_codec_has_a_name_that_specs_can_hold():
-    class Shouting(Packer):
-        id, name, lossless, exact_length = 40_000, "LOUD NAME", True, True
-
-        def accepts(self, dtype):
-            return True
-
-        def sizes(self, count, dtype):
-            return Sizes(count)
-
-        def encode(self, data, extent, take, context=None):
-            return Encoded(data)
-
-        def decode(self, payload, extent, out, uncached=None):
-            pass
+    class Shouting(Bytes):
+        name = "LOUD NAME"
 
     with pytest.raises(EncodeError, match="lower-case"):
         register(Shouting)
+
+
+def test_a_codec_has_no_more_parameters_than_a_descriptor_holds():
+    fields = [(f"p{number}", int, parameter(0, Range(0, 1), wire=True)) for number in range(9)]
+    many = make_dataclass("Many", fields, bases=(Bytes,), frozen=True, repr=False)
+    with pytest.raises(EncodeError, match="more than 8 parameters"):
+        register(many)
+
+
+def test_a_transform_keeps_the_dtype_and_takes_single_elements_unless_it_says_otherwise():
+    class Reversed(Transform):
+        def accepts(self, dtype):
+            return True
+
+        def encode(self, data, extent):
+            return data[::-1]
+
+        def decode(self, data, extent, out):
+            out[:] = data[::-1]
+
+    assert (Reversed().output(dtypes.FLOAT32), Reversed().block(dtypes.FLOAT32)) == (dtypes.FLOAT32, 1)
