@@ -6,6 +6,7 @@ import asyncio
 import gc
 import struct
 from collections import OrderedDict
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from tensorwire import (
     dtypes,
     encode_file,
 )
-from tensorwire.codecs import Encoded, Packer, Sizes, parse, register
+from tensorwire.codecs import Encoded, Packer, Range, Sizes, parameter, parse, register
 from tensorwire.files.tw import iterate_file
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import Pool
@@ -342,21 +343,32 @@ def test_a_state_knows_whether_its_absmax_are_quantized():
         assert state.nested == nested
 
 
-def test_a_codec_has_a_name_that_specs_can_hold():
-    class Shouting(Packer):
-        id, name, lossless, exact_length = 40_000, "LOUD NAME", True, True
+class Copy(Packer):
+    """A stage that lacks its row."""
 
-        def accepts(self, dtype):
-            return True
+    lossless = exact_length = True
 
-        def sizes(self, count, dtype):
-            return Sizes(count)
+    def accepts(self, dtype):
+        return True
 
-        def encode(self, data, extent, take, context=None):
-            return Encoded(data)
+    def sizes(self, count, dtype):
+        return Sizes(count)
 
-        def decode(self, payload, extent, out, uncached=None):
-            pass
+    def encode(self, data, extent, take, context=None):
+        return Encoded(data)
+
+    def decode(self, payload, extent, out, uncached=None):
+        pass
+
+
+def test_a_codec_has_a_name_that_specs_can_hold_and_parameters_that_descriptors_can():
+    class Shouting(Copy):
+        id, name = 40_000, "LOUD NAME"
 
     with pytest.raises(EncodeError, match="lower-case"):
         register(Shouting)
+    fields = [(f"p{number}", int, parameter(0, Range(0, 9), wire=True)) for number in range(9)]
+    row = {"id": 40_001, "name": "many"}
+    many = make_dataclass("Many", fields, bases=(Copy,), namespace=row, frozen=True, repr=False)
+    with pytest.raises(EncodeError, match="more than 8 parameters"):
+        register(many)
