@@ -57,23 +57,28 @@ def encode(
     codec: streams.CodecChoice = "raw",
     frame_size: int = streams.FRAME_SIZE,
     limits: Limits = DEFAULT,
+    report: streams.Report | None = None,
 ) -> Iterator[Any]:
     """Like `tensorwire.torch.encode`; `Quantized` and quantized `Params4bit` in it travel with the codes they have.
 
     Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
     format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
     """
-    choose = streams.rule(codec)
+    choose = streams.rule(codec, report)
     front = _Front()
 
     def select(name: str, value: Any) -> Codec:
         if isinstance(value, (Quantized, Params4bit)):
+            choose.seen(name)
             return Readymade(_codec(_quantized(value).state).pipeline)
         view = front.view(value)
         assert view is not None  # only tensors are asked about
         return choose(name, value, view)
 
-    return streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits)
+    buffers = streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits, report=report)
+    if not isinstance(obj, Iterator):
+        choose.finish()
+    return buffers
 
 
 def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]]:
