@@ -42,7 +42,7 @@ from tensorwire.files import TensorFile, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
-from tensorwire.streams import Schema
+from tensorwire.streams import Report, Schema
 from tensorwire.tensor import Front, TensorView
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ __all__ = [
     "LimitError",
     "Limits",
     "NonFiniteError",
+    "Report",
     "Schema",
     "SchemaError",
     "SequenceError",

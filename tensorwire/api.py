@@ -8,7 +8,7 @@ from typing import Any, Final
 from tensorwire import files, streams
 from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams import CodecChoice, Schema
+from tensorwire.streams import CodecChoice, Report, Schema
 from tensorwire.tensor import Buffer, Front
 
 _BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
@@ -30,6 +30,7 @@ class Api:
         stream_id: bytes = b"",
         tie: bool = True,
         limits: Limits = DEFAULT,
+        report: Report | None = None,
     ) -> Iterator[Buffer]:
         """Encode a container as an iterator of buffers to be sent one after the other.
 
@@ -38,7 +39,8 @@ class Api:
         which transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping
         of name patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is
         also the memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes
-        that bind every frame to a round or session. `tie`: send tensors that share their memory once.
+        that bind every frame to a round or session. `tie`: send tensors that share their memory once. `report`: a
+        `tensorwire.Report` that is told what travelled how.
 
         Everything but the values themselves is checked here, before the first buffer. Raises EncodeError naming
         the item; NonFiniteError, while iterating, for NaN or infinities under a quantizing codec.
@@ -52,6 +54,7 @@ class Api:
             stream_id=stream_id,
             tie=tie,
             limits=limits,
+            report=report,
         )
 
     def encode_async(
@@ -64,6 +67,7 @@ class Api:
         stream_id: bytes = b"",
         tie: bool = True,
         limits: Limits = DEFAULT,
+        report: Report | None = None,
     ) -> AsyncIterator[Buffer]:
         """As `encode`, for `async for`: `obj` may also be an asynchronous iterator of (name, tensor) pairs.
 
@@ -71,8 +75,8 @@ class Api:
         at a time, so that the event loop is never held up. Do not change the tensors meanwhile. Nothing is checked
         before the first buffer is asked for.
         """
-        sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits)
-        return _encoded(sender, obj, self._front, streams.rule(codec), limits, tie=tie)
+        sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits, report=report)
+        return _encoded(sender, obj, self._front, streams.rule(codec, report), limits, tie=tie)
 
     def encoded_size(
         self,
@@ -137,10 +141,17 @@ class Api:
         """
         return streams.decode_async(source, self._front, into=into, expect=expect, base=base, limits=limits)
 
-    def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
+    def dumps(
+        self,
+        obj: Any,
+        *,
+        codec: CodecChoice = "raw",
+        metadata: Mapping[str, str] | None = None,
+        report: Report | None = None,
+    ) -> bytes:
         """A container as one message: all buffers of `encode`, joined."""
         message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
-        for buffer in self.encode(obj, codec=codec, metadata=metadata):
+        for buffer in self.encode(obj, codec=codec, metadata=metadata, report=report):
             message.write(buffer)
         return message.getvalue()
 
@@ -163,9 +174,10 @@ class Api:
         *,
         codec: CodecChoice = "raw",
         metadata: Mapping[str, str] | None = None,
+        report: Report | None = None,
     ) -> int:
         """Write a container to a `.tw` file and return its size. The name appears only when all is on disk."""
-        return files.save_file(obj, path, self._front, codec=codec, metadata=metadata)
+        return files.save_file(obj, path, self._front, codec=codec, metadata=metadata, report=report)
 
     def load_file(
         self,
@@ -203,6 +215,7 @@ async def _encoded(
             async for buffer in _in_threads(sender.pair(name, value, front, rule)):
                 yield buffer
             yield streams.FLUSH
+        rule.finish()
         yield sender.end()
     elif isinstance(obj, Iterator):
         async for buffer in _in_threads(sender.pairs(obj, front, rule)):

@@ -21,7 +21,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output, read_at
-from tensorwire.streams import Completed, Piece, Receiver, Schema
+from tensorwire.streams import Completed, Piece, Receiver, Report, Schema
 from tensorwire.streams.codec_choice import CodecChoice
 from tensorwire.tensor import Buffer, TensorView, ViewFront
 from tensorwire.wire import AliasItem, Item, ItemStart, Kind, StreamStart, TensorItem
@@ -62,11 +62,12 @@ def encode(
     frame_size: int = streams.FRAME_SIZE,
     at_rest: bool = False,
     limits: Limits = DEFAULT,
+    report: Report | None = None,
 ) -> Iterator[Buffer]:
     """The buffers of a stream of all tensors in a `.safetensors` file, read piece by piece as they are sent.
 
-    `codec` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along. With
-    `at_rest` the stream is laid out as `save_file` does, to become a `.tw` file that `open_file` can open.
+    `codec` and `report` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels
+    along. With `at_rest` the stream is laid out as `save_file` does, to become a `.tw` file that `open_file` can open.
     Raises, before the first buffer, FormatError or TruncatedError for a file that is not valid, EncodeError for
     what cannot be sent.
     """
@@ -80,6 +81,7 @@ def encode(
             metadata=file.metadata,
             at_rest=at_rest,
             limits=limits,
+            report=report,
         )
     except BaseException:
         file.close()

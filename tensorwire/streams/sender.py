@@ -12,14 +12,15 @@ from typing import Any, Final, NamedTuple
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec, Encoded
+from tensorwire.codecs import RAW, Codec, Encoded
 from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, flatten
 from tensorwire.streams.overlap import in_order
-from tensorwire.tensor import Buffer, Extent, Front, TensorView, as_buffer
+from tensorwire.streams.report import Report
+from tensorwire.tensor import Buffer, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
@@ -43,16 +44,19 @@ def encode(
     tie: bool = True,
     at_rest: bool = False,
     limits: Limits = DEFAULT,
+    report: Report | None = None,
 ) -> Iterator[Buffer]:
     """The buffers of one stream.
 
     Options as `tensorwire.encode` has them. `at_rest`: lay the stream out as a file, with an index, aligned payloads
     and each raw item in one frame, so that it can be mapped.
     """
-    sender = Sender(stream_info(metadata, stream_id, at_rest=at_rest), frame_size, limits, at_rest=at_rest)
+    info = stream_info(metadata, stream_id, at_rest=at_rest)
+    sender = Sender(info, frame_size, limits, at_rest=at_rest, report=report)
+    choose = rule(codec, report)
     if isinstance(value, Iterator):
-        return sender.pairs(value, front, rule(codec))
-    return sender.container(flatten(value, front, rule(codec), limits, tie=tie))
+        return sender.pairs(value, front, choose)
+    return sender.container(flatten(value, front, choose, limits, tie=tie))
 
 
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:
@@ -64,22 +68,31 @@ def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, a
 
 
 class _EncodedSlice(NamedTuple):
-    """A data frame to be sent: what its header says, and the buffers of its payload."""
+    """A data frame to be sent: what its header says, the buffers of its payload, and whose data they are."""
 
     start: int
     elements: int
     length: int
     crc: int
     payload: Iterable[Buffer]
+    leaf: TensorLeaf | ValueLeaf
 
 
 _Job = Callable[[], Iterable[_EncodedSlice]]
 
 
 class Sender:
-    """Writes leaves through one Writer."""
+    """Writes leaves through one Writer, and into a report what it made of them."""
 
-    def __init__(self, info: StreamInfo, frame_size: int, limits: Limits, *, at_rest: bool = False) -> None:
+    def __init__(
+        self,
+        info: StreamInfo,
+        frame_size: int,
+        limits: Limits,
+        *,
+        at_rest: bool = False,
+        report: Report | None = None,
+    ) -> None:
         if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
             raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
         self._writer = Writer(crc32c, limits, index=at_rest)
@@ -87,8 +100,9 @@ class Sender:
         self._limits = limits
         self._at_rest = at_rest
         self._pool = Pool()
+        self._report = report
         try:
-            self._start = self._writer.start(info)
+            self._start = self._framed(self._writer.start(info))
         except WireError as error:
             raise EncodeError(error.detail) from None
 
@@ -112,11 +126,12 @@ class Sender:
         for name, value in pairs:
             yield from self.pair(name, value, front, rule)
             yield FLUSH
+        rule.finish()
         yield self.end()
 
     def head(self) -> bytes:
         """What comes before the first pair."""
-        return self._start + self._writer.item(ContainerItem((), Kind.DICT))
+        return self._start + self._framed(self._writer.item(ContainerItem((), Kind.DICT)))
 
     def pair(self, name: str, value: Any, front: Front, rule: Rule) -> Iterator[Buffer]:
         """The buffers of one pair."""
@@ -127,21 +142,31 @@ class Sender:
 
     def end(self) -> bytes:
         """What comes last."""
-        return self._writer.end()
+        return self._framed(self._writer.end())
+
+    def _framed(self, data: bytes) -> bytes:
+        """What the writer made, counted."""
+        if self._report is not None:
+            self._report.framing += len(data)
+        return data
 
     def _describe(self, leaf: Leaf) -> bytes:
         """The leaf's ITEM frame. Raises EncodeError, also where its codec's blocks do not fit into a frame."""
         if isinstance(leaf, TensorLeaf) and leaf.item.total != 0:
             slice_size(leaf.codec, leaf.item, self._frame_size)
+        if self._report is not None and not isinstance(leaf, BareLeaf):
+            self._report.add_item(_spec(leaf))
         try:
-            return self._writer.item(leaf.item)
+            return self._framed(self._writer.item(leaf.item))
         except WireError as error:
             raise EncodeError(error.detail, item=leaf.item.name) from None
 
     def _data(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         for slices in in_order(self._jobs(leaves)):
             for encoded in slices:
-                yield self._writer.data(*encoded[:4])
+                if self._report is not None:
+                    self._report.add_frame(_spec(encoded.leaf), encoded.elements * _width(encoded.leaf), encoded.length)
+                yield self._framed(self._writer.data(*encoded[:4]))
                 yield from encoded.payload
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
@@ -154,7 +179,7 @@ class Sender:
             elif leaf.item.total is None:
                 yield partial(self._open_ended, leaf), 0
             elif self._at_rest and leaf.codec.in_place:
-                yield partial(self._in_one_frame, leaf.view), 0
+                yield partial(self._in_one_frame, leaf), 0
             else:
                 yield from self._slices(leaf)
 
@@ -172,30 +197,31 @@ class Sender:
             error.index += start
             error.item = leaf.item.name
             raise
-        return [_encoded(start, stop - start, encoded)]
+        return [_encoded(leaf, start, stop - start, encoded)]
 
     def _open_ended(self, leaf: TensorLeaf) -> Iterator[_EncodedSlice]:
         step = slice_size(leaf.codec, leaf.item, self._frame_size)
         start = 0
         while data := leaf.view.read(start, start + step):
             extent = Extent(dtypes.UINT8, leaf.view.shape, start, len(data))
-            yield _encoded(start, len(data), leaf.codec.encode(data, extent, self._pool.take))
+            yield _encoded(leaf, start, len(data), leaf.codec.encode(data, extent, self._pool.take))
             start += len(data)
-        yield _EncodedSlice(start, 0, 0, 0, ())
+        yield _EncodedSlice(start, 0, 0, 0, (), leaf)
 
-    def _in_one_frame(self, view: TensorView) -> list[_EncodedSlice]:
+    def _in_one_frame(self, leaf: TensorLeaf) -> list[_EncodedSlice]:
         """A raw item in a single frame. Its checksum stands before it, so its bytes are read twice."""
+        view = leaf.view
         step = max(_PART // view.dtype.itemsize, 1)
         parts = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
         crc = 0
         for start, stop in parts:
             crc = crc32c(view.read(start, stop), crc)
         payload = (as_buffer(view.read(start, stop)) for start, stop in parts)
-        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, payload)]
+        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, payload, leaf)]
 
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
         for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
-            yield _encoded(start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
+            yield _encoded(leaf, start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
 
 
 def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Iterator[tuple[int, int]]:
@@ -230,10 +256,18 @@ def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> in
     )
 
 
-def _encoded(start: int, count: int, encoded: Encoded) -> _EncodedSlice:
+def _encoded(leaf: TensorLeaf | ValueLeaf, start: int, count: int, encoded: Encoded) -> _EncodedSlice:
     payload = memoryview(encoded.payload)
     crc = crc32c(payload, 0) if encoded.crc is None else encoded.crc
-    return _EncodedSlice(start, count, payload.nbytes, crc, (payload,))
+    return _EncodedSlice(start, count, payload.nbytes, crc, (payload,), leaf)
+
+
+def _spec(leaf: TensorLeaf | ValueLeaf) -> str:
+    return repr(RAW if isinstance(leaf, ValueLeaf) else leaf.codec)
+
+
+def _width(leaf: TensorLeaf | ValueLeaf) -> int:
+    return 1 if isinstance(leaf, ValueLeaf) else leaf.item.dtype.itemsize
 
 
 class StreamSize(NamedTuple):
