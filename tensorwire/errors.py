@@ -18,10 +18,15 @@ def show(name: object) -> str:
 
 
 def near(word: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """The known names that somebody may have meant who wrote `word`, nearest first."""
+    """The known names that somebody may have meant who wrote `word`, nearest first; case, `-` and `_` do not matter."""
     from difflib import get_close_matches  # which only those load who made a mistake
 
-    return get_close_matches(word, list(known), most)
+    plain = {_plain(name): name for name in known}
+    return [plain[match] for match in get_close_matches(_plain(word), plain, most)]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def _rebuild(cls: type["TensorwireError"], detail: str, state: dict[str, object]) -> "TensorwireError":

@@ -164,7 +164,21 @@ def test_a_pattern_is_met_behind_another_by_a_tied_tensor_and_where_there_are_no
     tw.dumps({}, codec={"*.weight": "nf4"})
 
 
-@pytest.mark.parametrize(("codec", "said"), [({7: "nf4"}, "a codec pattern is text, not 7"), (bytes, "not type")])
+def test_a_pattern_that_another_leaves_nothing_is_refused():
+    pairs = [("*", "*.bias"), ("layers.*", "layers.0.*"), ("*.weight", "layers.?.weight"), ("*ias", "*.bias")]
+    for wide, narrow in pairs:
+        with pytest.raises(tw.EncodeError, match="put it before"):
+            tw.dumps(WEIGHTS, codec={wide: "nf4", narrow: "raw"})
+
+        tw.dumps(WEIGHTS, codec={narrow: "raw", wide: "nf4"})
+    tw.dumps(WEIGHTS, codec={"layers.?.*": "raw", "layers.*": "nf4"})
+    tw.dumps(WEIGHTS, codec={"layers.[01].weight": "raw", "*.weight": "nf4"})
+
+
+@pytest.mark.parametrize(
+    ("codec", "said"),
+    [({7: "nf4"}, "a codec pattern is text, not 7"), (bytes, "not the class bytes"), (None, "not NoneType")],
+)
 def test_what_is_no_choice_is_refused(codec, said):
     with pytest.raises(tw.EncodeError, match=said):
         tw.dumps(WEIGHTS, codec=codec)

@@ -20,9 +20,9 @@ def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
     """What `codec=` means, as a `Rule`.
 
     A mapping's keys are shell patterns over dotted names, the first match wins, and what none matches is raw; a pattern
-    that matches no tensor is an error. A tensor that its codec cannot represent (another dtype, or values that the
-    codec's policy sends raw) travels losslessly, compressed where the codec compresses, and stands in `report`. Raises
-    EncodeError.
+    that matches no tensor, or can match none behind those before it, is an error. A tensor that its codec cannot
+    represent (another dtype, or values that the codec's policy sends raw) travels losslessly, compressed where the
+    codec compresses, and stands in `report`. Raises EncodeError.
     """
     return CodecRule(_selector(choice), _patterns(choice) if isinstance(choice, Mapping) else [], report)
 
@@ -78,7 +78,7 @@ def _near(pattern: str, names: list[str]) -> list[str]:
     return list(dict.fromkeys(pieces[piece] for piece in near(wanted, pieces, _NAMES_SHOWN)))
 
 
-def _selector(choice: CodecChoice) -> Callable[[str, Any], Codec]:
+def _selector(choice: Any) -> Callable[[str, Any], Codec]:
     if isinstance(choice, Mapping):
         patterns = [(pattern, parse(spec)) for pattern, spec in choice.items()]
         return lambda name, value: next((codec for pattern, codec in patterns if fnmatchcase(name, pattern)), RAW)
@@ -87,14 +87,22 @@ def _selector(choice: CodecChoice) -> Callable[[str, Any], Codec]:
         return lambda name, value: codec
     if callable(choice) and not isinstance(choice, type):
         return lambda name, value: parse(choice(name, value))
-    raise EncodeError(
-        f"codec must be a spec, a stage, a mapping of patterns or a function, not {type(choice).__name__}"
-    )
+    given = f"the class {choice.__name__}" if isinstance(choice, type) else type(choice).__name__
+    raise EncodeError(f"codec must be a spec, a stage, a mapping of patterns or a function, not {given}")
 
 
 def _patterns(choice: Mapping[str, CodecSpec]) -> list[str]:
-    """The patterns. Raises EncodeError for one that is no text."""
+    """The patterns. Raises EncodeError for one that is no text, and one that another leaves nothing to match."""
+    before: list[str] = []
     for pattern in choice:
         if type(pattern) is not str:
             raise EncodeError(f"a codec pattern is text, not {pattern!r}")
-    return list(choice)
+        # With no wildcard but *, what matches the text of a pattern matches all that the pattern does.
+        wider = next((text for text in before if not set(text) & set("?[") and fnmatchcase(pattern, text)), None)
+        if wider is not None:
+            raise EncodeError(
+                f"codec pattern {show(pattern)} stands behind {show(wider)}, which matches all that it does; "
+                "the first match wins: put it before"
+            )
+        before.append(pattern)
+    return before
