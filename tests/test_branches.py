@@ -386,3 +386,9 @@ def test_a_transform_keeps_the_dtype_and_takes_single_elements_unless_it_says_ot
             out[:] = data[::-1]
 
     assert (Reversed().output(dtypes.FLOAT32), Reversed().block(dtypes.FLOAT32)) == (dtypes.FLOAT32, 1)
+
+
+def test_a_stage_has_unsigned_parameters():
+    for stage in ([-1], [4, "64"]):
+        with pytest.raises(FormatError, match="unsigned"):
+            pack_item(TensorItem((), dtypes.FLOAT32, (1,), (tuple(stage),)), DEFAULT)
