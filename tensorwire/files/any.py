@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 from tensorwire import dtypes
 from tensorwire.codecs import Codec, parse
 from tensorwire.errors import EncodeError, SchemaError
+from tensorwire.files.source import is_path, read_some
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
@@ -34,19 +35,17 @@ def encode_file(
     chosen = parse(codec)
     if not chosen.accepts(dtypes.UINT8):
         raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
-    if isinstance(file, (str, bytes, os.PathLike)):
-        return _open_and_send(file, chosen, name, frame_size, limits)
+    if is_path(file):
+        return _open_and_send(os.fsdecode(file), chosen, name, frame_size, limits)
     return _send(None, _piped(file), chosen, name or "-", frame_size, limits)
 
 
-def _open_and_send(
-    path: str | os.PathLike[str], codec: Codec, name: str | None, frame_size: int, limits: Limits
-) -> Iterator[Buffer]:
+def _open_and_send(path: str, codec: Codec, name: str | None, frame_size: int, limits: Limits) -> Iterator[Buffer]:
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        name = name or os.path.basename(os.fspath(path))
+        name = name or os.path.basename(path)
         if stat.S_ISREG(status.st_mode):
-            read = file_reader(file.fileno(), 0, 1, Pool())
+            read = file_reader(file.fileno(), path, 0, 1, Pool())
             yield from _send(status.st_size, read, codec, name, frame_size, limits)
         else:  # a FIFO or device, whose size says nothing
             yield from _send(None, _piped(file), codec, name, frame_size, limits)
@@ -66,23 +65,23 @@ def _send(
     return Sender(stream_info(None), frame_size, limits).container(leaves)
 
 
-def file_reader(fd: int, offset: int, itemsize: int, pool: Pool) -> Callable[[int, int], ByteArray]:
+def file_reader(fd: int, path: str, offset: int, itemsize: int, pool: Pool) -> Callable[[int, int], ByteArray]:
     """`TensorView.read` over bytes of an open file from `offset` on, through pooled memory."""
 
     def read(start: int, stop: int) -> ByteArray:
         buffer = pool.take((stop - start) * itemsize)
         if read_at(fd, buffer.data, offset + start * itemsize) != buffer.size:
-            raise EncodeError("the file became shorter while it was sent")
+            raise EncodeError(f"{path!r} became shorter while it was read")
         return buffer
 
     return read
 
 
-def _piped(file: BinaryIO) -> Callable[[int, int], bytes]:
+def _piped(file: Any) -> Callable[[int, int], bytes]:
     def read(start: int, stop: int) -> bytes:
         parts = []
         wanted = stop - start
-        while wanted and (part := file.read(wanted)):
+        while wanted and (part := read_some(file, wanted)):
             parts.append(part)
             wanted -= len(part)
         return b"".join(parts)

@@ -4,11 +4,16 @@ Everything about the container is checked, and every descriptor made, before the
 tensor is encoded frame by frame. Buffers are either small bytes, the caller's own memory (raw), or pooled memory
 that is used again once the consumer lets go of it. An empty buffer says: send what you have gathered, what comes next
 is still to be made.
+
+The caller's own memory was checksummed when its header was made: whoever changes it before it is sent makes a stream
+that its receiver refuses. Where that must not be (files, messages), `private` streams carry copies of it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
@@ -19,7 +24,7 @@ from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, flatten
 from tensorwire.streams.overlap import in_order
-from tensorwire.tensor import Buffer, Extent, Front, TensorView, as_buffer
+from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
@@ -30,6 +35,8 @@ _MIN_FRAME_SIZE: Final = 1 << 12
 _DECODED: Final = 4
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
 FLUSH: Final = b""
+# (offset, bytes) to be written over what has passed there.
+Late = list[tuple[int, bytes]]
 
 
 def encode(
@@ -42,14 +49,19 @@ def encode(
     stream_id: bytes = b"",
     tie: bool = True,
     at_rest: bool = False,
+    private: bool = False,
+    late: Late | None = None,
     limits: Limits = DEFAULT,
 ) -> Iterator[Buffer]:
     """The buffers of one stream.
 
     Options as `tensorwire.encode` has them. `at_rest`: lay the stream out as a file, with an index, aligned payloads
-    and each raw item in one frame, so that it can be mapped.
+    and each raw item in one frame, so that it can be mapped. `private`: give no memory of the caller away, but copies
+    of it; so does `at_rest`. `late`: takes the headers that are made once their payload has passed, where what is
+    written can be written over; without it, a large raw item that changes meanwhile is an EncodeError.
     """
-    sender = Sender(stream_info(metadata, stream_id, at_rest=at_rest), frame_size, limits, at_rest=at_rest)
+    info = stream_info(metadata, stream_id, at_rest=at_rest)
+    sender = Sender(info, frame_size, limits, at_rest=at_rest, private=private, late=late)
     if isinstance(value, Iterator):
         return sender.pairs(value, front, rule(codec))
     return sender.container(flatten(value, front, rule(codec), limits, tie=tie))
@@ -64,12 +76,12 @@ def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, a
 
 
 class _EncodedSlice(NamedTuple):
-    """A data frame to be sent: what its header says, and the buffers of its payload."""
+    """A data frame to be sent: what its header says, and its payload, of which a `crc` that is None is made."""
 
     start: int
     elements: int
     length: int
-    crc: int
+    crc: int | None
     payload: Iterable[Buffer]
 
 
@@ -79,13 +91,24 @@ _Job = Callable[[], Iterable[_EncodedSlice]]
 class Sender:
     """Writes leaves through one Writer."""
 
-    def __init__(self, info: StreamInfo, frame_size: int, limits: Limits, *, at_rest: bool = False) -> None:
+    def __init__(
+        self,
+        info: StreamInfo,
+        frame_size: int,
+        limits: Limits,
+        *,
+        at_rest: bool = False,
+        private: bool = False,
+        late: Late | None = None,
+    ) -> None:
         if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
             raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
         self._writer = Writer(crc32c, limits, index=at_rest)
         self._frame_size = frame_size
         self._limits = limits
         self._at_rest = at_rest
+        self._private = private or at_rest
+        self._late = late
         self._pool = Pool()
         try:
             self._start = self._writer.start(info)
@@ -141,8 +164,23 @@ class Sender:
     def _data(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         for slices in in_order(self._jobs(leaves)):
             for encoded in slices:
-                yield self._writer.data(*encoded[:4])
-                yield from encoded.payload
+                start, count, length, crc, payload = encoded
+                if crc is None:
+                    yield from self._header_late(encoded)
+                else:
+                    yield self._writer.data(start, count, length, crc)
+                    yield from payload
+
+    def _header_late(self, encoded: _EncodedSlice) -> Iterator[Buffer]:
+        """A frame whose payload is read once: its header is made last, to be written over zeros in its place."""
+        assert self._late is not None
+        offset = self._writer.offset
+        yield bytes(self._writer.data_header_size())
+        crc = 0
+        for part in encoded.payload:
+            crc = crc32c(part, crc)
+            yield part
+        self._late.append((offset, self._writer.data(encoded.start, encoded.elements, encoded.length, crc)))
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
         """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
@@ -154,7 +192,7 @@ class Sender:
             elif leaf.item.total is None:
                 yield partial(self._open_ended, leaf), 0
             elif self._at_rest and leaf.codec.in_place:
-                yield partial(self._in_one_frame, leaf.view), 0
+                yield partial(self._in_one_frame, leaf), 0
             else:
                 yield from self._slices(leaf)
 
@@ -167,7 +205,10 @@ class Sender:
         read = leaf.view.device_read if leaf.codec.on_device and leaf.view.device_read else leaf.view.read
         try:
             extent = Extent(leaf.view.dtype, leaf.view.shape, start, stop - start)
-            encoded = leaf.codec.encode(read(start, stop), extent, self._pool.take, context)
+            data = read(start, stop)
+            if self._private and leaf.codec.in_place:
+                data = self._copied(data)
+            encoded = leaf.codec.encode(data, extent, self._pool.take, context)
         except NonFiniteError as error:
             error.index += start
             error.item = leaf.item.name
@@ -183,15 +224,37 @@ class Sender:
             start += len(data)
         yield _EncodedSlice(start, 0, 0, 0, ())
 
-    def _in_one_frame(self, view: TensorView) -> list[_EncodedSlice]:
-        """A raw item in a single frame. Its checksum stands before it, so its bytes are read twice."""
+    def _in_one_frame(self, leaf: TensorLeaf) -> list[_EncodedSlice]:
+        """A raw item in a single frame."""
+        view = leaf.view
         step = max(_PART // view.dtype.itemsize, 1)
+        if view.numel <= step:
+            return [_encoded(0, view.numel, Encoded(self._copied(view.read(0, view.numel))))]
         parts = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
+        if self._late is None:
+            crc = 0
+            for start, stop in parts:
+                crc = crc32c(view.read(start, stop), crc)
+            return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, self._again(leaf, parts, crc))]
+        payload = (self._copied(view.read(start, stop)).data for start, stop in parts)
+        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, None, payload)]
+
+    def _again(self, leaf: TensorLeaf, parts: list[tuple[int, int]], expected: int) -> Iterator[Buffer]:
+        """The parts, read once more. Raises EncodeError behind the last one where they are not what was checksummed."""
         crc = 0
         for start, stop in parts:
-            crc = crc32c(view.read(start, stop), crc)
-        payload = (as_buffer(view.read(start, stop)) for start, stop in parts)
-        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, payload)]
+            part = self._copied(leaf.view.read(start, stop))
+            crc = crc32c(part, crc)
+            yield part.data
+        if crc != expected:
+            raise EncodeError("it was changed while it was written: copy it before, or wait", item=leaf.item.name)
+
+    def _copied(self, data: Buffer | ByteArray) -> ByteArray:
+        """The same bytes, in memory that nobody else writes to."""
+        given = np.frombuffer(as_buffer(data), np.uint8)
+        copy = self._pool.take(given.size)
+        copy[:] = given
+        return copy
 
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
         for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
