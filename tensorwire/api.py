@@ -164,9 +164,11 @@ class Api:
         )
 
     def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
-        """A container as one message: all buffers of `encode`, joined, in memory of its own.
+        """A container as one message: all buffers of `encode`, joined.
 
-        message = tensorwire.dumps({"weight": weight, "step": 7}, codec="int8")
+        It has memory of its own, and stays what it is when tensors change.
+
+            message = tensorwire.dumps({"weight": weight, "step": 7}, codec="int8")
         """
         message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
         for buffer in streams.encode(obj, self._front, codec=codec, metadata=metadata, private=True):
@@ -270,7 +272,9 @@ class Api:
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
         """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given.
 
-        weights = tensorwire.loads(message, expect=tensorwire.schema(model.state_dict()))
+        Its values do not matter.
+
+            weights = tensorwire.loads(message, expect=tensorwire.schema(model.state_dict()))
         """
         return Schema.of(obj, self._front, codec=codec)
 

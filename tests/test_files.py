@@ -1,14 +1,19 @@
 """Files as strangers find them: changed while they are written, cut while they are read, behind objects, in parts."""
 
 import copy
+import http.server
+import inspect
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -468,3 +473,154 @@ def test_text_is_no_source(path: Path, tmp_path: Path) -> None:
     for path_like in ("model.tw", path):
         with pytest.raises(ArgumentError, match="load_file"):
             tw.loads(path_like)
+
+
+# ------------------------------------------------------------------------------------------------ Over HTTP, by fsspec
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """GET and HEAD of one file, with ranges, as object stores answer."""
+
+    content = b""
+    asked: ClassVar[list[tuple[int, int]]] = []
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        begin, end = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups()
+        part = self.content[int(begin) : int(end) + 1]
+        self.asked.append((int(begin), len(part)))
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {begin}-{int(begin) + len(part) - 1}/{len(self.content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    stored = io.BytesIO()
+    big = np.random.default_rng(0).standard_normal((8, 1 << 20)).astype(np.float32)
+    tw.save_file({"big": big, "cast": big.copy(), "small": np.arange(5)}, stored, codec={"cast": "bf16"})
+    Ranges.content, Ranges.asked = stored.getvalue(), []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/model.tw"
+        server.shutdown()
+        thread.join()
+
+
+class Fetched(io.RawIOBase):
+    """A file behind a URL, in twenty lines of the standard library."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.name = url
+        self._place = 0
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as answer:
+            self._size = int(answer.headers["Content-Length"])
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: memoryview) -> int:
+        end = min(self._place + len(buffer), self._size)
+        if end == self._place:
+            return 0
+        wanted = {"Range": f"bytes={self._place}-{end - 1}"}
+        with urllib.request.urlopen(urllib.request.Request(self.name, headers=wanted)) as answer:
+            data = answer.read()
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def look_at(file: object, most: int) -> None:
+    """Open a remote file, read what is small, and a part of what is large."""
+    with tw.open_file(file) as opened:
+        assert opened["small"].tolist() == [0, 1, 2, 3, 4]
+        rows = opened.get_slice("cast")[2]
+        assert sum(size for _, size in Ranges.asked) < most < len(Ranges.content)
+        assert np.array_equal(rows, opened["cast"][2])
+        assert np.array_equal(opened["big"], tw.loads(Ranges.content)["big"])
+
+
+def test_a_file_behind_a_url_is_read_in_ranges(url: str) -> None:
+    look_at(Fetched(url), 6 << 20)
+    assert len(Ranges.asked) < 100  # two for each frame of a MiB
+
+
+def test_a_file_behind_a_url_is_read_in_ranges_by_fsspec(url: str) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    with fsspec.open(url, "rb", block_size=1 << 18) as file:
+        look_at(file, 8 << 20)
+        again = pickle.loads(pickle.dumps(tw.open_file(file)))
+        assert again["small"].size == 5
+        file.seek(0)
+        assert set(tw.load_file(file)) == {"big", "cast", "small"}
+
+
+def test_a_file_of_fsspec_is_written_and_read(path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    target = fsspec.open("memory://model.tw", "wb")
+    with pytest.raises(ArgumentError, match="not open yet"):
+        tw.save_file(MODEL, target)
+    with target as file:
+        tw.save_file(MODEL, file, metadata={"k": "v"})
+    with fsspec.open("memory://model.tw", "rb") as file:
+        assert file.read() == path.read_bytes()
+        with tw.open_file(file) as opened:
+            assert np.array_equal(opened["tied"], LARGE)
+
+
+def test_an_answer_that_is_cut_is_an_error(url: str) -> None:
+    file = Fetched(url)
+    Ranges.content = Ranges.content[:-1000]
+    with pytest.raises(WireError, match=re.escape(url)):
+        tw.open_file(file)
+    with pytest.raises(TruncatedError, match=re.escape(url)):
+        tw.load_file(Fetched(url))
+
+
+# ------------------------------------------------------------------------------------------------------ What help shows
+
+
+def test_signatures_show_what_differs_from_the_defaults() -> None:
+    assert "limits: tensorwire.limits.Limits = Limits()" in str(inspect.signature(tensorwire.encode))
+    assert repr(tensorwire.Limits(items=3)) == "Limits(items=3)"
+
+
+FUNCTIONS = {name for name in tensorwire.__all__ if name[0].islower()} - {"get_threads", "set_threads"}  # of C++
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_every_public_function_has_an_example(name: str) -> None:
+    doc = inspect.getdoc(getattr(tensorwire, name)) or ""
+    assert re.search(rf"\n    .*(tensorwire\.(torch\.)?|@(\w+\.)*){name}\b", doc)
+
+
+def test_a_cut_file_is_not_mapped(path: Path) -> None:
+    with tw.open_file(path) as file:
+        os.truncate(path, 2 << 20)
+        with pytest.raises(TruncatedError, match="model.tw"):
+            file.map("large")

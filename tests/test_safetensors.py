@@ -18,6 +18,7 @@ from tensorwire.errors import (
     TruncatedError,
     UnsupportedError,
 )
+from tensorwire.files import checkpoint
 
 MODEL = {
     "b": np.arange(3, dtype=np.int64),
@@ -194,10 +195,10 @@ SUB_BYTE = {
 
 def test_every_dtype_of_the_safetensors_library_goes_there_and_back(tmp_path: Path) -> None:
     native = pytest.importorskip("safetensors")
-    names = dict.fromkeys([*front._NAMES.values(), *front._BITS])
+    names = dict.fromkeys([*checkpoint.NAMES.values(), *checkpoint.BITS])
     tensors = {}
     for name in names:
-        bits = front._BITS.get(name) or front._DTYPES[name].itemsize * 8
+        bits = checkpoint.BITS.get(name) or checkpoint.DTYPES[name].itemsize * 8
         tensors[name] = (name, [2, 8], (bytes([0, 1]) * 64)[: 2 * bits])
     source = raw_file(tmp_path / "in.safetensors", tensors)
     assert set(native.safe_open(source, "np").keys()) == set(names)  # which knows them all, too

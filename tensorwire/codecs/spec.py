@@ -18,6 +18,8 @@ def parse(spec: str | Stage | Codec) -> Codec:
 
     A stage is a codec of its own, and where no stage makes bytes, raw does: `"zstd"` is `"raw|zstd"`. Raises
     EncodeError with what is known.
+
+        codec = tensorwire.codec("nf4:blocksize=128")
     """
     if isinstance(spec, Codec):
         return spec

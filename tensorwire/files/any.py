@@ -31,6 +31,8 @@ def encode_file(
 
     `file`: a path, or an open binary file of unknown length, a pipe for example. `codec`: raw or zstd. `name` is
     what the receiver is told (the file's own name); it never decides where the receiver writes.
+
+        transport.send(tensorwire.encode_file("tokenizer.json", codec="zstd"))
     """
     chosen = parse(codec)
     if not chosen.accepts(dtypes.UINT8):
@@ -94,6 +96,8 @@ def decode_file(source: Any, path: str | os.PathLike[str], *, limits: Limits = D
 
     Returns the name that the sender gave, which is data and not a path. Raises SchemaError for other streams,
     StorageError where the system does not take the file.
+
+        name = tensorwire.decode_file(transport.receive(), "received.bin")
     """
     names: list[str] = []
     with replacing(path) as fd, Receiver(limits) as receiver:

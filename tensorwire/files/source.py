@@ -4,6 +4,7 @@ Errors about the bytes of a file name it here, and say what it is where it is no
 """
 
 import io
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -76,10 +77,10 @@ class Source:
         begin, window = self._window
         if not begin <= offset <= offset + size <= begin + len(window):
             follows = begin <= offset <= begin + len(window)
-            ahead = min(2 * len(window), _MAX_WINDOW) if follows else _WINDOW
-            window = np.empty(min(max(size, ahead, _WINDOW), self.size - offset), np.uint8).data
-            self.read_into(offset, window)
-            begin = offset
+            ahead = max(min(2 * len(window), _MAX_WINDOW) if follows else 0, _WINDOW, size)
+            begin = max(min(offset, self.size - _WINDOW), 0)  # the end of a file is read backwards
+            window = np.empty(min(ahead + offset - begin, self.size - begin), np.uint8).data
+            self.read_into(begin, window)
             if len(window) <= _MAX_WINDOW:
                 self._window = begin, window
         return window[offset - begin : offset - begin + size]
@@ -88,17 +89,23 @@ class Source:
         """Fill `buffer` from `offset` on."""
         got = self._read_some(offset, buffer)
         if got != len(buffer):
-            error = TruncatedError("the file has become shorter since it was opened", offset=offset + got)
-            error.file = self.name
-            raise error
+            raise self._shorter(offset + got)
 
-    def fileno(self) -> int:
-        """A descriptor to map. Raises EncodeError where there is none."""
+    def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
+        """A mapping of these bytes and no others: read-only, or private to whoever writes to it.
+
+        Raises EncodeError where there is nothing to map, StorageError where the system does not.
+        """
         raise EncodeError("only a file that was opened by its path can be mapped; read it with file[name]")
 
     def close(self) -> None:
         """Let go of the file. To read afterwards is a ClosedError."""
         self._window = 0, memoryview(b"")
+
+    def _shorter(self, size: int) -> TruncatedError:
+        error = TruncatedError("the file has become shorter since it was opened", offset=size)
+        error.file = self.name
+        return error
 
     def _read_some(self, offset: int, buffer: memoryview) -> int:
         raise NotImplementedError
@@ -113,9 +120,16 @@ class PathSource(Source):
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by `close`
         self.size = os.fstat(self._file.fileno()).st_size
 
-    def fileno(self) -> int:
-        """The descriptor of the file."""
-        return self._file.fileno()
+    def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
+        """`Source.map`."""
+        end = os.fstat(self._file.fileno()).st_size
+        if offset + size > end:
+            raise self._shorter(end)
+        page = offset % mmap.ALLOCATIONGRANULARITY
+        access = mmap.ACCESS_READ if read_only else mmap.ACCESS_COPY
+        with storing(self.name, "map"):
+            mapped = mmap.mmap(self._file.fileno(), page + size, access=access, offset=offset - page)
+        return memoryview(mapped)[page:]
 
     def close(self) -> None:
         """Close the file."""

@@ -1,13 +1,11 @@
 """`.tw` files: the same stream at rest, with an index for access to single items."""
 
-import mmap
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +13,9 @@ import numpy.typing as npt
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec
 from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError, WireError, show
+from tensorwire.files.items import read_item
 from tensorwire.files.source import HEAD, File, Source, closed, is_path, name_error, name_of, opened, source
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory import GrowingMemory, Scratch
 from tensorwire.storage.atomic import write_file
 from tensorwire.storage.output import write_object
 from tensorwire.streams.receiver import check_codec, check_slice, reject_files
@@ -41,9 +39,6 @@ from tensorwire.wire.values import unpack_value
 
 # Bytes done, and bytes in all, or None where that is not known.
 Progress = Callable[[int, int | None], object]
-
-_STEP: Final = 1 << 20  # bytes that are read and checksummed before the next ones are, while they are in the caches
-_SMALL: Final = 64 << 10
 
 
 def save_file(
@@ -223,10 +218,10 @@ class TensorFile(Mapping[str, Any]):
 
     def get_slice(self, name: str) -> "TensorSlice":
         """A tensor of which a part is read: `file.get_slice("w")[0:64]`. Raises KeyError; EncodeError for a value."""
-        number, item = self._content().find(name)
+        item = self._content().find(name)[1]
         if not isinstance(item, TensorItem):
             raise EncodeError("only tensors have slices; read a value with file[name]", item=name)
-        return TensorSlice(item, lambda begin, end: self._part(number, item, begin, end))
+        return TensorSlice(self, name, item)
 
     def map(self, name: str) -> Any:
         """A raw tensor as a view of the file, verified once here, without a copy.
@@ -241,7 +236,6 @@ class TensorFile(Mapping[str, Any]):
         if not isinstance(item, TensorItem) or not content.codec(item).in_place:
             raise refusal
         codec, total = content.codec(item), item.total
-        descriptor, access = content.source.fileno(), mmap.ACCESS_READ if self._front.read_only else mmap.ACCESS_COPY
 
         def check(header: Header) -> Extent:
             if header.count != total:
@@ -249,8 +243,7 @@ class TensorFile(Mapping[str, Any]):
             return check_slice(codec, header, item, self._limits)
 
         def fetch(offset: int, size: int, extent: Extent) -> tuple[memoryview, int]:
-            page = offset % mmap.ALLOCATIONGRANULARITY
-            data = memoryview(mmap.mmap(descriptor, page + size, access=access, offset=offset - page))[page:]
+            data = content.source.map(offset, size, read_only=self._front.read_only)
             return data, crc32c(data, 0)
 
         data = np.empty(0, np.uint8)
@@ -263,9 +256,11 @@ class TensorFile(Mapping[str, Any]):
             tensor.flags.writeable = False
         return tensor
 
-    def _part(self, number: int, item: TensorItem, begin: int, end: int) -> Any:
-        """Elements [begin, end) of a tensor, flat."""
+    def read_part(self, name: str, begin: int, end: int) -> Any:
+        """Elements [begin, end) of a tensor, flat. Raises KeyError."""
         content = self._content()
+        number, item = content.find(name)
+        assert isinstance(item, TensorItem), "`get_slice` has seen to it"
         with content.errors():
             data = content.read(number, item, content.codec(item), part=(begin, end))
             return self._front.wrap(data, item.dtype, (end - begin,))
@@ -286,11 +281,12 @@ class TensorSlice:
     of the tensor library, picks from that in memory.
     """
 
-    __slots__ = ("_item", "_read")
+    __slots__ = ("_file", "_item", "_name")
 
-    def __init__(self, item: TensorItem, read: Callable[[int, int], Any]) -> None:
+    def __init__(self, file: TensorFile, name: str, item: TensorItem) -> None:
+        self._file = file
+        self._name = name
         self._item = item
-        self._read = read
 
     def get_shape(self) -> list[int]:
         """Outermost dimension first."""
@@ -304,7 +300,7 @@ class TensorSlice:
         """The part. Raises IndexError, as arrays do; EncodeError for a step that is not positive."""
         index = index if isinstance(index, tuple) else (index,)
         begin, end, shape, rest = _front_of(index, self._item)
-        part = self._read(begin, end).reshape(shape)
+        part = self._file.read_part(self._name, begin, end).reshape(shape)
         return part[rest] if rest else part
 
 
@@ -394,103 +390,3 @@ class _Opened:
                 head = bytes(self.source.read(0, min(HEAD, self.source.size)))
             name_error(error, self.source.name, head, MAGIC)
             raise
-
-
-def read_item(
-    archive: Archive,
-    number: int,
-    item: DataItem,
-    codec: Codec,
-    limits: Limits = DEFAULT,
-    *,
-    read_into: Callable[[int, memoryview], None] | None = None,
-    part: tuple[int, int] | None = None,
-) -> npt.NDArray[np.uint8]:
-    """The decoded bytes of the item of this number: a tensor's elements, a value's encoding, a file's content.
-
-    `part`: of elements [begin, end) only. `read_into` fills memory from an offset of the archive's source on.
-    """
-    reading = _Reading(item, codec, limits, part)
-    # What is small comes with the headers around it.
-    small = item.total is not None and item.total * reading.itemsize <= _SMALL
-    fetch = None if read_into is None or small else partial(reading.fetch, read_into)
-    for stored, extent in archive.slices(number, reading.check, fetch):
-        try:
-            reading.decode(stored.payload, extent)
-        except TensorwireError as error:
-            error.item, error.frame, error.offset = item.name, stored.header.sequence, stored.frame_offset
-            raise
-    return reading.memory.data[: reading.filled]
-
-
-class _Reading:
-    """An item, or elements [begin, end) of it, on its way into memory."""
-
-    def __init__(self, item: DataItem, codec: Codec, limits: Limits, part: tuple[int, int] | None) -> None:
-        self._item = item
-        self._codec = codec
-        self._limits = limits
-        self.itemsize = 1 if isinstance(item, ValueItem) else item.dtype.itemsize
-        self._begin, self._end = part or (0, item.total if item.total is not None else limits.stream)
-        self._scratch = Scratch()
-        self.memory = GrowingMemory((self._end - self._begin) * self.itemsize)
-        self.filled = 0  # bytes
-
-    def check(self, header: Header) -> Extent | None:
-        """The extent of a slice; None where nothing of it is wanted."""
-        extent = check_slice(self._codec, header, self._item, self._limits)
-        begin, end = self._wanted(extent)
-        return extent if begin < end else None
-
-    def fetch(
-        self, read_into: Callable[[int, memoryview], None], offset: int, size: int, extent: Extent
-    ) -> tuple[memoryview, int]:
-        """The payload of a slice and its checksum: a raw one in its place, as far as it is wanted."""
-        if not self._codec.in_place:
-            payload = self._scratch.payload(size).data
-            return payload, _read_summed(read_into, offset, payload, 0)
-        begin, end = self._wanted(extent)
-        place = self._region(begin, end).data
-        before, behind = (begin - extent.start) * self.itemsize, (extent.start + extent.count - end) * self.itemsize
-        crc = self._pass_over(read_into, offset, before, 0)
-        crc = _read_summed(read_into, offset + before, place, crc)
-        return place, self._pass_over(read_into, offset + before + len(place), behind, crc)
-
-    def decode(self, payload: memoryview, extent: Extent) -> None:
-        """Decode what is wanted of a slice into the memory."""
-        begin, end = self._wanted(extent)
-        region = self._region(begin, end)
-        if end - begin == extent.count:
-            self._codec.decode(payload, extent, region)
-            return
-        if self._codec.in_place and len(payload) == region.size:  # `fetch` has put it there
-            self._codec.decode(payload, extent._replace(start=begin, count=end - begin), region)
-            return
-        values = self._scratch.values(extent.count * self.itemsize)
-        self._codec.decode(payload, extent, values)
-        at = (begin - extent.start) * self.itemsize
-        region[:] = values[at : at + region.size]
-
-    def _wanted(self, extent: Extent) -> tuple[int, int]:
-        return max(extent.start, self._begin), min(extent.start + extent.count, self._end)
-
-    def _region(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        start, stop = (begin - self._begin) * self.itemsize, (end - self._begin) * self.itemsize
-        self.filled = max(self.filled, stop)
-        return self.memory.region(start, stop)
-
-    def _pass_over(self, read_into: Callable[[int, memoryview], None], offset: int, size: int, crc: int) -> int:
-        """The checksum, continued over bytes that are not kept."""
-        for done in range(0, size, _STEP):
-            step = self._scratch.payload(min(_STEP, size - done)).data
-            crc = _read_summed(read_into, offset + done, step, crc)
-        return crc
-
-
-def _read_summed(read_into: Callable[[int, memoryview], None], offset: int, memory: memoryview, crc: int) -> int:
-    """Fill `memory`, and continue the checksum over it while it is in the caches."""
-    for done in range(0, len(memory), _STEP):
-        step = memory[done : done + _STEP]
-        read_into(offset + done, step)
-        crc = crc32c(step, crc)
-    return crc
