@@ -1,5 +1,6 @@
 """Files as strangers find them: changed while they are written, cut while they are read, behind objects, in parts."""
 
+import asyncio
 import copy
 import http.server
 import inspect
@@ -624,3 +625,31 @@ def test_a_cut_file_is_not_mapped(path: Path) -> None:
         os.truncate(path, 2 << 20)
         with pytest.raises(TruncatedError, match="model.tw"):
             file.map("large")
+
+
+def test_the_metadata_of_a_stream_comes_before_its_values(path: Path) -> None:
+    stream = tw.dumps({"a": 1}, metadata={"step": "7"})
+    about: dict[str, str] = {}
+    values = tw.decode(stream, metadata_into=about)
+    next(values)
+    assert about == {"step": "7"}
+
+    async def received() -> dict[str, str]:
+        about: dict[str, str] = {}
+        async for _ in tw.decode_async(stream, metadata_into=about):
+            assert about == {"step": "7"}
+        return about
+
+    assert asyncio.run(received()) == {"step": "7"}
+
+
+def test_an_object_that_has_no_more_than_read(path: Path) -> None:
+    class Reads:
+        def __init__(self) -> None:
+            self._file = io.BytesIO(path.read_bytes())
+
+        def read(self, size: int) -> bytes:
+            return self._file.read(min(size, 1000))
+
+    assert np.array_equal(tw.load_file(Reads())["large"], LARGE)
+    assert tensorwire.authenticity.digest(Reads()) == tensorwire.authenticity.digest(path)

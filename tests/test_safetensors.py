@@ -1,6 +1,10 @@
 """`.safetensors` files through streams: same tensors, O(frame) memory, nothing trusted that the header says."""
 
+import errno
 import json
+import os
+import pickle
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 import tensorwire
 import tensorwire.files.safetensors as front
 from tensorwire.errors import (
+    ClosedError,
     EncodeError,
     FormatError,
     LimitError,
@@ -345,3 +350,56 @@ def test_a_safetensors_file_behind_an_object(tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes()[:-1])
     with pytest.raises(FormatError, match=r"cut short.*in.safetensors|in.safetensors.*cut short"):
         front.encode(source)
+
+
+@pytest.mark.parametrize("call", ["open", "mkdir", "fsync", "pwrite", "replace", "close"])
+def test_a_folder_that_the_system_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    stream, real = tensorwire.dumps(MODEL), getattr(os, call)
+    number = 0
+    while True:
+        number += 1
+        calls = iter(range(1, 1000))
+
+        def failing(*arguments: object, **options: object) -> object:
+            if next(calls) == number:
+                if call == "close":
+                    real(*arguments)
+                raise OSError(errno.EIO, "the device failed")
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, failing)
+            try:
+                front.decode(stream, tmp_path / "model", max_shard_size=400_000)
+            except StorageError as error:
+                assert "model" in str(error)
+            else:
+                if next(calls) <= number:  # the call was never made: nothing can fail any more
+                    break
+        left = [path.name for path in tmp_path.iterdir()]
+        assert left in ([], ["model"]), left
+        if left:
+            assert set(front.open_checkpoint(tmp_path / "model")) == set(MODEL)
+            shutil.rmtree(tmp_path / "model")
+    assert number > 1
+
+
+def test_a_checkpoint_pickles_and_is_shown(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shards.parent)
+    for path in ("model", "model/model-00001-of-00003.safetensors"):
+        file = front.open_checkpoint(path)
+        assert "tensors)" in repr(file) and "model" in repr(file)
+        monkeypatch.chdir("/")
+        assert set(pickle.loads(pickle.dumps(file))) == set(file)
+        monkeypatch.chdir(shards.parent)
+        file.close()
+        with pytest.raises(ClosedError, match="safetensors"):
+            file[next(iter(file))].read(0, 1)
+
+
+def test_a_file_that_is_cut_while_it_is_sent(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.safetensors", {"w": np.zeros(1 << 20, np.float32)})
+    buffers = front.encode(source)
+    os.truncate(source, 1 << 20)
+    with pytest.raises(TruncatedError, match="shorter.*in.safetensors"):
+        list(buffers)

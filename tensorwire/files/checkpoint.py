@@ -54,7 +54,7 @@ class Checkpoint(Mapping[str, TensorView]):
     _views: dict[str, TensorView]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_checkpoint, (os.path.abspath(self._file) if is_path(self._file) else self._file,)
+        return open_checkpoint, (self._file,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({name_of(self._file)!r}, {len(self)} tensors)"
@@ -88,8 +88,8 @@ def open_checkpoint(file: File) -> Checkpoint:
     if is_path(file):
         path = os.fsdecode(file)
         if os.path.isdir(path):
-            index = os.path.join(path, INDEX)
-            return SafetensorsShards(index if os.path.exists(index) else path)
+            indexes = [name for name in os.listdir(path) if name.endswith(".safetensors.index.json")]
+            return SafetensorsShards(os.path.join(path, indexes[0]) if len(indexes) == 1 else path)
         if path.endswith(".json"):
             return SafetensorsShards(path)
     return SafetensorsFile(file)
@@ -105,7 +105,7 @@ class SafetensorsShards(Checkpoint):
         self.metadata = {}
         self._views = {}
         self._files: list[SafetensorsFile] = []
-        self._file = self._path = os.fsdecode(path)
+        self._file = self._path = os.path.abspath(os.fsdecode(path))
         wanted = None if os.path.isdir(self._path) else self._read_index()
         folder = self._path if wanted is None else os.path.dirname(self._path)
         names = set(wanted.values()) if wanted is not None else _shards_in(folder)
@@ -186,7 +186,7 @@ class SafetensorsFile(Checkpoint):
     """
 
     def __init__(self, file: File) -> None:
-        self._file = file
+        self._file = os.path.abspath(os.fsdecode(file)) if is_path(file) else file
         self._source = source(file)
         self.name = self._source.name
         self.packed: dict[str, Any] = {}

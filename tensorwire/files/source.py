@@ -151,7 +151,7 @@ class ObjectSource(Source):
         self.name = name_of(file)
         self._file: Any = file
         self._lock = threading.Lock()  # seeking and reading are two calls
-        if not file.seekable():
+        if not _seekable(file):
             raise EncodeError(f"{self.name} cannot seek: read it from front to back with load_file or decode")
         self.size = file.seek(0, os.SEEK_END)
 
@@ -201,10 +201,29 @@ def opened(file: File) -> Iterator[Any]:
     with _raw(file) as raw:
         begin = raw.tell() if _seekable(raw) else None
         try:
-            yield raw
+            yield raw if hasattr(raw, "readinto") else _Reads(raw)
         except WireError as error:
             name_error(error, name_of(file), b"" if begin is None else _head(raw, begin), MAGIC)
             raise
+
+
+class _Reads(io.RawIOBase):
+    """A file object that has no more than `read`."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+        self.name = name_of(file)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill `buffer` as far as one read does."""
+        data = read_some(self._file, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _raw(file: Any) -> AbstractContextManager[Any]:
@@ -217,6 +236,16 @@ def name_error(error: TensorwireError, name: str, head: bytes, magic: bytes) -> 
     kind = _kind(head, magic)
     if kind is not None:
         error.detail = f"this is {kind}"
+
+
+def bytes_left(file: Any) -> int | None:
+    """Bytes from where a file stands to its end, where that can be known."""
+    if not _seekable(file):
+        return None
+    place: int = file.tell()
+    end: int = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return end - place
 
 
 def closed(name: str) -> ClosedError:

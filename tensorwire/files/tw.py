@@ -14,7 +14,7 @@ from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec
 from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError, WireError, show
 from tensorwire.files.items import read_item
-from tensorwire.files.source import HEAD, File, Source, closed, is_path, name_error, name_of, opened, source
+from tensorwire.files.source import HEAD, File, Source, bytes_left, closed, is_path, name_error, name_of, opened, source
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage.atomic import write_file
 from tensorwire.storage.output import write_object
@@ -67,8 +67,7 @@ def save_file(
 def load_file(file: File, front: Front, *, progress: Progress | None = None, **options: Any) -> Any:
     """The whole container in a `.tw` file, every byte verified: by its path, or as a file object, from where it is."""
     with opened(file) as raw:
-        read_from = raw if progress is None else _Counting(raw, progress)
-        value = collect(read_from, front, **options)
+        value = collect(raw if progress is None else _Counting(raw, progress), front, **options)
         if raw.read(1):
             raise FormatError("bytes after the end frame", offset=raw.tell() - 1)
     _log("loaded %s", file)
@@ -96,7 +95,7 @@ class _Counting:
         self._file = file
         self._progress = progress
         self._done = 0
-        self._total = _left(file)
+        self._total = bytes_left(file)
 
     def readinto(self, buffer: memoryview, /) -> int | None:
         got: int | None = self._file.readinto(buffer)
@@ -104,16 +103,6 @@ class _Counting:
             self._done += got
             self._progress(self._done, self._total)
         return got
-
-
-def _left(file: Any) -> int | None:
-    """Bytes from where a file stands to its end, where that can be known."""
-    if not file.seekable():
-        return None
-    place: int = file.tell()
-    end: int = file.seek(0, os.SEEK_END)
-    file.seek(place)
-    return end - place
 
 
 def _log(message: str, *arguments: object) -> None:
