@@ -309,7 +309,8 @@ async def _encoded(
     if isinstance(obj, AsyncIterator):
         yield sender.head()
         yield streams.FLUSH
-        async for name, value in obj:
+        async for pair in obj:
+            name, value = streams.as_pair(pair)
             async for buffer in _in_threads(sender.pair(name, value, front, rule)):
                 yield buffer
             yield streams.FLUSH

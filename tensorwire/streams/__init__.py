@@ -1,7 +1,7 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.flatten import Rule, flatten
+from tensorwire.streams.flatten import Rule, as_pair, flatten
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
 from tensorwire.streams.report import Report
@@ -23,6 +23,7 @@ __all__ = [
     "Schema",
     "Sender",
     "StreamSize",
+    "as_pair",
     "collect",
     "decode",
     "decode_async",

@@ -22,7 +22,7 @@ from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, flatten
+from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, as_pair, flatten
 from tensorwire.streams.overlap import in_order
 from tensorwire.streams.report import Report
 from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
@@ -141,7 +141,8 @@ class Sender:
         """All buffers of a dict that is still being produced."""
         yield self.head()
         yield FLUSH
-        for name, value in pairs:
+        for pair in pairs:
+            name, value = as_pair(pair)
             yield from self.pair(name, value, front, rule)
             yield FLUSH
         rule.finish()
@@ -229,8 +230,9 @@ class Sender:
             if self._private and leaf.codec.in_place:
                 data = self._copied(data)
             encoded = leaf.codec.encode(data, extent, self._pool.take, context)
-        except NonFiniteError as error:
-            error.index += start
+        except EncodeError as error:
+            if isinstance(error, NonFiniteError):
+                error.index += start
             error.item = leaf.item.name
             raise
         return [_encoded(leaf, start, stop - start, encoded)]
@@ -249,23 +251,23 @@ class Sender:
         view = leaf.view
         step = max(_PART // view.dtype.itemsize, 1)
         if view.numel <= step:
-            return [_encoded(leaf, 0, view.numel, Encoded(self._copied(view.read(0, view.numel))))]
+            return [_encoded(leaf, 0, view.numel, Encoded(self._copied(_read(leaf, 0, view.numel))))]
         parts = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
         if self._late is None:
             crc = 0
             for start, stop in parts:
-                crc = crc32c(view.read(start, stop), crc)
+                crc = crc32c(_read(leaf, start, stop), crc)
             return [
                 _EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, self._again(leaf, parts, crc), leaf)
             ]
-        payload = (self._copied(view.read(start, stop)).data for start, stop in parts)
+        payload = (self._copied(_read(leaf, start, stop)).data for start, stop in parts)
         return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, None, payload, leaf)]
 
     def _again(self, leaf: TensorLeaf, parts: list[tuple[int, int]], expected: int) -> Iterator[Buffer]:
         """The parts, read once more. Raises EncodeError behind the last one where they are not what was checksummed."""
         crc = 0
         for start, stop in parts:
-            part = self._copied(leaf.view.read(start, stop))
+            part = self._copied(_read(leaf, start, stop))
             crc = crc32c(part, crc)
             yield part.data
         if crc != expected:
@@ -313,6 +315,14 @@ def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> in
         f"one block of {codec} ({block} elements) does not fit into a frame of {frame_size} bytes; raise frame_size",
         item=item.name,
     )
+
+
+def _read(leaf: TensorLeaf, start: int, stop: int) -> Buffer:
+    try:
+        return as_buffer(leaf.view.read(start, stop))
+    except EncodeError as error:
+        error.item = leaf.item.name
+        raise
 
 
 def _encoded(leaf: TensorLeaf | ValueLeaf, start: int, count: int, encoded: Encoded) -> _EncodedSlice:
