@@ -114,12 +114,12 @@ def _check_subclass(array: Array) -> None:
 def _check_memory(array: Array) -> None:
     """Raise EncodeError for an array that reaches outside the memory that it was made over, where that is known."""
     owner: Any = array
-    while (base := getattr(owner, "base", None)) is not None:
+    while (base := owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)) is not None:
         owner = base
     begin, end = _span(array)
     if isinstance(owner, np.ndarray):
         low, high = _span(owner) if owner.size else (0, 0)
-    elif isinstance(owner, (bytes, bytearray, memoryview, mmap.mmap)):
+    elif isinstance(owner, (bytes, bytearray, mmap.mmap)):
         memory = np.frombuffer(owner, np.uint8)
         low = _address(memory)
         high = low + memory.size

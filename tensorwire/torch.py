@@ -64,11 +64,11 @@ class TorchFront(Front):
             raise _unreadable(value, error) from error
 
     def describe(self, value: object) -> TensorView | None:
-        """A tensor, maybe on the meta device, where it has no values."""
-        if not isinstance(value, torch.Tensor) or value.device.type != "meta" or type(value) not in _WHOLE:
+        """A tensor, maybe on the meta device or a fake one, which has no values."""
+        if not isinstance(value, torch.Tensor) or not _is_skeleton(value):
             return self.view(value)
         _check_dense(value)
-        # There are no addresses on the meta device, but there are storages.
+        # It has no address, but a storage.
         place = (value.untyped_storage()._cdata, value.storage_offset())
         dtype, shape = _OURS[value.dtype], tuple(value.shape)
         return TensorView(dtype, shape, _no_values, identity=("meta", *place, shape, value.stride(), dtype.number))
@@ -105,18 +105,30 @@ class TorchFront(Front):
 
 
 def _tensor(data: ByteArray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    if not prod(shape):
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+    try:
+        if not prod(shape):
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+    except Exception as error:  # as modes raise, in which torch makes no tensors with values
+        raise UnsupportedError(
+            f"torch makes no tensor here ({_said(error)}); leave its fake and tracing modes"
+        ) from error
+
+
+def _is_skeleton(tensor: torch.Tensor) -> bool:
+    return type(tensor).__name__ == "FakeTensor" or (tensor.device.type == "meta" and type(tensor) in _WHOLE)
 
 
 def _unreadable(tensor: torch.Tensor, error: Exception) -> EncodeError:
     """What torch raises over a tensor that it cannot show as memory, as an error of this library."""
-    said = str(error).strip().partition("\n")[0]
     return EncodeError(
-        f"{_kind(tensor)} has no memory that could be sent ({said}); send a plain tensor made of its values, outside "
-        "of torch.func transforms and tracing"
+        f"{_kind(tensor)} has no memory that could be sent ({_said(error)}); send a plain tensor made of its values, "
+        "outside of torch.func transforms and tracing"
     )
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _kind(tensor: torch.Tensor) -> str:
