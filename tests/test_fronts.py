@@ -531,3 +531,18 @@ def test_no_warning_comes_from_looking_at_a_tensor() -> None:
         warnings.simplefilter("error")
         for value in SENT.values():
             tw.dumps(value)
+
+
+@pytest.mark.parametrize("look", ["contiguous", "transposed", "conjugate"])
+def test_slices_on_a_device_are_made_there_one_by_one(look: str) -> None:
+    """Run on the CPU, where the same calls work."""
+    tensor = torch.randn(60, 50, dtype=torch.complex64)
+    tensor = {"contiguous": tensor, "transposed": tensor.t(), "conjugate": tensor.t().conj()}[look]
+    checks: list[int] = []
+    read, device_read = tw._device_readers(tensor.requires_grad_(), lambda: checks.append(1))
+    expected = tensor.detach().contiguous().reshape(-1).resolve_conj()
+    for start, stop in ((0, 3000), (7, 8), (13, 1777), (3000, 3000)):
+        assert torch.equal(device_read(start, stop), expected[start:stop])
+        assert not device_read(start, stop).requires_grad
+        assert read(start, stop).tobytes() == expected[start:stop].numpy().tobytes()
+    assert len(checks) == 12
