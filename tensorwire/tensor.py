@@ -138,6 +138,11 @@ class AnyFront(Front):
 
     def __init__(self, front: Front) -> None:
         self._front = front
+        self.read_only = front.read_only
+
+    def on(self, device: Any) -> Front:
+        """The same, but that tensors of `front` come on `device`."""
+        return self if device is None else AnyFront(self._front.on(device))
 
     def view(self, value: object) -> TensorView | None:
         """A tensor of any library as a view."""

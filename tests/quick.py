@@ -30,8 +30,6 @@ SLOW = {
     "test_fl_loop.py::test_a_server_that_is_started_again_goes_on_where_it_was": 0,
     "test_files.py::test_a_file_behind_a_url_is_read_in_ranges_by_fsspec": 0,
     "test_files.py::test_a_slice_reads_the_frames_that_it_needs": 0,
-    "test_fl.py::test_memory_does_not_grow_with_clients": 0,
-    "test_fl.py::test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order": 10,
     "test_fl_loop.py::test_faults_and_kills_do_not_change_a_bit": 0,
     "test_fl_loop.py::test_the_result_is_the_same_whoever_comes_first": 0,
     "test_fl_loop.py::test_what_must_not_count_is_refused_with_a_reason_and_harms_nobody": 0,
