@@ -1,5 +1,6 @@
 """Which codec each tensor gets: one for all, by pattern over names, or by a function."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,6 +23,7 @@ _CODES: Final = frozenset(
     for dtype in dtypes.ALL
     if (dtype.itemsize == 1 and dtype != dtypes.BOOL) or dtype in (dtypes.INT32, dtypes.UINT32)
 )
+_CUT: Final = re.compile("[._]")  # where a name may go on behind that of the codes
 _TABLE: Final = 4096  # bytes that the scales and tables of the smallest weights may have
 
 
@@ -33,9 +35,10 @@ def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
     represent (another dtype, or values that the codec's policy sends raw) travels losslessly, compressed where the
     codec compresses, and stands in `report`.
 
-    So do the scales and tables of weights that are quantized already: floats beside codes (a tensor of bytes, or of
-    32-bit ints, in the same module), or named below them, in at most half their bytes. They are what is left of the
-    weights' precision. A function has the last word on them; in an iterator of pairs, the codes must come first.
+    So do the scales and tables of weights that are quantized already: floats that are named after codes (a tensor of
+    bytes or of 32-bit ints), or stand beside a matrix of them in the same module, in at most half their bytes. They are
+    what is left of the weights' precision. A function has the last word on them; in an iterator of pairs, the codes
+    must come first.
 
     A tensor with several names gets the codec that keeps the most of it: a lossless one where any name asks for one.
     Raises EncodeError.
@@ -61,14 +64,15 @@ class CodecRule:
         self._report = report
         self._exact_scales = exact_scales
         self._names: list[str] = []
-        self._codes: dict[str, int] = {}  # bytes of the largest codes in a module, by its name and by that of the codes
+        self._codes: dict[str, int] = {}  # bytes of codes, by their name,
+        self._modules: dict[str, int] = {}  # and of the largest matrix of them in a module
 
     def notice(self, name: str, view: TensorView, /) -> None:
         """Note that there is a tensor of this name."""
         if view.dtype in _CODES:
-            size = view.numel * view.dtype.itemsize
-            for module in (name, _module(name)):
-                self._codes[module] = max(size, self._codes.get(module, 0))
+            size = self._codes[name] = view.numel * view.dtype.itemsize
+            if len(view.shape) > 1:
+                self._modules[_module(name)] = max(size, self._modules.get(_module(name), 0))
         if not self._unmet:
             return
         self._unmet = [pattern for pattern in self._unmet if not fnmatchcase(name, pattern)]
@@ -78,11 +82,9 @@ class CodecRule:
     def __call__(self, name: str, value: Any, view: TensorView, /, *, others: Sequence[str] = ()) -> Codec:
         """The codec that the choice means for a tensor."""
         chosen = max((self._select(each, value) for each in (name, *others)), key=partial(_kept, view))
-        if chosen.lossless:
-            return chosen
         if not chosen.accepts(view.dtype):
             reason = view.dtype.name
-        elif self._is_scale(name, view):
+        elif not chosen.lossless and self._is_scale(name, view):
             reason = "scale of quantized weights"
         else:
             reason = chosen.fallback(view)
@@ -94,8 +96,11 @@ class CodecRule:
         return used
 
     def _is_scale(self, name: str, view: TensorView) -> bool:
-        """Whether a tensor that a codec would round belongs to codes in its module."""
-        codes = self._codes.get(_module(name), 0) if self._exact_scales else 0
+        """Whether a tensor that a codec would round belongs to codes."""
+        if not self._codes or not self._exact_scales:
+            return False
+        stems = (name[: cut.start()] for cut in _CUT.finditer(name))
+        codes = max(self._modules.get(_module(name), 0), *(self._codes.get(stem, 0) for stem in stems), 0)
         return codes > 0 and view.numel * view.dtype.itemsize <= max(codes // 2, _TABLE)
 
     def finish(self) -> None:
@@ -110,10 +115,10 @@ class CodecRule:
 
 def _kept(view: TensorView, codec: Codec) -> tuple[int, int, str]:
     """How much of a tensor a codec keeps: all of it, or by the bytes it makes; equals in the order of their specs."""
-    if codec.lossless:
-        return 2, 0, repr(codec)
     if not codec.accepts(view.dtype):
         return 1, 0, repr(codec)
+    if codec.lossless:
+        return 2, 0, repr(codec)
     return 0, codec.bound(max(view.numel, 1), view.dtype), repr(codec)
 
 
