@@ -52,7 +52,7 @@ class NumPyFront(Front):
         swapped = array.dtype.byteorder == ">"
         identity = None
         if array.size and isinstance(value, np.ndarray):
-            identity = ("cpu", _address(array), array.shape, array.strides, dtype.number, swapped)
+            identity = ("cpu", _address(array), array.shape, array.strides, dtype.number, swapped, False)
         bits = array.view(_BITS[dtype.itemsize])
         read = reader(bits, _swap(array.dtype) if swapped else None)
         return TensorView(dtype, array.shape, read, identity=identity)

@@ -192,7 +192,7 @@ def _view(tensor: torch.Tensor) -> TensorView:
         tensor, flips = tensor.detach().resolve_neg(), (False, False)
     storage, itemsize = tensor.untyped_storage(), dtype.itemsize
     address, base, held = tensor.data_ptr(), storage.data_ptr(), storage.nbytes()
-    needed = tensor.storage_offset() + 1
+    needed = int(tensor.storage_offset()) + 1
     for size, step in zip(shape, steps, strict=True):
         needed += (size - 1) * step
     needed *= itemsize
@@ -202,20 +202,48 @@ def _view(tensor: torch.Tensor) -> TensorView:
             "freed or resized; gather the whole parameters first (FSDP: summon_full_params), or .clone() the tensor"
         )
 
-    def check() -> None:
-        """Storage may be freed between two slices, as sharded training does."""
-        if storage.data_ptr() != base or storage.nbytes() < needed:
+    device = tensor.device
+    if device.type == "cpu":
+        fix = _flip(dtype, *flips) if any(flips) else None
+        read: _Read = _HostReader(storage, base, needed, reader(_array(tensor, storage), fix))
+        strides = steps if itemsize == 1 else tuple([step * itemsize for step in steps])
+        return TensorView(dtype, shape, read, None, ("cpu", address, shape, strides, dtype.number, *flips))
+    read, device_read = _device_readers(tensor, _Storage(storage, base, needed).check)
+    place = (device.type, device.index)
+    return TensorView(dtype, shape, read, device_read, (*place, address, shape, steps, dtype.number, *flips))
+
+
+class _Storage:
+    """Storage that is looked at before it is read: it may be freed between two slices, as sharded training does.
+
+    (One object a tensor rather than functions that share variables: there may be 500,000 of them.)
+    """
+
+    __slots__ = ("_address", "_needed", "_storage")
+
+    def __init__(self, storage: torch.UntypedStorage, address: int, needed: int) -> None:
+        self._storage = storage
+        self._address = address
+        self._needed = needed
+
+    def check(self) -> None:
+        """Raise EncodeError unless it is where it was, and as long as it must be."""
+        if self._storage.data_ptr() != self._address or self._storage.nbytes() < self._needed:
             raise EncodeError("the tensor's storage was freed or resized while it was being sent")
 
-    device = tensor.device
-    place: object = "cpu"
-    if device.type == "cpu":
-        read, device_read = _host_reader(_array(tensor, storage), _flip(dtype, *flips) if any(flips) else None, check)
-    else:
-        place = (device.type, device.index)
-        read, device_read = _device_readers(tensor, check)
-    strides = tuple([step * itemsize for step in steps])
-    return TensorView(dtype, shape, read, device_read, (place, address, shape, strides, dtype.number, flips))
+
+class _HostReader(_Storage):
+    """`TensorView.read` of a tensor on the CPU."""
+
+    __slots__ = ("_read",)
+
+    def __init__(self, storage: torch.UntypedStorage, address: int, needed: int, read: _Read) -> None:
+        super().__init__(storage, address, needed)
+        self._read = read
+
+    def __call__(self, start: int, stop: int) -> ByteArray:
+        self.check()
+        return self._read(start, stop)
 
 
 class _Memory:
@@ -241,18 +269,6 @@ def _array(tensor: torch.Tensor, storage: torch.UntypedStorage) -> npt.NDArray[A
         interface["shape"] = tuple(tensor.shape)
         interface["strides"] = tuple([step * itemsize for step in tensor.stride()])
     return np.asarray(_Memory(interface, storage))
-
-
-def _host_reader(
-    array: npt.NDArray[Any], fix: Callable[[npt.NDArray[Any]], None] | None, check: Callable[[], None]
-) -> tuple[_Read, None]:
-    plain = reader(array, fix)
-
-    def read(start: int, stop: int) -> ByteArray:
-        check()
-        return plain(start, stop)
-
-    return read, None
 
 
 def _flips(dtype: DType) -> bool:

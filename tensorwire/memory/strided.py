@@ -29,8 +29,7 @@ def reader(array: Array, fix: Callable[[Array], None] | None = None) -> Callable
         return _Strided(array, fix).read
     flat = array.reshape(-1)
     if fix is None:
-        memory, itemsize = flat.view(np.uint8), array.itemsize
-        return lambda start, stop: memory[start * itemsize : stop * itemsize]
+        return _Contiguous(flat.view(np.uint8), array.itemsize).read
 
     def read(start: int, stop: int) -> ByteArray:
         part: ByteArray = flat[start:stop].copy().view(np.uint8)
@@ -38,6 +37,20 @@ def reader(array: Array, fix: Callable[[Array], None] | None = None) -> Callable
         return part
 
     return read
+
+
+class _Contiguous:
+    """Memory that is in order, as bytes."""
+
+    __slots__ = ("_itemsize", "_memory")
+
+    def __init__(self, memory: ByteArray, itemsize: int) -> None:
+        self._memory = memory
+        self._itemsize = itemsize
+
+    def read(self, start: int, stop: int) -> ByteArray:
+        """Elements [start, stop)."""
+        return self._memory[start * self._itemsize : stop * self._itemsize]
 
 
 class Piece(NamedTuple):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import enum
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -75,7 +75,9 @@ def flatten(
     for leaf in found:
         if isinstance(leaf, _Tensor):
             rule.notice(_name(leaf.path), leaf.view)
-    for number, leaf in enumerate(found):
+    found.reverse()
+    for number in range(len(found)):
+        leaf = found.pop()  # so that nothing is held twice
         if not isinstance(leaf, _Tensor):
             yield leaf
         elif number in aliases:
@@ -319,7 +321,7 @@ _REMEDIES: Final[tuple[tuple[Any, str], ...]] = (
     (int, "send int() of it"),
     (float, "send float() of it"),
     ((bytes, bytearray, memoryview), "send bytes() of it"),
-    (PurePath, "send str() of it"),
+    (os.PathLike, "send str() of it"),
     (Mapping, "send dict() of it"),
     (Iterator, "send list() of it; of a module's parameters its .state_dict()"),
     (Iterable, "send list() of it"),
