@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, Generic, NoReturn, TypeAlias, TypeVar
 
 import tensorwire
+from tensorwire import codecs
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
 from tensorwire.storage import write_file
 
@@ -16,18 +18,29 @@ if TYPE_CHECKING:
     import tqdm
     from _typeshed import ReadableBuffer
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], int]
+CodecArgument: TypeAlias = str | dict[str, str]
 _Buffer = TypeVar("_Buffer", bound="ReadableBuffer")
 
 PIPE: Final = "-"
+_RULE: Final = re.compile("[^:|=]+=")  # begins rules by name: in a spec, ':' comes before any '='
 _CHUNK: Final = 1 << 20
 _MAX_KEY: Final = 4096
+_UNITS: Final = "kMGT"
 _PROGRESS_DELAY: Final = 1.0  # seconds; what is done sooner needs no bar
 
 
 class UsageError(Exception):
     """A command line that means nothing, found after parsing."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it and exit."""
+        self.exit(2, f"tensorwire: error: {message} (see {self.prog} --help)\n")
 
 
 def verb(verbs: Verbs, name: str, run: Run | None, *, summary: str, text: str) -> argparse.ArgumentParser:
@@ -50,6 +63,31 @@ def codec_spec(text: str) -> str:
     except EncodeError as error:
         raise argparse.ArgumentTypeError(error.detail) from None
     return text
+
+
+def codec_choice(text: str) -> CodecArgument:
+    """An argument that is a codec spec, or rules by name, PATTERN=SPEC,PATTERN=SPEC: the first that matches wins."""
+    if not _RULE.match(text):
+        return codec_spec(text)
+    rules: dict[str, str] = {}
+    pattern = ""
+    for part in text.split(","):
+        name, equals, spec = part.partition("=")
+        # A comma also parts the parameters of a spec, which have plain names and values that are no codecs.
+        if rules and ":" in rules[pattern] and name.isidentifier() and spec not in _codec_names():
+            rules[pattern] += f",{part}"
+        elif not (name and equals):
+            raise argparse.ArgumentTypeError(f"{part!r} is no rule PATTERN=SPEC")
+        elif name in rules:
+            raise argparse.ArgumentTypeError(f"there are two rules for {name!r}")
+        else:
+            pattern = name
+            rules[pattern] = spec
+    return {name: codec_spec(spec) for name, spec in rules.items()}
+
+
+def _codec_names() -> set[str]:
+    return {stage.name for stage in codecs.registered()}
 
 
 @contextmanager
@@ -105,6 +143,27 @@ def tracked(buffers: Iterable[_Buffer], total: int | None) -> Iterator[_Buffer]:
         for buffer in buffers:
             yield buffer
             progress.update(memoryview(buffer).nbytes)
+
+
+class Counted(Generic[_Buffer]):
+    """An iterable of buffers that counts their bytes as they pass."""
+
+    def __init__(self, buffers: Iterable[_Buffer]) -> None:
+        self._buffers = buffers
+        self.size = 0
+
+    def __iter__(self) -> Iterator[_Buffer]:
+        for buffer in self._buffers:
+            self.size += memoryview(buffer).nbytes
+            yield buffer
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them: 33.6 MB."""
+    if size < 1000:
+        return f"{size:.0f} bytes"
+    power = next(power for power in range(1, len(_UNITS) + 1) if size < 1000 ** (power + 1) or power == len(_UNITS))
+    return f"{size / 1000**power:.1f} {_UNITS[power - 1]}B"
 
 
 class Progress:

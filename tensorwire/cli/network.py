@@ -67,4 +67,4 @@ def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> No
     rate = result["moved"] / max(result["seconds"], 1e-9) / 1e6
     resumed = f", {result['moved']:,} of them now" if result["moved"] < result["bytes"] else ""
     line = f"{verb} {name}: {result['bytes']:,} bytes{resumed} in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
-    print(f"{line}, SHA-256 {result['digest']}", file=sys.stderr)
+    print(f"{line}, stream digest {result['stream_digest']}", file=sys.stderr)

@@ -41,8 +41,7 @@ class Part:
 
     def __init__(self, path: str | os.PathLike[str], key: bytes) -> None:
         self._target = Target(path)
-        name = os.fsdecode(os.fsencode(self._target.name)[:_NAME_BYTES])
-        stem = f".{name}.{sha256(key).hexdigest()[:16]}"
+        stem = f".{_shortened(self._target.name)}.{sha256(key).hexdigest()[:16]}"
         self._name, self._note_name = f"{stem}.part", f"{stem}.done"
         self._fd: int | None = None
 
@@ -181,6 +180,21 @@ class Part:
                 raise StorageError(busy, errno=error.errno) from error
             detail = f"{error.detail}; what was received stays and is resumed"
             raise StorageError(detail, errno=error.errno) from error
+
+
+def has_note(path: str | os.PathLike[str]) -> bool:
+    """Whether some part has taken this name, and its note was not forgotten yet."""
+    folder, name = os.path.split(os.fsdecode(path))
+    begin = f".{_shortened(name)}."
+    try:
+        names = os.listdir(folder or os.curdir)
+    except OSError:
+        return False
+    return any(name.startswith(begin) and name.endswith(".done") for name in names)
+
+
+def _shortened(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
 
 
 @contextmanager
