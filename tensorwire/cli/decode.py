@@ -14,11 +14,13 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 import tensorwire
-from tensorwire.cli.common import PIPE, Counted, UsageError, binary_stdout, reading, size_text, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, reading, verb
 from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.errors import SchemaError, show
+from tensorwire.limits import Limits
 from tensorwire.storage import Output, OutputFile, replacing
 from tensorwire.storage.parts import scratch
+from tensorwire.streams import size_text
 
 _TEXT: Final = """\
 what OUT becomes:
@@ -48,21 +50,21 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
     parser.add_argument("--to", choices=KINDS, help="what OUT becomes, whatever its name")
     add_force(parser)
+    add_limits(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
     check_output(output, inputs=[arguments.input], force=arguments.force)
     kind = arguments.to or kind_of(output)
-    with reading(arguments.input) as chunks:
-        source = Counted(chunks)
+    with reading(arguments.input) as source:
         if output != PIPE:
-            write(iter(source), output, kind)
+            write(iter(source), output, kind, arguments.limits)
             size = os.path.getsize(output)
         else:
             out = binary_stdout()
             with scratch() as path:
-                write(iter(source), path, kind)
+                write(iter(source), path, kind, arguments.limits)
                 size = os.path.getsize(path)
                 with open(path, "rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
@@ -75,33 +77,34 @@ def kind_of(output: str) -> str:
     return _SUFFIXES.get(Path(output).suffix.lower(), "file")
 
 
-def write(source: Iterator[bytes], path: str, kind: str) -> None:
+def write(source: Iterator[bytes], path: str, kind: str, limits: Limits) -> None:
     """Decode a stream into a file, which appears only when all is verified."""
     if kind == "safetensors":
-        tensorwire.safetensors.decode(source, path)
+        tensorwire.safetensors.decode(source, path, limits=limits)
     elif kind == "npz":
-        _decode_npz(source, path)
+        _decode_npz(source, path, limits)
     elif kind == "npy":
-        _decode_npy(source, path)
+        _decode_npy(source, path, limits)
     elif kind == "pt":
-        _decode_pt(source, path)
+        _decode_pt(source, path, limits)
     else:
         try:
-            tensorwire.decode_file(source, path)
+            tensorwire.decode_file(source, path, limits=limits)
         except SchemaError as error:
-            raise SchemaError(f"{error.detail}: call OUT {_NAMES}, or say --to", item=error.item) from None
+            what = error.detail.partition(";")[0]
+            raise SchemaError(f"{what}: call OUT {_NAMES}, or say --to", item=error.item) from None
 
 
-def _decode_npz(source: Iterator[bytes], path: str) -> None:
+def _decode_npz(source: Iterator[bytes], path: str, limits: Limits) -> None:
     with _file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, value in tensorwire.decode(source):
+        for name, value in tensorwire.decode(source, limits=limits):
             _check_array(name, value, "npz")
             with archive.open(f"{name or 'arr_0'}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, value, allow_pickle=False)
 
 
-def _decode_npy(source: Iterator[bytes], path: str) -> None:
-    value = tensorwire.loads(source)
+def _decode_npy(source: Iterator[bytes], path: str, limits: Limits) -> None:
+    value = tensorwire.loads(source, limits=limits)
     if isinstance(value, (dict, list, tuple)):
         raise SchemaError(f"a .npy file holds one array, the stream is a {type(value).__name__}; use .npz or .pt")
     _check_array("", value, "npy")
@@ -109,12 +112,12 @@ def _decode_npy(source: Iterator[bytes], path: str) -> None:
         np.lib.format.write_array(file, value, allow_pickle=False)
 
 
-def _decode_pt(source: Iterator[bytes], path: str) -> None:
+def _decode_pt(source: Iterator[bytes], path: str, limits: Limits) -> None:
     try:
         import torch
     except ImportError:
         raise UsageError("writing a torch checkpoint takes torch: pip install 'tensorwire[torch]'") from None
-    value = tensorwire.torch.loads(source)
+    value = tensorwire.torch.loads(source, limits=limits)
     with _file(path) as file:
         torch.save(value, file)
 

@@ -1,12 +1,13 @@
 """`tensorwire encode`: a model or any file to a stream."""
 
 import argparse
+import sys
 from typing import Any, Final
 
 import tensorwire
-from tensorwire import codecs
+from tensorwire import Report, codecs
 from tensorwire.cli import inputs
-from tensorwire.cli.common import PIPE, codec_choice, verb, write_stream
+from tensorwire.cli.common import PIPE, add_limits, codec_choice, tracked, verb, write_stream
 from tensorwire.cli.outputs import add_force, check_output
 
 _TEXT: Final = f"""\
@@ -31,16 +32,19 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("output", metavar="OUT", help="a .tw file, or - for stdout")
     parser.add_argument("--codec", type=codec_choice, default="raw", metavar="SPEC", help="how to encode (raw)")
     inputs.add_kind(parser)
+    add_limits(parser)
     add_force(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
     check_output(output, inputs=[arguments.input], force=arguments.force)
-    with inputs.opened(arguments.input, arguments.kind, arguments.codec) as source:
+    report = Report()
+    with inputs.opened(arguments) as source:
         if source.loads and output != PIPE:
-            tensorwire.save_file(source.container, output, codec=source.codec)
+            tensorwire.save_file(source.container, output, codec=source.codec, report=report)
         else:
-            at_rest = output != PIPE
-            write_stream(output, source.stream(at_rest=at_rest), source.size(at_rest=at_rest))
+            buffers = source.stream(at_rest=output != PIPE, report=report)
+            write_stream(output, tracked(buffers, source.size(), lambda: report.bytes_in))
+    print(report, file=sys.stderr)
     return 0

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import pickle
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +16,11 @@ from typing import Any, Final
 import numpy as np
 
 import tensorwire
-from tensorwire import streams
+from tensorwire import Report, streams
 from tensorwire.cli.common import PIPE, CodecArgument, UsageError
 from tensorwire.errors import EncodeError, TensorwireError
 from tensorwire.files import safetensors
-from tensorwire.limits import DEFAULT
+from tensorwire.limits import Limits
 from tensorwire.storage.parts import scratch
 from tensorwire.tensor import ViewFront
 
@@ -33,6 +35,7 @@ what IN is, by its name or by --from:
 _SUFFIXES: Final = {".safetensors": "safetensors", ".npz": "npz", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
 _CHUNK: Final = 1 << 20
 _HEAD: Final = 64
+_REASON: Final = 160  # characters of another library's error
 # How files begin that stand where another was meant to be.
 _MISTAKEN: Final = {
     b"version https://git-lfs.github.com/spec/": "a git-lfs pointer, which stands for the file; run `git lfs pull`",
@@ -48,6 +51,12 @@ class Input:
     path: str
     kind: str
     codec: CodecArgument
+    limits: Limits
+
+    @property
+    def name(self) -> str:
+        """What a receiver is told: the file's name, which the system may have in other bytes than UTF-8."""
+        return os.fsencode(os.path.basename(self.path)).decode("utf-8", "replace")
 
     @property
     def loads(self) -> bool:
@@ -59,32 +68,39 @@ class Input:
         """What is in a file that `loads`. Raises EncodeError for what is broken or would need pickle."""
         if self.kind == "pt":
             return _checkpoint(self.path)
-        with _reading(self.path, f".{self.kind} file"):
+        with _reading(self.path, f"a .{self.kind} file"):
             loaded = np.load(self.path, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return loaded
             with loaded:
                 return dict(loaded)
 
-    def stream(self, *, at_rest: bool = False) -> Iterator[Any]:
+    def stream(self, *, at_rest: bool = False, report: Report | None = None) -> Iterator[Any]:
         """The stream that it becomes. `at_rest`: of a .safetensors file, laid out as `save_file` does."""
         if self.loads:
-            return tensorwire.encode(self.container, codec=self.codec)
+            return tensorwire.encode(self.container, codec=self.codec, limits=self.limits, report=report)
         if self.kind == "safetensors":
-            return safetensors.encode(self.path, codec=self.codec, at_rest=at_rest)
+            return safetensors.encode(self.path, codec=self.codec, at_rest=at_rest, limits=self.limits, report=report)
         if not isinstance(self.codec, str):
-            raise UsageError(f"{self.path} is sent as a file, which takes one codec: raw or zstd")
-        return tensorwire.encode_file(sys.stdin.buffer if self.path == PIPE else self.path, codec=self.codec)
+            raise UsageError(f"{self.path!r} is sent as a file, which takes one codec: raw or zstd")
+        file = sys.stdin.buffer if self.path == PIPE else self.path
+        return tensorwire.encode_file(file, codec=self.codec, name=self.name, limits=self.limits, report=report)
 
-    def size(self, *, at_rest: bool = False) -> int | None:
-        """The bytes of that stream, or what they are at most where values decide; None for stdin."""
+    def size(self) -> int | None:
+        """Its bytes before they are encoded, roughly; None for stdin."""
         if self.loads:
-            return tensorwire.encoded_size(self.container, codec=self.codec, at_rest=at_rest)
+            return tensorwire.encoded_size(self.container, limits=self.limits)
+        return None if self.path == PIPE else os.path.getsize(self.path)
+
+    def stream_size(self) -> int | None:
+        """The bytes of its stream, at most those where values decide; None for stdin."""
+        if self.loads:
+            return tensorwire.encoded_size(self.container, codec=self.codec, limits=self.limits)
         if self.kind == "safetensors":
             with safetensors.SafetensorsFile(self.path) as file:
-                leaves = streams.flatten(dict(file), ViewFront(), streams.rule(self.codec), DEFAULT)
-                return streams.stream_size(leaves, at_rest=at_rest).total
-        return None if self.path == PIPE else os.path.getsize(self.path)
+                leaves = streams.flatten(dict(file), ViewFront(), streams.rule(self.codec), self.limits)
+                return streams.stream_size(leaves, limits=self.limits).total
+        return self.size()
 
 
 def add_kind(parser: argparse.ArgumentParser) -> None:
@@ -93,16 +109,17 @@ def add_kind(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def opened(path: str, kind: str | None, codec: CodecArgument) -> Iterator[Input]:
-    """What a command line names as IN. A model on stdin, which takes seeking, waits in a temporary file."""
-    kind = kind or _SUFFIXES.get(Path(path).suffix.lower(), "file")
+def opened(arguments: argparse.Namespace) -> Iterator[Input]:
+    """What a command line names as `input`. A model on stdin, which takes seeking, waits in a temporary file."""
+    path, codec, limits = arguments.input, arguments.codec, arguments.limits
+    kind = arguments.kind or _SUFFIXES.get(Path(path).suffix.lower(), "file")
     if path != PIPE or kind == "file":
-        yield Input(path, kind, codec)
+        yield Input(path, kind, codec, limits)
         return
     with scratch() as copy:
         with open(copy, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK)
-        yield Input(copy, kind, codec)
+        yield Input(copy, kind, codec, limits)
 
 
 def _checkpoint(path: str) -> Any:
@@ -110,7 +127,7 @@ def _checkpoint(path: str) -> Any:
         import torch
     except ImportError:
         raise UsageError("reading a torch checkpoint takes torch: pip install 'tensorwire[torch]'") from None
-    with _reading(path, "checkpoint that torch loads with weights_only=True"):
+    with _reading(path, "a torch checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -118,14 +135,25 @@ def _checkpoint(path: str) -> Any:
 def _reading(path: str, what: str) -> Iterator[None]:
     """Errors of others' readers blame the file: which ones they raise for a broken file is written down nowhere."""
     try:
-        yield
-    except (TensorwireError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong comes as an error
+            yield
+    except TensorwireError:
         raise
+    except MemoryError as error:
+        raise MemoryError(f"{path}: {error}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = _mistaken(path) or str(error).partition("\n")[0] or type(error).__name__
-        raise EncodeError(f"{path} is no whole {what}: {reason}") from error
+        raise EncodeError(f"{path} cannot be read as {what}: {_mistaken(path) or _reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds objects that weights_only=True does not load, as they may run any code; save its state_dict()"
+    reason = str(error).partition("\n")[0]
+    # A bare word, the key of a KeyError for one, explains nothing.
+    return reason[:_REASON] if " " in reason else f"it is none, or broken ({type(error).__name__})"
 
 
 def _mistaken(path: str) -> str | None:

@@ -5,13 +5,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 _SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is none of Windows
 _TOGETHER: Final = 1.0  # seconds
+
+T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,10 +43,38 @@ class _Handler:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Let every signal that asks for an end raise `Stopped`, but those that whoever started us has us ignore."""
+    with _handled_by(_Handler()):
+        yield
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`. A signal cancels the coroutine, rather than strike whichever task runs, and then is `Stopped`."""
+    import asyncio
+
+    signals: list[int] = []
+
+    async def cancelled_by_signals() -> T | None:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(coroutine)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            signals.append(number)
+            loop.call_soon_threadsafe(task.cancel)
+
+        with _handled_by(stop):
+            await asyncio.wait([task])
+        return None if task.cancelled() else task.result()
+
+    result = asyncio.run(cancelled_by_signals())
+    if signals:
+        raise Stopped(signals[0])
+    return result  # type: ignore[return-value]  # None stands for what a signal has cancelled
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which has the signals
         yield
         return
-    handler = _Handler()
     before: dict[signal.Signals, Any] = {}
     for name in _SIGNALS:
         number = getattr(signal, name, None)

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, Final
 
 from tensorwire.cli import decode
-from tensorwire.cli.common import PIPE, Progress, binary_stdout, size_text, verb
+from tensorwire.cli.common import PIPE, Progress, add_limits, binary_stdout, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report
 from tensorwire.cli.outputs import add_force, check_output, exists
+from tensorwire.cli.process import run_async
 from tensorwire.errors import SchemaError, TensorwireError, TransportError, show
+from tensorwire.limits import Limits
 from tensorwire.storage.parts import Part, has_note, scratch
+from tensorwire.streams import size_text
 from tensorwire.transfer import Offer, Outcome, Recording, RefusedError, greet, receive_stream
 from tensorwire.transports import HANDSHAKE, TIMEOUT, AsyncListener, AsyncTransport
 from tensorwire.wire import FileItem, Item, TensorItem
@@ -42,6 +45,7 @@ def add_parser(verbs: Any) -> None:
     listen.help = f"where to listen (127.0.0.1:{PORT}; port 0 picks one)"
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     add_force(parser)
+    add_limits(parser)
     add_security(parser, listens=True)
 
 
@@ -49,11 +53,11 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_output(arguments)
     kind = arguments.to or ("tw" if arguments.output.endswith(".tw") else decode.kind_of(arguments.output))
     if arguments.output != PIPE:
-        result = asyncio.run(_Reception(arguments, arguments.output, kind).result())
+        result = run_async(_Reception(arguments, arguments.output, kind).result())
     else:
         out = binary_stdout()
         with scratch() as path:
-            result = asyncio.run(_Reception(arguments, path, kind).result())
+            result = run_async(_Reception(arguments, path, kind).result())
             with open(path, "rb") as file:
                 shutil.copyfileobj(file, out, _CHUNK)
     report("received", arguments.output, result, as_json=arguments.json)
@@ -134,7 +138,7 @@ class _Reception:
                 raise busy
             if not (self._arguments.force or self._may_write(offer.transfer)):
                 raise RefusedError("what this receiver is to write exists already", kind="exists")
-            self._arrival = _Arrival(self._path, self._kind, offer, self._stopping)
+            self._arrival = _Arrival(self._path, self._kind, offer, self._stopping, self._arguments.limits)
             return self._arrival
         finally:
             self._opening.release()
@@ -143,21 +147,23 @@ class _Reception:
 class _Arrival(Recording):
     """A recording with progress that becomes a file of the kind asked for."""
 
-    def __init__(self, path: str, kind: str, offer: Offer, stopping: threading.Event) -> None:
+    def __init__(self, path: str, kind: str, offer: Offer, stopping: threading.Event, limits: Limits) -> None:
         self.open = True
         self._stopping = stopping
+        self._accepts = limits
         self.moved = 0
         self._kind = kind
         self._began = time.monotonic()
         finish = None if kind == "tw" else self._decode
-        super().__init__(path, offer.transfer, check=lambda: self._check_item, finish=finish)
+        super().__init__(path, offer.transfer, check=lambda: self._check_item, finish=finish, limits=limits)
         print(f"receiving {show(offer.name)}", file=sys.stderr)
-        self._progress = Progress(offer.size, self.position.offset)
+        self._start = self.position.offset
+        self._progress = Progress(offer.size, self._start)
 
     def buffer_updated(self, size: int) -> None:
         super().buffer_updated(size)
         self.moved += size
-        self._progress.update(size)
+        self._progress.reach(self._start + self.moved)
 
     def commit(self) -> Outcome:
         self.seconds = time.monotonic() - self._began
@@ -176,7 +182,7 @@ class _Arrival(Recording):
 
     def _decode(self, part: str) -> None:
         with open(part, "rb", buffering=0) as file:
-            decode.write(self._chunks(file), self.path, self._kind)
+            decode.write(self._chunks(file), self.path, self._kind, self._accepts)
 
     def _chunks(self, file: BinaryIO) -> Iterator[bytes]:
         while chunk := file.read(_CHUNK):

@@ -4,16 +4,18 @@ import argparse
 import json
 import os
 import ssl
+import sys
 import time
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, Final
 
 import tensorwire
+from tensorwire import Report
 from tensorwire.cli import inputs
-from tensorwire.cli.common import PIPE, CodecArgument, Progress, UsageError, codec_choice, verb
-from tensorwire.cli.network import SECURITY, add_security, address, connection_tls, report
-from tensorwire.errors import UnsupportedError, show
+from tensorwire.cli.common import PIPE, CodecArgument, UsageError, add_limits, codec_choice, tracked, verb
+from tensorwire.cli.network import SECURITY, Retries, add_security, address, connection_tls, named, report, where
+from tensorwire.errors import AuthError, TransportError, UnsupportedError, show
 from tensorwire.transfer import Offer, Peer, Position, Regenerated
 from tensorwire.transports import PATIENCE, TcpTransport, send_resuming
 
@@ -36,6 +38,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("address", metavar="HOST:PORT", type=address, help="where the receiver listens")
     parser.add_argument("--codec", type=codec_choice, default="raw", metavar="SPEC", help="how to encode (raw)")
     inputs.add_kind(parser)
+    add_limits(parser)
     parser.add_argument(
         "--patience",
         type=float,
@@ -52,8 +55,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if not host:
         raise UsageError("send to which host? HOST:PORT")
     tls = connection_tls(arguments, host)
-    with inputs.opened(arguments.input, arguments.kind, arguments.codec) as source:
-        result = _send(source, arguments, tls)
+    if arguments.input != PIPE:
+        os.stat(arguments.input)  # rather than after the receiver was waited for
+    with inputs.opened(arguments) as source:
+        try:
+            result = _send(source, arguments, tls)
+        except (TransportError, AuthError) as error:
+            error.detail = named(error, where(*arguments.address))
+            raise
     report("sent", arguments.input, result, as_json=arguments.json)
     return 0
 
@@ -64,12 +73,14 @@ def _send(source: inputs.Input, arguments: argparse.Namespace, tls: ssl.SSLConte
     outgoing = _Outgoing(source)
     receipt = send_resuming(
         lambda: TcpTransport.connect(host, port, tls=tls, plaintext=arguments.plaintext),
-        Offer(_transfer(arguments.input, source), os.path.basename(arguments.input), outgoing.size),
+        Offer(_transfer(arguments.input, source), source.name, source.stream_size()),
         outgoing,
         patience=arguments.patience,
         check_peer=lambda peer: _check_codecs(peer, source.codec),
+        on_retry=Retries(host, port, arguments.patience),
     )
     seconds = time.monotonic() - began
+    print(outgoing.report, file=sys.stderr)
     return {"bytes": receipt.size, "moved": receipt.sent, "seconds": seconds, "stream_digest": receipt.digest}
 
 
@@ -92,23 +103,24 @@ def _check_codecs(peer: Peer, codec: CodecArgument) -> None:
 
 
 class _Outgoing:
-    """The stream of what is sent, with progress."""
+    """The stream of what is sent, with progress and a report."""
 
     def __init__(self, source: inputs.Input) -> None:
-        self.size = source.size()
-        self._pipe = source.path == PIPE
+        self.report = Report()
+        self._source = source
         self._began = False
-        self._stream = Regenerated(source.stream)
+        self._stream = Regenerated(self._encoded)
 
     def after(self, position: Position) -> Iterator[Any]:
-        if self._pipe and self._began:
+        if self._source.path == PIPE and self._began:
             raise UsageError("the connection broke, and what came from stdin cannot be read again")
         self._began = True
-        with Progress(self.size, position.offset) as progress:
-            for buffer in self._stream.after(position):
-                yield buffer
-                progress.update(len(buffer))
+        return tracked(self._stream.after(position), self._source.size(), lambda: self.report.bytes_in)
 
     @property
     def digest(self) -> str:
         return self._stream.digest
+
+    def _encoded(self) -> Iterator[Any]:
+        self.report = Report()  # of this attempt, which encodes again what the others have sent
+        return self._source.stream(report=self.report)

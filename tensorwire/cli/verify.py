@@ -4,7 +4,7 @@ import argparse
 from typing import Any, Final
 
 import tensorwire
-from tensorwire.cli.common import PIPE, UsageError, error_fields, print_json, read_key, reading, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, error_fields, print_json, read_key, reading, verb
 from tensorwire.errors import AuthError, WireError
 from tensorwire.files import authenticity
 
@@ -18,7 +18,7 @@ examples:
   tensorwire verify model.tw
   tensorwire verify model.tw --key-file key --tag 6ba3...
   tensorwire verify model.tw --manifest manifest.json
-  tensorwire verify model.tw --json | jq .digest
+  tensorwire verify model.tw --json | jq .sha256
 """
 
 
@@ -30,6 +30,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--tag", metavar="HEX", help="the HMAC-SHA256 that FILE must have")
     parser.add_argument("--manifest", metavar="JSON", help="a manifest that must list FILE as it is")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    add_limits(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -40,8 +41,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print_json({"ok": False, "error": error_fields(error)})
         raise
     try:
-        with reading(arguments.input) as source:
-            verified = tensorwire.verify(source)
+        with reading(arguments.input, hashed=True) as source:
+            verified = tensorwire.verify(source, limits=arguments.limits)
     except WireError as error:
         if arguments.json:
             print_json({"ok": False, "error": error_fields(error)})
@@ -50,12 +51,14 @@ def _run(arguments: argparse.Namespace) -> int:
         "items": verified.items,
         "frames": verified.frames,
         "bytes": verified.size,
-        "digest": verified.digest,
+        "stream_digest": verified.digest,
+        "sha256": source.sha256,
     }
     if arguments.json:
         print_json({"ok": True, **result})
     else:
-        print("ok: {items} items, {frames} frames, {bytes} bytes, SHA-256 {digest}".format(**result))
+        print("ok: {items:,} items, {frames:,} frames, {bytes:,} bytes".format(**result))
+        print("stream digest {stream_digest}\nSHA-256       {sha256}  {name}".format(name=arguments.input, **result))
     return 0
 
 
