@@ -74,8 +74,8 @@ def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, c
             context.load_cert_chain(certificate, key, password="")  # rather than ask for one on a terminal
     except (OSError, ssl.SSLError) as error:
         raise AuthError(
-            f"{os.fsdecode(certificate or '')!r} and its key {os.fsdecode(key or certificate or '')!r} "
-            f"cannot be used: {_reason(error)}"
+            f"cannot use the certificate {os.fsdecode(certificate or '')!r} "
+            f"with the key {os.fsdecode(key or certificate or '')!r}: {_reason(error)}"
         ) from error
 
 
@@ -87,7 +87,9 @@ def _check_pem(path: Path | None) -> None:
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
-        raise AuthError(f"{os.fsdecode(path)!r}: {error.strerror}") from error
+        raise AuthError(
+            f"cannot use the certificate, key or authority {os.fsdecode(path)!r}: {error.strerror}"
+        ) from error
 
 
 def _reason(error: OSError) -> str:
