@@ -161,7 +161,9 @@ def test_bytes_after_the_stream_leave_no_file(tmp_path: Path) -> None:
 def test_verify_says_what_it_saw(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", stream) == 0
     assert capsys.readouterr().out.startswith("ok: 4 items")
-    assert run("verify", stream, "--json") == 0
+    assert run("verify", stream, "--sha256") == 0
+    assert f"{sha256(stream.read_bytes()).hexdigest()}  {stream}" in capsys.readouterr().out
+    assert run("verify", stream, "--json", "--sha256") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] and result["bytes"] == stream.stat().st_size and len(result["stream_digest"]) == 64
     assert result["sha256"] == sha256(stream.read_bytes()).hexdigest() != result["stream_digest"]

@@ -5,10 +5,11 @@ Parts are written over several attempts before they get their name; scratch neve
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Final
 
@@ -199,10 +200,22 @@ def _shortened(name: str) -> str:
 
 @contextmanager
 def scratch() -> Iterator[str]:
-    """The path of a file to come that is nobody else's business and ends with the block. Raises StorageError."""
-    with ExitStack() as stack:
+    """The path of a file to come that is nobody else's business and ends with the block. Raises StorageError.
+
+    It ends where a signal raises too: its folder has a name before it is made, and what interrupts the removal does so
+    once.
+    """
+    folder = ""
+    try:
         try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            folder = os.path.join(tempfile.gettempdir(), f"tensorwire-{os.urandom(16).hex()}")
+            os.mkdir(folder, 0o700)
         except OSError as error:
             raise StorageError(f"no folder for temporary files: {error}", errno=error.errno) from error
         yield os.path.join(folder, "scratch")
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
