@@ -20,6 +20,8 @@ SLOW = {
     "test_faults.py::test_a_full_disk_in_mid_transfer": 0,
     "test_faults.py::test_every_fault_at_every_place": 8,
     "test_faults.py::test_kill_9_on_either_side": 0,
+    "test_files.py::test_a_file_behind_a_url_is_read_in_ranges_by_fsspec": 0,
+    "test_files.py::test_a_slice_reads_the_frames_that_it_needs": 0,
     "test_fl.py::test_memory_does_not_grow_with_clients": 0,
     "test_fl.py::test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order": 10,
     "test_fl_loop.py::test_faults_and_kills_do_not_change_a_bit": 0,

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -65,6 +64,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
         with storing(shown, "rename a folder to"):
             os.replace(folder, path)
     except BaseException:
+        import shutil  # which loads three compressors
+
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if _HAS_FOLDER_FDS:

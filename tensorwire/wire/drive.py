@@ -163,7 +163,9 @@ def as_source(data: Any) -> Source:
 def _check_kind(data: Any) -> None:
     """Raise ArgumentError for what is often passed in place of bytes: a path, a file in text mode."""
     if isinstance(data, (str, os.PathLike)):
-        raise ArgumentError("expected a buffer, an iterable of buffers or a file, not a path: see load_file, open_file")
+        raise ArgumentError(
+            f"expected a buffer, an iterable of buffers or a file, not {type(data).__name__}: see load_file, open_file"
+        )
     if isinstance(data, io.TextIOBase):
         raise ArgumentError("the source is in text mode: open it in binary mode, with 'rb'")
 
