@@ -20,6 +20,12 @@ inline uint32_t absmax_of(const T* x, size_t n) {
     return max_lane(largest);
 }
 
+// Whether one of n scales may take a code, which stands for at most `most`, beyond T.
+template <class T, class Scale>
+inline bool overflows(const Scale* scales, size_t n, float most) {
+    return !(float_of(absmax_of<kL1>(scales, n)) * most <= kLargest<T>);
+}
+
 // Blocks of fewer elements have their statistic taken some blocks before their turn: enough for the chain of
 // instructions, and few, because reading twice costs the less the nearer the second time is.
 constexpr size_t kLargeBlock = 1024;
@@ -54,7 +60,7 @@ inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blo
 template <class T, class Size, class Factor, class Encode>
 inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, Factor factor, Encode encode) {
     constexpr size_t kRing = 8;
-    const size_t blocks = n / blocksize + (n % blocksize != 0);
+    const size_t blocks = blocks_in(n, blocksize);
     const size_t ahead = blocksize < kLargeBlock ? kBlocksAhead : 0;
     uint32_t worst = 0;
     float factors[kRing];

@@ -10,27 +10,19 @@ namespace TW_TIER {
 namespace {
 
 template <class Half>
-struct Limits;
-
+constexpr uint32_t kOverflowBits = 0;
 template <>
-struct Limits<Float16> {
-    static constexpr uint32_t kOverflowBits = 0x477FF000;  // 65520
-    static constexpr float kLargest = 65504.0f;
-};
-
+constexpr uint32_t kOverflowBits<Float16> = 0x477FF000;  // 65520
 template <>
-struct Limits<Bfloat16> {
-    static constexpr uint32_t kOverflowBits = 0x7F7F8000;
-    static constexpr float kLargest = 0x1.fep127f;
-};
+constexpr uint32_t kOverflowBits<Bfloat16> = 0x7F7F8000;
 
 template <class Half, bool kSaturate, class Sink>
 uint64_t narrow_into(const float* x, size_t n, Sink& out) {
     uint32_t overflows = 0;
     const auto fitted = [&](Floats v) {
-        const Mask over = within(magnitude(v), Limits<Half>::kOverflowBits, kInfinityBits);
+        const Mask over = within(magnitude(v), kOverflowBits<Half>, kInfinityBits);
         overflows += count(over);
-        return kSaturate ? select(over, with_sign_of(splat(Limits<Half>::kLargest), v), v) : v;
+        return kSaturate ? select(over, with_sign_of(splat(kLargest<Half>), v), v) : v;
     };
     uint64_t total = 0;
     constexpr size_t kPiece = 4096;  // of which the overflows are counted in 32 bits, as compilers vectorise

@@ -45,9 +45,19 @@ inline void put(T* p, T value) {
     memcpy(p, &value, sizeof value);
 }
 
+// The largest finite value of a type.
+template <class T>
+constexpr float kLargest = 0x1.fffffep127f;
+template <>
+constexpr float kLargest<Float16> = 65504.0f;
+template <>
+constexpr float kLargest<Bfloat16> = 0x1.fep127f;
+
 inline uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+inline size_t blocks_in(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
 
 // How far ahead the vector tiers fetch what they read in order: two pages, since hardware stops at the end of one.
 // Into the first-level cache where little happens to each line. A kernel that works on it for longer, or comes back to

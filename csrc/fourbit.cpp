@@ -2,7 +2,7 @@
 //
 // y = fl32(x * fl32(1 / max(absmax, 1e-38))). NF4's code is the number of thresholds strictly below y. FP4's level is
 // the number of thresholds strictly below |y|, with bit 3 of the code set iff y < 0. The last low nibble of an odd n
-// is 0. Decoding is fl32(value of code * absmax), then one rounding to the output's type.
+// is 0. Decoding is fl32(value of code * absmax), then one rounding to the output's type, which saturates.
 #include "blocks.h"
 #include "kernels.h"
 #include "tables.h"
@@ -35,13 +35,19 @@ bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_
     return finite;
 }
 
-template <QuantType Q, class T>
-void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
+template <QuantType Q, class T, bool kSaturate>
+void decode_blocks(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
     write_to<Packed<T>>(out, stream && blocksize % kStep == 0, [&](auto& sink) {
         for (size_t i = 0; i < n; i += blocksize) {
-            decode<Q, T>(codes + i / 2, min_size(blocksize, n - i), get(absmax + i / blocksize), sink);
+            decode<Q, T, kSaturate>(codes + i / 2, min_size(blocksize, n - i), get(absmax + i / blocksize), sink);
         }
     });
+}
+
+template <QuantType Q, class T>
+void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
+    const bool saturate = overflows<T>(absmax, blocks_in(n, blocksize), 1);
+    (saturate ? decode_blocks<Q, T, true> : decode_blocks<Q, T, false>)(codes, absmax, out, n, blocksize, stream);
 }
 
 template <QuantType Q>

@@ -99,7 +99,7 @@ inline __m256 code_values(uint32_t four, __m256 low, __m256 high) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
 }
 
-template <QuantType Q, class T, class Sink>
+template <QuantType Q, class T, bool kSaturate, class Sink>
 inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const float* table = Q == kNf4 ? kNf4Code.value : kFp4Code.value;
     const __m256 low = _mm256_load_ps(table), high = _mm256_load_ps(table + 8);
@@ -107,12 +107,12 @@ inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8, codes += 4) {
         const uint32_t four = get(reinterpret_cast<const uint32_t*>(codes));
-        out.put(narrow(_mm256_mul_ps(code_values(four, low, high), s), T{}));
+        out.put(decoded<T, kSaturate>(code_values(four, low, high), s));
     }
     if (i == n) return;
     uint32_t rest = 0;
     memcpy(&rest, codes, (n - i + 1) / 2);
-    out.put_part(narrow(_mm256_mul_ps(code_values(rest, low, high), s), T{}), (n - i) * sizeof(T));
+    out.put_part(decoded<T, kSaturate>(code_values(rest, low, high), s), (n - i) * sizeof(T));
 }
 
 }  // namespace

@@ -100,18 +100,18 @@ inline __m512 code_values(__m128i eight, __m512 table) {
     return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, _mm512_cvtepu8_epi64(eight)), table);
 }
 
-template <QuantType Q, class T, class Sink>
+template <QuantType Q, class T, bool kSaturate, class Sink>
 inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const __m512 table = _mm512_load_ps(Q == kNf4 ? kNf4Code.value : kFp4Code.value);
     const __m512 s = _mm512_set1_ps(scale);
     size_t i = 0;
     for (; i + 16 <= n; i += 16, codes += 8) {
         const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-        out.put(narrow(_mm512_mul_ps(code_values(eight, table), s), T{}));
+        out.put(decoded<T, kSaturate>(code_values(eight, table), s));
     }
     if (i == n) return;
     const __m128i rest = _mm_maskz_loadu_epi8(first((n - i + 1) / 2), codes);
-    out.put_part(narrow(_mm512_mul_ps(code_values(rest, table), s), T{}), (n - i) * sizeof(T));
+    out.put_part(decoded<T, kSaturate>(code_values(rest, table), s), (n - i) * sizeof(T));
 }
 
 }  // namespace

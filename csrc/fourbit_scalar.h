@@ -54,15 +54,15 @@ struct CodePairs {
 constexpr CodePairs kNf4Pairs{kNf4Code};
 constexpr CodePairs kFp4Pairs{kFp4Code};
 
-template <QuantType Q, class T, class Sink>
+template <QuantType Q, class T, bool kSaturate, class Sink>
 void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const auto& value = Q == kNf4 ? kNf4Pairs.value : kFp4Pairs.value;
     for (size_t i = 0; i + 2 <= n; i += 2) {
         const float* pair = value[*codes++];
-        out.put(narrow(pair[0] * scale, T{}));
-        out.put(narrow(pair[1] * scale, T{}));
+        out.put(decoded<T, kSaturate>(pair[0], scale));
+        out.put(decoded<T, kSaturate>(pair[1], scale));
     }
-    if (n % 2) out.put(narrow(value[*codes][0] * scale, T{}));
+    if (n % 2) out.put(decoded<T, kSaturate>(value[*codes][0], scale));
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 // y = fl32(x * fl32(1 / max(absmax, 1e-38))) goes to the nearest value by the float32 midpoints, a tie to the even
 // code. Values are symmetric except that there is no -1, so the encoders find the level of |y| and then apply the
-// sign. Decoding is fl32(value of code * absmax), then one rounding to the output's type.
+// sign. Decoding is fl32(value of code * absmax), then one rounding to the output's type, which
+// saturates.
 #include "blocks.h"
 #include "kernels.h"
 #include "tables.h"
@@ -35,13 +36,19 @@ bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_
     return finite;
 }
 
-template <class T>
-void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
+template <class T, bool kSaturate>
+void decode_blocks(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
     write_to<Packed<T>>(out, stream && blocksize % kStep == 0, [&](auto& sink) {
         for (size_t i = 0; i < n; i += blocksize) {
-            decode<T>(codes + i, min_size(blocksize, n - i), get(absmax++), sink);
+            decode<T, kSaturate>(codes + i, min_size(blocksize, n - i), get(absmax++), sink);
         }
     });
+}
+
+template <class T>
+void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
+    const bool saturate = overflows<T>(absmax, blocks_in(n, blocksize), 1);
+    (saturate ? decode_blocks<T, true> : decode_blocks<T, false>)(codes, absmax, out, n, blocksize, stream);
 }
 
 }  // namespace

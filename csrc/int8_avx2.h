@@ -42,18 +42,18 @@ inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     out.put_part(packed_codes(rest, inv), n - i);
 }
 
-template <class T, class Sink>
+template <class T, bool kSaturate, class Sink>
 inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const __m256 s = _mm256_set1_ps(scale);
     float value[8] = {};
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
         for (size_t k = 0; k < 8; ++k) value[k] = kInt8Code.value[codes[i + k]];
-        out.put(narrow(_mm256_mul_ps(_mm256_loadu_ps(value), s), T{}));
+        out.put(decoded<T, kSaturate>(_mm256_loadu_ps(value), s));
     }
     if (i == n) return;
     for (size_t k = 0; i + k < n; ++k) value[k] = kInt8Code.value[codes[i + k]];
-    out.put_part(narrow(_mm256_mul_ps(_mm256_loadu_ps(value), s), T{}), (n - i) * sizeof(T));
+    out.put_part(decoded<T, kSaturate>(_mm256_loadu_ps(value), s), (n - i) * sizeof(T));
 }
 
 }  // namespace

@@ -162,11 +162,11 @@ inline void values_of(__m512i codes, __m512i* values) {
     unpacked(plane, values);
 }
 
-template <class T, class Sink>
+template <class T, bool kSaturate, class Sink>
 inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
     const __m512 s = _mm512_set1_ps(scale);
     __m512i values[4];
-    const auto value = [&](size_t k) { return narrow(_mm512_mul_ps(_mm512_castsi512_ps(values[k]), s), T{}); };
+    const auto value = [&](size_t k) { return decoded<T, kSaturate>(_mm512_castsi512_ps(values[k]), s); };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
         prefetch<kL1>(codes + i, kPrefetchBytes);

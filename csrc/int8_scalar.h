@@ -23,9 +23,9 @@ inline void encode(const T* x, size_t n, float inverse, Sink& out) {
     for (size_t i = 0; i < n; ++i) out.put(code_of(load(x + i) * inverse));
 }
 
-template <class T, class Sink>
+template <class T, bool kSaturate, class Sink>
 inline void decode(const uint8_t* codes, size_t n, float scale, Sink& out) {
-    for (size_t i = 0; i < n; ++i) out.put(narrow(kInt8Code.value[codes[i]] * scale, T{}));
+    for (size_t i = 0; i < n; ++i) out.put(decoded<T, kSaturate>(kInt8Code.value[codes[i]], scale));
 }
 
 }  // namespace

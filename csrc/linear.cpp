@@ -2,8 +2,9 @@
 //
 // scale = bfloat16(fl32(absmax / 127)), 0 if that is below 2^-126, and with it all codes of the block;
 // code = the integer nearest to fl32(x * fl32(1 / scale)), ties to even; decoding is fl32(code * scale),
-// for -128 as well, which is noticed: no encoder makes it.
-// Codes need no clamp to +-127: a normal scale is at most 2^-9 too small, and 127 * (1 + 2^-8) rounds to 127.
+// then one rounding to the output's type, which saturates: 127 times a scale that was rounded up may lie beyond it. That
+// goes for -128 as well, which is noticed: no encoder makes it.
+// Codes need no clamp to +-127: a normal scale is at most 2^-8 too small, and 127 * (1 + 2^-8) rounds to 127.
 #include "blocks.h"
 #include "kernels.h"
 
@@ -50,30 +51,37 @@ bool quantize(const void* values, int8_t* codes, uint16_t* scales, size_t n, siz
 }
 
 // `largest`: the bits of the codes' magnitudes, gathered over all blocks.
-template <class T, class Sink>
+template <class T, bool kSaturate, class Sink>
 void decode(const int8_t* codes, size_t n, float scale, Sink& out, Words& largest) {
     const Floats s = splat(scale);
-    const auto decoded = [&](Floats code) {
+    const auto value = [&](Floats code) {
         largest = max(largest, magnitude(code));
-        return narrow(mul(code, s), T{});
+        return decoded<T, kSaturate>(code, s);
     };
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
         prefetch<kL1>(codes + i, kPrefetchBytes);
-        out.put(decoded(load_int8(codes + i)));
+        out.put(value(load_int8(codes + i)));
     }
-    if (i < n) out.put_part(decoded(load_int8_part(codes + i, n - i)), (n - i) * sizeof(T));
+    if (i < n) out.put_part(value(load_int8_part(codes + i, n - i)), (n - i) * sizeof(T));
+}
+
+template <class T, bool kSaturate>
+bool decode_blocks(const int8_t* codes, const Bfloat16* scales, void* out, size_t n, size_t blocksize, bool stream) {
+    Words largest = no_words();
+    write_to<Packed<T>>(out, stream && blocksize % kLanes == 0, [&](auto& sink) {
+        for (size_t i = 0; i < n; i += blocksize) {
+            decode<T, kSaturate>(codes + i, min_size(blocksize, n - i), to_float(get(scales++)), sink, largest);
+        }
+    });
+    return max_lane(largest) <= bits_of(127.0f);
 }
 
 template <class T>
 bool dequantize(const int8_t* codes, const uint16_t* scales, void* out, size_t n, size_t blocksize, bool stream) {
-    Words largest = no_words();
-    write_to<Packed<T>>(out, stream && blocksize % kLanes == 0, [&](auto& sink) {
-        for (size_t i = 0; i < n; i += blocksize) {
-            decode<T>(codes + i, min_size(blocksize, n - i), to_float(Bfloat16{get(scales++)}), sink, largest);
-        }
-    });
-    return max_lane(largest) <= bits_of(127.0f);
+    const Bfloat16* s = reinterpret_cast<const Bfloat16*>(scales);
+    const bool saturate = overflows<T>(s, blocks_in(n, blocksize), 128);
+    return (saturate ? decode_blocks<T, true> : decode_blocks<T, false>)(codes, s, out, n, blocksize, stream);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // The tier being compiled (TW_AVX512, TW_AVX2, or neither) chooses the file. Each defines kLanes; Floats, Words and
 // Mask; load for float, Float16 and Bfloat16, and load_part for the first n < kLanes of them; narrow, back to those
-// types; a little arithmetic; int8 loads; and store_bytes, for the first bytes of a vector. Results of fewer than 32
+// types; a little arithmetic, in which NaN stays NaN; int8 loads; and store_bytes, for the first bytes of a vector. Results of fewer than 32
 // bits fill a vector together: kHalves of them by narrowed, kInt8s by rounded.
 //
 // On top stand the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter end.
@@ -176,6 +176,14 @@ using AnyGroup = Floats (*)(size_t);
 template <class Half>
 using Halves = decltype(narrowed(AnyGroup{}, Half{}));
 using Int8s = decltype(rounded(AnyGroup{}));
+
+// What decoders make of a code's value and the scale of its block: their product, rounded to T, which saturates. That
+// takes up to a third of the time, so it is done only where a scale reaches so far: hardly ever.
+template <class T, bool kSaturate>
+inline Packed<T> decoded(Floats value, Floats scale) {
+    const Floats product = mul(value, scale);
+    return narrow(kSaturate ? clamp(product, kLargest<T>) : product, T{});
+}
 
 // Group k of the first n values at x, n less than a full vector of results; groups beyond are zeros.
 template <class T>

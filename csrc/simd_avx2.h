@@ -64,6 +64,9 @@ inline Floats load_part(const T* p, size_t n) {
 }
 inline Floats splat(float v) { return _mm256_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats clamp(Floats v, float most) {  // in this order of operands NaN stays
+    return _mm256_max_ps(splat(-most), _mm256_min_ps(splat(most), v));
+}
 inline Floats select(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
 inline Floats with_sign_of(Floats magnitude, Floats sign) {
     return _mm256_or_ps(magnitude, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));

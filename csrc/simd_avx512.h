@@ -85,6 +85,9 @@ inline Floats load_part(const Half* p, size_t n) {
 }
 inline Floats splat(float v) { return _mm512_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats clamp(Floats v, float most) {  // in this order of operands NaN stays
+    return _mm512_max_ps(splat(-most), _mm512_min_ps(splat(most), v));
+}
 inline Floats select(Mask m, Floats a, Floats b) { return _mm512_mask_blend_ps(m, b, a); }
 inline Floats with_sign_of(Floats magnitude, Floats sign) {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));

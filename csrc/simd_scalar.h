@@ -33,6 +33,7 @@ inline T narrow(Floats v, T) {
 
 inline Floats splat(float v) { return v; }
 inline Floats mul(Floats a, Floats b) { return a * b; }
+inline Floats clamp(Floats v, float most) { return v > most ? most : v < -most ? -most : v; }
 inline Floats select(Mask m, Floats a, Floats b) { return m ? a : b; }
 inline Floats with_sign_of(Floats magnitude, Floats sign) {
     return float_of(bits_of(magnitude) | (bits_of(sign) & kSignBit));

@@ -12,13 +12,23 @@ bitsandbytes.
 """
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
 if sys.byteorder != "little":  # the streams are, and the kernels look at them as they are: values would come out wrong
     raise ImportError("tensorwire runs on little-endian machines only; tests/reference.py reads streams on any")
 
-from tensorwire import numpy as _numpy
+try:
+    from tensorwire import numpy as _numpy
+except ImportError as error:
+    # To Python a wrong variable is an ImportError; to who typed a command, one line.
+    # (-m: while Python looks for the module of `python -m tensorwire`)
+    if "TENSORWIRE_" not in str(error) or os.path.basename(sys.argv[0]) not in ("-m", "tensorwire", "tensorwire.exe"):
+        raise
+    print(f"tensorwire: {error}", file=sys.stderr)
+    sys.exit(2)
+
 from tensorwire.api import Api
 from tensorwire.codecs import Codec, register
 from tensorwire.codecs import parse as codec
@@ -44,7 +54,7 @@ from tensorwire.files import TensorFile, TensorSlice, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
-from tensorwire.streams import Schema
+from tensorwire.streams import Report, Schema
 from tensorwire.tensor import Front, TensorView
 
 if TYPE_CHECKING:
@@ -64,6 +74,7 @@ __all__ = [
     "LimitError",
     "Limits",
     "NonFiniteError",
+    "Report",
     "Schema",
     "SchemaError",
     "SequenceError",

@@ -7,7 +7,7 @@ from typing import Any, Final
 from tensorwire import files, streams
 from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams import CodecChoice, Schema
+from tensorwire.streams import CodecChoice, Report, Schema
 from tensorwire.tensor import Buffer, Front
 
 _BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
@@ -29,6 +29,7 @@ class Api:
         stream_id: bytes = b"",
         tie: bool = True,
         limits: Limits = DEFAULT,
+        report: Report | None = None,
     ) -> Iterator[Buffer]:
         """Encode a container as an iterator of buffers to be sent one after the other.
 
@@ -37,7 +38,8 @@ class Api:
         which transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping
         of name patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is
         also the memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes
-        that bind every frame to a round or session. `tie`: send tensors that share their memory once.
+        that bind every frame to a round or session. `tie`: send tensors that share their memory once. `report`: a
+        `tensorwire.Report` that is told what travelled how.
 
             for buffer in tensorwire.encode(model.state_dict(), codec="bf16|zstd"):
                 connection.sendall(buffer)
@@ -57,6 +59,7 @@ class Api:
             stream_id=stream_id,
             tie=tie,
             limits=limits,
+            report=report,
         )
 
     def encode_async(
@@ -69,6 +72,7 @@ class Api:
         stream_id: bytes = b"",
         tie: bool = True,
         limits: Limits = DEFAULT,
+        report: Report | None = None,
     ) -> AsyncIterator[Buffer]:
         """As `encode`, for `async for`: `obj` may also be an asynchronous iterator of (name, tensor) pairs.
 
@@ -79,8 +83,8 @@ class Api:
             async for buffer in tensorwire.encode_async(model.state_dict(), codec="nf4"):
                 await connection.send(buffer)
         """
-        sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits)
-        return _encoded(sender, obj, self._front, streams.rule(codec), limits, tie=tie)
+        sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits, report=report)
+        return _encoded(sender, obj, self._front, streams.rule(codec, report), limits, tie=tie)
 
     def encoded_size(
         self,
@@ -163,7 +167,14 @@ class Api:
             source, front, into=into, expect=expect, base=base, metadata_into=metadata_into, limits=limits
         )
 
-    def dumps(self, obj: Any, *, codec: CodecChoice = "raw", metadata: Mapping[str, str] | None = None) -> bytes:
+    def dumps(
+        self,
+        obj: Any,
+        *,
+        codec: CodecChoice = "raw",
+        metadata: Mapping[str, str] | None = None,
+        report: Report | None = None,
+    ) -> bytes:
         """A container as one message: all buffers of `encode`, joined.
 
         It has memory of its own, and stays what it is when tensors change.
@@ -171,7 +182,7 @@ class Api:
             message = tensorwire.dumps({"weight": weight, "step": 7}, codec="int8")
         """
         message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
-        for buffer in streams.encode(obj, self._front, codec=codec, metadata=metadata, private=True):
+        for buffer in streams.encode(obj, self._front, codec=codec, metadata=metadata, private=True, report=report):
             message.write(buffer)
         return message.getvalue()
 
@@ -207,6 +218,7 @@ class Api:
         metadata: Mapping[str, str] | None = None,
         progress: files.Progress | None = None,
         limits: Limits = DEFAULT,
+        report: Report | None = None,
     ) -> int:
         """Write a container to a `.tw` file and return its size. The name appears only when all is on disk.
 
@@ -224,7 +236,15 @@ class Api:
         if progress is not None and not isinstance(obj, Iterator):
             total = self.encoded_size(obj, codec=codec, metadata=metadata, at_rest=True, limits=limits)
         return files.save_file(
-            obj, file, self._front, codec=codec, metadata=metadata, progress=progress, total=total, limits=limits
+            obj,
+            file,
+            self._front,
+            codec=codec,
+            metadata=metadata,
+            progress=progress,
+            total=total,
+            limits=limits,
+            report=report,
         )
 
     def load_file(
@@ -292,6 +312,7 @@ async def _encoded(
             async for buffer in _in_threads(sender.pair(name, value, front, rule)):
                 yield buffer
             yield streams.FLUSH
+        rule.finish()
         yield sender.end()
     elif isinstance(obj, Iterator):
         async for buffer in _in_threads(sender.pairs(obj, front, rule)):

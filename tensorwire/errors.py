@@ -4,7 +4,7 @@
 ``TransportError`` blames the connection. Decoders raise nothing outside this family, whatever bytes arrive.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
 _NAME_SHOWN: Final = 120  # characters of a wire-supplied name that a message may carry
@@ -15,6 +15,18 @@ def show(name: object) -> str:
     """A name as it may appear in a message or log: ASCII only, cut (names from a peer are not trusted)."""
     text = ascii(name)
     return text if len(text) <= _NAME_SHOWN else text[: _NAME_SHOWN - 3] + "..."
+
+
+def near(word: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """The known names that somebody may have meant who wrote `word`, nearest first; case, `-` and `_` do not matter."""
+    from difflib import get_close_matches  # which only those load who made a mistake
+
+    plain = {_plain(name): name for name in known}
+    return [plain[match] for match in get_close_matches(_plain(word), plain, most)]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def _rebuild(cls: type["TensorwireError"], detail: str, state: dict[str, object]) -> "TensorwireError":

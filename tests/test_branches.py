@@ -4,7 +4,9 @@ wrong together, and what callers get wrong. tests/measure_coverage counts on the
 
 import asyncio
 import gc
+import struct
 from collections import OrderedDict
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import zstandard
 from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, data, item, tensor, zstd_frame
-from frames import INDEX, STREAM, Frame, assemble, end, preamble, take_apart
+from frames import INDEX, STREAM, Frame, assemble, cut, end, preamble, take_apart
 from msgpack import packb
 from vectors import stored
 
@@ -30,9 +32,11 @@ from tensorwire import (
     dtypes,
     encode_file,
 )
+from tensorwire.codecs import Encoded, Packer, Range, Sizes, Transform, parameter, parse, register
 from tensorwire.files.tw import iterate_file
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import Pool
+from tensorwire.tensor import Extent
 from tensorwire.wire import NEED_DATA, ContainerItem, Kind, TensorItem
 from tensorwire.wire.frames import FrameType, Header
 from tensorwire.wire.items import pack_item
@@ -104,6 +108,67 @@ def test_a_file_is_a_mapping_and_is_read_item_by_item(tmp_path):
         assert "a" in file
         assert file.map("b").shape == (0,)
     assert sorted(name for name, _ in iterate_file(path, tw.FRONT)) == ["a", "b"]  # what is empty comes first
+
+
+def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path):
+    """Each within the order of frames, so that only the item that is asked for, or the count of items, shows it."""
+    path = tmp_path / "x.tw"
+    items = (tensor(1, ["a"], [0]), tensor(2, ["b"], [2]), tensor(3, ["c"], [2]))
+    frames = [AT_REST, ROOT, *items, data(2, b"ab"), data(3, b"cd"), Frame(INDEX, None), end()]
+    good = assemble(frames, align=64)
+    opened(path, good)
+    begin = int.from_bytes(good[-40:-32], "little") + 48
+    entries = [struct.unpack_from("<QIIQII", good, begin + 32 * number) for number in range(4)]
+
+    def refused(changed: list[tuple[int, ...]], says: str) -> None:
+        packed = b"".join(struct.pack("<QIIQII", *entry) for entry in changed)
+        stream = assemble([*frames[:-2], Frame(INDEX, packed), end()], align=64)
+        assert set(tw.loads(stream)) == {"a", "b", "c"}
+        with pytest.raises(FormatError, match=says):
+            opened(path, stream)
+
+    root, empty, first, second = entries
+    refused([root, (*empty[:3], *first[3:]), first, second], "without any")
+    refused([root, empty, (*first[:3], *second[3:]), second], "elsewhere|leaves out")
+    refused([root, empty, first, (*second[:3], second[3], second[4], 7)], "points elsewhere")
+    refused([root, empty, first, (*first[3:], *second[3:])], "elsewhere|another frame|leaves out")
+    refused([root, empty, first, (*second[:3], *first[3:])], "order of frames")
+
+
+def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor(tmp_path):
+    path = tmp_path / "x.tw"
+    frames = [AT_REST, ROOT, tensor(1, ["a"], [2]), data(1, b"ab"), tensor(2, ["b"], [2]), data(2, b"cd")]
+    good = assemble([*frames, Frame(INDEX, None), end()], align=64)
+    opened(path, good)
+    begin = int.from_bytes(good[-40:-32], "little") + 48
+    root, a, b = (struct.unpack_from("<QIIQII", good, begin + 32 * number) for number in range(3))
+    packed = b"".join(struct.pack("<QIIQII", *entry) for entry in (root, a, (*a[3:], *b[3:])))
+    with pytest.raises(FormatError, match="another frame"):
+        opened(path, assemble([*frames, Frame(INDEX, packed), end()], align=64))
+
+
+def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):
+    path = tmp_path / "x.tw"
+    described = (ROOT, tensor(1, ["b"], [2]), tensor(2, ["c"], [2]))
+    slices = (data(1, b"a", 1), data(1, b"b", 1, 1), data(2, b"cd"))
+    good = assemble([AT_REST, *described, *slices, Frame(INDEX, None), end()], align=64)
+    pieces = [*cut(good)]
+    inside = (sum(map(len, pieces[:6])), 5, int.from_bytes(pieces[5][44:48], "little"))  # the second slice of b
+    entries = struct.pack("<QIIQII", *struct.unpack("<QIIQII", pieces[8][-32:])[:3], *inside)
+    index = Frame(INDEX, pieces[8][48:-32] + entries)
+    path.write_bytes(assemble([AT_REST, *described, *slices, index, end()], align=64))
+    with tw.open_file(path) as file:
+        with pytest.raises(FormatError, match="points elsewhere: expected data of item 2"):
+            file["c"]
+        with pytest.raises(FormatError, match="points elsewhere"):
+            file["b"]
+
+
+def test_an_index_is_held_to_the_limit_of_skippable_frames(tmp_path):
+    path = tmp_path / "x.tw"
+    tw.save_file([0, 1, np.ones(1)], path)
+    with pytest.raises(LimitError, match="skippable"):
+        tw.open_file(path, limits=Limits(skippable=64))
 
 
 def mapped(path: Path) -> bool:
@@ -258,3 +323,73 @@ def test_zstd_without_memory_is_a_memory_error(monkeypatch):
     monkeypatch.setattr(zstandard, "ZstdCompressor", lambda **options: SimpleNamespace(compress=fail))
     with pytest.raises(MemoryError):
         tw.dumps({"a": np.arange(1000)}, codec="zstd")
+
+
+def test_a_value_nested_beyond_what_msgpack_reads_is_too_deep():
+    nested = b"\x91" * 1500 + b"\xc0"
+    frames = (START, item(0, VALUE, [], size=len(nested)), data(0, nested), end())
+    with pytest.raises(LimitError, match="nesting"):
+        tw.loads(assemble(frames))
+
+
+def test_a_state_knows_whether_its_absmax_are_quantized():
+    values = np.ones(64, np.float32)
+    for spec, nested in (("nf4", False), ("nf4:double_quant=true", True), ("int8", False)):
+        codec = parse(spec)
+        view = tw.FRONT.view(values)
+        encoded = codec.encode(
+            values, Extent.whole(view.dtype, view.shape), lambda size: np.empty(size, np.uint8), codec.prepare(view)
+        )
+        state = codec.packer.state(memoryview(encoded.payload).cast("B"), values.size)
+        assert state.nested == nested
+
+
+class Copy(Packer):
+    """A stage that lacks its row."""
+
+    lossless = exact_length = True
+
+    def accepts(self, dtype):
+        return True
+
+    def sizes(self, count, dtype):
+        return Sizes(count)
+
+    def encode(self, data, extent, take, context=None):
+        return Encoded(data)
+
+    def decode(self, payload, extent, out, uncached=None):
+        pass
+
+
+def test_a_codec_has_a_name_that_specs_can_hold_and_parameters_that_descriptors_can():
+    class Shouting(Copy):
+        id, name = 40_000, "LOUD NAME"
+
+    with pytest.raises(EncodeError, match="lower-case"):
+        register(Shouting)
+    fields = [(f"p{number}", int, parameter(0, Range(0, 9), wire=True)) for number in range(9)]
+    row = {"id": 40_001, "name": "many"}
+    many = make_dataclass("Many", fields, bases=(Copy,), namespace=row, frozen=True, repr=False)
+    with pytest.raises(EncodeError, match="more than 8 parameters"):
+        register(many)
+
+
+def test_a_transform_keeps_the_dtype_and_takes_single_elements_unless_it_says_otherwise():
+    class Reversed(Transform):
+        def accepts(self, dtype):
+            return True
+
+        def encode(self, data, extent):
+            return data[::-1]
+
+        def decode(self, data, extent, out):
+            out[:] = data[::-1]
+
+    assert (Reversed().output(dtypes.FLOAT32), Reversed().block(dtypes.FLOAT32)) == (dtypes.FLOAT32, 1)
+
+
+def test_a_stage_has_unsigned_parameters():
+    for stage in ([-1], [4, "64"]):
+        with pytest.raises(FormatError, match="unsigned"):
+            pack_item(TensorItem((), dtypes.FLOAT32, (1,), (tuple(stage),)), DEFAULT)

@@ -1,5 +1,7 @@
 """Codecs as values: specs, wire ids, slices; and the metadata that a peer may not send."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -176,6 +178,38 @@ def test_ids_are_fixed() -> None:
 def test_a_wrong_spec_is_refused(spec: object) -> None:
     with pytest.raises(EncodeError):
         parse(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "nearest"),
+    [("NF4", "nf4"), ("bfloat16", "bf16"), ("int4", "nf4"), ("int8_linear", "int8-linear"), ("bf16|Gzip", "zstd"),
+     ("nf4:block_size=64", "blocksize"), ("nf4:double-quant=true", "double_quant"), ("nf4|zstd:lvl=3", "level")],
+)  # fmt: skip
+def test_a_misspelling_gets_the_nearest_match_and_what_there_is_in_one_line(spec: str, nearest: str) -> None:
+    with pytest.raises(EncodeError, match=rf"did you mean {nearest}\?") as raised:
+        parse(spec)
+    assert "\n" not in str(raised.value) and ("known: raw," in str(raised.value) or "it has" in str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [("q4_0", "unknown codec 'q4_0'; known"), ("nf4:double_quant=yes", "must be false or true, not 'yes'"),
+     (NF4, "not the class NF4"), (None, "not NoneType")],
+)  # fmt: skip
+def test_what_is_nothing_like_a_codec_is_refused_without_a_guess(spec: Any, says: str) -> None:
+    with pytest.raises(EncodeError, match=says):
+        parse(spec)
+
+
+def test_parameters_may_be_given_as_python_values() -> None:
+    wanted = parse("nf4:blocksize=128,double_quant=true")
+    assert parse("nf4", blocksize=128, double_quant=True) == wanted
+    assert parse("nf4:blocksize=128,double_quant=True") == wanted
+    with pytest.raises(EncodeError, match=r"'block_size' \(did you mean blocksize\?\)"):
+        parse("nf4", block_size=128)
+    for spec in ("nf4|zstd", "nf4:blocksize=64", wanted):
+        with pytest.raises(EncodeError, match="parameters go into the spec"):
+            parse(spec, double_quant=True)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ MODEL = {"large": LARGE, "small": np.arange(5), "n": {"step": 7}, "tied": LARGE,
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    tw.save_file(MODEL, tmp_path / "model.tw", codec={"q": "nf4"}, metadata={"k": "v"})
+    tw.save_file(MODEL, tmp_path / "model.tw", metadata={"k": "v"})
     return tmp_path / "model.tw"
 
 

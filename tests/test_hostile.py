@@ -254,9 +254,9 @@ def test_colliding_keys_cost_no_more():
         stream = assemble((*value(packb(dict.fromkeys(keys, 0)))[:-1], end()))
         best = 1.0
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             assert tw.loads(stream)["v"] == dict.fromkeys(keys, 0)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.process_time() - began)
         return best
 
     colliding = [n << 38 for n in range(1, 12_000)]

@@ -20,7 +20,7 @@ from frames import assemble
 
 import tensorwire.numpy as tw
 from tensorwire import dtypes, kernels
-from tensorwire.codecs import from_stages
+from tensorwire.codecs import as_floats, from_stages
 from tensorwire.errors import EncodeError, WireError
 from tensorwire.tensor import Extent
 
@@ -114,6 +114,7 @@ def test_any_state_is_decoded_as_defined_or_refused(name):
         else:
             got = out.tobytes()
             decoded += 1
+            assert np.isfinite(as_floats(out, described)).all()
         if number % 4 == 0 or count < 300:  # the reference is slow
             assert got == wanted(stage, count, dtype, payload), (number, count, dtype)
         if number % 10 == 0 and payload:  # and as a whole stream, also behind zstd
@@ -152,11 +153,7 @@ def test_any_state_reaches_bitsandbytes_whole_or_not_at_all(name):
         assert dict(handover.decode(back))["a"].data.equal(got.data)
         if stage[0] == 4 and dtype != "float32":
             continue
-        try:
-            there, here = tw.loads(stream)["a"], tw.loads(back)["a"]
-        except WireError:  # a nested absmax that overflows, which bitsandbytes would have to see for itself
-            assert name.endswith("double")
-            continue
+        there, here = tw.loads(stream)["a"], tw.loads(back)["a"]
         assert there.tobytes() == here.tobytes()
 
 

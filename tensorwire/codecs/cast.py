@@ -38,9 +38,9 @@ class Cast(Packer):
         """Two bytes an element."""
         return Sizes(count * self.narrow.itemsize)
 
-    def fallback(self, view: TensorView) -> bool:
-        """With overflow=raw, whether a value is too large."""
-        return self.overflow == "raw" and largest(view) >= self.limit
+    def fallback(self, view: TensorView) -> str:
+        """With overflow=raw, where a value is too large."""
+        return f"beyond {self.narrow}" if self.overflow == "raw" and largest(view) >= self.limit else ""
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """Each element rounded. Raises NonFiniteError for one that overflows, unless it is to saturate."""

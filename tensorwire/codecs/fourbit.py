@@ -22,6 +22,7 @@ from tensorwire.tensor import Extent, TensorView
 
 NESTED_BLOCKSIZE: Final = 256
 _NEST_BLOCKS: Final = 8192  # blocks quantized in one go where their absmax are quantized in turn
+_LARGEST: Final = np.finfo(np.float32).max
 _SCAN_BLOCKS: Final = 4096  # blocks looked at in one go for their mean absmax
 
 
@@ -153,15 +154,14 @@ def mean_absmax(view: TensorView, blocksize: int) -> float:
 
 
 def unnest(state: State) -> npt.NDArray[np.float32]:
-    """The float32 absmax that a nested state stands for. Raises FormatError where one is not finite."""
+    """The float32 absmax that a nested state stands for, saturated: near the largest float32 they may overshoot it."""
     assert state.nested_absmax is not None
     assert state.offset is not None
     absmax = np.empty(state.absmax.size, np.float32)
     kernels.dequantize_int8(state.absmax, state.nested_absmax, absmax, blocksize=NESTED_BLOCKSIZE)
     with np.errstate(over="ignore"):
         absmax += state.offset
-    if not np.isfinite(absmax).all():
-        raise FormatError("a double-quantized absmax is infinite")
+    np.minimum(absmax, _LARGEST, out=absmax)
     return absmax
 
 

@@ -134,8 +134,8 @@ class Codec:
             must = "must have" if self.exact_length else "can have at most"
             raise FormatError(f"{self} payload of {extent.count} elements has {length} bytes, {must} {bound}")
 
-    def fallback(self, view: TensorView) -> bool:
-        """Whether this tensor's values ask for a lossless codec instead, as the spec's policy says."""
+    def fallback(self, view: TensorView) -> str:
+        """Why this tensor's values ask for a lossless codec instead, as the spec's policy says; else nothing."""
         return self.packer.fallback(self._transformed(view))
 
     def prepare(self, view: TensorView) -> Any:
@@ -189,6 +189,10 @@ class Codec:
         return payload
 
     def __repr__(self) -> str:
+        return self._spec
+
+    @cached_property
+    def _spec(self) -> str:
         return "|".join(map(repr, self.pipeline))
 
     @cached_property
@@ -236,9 +240,9 @@ class Readymade(Codec):
 
     on_device = False
 
-    def fallback(self, view: TensorView) -> bool:
+    def fallback(self, view: TensorView) -> str:
         """Never: the values are not there to be looked at."""
-        return False
+        return ""
 
     def prepare(self, view: TensorView) -> None:
         """Nothing."""

@@ -43,9 +43,9 @@ class Quantizer(Packer):
         """Blocks in `count` elements, the last one maybe partial."""
         return -(-count // self.blocksize)
 
-    def fallback(self, view: TensorView) -> bool:
-        """With nonfinite=raw, whether there is a NaN or an infinity."""
-        return self.nonfinite == "raw" and largest(view) == float("inf")
+    def fallback(self, view: TensorView) -> str:
+        """With nonfinite=raw, where there is a NaN or an infinity."""
+        return "nonfinite" if self.nonfinite == "raw" and largest(view) == float("inf") else ""
 
     def refuse_nonfinite(self, values: Any) -> None:
         """Raise NonFiniteError naming the first NaN or infinity."""

@@ -17,7 +17,7 @@ from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.stage import Compressor, Packer, Stage, Transform, spell
 from tensorwire.codecs.zstd import Zstd
-from tensorwire.errors import EncodeError, UnsupportedError
+from tensorwire.errors import EncodeError, UnsupportedError, near, show
 
 PRIVATE_IDS: Final = range(1 << 15, 1 << 16)
 MAX_PARAMETERS: Final = 8  # of a stage in a descriptor
@@ -26,6 +26,21 @@ _HELP_WIDTH: Final = 100
 BUILT_IN: Final[tuple[type[Stage], ...]] = (Raw, Float16, BFloat16, Int8, Int8Linear, NF4, FP4, Zstd)
 _BY_ID: Final[dict[int, type[Stage]]] = {stage.id: stage for stage in BUILT_IN}
 _BY_NAME: Final[dict[str, type[Stage]]] = {stage.name: stage for stage in BUILT_IN}
+
+# What others call it, where the spelling alone does not tell.
+_ELSEWHERE: Final = {
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "int4": "nf4",
+    "4bit": "nf4",
+    "8bit": "int8",
+    "float32": "raw",
+    "fp32": "raw",
+    "none": "raw",
+    "gzip": "zstd",
+    "zlib": "zstd",
+}
 
 S = TypeVar("S", bound=type[Stage])
 
@@ -90,8 +105,14 @@ def by_id(number: int) -> type[Stage]:
 def by_name(name: str) -> type[Stage]:
     """The stage of a name. Raises EncodeError with what is known."""
     if name not in _BY_NAME:
-        raise EncodeError(f"unknown codec {name!r}; known: {', '.join(_BY_NAME)}")
+        meant = [_ELSEWHERE[name.lower()]] if name.lower() in _ELSEWHERE else near(name, _BY_NAME)
+        raise EncodeError(f"unknown codec {show(name)}{did_you_mean(meant)}; known: {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
+
+
+def did_you_mean(names: list[str]) -> str:
+    """A question, for the middle of a message; nothing if there is no name to ask about."""
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
 
 
 def describe() -> str:

@@ -5,29 +5,42 @@ from typing import Final
 
 from tensorwire.codecs.pipeline import Codec
 from tensorwire.codecs.raw import Raw
-from tensorwire.codecs.registry import by_id, by_name
+from tensorwire.codecs.registry import by_id, by_name, did_you_mean
 from tensorwire.codecs.stage import Compressor, Packer, Stage, Value
-from tensorwire.errors import EncodeError, FormatError
+from tensorwire.errors import EncodeError, FormatError, near, show
 
 # What carries whatever nobody chose a codec for.
 RAW: Final = Codec((Raw(),))
 
 
-def parse(spec: str | Stage | Codec) -> Codec:
+def parse(spec: str | Stage | Codec, /, **parameters: Value) -> Codec:
     """The codec that a spec string names: `"nf4"`, `"nf4:blocksize=128,double_quant=true"`, `"bf16|zstd"`.
 
-    A stage is a codec of its own, and where no stage makes bytes, raw does: `"zstd"` is `"raw|zstd"`. Raises
-    EncodeError with what is known.
+    A stage is a codec of its own, and where no stage makes bytes, raw does: `"zstd"` is `"raw|zstd"`. Behind the name
+    of one stage its parameters may be given as arguments: `codec("nf4", blocksize=128, double_quant=True)`. Raises
+    EncodeError with what is known and the nearest match.
 
-        codec = tensorwire.codec("nf4:blocksize=128")
+        codec = tensorwire.codec("nf4", blocksize=128)
     """
+    if parameters:
+        return _completed([_with_parameters(spec, parameters)])
     if isinstance(spec, Codec):
         return spec
     if isinstance(spec, Stage):
         return _completed([spec])
     if isinstance(spec, str):
         return _spelled(spec)
-    raise EncodeError(f"a codec is a spec string, a stage or a codec, not {type(spec).__name__}")
+    raise EncodeError(f"a codec is a spec string, a stage or a codec, not {_kind(spec)}")
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _with_parameters(name: object, parameters: dict[str, Value]) -> Stage:
+    if not isinstance(name, str) or "|" in name or ":" in name:
+        raise EncodeError(f"parameters go into the spec or behind the name of one stage, not with {name!r}")
+    return _made(by_name(name.strip()), parameters)
 
 
 @lru_cache(maxsize=256)
@@ -58,19 +71,26 @@ def from_stages(stages: tuple[tuple[int, ...], ...]) -> Codec:
 def _stage(text: str) -> Stage:
     name, _, arguments = text.strip().partition(":")
     cls = by_name(name)
-    legal = {known.name for known in cls.parameters()}
     values: dict[str, Value] = {}
     for argument in filter(None, arguments.split(",")):
         key, equals, value = (part.strip() for part in argument.partition("="))
         if not equals or key in values:
             raise EncodeError(f"codec parameters are written name=value, once each: {text!r}")
-        if key not in legal:
-            raise EncodeError(f"{name} has no parameter {key}; it has {', '.join(sorted(legal)) or 'none'}")
         values[key] = _value(value)
+    return _made(cls, values)
+
+
+def _made(cls: type[Stage], values: dict[str, Value]) -> Stage:
+    """A stage with these parameters. Raises EncodeError for one that it does not have."""
+    legal = [known.name for known in cls.parameters()]
+    for key in values:
+        if key not in legal:
+            meant = did_you_mean(near(key, legal))
+            raise EncodeError(f"{cls.name} has no parameter {show(key)}{meant}; it has {', '.join(legal) or 'none'}")
     return cls(**values)
 
 
 def _value(text: str) -> Value:
-    if text in ("true", "false"):
-        return text == "true"
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     return int(text) if text.isdecimal() else text

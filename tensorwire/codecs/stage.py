@@ -231,9 +231,9 @@ class Packer(Stage):
         Never more for several blocks than for one, times their number.
         """
 
-    def fallback(self, view: TensorView) -> bool:
-        """Whether this tensor's values ask for a lossless codec instead, as a parameter's policy says."""
-        return False
+    def fallback(self, view: TensorView) -> str:
+        """Why this tensor's values ask for a lossless codec instead, as a parameter's policy says; else nothing."""
+        return ""
 
     def prepare(self, view: TensorView) -> Any:
         """What must be known of the whole tensor before its first slice; handed to `encode` as `context`."""

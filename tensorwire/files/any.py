@@ -13,7 +13,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output, read_at
-from tensorwire.streams import FRAME_SIZE, Piece, Receiver, Sender, stream_info
+from tensorwire.streams import FRAME_SIZE, Piece, Receiver, Report, Sender, stream_info
 from tensorwire.streams.flatten import BareLeaf, Leaf, TensorLeaf
 from tensorwire.tensor import Buffer, ByteArray, TensorView
 from tensorwire.wire import ContainerItem, FileItem, Item, ItemStart, Kind
@@ -26,11 +26,13 @@ def encode_file(
     name: str | None = None,
     frame_size: int = FRAME_SIZE,
     limits: Limits = DEFAULT,
+    report: Report | None = None,
 ) -> Iterator[Buffer]:
     """The buffers of a stream that carries one file, read as it is sent.
 
     `file`: a path, or an open binary file of unknown length, a pipe for example. `codec`: raw or zstd. `name` is
-    what the receiver is told (the file's own name); it never decides where the receiver writes.
+    what the receiver is told (the file's own name); it never decides where the receiver writes. `report`: as in
+    `tensorwire.encode`.
 
         transport.send(tensorwire.encode_file("tokenizer.json", codec="zstd"))
     """
@@ -38,19 +40,21 @@ def encode_file(
     if not chosen.accepts(dtypes.UINT8):
         raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
     if is_path(file):
-        return _open_and_send(os.fsdecode(file), chosen, name, frame_size, limits)
-    return _send(None, _piped(file), chosen, name or "-", frame_size, limits)
+        return _open_and_send(os.fsdecode(file), chosen, name, frame_size, limits, report)
+    return _send(None, _piped(file), chosen, name or "-", frame_size, limits, report)
 
 
-def _open_and_send(path: str, codec: Codec, name: str | None, frame_size: int, limits: Limits) -> Iterator[Buffer]:
+def _open_and_send(
+    path: str, codec: Codec, name: str | None, frame_size: int, limits: Limits, report: Report | None
+) -> Iterator[Buffer]:
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         name = name or os.path.basename(path)
         if stat.S_ISREG(status.st_mode):
             read = file_reader(file.fileno(), path, 0, 1, Pool())
-            yield from _send(status.st_size, read, codec, name, frame_size, limits)
+            yield from _send(status.st_size, read, codec, name, frame_size, limits, report)
         else:  # a FIFO or device, whose size says nothing
-            yield from _send(None, _piped(file), codec, name, frame_size, limits)
+            yield from _send(None, _piped(file), codec, name, frame_size, limits, report)
 
 
 def _send(
@@ -60,11 +64,12 @@ def _send(
     name: str,
     frame_size: int,
     limits: Limits,
+    report: Report | None,
 ) -> Iterator[Buffer]:
     view = TensorView(dtypes.UINT8, (size or 0,), read)
     item = FileItem((name,), size, codec.stages())
     leaves: list[Leaf] = [BareLeaf(ContainerItem((), Kind.DICT)), TensorLeaf(item, view, codec)]
-    return Sender(stream_info(None), frame_size, limits).container(leaves)
+    return Sender(stream_info(None), frame_size, limits, report=report).container(leaves)
 
 
 def file_reader(fd: int, path: str, offset: int, itemsize: int, pool: Pool) -> Callable[[int, int], ByteArray]:

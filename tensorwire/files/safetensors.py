@@ -44,7 +44,7 @@ from tensorwire.files.source import File
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage.atomic import new_folder, replacing, write_file
 from tensorwire.storage.output import Output
-from tensorwire.streams import Completed, Piece, Receiver, Schema
+from tensorwire.streams import Completed, Piece, Receiver, Report, Schema
 from tensorwire.streams.codec_choice import CodecChoice
 from tensorwire.tensor import Buffer, ViewFront
 from tensorwire.wire import AliasItem, Item, ItemStart, Kind, StreamStart, TensorItem
@@ -62,13 +62,15 @@ def encode(
     frame_size: int = streams.FRAME_SIZE,
     at_rest: bool = False,
     limits: Limits = DEFAULT,
+    report: Report | None = None,
 ) -> Iterator[Buffer]:
     """The buffers of a stream of all tensors in a `.safetensors` file, read piece by piece as they are sent.
 
     `file`: a path, a seekable file object, or a sharded checkpoint: its `.index.json`, or a folder of shards. `codec`
-    as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along. With `at_rest` the
-    stream is laid out as `save_file` does, to become a `.tw` file that `open_file` can open. Raises, before the first
-    buffer, FormatError or TruncatedError for a file that is not valid, EncodeError for what cannot be sent.
+    and `report` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along. With
+    `at_rest` the stream is laid out as `save_file` does, to become a `.tw` file that `open_file` can open. Raises,
+    before the first buffer, FormatError or TruncatedError for a file that is not valid, EncodeError for what cannot be
+    sent.
 
         transport.send(tensorwire.safetensors.encode("checkpoint/", codec="bf16|zstd"))
     """
@@ -82,6 +84,7 @@ def encode(
             metadata=opened.metadata,
             at_rest=at_rest,
             limits=limits,
+            report=report,
         )
     except BaseException:
         opened.close()

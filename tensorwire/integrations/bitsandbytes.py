@@ -57,23 +57,28 @@ def encode(
     codec: streams.CodecChoice = "raw",
     frame_size: int = streams.FRAME_SIZE,
     limits: Limits = DEFAULT,
+    report: streams.Report | None = None,
 ) -> Iterator[Any]:
     """Like `tensorwire.torch.encode`; `Quantized` and quantized `Params4bit` in it travel with the codes they have.
 
     Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
     format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
     """
-    choose = streams.rule(codec)
+    choose = streams.rule(codec, report)
     front = _Front()
 
     def select(name: str, value: Any) -> Codec:
         if isinstance(value, (Quantized, Params4bit)):
+            choose.seen(name)
             return Readymade(_codec(_quantized(value).state).pipeline)
         view = front.view(value)
         assert view is not None  # only tensors are asked about
         return choose(name, value, view)
 
-    return streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits)
+    buffers = streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits, report=report)
+    if not isinstance(obj, Iterator):
+        choose.finish()
+    return buffers
 
 
 def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]]:
@@ -194,7 +199,6 @@ def _check_scales(state: State) -> None:
         else:
             for scales in (state.offset, state.nested_absmax):
                 checked_absmax(scales.view(np.uint8))
-            unnest(state)
     except FormatError as error:
         raise EncodeError(f"{error.detail}: no quantizer made this state") from None
 
@@ -219,16 +223,26 @@ class _Collected:
         start, count = payload.start, payload.count
         extent = Extent(self._item.dtype, self._item.shape, start, count)
         state = self._packer.state(self._codec.unpack(payload.data, extent), count)
+        self._check_range(unnest(state) if self._nested else state.absmax)
         first = start // self._packer.blocksize
         _put(self._codes, start // self._packer.codes_per_byte, state.codes)
         _put(self._absmax, first * state.absmax.itemsize, state.absmax)
         if state.nested_absmax is None or state.offset is None:
             return
-        unnest(state)  # bitsandbytes does this later, and would not look whether the result is finite
         if self._offset not in (None, state.offset.tobytes()):
             raise UnsupportedError("bitsandbytes has one offset a tensor, this one has several; use decode")
         self._offset = state.offset.tobytes()
         _put(self._nested_absmax, first // NESTED_BLOCKSIZE * 4, state.nested_absmax)
+
+    def _check_range(self, absmax: npt.NDArray[np.float32]) -> None:
+        """Raise UnsupportedError where bitsandbytes, which does not saturate, would make infinities of the values."""
+        most = absmax.max(initial=0)
+        largest = torch.finfo(getattr(torch, self._item.dtype.name)).max
+        if most > largest or (self._nested and most == np.finfo(np.float32).max):
+            raise UnsupportedError(
+                f"bitsandbytes would make infinities of values near the largest {self._item.dtype}; use decode",
+                item=self._item.name,
+            )
 
     def quantized(self) -> Quantized:
         """The whole."""

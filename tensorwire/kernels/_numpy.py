@@ -1,9 +1,10 @@
 """The kernels in NumPy: the readable definition of their arithmetic, which ``_native`` equals bit for bit.
 
 Every step is one IEEE float32 operation, rounded to nearest even, subnormals kept; a narrower output costs
-one more rounding at the end. Work goes slice by slice, so that temporaries stay at a few MiB. Block i of an
-array is its elements [i * blocksize, (i + 1) * blocksize); the last block may be shorter. Shapes, dtypes and
-errors are the contract of `tensorwire.kernels`; `uncached` is ignored.
+one more rounding at the end. What a decoder gives beyond the largest finite value of its output is that value: the
+scale of a block may have been rounded up, and finite values never become infinite. Work goes slice by slice, so that
+temporaries stay at a few MiB. Block i of an array is its elements [i * blocksize, (i + 1) * blocksize); the last block
+may be shorter. Shapes, dtypes and errors are the contract of `tensorwire.kernels`; `uncached` is ignored.
 """
 
 import functools
@@ -35,6 +36,11 @@ Float32 = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 
 FLOAT_DTYPES: Final = (np.float32, np.float16, np.uint16)  # uint16: bfloat16 bit patterns
+_LARGEST: Final = {
+    np.dtype(np.float32): np.finfo(np.float32).max,
+    np.dtype(np.float16): np.float32(65504),
+    np.dtype(np.uint16): np.float32(float.fromhex("0x1.fep127")),
+}
 MAX_BLOCKSIZE_4BIT: Final = 4096  # as bitsandbytes; an even size keeps every block on whole bytes
 
 _SLICE: Final = 1 << 18  # elements; even, so that a slice of 4-bit codes is whole bytes
@@ -169,6 +175,12 @@ def _narrow(values: Float32, out: Array) -> None:
     out.view(np.uint16)[nan] = quiet_nan[nan]
 
 
+def _decode(values: Float32, scales: Float32, edges: npt.NDArray[np.int64], out: Array) -> None:
+    """fl32(value * scale of its block), rounded to the type of `out`, which saturates at its largest finite value."""
+    largest = _LARGEST[out.dtype]
+    _narrow(np.clip(_times(values, scales, edges), -largest, largest), out)
+
+
 @_quiet
 def cast(
     values: Array,
@@ -291,7 +303,7 @@ def dequantize_4bit(
     quant_type: str,
     uncached: bool | None = None,
 ) -> None:
-    """Out = fl32(code value * absmax), then one rounding to the type of `out`; n is out.size."""
+    """Out = fl32(code value * absmax), then one rounding to the type of `out`, which saturates; n is out.size."""
     blocksize = _check_4bit(blocksize, quant_type)
     _check_array("codes", codes, np.uint8)
     _check_array("absmax", absmax, np.float32)
@@ -304,7 +316,7 @@ def dequantize_4bit(
         packed = codes[start // 2 : (stop + 1) // 2]
         q = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: stop - start]
         first, last, edges = _edges(start, stop, blocksize)
-        _narrow(_times(code[q], absmax[first:last], edges), out[start:stop])
+        _decode(code[q], absmax[first:last], edges, out[start:stop])
 
 
 # ---- 8 bits: the dynamic map -------------------------------------------------------------------------------
@@ -346,7 +358,7 @@ def quantize_int8(
 def dequantize_int8(
     codes: npt.NDArray[np.uint8], absmax: Float32, out: Array, *, blocksize: int, uncached: bool | None = None
 ) -> None:
-    """Out = fl32(code value * absmax), then one rounding to the type of `out`."""
+    """Out = fl32(code value * absmax), then one rounding to the type of `out`, which saturates."""
     _check_array("codes", codes, np.uint8)
     _check_array("absmax", absmax, np.float32)
     _check_array("out", out, *FLOAT_DTYPES, output=True)
@@ -356,7 +368,7 @@ def dequantize_int8(
     _check_overlap({"out": out}, {"codes": codes, "absmax": absmax})
     for start, stop in _slices(out.size):
         first, last, edges = _edges(start, stop, blocksize)
-        _narrow(_times(tables.INT8_CODE[codes[start:stop]], absmax[first:last], edges), out[start:stop])
+        _decode(tables.INT8_CODE[codes[start:stop]], absmax[first:last], edges, out[start:stop])
 
 
 # ---- 8 bits: linear ----------------------------------------------------------------------------------------
@@ -408,7 +420,7 @@ def dequantize_linear(
     blocksize: int,
     uncached: bool | None = None,
 ) -> bool:
-    """Out = fl32(code * scale), then one rounding to the type of `out`; `scales` are bfloat16 bits.
+    """Out = fl32(code * scale), then one rounding to the type of `out`, which saturates; `scales`: bfloat16 bits.
 
     Returns whether no code is -128, which no quantizer makes; it decodes like any other.
     """
@@ -421,8 +433,7 @@ def dequantize_linear(
     _check_overlap({"out": out}, {"codes": codes, "scales": scales})
     for start, stop in _slices(out.size):
         first, last, edges = _edges(start, stop, blocksize)
-        value = codes[start:stop].astype(np.float32)
-        _narrow(_times(value, _widen(scales[first:last]), edges), out[start:stop])
+        _decode(codes[start:stop].astype(np.float32), _widen(scales[first:last]), edges, out[start:stop])
     return not (codes == -128).any()
 
 

@@ -55,7 +55,7 @@ class Kernels(Protocol):
         quant_type: str,
         uncached: bool | None = None,
     ) -> None:
-        """table[code] * absmax of its block."""
+        """table[code] * absmax of its block, saturated at the largest finite value of `out`."""
 
     def quantize_int8(
         self, values: Floats, codes: Bytes, absmax: Float32, crc: Crc | None = None, *, blocksize: int
@@ -65,7 +65,7 @@ class Kernels(Protocol):
     def dequantize_int8(
         self, codes: Bytes, absmax: Float32, out: Floats, *, blocksize: int, uncached: bool | None = None
     ) -> None:
-        """table[code] * absmax of its block."""
+        """table[code] * absmax of its block, saturated at the largest finite value of `out`."""
 
     def quantize_linear(
         self,
@@ -87,7 +87,7 @@ class Kernels(Protocol):
         blocksize: int,
         uncached: bool | None = None,
     ) -> bool:
-        """Code * scale of its block; False: there was a -128, which no quantizer makes."""
+        """Code * scale of its block, saturated likewise; False: there was a -128, which no quantizer makes."""
 
 
 class HostKernels(Kernels, Protocol):

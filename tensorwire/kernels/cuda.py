@@ -90,9 +90,9 @@ def dequantize_4bit(
     quant_type: str,
     uncached: bool | None = None,
 ) -> None:
-    """table[code] * absmax, rounded to the dtype of `out`."""
+    """table[code] * absmax, rounded to the dtype of `out`, which saturates."""
     state = _QUANT_STATE(_to(absmax, out), shape=out.shape, dtype=out.dtype, blocksize=blocksize, quant_type=quant_type)
-    out.copy_(functional.dequantize_4bit(_to(codes, out).reshape(-1, 1), state).reshape(-1))
+    _put(functional.dequantize_4bit(_to(codes, out).reshape(-1, 1), state).reshape(-1), out)
 
 
 def quantize_int8(
@@ -113,10 +113,10 @@ def quantize_int8(
 def dequantize_int8(
     codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int, uncached: bool | None = None
 ) -> None:
-    """table[code] * absmax, rounded to the dtype of `out`."""
+    """table[code] * absmax, rounded to the dtype of `out`, which saturates."""
     code = _DYNAMIC_MAP().to(out.device)
     state = _QUANT_STATE(_to(absmax, out), code=code, blocksize=blocksize, dtype=out.dtype)
-    out.copy_(functional.dequantize_blockwise(_to(codes, out), state))
+    _put(functional.dequantize_blockwise(_to(codes, out), state), out)
 
 
 def quantize_linear(
@@ -138,9 +138,9 @@ def quantize_linear(
 def dequantize_linear(
     codes: np.ndarray, scales: np.ndarray, out: torch.Tensor, *, blocksize: int, uncached: bool | None = None
 ) -> bool:
-    """Code * scale, rounded to the dtype of `out`; whether no code is -128."""
+    """Code * scale, rounded to the dtype of `out`, which saturates; whether no code is -128."""
     scale = _half_tensor(scales).to(out.device).float().repeat_interleave(blocksize)[: out.numel()]
-    out.copy_(_to(codes, out).float() * scale)
+    _put(_to(codes, out).float() * scale, out)
     return not codes.size or int(codes.min()) > -128
 
 
@@ -152,6 +152,12 @@ def _sum(crc: np.ndarray | None, *outputs: np.ndarray) -> None:
 def _absmax(values: torch.Tensor, blocksize: int) -> torch.Tensor:
     padding = -values.numel() % blocksize
     return torch.nn.functional.pad(values.float().abs(), (0, padding)).reshape(-1, blocksize).amax(1)
+
+
+def _put(decoded: torch.Tensor, out: torch.Tensor) -> None:
+    """Round to the dtype of `out`, saturated: clamped before the rounding or after it, that is the same."""
+    largest = torch.finfo(out.dtype).max
+    out.copy_(decoded.clamp(-largest, largest))
 
 
 def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:

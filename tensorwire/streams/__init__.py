@@ -4,6 +4,7 @@ from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import Rule, flatten
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
+from tensorwire.streams.report import Report
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, stream_info, stream_size
 from tensorwire.streams.sinks import collect, decode, decode_async
@@ -17,6 +18,7 @@ __all__ = [
     "Piece",
     "Pieces",
     "Receiver",
+    "Report",
     "Rule",
     "Schema",
     "Sender",

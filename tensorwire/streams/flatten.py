@@ -1,7 +1,7 @@
 """Containers to leaves: what is sent, item by item."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 from tensorwire.codecs import Codec
 from tensorwire.errors import EncodeError, WireError
@@ -11,7 +11,18 @@ from tensorwire.wire import AliasItem, ContainerItem, FileItem, Kind, TensorItem
 from tensorwire.wire.items import Key, Path, check_key
 from tensorwire.wire.values import is_plain_dict, is_plain_tuple, pack_value
 
-Rule = Callable[[str, Any, TensorView], Codec]
+
+class Rule(Protocol):
+    """Which codec each tensor gets."""
+
+    def __call__(self, name: str, value: Any, view: TensorView, /) -> Codec:
+        """The codec of a tensor."""
+
+    def seen(self, name: str, /) -> None:
+        """A tensor of this name needs no codec of its own: its data travel under another name."""
+
+    def finish(self) -> None:
+        """There are no more tensors. Raises EncodeError where the rule was about one that is not there."""
 
 
 class TensorLeaf(NamedTuple):
@@ -43,10 +54,13 @@ def flatten(
 ) -> Iterator[Leaf]:
     """The leaves of a container that stands at `path`, depth-first, in the order of its dicts.
 
-    `rule` gives the codec of each tensor. `tie`: of tensors that are the same view of the same memory, all but the
-    first become aliases of it. Raises EncodeError naming the item for whatever cannot be sent.
+    `rule` gives the codec of each tensor; behind the last leaf of a whole container it is told that this was all.
+    `tie`: of tensors that are the same view of the same memory, all but the first become aliases of it. Raises
+    EncodeError naming the item for whatever cannot be sent.
     """
-    return _Flattener(front, rule, limits, tie=tie).leaves(value, path)
+    yield from _Flattener(front, rule, limits, tie=tie).leaves(value, path)
+    if not path:
+        rule.finish()
 
 
 class _Flattener:
@@ -95,6 +109,7 @@ class _Flattener:
         if self._tie and view.identity is not None:
             first = self._seen.setdefault(view.identity, self._count)
             if first != self._count:
+                self._rule.seen(_name(path))
                 return BareLeaf(AliasItem(path, first))
         codec = self._rule(_name(path), value, view)
         return TensorLeaf(TensorItem(path, view.dtype, view.shape, codec.stages()), view, codec)

@@ -17,13 +17,14 @@ import numpy as np
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import Codec, Encoded
+from tensorwire.codecs import RAW, Codec, Encoded
 from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, flatten
 from tensorwire.streams.overlap import in_order
+from tensorwire.streams.report import Report
 from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE
@@ -52,6 +53,7 @@ def encode(
     private: bool = False,
     late: Late | None = None,
     limits: Limits = DEFAULT,
+    report: Report | None = None,
 ) -> Iterator[Buffer]:
     """The buffers of one stream.
 
@@ -61,10 +63,11 @@ def encode(
     written can be written over; without it, a large raw item that changes meanwhile is an EncodeError.
     """
     info = stream_info(metadata, stream_id, at_rest=at_rest)
-    sender = Sender(info, frame_size, limits, at_rest=at_rest, private=private, late=late)
+    sender = Sender(info, frame_size, limits, at_rest=at_rest, private=private, late=late, report=report)
+    choose = rule(codec, report)
     if isinstance(value, Iterator):
-        return sender.pairs(value, front, rule(codec))
-    return sender.container(flatten(value, front, rule(codec), limits, tie=tie))
+        return sender.pairs(value, front, choose)
+    return sender.container(flatten(value, front, choose, limits, tie=tie))
 
 
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:
@@ -76,20 +79,24 @@ def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, a
 
 
 class _EncodedSlice(NamedTuple):
-    """A data frame to be sent: what its header says, and its payload, of which a `crc` that is None is made."""
+    """A data frame to be sent: what its header says, the buffers of its payload, and whose data they are.
+
+    A `crc` that is None is made of the payload as it passes.
+    """
 
     start: int
     elements: int
     length: int
     crc: int | None
     payload: Iterable[Buffer]
+    leaf: TensorLeaf | ValueLeaf
 
 
 _Job = Callable[[], Iterable[_EncodedSlice]]
 
 
 class Sender:
-    """Writes leaves through one Writer."""
+    """Writes leaves through one Writer, and into a report what it made of them."""
 
     def __init__(
         self,
@@ -100,6 +107,7 @@ class Sender:
         at_rest: bool = False,
         private: bool = False,
         late: Late | None = None,
+        report: Report | None = None,
     ) -> None:
         if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
             raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
@@ -110,8 +118,9 @@ class Sender:
         self._private = private or at_rest
         self._late = late
         self._pool = Pool()
+        self._report = report
         try:
-            self._start = self._writer.start(info)
+            self._start = self._framed(self._writer.start(info))
         except WireError as error:
             raise EncodeError(error.detail) from None
 
@@ -135,11 +144,12 @@ class Sender:
         for name, value in pairs:
             yield from self.pair(name, value, front, rule)
             yield FLUSH
+        rule.finish()
         yield self.end()
 
     def head(self) -> bytes:
         """What comes before the first pair."""
-        return self._start + self._writer.item(ContainerItem((), Kind.DICT))
+        return self._start + self._framed(self._writer.item(ContainerItem((), Kind.DICT)))
 
     def pair(self, name: str, value: Any, front: Front, rule: Rule) -> Iterator[Buffer]:
         """The buffers of one pair."""
@@ -150,26 +160,35 @@ class Sender:
 
     def end(self) -> bytes:
         """What comes last."""
-        return self._writer.end()
+        return self._framed(self._writer.end())
+
+    def _framed(self, data: bytes) -> bytes:
+        """What the writer made, counted."""
+        if self._report is not None:
+            self._report.framing += len(data)
+        return data
 
     def _describe(self, leaf: Leaf) -> bytes:
         """The leaf's ITEM frame. Raises EncodeError, also where its codec's blocks do not fit into a frame."""
         if isinstance(leaf, TensorLeaf) and leaf.item.total != 0:
             slice_size(leaf.codec, leaf.item, self._frame_size)
+        if self._report is not None and not isinstance(leaf, BareLeaf):
+            self._report.add_item(_spec(leaf))
         try:
-            return self._writer.item(leaf.item)
+            return self._framed(self._writer.item(leaf.item))
         except WireError as error:
             raise EncodeError(error.detail, item=leaf.item.name) from None
 
     def _data(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         for slices in in_order(self._jobs(leaves)):
             for encoded in slices:
-                start, count, length, crc, payload = encoded
-                if crc is None:
+                if self._report is not None:
+                    self._report.add_frame(_spec(encoded.leaf), encoded.elements * _width(encoded.leaf), encoded.length)
+                if encoded.crc is None:
                     yield from self._header_late(encoded)
-                else:
-                    yield self._writer.data(start, count, length, crc)
-                    yield from payload
+                    continue
+                yield self._framed(self._writer.data(encoded.start, encoded.elements, encoded.length, encoded.crc))
+                yield from encoded.payload
 
     def _header_late(self, encoded: _EncodedSlice) -> Iterator[Buffer]:
         """A frame whose payload is read once: its header is made last, to be written over zeros in its place."""
@@ -180,7 +199,8 @@ class Sender:
         for part in encoded.payload:
             crc = crc32c(part, crc)
             yield part
-        self._late.append((offset, self._writer.data(encoded.start, encoded.elements, encoded.length, crc)))
+        header = self._framed(self._writer.data(encoded.start, encoded.elements, encoded.length, crc))
+        self._late.append((offset, header))
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
         """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
@@ -213,31 +233,31 @@ class Sender:
             error.index += start
             error.item = leaf.item.name
             raise
-        return [_encoded(start, stop - start, encoded)]
+        return [_encoded(leaf, start, stop - start, encoded)]
 
     def _open_ended(self, leaf: TensorLeaf) -> Iterator[_EncodedSlice]:
         step = slice_size(leaf.codec, leaf.item, self._frame_size)
         start = 0
         while data := leaf.view.read(start, start + step):
             extent = Extent(dtypes.UINT8, leaf.view.shape, start, len(data))
-            yield _encoded(start, len(data), leaf.codec.encode(data, extent, self._pool.take))
+            yield _encoded(leaf, start, len(data), leaf.codec.encode(data, extent, self._pool.take))
             start += len(data)
-        yield _EncodedSlice(start, 0, 0, 0, ())
+        yield _EncodedSlice(start, 0, 0, 0, (), leaf)
 
     def _in_one_frame(self, leaf: TensorLeaf) -> list[_EncodedSlice]:
         """A raw item in a single frame."""
-        view = leaf.view
+        view, size = leaf.view, leaf.view.numel * leaf.view.dtype.itemsize
         step = max(_PART // view.dtype.itemsize, 1)
         if view.numel <= step:
-            return [_encoded(0, view.numel, Encoded(self._copied(view.read(0, view.numel))))]
+            return [_encoded(leaf, 0, view.numel, Encoded(self._copied(view.read(0, view.numel))))]
         parts = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
         if self._late is None:
             crc = 0
             for start, stop in parts:
                 crc = crc32c(view.read(start, stop), crc)
-            return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, self._again(leaf, parts, crc))]
+            return [_EncodedSlice(0, view.numel, size, crc, self._again(leaf, parts, crc), leaf)]
         payload = (self._copied(view.read(start, stop)).data for start, stop in parts)
-        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, None, payload)]
+        return [_EncodedSlice(0, view.numel, size, None, payload, leaf)]
 
     def _again(self, leaf: TensorLeaf, parts: list[tuple[int, int]], expected: int) -> Iterator[Buffer]:
         """The parts, read once more. Raises EncodeError behind the last one where they are not what was checksummed."""
@@ -258,7 +278,7 @@ class Sender:
 
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
         for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
-            yield _encoded(start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
+            yield _encoded(leaf, start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
 
 
 def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Iterator[tuple[int, int]]:
@@ -293,10 +313,18 @@ def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> in
     )
 
 
-def _encoded(start: int, count: int, encoded: Encoded) -> _EncodedSlice:
+def _encoded(leaf: TensorLeaf | ValueLeaf, start: int, count: int, encoded: Encoded) -> _EncodedSlice:
     payload = memoryview(encoded.payload)
     crc = crc32c(payload, 0) if encoded.crc is None else encoded.crc
-    return _EncodedSlice(start, count, payload.nbytes, crc, (payload,))
+    return _EncodedSlice(start, count, payload.nbytes, crc, (payload,), leaf)
+
+
+def _spec(leaf: TensorLeaf | ValueLeaf) -> str:
+    return repr(RAW if isinstance(leaf, ValueLeaf) else leaf.codec)
+
+
+def _width(leaf: TensorLeaf | ValueLeaf) -> int:
+    return 1 if isinstance(leaf, ValueLeaf) else leaf.item.dtype.itemsize
 
 
 class StreamSize(NamedTuple):

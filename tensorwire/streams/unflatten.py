@@ -2,7 +2,6 @@
 
 from typing import Any, Final
 
-from tensorwire.errors import SchemaError
 from tensorwire.wire import ContainerItem, Item, Kind
 from tensorwire.wire.items import Path
 
@@ -34,9 +33,7 @@ class Unflattener:
         """The whole, once everything is filled in."""
         for path in reversed(self._tuples):
             self._put(path, tuple(self._nodes[path]), grow=False)
-        if self._root is _MISSING:
-            raise SchemaError("the stream holds no value")
-        return self._root
+        return self._root  # a stream has one: the ledger sees to it
 
     def _put(self, path: Path, value: Any, *, grow: bool) -> None:
         if not path:

@@ -31,10 +31,12 @@ def encode(
     stochastic: int | None = None,
     frame_size: int = streams.FRAME_SIZE,
     limits: Limits = DEFAULT,
+    report: streams.Report | None = None,
 ) -> Iterator[Any]:
     """The buffers of a stream of `tensors` under `terms`.
 
-    `codec`, `frame_size`: as in `tensorwire.encode`. `stochastic`: a seed for `stochastic_bf16`. Raises EncodeError.
+    `codec`, `frame_size`, `report`: as in `tensorwire.encode`. `stochastic`: a seed for `stochastic_bf16`.
+    Raises EncodeError.
     """
     if stochastic is not None:
         tensors = stochastic_bf16(tensors, stochastic, codec=codec)
@@ -45,6 +47,7 @@ def encode(
         frame_size=frame_size,
         metadata=terms.metadata(),
         limits=limits,
+        report=report,
     )
 
 

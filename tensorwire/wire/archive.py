@@ -111,8 +111,6 @@ class Archive:
                 header, packed, step = self._header(ledger)
                 if step is Step.SKIP:
                     self._payload(ledger, header)
-                elif header.type != FrameType.DATA:
-                    raise FormatError("the index points at another frame")
                 elif header.count:
                     checked = check(header)
                     if checked is not None:

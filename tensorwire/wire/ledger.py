@@ -140,7 +140,7 @@ class Ledger:
     def within(cls, limits: Limits, mark: Mark, align: int, number: int, item: DataItem) -> "Ledger":
         """The account of one item's data alone, whose first frame is at `mark`."""
         ledger = cls(limits, None, 0)
-        ledger.state, ledger.align = State.READY, align
+        ledger.state, ledger.align = State.PARTIAL, align
         ledger.offset, ledger.sequence, ledger.link = mark
         ledger.pending.append((number, item))
         return ledger

@@ -255,6 +255,22 @@ def double_quant() -> bytes:
 
 
 @golden
+def saturated() -> bytes:
+    """Finite values whose scales round up: a decoder that does not saturate makes infinities of them."""
+    single, half, brain = np.finfo(np.float32).max, np.float16(65504), np.float32(float.fromhex("0x1.fep127"))
+    causal = np.triu(np.full((77, 77), -half), 1)
+    tensors = {
+        "linear": {
+            "f32": np.array([single, -single, 1], np.float32),
+            "f16": np.array([half, -half, 1], np.float16),
+            "bf16": bfloat16(np.array([brain, -brain, 1], np.float32)),
+        },
+        "double": {"f32": np.repeat(np.array([single, 0, -single], np.float32), 64), "f16": causal},
+    }
+    return tw.dumps(tensors, codec={"linear.*": "int8-linear:blocksize=16", "double.*": "nf4:double_quant=true"})
+
+
+@golden
 def zstd() -> bytes:
     tensors = {
         "ramp": np.arange(100),

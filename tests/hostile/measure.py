@@ -1,5 +1,5 @@
-"""What each hostile case costs a receiver: a line of JSON for each with the error, seconds, and bytes that the process
-rose.
+"""What each hostile case costs a receiver: a line of JSON for each with the error, seconds of processor time, and
+bytes that the process rose.
 
 A process of its own, so that nothing else that runs, warm pools of tests for example, hides in the figure.
 
@@ -30,12 +30,12 @@ from tensorwire.limits import DEFAULT
 
 
 def measure(name: str, stream: bytes, limits: object) -> dict:
-    rise, began, error = Rise(), time.perf_counter(), None
+    rise, began, error = Rise(), time.process_time(), None
     try:
         tw.loads(stream, limits=limits)
     except TensorwireError as caught:
         error = type(caught).__name__
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     return {"name": name, "fed": len(stream), "error": error, "seconds": seconds, "rise": rise.peak()}
 
 

@@ -44,6 +44,21 @@ def test_an_instruction_set_can_be_asked_for_and_an_unknown_one_is_refused() -> 
     assert "supported" in run("import tensorwire", TENSORWIRE_ISA="avx9").stderr
 
 
+@pytest.mark.skipif(kernels.implementation == "numpy", reason="the extension does not serve here")
+@pytest.mark.parametrize("name", ["TENSORWIRE_ISA", "TENSORWIRE_THREADS", "TENSORWIRE_SPARE_MEMORY"])
+def test_a_wrong_variable_is_one_line_to_a_command_and_an_import_error_to_a_program(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tensorwire", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=HOME,
+        env={**os.environ, name: "wrong"},
+        timeout=60,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
+    assert f"ImportError: {name}" in run("import tensorwire", **{name: "wrong"}).stderr
+
+
 def test_threads_are_counted_from_one() -> None:
     before = tensorwire.get_threads()
     try:

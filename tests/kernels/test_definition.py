@@ -116,7 +116,8 @@ def expected_values(method: str, codes: Array, stats: Array, n: int, blocksize: 
     value = q.astype(np.float64) if method == "linear" else exactly(code[method])[q]
     with np.errstate(invalid="ignore", over="ignore"):
         product = value * exactly(stats)[np.arange(n) // blocksize]
-    return stored(rounded(f32(product), dtype), dtype)
+    largest = FORMATS[dtype][2]
+    return stored(np.clip(rounded(f32(product), dtype), -largest, largest), dtype)
 
 
 def blocksizes(method: str) -> st.SearchStrategy[int]:
@@ -193,8 +194,24 @@ class TestQuantizers:
         largest = stored(np.array([FORMATS[dtype][2]] * 130), dtype)
         finite, codes, stats = encode(kernels, method, largest, 64)
         assert finite is True
+        decoded = decode(kernels, method, codes, stats, 130, 64, dtype)
+        assert np.isfinite(exactly(decoded)).all()
         if method != "linear":
-            assert bits(decode(kernels, method, codes, stats, 130, 64, dtype)).tolist() == bits(largest).tolist()
+            assert bits(decoded).tolist() == bits(largest).tolist()
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_a_scale_that_is_too_large_saturates_its_own_block(
+        self, kernels: ModuleType, method: str, dtype: str
+    ) -> None:
+        values = sample("weights", 3 * 64, 3)
+        _, codes, stats = encode(kernels, method, values, 64)
+        huge = stats.copy()
+        huge[1] = 0x7F7F if method == "linear" else np.finfo(np.float32).max
+        found = exactly(decode(kernels, method, codes, huge, values.size, 64, dtype))
+        plain = exactly(decode(kernels, method, codes, stats, values.size, 64, dtype))
+        assert (found[:64] == plain[:64]).all() and (found[128:] == plain[128:]).all()
+        assert 0.99 * FORMATS[dtype][2] < np.abs(found).max() <= FORMATS[dtype][2]
+        assert (np.sign(found) == np.sign(plain)).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
