@@ -33,7 +33,9 @@ from tensorwire.api import Api
 from tensorwire.codecs import Codec, register
 from tensorwire.codecs import parse as codec
 from tensorwire.errors import (
+    ArgumentError,
     AuthError,
+    ClosedError,
     CorruptError,
     EncodeError,
     FormatError,
@@ -48,7 +50,7 @@ from tensorwire.errors import (
     UnsupportedError,
     WireError,
 )
-from tensorwire.files import TensorFile, decode_file, encode_file
+from tensorwire.files import TensorFile, TensorSlice, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
@@ -62,7 +64,9 @@ if TYPE_CHECKING:
 __version__: Final = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "AuthError",
+    "ClosedError",
     "Codec",
     "CorruptError",
     "EncodeError",
@@ -76,6 +80,7 @@ __all__ = [
     "SequenceError",
     "StorageError",
     "TensorFile",
+    "TensorSlice",
     "TensorwireError",
     "TransportError",
     "TruncatedError",

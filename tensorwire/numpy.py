@@ -26,6 +26,8 @@ _METADATA: Final = "tensorwire"
 class NumPyFront(Front):
     """`tensorwire.tensor.Front` for ndarrays and NumPy scalars."""
 
+    read_only = True
+
     def view(self, value: object) -> TensorView | None:
         """An ndarray or NumPy scalar as a view."""
         if not isinstance(value, (np.ndarray, np.generic)):

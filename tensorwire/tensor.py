@@ -73,6 +73,9 @@ def reader(array: npt.NDArray[Any], itemsize: int) -> Callable[[int, int], ByteA
 class Front(ABC):
     """One foreign tensor library."""
 
+    read_only: bool = False
+    """Whether it has tensors that cannot be written to: `wrap` then takes bytes that cannot, too."""
+
     @abstractmethod
     def view(self, value: object) -> TensorView | None:
         """`value` as a view, or None when it is not a tensor of this library.
@@ -83,6 +86,12 @@ class Front(ABC):
     @abstractmethod
     def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> Any:
         """A tensor over `data`, writable flat bytes that it takes over without a copy."""
+
+    def on(self, device: Any) -> "Front":
+        """The same, but that its tensors come on `device`; None: where they are made. Raises EncodeError."""
+        if device is not None:
+            raise EncodeError("device= is for torch tensors, which tensorwire.torch gives")
+        return self
 
     @abstractmethod
     def target(self, value: object) -> memoryview:

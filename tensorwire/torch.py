@@ -5,7 +5,7 @@ Tensors come back on the CPU, contiguous, without gradients. Tensors of one stor
 
 from collections.abc import Callable
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,7 +28,19 @@ _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 
 
 
 class TorchFront(Front):
-    """`tensorwire.tensor.Front` for torch tensors."""
+    """`tensorwire.tensor.Front` for torch tensors, which come on `device`."""
+
+    def __init__(self, device: torch.device | str | int | None = None) -> None:
+        self._device = device
+
+    def on(self, device: Any) -> Front:
+        """Tensors come on `device`. Raises EncodeError for what torch does not know as one."""
+        if device is None:
+            return self
+        try:
+            return TorchFront(torch.device(device))
+        except (RuntimeError, TypeError) as error:
+            raise EncodeError(f"device={device!r}: {str(error).partition(chr(10))[0]}") from None
 
     def view(self, value: object) -> TensorView | None:
         """A tensor, on any device, as a view."""
@@ -49,12 +61,13 @@ class TorchFront(Front):
         return TensorView(dtype, tuple(tensor.shape), read, device_read, identity)
 
     def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor on the CPU over `data`."""
+        """A tensor over `data`, or a copy of it on the front's device."""
         if dtype not in _TORCH:
             raise UnsupportedError(f"this torch ({torch.__version__}) has no {dtype}")
         if not prod(shape):
-            return torch.empty(shape, dtype=_TORCH[dtype])
-        return torch.frombuffer(data, dtype=_TORCH[dtype]).reshape(shape)
+            return torch.empty(shape, dtype=_TORCH[dtype], device=self._device or "cpu")
+        tensor = torch.frombuffer(data, dtype=_TORCH[dtype]).reshape(shape)
+        return tensor if self._device is None else tensor.to(self._device)
 
     def target(self, value: object) -> memoryview:
         """The bytes of a contiguous tensor on the CPU."""

@@ -34,6 +34,8 @@ SLOW = {
     "test_faults.py::test_a_full_disk_in_mid_transfer": 0,
     "test_faults.py::test_every_fault_at_every_place": 8,
     "test_faults.py::test_kill_9_on_either_side": 0,
+    "test_files.py::test_a_file_behind_a_url_is_read_in_ranges_by_fsspec": 0,
+    "test_files.py::test_a_slice_reads_the_frames_that_it_needs": 0,
     "test_fl_loop.py::test_a_server_that_is_started_again_goes_on_where_it_was": 0,
     "test_fl_loop.py::test_faults_and_kills_do_not_change_a_bit": 0,
     "test_fl_loop.py::test_the_result_is_the_same_whoever_comes_first": 0,
