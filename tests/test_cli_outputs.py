@@ -549,3 +549,24 @@ def test_tables_fit_the_terminal(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines()[:-1])) <= 80 and "nf4" in text and "1000 x 1200" in text
     piped = process("inspect", tmp_path / "long.tw").communicate()[0].decode()
     assert all(name in piped for name in names)
+
+
+# Sharded checkpoints
+
+
+def test_a_sharded_checkpoint_is_one_model_both_ways(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = folder / "shards"
+    assert run("decode", folder / "in.tw", shards, "--max-shard-size", "20kB") == 0
+    assert "files" in capsys.readouterr().err and len(list(shards.glob("*.safetensors"))) == 2
+    index = next(shards.glob("*.index.json"))
+    for source in (shards, index):
+        assert run("encode", source, folder / "back.tw", "--force") == 0
+        got = tensorwire.load_file(folder / "back.tw")
+        assert all(np.array_equal(got[name], MODEL[name]) for name in MODEL)
+    before = contents(shards)
+    for source in (shards, index):
+        for target in (index, next(shards.glob("*.safetensors"))):
+            assert run("encode", source, target, "--force") == 2
+    assert run("decode", folder / "in.tw", shards, "--max-shard-size", "20kB") != 0
+    assert run("decode", folder / "in.tw", "-", "--max-shard-size", "20kB") == 2
+    assert contents(shards) == before

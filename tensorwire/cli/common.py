@@ -31,7 +31,7 @@ _Buffer = TypeVar("_Buffer", bound="ReadableBuffer")
 PIPE: Final = "-"
 _RULE: Final = re.compile("[^:|=]+=")  # begins rules by name: in a spec, ':' comes before any '='
 _CHUNK: Final = 1 << 20
-_POWERS: Final = {"": 1} | {
+_POWERS: Final[dict[str, int]] = {"": 1, "kB": 1000} | {
     f"{letter}{unit}": base**power
     for power, letter in enumerate("KMGT", 1)
     for unit, base in (("iB", 1 << 10), ("B", 1000))
@@ -155,10 +155,15 @@ def _limit(text: str) -> tuple[str, int]:
         close = get_close_matches(name, names, 1)
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
         raise argparse.ArgumentTypeError(f"there is no limit {name!r}{hint}")
-    number = _NUMBER.fullmatch(value)
+    return name, byte_size(value)
+
+
+def byte_size(text: str) -> int:
+    """An argument that is a number, of bytes for the most part."""
+    number = _NUMBER.fullmatch(text)
     if number is None:
-        raise argparse.ArgumentTypeError(f"{value!r} is no value of the limit {name}: 4096, 64KiB, 20GiB, 2TiB, 5GB")
-    return name, int(number[1]) * _POWERS[number[2]]
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: 4096, 64KiB, 20GiB, 2TiB, 5GB")
+    return int(number[1]) * _POWERS[number[2]]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 import tensorwire
-from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, reading, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, byte_size, reading, verb
 from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.errors import SchemaError, show
 from tensorwire.limits import Limits
@@ -34,6 +34,7 @@ written to a pipe before that either: on its way to - the result waits in a temp
 
 examples:
   tensorwire decode model.tw restored.safetensors
+  tensorwire decode model.tw restored --max-shard-size 5GB
   tensorwire decode checkpoint.tw restored.pt
   nc -l 9000 | tensorwire decode - received.npz
   tensorwire decode folder.tw - | tar x
@@ -49,12 +50,17 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("input", metavar="IN", help="a .tw file, or - for stdin")
     parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
     parser.add_argument("--to", choices=KINDS, help="what OUT becomes, whatever its name")
+    parser.add_argument(
+        "--max-shard-size", type=byte_size, metavar="SIZE", help="OUT is a folder of shards of at most, say, 5GB"
+    )
     add_force(parser)
     add_limits(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
+    if arguments.max_shard_size is not None:
+        return _decode_shards(arguments)
     check_output(output, inputs=[arguments.input], force=arguments.force)
     kind = arguments.to or kind_of(output)
     with reading(arguments.input) as source:
@@ -69,6 +75,19 @@ def _run(arguments: argparse.Namespace) -> int:
                 with open(path, "rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
     print(f"{size_text(source.size)} -> {size_text(size)}", file=sys.stderr)
+    return 0
+
+
+def _decode_shards(arguments: argparse.Namespace) -> int:
+    output = arguments.output
+    if output == PIPE or arguments.to not in (None, "safetensors"):
+        raise UsageError("--max-shard-size makes a folder of .safetensors files")
+    with reading(arguments.input) as source:
+        tensorwire.safetensors.decode(
+            iter(source), output, max_shard_size=arguments.max_shard_size, limits=arguments.limits
+        )
+    made = [os.path.getsize(entry.path) for entry in os.scandir(output)]
+    print(f"{size_text(source.size)} -> {size_text(sum(made))} in {len(made)} files", file=sys.stderr)
     return 0
 
 

@@ -38,11 +38,11 @@ def add_parser(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
-    check_output(output, inputs=[arguments.input], force=arguments.force)
+    check_output(output, inputs=inputs.files(arguments.input), force=arguments.force)
     report = Report()
     with inputs.opened(arguments) as source:
         if source.loads and output != PIPE:
-            tensorwire.save_file(source.container, output, codec=source.codec, report=report)
+            tensorwire.save_file(source.container, output, codec=source.codec, limits=source.limits, report=report)
         else:
             buffers = source.stream(at_rest=output != PIPE, report=report)
             write_stream(output, tracked(buffers, source.size(), lambda: report.bytes_in))

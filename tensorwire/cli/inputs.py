@@ -28,11 +28,13 @@ KINDS: Final = ("safetensors", "npz", "npy", "pt", "file")
 HELP: Final = """\
 what IN is, by its name or by --from:
   *.safetensors    tensors, read piece by piece; the model is never loaded
+  *.index.json     a sharded checkpoint, by its index or by its folder: one model
   *.npz, *.npy     arrays
   *.pt, *.pth      a torch checkpoint that loads with weights_only=True
   any other, or -  a file, sent in chunks; codec raw or zstd
 """
 _SUFFIXES: Final = {".safetensors": "safetensors", ".npz": "npz", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
+_INDEX: Final = ".index.json"
 _CHUNK: Final = 1 << 20
 _HEAD: Final = 64
 _REASON: Final = 160  # characters of another library's error
@@ -90,17 +92,26 @@ class Input:
         """Its bytes before they are encoded, roughly; None for stdin."""
         if self.loads:
             return tensorwire.encoded_size(self.container, limits=self.limits)
-        return None if self.path == PIPE else os.path.getsize(self.path)
+        return None if self.path == PIPE else sum(map(os.path.getsize, files(self.path)))
 
     def stream_size(self) -> int | None:
         """The bytes of its stream, at most those where values decide; None for stdin."""
         if self.loads:
             return tensorwire.encoded_size(self.container, codec=self.codec, limits=self.limits)
         if self.kind == "safetensors":
-            with safetensors.SafetensorsFile(self.path) as file:
+            with safetensors.open_checkpoint(self.path) as file:
                 leaves = streams.flatten(dict(file), ViewFront(), streams.rule(self.codec), self.limits)
                 return streams.stream_size(leaves, limits=self.limits).total
         return self.size()
+
+
+def files(path: str) -> list[str]:
+    """The files that a command which is given `path` reads: all beside the index of a sharded checkpoint."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) if path.endswith(_INDEX) else None
+    if folder is None:
+        return [path]
+    beside = sorted(os.scandir(folder or os.curdir), key=lambda entry: entry.name)
+    return [entry.path for entry in beside if entry.is_file() and entry.name.endswith((".safetensors", _INDEX))]
 
 
 def add_kind(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +123,8 @@ def add_kind(parser: argparse.ArgumentParser) -> None:
 def opened(arguments: argparse.Namespace) -> Iterator[Input]:
     """What a command line names as `input`. A model on stdin, which takes seeking, waits in a temporary file."""
     path, codec, limits = arguments.input, arguments.codec, arguments.limits
-    kind = arguments.kind or _SUFFIXES.get(Path(path).suffix.lower(), "file")
+    sharded = os.path.isdir(path) or path.endswith(_INDEX)
+    kind = arguments.kind or ("safetensors" if sharded else _SUFFIXES.get(Path(path).suffix.lower(), "file"))
     if path != PIPE or kind == "file":
         yield Input(path, kind, codec, limits)
         return
