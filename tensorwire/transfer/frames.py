@@ -1,13 +1,13 @@
 """A stream frame by frame: each header together with the event it led to, also where the stream breaks."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from tensorwire.checksum import crc32c
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire import NEED_DATA, Event, FrameType, Header, Reader, SlicePart, SliceStart
-from tensorwire.wire.drive import FromReader, Source
+from tensorwire.wire.drive import Consumer, Source, pull
 from tensorwire.wire.frames import HEADER_SIZE
 from tensorwire.wire.reader import NeedData
 
@@ -30,11 +30,10 @@ class Frame:
     @property
     def type_name(self) -> str:
         """STREAM, ITEM, DATA, INDEX or END; the number of a type this version does not know."""
-        known = self.header.type in FrameType._value2member_map_
-        return FrameType(self.header.type).name if known else f"type {self.header.type:#04x}"
+        return FrameType.label(self.header.type)
 
 
-class Frames(FromReader[Frame]):
+class Frames(Consumer[Frame]):
     """Iterate for the frames of a stream, each once it is verified; payloads are not kept.
 
     When the stream breaks, the WireError is raised, and `broken` is the frame it broke in, if its header was good.
@@ -44,6 +43,10 @@ class Frames(FromReader[Frame]):
         self._source = source
         self._reader = Reader(crc32c, limits)
         self._scratch = memoryview(b"")
+
+    def __iter__(self) -> Iterator[Frame]:
+        assert self._source is not None
+        return pull(self, self._source)
 
     @property
     def broken(self) -> Frame | None:
@@ -65,3 +68,15 @@ class Frames(FromReader[Frame]):
             else:
                 assert reader.frame is not None
                 yield Frame(*reader.frame, event)
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go."""
+        return self._reader.get_buffer()
+
+    def buffer_updated(self, size: int) -> None:
+        """`size` bytes went there; 0: the input has ended."""
+        self._reader.buffer_updated(size)
+
+    def lend(self, data: memoryview) -> None:
+        """`Reader.lend`."""
+        self._reader.lend(data)

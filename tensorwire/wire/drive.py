@@ -11,7 +11,7 @@ from inspect import isawaitable
 from typing import Any, Protocol, TypeVar
 
 from tensorwire.errors import FormatError, TransportError
-from tensorwire.wire.reader import NEED_DATA, NeedData, Reader
+from tensorwire.wire.reader import NEED_DATA, NeedData
 
 ResultT = TypeVar("ResultT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)
@@ -218,26 +218,3 @@ def _feed(consumer: Consumer[Any], size: int | None) -> int:
         raise TransportError("the source is non-blocking and has nothing yet: give one that waits", retryable=False)
     consumer.buffer_updated(size)
     return size
-
-
-class FromReader(Consumer[ResultT]):
-    """A Consumer around a Reader that can also be iterated over where it has a source of its own."""
-
-    _reader: Reader
-    _source: Source | None
-
-    def __iter__(self) -> Iterator[ResultT]:
-        assert self._source is not None
-        return pull(self, self._source)
-
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes go."""
-        return self._reader.get_buffer()
-
-    def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
-        self._reader.buffer_updated(size)
-
-    def lend(self, data: memoryview) -> None:
-        """`Reader.lend`."""
-        self._reader.lend(data)
