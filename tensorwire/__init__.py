@@ -33,7 +33,9 @@ from tensorwire.api import Api
 from tensorwire.codecs import Codec, register
 from tensorwire.codecs import parse as codec
 from tensorwire.errors import (
+    ArgumentError,
     AuthError,
+    ClosedError,
     CorruptError,
     EncodeError,
     FormatError,
@@ -48,12 +50,12 @@ from tensorwire.errors import (
     UnsupportedError,
     WireError,
 )
-from tensorwire.files import TensorFile, decode_file, encode_file
+from tensorwire.files import TensorFile, TensorSlice, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
 from tensorwire.streams import Report, Schema
-from tensorwire.tensor import Front, TensorView
+from tensorwire.tensor import AnyFront
 
 if TYPE_CHECKING:
     from tensorwire import torch as torch
@@ -62,7 +64,9 @@ if TYPE_CHECKING:
 __version__: Final = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "AuthError",
+    "ClosedError",
     "Codec",
     "CorruptError",
     "EncodeError",
@@ -76,6 +80,7 @@ __all__ = [
     "SequenceError",
     "StorageError",
     "TensorFile",
+    "TensorSlice",
     "TensorwireError",
     "TransportError",
     "TruncatedError",
@@ -116,27 +121,7 @@ _LAZY: Final = {
 }
 
 
-class _AnyFront(_numpy.NumPyFront):
-    """Takes tensors of whichever library is loaded, gives NumPy arrays."""
-
-    def view(self, value: object) -> TensorView | None:
-        return super().view(value) or (self._torch().view(value) if "torch" in sys.modules else None)
-
-    def target(self, value: object) -> memoryview:
-        if "torch" in sys.modules and self._torch().view(value) is not None:
-            return self._torch().target(value)
-        return super().target(value)
-
-    def device_target(self, value: object) -> Any:
-        return self._torch().device_target(value) if "torch" in sys.modules else None
-
-    @staticmethod
-    def _torch() -> Front:
-        front: Front = importlib.import_module("tensorwire.torch").FRONT
-        return front
-
-
-_api: Final = Api(_AnyFront())
+_api: Final = Api(AnyFront(_numpy.FRONT))
 encode = _api.encode
 encode_async = _api.encode_async
 encoded_size = _api.encoded_size

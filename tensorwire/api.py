@@ -1,6 +1,5 @@
 """The public functions, bound to one tensor library: `tensorwire`, `tensorwire.numpy` and `tensorwire.torch`."""
 
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from io import BytesIO
 from typing import Any, Final
@@ -42,6 +41,12 @@ class Api:
         that bind every frame to a round or session. `tie`: send tensors that share their memory once. `report`: a
         `tensorwire.Report` that is told what travelled how.
 
+            for buffer in tensorwire.encode(model.state_dict(), codec="bf16|zstd"):
+                connection.sendall(buffer)
+
+        Under "raw", buffers are the tensors' own memory, which must not be changed until they were sent: the receiver
+        would refuse the stream. To keep buffers and go on training, use `dumps`, which copies.
+
         Everything but the values themselves is checked here, before the first buffer. Raises EncodeError naming
         the item; NonFiniteError, while iterating, for NaN or infinities under a quantizing codec.
         """
@@ -74,6 +79,9 @@ class Api:
         All work is done in other threads (`asyncio.to_thread`), from the walk over the container on, a MiB of buffers
         at a time, so that the event loop is never held up. Do not change the tensors meanwhile. Nothing is checked
         before the first buffer is asked for.
+
+            async for buffer in tensorwire.encode_async(model.state_dict(), codec="nf4"):
+                await connection.send(buffer)
         """
         sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits, report=report)
         return _encoded(sender, obj, self._front, streams.rule(codec, report), limits, tie=tie)
@@ -95,6 +103,8 @@ class Api:
         Exact where payloads have a fixed length, as all but compressed ones do; else an upper bound. `at_rest`: of the
         file that `save_file` writes. Raises EncodeError as `encode` does, and for an iterator, whose size is not known
         ahead.
+
+            headers = {"Content-Length": str(tensorwire.encoded_size(weights, codec="nf4"))}
         """
         if isinstance(obj, Iterator):
             raise EncodeError("the size of an iterator of pairs is known only once it was encoded; give a container")
@@ -109,6 +119,8 @@ class Api:
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
         base: bytes | None = None,
+        device: Any = None,
+        metadata_into: dict[str, str] | None = None,
         limits: Limits = DEFAULT,
     ) -> Iterator[tuple[str, Any]]:
         """Decode a stream as an iterator of (name, value), each given when complete and verified.
@@ -117,12 +129,19 @@ class Api:
         Names are dotted paths. `into`: preallocated tensors by name, written in place and given back. `expect`: a
         schema (see `schema`) or a container like the one expected; anything else is refused before memory is taken.
         `base`: the content digest of the version that the values are to be applied to, for a stream that is against
-        one; without it, or with another, such a stream is refused.
+        one; without it, or with another, such a stream is refused. `device`: where torch tensors go. `metadata_into`:
+        a dict that takes the stream's metadata before the first value comes.
+
+            for name, tensor in tensorwire.torch.decode(transport.receive(), device="cuda"):
+                model.get_parameter(name).copy_(tensor)
 
         Raises a WireError, and nothing else, for any bytes that are not a whole valid stream. What was given
         before is good; tensors in `into` may then hold parts of an item that was not given.
         """
-        return streams.decode(source, self._front, into=into, expect=expect, base=base, limits=limits)
+        front = self._front.on(device)
+        return streams.decode(
+            source, front, into=into, expect=expect, base=base, metadata_into=metadata_into, limits=limits
+        )
 
     def decode_async(
         self,
@@ -131,6 +150,8 @@ class Api:
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
         base: bytes | None = None,
+        device: Any = None,
+        metadata_into: dict[str, str] | None = None,
         limits: Limits = DEFAULT,
     ) -> AsyncIterator[tuple[str, Any]]:
         """As `decode`, for `async for`.
@@ -138,8 +159,13 @@ class Api:
         `source`: an asynchronous iterable of buffers, or what has a coroutine function `readinto`, as `AsyncTransport`
         does; also a buffer, an iterable of buffers or a plain `readinto`, none of which may wait. Slices are decoded in
         another thread while the next one is received; the event loop waits for one to end, at most.
+
+            async for name, tensor in tensorwire.decode_async(websocket): ...
         """
-        return streams.decode_async(source, self._front, into=into, expect=expect, base=base, limits=limits)
+        front = self._front.on(device)
+        return streams.decode_async(
+            source, front, into=into, expect=expect, base=base, metadata_into=metadata_into, limits=limits
+        )
 
     def dumps(
         self,
@@ -149,9 +175,15 @@ class Api:
         metadata: Mapping[str, str] | None = None,
         report: Report | None = None,
     ) -> bytes:
-        """A container as one message: all buffers of `encode`, joined."""
+        """A container as one message: all buffers of `encode`, joined.
+
+        It has memory of its own, and stays what it is when tensors change. `report`: as in `encode`.
+
+            message = tensorwire.dumps({"weight": weight, "step": 7}, codec="int8")
+        """
         message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
-        for buffer in self.encode(obj, codec=codec, metadata=metadata, report=report):
+        buffers = streams.encode(obj, self._front, codec=codec, metadata=metadata, report=report, private=True)
+        for buffer in buffers:
             message.write(buffer)
         return message.getvalue()
 
@@ -162,43 +194,109 @@ class Api:
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
         base: bytes | None = None,
+        device: Any = None,
+        metadata_into: dict[str, str] | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
-        """The container in a message or any other source that `decode` takes, once all of it is verified."""
-        return streams.collect(data, self._front, into=into, expect=expect, base=base, limits=limits)
+        """The container in a message or any other source that `decode` takes, once all of it is verified.
+
+        Options as `decode` has them.
+
+            about: dict[str, str] = {}
+            weights = tensorwire.torch.loads(message, device="cuda", metadata_into=about)
+        """
+        front = self._front.on(device)
+        return streams.collect(
+            data, front, into=into, expect=expect, base=base, metadata_into=metadata_into, limits=limits
+        )
 
     def save_file(
         self,
         obj: Any,
-        path: str | os.PathLike[str],
+        file: files.File,
         *,
         codec: CodecChoice = "raw",
         metadata: Mapping[str, str] | None = None,
+        progress: files.Progress | None = None,
+        limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> int:
-        """Write a container to a `.tw` file and return its size. The name appears only when all is on disk."""
-        return files.save_file(obj, path, self._front, codec=codec, metadata=metadata, report=report)
+        """Write a container to a `.tw` file and return its size. The name appears only when all is on disk.
+
+        `file`: a path, or a binary file object to write into, such as fsspec gives for S3, which has what was written
+        also where that ends in an error. `progress`: called with the bytes written and their number in all (at most,
+        where a codec compresses; None for an iterator of pairs). `report`: as in `encode`.
+
+            tensorwire.save_file(model.state_dict(), "model.tw", codec="bf16", metadata={"step": "7"})
+
+        Other threads may change tensors meanwhile: the file is whole, and holds of each element what it was at some
+        moment. A file object cannot be written over: there, a raw tensor of more than 1 MiB that changes is an
+        EncodeError. Raises StorageError.
+        """
+        total = None
+        if progress is not None and not isinstance(obj, Iterator):
+            total = self.encoded_size(obj, codec=codec, metadata=metadata, at_rest=True, limits=limits)
+        return files.save_file(
+            obj,
+            file,
+            self._front,
+            codec=codec,
+            metadata=metadata,
+            progress=progress,
+            total=total,
+            limits=limits,
+            report=report,
+        )
 
     def load_file(
         self,
-        path: str | os.PathLike[str],
+        file: files.File,
         *,
         into: Mapping[str, Any] | None = None,
         expect: Any = None,
         base: bytes | None = None,
+        device: Any = None,
+        metadata_into: dict[str, str] | None = None,
+        progress: files.Progress | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
-        """The whole container in a `.tw` file, verified. For single tensors see `open_file`."""
-        return files.load_file(path, self._front, into=into, expect=expect, base=base, limits=limits)
+        """The whole container in a `.tw` file, verified. For single tensors see `open_file`.
+
+        `file`: a path, or a binary file object, read from where it stands to its end. `progress`: called with the bytes
+        read and their number in all, if known. Other options as `decode` has them.
+
+            model.load_state_dict(tensorwire.torch.load_file("model.tw", device="cuda"))
+        """
+        return files.load_file(
+            file,
+            self._front.on(device),
+            into=into,
+            expect=expect,
+            base=base,
+            metadata_into=metadata_into,
+            progress=progress,
+            limits=limits,
+        )
 
     def open_file(
-        self, path: str | os.PathLike[str], *, base: bytes | None = None, limits: Limits = DEFAULT
+        self, file: files.File, *, base: bytes | None = None, device: Any = None, limits: Limits = DEFAULT
     ) -> files.TensorFile:
-        """A `.tw` file as a mapping of names to values, read and verified when asked for. `base` as in `decode`."""
-        return files.TensorFile(path, self._front, base=base, limits=limits)
+        """A `.tw` file as a mapping of names to values, read and verified when asked for; see `TensorFile`.
+
+        `file`: a path or a seekable binary file object. `base` and `device` as in `decode`.
+
+            with tensorwire.open_file("model.tw") as file:
+                bias, rows = file["layer.0.bias"], file.get_slice("layer.0.weight")[0:64]
+        """
+        return files.TensorFile(file, self._front.on(device), base=base, limits=limits)
 
     def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
-        """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given."""
+        """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given.
+
+        Its values do not matter.
+
+            weights = tensorwire.loads(message, expect=tensorwire.schema(model.state_dict()))
+        """
         return Schema.of(obj, self._front, codec=codec)
 
 
@@ -211,7 +309,8 @@ async def _encoded(
     if isinstance(obj, AsyncIterator):
         yield sender.head()
         yield streams.FLUSH
-        async for name, value in obj:
+        async for pair in obj:
+            name, value = streams.as_pair(pair)
             async for buffer in _in_threads(sender.pair(name, value, front, rule)):
                 yield buffer
             yield streams.FLUSH

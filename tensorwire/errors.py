@@ -42,8 +42,10 @@ class TensorwireError(Exception):
     """Root of every error of this library.
 
     Attributes: `detail` (what happened and what to do), `frame` (sequence number), `item` (name),
-    `offset` (byte in the stream); the last three are None where they do not apply.
+    `offset` (byte in the stream), `file` (path); all but the first are None where they do not apply.
     """
+
+    file: str | None = None
 
     def __init__(
         self, detail: str, *, frame: int | None = None, item: object = None, offset: int | None = None
@@ -56,6 +58,8 @@ class TensorwireError(Exception):
 
     def __str__(self) -> str:
         where = []
+        if self.file is not None:
+            where.append(f"file {show(self.file)}")
         if self.item is not None:
             where.append(f"item {show(self.item)}")
         if self.frame is not None:
@@ -137,6 +141,14 @@ class TransportError(TensorwireError, OSError):
     def __init__(self, detail: str, *, retryable: bool = True) -> None:
         super().__init__(detail)
         self.retryable = retryable
+
+
+class ArgumentError(TensorwireError, TypeError):
+    """What was passed is not of a kind that the function takes."""
+
+
+class ClosedError(TensorwireError, ValueError):
+    """Something was asked of a file after it was closed."""
 
 
 class AuthError(TensorwireError, ValueError):

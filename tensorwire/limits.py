@@ -1,6 +1,6 @@
 """What a receiver is willing to accept. Every limit has a name, a default and a reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 KIB: Final = 1 << 10
@@ -44,6 +44,11 @@ class Limits:
     """A skippable frame; the index of a file with `items` items is the largest there is."""
     stream: int = 64 * GIB
     """A whole stream on the wire."""
+
+    def __repr__(self) -> str:
+        """What differs from the defaults: signatures show `Limits()`."""
+        given = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        return f"Limits({', '.join(f'{name}={value}' for name, value, default in given if value != default)})"
 
 
 DEFAULT: Final = Limits()

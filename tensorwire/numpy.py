@@ -1,10 +1,12 @@
 """NumPy arrays to and from streams and `.tw` files.
 
-Native dtypes come back as they were (big-endian ones in native order). bfloat16, float8 and float4 travel as
-ml_dtypes arrays; where ml_dtypes is not installed they are received as their bits: an unsigned integer array whose
-`dtype.metadata["tensorwire"]` names the type, which can be sent on.
+Native dtypes come back as they were (big-endian ones in native order), bfloat16, float8 and complex32 as the arrays of
+ml_dtypes. float4_e2m1fn_x2, which ml_dtypes lacks, is received as bits: a void array, which nobody can take for
+numbers, whose `dtype.metadata["tensorwire"]` names the type and which can be sent on. torch tensors are sent as well
+and come back as arrays.
 """
 
+import mmap
 from typing import Any, Final
 
 import numpy as np
@@ -14,34 +16,48 @@ from tensorwire import dtypes
 from tensorwire.api import Api
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, UnsupportedError
-from tensorwire.tensor import ByteArray, Front, TensorView, reader
+from tensorwire.memory.strided import reader
+from tensorwire.tensor import AnyFront, ByteArray, Front, TensorView, attributes
 
 _NATIVE: Final = {
     np.dtype(dtype.name): dtype for dtype in dtypes.ALL if dtype.name in np.sctypeDict and dtype.name != "complex32"
 }
-_BITS: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+# Types of the same width, which stand for bits.
+_BITS: Final = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
 _METADATA: Final = "tensorwire"
+# Whose memory is all there is to them; of a matrix, but for how it multiplies.
+_WHOLE: Final = (np.ndarray, np.memmap, np.matrix)
+
+Array = npt.NDArray[Any]
 
 
 class NumPyFront(Front):
     """`tensorwire.tensor.Front` for ndarrays and NumPy scalars."""
 
+    read_only = True
+
     def view(self, value: object) -> TensorView | None:
         """An ndarray or NumPy scalar as a view."""
         if not isinstance(value, (np.ndarray, np.generic)):
             return None
-        array = np.asarray(value)
-        dtype = _dtype(array.dtype)
+        dtype = _dtype(value.dtype)
         if dtype is None:
-            raise EncodeError(f"dtype {array.dtype} cannot be sent; convert with .astype() first")
-        if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not _LITTLE):
-            array = array.astype(array.dtype.newbyteorder("<"))
+            raise EncodeError(f"dtype {value.dtype} cannot be sent; convert with .astype() first")
+        if isinstance(value, np.ndarray):
+            if type(value) not in _WHOLE:
+                _check_subclass(value)
+            if value.base is not None and value.size:
+                _check_memory(value)
+        array = np.asarray(value)
+        swapped = array.dtype.byteorder == ">"
         identity = None
         if array.size and isinstance(value, np.ndarray):
-            identity = (array.ctypes.data, array.shape, array.strides, dtype.number)
-        return TensorView(dtype, array.shape, reader(array, dtype.itemsize), identity=identity)
+            identity = ("cpu", _address(array), array.shape, array.strides, dtype.number, swapped, False)
+        bits = array.view(_BITS[dtype.itemsize])
+        read = reader(bits, _swap(array.dtype) if swapped else None)
+        return TensorView(dtype, array.shape, read, identity=identity)
 
-    def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> Array:
         """An array over `data`."""
         try:
             return data.view(_numpy_dtype(dtype)).reshape(shape)
@@ -54,10 +70,8 @@ class NumPyFront(Front):
             raise EncodeError("into= takes writable C-contiguous arrays")
         if not value.dtype.isnative:
             raise EncodeError("into= takes arrays in native byte order")
-        return value.reshape(-1).view(np.uint8).data
-
-
-_LITTLE: Final = np.dtype("<u2").isnative
+        self.view(value)  # refuses what reaches outside its memory
+        return np.asarray(value).reshape(-1).view(np.uint8).data
 
 
 def _dtype(dtype: np.dtype[Any]) -> DType | None:
@@ -73,17 +87,72 @@ def _numpy_dtype(dtype: DType) -> np.dtype[Any]:
     native = np.dtype(dtype.name) if dtype in _NATIVE.values() else None
     if native is not None:
         return native
-    try:
-        import ml_dtypes
+    import ml_dtypes
 
+    if hasattr(ml_dtypes, dtype.name):
         foreign: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.name))
         return foreign
-    except (ImportError, AttributeError):
-        return np.dtype(_BITS[dtype.itemsize], metadata={_METADATA: dtype.name})
+    return np.dtype(f"V{dtype.itemsize}", metadata={_METADATA: dtype.name})
+
+
+def _swap(dtype: np.dtype[Any]) -> Any:
+    """What turns a slice of big-endian elements, as bits, into little-endian ones: each half of a complex number."""
+    part = f"u{dtype.itemsize // 2 if dtype.kind == 'c' else dtype.itemsize}"
+    return lambda bits: bits.view(part).byteswap(inplace=True)
+
+
+def _check_subclass(array: Array) -> None:
+    """Raise EncodeError for an array of a subclass that carries more than its memory."""
+    if extra := attributes(array):
+        raise EncodeError(
+            f"a {type(array).__module__}.{type(array).__qualname__} carries more than its memory "
+            f"({', '.join(extra)}), which would be lost; send its parts (of a MaskedArray .filled(), or .data and "
+            ".mask), or numpy.asarray() of it for its memory alone"
+        )
+
+
+def _check_memory(array: Array) -> None:
+    """Raise EncodeError for an array that reaches outside the memory that it was made over, where that is known."""
+    owner: Any = array
+    while (base := owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)) is not None:
+        owner = base
+    begin, end = _span(array)
+    if isinstance(owner, np.ndarray):
+        low, high = _span(owner) if owner.size else (0, 0)
+    elif isinstance(owner, (bytes, bytearray, mmap.mmap)):
+        memory = np.frombuffer(owner, np.uint8)
+        low = _address(memory)
+        high = low + memory.size
+        if isinstance(owner, mmap.mmap):
+            high = min(high, low + owner.size() - _offset(array))
+    else:
+        return
+    if begin < low or end > high:
+        raise EncodeError("the array reaches outside the memory that it was made over, or its file was cut short")
+
+
+def _span(array: Array) -> tuple[int, int]:
+    """Where the memory of an array that is not empty begins and ends."""
+    steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    address = _address(array)
+    return (
+        address + sum(step for step in steps if step < 0),
+        address + sum(step for step in steps if step > 0) + array.itemsize,
+    )
+
+
+def _offset(array: Array) -> int:
+    """Where in its file the mapping of a memmap begins; 0 for others, which do not tell."""
+    offset = array.offset if isinstance(array, np.memmap) else 0
+    return int(offset - offset % mmap.ALLOCATIONGRANULARITY)
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 FRONT: Final = NumPyFront()
-_api: Final = Api(FRONT)
+_api: Final = Api(AnyFront(FRONT))
 encode = _api.encode
 encode_async = _api.encode_async
 encoded_size = _api.encoded_size

@@ -4,11 +4,13 @@ A front turns a foreign tensor into a `TensorView` to be sent, wraps received by
 a preallocated foreign tensor for writing. The layers in between see only these.
 """
 
+import importlib
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ from tensorwire.errors import EncodeError
 ByteArray = npt.NDArray[np.uint8]
 # What a stream is made of: contiguous bytes, in the memory of whoever has them.
 Buffer = bytes | bytearray | memoryview
+# The front of each library, loaded once there are tensors of it.
+_FRONTS: Final = {"numpy": "tensorwire.numpy", "torch": "tensorwire.torch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class TensorView:
     little-endian bytes: the caller's own memory where it is contiguous, else a copy of those elements only.
     `device_read`, where the tensor lives on a CUDA device, gives those elements as a 1-D tensor there.
     `identity` is equal for two tensors that are the same view of the same memory, None when unknown.
+    `codec`, where the elements are there in encoded form only: `read` gives the payload that this codec (a
+    `tensorwire.codecs.Readymade`) takes as it is.
     """
 
     dtype: DType
@@ -36,6 +42,7 @@ class TensorView:
     read: Callable[[int, int], Buffer | ByteArray]
     device_read: Callable[[int, int], Any] | None = None
     identity: tuple[object, ...] | None = None
+    codec: Any = None
 
     @property
     def numel(self) -> int:
@@ -62,27 +69,44 @@ def as_buffer(data: Buffer | ByteArray) -> Buffer:
     return data.data if isinstance(data, np.ndarray) else data
 
 
-def reader(array: npt.NDArray[Any], itemsize: int) -> Callable[[int, int], ByteArray]:
-    """`TensorView.read` over a NumPy array of any layout; only a slice is ever copied."""
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1).view(np.uint8)
-        return lambda start, stop: flat[start * itemsize : stop * itemsize]
-    return lambda start, stop: array.flat[start:stop].view(np.uint8)
+def attributes(value: object) -> list[str]:
+    """The names of what a tensor of a subclass carries beside its memory."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+    return [*getattr(value, "__dict__", ()), *slots]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = kind.__dict__.get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 class Front(ABC):
     """One foreign tensor library."""
 
+    read_only: bool = False
+    """Whether it has tensors that cannot be written to: `wrap` then takes bytes that cannot, too."""
+
     @abstractmethod
     def view(self, value: object) -> TensorView | None:
         """`value` as a view, or None when it is not a tensor of this library.
 
-        Raises EncodeError for a tensor that cannot travel, with the remedy.
+        Raises EncodeError for a tensor that cannot travel, with the remedy: one that reaches outside its memory, or
+        carries more than its memory.
         """
+
+    def describe(self, value: object) -> TensorView | None:
+        """As `view`, also of a tensor without values, like torch's on the meta device: only its description is used."""
+        return self.view(value)
 
     @abstractmethod
     def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> Any:
         """A tensor over `data`, writable flat bytes that it takes over without a copy."""
+
+    def on(self, device: Any) -> "Front":
+        """The same, but that its tensors come on `device`; None: where they are made. Raises EncodeError."""
+        if device is not None:
+            raise EncodeError("device= is for torch tensors, which tensorwire.torch gives")
+        return self
 
     @abstractmethod
     def target(self, value: object) -> memoryview:
@@ -107,3 +131,46 @@ class ViewFront(Front):
     def target(self, value: object) -> memoryview:
         """Raise EncodeError."""
         raise EncodeError("views can be sent only; receive with another front")
+
+
+class AnyFront(Front):
+    """Sends tensors of every library that is loaded, as well as those of `front`, and gives those of `front`."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self.read_only = front.read_only
+
+    def on(self, device: Any) -> Front:
+        """The same, but that tensors of `front` come on `device`."""
+        return self if device is None else AnyFront(self._front.on(device))
+
+    def view(self, value: object) -> TensorView | None:
+        """A tensor of any library as a view."""
+        return next((view for front in self._fronts() if (view := front.view(value)) is not None), None)
+
+    def describe(self, value: object) -> TensorView | None:
+        """As `view`, also of a tensor without values."""
+        return next((view for front in self._fronts() if (view := front.describe(value)) is not None), None)
+
+    def wrap(self, data: ByteArray, dtype: DType, shape: tuple[int, ...]) -> Any:
+        """A tensor of the library of `front`."""
+        return self._front.wrap(data, dtype, shape)
+
+    def target(self, value: object) -> memoryview:
+        """The bytes of a preallocated tensor of any library."""
+        return self._owner(value).target(value)
+
+    def device_target(self, value: object) -> Any:
+        """A preallocated tensor of any library on a CUDA device."""
+        return self._owner(value).device_target(value)
+
+    def _owner(self, value: object) -> Front:
+        return next((front for front in self._fronts() if front.view(value) is not None), self._front)
+
+    def _fronts(self) -> Iterator[Front]:
+        yield self._front
+        for library, module in _FRONTS.items():
+            if library in sys.modules:  # else nobody has a tensor of it
+                front: Front = importlib.import_module(module).FRONT
+                if front is not self._front:
+                    yield front

@@ -13,7 +13,7 @@ import pytest
 
 import tensorwire
 from tensorwire import dtypes
-from tensorwire.bench import SUITES, BenchError, Options, memory, models, rivals, shapes, size, speed, suite
+from tensorwire.bench import SUITES, BenchError, Options, memory, models, rivals, shapes, size, speed, suite, summary
 from tensorwire.bench.error import error_row
 from tensorwire.bench.rss import Rise
 from tensorwire.bench.tables import Column, render
@@ -288,10 +288,10 @@ def test_tables_align_numbers_and_leave_gaps() -> None:
 
 
 def test_the_core_install_is_enough() -> None:
-    """size, and the imports of every suite, with nothing but NumPy, msgpack and zstandard."""
+    """size, and the imports of every suite, with nothing but what the core needs."""
     code = """
 import sys
-for name in ("torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm", "ml_dtypes"):
+for name in ("torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"):
     sys.modules[name] = None
 from tensorwire.cli import main
 from tensorwire.codecs import Transform
@@ -304,3 +304,40 @@ assert main(["bench", "size", "--plot", "x"]) == 2
     home = Path(tensorwire.__file__).parents[1]  # `python -c` puts the working directory first
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=home)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_ends_with_what_one_would_repeat(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "size", "error", "--model", "tiny"]) == 0
+    *_, heading, sizes, errors = capsys.readouterr().out.splitlines()
+    assert heading == "in short:"
+    assert sizes.startswith("  tiny is ") and "as nf4 (" in sizes
+    assert errors.startswith("  tiny loses ") and "% as int8" in errors
+
+
+def test_one_line_a_suite() -> None:
+    ours = tensorwire.kernels.implementation
+    common = {"suite": "speed", "output": "warm"}
+    speeds = [
+        common | {"codec": "raw", "op": "copy", "impl": "memcpy", "gbps": 9.0},
+        common | {"codec": "nf4", "op": "encode", "impl": ours, "gbps": 12.0},
+        common | {"codec": "nf4", "op": "decode", "impl": ours, "gbps": 24.0},
+        common | {"codec": "nf4", "op": "decode", "impl": "bitsandbytes", "gbps": 6.0},
+        common | {"codec": "nf4", "op": "decode", "impl": "bitsandbytes", "gbps": 2.0, "output": "fresh"},
+    ]
+    memory_row = {"suite": "memory", "model": "m", "mode": "file", "codec": "nf4", "model_mib": 100.0, "seconds": 1.0}
+    rows = [*speeds, memory_row | {"sender_extra_mib": 3.0, "receiver_extra_mib": -0.5}]
+    rows.append(
+        memory_row | {"mode": "regular", "codec": "torch.save", "sender_extra_mib": 90, "receiver_extra_mib": 1}
+    )
+    assert summary.lines(rows) == [
+        "nf4 encodes and decodes 12.0 and 24.0 GB/s of fp32, bitsandbytes - and 6.0; memcpy runs at 9.0.",
+        "Sending m (100 MiB) takes 3 MiB of memory beyond it at most, torch.save 90 MiB.",
+    ]
+    assert summary.lines(speeds[:1]) == ["memcpy runs at 9.0 GB/s; the codecs measured send memory as it is."]
+
+
+def test_a_table_is_cut_where_it_is_wide() -> None:
+    rows = [{"name": "a.long.name.of.a.tensor", "other": "x" * 30, "n": 1234}]
+    columns = [Column("name", "name"), Column("other", "other"), Column("n", "n")]
+    assert max(map(len, render(rows, columns, width=40).splitlines())) == 40
+    assert "a....sor" in render(rows, columns, width=30) and "1234" in render(rows, columns, width=10)

@@ -10,6 +10,7 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,8 @@ def test_any_file_through_pipes() -> None:
     encoded = shell(["encode", "-", "-", "--codec", "zstd"], data)
     assert encoded.returncode == 0 and len(encoded.stdout) < len(data) / 10
     decoded = shell(["decode", "-", "-"], encoded.stdout)
-    assert (decoded.returncode, decoded.stdout, decoded.stderr) == (0, data, b"")
+    assert (decoded.returncode, decoded.stdout) == (0, data)
+    assert re.fullmatch(rb"[\d.]+ kB -> 5.1 MB\n", decoded.stderr)
 
 
 def test_tensors_through_a_pipe_to_safetensors(safetensors: Path) -> None:
@@ -159,9 +161,12 @@ def test_bytes_after_the_stream_leave_no_file(tmp_path: Path) -> None:
 def test_verify_says_what_it_saw(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", stream) == 0
     assert capsys.readouterr().out.startswith("ok: 4 items")
-    assert run("verify", stream, "--json") == 0
+    assert run("verify", stream, "--sha256") == 0
+    assert f"{sha256(stream.read_bytes()).hexdigest()}  {stream}" in capsys.readouterr().out
+    assert run("verify", stream, "--json", "--sha256") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["ok"] and result["bytes"] == stream.stat().st_size and len(result["digest"]) == 64
+    assert result["ok"] and result["bytes"] == stream.stat().st_size and len(result["stream_digest"]) == 64
+    assert result["sha256"] == sha256(stream.read_bytes()).hexdigest() != result["stream_digest"]
 
 
 def test_verify_decodes_what_checksums_cannot_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +207,7 @@ def test_inspect_explains_itself(stream: Path, capsys: pytest.CaptureFixture[str
     assert "| 'w'" in summary and "40 x 130" in summary and "4 items in" in summary
     assert run("inspect", stream, "--frames") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "#1 'w' float32 [40, 130] nf4" in lines[2] and "SHA-256" in lines[-2]
+    assert "#1 'w' float32 [40, 130] nf4" in lines[2] and "stream digest" in lines[-2]
 
 
 def test_inspect_shows_where_a_stream_breaks(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +285,8 @@ def test_a_state_dict_of_a_module_is_a_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "bench", "encode", "decode", "inspect", "verify", "digest", "send", "receive", "fl"]
+    "verb",
+    ["", "bench", "encode", "decode", "inspect", "verify", "digest", "send", "receive", "certificate", "fl"],
 )
 def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -320,7 +326,11 @@ def test_a_model_goes_to_another_machine(safetensors: Path, tmp_path: Path, caps
         assert run("send", safetensors, where, "--json") == 0
         code, out, _ = ended(process)
     sent, received = json.loads(capsys.readouterr().out), json.loads(out)
-    assert code == 0 and sent["digest"] == received["digest"] and sent["moved"] == sent["bytes"] == received["bytes"]
+    assert (
+        code == 0
+        and sent["stream_digest"] == received["stream_digest"]
+        and sent["moved"] == sent["bytes"] == received["bytes"]
+    )
     assert (tmp_path / "out.safetensors").read_bytes() == safetensors.read_bytes()
     assert not list(tmp_path.glob(".*"))
 
@@ -331,7 +341,7 @@ def test_what_out_becomes(name: str, npz: Path, tmp_path: Path, capsys: pytest.C
         assert run("send", npz, where, "--codec", "nf4") == 0
         assert "sent" in capsys.readouterr().err
         code, _, error = ended(process)
-    assert code == 0 and "SHA-256" in error
+    assert code == 0 and "stream digest" in error
     if name == "out.tw":
         assert run("verify", tmp_path / name) == 0
     else:
@@ -447,3 +457,69 @@ def test_the_library_inspects_and_verifies_in_one_call(stream: Path) -> None:
     assert isinstance(tensorwire.inspect(broken).error, tensorwire.TruncatedError)
     with pytest.raises(tensorwire.TruncatedError):
         tensorwire.verify(broken)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "sender_says", "receiver_says"),
+    [
+        (True, [], "does it expect TLS", "speaks no TLS"),
+        (False, ["--ca", "authority.pem"], "speaks no TLS", "does one end use TLS"),
+        (True, ["--ca", "other.pem"], "certificate is refused", "refuses our certificate"),
+    ],
+)
+def test_who_speaks_another_way_is_told_so_at_both_ends(
+    ours: bool,
+    theirs: list[str],
+    sender_says: str,
+    receiver_says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cryptography")
+    monkeypatch.chdir(tmp_path)
+    assert run("certificate", "localhost", "127.0.0.1") == 0
+    (tmp_path / "elsewhere").mkdir()
+    assert run("certificate", "elsewhere", "--folder", "elsewhere") == 0
+    os.rename("elsewhere/authority.pem", "other.pem")
+    (tmp_path / "in.bin").write_bytes(b"hello")
+    secure = ["--cert", tmp_path / "localhost.pem", "--key", tmp_path / "localhost.key"] if ours else []
+    with receiving(tmp_path / "out.bin", *secure) as (process, where):
+        assert run("send", "in.bin", where, *theirs, "--patience", "0.3") in (1, 3)
+        error = capsys.readouterr().err
+        assert sender_says in error and where in error
+        assert run("send", "in.bin", where, *(["--ca", "authority.pem"] if ours else [])) == 0
+        code, _, said = ended(process)
+    assert code == 0 and receiver_says in said
+    assert (tmp_path / "out.bin").read_bytes() == b"hello"
+
+
+def test_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("certificate", "a/b", "--folder", tmp_path) == 2
+    assert run("certificate", "host", "--folder", tmp_path, "--days", 0) == 2
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    assert run("certificate", "host.example", "--folder", tmp_path) == 2
+    assert "openssl req -x509" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    pytest.importorskip("cryptography")
+    assert run("certificate", "host.example", "192.0.2.7", "::1", "--folder", tmp_path) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["authority.pem", "host.example.key", "host.example.pem"]
+    assert os.name != "posix" or (tmp_path / "host.example.key").stat().st_mode & 0o077 == 0
+    assert run("certificate", "other", "--folder", tmp_path) == 2  # it would replace authority.pem
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_send_says_at_once_that_it_tries_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    (tmp_path / "in.bin").write_bytes(b"hello")
+    assert run("send", tmp_path / "in.bin", f"127.0.0.1:{port}", "--patience", "0.3") == 3
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert f"127.0.0.1:{port}" in first and "trying again" in first
+    assert last.startswith("tensorwire: error: ") and f"127.0.0.1:{port}" in last
+    assert run("send", tmp_path / "missing", f"127.0.0.1:{port}") == 3
+    for option in ("--cert", "--key", "--ca"):
+        pem = {"--cert": __file__, "--key": __file__, "--ca": __file__} | {option: tmp_path / "no.pem"}
+        assert run("send", __file__, "host:1", *(word for pair in pem.items() for word in pair)) == 1
+        assert "no.pem" in capsys.readouterr().err

@@ -210,6 +210,7 @@ def test_parameters_may_be_given_as_python_values() -> None:
     for spec in ("nf4|zstd", "nf4:blocksize=64", wanted):
         with pytest.raises(EncodeError, match="parameters go into the spec"):
             parse(spec, double_quant=True)
+    assert parse(wanted) is wanted
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-functional = pytest.importorskip("bitsandbytes").functional
+bnb = pytest.importorskip("bitsandbytes")
+functional = bnb.functional
 
 import tensorwire.torch as tw
 from tensorwire.errors import EncodeError, SchemaError
@@ -107,3 +108,61 @@ def test_double_quantization_equals_bitsandbytes_given_its_offset() -> None:
     absmax = weights(512, 512).reshape(-1, 64).abs().amax(1)
     assert np.isclose(float(state.offset), float(absmax.mean()), rtol=1e-6)
     assert float((theirs - absmax).abs().max() / absmax.max()) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["meta", "cpu", "float64", "inference"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_global_mode_of_torch_changes_what_is_handed_over(mode: str, nested: bool) -> None:
+    codes, state = functional.quantize_4bit(weights(64, 64), compress_statistics=nested, quant_type="nf4")
+    linear, linear_state = functional.quantize_blockwise(weights(5000), blocksize=256)
+    sent = {"w": Quantized(codes, state), "i": Quantized(linear, linear_state), "e": torch.empty(0, 3)}
+    stream = b"".join(handover.encode(sent))
+    wanted = {name: value for name, value in handover.decode(stream) if isinstance(value, Quantized)}
+    if mode == "float64":
+        torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode() if mode == "inference" else torch.device("meta" if mode == "meta" else "cpu"):
+            assert b"".join(handover.encode(sent)) == stream
+            got = dict(handover.decode(stream))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got["e"].device.type == "cpu"
+    for name, value in wanted.items():
+        theirs = got[name]
+        for ours in (theirs.data, *(x for x in vars(theirs.state).values() if isinstance(x, torch.Tensor))):
+            assert ours.device.type == "cpu" and not ours.is_inference()
+        assert torch.equal(flat_decode(theirs), flat_decode(value))
+
+
+def test_a_quantized_model_goes_by_its_state_dict_exactly_under_any_codec() -> None:
+    layer = bnb.nn.Linear4bit(64, 32, bias=True, quant_type="nf4", compress_statistics=True)
+    layer.load_state_dict(torch.nn.Linear(64, 32).state_dict())
+    state = {**layer.to("cpu").state_dict(), "other.weight": weights(64, 64)}
+    assert any(name.endswith("absmax") for name in state)
+    for codec in ("nf4", "int8", "bf16"):
+        got = tw.loads(tw.dumps(state, codec=codec))
+        for name, tensor in state.items():
+            assert torch.equal(got[name], tensor) == (name != "other.weight"), name
+
+
+def test_a_quantized_parameter_is_sent_whole_or_not_at_all() -> None:
+    layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
+    with pytest.raises(EncodeError, match="integrations.bitsandbytes"):
+        list(tw.decode(tw.encode(layer.named_parameters())))
+    got = dict(handover.decode(b"".join(map(bytes, handover.encode(layer.named_parameters())))))["weight"]
+    assert torch.equal(got.state.absmax, layer.weight.quant_state.absmax)
+    int8 = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False).weight
+    for front in (tw, handover):
+        with pytest.raises(EncodeError, match="state_dict.*'w'"):
+            list(front.encode({"w": int8}))
+
+
+def test_codes_and_scales_that_were_freed_are_never_read() -> None:
+    for part in ("codes", "absmax"):
+        codes, state = functional.quantize_4bit(weights(64, 64), quant_type="nf4")
+        (codes if part == "codes" else state.absmax).untyped_storage().resize_(0)
+        with pytest.raises(EncodeError, match="storage holds.*'w'"):
+            list(handover.encode({"w": Quantized(codes, state)}))
+    codes, state = functional.quantize_4bit(weights(64, 64), quant_type="nf4")
+    list(handover.encode({"w": Quantized(codes, state)}))
+    codes.untyped_storage().resize_(0)  # sending did not forbid it

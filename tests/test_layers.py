@@ -54,7 +54,7 @@ FOREIGN = {
     "numpy": {"numpy", "ml_dtypes"},
     "torch": {"numpy", "torch"},
     "integrations": {"numpy", "torch", "bitsandbytes"},
-    "cli": {"numpy", "torch", "tqdm"},
+    "cli": {"numpy", "torch", "tqdm", "cryptography"},
     "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
     "fl": {"numpy", "torch", "transformers", "peft", "matplotlib"},
 }

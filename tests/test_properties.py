@@ -3,6 +3,7 @@ and chunks of any cut, into memory, preallocated tensors and files; and what can
 """
 
 import io
+import mmap
 import os
 import threading
 from collections import OrderedDict, namedtuple
@@ -685,6 +686,13 @@ def test_a_saved_file_gives_what_a_message_gives(tree, codec):
                 assert same(plain(file[name]), plain(value))
 
 
+def memory_of(array):
+    """What an array is a view of, in the end."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array.obj
+
+
 def test_mapped_tensors_are_views_of_the_file_read_only_and_aligned(tmp_path):
     big = np.arange(3_000_000, dtype=np.float32).reshape(1000, -1)
     tree = {"a": np.arange(3), "big": big, "none": np.zeros((0, 2)), "flag": np.bool_(True), "q": big[0]}
@@ -697,7 +705,7 @@ def test_mapped_tensors_are_views_of_the_file_read_only_and_aligned(tmp_path):
         assert not mapped.flags.writeable
         assert not mapped.flags.owndata
         assert mapped.size == 0 or mapped.ctypes.data % 64 == 0
-        assert mapped.size == 0 or np.shares_memory(mapped, file.map(name))
+        assert mapped.size == 0 or isinstance(memory_of(mapped), mmap.mmap)
     with pytest.raises(EncodeError, match="q"):
         file.map("q")
     with pytest.raises(KeyError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tensorwire as tw
-from tensorwire.streams.report import _size
+from tensorwire.streams import size_text
 
 WEIGHTS = {
     "layers": [
@@ -71,7 +71,7 @@ def test_its_text_is_one_line():
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"), (10**18, "1000.0 PB")],
 )
 def test_sizes_are_read_at_a_glance(count, text):
-    assert _size(count) == text
+    assert size_text(count) == text
 
 
 def test_every_way_out_has_one(tmp_path):

@@ -77,12 +77,14 @@ ACTIONS: dict[str, Callable[[Path, Path], None]] = {
     "save_file": save,
     "decode_file": receive_file,
     "safetensors.decode": receive_safetensors,
-    "encode .npz": lambda inputs, target: cli("encode", inputs / "model.npz", target),
-    "encode .safetensors": lambda inputs, target: cli("encode", inputs / "model.safetensors", target),
-    "encode a file": lambda inputs, target: cli("encode", inputs / "blob", target, "--codec", "zstd"),
-    "decode to .safetensors": lambda inputs, target: cli("decode", inputs / "model.tw", target, "--to", "safetensors"),
-    "decode to .npz": lambda inputs, target: cli("decode", inputs / "model.tw", target, "--to", "npz"),
-    "decode to a file": lambda inputs, target: cli("decode", inputs / "blob.tw", target),
+    "encode .npz": lambda inputs, target: cli("encode", inputs / "model.npz", target, "--force"),
+    "encode .safetensors": lambda inputs, target: cli("encode", inputs / "model.safetensors", target, "--force"),
+    "encode a file": lambda inputs, target: cli("encode", inputs / "blob", target, "--codec", "zstd", "--force"),
+    "decode to .safetensors": lambda inputs, target: cli(
+        "decode", inputs / "model.tw", target, "--to", "safetensors", "--force"
+    ),
+    "decode to .npz": lambda inputs, target: cli("decode", inputs / "model.tw", target, "--to", "npz", "--force"),
+    "decode to a file": lambda inputs, target: cli("decode", inputs / "blob.tw", target, "--force"),
 }
 actions = pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
 
@@ -532,7 +534,7 @@ def test_the_limit_on_the_size_of_files(tmp_path: Path) -> None:
     )
     target = tmp_path / "target"
     target.write_bytes(OLD)
-    command = [*PYTHON, "-c", script, "encode", "-", str(target)]
+    command = [*PYTHON, "-c", script, "encode", "-", str(target), "--force"]
     done = subprocess.run(command, input=bytes(200_000), capture_output=True, timeout=60, cwd=HOME)
     assert done.returncode == 3 and b"ulimit -f" in done.stderr and b"Traceback" not in done.stderr
     check_refused(target, OLD)
@@ -735,7 +737,7 @@ def test_ctrl_c_halfway(verb: str, tmp_path: Path) -> None:
     stream = b"".join(tensorwire.encode_file(io.BytesIO(data)))
     target = tmp_path / "target"
     target.write_bytes(OLD)
-    process = start([verb, "-", str(target)])
+    process = start([verb, "-", str(target), "--force"])
     process.stdin.write((data if verb == "encode" else stream)[: 5 << 19])
     process.stdin.flush()
     await_temporary(process, tmp_path)
@@ -758,7 +760,7 @@ def test_ctrl_c_at_random_moments(verb: str, inputs: Path, tmp_path: Path) -> No
     rng, codes = random.Random(1), []
     for _ in range(100 if os.environ.get("TENSORWIRE_EXHAUSTIVE") == "1" else 4):
         target.write_bytes(OLD)
-        process = start([verb, str(source), str(target)])
+        process = start([verb, str(source), str(target), "--force"])
         await_temporary(process, tmp_path / "out")
         time.sleep(rng.uniform(0, 0.03))
         process.send_signal(signal.SIGINT)

@@ -35,17 +35,17 @@ _SPARE: Final = 512 * MIB  # for two interpreters and their libraries
 COLUMNS: Final = (
     Column("mode", "mode"),
     Column("codec", "codec"),
-    Column("model_mib", "model MiB", ".1f"),
-    Column("sender_extra_mib", "sender extra MiB", ".1f"),
-    Column("receiver_extra_mib", "receiver extra MiB", ".1f"),
-    Column("seconds", "seconds", ".2f"),
-    Column("mib_per_second", "MiB/s of model", ".0f"),
+    Column("model_mib", "model", ".1f"),
+    Column("sender_extra_mib", "sender", ".1f"),
+    Column("receiver_extra_mib", "receiver", ".1f"),
+    Column("seconds", "s", ".2f"),
+    Column("mib_per_second", "MiB/s", ".0f"),
 )
 
 
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
-    return f"memory beyond the model itself, sending {rows[0]['model']} between two processes"
+    return f"sending {rows[0]['model']} between two processes: MiB beyond the model itself at either end's peak"
 
 
 def run(options: Options, note: Note) -> Iterator[Row]:

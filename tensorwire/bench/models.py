@@ -73,6 +73,8 @@ class Model:
         """The tensors that travel (tied ones once), and the codec that `codec=` means for each."""
         choose, seen = rule(codec), set()
         for name, view in self.tensors.items():
+            choose.notice(name, view)
+        for name, view in self.tensors.items():
             if view.identity is None or view.identity not in seen:
                 seen.add(view.identity)
                 yield view, choose(name, view, view)

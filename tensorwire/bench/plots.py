@@ -7,7 +7,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.ticker import MultipleLocator
 
 from tensorwire.bench.tables import Row
 
@@ -28,7 +28,6 @@ _IMPLS: Final = {
 _WIDTH: Final = 8.0
 _BAR: Final = 0.34  # inches a bar
 _BUDGET_MIB: Final = 16
-_FLOOR: Final = 0.05  # MiB: where the logarithmic axis of memory begins
 
 
 def draw(rows: list[Row], folder: str) -> list[Path]:
@@ -114,18 +113,17 @@ def _memory(rows: list[Row]) -> Figure:
     figure, axes = _horizontal(2 * len(rows))
     for number, row in enumerate(rows):
         for shift, key, color in ((-0.2, "sender_extra_mib", _BLUE), (0.2, "receiver_extra_mib", _ORANGE)):
-            value = max(row[key], 2 * _FLOOR)
-            axes.barh(number + shift, value - _FLOOR, height=0.38, color=color, left=_FLOOR)
+            value = max(row[key], 0)
+            axes.barh(number + shift, value, height=0.38, color=color)
             _label(axes, value, number + shift, f"{row[key]:.1f}" if row[key] < 100 else f"{row[key]:,.0f}")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # From 0 and linear: the lengths of bars are compared.
     largest = max(max(row["sender_extra_mib"], row["receiver_extra_mib"]) for row in rows)
-    axes.set_xlim(_FLOOR, max(largest, _BUDGET_MIB) * 3)
+    axes.set_xlim(0, max(largest, _BUDGET_MIB) * 1.12)
     axes.axvline(_BUDGET_MIB, color=_GREY, linestyle="--", linewidth=1)
     axes.annotate("16 MiB", (_BUDGET_MIB, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_GREY)
     axes.set_yticks(range(len(rows)), [f"{row['mode']}  {row['codec']}" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("MiB beyond the model, at peak (log scale)")
+    axes.set_xlabel("MiB beyond the model, at peak")
     axes.set_title(f"Sending {rows[0]['model']} ({rows[0]['model_mib']:,.0f} MiB)", loc="left", pad=18)
     handles = [_patch("sender", _BLUE), _patch("receiver", _ORANGE)]
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=2)

@@ -20,18 +20,17 @@ DEFAULT_CODECS: Final = ("raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "f
 
 COLUMNS: Final = (
     Column("codec", "codec"),
-    Column("payload_mib", "payload MiB", ".2f"),
-    Column("meta_mib", "metadata MiB", ".2f"),
+    Column("payload_mib", "payload", ".2f"),
+    Column("meta_mib", "meta", ".2f"),
     Column("percent_of_fp32", "% of fp32", ".2f"),
-    Column("wire_mib", "on the wire MiB", ".2f"),
-    Column("wire_meta_mib", "of it metadata", ".2f"),
+    Column("wire_mib", "wire", ".2f"),
     Column("framing_percent", "framing %", ".4f"),
 )
 
 
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
-    return f"size of {rows[0]['model']}"
+    return f"size of {rows[0]['model']}, MiB"
 
 
 def run(options: Options, note: Note) -> Iterator[Row]:

@@ -1,19 +1,22 @@
 """The `tensorwire` command: thin verbs over the public API, one a file.
 
-Data goes to stdout, everything meant for people to stderr. A verb raises; `main` alone turns errors into one
-line and an exit code.
+Data goes to stdout, everything meant for people to stderr. A verb raises; `main` alone turns errors and signals into
+one line and an exit code.
 """
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import tensorwire
 from tensorwire.bench import BenchError
-from tensorwire.cli import bench, decode, digest, encode, fl, inspect, receive, send, verify
-from tensorwire.cli.common import Run, UsageError
+from tensorwire.cli import bench, certificate, decode, digest, encode, fl, inspect, receive, send, verify
+from tensorwire.cli.common import Parser, Run, UsageError
+from tensorwire.cli.process import Stopped, drop_output, open_streams, stoppable
 from tensorwire.errors import StorageError, TensorwireError, TransportError
 from tensorwire.transfer import RefusedError
 
@@ -21,9 +24,11 @@ OK: Final = 0
 REFUSED: Final = 1
 USAGE: Final = 2
 IO_TROUBLE: Final = 3
-INTERRUPTED: Final = 130
+FAULT: Final = 4
+SIGNALLED: Final = 128
+_TRACEBACK: Final = "TENSORWIRE_TRACEBACK"  # an environment variable
 
-_VERBS: Final = (bench, encode, decode, inspect, verify, digest, send, receive, fl)
+_VERBS: Final = (bench, encode, decode, inspect, verify, digest, send, receive, certificate, fl)
 _EPILOG: Final = """\
 exit codes:
   0    done, and the stream is good
@@ -31,28 +36,29 @@ exit codes:
        encoded as asked
   2    usage
   3    trouble with a file, a pipe, or what this machine has
-  130  interrupted
+  4    a fault in tensorwire itself
+  130  ended by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP. Nothing half written stays.
+
+A file that exists is replaced with --force only, and what is read never.
 
 examples:
   tensorwire bench
   tensorwire encode model.safetensors model.tw --codec nf4
   tensorwire inspect model.tw --frames | head
   tensorwire decode model.tw restored.safetensors
-  tensorwire encode model.safetensors - --codec bf16 | ssh host tensorwire decode - model.safetensors
+  tensorwire encode model.safetensors - --codec bf16 | ssh host tensorwire decode - received.safetensors
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    open_streams()
     try:
-        arguments = _parser().parse_args(argv)
-        run: Run = arguments.run
-        code = run(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Whoever read our output wants no more. Python must not run into that again while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with stoppable():
+            return _run(argv)
+    except KeyboardInterrupt as stopped:
+        return SIGNALLED + (stopped.number if isinstance(stopped, Stopped) else signal.SIGINT)
+    except BrokenPipeError:  # whoever read our output wants no more
         return IO_TROUBLE
     except UsageError as error:
         return _fail(error, USAGE)
@@ -62,20 +68,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, REFUSED)
     except (OSError, MemoryError, BenchError) as error:
         return _fail(error, IO_TROUBLE)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        name = type(error).__name__
+        return _fail(f"a fault in tensorwire: {name}: {error}; {_TRACEBACK}=1 shows where, please report it", FAULT)
+    finally:
+        drop_output()
 
 
-def _fail(error: BaseException, code: int) -> int:
-    text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    print(f"tensorwire: error: {text}", file=sys.stderr)
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    run: Run = arguments.run
+    code = run(arguments)
+    sys.stdout.flush()
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _fail(error: BaseException | str, code: int) -> int:
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    with suppress(OSError):  # nobody may be there to read it; the code says it too
+        print(f"tensorwire: error: {' '.join(text.splitlines())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="tensorwire",
         description="Compress, stream, check and measure tensors.",
         epilog=_EPILOG,

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
 from tensorwire.bench import MODES, SUITES, BenchError, Options, Row, suite
-from tensorwire.cli.common import PIPE, UsageError, codec_spec, verb
+from tensorwire.cli.common import PIPE, UsageError, codec_spec, line_width, verb
+from tensorwire.cli.outputs import add_force, check_output, exists
+from tensorwire.storage import write_file
 
 _TEXT: Final = """\
 suites (all of them by default, on something small):
@@ -51,10 +54,13 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="all rows as one JSON list; - for stdout, tables to stderr")
     parser.add_argument("--plot", metavar="DIR", help="one picture a suite (takes matplotlib)")
+    parser.add_argument("--all", action="store_true", help="speed: every row, streams and fresh memory too")
+    add_force(parser, "FILE and the pictures in DIR")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     names = _suites(arguments.suites)
+    _check_outputs(arguments, names)
     options = Options(
         model=arguments.model,
         codecs=_tuple(arguments.codec),
@@ -64,20 +70,30 @@ def _run(arguments: argparse.Namespace) -> int:
         repeat=max(arguments.repeat, 1),
     )
     out = sys.stderr if arguments.json == PIPE else sys.stdout
-    rows = _measure(names, options, out)
+    rows = _measure(names, options, out, every=arguments.all)
     if arguments.json == PIPE:
         json.dump(rows, sys.stdout, indent=1)
         print()
     elif arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        write_file(arguments.json, [json.dumps(rows, indent=1).encode()])
     if arguments.plot:
         _plot(rows, arguments.plot, out)
     return 0
 
 
-def _measure(names: list[str], options: Options, out: TextIO) -> list[Row]:
-    from tensorwire.bench import machine, models, tables
+def _check_outputs(arguments: argparse.Namespace, names: list[str]) -> None:
+    """Before minutes of measurements."""
+    if arguments.json:
+        check_output(arguments.json, inputs=[arguments.model], force=arguments.force)
+    if arguments.plot and not arguments.force:
+        for name in names:
+            picture = os.path.join(arguments.plot, f"{name}.png")
+            if exists(picture):
+                raise UsageError(f"{picture!r} exists: give another folder, or --force to replace it")
+
+
+def _measure(names: list[str], options: Options, out: TextIO, *, every: bool) -> list[Row]:
+    from tensorwire.bench import machine, models, summary, tables
 
     print(machine.describe(), file=out)
     all_rows: list[Row] = []
@@ -87,11 +103,19 @@ def _measure(names: list[str], options: Options, out: TextIO) -> list[Row]:
             rows = list(_shown(name, module.run(options, _note)))
             if not rows:
                 raise BenchError(f"nothing of {name} could be measured")
-            print(f"\n{module.title(rows)}\n{tables.render(rows, module.COLUMNS)}", file=out, flush=True)
+            shown = rows if every else [row for row in rows if _is_main(row)]
+            table = tables.render(shown, module.COLUMNS, width=line_width(out))
+            print(f"\n{module.title(rows)}\n{table}", file=out, flush=True)
             all_rows += rows
     except models.ModelError as error:
         raise UsageError(str(error)) from None
+    print("\nin short:", *summary.lines(all_rows), sep="\n  ", file=out, flush=True)
     return all_rows
+
+
+def _is_main(row: Row) -> bool:
+    """Whether a row answers what most ask: of speed, how quick a codec is alone, in memory that is there."""
+    return row["suite"] != "speed" or (row["output"] in ("warm", "none") and not row["op"].endswith("_stream"))
 
 
 def _note(line: str) -> None:

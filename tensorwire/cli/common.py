@@ -3,31 +3,54 @@
 import argparse
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, TypeAlias, TypeVar
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TextIO, TypeAlias, TypeVar
 
 import tensorwire
+from tensorwire import codecs
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
+from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import write_file
 
 if TYPE_CHECKING:
     import tqdm
     from _typeshed import ReadableBuffer
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], int]
+CodecArgument: TypeAlias = str | dict[str, str]
 _Buffer = TypeVar("_Buffer", bound="ReadableBuffer")
 
 PIPE: Final = "-"
+_RULE: Final = re.compile("[^:|=]+=")  # begins rules by name: in a spec, ':' comes before any '='
 _CHUNK: Final = 1 << 20
+_POWERS: Final[dict[str, int]] = {"": 1, "kB": 1000} | {
+    f"{letter}{unit}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for unit, base in (("iB", 1 << 10), ("B", 1000))
+}
+_NUMBER: Final = re.compile(f"([0-9]+)({'|'.join(_POWERS)})")
 _MAX_KEY: Final = 4096
 _PROGRESS_DELAY: Final = 1.0  # seconds; what is done sooner needs no bar
 
 
 class UsageError(Exception):
     """A command line that means nothing, found after parsing."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it and exit."""
+        self.exit(2, f"tensorwire: error: {message} (see {self.prog} --help)\n")
 
 
 def verb(verbs: Verbs, name: str, run: Run | None, *, summary: str, text: str) -> argparse.ArgumentParser:
@@ -52,24 +75,107 @@ def codec_spec(text: str) -> str:
     return text
 
 
-@contextmanager
-def reading(path: str) -> Iterator[Iterator[bytes]]:
-    """The bytes of a file or of stdin in chunks, with progress.
+def codec_choice(text: str) -> CodecArgument:
+    """An argument that is a codec spec, or rules by name, PATTERN=SPEC,PATTERN=SPEC: the first that matches wins."""
+    if not _RULE.match(text):
+        return codec_spec(text)
+    rules: dict[str, str] = {}
+    pattern = ""
+    for part in text.split(","):
+        name, equals, spec = part.partition("=")
+        # A comma also parts the parameters of a spec, which have plain names and values that are no codecs.
+        if rules and ":" in rules[pattern] and name.isidentifier() and not _names_codec(spec):
+            rules[pattern] += f",{part}"
+        elif not (name and equals):
+            raise argparse.ArgumentTypeError(f"{part!r} is no rule PATTERN=SPEC")
+        elif name in rules:
+            raise argparse.ArgumentTypeError(f"there are two rules for {name!r}")
+        else:
+            pattern = name
+            rules[pattern] = spec
+    return {name: codec_spec(spec) for name, spec in rules.items()}
 
-    Given to a decoder as an iterable, so that bytes after the end of the stream are an error.
+
+def _names_codec(spec: str) -> bool:
+    return re.split("[:|]", spec)[0] in {stage.name for stage in codecs.registered()}
+
+
+class Chunks:
+    """A stream as it is read, in chunks, with progress; an iterable, so that bytes after its end are an error.
+
+    `size`: bytes that were read. `sha256`: the digest of all of them, or None where it was not asked for.
     """
+
+    def __init__(self, read: Callable[[], bytes], total: int | None, *, hashed: bool) -> None:
+        self._read = read
+        self._total = total
+        self._hash = sha256() if hashed else None
+        self.size = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        with Progress(self._total) as progress:
+            while chunk := self._read():
+                self.size += len(chunk)
+                if self._hash is not None:
+                    self._hash.update(chunk)
+                yield chunk
+                progress.reach(self.size)
+
+    @property
+    def sha256(self) -> str | None:
+        """In hexadecimal."""
+        return None if self._hash is None else self._hash.hexdigest()
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """The option that raises or lowers what is accepted."""
+    names = ", ".join(each.name for each in fields(Limits))
+    parser.add_argument(
+        "--limit",
+        dest="limits",
+        type=_limit,
+        action=_AddLimit,
+        default=DEFAULT,
+        metavar="NAME=VALUE",
+        help=f"another limit than the default, as in stream=2TiB; of {names}",
+    )
+
+
+class _AddLimit(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        name, value = values
+        namespace.limits = replace(namespace.limits, **{name: value})
+
+
+def _limit(text: str) -> tuple[str, int]:
+    """NAME=VALUE as a limit and its number."""
+    name, _, value = text.partition("=")
+    names = [each.name for each in fields(Limits)]
+    if name not in names:
+        close = get_close_matches(name, names, 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"there is no limit {name!r}{hint}")
+    return name, byte_size(value)
+
+
+def byte_size(text: str) -> int:
+    """An argument that is a number, of bytes for the most part."""
+    number = _NUMBER.fullmatch(text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: 4096, 64KiB, 20GiB, 2TiB, 5GB")
+    return int(number[1]) * _POWERS[number[2]]
+
+
+@contextmanager
+def reading(path: str, *, hashed: bool = False) -> Iterator[Chunks]:
+    """The bytes of a file or of stdin."""
     if path == PIPE:
+        stdin = sys.stdin.buffer
         # read1: what a pipe has is passed on at once.
-        yield tracked(_chunks(lambda: sys.stdin.buffer.read1(_CHUNK)), None)  # type: ignore[union-attr]  # BufferedReader
+        yield Chunks(lambda: stdin.read1(_CHUNK), None, hashed=hashed)  # type: ignore[union-attr]  # BufferedReader
         return
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        yield tracked(_chunks(lambda: file.read(_CHUNK)), size)
-
-
-def _chunks(read: Callable[[], bytes]) -> Iterator[bytes]:
-    while chunk := read():
-        yield chunk
+        yield Chunks(lambda: file.read(_CHUNK), os.fstat(file.fileno()).st_size, hashed=hashed)
 
 
 def read_key(path: str) -> bytes:
@@ -81,13 +187,13 @@ def read_key(path: str) -> bytes:
     return key
 
 
-def write_stream(path: str, buffers: Iterable["ReadableBuffer"], total: int | None) -> None:
-    """Write a stream to a file, which appears only when complete, or to stdout. `total`: about how many bytes."""
+def write_stream(path: str, buffers: Iterable["ReadableBuffer"]) -> None:
+    """Write a stream to a file, which appears only when complete, or to stdout."""
     if path != PIPE:
-        write_file(path, tracked(buffers, total))
+        write_file(path, buffers)
         return
     out = binary_stdout()
-    for buffer in tracked(buffers, total):
+    for buffer in buffers:
         out.write(buffer)
     out.flush()
 
@@ -99,12 +205,12 @@ def binary_stdout() -> BinaryIO:
     return sys.stdout.buffer
 
 
-def tracked(buffers: Iterable[_Buffer], total: int | None) -> Iterator[_Buffer]:
-    """`buffers`, with a progress bar on a terminal for those who have tqdm."""
+def tracked(buffers: Iterable[_Buffer], total: int | None, done: Callable[[], int]) -> Iterator[_Buffer]:
+    """`buffers`, with a progress bar of `done()` of `total` bytes."""
     with Progress(total) as progress:
         for buffer in buffers:
             yield buffer
-            progress.update(memoryview(buffer).nbytes)
+            progress.reach(done())
 
 
 class Progress:
@@ -128,10 +234,10 @@ class Progress:
             unit_divisor=1024,
         )
 
-    def update(self, size: int) -> None:
-        """`size` more bytes are through."""
+    def reach(self, done: int) -> None:
+        """So many bytes are through in all."""
         if self._bar is not None:
-            self._bar.update(size)
+            self._bar.update(done - self._bar.n)
 
     def __enter__(self) -> "Progress":
         return self
@@ -139,6 +245,11 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def line_width(out: TextIO) -> int | None:
+    """Characters of a line of the terminal that `out` is; None for a pipe or a file, which take all."""
+    return shutil.get_terminal_size().columns if out.isatty() else None
 
 
 def error_fields(error: TensorwireError) -> dict[str, object]:

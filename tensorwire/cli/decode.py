@@ -2,34 +2,46 @@
 
 import argparse
 import io
+import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 import tensorwire
-from tensorwire.cli.common import PIPE, binary_stdout, reading, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, byte_size, reading, verb
+from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.errors import SchemaError, show
+from tensorwire.limits import Limits
 from tensorwire.storage import Output, OutputFile, replacing
 from tensorwire.storage.parts import scratch
+from tensorwire.streams import size_text
 
 _TEXT: Final = """\
 what OUT becomes:
   *.safetensors  all tensors, written slice by slice; the model is never loaded
   *.npz          all tensors, one in memory at a time
+  *.npy          the one array that the stream is
+  *.pt, *.pth    everything, nested as it was, as a checkpoint that torch loads with weights_only=True
   any other      the file that the stream carries, under the name you give
 --to says so where the name does not. OUT appears only when the whole stream is verified, and nothing is
 written to a pipe before that either: on its way to - the result waits in a temporary file.
 
 examples:
-  tensorwire decode model.tw model.safetensors
-  nc -l 9000 | tensorwire decode - weights.npz
+  tensorwire decode model.tw restored.safetensors
+  tensorwire decode model.tw restored --max-shard-size 5GB
+  tensorwire decode checkpoint.tw restored.pt
+  nc -l 9000 | tensorwire decode - received.npz
   tensorwire decode folder.tw - | tar x
 """
-KINDS: Final = ("safetensors", "npz", "file")
+KINDS: Final = ("safetensors", "npz", "npy", "pt", "file")
+_SUFFIXES: Final = {".safetensors": "safetensors", ".npz": "npz", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
+_NAMES: Final = "*.safetensors, *.npz, *.npy or *.pt"
 
 
 def add_parser(verbs: Any) -> None:
@@ -38,50 +50,109 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("input", metavar="IN", help="a .tw file, or - for stdin")
     parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
     parser.add_argument("--to", choices=KINDS, help="what OUT becomes, whatever its name")
+    parser.add_argument(
+        "--max-shard-size", type=byte_size, metavar="SIZE", help="OUT is a folder of shards of at most, say, 5GB"
+    )
+    add_force(parser)
+    add_limits(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
+    if arguments.max_shard_size is not None:
+        return _decode_shards(arguments)
+    check_output(output, inputs=[arguments.input], force=arguments.force)
     kind = arguments.to or kind_of(output)
     with reading(arguments.input) as source:
         if output != PIPE:
-            write(source, output, kind)
-            return 0
-        out = binary_stdout()
-        with scratch() as path:
-            write(source, path, kind)
-            with open(path, "rb") as file:
-                shutil.copyfileobj(file, out, 1 << 20)
+            write(iter(source), output, kind, arguments.limits)
+            size = os.path.getsize(output)
+        else:
+            out = binary_stdout()
+            with scratch() as path:
+                write(iter(source), path, kind, arguments.limits)
+                size = os.path.getsize(path)
+                with open(path, "rb") as file:
+                    shutil.copyfileobj(file, out, 1 << 20)
+    print(f"{size_text(source.size)} -> {size_text(size)}", file=sys.stderr)
+    return 0
+
+
+def _decode_shards(arguments: argparse.Namespace) -> int:
+    output = arguments.output
+    if output == PIPE or arguments.to not in (None, "safetensors"):
+        raise UsageError("--max-shard-size makes a folder of .safetensors files")
+    with reading(arguments.input) as source:
+        tensorwire.safetensors.decode(
+            iter(source), output, max_shard_size=arguments.max_shard_size, limits=arguments.limits
+        )
+    made = [os.path.getsize(entry.path) for entry in os.scandir(output)]
+    print(f"{size_text(source.size)} -> {size_text(sum(made))} in {len(made)} files", file=sys.stderr)
     return 0
 
 
 def kind_of(output: str) -> str:
     """What a stream becomes in a file of this name: one of `KINDS`."""
-    suffix = Path(output).suffix.lower().removeprefix(".")
-    return suffix if suffix in KINDS else "file"
+    return _SUFFIXES.get(Path(output).suffix.lower(), "file")
 
 
-def write(source: Iterator[bytes], path: str, kind: str) -> None:
+def write(source: Iterator[bytes], path: str, kind: str, limits: Limits) -> None:
     """Decode a stream into a file, which appears only when all is verified."""
     if kind == "safetensors":
-        tensorwire.safetensors.decode(source, path)
+        tensorwire.safetensors.decode(source, path, limits=limits)
     elif kind == "npz":
-        _decode_npz(source, path)
+        _decode_npz(source, path, limits)
+    elif kind == "npy":
+        _decode_npy(source, path, limits)
+    elif kind == "pt":
+        _decode_pt(source, path, limits)
     else:
-        tensorwire.decode_file(source, path)
+        try:
+            tensorwire.decode_file(source, path, limits=limits)
+        except SchemaError as error:
+            what = error.detail.partition(";")[0]
+            raise SchemaError(f"{what}: call OUT {_NAMES}, or say --to", item=error.item) from None
 
 
-def _decode_npz(source: Iterator[bytes], path: str) -> None:
-    with (
-        replacing(path) as fd,
-        io.BufferedWriter(OutputFile(Output(fd, path))) as file,
-        zipfile.ZipFile(file, "w") as archive,
-    ):
-        for name, value in tensorwire.decode(source):
-            if not isinstance(value, np.ndarray):
-                raise SchemaError(f"a .npz file holds arrays only, not a {type(value).__name__}", item=name)
-            # bfloat16 and the like, whether ml_dtypes knows them here or not: .npy has no name for them.
-            if value.dtype.isbuiltin != 1 or value.dtype.metadata:
-                raise SchemaError(f"a .npz file cannot hold {show(value.dtype.name)}; use .safetensors", item=name)
+def _decode_npz(source: Iterator[bytes], path: str, limits: Limits) -> None:
+    with _file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, value in tensorwire.decode(source, limits=limits):
+            _check_array(name, value, "npz")
             with archive.open(f"{name or 'arr_0'}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, value, allow_pickle=False)
+
+
+def _decode_npy(source: Iterator[bytes], path: str, limits: Limits) -> None:
+    value = tensorwire.loads(source, limits=limits)
+    if isinstance(value, (dict, list, tuple)):
+        raise SchemaError(f"a .npy file holds one array, the stream is a {type(value).__name__}; use .npz or .pt")
+    _check_array("", value, "npy")
+    with _file(path) as file:
+        np.lib.format.write_array(file, value, allow_pickle=False)
+
+
+def _decode_pt(source: Iterator[bytes], path: str, limits: Limits) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise UsageError("writing a torch checkpoint takes torch: pip install 'tensorwire[torch]'") from None
+    value = tensorwire.torch.loads(source, limits=limits)
+    with _file(path) as file:
+        torch.save(value, file)
+
+
+@contextmanager
+def _file(path: str) -> Iterator[BinaryIO]:
+    """A file to be written that appears under its name when the block ends well."""
+    with replacing(path) as fd, io.BufferedWriter(OutputFile(Output(fd, path))) as file:
+        yield file
+
+
+def _check_array(name: str, value: Any, kind: str) -> None:
+    """Raise SchemaError for what a NumPy file cannot hold."""
+    if not isinstance(value, np.ndarray):
+        raise SchemaError(f"a .{kind} file holds arrays only, not a {type(value).__name__}; use .pt", item=name)
+    # bfloat16 and the like, whether ml_dtypes knows them here or not: .npy has no name for them.
+    if value.dtype.isbuiltin != 1 or value.dtype.metadata:
+        dtype = show(value.dtype.name)
+        raise SchemaError(f"a .{kind} file cannot hold {dtype}; use .safetensors or .pt", item=name)

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,9 +14,12 @@ import tensorwire
 from tensorwire.bench import highest
 from tensorwire.cli.common import UsageError, print_json, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, connection_tls, listener_tls
+from tensorwire.cli.outputs import add_force
+from tensorwire.cli.process import run_async
 from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.fl.plan import Plan, add_arguments, from_arguments
 from tensorwire.storage import write_file
+from tensorwire.streams import size_text
 
 _TEXT: Final = f"""\
 run      a server and its clients as processes on this machine; curves and rows under --out
@@ -46,6 +50,7 @@ def add_parser(verbs: Any) -> None:
     _add_task(run)
     run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")
     run.add_argument("--json", action="store_true", help="the rows as JSON on stdout too")
+    add_force(run, "what a run has left in DIR")
     run.set_defaults(run=_run)
 
     server = parts.add_parser("server", help="the server; a row of JSON on stdout for each round")
@@ -128,7 +133,7 @@ def _server(arguments: argparse.Namespace) -> int:
         print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
 
     server = Server(_plan(arguments), initial, arguments.state, on_round=on_round)
-    asyncio.run(_serve(server, arguments))
+    run_async(_serve(server, arguments))
     return 0
 
 
@@ -149,6 +154,8 @@ def _client(arguments: argparse.Namespace) -> int:
     from tensorwire.transports import TcpTransport
 
     host, port = arguments.address
+    if not 0 <= arguments.number < arguments.clients:
+        raise UsageError(f"--number is from 0 to one less than --clients ({arguments.clients}), not {arguments.number}")
     tls = connection_tls(arguments, host)
     task = _task(arguments)
     if arguments.evaluate:
@@ -161,6 +168,7 @@ def _client(arguments: argparse.Namespace) -> int:
         arguments.folder,
         patience=arguments.patience,
         on_refusal=_complain,
+        on_step=lambda line: print(line, file=sys.stderr, flush=True),
     ).run()
     return 0
 
@@ -187,19 +195,22 @@ def _run(arguments: argparse.Namespace) -> int:
     from tensorwire.fl import local
 
     out = Path(arguments.out)
-    if (out / "state").exists():
-        raise UsageError(f"{out} has a run in it: give another --out, or remove it")
+    left = local.leftovers(out)
+    if left and not arguments.force:
+        raise UsageError(f"'{left[0]}' exists: give another --out, or --force to replace the run in it")
     plan, task = _plan(arguments), _task(arguments)
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
     rows = list(_tracked(local.run(task, plan, out, asked), plan.rounds))
     write_file(out / "rows.json", [json.dumps(rows, indent=1).encode()])
-    drawn = local.draw(rows, out / "curves.png")
+    drawn = local.draw(rows, plan, out / "curves.png")
     if arguments.json:
         print_json(rows)
     last = rows[-1]
-    moved = last["bytes"] / 1e6
     print(
-        f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {moved:.1f} MB moved",
+        f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {size_text(last['bytes'])} moved "
+        f"({last['fp32_bytes'] / last['bytes']:.1f}x less than fp32)",
         file=sys.stderr,
     )
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)

@@ -1,13 +1,15 @@
 """`tensorwire inspect`: what a stream holds, as a summary or frame by frame, and where it breaks."""
 
 import argparse
+import sys
 from typing import Any, Final
 
 import tensorwire
 from tensorwire.bench.tables import Column, render
-from tensorwire.cli.common import error_fields, print_json, reading, verb
+from tensorwire.cli.common import add_limits, error_fields, line_width, print_json, reading, verb
 from tensorwire.errors import show
 from tensorwire.files.examine import Inspection, ItemReport, describe_codec
+from tensorwire.streams import size_text
 from tensorwire.transfer import Frame
 from tensorwire.wire import (
     AliasItem,
@@ -35,8 +37,8 @@ _COLUMNS: Final = (
     Column("dtype", "dtype"),
     Column("shape", "shape", lambda shape: " x ".join(map(str, shape)) or "0-d"),
     Column("codec", "codec"),
-    Column("bytes", "bytes", ","),
-    Column("wire_bytes", "encoded", ","),
+    Column("bytes", "size", size_text),
+    Column("wire_bytes", "encoded", size_text),
     Column("ratio", "ratio", ".2f"),
 )
 
@@ -47,6 +49,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("input", metavar="FILE", help="a .tw file, or - for stdin")
     parser.add_argument("--frames", action="store_true", help="one line a frame")
     parser.add_argument("--json", action="store_true", help="everything as JSON on stdout")
+    add_limits(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -59,10 +62,10 @@ def _run(arguments: argparse.Namespace) -> int:
             print(_frame_line(frame))
 
     with reading(arguments.input) as source:
-        report = tensorwire.inspect(source, on_frame=on_frame)
+        report = tensorwire.inspect(source, on_frame=on_frame, limits=arguments.limits)
     if arguments.json:
         print_json(_fields(report) | ({"frames": listed} if arguments.frames else {}))
-    else:
+    elif report.frames or report.error is None:
         if report.broken is not None and arguments.frames:
             print(f"{_frame_line(report.broken)}  <- breaks here")
         print(_text(report, items=not arguments.frames))
@@ -85,7 +88,7 @@ def _fields(report: Inspection) -> dict[str, Any]:
             "wire_bytes": report.wire_size,
             "framing_bytes": report.framing,
         },
-        "digest": report.digest,
+        "stream_digest": report.digest,
         "error": None if report.error is None else error_fields(report.error),
     }
     if report.error is not None:
@@ -121,7 +124,10 @@ def _text(report: Inspection, *, items: bool) -> str:
         if not isinstance(item.item, ContainerItem)
     ]
     if items and rows:
-        lines.append(render(rows, _COLUMNS))
+        columns = [
+            column for column in _COLUMNS if column.key != "kind" or any(row["kind"] != "tensor" for row in rows)
+        ]
+        lines.append(render(rows, columns, width=line_width(sys.stdout)))
     lines.append(
         f"{len(report.items)} items in {report.frames} frames: {report.size:,} bytes as {report.wire_size:,}, "
         f"ratio {report.size / report.wire_size:.2f}, framing {100 * report.framing / report.wire_size:.3f} %"
@@ -162,7 +168,7 @@ def _explain(frame: Frame) -> str:
         extra += [f"{len(event.info.metadata)} metadata"] if event.info.metadata else []
         return ", ".join([f"align {event.info.align}", *extra])
     if isinstance(event, StreamEnd):
-        return f"{event.summary.items} items, SHA-256 {event.summary.digest.hex()[:16]}..."
+        return f"{event.summary.items} items, stream digest {event.summary.digest.hex()[:16]}..."
     return f"#{header.item}" if frame.type_name == "ITEM" else ""
 
 

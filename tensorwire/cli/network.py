@@ -3,15 +3,19 @@
 import argparse
 import ssl
 import sys
+import time
 from typing import Any, Final
 
 from tensorwire.cli.common import UsageError, print_json
+from tensorwire.errors import TensorwireError
 from tensorwire.transports import client_tls, is_loopback, server_tls
 
 PORT: Final = 7453
+_REMINDER: Final = 30.0  # seconds
 SECURITY: Final = """\
 Beyond this machine TLS 1.3 is spoken: the receiver needs --cert and --key, the sender checks them against the system's
-authorities or --ca. --plaintext goes without, where the network between the two is trusted.
+authorities or --ca. --plaintext goes without, where the network between the two is trusted. `tensorwire certificate`
+makes certificates to begin with.
 """
 
 
@@ -40,7 +44,7 @@ def listener_tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
     if not (arguments.cert or arguments.key or arguments.ca):
         return None
     if not (arguments.cert and arguments.key):
-        raise UsageError("to listen with TLS takes --cert and --key")
+        raise UsageError("to listen with TLS takes --cert and --key; `tensorwire certificate` makes a pair")
     return server_tls(arguments.cert, arguments.key, ca=arguments.ca)
 
 
@@ -59,6 +63,35 @@ def _check_plaintext(arguments: argparse.Namespace) -> None:
         raise UsageError("--plaintext goes without --cert, --key and --ca")
 
 
+def where(host: str, port: int) -> str:
+    """An address as one writes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def named(error: TensorwireError, peer: str) -> str:
+    """What an error says, with the peer it is about."""
+    return error.detail if peer in error.detail else f"{peer}: {error.detail}"
+
+
+class Retries:
+    """Says that a transfer is tried again, and why: each reason when it comes up, and again every half a minute."""
+
+    def __init__(self, host: str, port: int, patience: float) -> None:
+        self._where = where(host, port)
+        self._patience = patience
+        self._said = ""
+        self._at = 0.0
+
+    def __call__(self, error: TensorwireError, seconds: float) -> None:
+        """Say it, unless it was just said."""
+        now = time.monotonic()
+        if error.detail == self._said and now - self._at < _REMINDER:
+            return
+        self._said, self._at = error.detail, now
+        left = f"trying again until {self._patience:g} s have passed without progress"
+        print(f"{named(error, self._where)}; {left}", file=sys.stderr, flush=True)
+
+
 def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> None:
     """Say how a transfer ended: one line for people, or JSON."""
     if as_json:
@@ -67,4 +100,4 @@ def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> No
     rate = result["moved"] / max(result["seconds"], 1e-9) / 1e6
     resumed = f", {result['moved']:,} of them now" if result["moved"] < result["bytes"] else ""
     line = f"{verb} {name}: {result['bytes']:,} bytes{resumed} in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
-    print(f"{line}, SHA-256 {result['digest']}", file=sys.stderr)
+    print(f"{line}, stream digest {result['stream_digest']}", file=sys.stderr)

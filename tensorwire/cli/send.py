@@ -3,21 +3,25 @@
 import argparse
 import json
 import os
+import ssl
+import sys
 import time
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, Final
 
 import tensorwire
-from tensorwire.cli import encode
-from tensorwire.cli.common import PIPE, Progress, UsageError, codec_spec, verb
-from tensorwire.cli.network import SECURITY, add_security, address, connection_tls, report
-from tensorwire.errors import UnsupportedError, show
+from tensorwire import Report
+from tensorwire.cli import inputs
+from tensorwire.cli.common import PIPE, CodecArgument, UsageError, add_limits, codec_choice, tracked, verb
+from tensorwire.cli.network import SECURITY, Retries, add_security, address, connection_tls, named, report, where
+from tensorwire.errors import AuthError, TransportError, UnsupportedError, show
 from tensorwire.transfer import Offer, Peer, Position, Regenerated
 from tensorwire.transports import PATIENCE, TcpTransport, send_resuming
 
 _TEXT: Final = f"""\
-IN is what `tensorwire encode` takes. When the connection breaks, or either side is killed and started again with the
+{inputs.HELP}
+When the connection breaks, or either side is killed and started again with the
 same arguments, the transfer goes on from the last frame that the receiver has verified.
 
 {SECURITY}
@@ -32,7 +36,9 @@ def add_parser(verbs: Any) -> None:
     parser = verb(verbs, "send", _run, summary="send a model or a file to a `tensorwire receive`", text=_TEXT)
     parser.add_argument("input", metavar="IN", help="a file, or - for stdin (which cannot be resumed)")
     parser.add_argument("address", metavar="HOST:PORT", type=address, help="where the receiver listens")
-    parser.add_argument("--codec", type=codec_spec, default="raw", metavar="SPEC", help="how to encode (raw)")
+    parser.add_argument("--codec", type=codec_choice, default="raw", metavar="SPEC", help="how to encode (raw)")
+    inputs.add_kind(parser)
+    add_limits(parser)
     parser.add_argument(
         "--patience",
         type=float,
@@ -45,59 +51,76 @@ def add_parser(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    host, port = arguments.address
+    host, _ = arguments.address
     if not host:
         raise UsageError("send to which host? HOST:PORT")
     tls = connection_tls(arguments, host)
-    began = time.monotonic()
-    source = _Source(arguments.input, arguments.codec)
-    receipt = send_resuming(
-        lambda: TcpTransport.connect(host, port, tls=tls, plaintext=arguments.plaintext),
-        Offer(_transfer(arguments.input, arguments.codec), os.path.basename(arguments.input), source.size),
-        source,
-        patience=arguments.patience,
-        check_peer=lambda peer: _check_codecs(peer, arguments.codec),
-    )
-    seconds = time.monotonic() - began
-    result = {"bytes": receipt.size, "moved": receipt.sent, "seconds": seconds, "digest": receipt.digest}
+    if arguments.input != PIPE:
+        os.stat(arguments.input)  # rather than after the receiver was waited for
+    with inputs.opened(arguments) as source:
+        try:
+            result = _send(source, arguments, tls)
+        except (TransportError, AuthError) as error:
+            error.detail = named(error, where(*arguments.address))
+            raise
     report("sent", arguments.input, result, as_json=arguments.json)
     return 0
 
 
-def _transfer(path: str, codec: str) -> bytes:
+def _send(source: inputs.Input, arguments: argparse.Namespace, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    host, port = arguments.address
+    began = time.monotonic()
+    outgoing = _Outgoing(source)
+    receipt = send_resuming(
+        lambda: TcpTransport.connect(host, port, tls=tls, plaintext=arguments.plaintext),
+        Offer(_transfer(arguments.input, source), source.name, source.stream_size()),
+        outgoing,
+        patience=arguments.patience,
+        check_peer=lambda peer: _check_codecs(peer, source.codec),
+        on_retry=Retries(host, port, arguments.patience),
+    )
+    seconds = time.monotonic() - began
+    print(outgoing.report, file=sys.stderr)
+    return {"bytes": receipt.size, "moved": receipt.sent, "seconds": seconds, "stream_digest": receipt.digest}
+
+
+def _transfer(path: str, source: inputs.Input) -> bytes:
     """The same for the same file and codec, whoever asks and whenever."""
     if path == PIPE:
         return os.urandom(32)
     status = os.stat(path)
-    return sha256(json.dumps([os.path.basename(path), status.st_size, status.st_mtime_ns, codec]).encode()).digest()
+    about = [os.path.basename(path), status.st_size, status.st_mtime_ns, source.codec, source.kind]
+    return sha256(json.dumps(about).encode()).digest()
 
 
-def _check_codecs(peer: Peer, codec: str) -> None:
-    missing = {stage[0] for stage in tensorwire.codec(codec).stages()} - set(peer.codecs)
-    if missing:
-        raise UnsupportedError(
-            f"the receiver ({show(peer.software)}) does not know codec {codec}: ids {sorted(missing)}"
-        )
+def _check_codecs(peer: Peer, codec: CodecArgument) -> None:
+    for spec in [codec] if isinstance(codec, str) else codec.values():
+        missing = {stage[0] for stage in tensorwire.codec(spec).stages()} - set(peer.codecs)
+        if missing:
+            raise UnsupportedError(
+                f"the receiver ({show(peer.software)}) does not know codec {spec}: ids {sorted(missing)}"
+            )
 
 
-class _Source:
-    """A file's stream, with progress."""
+class _Outgoing:
+    """The stream of what is sent, with progress and a report."""
 
-    def __init__(self, path: str, codec: str) -> None:
-        self.size = encode.expected_size(path, codec)
-        self._pipe = path == PIPE
+    def __init__(self, source: inputs.Input) -> None:
+        self.report = Report()
+        self._source = source
         self._began = False
-        self._stream = Regenerated(lambda: encode.stream(path, codec))
+        self._stream = Regenerated(self._encoded)
 
     def after(self, position: Position) -> Iterator[Any]:
-        if self._pipe and self._began:
+        if self._source.path == PIPE and self._began:
             raise UsageError("the connection broke, and what came from stdin cannot be read again")
         self._began = True
-        with Progress(self.size, position.offset) as progress:
-            for buffer in self._stream.after(position):
-                yield buffer
-                progress.update(len(buffer))
+        return tracked(self._stream.after(position), self._source.size(), lambda: self.report.bytes_in)
 
     @property
     def digest(self) -> str:
         return self._stream.digest
+
+    def _encoded(self) -> Iterator[Any]:
+        self.report = Report()  # of this attempt, which encodes again what the others have sent
+        return self._source.stream(report=self.report)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any, Final
 
 import tensorwire
-from tensorwire.cli.common import PIPE, UsageError, error_fields, print_json, read_key, reading, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, error_fields, print_json, read_key, reading, verb
 from tensorwire.errors import AuthError, WireError
 from tensorwire.files import authenticity
 
@@ -18,7 +18,7 @@ examples:
   tensorwire verify model.tw
   tensorwire verify model.tw --key-file key --tag 6ba3...
   tensorwire verify model.tw --manifest manifest.json
-  tensorwire verify model.tw --json | jq .digest
+  tensorwire verify model.tw --json | jq .stream_digest
 """
 
 
@@ -29,7 +29,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--key-file", metavar="KEY", help="a file with the key of --tag")
     parser.add_argument("--tag", metavar="HEX", help="the HMAC-SHA256 that FILE must have")
     parser.add_argument("--manifest", metavar="JSON", help="a manifest that must list FILE as it is")
+    parser.add_argument("--sha256", action="store_true", help="the SHA-256 of FILE too, as sha256sum prints it")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    add_limits(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -40,8 +42,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print_json({"ok": False, "error": error_fields(error)})
         raise
     try:
-        with reading(arguments.input) as source:
-            verified = tensorwire.verify(source)
+        with reading(arguments.input, hashed=arguments.sha256) as source:
+            verified = tensorwire.verify(source, limits=arguments.limits)
     except WireError as error:
         if arguments.json:
             print_json({"ok": False, "error": error_fields(error)})
@@ -50,12 +52,17 @@ def _run(arguments: argparse.Namespace) -> int:
         "items": verified.items,
         "frames": verified.frames,
         "bytes": verified.size,
-        "digest": verified.digest,
+        "stream_digest": verified.digest,
     }
+    if source.sha256 is not None:
+        result["sha256"] = source.sha256
     if arguments.json:
         print_json({"ok": True, **result})
     else:
-        print("ok: {items} items, {frames} frames, {bytes} bytes, SHA-256 {digest}".format(**result))
+        print("ok: {items:,} items, {frames:,} frames, {bytes:,} bytes".format(**result))
+        print(f"stream digest {verified.digest}")
+        if source.sha256 is not None:
+            print(f"SHA-256       {source.sha256}  {arguments.input}")
     return 0
 
 

@@ -240,12 +240,8 @@ class Readymade(Codec):
 
     on_device = False
 
-    def fallback(self, view: TensorView) -> str:
-        """Never: the values are not there to be looked at."""
-        return ""
-
     def prepare(self, view: TensorView) -> None:
-        """Nothing."""
+        """Nothing: the values are not there to be looked at."""
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """The packer's payload as it came, compressed where the codec compresses."""

@@ -17,8 +17,9 @@ def parse(spec: str | Stage | Codec, /, **parameters: Value) -> Codec:
     """The codec that a spec string names: `"nf4"`, `"nf4:blocksize=128,double_quant=true"`, `"bf16|zstd"`.
 
     A stage is a codec of its own, and where no stage makes bytes, raw does: `"zstd"` is `"raw|zstd"`. Behind the name
-    of one stage its parameters may be given as arguments: `codec("nf4", blocksize=128, double_quant=True)`. Raises
-    EncodeError with what is known and the nearest match.
+    of one stage its parameters may be given as arguments. Raises EncodeError with what is known and the nearest match.
+
+        codec = tensorwire.codec("nf4", blocksize=128, double_quant=True)
     """
     if parameters:
         return _completed([_with_parameters(spec, parameters)])

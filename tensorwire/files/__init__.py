@@ -1,6 +1,17 @@
 """What stands on a disk: `.tw` files, files of any kind, `.safetensors` files, what is in them, and whose they are."""
 
 from tensorwire.files.any import decode_file, encode_file
-from tensorwire.files.tw import TensorFile, iterate_file, load_file, save_file
+from tensorwire.files.source import File
+from tensorwire.files.tw import Progress, TensorFile, TensorSlice, iterate_file, load_file, save_file
 
-__all__ = ["TensorFile", "decode_file", "encode_file", "iterate_file", "load_file", "save_file"]
+__all__ = [
+    "File",
+    "Progress",
+    "TensorFile",
+    "TensorSlice",
+    "decode_file",
+    "encode_file",
+    "iterate_file",
+    "load_file",
+    "save_file",
+]

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 from tensorwire import dtypes
 from tensorwire.codecs import Codec, parse
 from tensorwire.errors import EncodeError, SchemaError
+from tensorwire.files.source import is_path, read_some
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
@@ -32,28 +33,25 @@ def encode_file(
     `file`: a path, or an open binary file of unknown length, a pipe for example. `codec`: raw or zstd. `name` is
     what the receiver is told (the file's own name); it never decides where the receiver writes. `report`: as in
     `tensorwire.encode`.
+
+        transport.send(tensorwire.encode_file("tokenizer.json", codec="zstd"))
     """
     chosen = parse(codec)
     if not chosen.accepts(dtypes.UINT8):
         raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
-    if isinstance(file, (str, bytes, os.PathLike)):
-        return _open_and_send(file, chosen, name, frame_size, limits, report)
+    if is_path(file):
+        return _open_and_send(os.fsdecode(file), chosen, name, frame_size, limits, report)
     return _send(None, _piped(file), chosen, name or "-", frame_size, limits, report)
 
 
 def _open_and_send(
-    path: str | os.PathLike[str],
-    codec: Codec,
-    name: str | None,
-    frame_size: int,
-    limits: Limits,
-    report: Report | None,
+    path: str, codec: Codec, name: str | None, frame_size: int, limits: Limits, report: Report | None
 ) -> Iterator[Buffer]:
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        name = name or os.path.basename(os.fspath(path))
+        name = name or os.path.basename(path)
         if stat.S_ISREG(status.st_mode):
-            read = file_reader(file.fileno(), 0, 1, Pool())
+            read = file_reader(file.fileno(), path, 0, 1, Pool())
             yield from _send(status.st_size, read, codec, name, frame_size, limits, report)
         else:  # a FIFO or device, whose size says nothing
             yield from _send(None, _piped(file), codec, name, frame_size, limits, report)
@@ -74,23 +72,23 @@ def _send(
     return Sender(stream_info(None), frame_size, limits, report=report).container(leaves)
 
 
-def file_reader(fd: int, offset: int, itemsize: int, pool: Pool) -> Callable[[int, int], ByteArray]:
+def file_reader(fd: int, path: str, offset: int, itemsize: int, pool: Pool) -> Callable[[int, int], ByteArray]:
     """`TensorView.read` over bytes of an open file from `offset` on, through pooled memory."""
 
     def read(start: int, stop: int) -> ByteArray:
         buffer = pool.take((stop - start) * itemsize)
         if read_at(fd, buffer.data, offset + start * itemsize) != buffer.size:
-            raise EncodeError("the file became shorter while it was sent")
+            raise EncodeError(f"{path!r} became shorter while it was read")
         return buffer
 
     return read
 
 
-def _piped(file: BinaryIO) -> Callable[[int, int], bytes]:
+def _piped(file: Any) -> Callable[[int, int], bytes]:
     def read(start: int, stop: int) -> bytes:
         parts = []
         wanted = stop - start
-        while wanted and (part := file.read(wanted)):
+        while wanted and (part := read_some(file, wanted)):
             parts.append(part)
             wanted -= len(part)
         return b"".join(parts)
@@ -103,6 +101,8 @@ def decode_file(source: Any, path: str | os.PathLike[str], *, limits: Limits = D
 
     Returns the name that the sender gave, which is data and not a path. Raises SchemaError for other streams,
     StorageError where the system does not take the file.
+
+        name = tensorwire.decode_file(transport.receive(), "received.bin")
     """
     names: list[str] = []
     with replacing(path) as fd, Receiver(limits) as receiver:

@@ -17,9 +17,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from tensorwire.errors import AuthError, EncodeError, FormatError, LimitError, UnsupportedError, show
+from tensorwire.files.source import File, opened, read_some
 
 # RFC 2104 discourages keys shorter than the digest, 32 bytes; less than 16 can be guessed.
 MIN_KEY: Final = 16
@@ -31,8 +32,6 @@ PREDICATE_TYPE: Final = "https://model_signing/Digests/v0.1"
 
 _PIECE: Final = 1 << 20
 _DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
-
-_File = str | os.PathLike[str] | BinaryIO
 
 
 class Tagged:
@@ -60,7 +59,7 @@ class Tagged:
         return self._mac.hexdigest()
 
 
-def tag(file: _File, key: bytes) -> str:
+def tag(file: File, key: bytes) -> str:
     """HMAC-SHA256 over all bytes of a file, in hexadecimal. `key`: at least 16 bytes, better 32 random ones.
 
     `file`: a path, or an open binary file, read from where it stands. Raises AuthError for a short key.
@@ -71,7 +70,7 @@ def tag(file: _File, key: bytes) -> str:
     return mac.hexdigest()
 
 
-def check_tag(file: _File, key: bytes, expected: str) -> None:
+def check_tag(file: File, key: bytes, expected: str) -> None:
     """Raise AuthError unless `expected` is the tag of `file` under `key`; the comparison takes the same time always.
 
     An open file is left where it stood, to be decoded from there: unlike a path, nobody can put another under its name.
@@ -90,7 +89,7 @@ def check_tag(file: _File, key: bytes, expected: str) -> None:
         )
 
 
-def digest(file: _File) -> str:
+def digest(file: File) -> str:
     """SHA-256 over all bytes of a file, in hexadecimal."""
     hasher = sha256()
     for piece in _pieces(file):
@@ -143,16 +142,13 @@ def _mac(key: bytes) -> hmac.HMAC:
     return hmac.new(key, digestmod=sha256)
 
 
-def _pieces(file: _File) -> Iterator[bytes]:
-    if isinstance(file, (str, os.PathLike)):
-        with open(file, "rb", buffering=0) as opened:
-            yield from _pieces(opened)
-    else:
-        while piece := file.read(_PIECE):
+def _pieces(file: File) -> Iterator[bytes]:
+    with opened(file) as raw:
+        while piece := read_some(raw, _PIECE):
             yield piece
 
 
-def _called(file: _File) -> str:
+def _called(file: File) -> str:
     return show(os.path.basename(os.fsdecode(file))) if isinstance(file, (str, os.PathLike)) else "the file"
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tensorwire.codecs import from_stages
 from tensorwire.errors import WireError
+from tensorwire.files.source import opened
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Receiver
 from tensorwire.transfer.frames import Frame, Frames
@@ -117,15 +118,22 @@ def inspect(
         print(report.digest, [(item.item.name, item.codec) for item in report.items])
     """
     report = Inspection()
-    with _opened(source) as opened:
-        frames = Frames(as_source(opened), limits)
-        try:
-            for frame in frames:
-                _enter(report, frame)
-                on_frame(frame)
-        except WireError as error:
-            report.error, report.broken = error, frames.broken
+    try:
+        with _opened(source) as chunks:
+            _look_at(report, Frames(as_source(chunks), limits), on_frame)
+    except WireError as error:
+        report.error = error
     return report
+
+
+def _look_at(report: Inspection, frames: Frames, on_frame: Callable[[Frame], None]) -> None:
+    try:
+        for frame in frames:
+            _enter(report, frame)
+            on_frame(frame)
+    except WireError:
+        report.broken = frames.broken
+        raise
 
 
 def verify(source: Any, *, limits: Limits = DEFAULT) -> Verified:
@@ -136,8 +144,8 @@ def verify(source: Any, *, limits: Limits = DEFAULT) -> Verified:
         tensorwire.verify("model.tw").digest
     """
     summary = None
-    with _opened(source) as opened:
-        for event in Receiver(limits).events(opened):
+    with _opened(source) as chunks:
+        for event in Receiver(limits).events(chunks):
             if isinstance(event, StreamEnd):
                 summary = event.summary
     assert summary is not None  # a stream without an END frame is a TruncatedError
@@ -151,7 +159,7 @@ def _opened(source: Any) -> Iterator[Any]:
     if not isinstance(source, (str, os.PathLike)):
         yield source
         return
-    with open(source, "rb", buffering=0) as file:
+    with opened(source) as file:
         yield iter(lambda: file.read(_CHUNK), b"")
 
 

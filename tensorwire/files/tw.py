@@ -1,9 +1,10 @@
 """`.tw` files: the same stream at rest, with an index for access to single items."""
 
-import mmap
+import operator
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,67 +12,319 @@ import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec
-from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError
+from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError, WireError, show
+from tensorwire.files.items import read_item
+from tensorwire.files.source import HEAD, File, Source, bytes_left, closed, is_path, name_error, name_of, opened, source
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory.buffers import GrowingMemory
 from tensorwire.storage.atomic import write_file
+from tensorwire.storage.output import write_object
 from tensorwire.streams.receiver import check_codec, check_slice, reject_files
-from tensorwire.streams.sender import encode
+from tensorwire.streams.sender import Late, encode
 from tensorwire.streams.sinks import collect, decode
-from tensorwire.tensor import Front
+from tensorwire.tensor import Buffer, Extent, Front
 from tensorwire.wire import (
     AliasItem,
     Archive,
     ContainerItem,
     DataItem,
+    Header,
     Item,
     StreamInfo,
     TensorItem,
     ValueItem,
 )
+from tensorwire.wire.frames import MAGIC
 from tensorwire.wire.items import CodecSpec
 from tensorwire.wire.values import unpack_value
 
+# Bytes done, and bytes in all, or None where that is not known.
+Progress = Callable[[int, int | None], object]
 
-def save_file(value: Any, path: str | os.PathLike[str], front: Front, **options: Any) -> int:
-    """Write `value` to `path`, which appears only when complete. Returns the bytes written.
 
-    Raises StorageError where the system does not take the file; one that was at `path` is untouched then.
+def save_file(
+    value: Any,
+    file: File,
+    front: Front,
+    *,
+    progress: Progress | None = None,
+    total: int | None = None,
+    **options: Any,
+) -> int:
+    """Write `value` to a path, which appears only when complete, or into a file object. Returns the bytes written.
+
+    `progress` is called as bytes are written, with `total`. Raises StorageError where the system does not take the
+    file; one that was at the path is untouched then.
     """
-    buffers = encode(value, front, at_rest=True, **options)
-    return write_file(path, buffers)
+    late: Late | None = [] if is_path(file) else None
+    buffers = encode(value, front, at_rest=True, late=late, **options)
+    if progress is not None:
+        buffers = _counted(buffers, progress, total)
+    size = write_object(file, buffers) if late is None else write_file(file, buffers, late)  # type: ignore[arg-type]
+    _log("saved %d bytes to %s", size, file)
+    return size
 
 
-def load_file(path: str | os.PathLike[str], front: Front, **options: Any) -> Any:
-    """The whole container in a `.tw` file, every byte verified."""
-    with open(path, "rb", buffering=0) as file:
-        value = collect(file, front, **options)
-        if file.read(1):
-            raise FormatError("bytes after the end frame", offset=file.tell() - 1)
+def load_file(file: File, front: Front, *, progress: Progress | None = None, **options: Any) -> Any:
+    """The whole container in a `.tw` file, every byte verified: by its path, or as a file object, from where it is."""
+    with opened(file) as raw:
+        value = collect(raw if progress is None else _Counting(raw, progress), front, **options)
+        if raw.read(1):
+            raise FormatError("bytes after the end frame", offset=raw.tell() - 1)
+    _log("loaded %s", file)
     return value
 
 
-def iterate_file(path: str | os.PathLike[str], front: Front, **options: Any) -> Iterator[tuple[str, Any]]:
+def iterate_file(file: File, front: Front, **options: Any) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item in a `.tw` file, one at a time."""
-    with open(path, "rb", buffering=0) as file:
-        yield from decode(file, front, **options)
+    with opened(file) as raw:
+        yield from decode(raw, front, **options)
 
 
-class TensorFile:
+def _counted(buffers: Iterator[Buffer], progress: Progress, total: int | None) -> Iterator[Buffer]:
+    done = 0
+    for buffer in buffers:
+        yield buffer
+        done += memoryview(buffer).nbytes
+        progress(done, total)
+
+
+class _Counting:
+    """A file that says how much of it was read."""
+
+    def __init__(self, file: Any, progress: Progress) -> None:
+        self._file = file
+        self._progress = progress
+        self._done = 0
+        self._total = bytes_left(file)
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        got: int | None = self._file.readinto(buffer)
+        self._done += got or 0
+        self._progress(self._done, self._total)
+        return got
+
+
+def _log(message: str, *arguments: object) -> None:
+    import logging  # which takes a tenth of the time that the whole library takes to import
+
+    logging.getLogger("tensorwire").debug(message, *arguments)
+
+
+class TensorFile(Mapping[str, Any]):
     """Random access to the tensors and plain values of a `.tw` file: only what is asked for is read and verified.
 
-    A context manager and a read-only mapping of names to tensors and values. `map(name)` gives a raw tensor as a view
-    of the file itself. The file must have an index, as `save_file` writes; a recorded stream has none. Reading every
-    name checks all that `load_file` checks, but for the digest at the end. `base`: the content digest of the version
-    that the file may be against.
+        with tensorwire.torch.open_file("model.tw") as file:
+            weight = file["layer.0.weight"]
+            rows = file.get_slice("layer.0.weight")[0:64]
+            view = file.map("layer.0.weight")
+
+    A context manager and a read-only mapping of names to tensors and values. `file`: a path, or a seekable binary
+    file object, such as fsspec gives for HTTP and S3, which stays the caller's. Nothing is mapped but by `map`. The
+    file must have an index, as `save_file` writes; a recorded stream has none. Reading every name checks all that
+    `load_file` checks, but for the digest at the end. `base`: the content digest of the version that the file may be
+    against.
+
+    Threads may share it. It pickles, by its path and these arguments (or as its file object does), and is opened again
+    where it is first used. Raises a WireError that names the file; ClosedError once it is closed.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], front: Front, *, base: bytes | None = None, limits: Limits = DEFAULT
-    ) -> None:
+    def __init__(self, file: File, front: Front, *, base: bytes | None = None, limits: Limits = DEFAULT) -> None:
+        self._file: File = os.path.abspath(os.fsdecode(file)) if is_path(file) else file
         self._front = front
+        self._base = base
         self._limits = limits
-        self._file = _Mapped(path)
+        self._name = name_of(self._file)
+        self._is_closed = False
+        self._opened: _Opened | None = None
+        self._content()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_closed:
+            raise closed(self._name)
+        return {**self.__dict__, "_opened": None}
+
+    __eq__ = object.__eq__  # a mapping would read both
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        if self._is_closed:
+            return f"TensorFile({self._name!r}, closed)"
+        return f"TensorFile({self._name!r}{'' if self._opened is None else f', {len(self)} items'})"
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file. Tensors that `map` gave stay valid: each has a mapping of its own, which goes with it."""
+        self._is_closed = True
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content().numbers)
+
+    def __len__(self) -> int:
+        return len(self._content().numbers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._content().numbers
+
+    @property
+    def info(self) -> StreamInfo:
+        """What the stream says of itself."""
+        return self._content().archive.info
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The text metadata of the file."""
+        return dict(self.info.metadata)
+
+    def item(self, name: str) -> Item:
+        """The descriptor of a tensor (dtype, shape, codec) or of a value. Raises KeyError."""
+        return self._content().find(name)[1]
+
+    def __getitem__(self, name: str) -> Any:
+        """The tensor or value, decoded and verified. Raises KeyError."""
+        content = self._content()
+        number, item = content.find(name)
+        with content.errors():
+            if isinstance(item, TensorItem):
+                data = content.read(number, item, content.codec(item))
+                return self._front.wrap(data, item.dtype, item.shape)
+            assert isinstance(item, ValueItem), (
+                "a name is a tensor's, an alias's or a value's, and an alias is resolved"
+            )
+            try:
+                return unpack_value(content.read(number, item, RAW).tobytes(), self._limits)
+            except TensorwireError as error:
+                error.item = name
+                raise
+
+    def get_slice(self, name: str) -> "TensorSlice":
+        """A tensor of which a part is read: `file.get_slice("w")[0:64]`. Raises KeyError; EncodeError for a value."""
+        item = self._content().find(name)[1]
+        if not isinstance(item, TensorItem):
+            raise EncodeError("only tensors have slices; read a value with file[name]", item=name)
+        return TensorSlice(self, name, item)
+
+    def map(self, name: str) -> Any:
+        """A raw tensor as a view of the file, verified once here, without a copy.
+
+        Only its own pages are mapped, anew each time. NumPy arrays are read-only; what is written to a torch tensor
+        stays in that tensor. Whoever truncates the file under a mapping ends the process that looks at it (SIGBUS).
+        Raises EncodeError for a tensor that is not stored raw in one frame, and for a file object.
+        """
+        content = self._content()
+        number, item = content.find(name)
+        refusal = EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
+        if not isinstance(item, TensorItem) or not content.codec(item).in_place:
+            raise refusal
+        codec, total = content.codec(item), item.total
+
+        def check(header: Header) -> Extent:
+            if header.count != total:
+                raise refusal
+            return check_slice(codec, header, item, self._limits)
+
+        def fetch(offset: int, size: int, extent: Extent) -> tuple[memoryview, int]:
+            data = content.source.map(offset, size, read_only=self._front.read_only)
+            return data, crc32c(data, 0)
+
+        data = np.empty(0, np.uint8)
+        with content.errors():
+            for stored, extent in content.archive.slices(number, check, fetch):
+                data = np.frombuffer(stored.payload, np.uint8)
+                codec.decode(stored.payload, extent, data)  # in place: only looks
+            tensor = self._front.wrap(data, item.dtype, item.shape)
+        if isinstance(tensor, np.ndarray):
+            tensor.flags.writeable = False
+        return tensor
+
+    def read_part(self, name: str, begin: int, end: int) -> Any:
+        """Elements [begin, end) of a tensor, flat. Raises KeyError."""
+        content = self._content()
+        number, item = content.find(name)
+        assert isinstance(item, TensorItem), "`get_slice` has seen to it"
+        with content.errors():
+            data = content.read(number, item, content.codec(item), part=(begin, end))
+            return self._front.wrap(data, item.dtype, (end - begin,))
+
+    def _content(self) -> "_Opened":
+        if self._is_closed:
+            raise closed(self._name)
+        if self._opened is None:
+            self._opened = _Opened(source(self._file), self._base, self._limits)
+        return self._opened
+
+
+class TensorSlice:
+    """A tensor in a file, of which a part is read: index it as an array of its shape.
+
+    Integers and a slice at the front decide what is read: the frames that hold it, no others. (A raw tensor that
+    `save_file` wrote is one frame, which is read to be verified, in little memory.) What follows, up to a whole index
+    of the tensor library, picks from that in memory.
+    """
+
+    __slots__ = ("_file", "_item", "_name")
+
+    def __init__(self, file: TensorFile, name: str, item: TensorItem) -> None:
+        self._file = file
+        self._name = name
+        self._item = item
+
+    def get_shape(self) -> list[int]:
+        """Outermost dimension first."""
+        return list(self._item.shape)
+
+    def get_dtype(self) -> str:
+        """The name of the element type, as torch spells it."""
+        return self._item.dtype.name
+
+    def __getitem__(self, index: Any) -> Any:
+        """The part. Raises IndexError, as arrays do; EncodeError for a step that is not positive."""
+        index = index if isinstance(index, tuple) else (index,)
+        begin, end, shape, rest = _front_of(index, self._item)
+        part = self._file.read_part(self._name, begin, end).reshape(shape)
+        return part[rest] if rest else part
+
+
+def _front_of(index: tuple[Any, ...], item: TensorItem) -> tuple[int, int, tuple[int, ...], tuple[Any, ...]]:
+    """What the front of an index selects: elements [begin, end), their shape, and the index to be applied to them."""
+    begin, shape = 0, item.shape
+    for place, part in enumerate(index):
+        if isinstance(part, slice) and shape:
+            chosen = range(shape[0])[part]
+            if chosen.step < 1:
+                raise EncodeError("slices of a file go forward: take a step of 1 or more", item=item.name)
+            row = prod(shape[1:])
+            stop = chosen[-1] + 1 if chosen else chosen.start
+            rest = (slice(None, None, chosen.step), *index[place + 1 :])
+            shape = (stop - chosen.start, *shape[1:])
+            return (
+                begin + chosen.start * row,
+                begin + stop * row,
+                shape,
+                rest if rest != (slice(None, None, 1),) else (),
+            )
+        if isinstance(part, bool) or not hasattr(part, "__index__") or not shape:
+            return begin, begin + prod(shape), shape, index[place:]
+        at = operator.index(part)
+        if not -shape[0] <= at < shape[0]:
+            raise IndexError(f"index {at} is out of range for a dimension of {shape[0]} of {show(item.name)}")
+        shape, begin = shape[1:], begin + at % shape[0] * prod(shape[1:])
+    return begin, begin + prod(shape), shape, ()
+
+
+class _Opened:
+    """A file that is open: its archive, which item has which name, and the codecs of all."""
+
+    def __init__(self, source: Source, base: bytes | None, limits: Limits) -> None:
+        self.source = source
+        self._limits = limits
         self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
 
         def accept(what: StreamInfo | Item) -> None:
@@ -84,135 +337,44 @@ class TensorFile:
                 reject_files(what)
 
         try:
-            self._archive = Archive(self._file, crc32c, limits, accept=accept)
+            with self.errors():
+                if not source.size:
+                    raise TruncatedError("the file is empty", offset=0)
+                self.archive = Archive(source, crc32c, limits, accept=accept)
         except BaseException:
-            self._file.close()
+            source.close()
             raise
-        self.info = self._archive.info
-        named = enumerate(self._archive.items)
-        self._numbers = {item.name: number for number, item in named if not isinstance(item, ContainerItem)}
-
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        named = enumerate(self.archive.items)
+        self.numbers = {item.name: number for number, item in named if not isinstance(item, ContainerItem)}
 
     def close(self) -> None:
-        """Unmap the file. Views that `map` gave stay valid: the memory goes when the last of them does.
+        self.archive.close()
+        self.source.close()
 
-        To read afterwards is a ValueError.
-        """
-        self._archive.close()
-        self._file.close()
+    def find(self, name: str) -> tuple[int, Item]:
+        """The number and the item that a name stands for. Raises KeyError."""
+        number = self.numbers[name]
+        item = self.archive.items[number]
+        if isinstance(item, AliasItem):
+            return item.of, self.archive.items[item.of]
+        return number, item
 
-    def keys(self) -> list[str]:
-        """Names of all tensors and values."""
-        return list(self._numbers)
+    def codec(self, item: TensorItem) -> Codec:
+        return self._codecs[item.codec, item.dtype.number]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
+    def read(
+        self, number: int, item: DataItem, codec: Codec, part: tuple[int, int] | None = None
+    ) -> npt.NDArray[np.uint8]:
+        return read_item(self.archive, number, item, codec, self._limits, read_into=self.source.read_into, part=part)
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._numbers
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The text metadata of the file."""
-        return dict(self.info.metadata)
-
-    def item(self, name: str) -> Item:
-        """The descriptor of a tensor (dtype, shape, codec) or of a value. Raises KeyError."""
-        return self._archive.items[self._resolve(name)]
-
-    def __getitem__(self, name: str) -> Any:
-        """The tensor or value, decoded and verified. Raises KeyError."""
-        number = self._resolve(name)
-        item = self._archive.items[number]
-        if isinstance(item, TensorItem):
-            codec = self._codecs[item.codec, item.dtype.number]
-            data = read_item(self._archive, number, item, codec, self._limits)
-            return self._front.wrap(data, item.dtype, item.shape)
-        assert isinstance(item, ValueItem), "a name is a tensor's, an alias's or a value's, and an alias is resolved"
-        data = read_item(self._archive, number, item, RAW, self._limits)
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """WireErrors raised inside name the file, and say what it is where it is no stream."""
         try:
-            return unpack_value(data.tobytes(), self._limits)
-        except TensorwireError as error:
-            error.item = name
+            yield
+        except WireError as error:
+            head = b""
+            with suppress(TensorwireError):
+                head = bytes(self.source.read(0, min(HEAD, self.source.size)))
+            name_error(error, self.source.name, head, MAGIC)
             raise
-
-    def map(self, name: str) -> Any:
-        """A raw tensor as a view of the file, verified once here, without a copy.
-
-        NumPy arrays are read-only; writing to a torch tensor changes a private copy of its pages, not the file.
-        Raises EncodeError for a tensor that is not stored raw in one frame.
-        """
-        number = self._resolve(name)
-        item = self._archive.items[number]
-        refusal = EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
-        codec = self._codecs.get((item.codec, item.dtype.number)) if isinstance(item, TensorItem) else None
-        if not isinstance(item, TensorItem) or codec is None or not codec.in_place:
-            raise refusal
-        slices = list(self._archive.slices(number, lambda header: check_slice(codec, header, item, self._limits)))
-        if len(slices) > 1:
-            raise refusal
-        data = self._file.view[:0]
-        for stored, extent in slices:
-            data = self._file.view[stored.offset : stored.offset + len(stored.payload)]
-            codec.decode(stored.payload, extent, data)  # in place: only looks
-        tensor = self._front.wrap(data, item.dtype, item.shape)
-        if isinstance(tensor, np.ndarray):
-            tensor.flags.writeable = False
-        return tensor
-
-    def _resolve(self, name: str) -> int:
-        number = self._numbers[name]
-        item = self._archive.items[number]
-        return item.of if isinstance(item, AliasItem) else number
-
-
-def read_item(
-    archive: Archive, number: int, item: DataItem, codec: Codec, limits: Limits = DEFAULT
-) -> npt.NDArray[np.uint8]:
-    """The decoded bytes of the item of this number: a tensor's elements, a value's encoding, a file's content."""
-    itemsize = 1 if isinstance(item, ValueItem) else item.dtype.itemsize
-    memory = GrowingMemory((item.total if item.total is not None else limits.stream) * itemsize)
-    stop = 0
-    for stored, extent in archive.slices(number, lambda header: check_slice(codec, header, item, limits)):
-        start, stop = extent.start * itemsize, (extent.start + extent.count) * itemsize
-        try:
-            codec.decode(stored.payload, extent, memory.region(start, stop))
-        except TensorwireError as error:
-            error.item, error.frame, error.offset = item.name, stored.header.sequence, stored.frame_offset
-            raise
-    return memory.data[:stop]
-
-
-class _Mapped:
-    """A file mapped into memory, as an archive takes it."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        with open(path, "rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            if not self.size:
-                raise TruncatedError("the file is empty", offset=0)
-            shared = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # torch has no read-only tensors: what `map` gives may be written to, privately, never to the file.
-            private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._maps = [shared, private]
-        self._data = memoryview(shared)
-        self.view = np.frombuffer(private, np.uint8)
-
-    def read(self, offset: int, size: int, /) -> memoryview:
-        """`RandomAccess.read`."""
-        return self._data[offset : offset + size]
-
-    def close(self) -> None:
-        """Let go of the file: at once, but for maps that somebody looks at, which go with the last view of them."""
-        self._data, self.view = memoryview(b""), np.empty(0, np.uint8)
-        while self._maps:
-            with suppress(BufferError):
-                self._maps.pop().close()

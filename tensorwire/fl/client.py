@@ -17,6 +17,7 @@ from tensorwire.errors import CorruptError, SchemaError, TransportError, Truncat
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
 from tensorwire.storage import rename, write_file
+from tensorwire.streams import size_text
 from tensorwire.transfer import (
     Backoff,
     Offer,
@@ -42,7 +43,7 @@ class Client:
     `number`: which share of the task's data is its own. `connect`: opens a connection to the server, as often as it
     takes. `patience`: seconds without success after which the last error is raised. `hold`: seconds that the server may
     let us wait for a task, less than the connection's time-out. `on_refusal`: called when the server refuses an update;
-    the client then waits for the next round.
+    the client then waits for the next round. `on_step`: called with a line of text for each thing that is done.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Client:
         patience: float = TIMEOUT,
         hold: float = 10.0,
         on_refusal: Callable[[RefusedError], None] = lambda error: None,
+        on_step: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.name = name
         self._number = number
@@ -65,6 +67,7 @@ class Client:
         self._patience = patience
         self._hold = hold
         self._on_refusal = on_refusal
+        self._on_step = on_step
         os.makedirs(self._folder, exist_ok=True)
 
     def run(self) -> None:
@@ -79,6 +82,7 @@ class Client:
                     return
             except (TransportError, CorruptError, TruncatedError) as error:
                 pause = backoff.after(error)
+                self._on_step(f"{error}; trying again")
             time.sleep(pause)
 
     def _step(self, transport: TcpTransport) -> bool:
@@ -86,6 +90,8 @@ class Client:
         transport.run(say({"client": self.name, "want": "task", "hold": self._hold}))
         answer = transport.run(hear())
         task = answer.pop("task", None)
+        if task == "stop":
+            self._on_step("the run is over")
         if task == "train":
             order = Order.parse(answer)
             update = self._path(f"update-{order.base[:16]}.tw")
@@ -100,6 +106,7 @@ class Client:
         if not os.path.exists(path) or Recorded(path).digest != order.base:
             transport.run(say({"client": self.name, "want": "model"}))
             transport.run(receive_stream(lambda offer: Recording(path, offer.transfer)))
+            self._on_step(f"round {order.round}: received the model, {size_text(os.path.getsize(path))}")
 
     def _train(self, order: Order, update: str) -> None:
         """Make the update that answers an order, and put it on disk."""
@@ -108,7 +115,10 @@ class Client:
             terms, digest = receive(file, base)
         if (terms.run, terms.round, digest) != (order.run, order.round, order.base):
             raise SchemaError(f"the model is of round {terms.round}, the order of round {order.round}")
+        began = time.monotonic()
         state, weight, metrics = self._task.train(base, self._number, order.round)
+        shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
+        self._on_step(f"round {order.round}: trained for {time.monotonic() - began:.1f} s{shown}")
         settled = self._settled()
         sent = views(state) if order.kind == "weights" else subtract(state, base)
         feedback = ErrorFeedback(settled) if order.feedback else None
@@ -127,10 +137,12 @@ class Client:
     def _deliver(self, transport: TcpTransport, order: Order, update: str) -> None:
         transport.run(say({"client": self.name, "want": "deliver"}))
         about = {"round": order.round}
-        offer = Offer(order.base.encode(), "update", os.path.getsize(update), about)
+        size = os.path.getsize(update)
+        offer = Offer(order.base.encode(), "update", size, about)
         counted = True
         try:
             transport.run(send_stream(offer, Recorded(update)))
+            self._on_step(f"round {order.round}: delivered the update, {size_text(size)} as {order.up}")
         except RefusedError as error:
             if error.retryable:
                 raise

@@ -5,6 +5,8 @@ tensors, in their own precision, whatever the messages were quantized to.
 """
 
 import importlib
+import os
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,8 +43,10 @@ class Task:
 
 
 def load(spec: str) -> Callable[..., Task]:
-    """The function that "module:function" names. Raises ValueError."""
+    """The function that "module:function" names; modules are also found in the current folder. Raises ValueError."""
     module, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:  # installed commands do not search it, `python -m` does
+        sys.path.append(os.getcwd())
     try:
         function: Callable[..., Task] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

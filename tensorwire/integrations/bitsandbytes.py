@@ -37,10 +37,11 @@ from tensorwire.errors import EncodeError, FormatError, SchemaError, Unsupported
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import GrowingMemory
 from tensorwire.streams import Completed, Payload, Receiver
-from tensorwire.tensor import Extent, TensorView
+from tensorwire.tensor import AnyFront, Extent, TensorView
 from tensorwire.wire import FileItem, ItemStart, TensorItem, ValueItem
 
 _QUANT_STATE: Final[Any] = QuantState  # bitsandbytes has no types
+_NO_CODES: Final = np.empty(0, np.uint8)
 _TABLES: Final = {row.quant_type: row.table for row in (NF4, FP4, Int8)}
 
 
@@ -64,21 +65,7 @@ def encode(
     Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
     format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
     """
-    choose = streams.rule(codec, report)
-    front = _Front()
-
-    def select(name: str, value: Any) -> Codec:
-        if isinstance(value, (Quantized, Params4bit)):
-            choose.seen(name)
-            return Readymade(_codec(_quantized(value).state).pipeline)
-        view = front.view(value)
-        assert view is not None  # only tensors are asked about
-        return choose(name, value, view)
-
-    buffers = streams.encode(obj, front, codec=select, frame_size=frame_size, limits=limits, report=report)
-    if not isinstance(obj, Iterator):
-        choose.finish()
-    return buffers
+    return streams.encode(obj, AnyFront(_Front()), codec=codec, frame_size=frame_size, limits=limits, report=report)
 
 
 def decode(source: Any, *, limits: Limits = DEFAULT) -> Iterator[tuple[str, Any]]:
@@ -127,7 +114,7 @@ def _codec(state: QuantState) -> Codec:
         raise EncodeError("the weight was repacked by a CPU forward pass; capture its state dict before that")
     if state.quant_type not in _TABLES:
         raise EncodeError(f"unknown quant_type {state.quant_type!r}")
-    if not np.array_equal(state.code.cpu().numpy(), _TABLES[state.quant_type]):
+    if state.code.dtype != torch.float32 or not np.array_equal(_Elements(state.code)[:], _TABLES[state.quant_type]):
         raise EncodeError("the code table is not bitsandbytes' own; dequantize and send the tensor instead")
     wanted = torch.uint8 if state.nested else torch.float32
     if state.absmax.dtype != wanted:
@@ -151,24 +138,25 @@ class _Front(torch_front.TorchFront):
             raise EncodeError(f"quant_storage {data.dtype} cannot be sent; use torch.uint8")
         shape = tuple(data.shape if state.shape is None else state.shape)
         dtype = dtypes.BY_NAME.get(str(state.dtype).removeprefix("torch."))
-        if dtype is None or not _codec(state).accepts(dtype):
+        codec = _codec(state)
+        if dtype is None or not codec.accepts(dtype):
             raise EncodeError(f"a quantized tensor of {state.dtype} cannot be sent")
-        return TensorView(dtype, shape, _payload_reader(data, state, prod(shape)))
+        return TensorView(dtype, shape, _payload_reader(data, state, prod(shape)), codec=Readymade(codec.pipeline))
 
 
 def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Callable[[int, int], Any]:
-    codes = _host(data).reshape(-1)
-    absmax = _host(state.absmax)
+    codes = _Elements(data)
+    absmax = _Elements(state.absmax)
     per_byte = 1 if state.quant_type is None else 2
     if codes.size != -(-numel // per_byte) or absmax.size != -(-numel // state.blocksize):
         raise EncodeError("codes, absmax and shape of the quantized tensor do not match")
     nested = offset = None
     if state.nested:
-        nested = _host(state.state2.absmax)
+        nested = _Elements(state.state2.absmax)
         offset = np.array([float(state.offset)], np.float32)
-        if nested.dtype != np.float32 or nested.size != -(-absmax.size // NESTED_BLOCKSIZE):
+        if nested.dtype != dtypes.FLOAT32 or nested.size != -(-absmax.size // NESTED_BLOCKSIZE):
             raise EncodeError("the nested absmax of the quantized tensor does not match its absmax")
-    _check_scales(State(codes, absmax, nested, offset))
+    _check_scales(State(_NO_CODES, absmax[:], None if nested is None else nested[:], offset))
 
     def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
         first, last = start // state.blocksize, -(-stop // state.blocksize)
@@ -186,9 +174,20 @@ def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Callab
     return read
 
 
-def _host(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
-    return array
+class _Elements:
+    """The elements of a uint8 or float32 tensor on any device, in one dimension; only a slice of them is fetched."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        view = torch_front.FRONT.view(tensor.detach())
+        assert view is not None
+        self._view = view
+        self.dtype = view.dtype
+        self.size = view.numel
+
+    def __getitem__(self, part: slice) -> npt.NDArray[Any]:
+        start, stop, _ = part.indices(self.size)
+        data = np.frombuffer(self._view.read(start, stop), np.uint8)
+        return data.view(np.float32) if self.dtype == dtypes.FLOAT32 else data
 
 
 def _check_scales(state: State) -> None:
@@ -245,7 +244,11 @@ class _Collected:
             )
 
     def quantized(self) -> Quantized:
-        """The whole."""
+        """The whole, in tensors that gradients can flow through, whatever the mode of the caller."""
+        with torch.inference_mode(False):
+            return self._quantized()
+
+    def _quantized(self) -> Quantized:
         codes = torch.from_numpy(self._codes.data)
         dtype = getattr(torch, self._item.dtype.name)
         shape = torch.Size(self._item.shape)
@@ -263,7 +266,7 @@ class _Collected:
             blocksize=NESTED_BLOCKSIZE,
             dtype=torch.float32,
         )
-        offset = torch.tensor(np.frombuffer(self._offset or bytes(4), np.float32)[0])
+        offset = torch.frombuffer(bytearray(self._offset or bytes(4)), dtype=torch.float32).reshape(())
         return Quantized(codes.reshape(-1, 1), _QUANT_STATE(absmax, offset=offset, state2=state2, **common))
 
 

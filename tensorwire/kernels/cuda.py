@@ -17,10 +17,10 @@ import torch
 from bitsandbytes import functional
 
 from tensorwire.kernels import crc32c
+from tensorwire.kernels.tables import INT8_CODE
 
 # bitsandbytes has no types.
 _QUANT_STATE: Final[Any] = functional.QuantState
-_DYNAMIC_MAP: Final[Any] = functional.create_dynamic_map
 _ZERO_NF4: Final = 0x77  # code 7 twice: 0.0 in both halves
 _ZERO_INT8: Final = 127
 _SMALLEST_SCALE: Final = torch.finfo(torch.bfloat16).tiny
@@ -101,7 +101,7 @@ def quantize_int8(
     """Dynamic 8-bit codes and absmax."""
     if not torch.isfinite(values).all():
         return False
-    quantized, state = functional.quantize_blockwise(values, blocksize=blocksize)
+    quantized, state = functional.quantize_blockwise(values, code=_to(INT8_CODE, values), blocksize=blocksize)
     torch.from_numpy(codes).copy_(quantized)
     torch.from_numpy(absmax).copy_(state.absmax)
     for block in np.flatnonzero(absmax == 0):
@@ -114,8 +114,7 @@ def dequantize_int8(
     codes: np.ndarray, absmax: np.ndarray, out: torch.Tensor, *, blocksize: int, uncached: bool | None = None
 ) -> None:
     """table[code] * absmax, rounded to the dtype of `out`, which saturates."""
-    code = _DYNAMIC_MAP().to(out.device)
-    state = _QUANT_STATE(_to(absmax, out), code=code, blocksize=blocksize, dtype=out.dtype)
+    state = _QUANT_STATE(_to(absmax, out), code=_to(INT8_CODE, out), blocksize=blocksize, dtype=out.dtype)
     _put(functional.dequantize_blockwise(_to(codes, out), state), out)
 
 

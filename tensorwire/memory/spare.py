@@ -161,6 +161,8 @@ def set_spare_memory(size: int) -> None:
 
     The default is a sixteenth of the machine's memory, 1 GiB at most, or TENSORWIRE_SPARE_MEMORY. The system takes it
     back whenever it needs memory; until then it counts as this process's.
+
+        tensorwire.set_spare_memory(0)
     """
     if type(size) is not int or size < 0:
         raise ValueError(f"spare memory: expected a number of bytes, not {size!r}")
@@ -168,5 +170,13 @@ def set_spare_memory(size: int) -> None:
 
 
 def get_spare_memory() -> int:
-    """The bytes that may be kept."""
+    """The bytes that may be kept.
+
+    To do without for a while:
+
+        before = tensorwire.get_spare_memory()
+        tensorwire.set_spare_memory(0)
+        ...
+        tensorwire.set_spare_memory(before)
+    """
     return SPARE.limit

@@ -3,7 +3,17 @@
 `storage.parts`, which `import tensorwire` does without, has files that are written over several attempts.
 """
 
-from tensorwire.storage.atomic import Target, rename, replacing, write_file
-from tensorwire.storage.output import Output, OutputFile, read_at
+from tensorwire.storage.atomic import Target, new_folder, rename, replacing, write_file
+from tensorwire.storage.output import Output, OutputFile, read_at, write_object
 
-__all__ = ["Output", "OutputFile", "Target", "read_at", "rename", "replacing", "write_file"]
+__all__ = [
+    "Output",
+    "OutputFile",
+    "Target",
+    "new_folder",
+    "read_at",
+    "rename",
+    "replacing",
+    "write_file",
+    "write_object",
+]

@@ -45,6 +45,38 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[int]:
         target.sync()
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The path of a new folder that takes the name `path` on success, to make files in with `replacing`.
+
+    On any error it is removed with all that is in it. Raises StorageError, at once where something has this name that
+    is no empty folder.
+    """
+    shown = os.fsdecode(path)
+    parent, name = os.path.split(os.path.abspath(shown))
+    folder = os.path.join(parent, f".{name[:_NAME_SHOWN]}.{os.urandom(8).hex()}.part")
+    with storing(shown, "make the folder"):
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path) or os.listdir(path)):
+            raise FileExistsError(errno.EEXIST, "it exists and is no empty folder")
+        os.mkdir(folder)
+    try:
+        yield folder
+        with storing(shown, "rename a folder to"):
+            os.replace(folder, path)
+    except BaseException:
+        import shutil  # which loads three compressors
+
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if _HAS_FOLDER_FDS:
+        with storing(shown, "sync the folder of"):
+            fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                _sync_folder(fd)
+            finally:
+                os.close(fd)
+
+
 class Target:
     """The name of a file to come, in a folder that is held open; a context manager. Raises StorageError.
 
@@ -186,10 +218,17 @@ def rename(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
         target.sync()
 
 
-def write_file(path: str | os.PathLike[str], buffers: Iterable[Any]) -> int:
-    """Write a file that appears only when complete, of these buffers; returns its size. Raises StorageError."""
+def write_file(path: str | os.PathLike[str], buffers: Iterable[Any], late: Iterable[tuple[int, bytes]] = ()) -> int:
+    """Write a file that appears only when complete, of these buffers; returns its size. Raises StorageError.
+
+    `late`: (offset, bytes) that are known once the buffers have passed, and written over what they left there.
+    """
     with replacing(path) as fd:
-        return Output(fd, path).append(buffers)
+        output = Output(fd, path)
+        size = output.append(buffers)
+        for offset, data in late:
+            output.write_at(memoryview(data), offset)
+        return size
 
 
 def _sync_folder(fd: int) -> None:

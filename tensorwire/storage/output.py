@@ -19,6 +19,8 @@ _REMEDIES: Final = {
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
+    errno.EEXIST: "choose another name, or remove what is there",
+    errno.ENOTEMPTY: "choose another name, or remove what is there",
     errno.ENOENT: "the folder does not exist, or no longer: create it first",
     errno.ENOTDIR: "part of the path is a file: choose another",
     errno.EISDIR: "there is a folder of this name: choose another name",
@@ -108,6 +110,25 @@ class OutputFile(io.RawIOBase):
         self._offset += size
         self._end = max(self._end, self._offset)
         return size
+
+
+def write_object(file: Any, buffers: Iterable[Any]) -> int:
+    """Write every buffer into a file object, from where it stands; returns the bytes written.
+
+    What it raises is its own. Raises StorageError for one that takes nothing.
+    """
+    total = 0
+    for buffer in buffers:
+        rest = memoryview(buffer).cast("B")
+        total += len(rest)
+        while rest:
+            size = file.write(rest)
+            if not size:
+                raise StorageError(
+                    "the file object took no bytes: give one that waits until it can", errno=errno.EAGAIN
+                )
+            rest = rest[size:]
+    return total
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:

@@ -5,10 +5,11 @@ Parts are written over several attempts before they get their name; scratch neve
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Final
 
@@ -41,8 +42,7 @@ class Part:
 
     def __init__(self, path: str | os.PathLike[str], key: bytes) -> None:
         self._target = Target(path)
-        name = os.fsdecode(os.fsencode(self._target.name)[:_NAME_BYTES])
-        stem = f".{name}.{sha256(key).hexdigest()[:16]}"
+        stem = f".{_shortened(self._target.name)}.{sha256(key).hexdigest()[:16]}"
         self._name, self._note_name = f"{stem}.part", f"{stem}.done"
         self._fd: int | None = None
 
@@ -183,12 +183,39 @@ class Part:
             raise StorageError(detail, errno=error.errno) from error
 
 
+def has_note(path: str | os.PathLike[str]) -> bool:
+    """Whether some part has taken this name, and its note was not forgotten yet."""
+    folder, name = os.path.split(os.fsdecode(path))
+    begin = f".{_shortened(name)}."
+    try:
+        names = os.listdir(folder or os.curdir)
+    except OSError:
+        return False
+    return any(name.startswith(begin) and name.endswith(".done") for name in names)
+
+
+def _shortened(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
+
+
 @contextmanager
 def scratch() -> Iterator[str]:
-    """The path of a file to come that is nobody else's business and ends with the block. Raises StorageError."""
-    with ExitStack() as stack:
+    """The path of a file to come that is nobody else's business and ends with the block. Raises StorageError.
+
+    It ends where a signal raises too: its folder has a name before it is made, and what interrupts the removal does so
+    once.
+    """
+    folder = ""
+    try:
         try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            folder = os.path.join(tempfile.gettempdir(), f"tensorwire-{os.urandom(16).hex()}")
+            os.mkdir(folder, 0o700)
         except OSError as error:
             raise StorageError(f"no folder for temporary files: {error}", errno=error.errno) from error
         yield os.path.join(folder, "scratch")
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise

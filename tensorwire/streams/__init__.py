@@ -1,10 +1,10 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.flatten import Rule, flatten
+from tensorwire.streams.flatten import Rule, as_pair, flatten
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
-from tensorwire.streams.report import Report
+from tensorwire.streams.report import Report, size_text
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, stream_info, stream_size
 from tensorwire.streams.sinks import collect, decode, decode_async
@@ -23,12 +23,14 @@ __all__ = [
     "Schema",
     "Sender",
     "StreamSize",
+    "as_pair",
     "collect",
     "decode",
     "decode_async",
     "encode",
     "flatten",
     "rule",
+    "size_text",
     "stream_info",
     "stream_size",
 ]

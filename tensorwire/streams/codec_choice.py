@@ -1,9 +1,12 @@
 """Which codec each tensor gets: one for all, by pattern over names, or by a function."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Final
 
+from tensorwire import dtypes
 from tensorwire.codecs import RAW, Codec, Stage, parse
 from tensorwire.errors import EncodeError, near, show
 from tensorwire.streams.report import Report
@@ -14,6 +17,14 @@ CodecChoice = CodecSpec | Mapping[str, CodecSpec] | Callable[[str, Any], CodecSp
 
 _NAMES_KEPT: Final = 4096  # to find those in that look like a pattern that matches none
 _NAMES_SHOWN: Final = 3
+# What quantized weights are stored as: a code an element, or several in 32 bits.
+_CODES: Final = frozenset(
+    dtype
+    for dtype in dtypes.ALL
+    if (dtype.itemsize == 1 and dtype != dtypes.BOOL) or dtype in (dtypes.INT32, dtypes.UINT32)
+)
+_CUT: Final = re.compile("[._]")  # where a name may go on behind that of the codes
+_TABLE: Final = 4096  # bytes that the scales and tables of the smallest weights may have
 
 
 def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
@@ -22,25 +33,61 @@ def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
     A mapping's keys are shell patterns over dotted names, the first match wins, and what none matches is raw; a pattern
     that matches no tensor, or can match none behind those before it, is an error. A tensor that its codec cannot
     represent (another dtype, or values that the codec's policy sends raw) travels losslessly, compressed where the
-    codec compresses, and stands in `report`. Raises EncodeError.
+    codec compresses, and stands in `report`.
+
+    So do the scales and tables of weights that are quantized already: floats that are named after codes (a tensor of
+    bytes or of 32-bit ints), or stand beside a matrix of them in the same module, in at most half their bytes. They are
+    what is left of the weights' precision. A function has the last word on them; in an iterator of pairs, the codes
+    must come first.
+
+    A tensor with several names gets the codec that keeps the most of it: a lossless one where any name asks for one.
+    Raises EncodeError.
     """
-    return CodecRule(_selector(choice), _patterns(choice) if isinstance(choice, Mapping) else [], report)
+    patterns = _patterns(choice) if isinstance(choice, Mapping) else []
+    explicit = callable(choice) and not isinstance(choice, (Stage, Codec))
+    return CodecRule(_selector(choice), patterns, report, exact_scales=not explicit)
 
 
 class CodecRule:
     """`flatten.Rule` for the choices that a caller has."""
 
-    def __init__(self, select: Callable[[str, Any], Codec], patterns: list[str], report: Report | None) -> None:
+    def __init__(
+        self,
+        select: Callable[[str, Any], Codec],
+        patterns: list[str],
+        report: Report | None,
+        *,
+        exact_scales: bool = True,
+    ) -> None:
         self._select = select
         self._unmet = patterns
         self._report = report
+        self._exact_scales = exact_scales
         self._names: list[str] = []
+        self._codes: dict[str, int] = {}  # bytes of codes, by their name,
+        self._modules: dict[str, int] = {}  # and of the largest matrix of them in a module
 
-    def __call__(self, name: str, value: Any, view: TensorView, /) -> Codec:
+    def notice(self, name: str, view: TensorView, /) -> None:
+        """Note that there is a tensor of this name."""
+        if view.dtype in _CODES:
+            size = self._codes[name] = view.numel * view.dtype.itemsize
+            if len(view.shape) > 1:
+                self._modules[_module(name)] = max(size, self._modules.get(_module(name), 0))
+        if not self._unmet:
+            return
+        self._unmet = [pattern for pattern in self._unmet if not fnmatchcase(name, pattern)]
+        if len(self._names) < _NAMES_KEPT:
+            self._names.append(name)
+
+    def __call__(self, name: str, value: Any, view: TensorView, /, *, others: Sequence[str] = ()) -> Codec:
         """The codec that the choice means for a tensor."""
-        self.seen(name)
-        chosen = self._select(name, value)
-        reason = chosen.fallback(view) if chosen.accepts(view.dtype) else view.dtype.name
+        chosen = max((self._select(each, value) for each in (name, *others)), key=partial(_kept, view))
+        if not chosen.accepts(view.dtype):
+            reason = view.dtype.name
+        elif not chosen.lossless and self._is_scale(name, view):
+            reason = "scale of quantized weights"
+        else:
+            reason = chosen.fallback(view)
         if not reason:
             return chosen
         used = chosen.lossless_fallback()
@@ -48,13 +95,13 @@ class CodecRule:
             self._report.add_otherwise(name, repr(chosen), repr(used), reason)
         return used
 
-    def seen(self, name: str, /) -> None:
-        """Note that there is a tensor of this name."""
-        if not self._unmet:
-            return
-        self._unmet = [pattern for pattern in self._unmet if not fnmatchcase(name, pattern)]
-        if len(self._names) < _NAMES_KEPT:
-            self._names.append(name)
+    def _is_scale(self, name: str, view: TensorView) -> bool:
+        """Whether a tensor that a codec would round belongs to codes."""
+        if not self._codes or not self._exact_scales:
+            return False
+        stems = (name[: cut.start()] for cut in _CUT.finditer(name))
+        codes = max(self._modules.get(_module(name), 0), *(self._codes.get(stem, 0) for stem in stems), 0)
+        return codes > 0 and view.numel * view.dtype.itemsize <= max(codes // 2, _TABLE)
 
     def finish(self) -> None:
         """Raise EncodeError for a pattern that matched none of the tensors, if there were any."""
@@ -64,6 +111,19 @@ class CodecRule:
             nearest = "nearest:" if names else "there are"
             shown = ", ".join(map(show, names or self._names[:_NAMES_SHOWN]))
             raise EncodeError(f"codec pattern {show(pattern)} matches no tensor; {nearest} {shown}")
+
+
+def _kept(view: TensorView, codec: Codec) -> tuple[int, int, str]:
+    """How much of a tensor a codec keeps: all of it, or by the bytes it makes; equals in the order of their specs."""
+    if not codec.accepts(view.dtype):
+        return 1, 0, repr(codec)
+    if codec.lossless:
+        return 2, 0, repr(codec)
+    return 0, codec.bound(max(view.numel, 1), view.dtype), repr(codec)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _near(pattern: str, names: list[str]) -> list[str]:

@@ -1,25 +1,37 @@
 """Containers to leaves: what is sent, item by item."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+import dataclasses
+import enum
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
+
+from tensorwire import dtypes
 from tensorwire.codecs import Codec
 from tensorwire.errors import EncodeError, WireError
 from tensorwire.limits import Limits
-from tensorwire.tensor import Front, TensorView
+from tensorwire.tensor import ByteArray, Front, TensorView
 from tensorwire.wire import AliasItem, ContainerItem, FileItem, Kind, TensorItem, ValueItem
 from tensorwire.wire.items import Key, Path, check_key
 from tensorwire.wire.values import is_plain_dict, is_plain_tuple, pack_value
+
+# Containers that stand in several places are written out at each. Beyond this many values that is refused: a few lines
+# of nested lists could stand for more than any disk holds.
+_REPEATED: Final = 1 << 22
+_SHORT: Final = frozenset({type(None), bool, int, float})
 
 
 class Rule(Protocol):
     """Which codec each tensor gets."""
 
-    def __call__(self, name: str, value: Any, view: TensorView, /) -> Codec:
-        """The codec of a tensor."""
+    def notice(self, name: str, view: TensorView, /) -> None:
+        """There is a tensor of this name. Said of all tensors of a container before the first is asked about."""
 
-    def seen(self, name: str, /) -> None:
-        """A tensor of this name needs no codec of its own: its data travel under another name."""
+    def __call__(self, name: str, value: Any, view: TensorView, /, *, others: Sequence[str] = ()) -> Codec:
+        """The codec of a tensor, which has these `others` names as well."""
 
     def finish(self) -> None:
         """There are no more tensors. Raises EncodeError where the rule was about one that is not there."""
@@ -55,84 +67,183 @@ def flatten(
     """The leaves of a container that stands at `path`, depth-first, in the order of its dicts.
 
     `rule` gives the codec of each tensor; behind the last leaf of a whole container it is told that this was all.
-    `tie`: of tensors that are the same view of the same memory, all but the first become aliases of it. Raises
-    EncodeError naming the item for whatever cannot be sent.
+    `tie`: of tensors that are the same view of the same memory, all but the first become aliases of it. Dicts and lists
+    of a subclass travel as what they are at heart. Raises EncodeError naming the item for whatever cannot be sent.
     """
-    yield from _Flattener(front, rule, limits, tie=tie).leaves(value, path)
+    found = list(_Walk(front, limits).leaves(value, path))
+    aliases, others = _ties(found) if tie else ({}, {})
+    for leaf in found:
+        if isinstance(leaf, _Tensor):
+            rule.notice(_name(leaf.path), leaf.view)
+    found.reverse()
+    for number in range(len(found)):
+        leaf = found.pop()  # so that nothing is held twice
+        if not isinstance(leaf, _Tensor):
+            yield leaf
+        elif number in aliases:
+            yield BareLeaf(AliasItem(leaf.path, aliases[number]))
+        else:
+            yield _with_codec(leaf, rule, others.get(number, ()))
     if not path:
         rule.finish()
 
 
-class _Flattener:
-    """What the leaves of one container have in common."""
+def as_pair(pair: Any) -> tuple[Any, Any]:
+    """What an iterator of (name, tensor) pairs gave. Raises EncodeError for anything else."""
+    if not issubclass(type(pair), (tuple, list)) or len(pair) != 2:
+        raise EncodeError(
+            f"an iterator must give (name, tensor) pairs, not a {_type(pair)}; of a module send .state_dict(), or "
+            ".named_parameters()"
+        )
+    return pair[0], pair[1]
 
-    def __init__(self, front: Front, rule: Rule, limits: Limits, *, tie: bool) -> None:
+
+class _Tensor(NamedTuple):
+    """A tensor that has no codec yet."""
+
+    path: Path
+    value: Any
+    view: TensorView
+
+
+def _ties(found: list[Leaf | _Tensor]) -> tuple[dict[int, int], dict[int, list[str]]]:
+    """For each tensor met before, by number: the number of the first; and by that the names of the further ones."""
+    firsts: dict[tuple[object, ...], int] = {}
+    aliases: dict[int, int] = {}
+    names: dict[int, list[str]] = {}
+    for number, leaf in enumerate(found):
+        if isinstance(leaf, _Tensor) and leaf.view.identity is not None:
+            first = firsts.setdefault(leaf.view.identity, number)
+            if first != number:
+                aliases[number] = first
+                names.setdefault(first, []).append(_name(leaf.path))
+    return aliases, names
+
+
+def _with_codec(leaf: _Tensor, rule: Rule, others: Sequence[str]) -> TensorLeaf:
+    name, view = _name(leaf.path), leaf.view
+    try:
+        codec: Codec = view.codec or rule(name, leaf.value, view, others=others)
+    except (EncodeError, WireError) as error:
+        raise EncodeError(error.detail, item=name) from None
+    return TensorLeaf(TensorItem(leaf.path, view.dtype, view.shape, codec.stages()), view, codec)
+
+
+class _Survey(NamedTuple):
+    """What is known of a container before it is walked, with all that is in it."""
+
+    plain: bool  # there are values only, so that it may travel as one
+    builtin: bool  # of the types that values have, none of a subclass
+    height: int  # levels of containers in it
+    values: int  # those of containers in several places counted at each
+    least: int  # bytes that it takes as one value, or fewer
+
+
+class _Walk:
+    """The leaves of one container. Each container in it is surveyed once, in however many places it stands."""
+
+    def __init__(self, front: Front, limits: Limits) -> None:
         self._front = front
-        self._rule = rule
         self._limits = limits
-        self._tie = tie
-        self._count = 0
-        self._seen: dict[tuple[object, ...], int] = {}  # the number of the first item with this identity
+        self._surveys: dict[int, _Survey] = {}  # by id; all are held by the outermost container
+        self._packed: dict[int, bytes | None] = {}
+        self._around: set[int] = set()  # the containers around the one that is being surveyed
+        self._values = 0  # surveyed, those of containers in several places counted once
 
-    def leaves(self, value: Any, path: Path) -> Iterator[Leaf]:
+    def leaves(self, value: Any, path: Path) -> Iterator[Leaf | _Tensor]:
+        if _container(value) is not None:
+            self._survey(value, path)
+        yield from self._leaves(value, path)
+
+    def _leaves(self, value: Any, path: Path) -> Iterator[Leaf | _Tensor]:
         try:
             leaf = self._leaf(value, path)
         except (EncodeError, WireError) as error:
             raise EncodeError(error.detail, item=_name(path)) from None
-        self._count += 1
         yield leaf
-        if isinstance(leaf.item, ContainerItem):
-            children = value.items() if leaf.item.kind is Kind.DICT else enumerate(value)
-            for key, child in children:
-                yield from self.leaves(child, (*path, self._key(key, path)))
+        if isinstance(leaf, BareLeaf):
+            for key, child in _children(value):
+                yield from self._leaves(child, (*path, self._key(key, path)))
 
-    def _leaf(self, value: Any, path: Path) -> Leaf:
-        view = self._front.view(value)
-        if view is not None:
-            return self._tensor(value, view, path)
+    def _leaf(self, value: Any, path: Path) -> Leaf | _Tensor:
         kind = _container(value)
         if kind is None:
+            view = self._front.view(value)
+            if view is not None:
+                return _Tensor(path, value, view if view.dtype != dtypes.BOOL else _zeros_and_ones(view))
+            if not _is_value(value):
+                raise EncodeError(f"a {_type(value)} cannot be sent: {_remedy(value)}")
             return _value(path, pack_value(value, self._limits))
-        if path and not self._holds_tensor(value, self._limits.nesting - len(path)):
-            try:
-                packed = pack_value(value, self._limits)
-            except EncodeError:
-                pass  # Something in this container cannot be sent: the walk comes to it, and names it.
-            else:
-                if len(packed) <= self._limits.composite:
-                    return _value(path, packed)
-        if len(path) == self._limits.nesting:
-            raise EncodeError("nested too deep")
-        return BareLeaf(ContainerItem(path, kind))
+        packed = self._pack(value) if path else None
+        return BareLeaf(ContainerItem(path, kind)) if packed is None else _value(path, packed)
 
-    def _tensor(self, value: Any, view: TensorView, path: Path) -> Leaf:
-        if self._tie and view.identity is not None:
-            first = self._seen.setdefault(view.identity, self._count)
-            if first != self._count:
-                self._rule.seen(_name(path))
-                return BareLeaf(AliasItem(path, first))
-        codec = self._rule(_name(path), value, view)
-        return TensorLeaf(TensorItem(path, view.dtype, view.shape, codec.stages()), view, codec)
+    def _pack(self, value: Any) -> bytes | None:
+        """A container as one value; None where it has to travel item by item."""
+        survey, place = self._surveys[id(value)], id(value)
+        if not survey.plain or survey.least > self._limits.composite:
+            return None
+        if place not in self._packed:
+            try:
+                packed = pack_value(value if survey.builtin else _builtin(value), self._limits)
+            except EncodeError:  # something in it cannot be sent: the walk comes to it, and names it
+                self._packed[place] = None
+            else:
+                self._packed[place] = packed if len(packed) <= self._limits.composite else None
+        return self._packed[place]
 
     def _key(self, key: Any, path: Path) -> Key:
         try:
+            key = _builtin_key(key)
             check_key(key, self._limits)
         except WireError as error:
             raise EncodeError(error.detail, item=_name(path)) from None
         return key  # type: ignore[no-any-return]  # which has just been checked
 
-    def _holds_tensor(self, value: Any, depth: int) -> bool:
-        """Whether there is a tensor in `value`, or what the walk has to refuse: a strange tensor, endless depth."""
-        try:
-            if self._front.view(value) is not None:
-                return True
-        except EncodeError:
-            return True
-        kind = _container(value)
-        if kind is None:
-            return False
-        children = value.values() if kind == Kind.DICT else value
-        return depth <= 0 or any(self._holds_tensor(child, depth - 1) for child in children)
+    def _survey(self, value: Any, path: Path) -> _Survey:
+        """Raise EncodeError for what is nested too deep, or without end, or repeated beyond measure."""
+        place = id(value)
+        if place in self._around:
+            raise EncodeError("nested too deep: the container holds itself", item=_name(path))
+        if place not in self._surveys and len(path) < self._limits.nesting:
+            self._around.add(place)
+            self._surveys[place] = self._surveyed(value, path)
+            self._around.remove(place)
+        survey = self._surveys.get(place)
+        if survey is None or len(path) + survey.height >= self._limits.nesting:
+            raise EncodeError("nested too deep", item=_name(path))
+        return survey
+
+    def _surveyed(self, value: Any, path: Path) -> _Survey:
+        plain, builtin, height, values, least = True, _is_builtin(value), 0, 0, 1
+        for key, child in _children(value):
+            values += 1
+            self._values += 1
+            kind = type(child)
+            if kind in _SHORT:
+                least += 1
+            elif kind is str or kind is bytes:
+                least += len(child)
+            elif _container(child) is None:
+                plain = False
+            else:
+                inner = self._survey(child, (*path, key))
+                plain, builtin = plain and inner.plain, builtin and inner.builtin
+                height = max(height, inner.height + 1)
+                values, least = values + inner.values, least + inner.least
+        if values - self._values > _REPEATED:
+            detail = f"lists or dicts that stand in several places come to {values:,} values once written out; "
+            raise EncodeError(detail + "send each once, and where it is used by name", item=_name(path))
+        return _Survey(plain, builtin, height, values, least)
+
+
+def _zeros_and_ones(view: TensorView) -> TensorView:
+    """A tensor of bools whose bytes may be any: what is not 0 is true, as for torch and NumPy."""
+
+    def read(start: int, stop: int) -> ByteArray:
+        data = np.frombuffer(view.read(start, stop), np.uint8)
+        return data if not data.size or data.max() <= 1 else (data != 0).view(np.uint8)
+
+    return dataclasses.replace(view, read=read)
 
 
 def _value(path: Path, packed: bytes) -> ValueLeaf:
@@ -140,11 +251,81 @@ def _value(path: Path, packed: bytes) -> ValueLeaf:
 
 
 def _container(value: Any) -> Kind | None:
-    if is_plain_dict(value):
+    kind = type(value)
+    if issubclass(kind, dict):
         return Kind.DICT
-    if type(value) is list:
+    if issubclass(kind, list):
         return Kind.LIST
     return Kind.TUPLE if is_plain_tuple(value) else None
+
+
+def _children(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Keys and children of a container, whatever a subclass makes of them."""
+    if isinstance(value, OrderedDict):  # whose order is its own
+        return OrderedDict.items(value)
+    if isinstance(value, dict):
+        return dict.items(value)
+    return enumerate(list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value))
+
+
+def _is_builtin(value: Any) -> bool:
+    """Whether a container, but for its children, is of the types that values have."""
+    if is_plain_dict(value):
+        return all(type(key) is str or type(key) is int for key in value)
+    return type(value) is list or isinstance(value, tuple)
+
+
+def _builtin(value: Any) -> Any:
+    """A container of values with subclasses as what they are at heart."""
+    kind = _container(value)
+    if kind is None:
+        return value
+    if kind is Kind.DICT:
+        return {_builtin_key(key): _builtin(child) for key, child in _children(value)}
+    children = [_builtin(child) for _, child in _children(value)]
+    return children if kind is Kind.LIST else tuple(children)
+
+
+def _builtin_key(key: Any) -> Any:
+    """An int of NumPy, or of a subclass, as an int: they are the same key."""
+    return int(key) if issubclass(type(key), (int, np.integer)) and type(key) is not bool else key
+
+
+def _is_value(value: Any) -> bool:
+    return type(value) in _SHORT or type(value) in (str, bytes)
+
+
+def _type(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _remedy(value: Any) -> str:
+    """What to send in place of something that is neither tensor nor value. Asks its type only: it may be anything."""
+    kind = type(value)
+    if callable(getattr(kind, "state_dict", None)):
+        return "send its .state_dict()"
+    if dataclasses.is_dataclass(kind):
+        return "send dataclasses.asdict() of it"
+    for bases, remedy in _REMEDIES:
+        if issubclass(kind, bases):
+            return remedy
+    if hasattr(kind, "__array__"):
+        return "send numpy.asarray() of it"
+    return "only tensors, None, bool, int, float, str, bytes and dict, list and tuple of them"
+
+
+_REMEDIES: Final[tuple[tuple[Any, str], ...]] = (
+    (enum.Enum, "send its .value"),
+    (tuple, "send tuple() of it, or ._asdict()"),
+    (str, "send str() of it"),
+    (int, "send int() of it"),
+    (float, "send float() of it"),
+    ((bytes, bytearray, memoryview), "send bytes() of it"),
+    (os.PathLike, "send str() of it"),
+    (Mapping, "send dict() of it"),
+    (Iterator, "send list() of it; of a module's parameters its .state_dict()"),
+    (Iterable, "send list() of it"),
+)
 
 
 def _name(path: Path) -> str:

@@ -111,7 +111,7 @@ class _Incoming:
 class Receiver:
     """One stream being received: a `wire.drive.Consumer`, a context manager.
 
-    Used as one, it adds to errors that the consumer raises over an event which item, frame and offset that was.
+    Used as one, it adds to errors that the consumer raises over an event which item, frame, offset and file that was.
     `overlap`: where its source may wait, decode slices in another thread while the next ones are received, which costs
     more than it gains where nothing is waited for. `scratch`: memory for slices that do not land anywhere, shared with
     other streams that are read in turns with this one; nothing is then decoded ahead. `base`: the content digest of the
@@ -131,6 +131,7 @@ class Receiver:
         self._scratch = next(self._scratches)
         self._incoming: dict[int, _Incoming] = {}
         self._aliases: dict[int, list[AliasItem]] = {}
+        self._file: object = None  # what the source is called
         self._helper: Helper[tuple[_Position, Piece]] = Helper()
         self._at: _Position | None = None  # where the event that is handled now came from
         # The part of a raw slice that is being filled: its first byte and its memory. And what was wrong with an
@@ -141,11 +142,13 @@ class Receiver:
     def events(self, source: Any) -> Iterator[Event]:
         """The events of a stream from a blocking source: a buffer, an iterable of buffers, or what has `readinto`."""
         source = as_source(source)
+        self._file = getattr(source, "name", None)
         self._overlap = self._overlap and may_wait(source)
         return pull(self, source)
 
     def events_async(self, source: Any) -> AsyncIterator[Event]:
         """As `events`; also from an asynchronous iterable, or where `readinto` is a coroutine function."""
+        self._file = getattr(source, "name", None)
         source = as_async_source(source)
         self._overlap = self._overlap and may_wait(source)
         return pull_async(self, source)
@@ -177,8 +180,12 @@ class Receiver:
             self._reader.close()
 
     def _locate(self, error: BaseException | None) -> None:
-        if isinstance(error, TensorwireError) and self._at is not None:
+        if not isinstance(error, TensorwireError):
+            return
+        if self._at is not None:
             self._at.locate(error)
+        if error.file is None and isinstance(self._file, str):
+            error.file = self._file
 
     def _receive(self) -> Iterator[Event | NeedData]:
         reader = self._reader

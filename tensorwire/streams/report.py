@@ -61,7 +61,7 @@ class Report:
 
     def __str__(self) -> str:
         ratio = f" ({self.bytes_in / self.bytes_out:.1f}x)" if self.bytes_in else ""
-        parts = [f"{_size(self.bytes_in)} -> {_size(self.bytes_out)}{ratio}"]
+        parts = [f"{size_text(self.bytes_in)} -> {size_text(self.bytes_out)}{ratio}"]
         for (used, reason), count in Counter((row.used, row.reason) for row in self.otherwise).items():
             parts.append(f"{count:,} item{'s' * (count > 1)} {used} ({reason})")
         return ", ".join(parts)
@@ -91,8 +91,8 @@ class Report:
         return self.codecs[spec]
 
 
-def _size(count: int) -> str:
-    """Bytes for people: `33.6 MB`."""
+def size_text(count: int) -> str:
+    """Bytes as people read them: `33.6 MB`."""
     if count < 1000:
         return f"{count} B"
     value, unit = count / 1000, 0

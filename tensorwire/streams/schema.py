@@ -6,12 +6,19 @@ from tensorwire.errors import SchemaError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import flatten
-from tensorwire.tensor import Front
+from tensorwire.tensor import AnyFront, Front, TensorView
 from tensorwire.wire import Item, Kind
 from tensorwire.wire.items import Path
 
 # What must be equal, of items of the same kind. The size of a value is its own business.
 _COMPARED: Final = {Kind.TENSOR: ("dtype", "shape", "codec"), Kind.ALIAS: ("of",)}
+
+
+class _Describing(AnyFront):
+    """Sees tensors by their description alone."""
+
+    def view(self, value: object) -> TensorView | None:
+        return self.describe(value)
 
 
 class Schema:
@@ -24,13 +31,14 @@ class Schema:
 
     @classmethod
     def of(cls, value: Any, front: Front, *, codec: CodecChoice | None = None, limits: Limits = DEFAULT) -> "Schema":
-        """The schema of a container like the one expected (its values do not matter), or `value` if it is one.
+        """The schema of a container like the one expected, or `value` if it is one.
 
-        With `codec`, items must come encoded as `encode(value, codec=codec)` would encode them.
+        The values of its tensors do not matter; they may be on torch's meta device, where they have none. With `codec`,
+        items must come encoded as `encode(value, codec=codec)` would encode them.
         """
         if isinstance(value, Schema):
             return cls(value._items, codecs=value._codecs)
-        leaves = flatten(value, front, rule(codec or "raw"), limits)
+        leaves = flatten(value, _Describing(front), rule(codec or "raw"), limits)
         return cls({leaf.item.path: leaf.item for leaf in leaves}, codecs=codec is not None)
 
     def check(self, item: Item) -> None:

@@ -4,11 +4,16 @@ Everything about the container is checked, and every descriptor made, before the
 tensor is encoded frame by frame. Buffers are either small bytes, the caller's own memory (raw), or pooled memory
 that is used again once the consumer lets go of it. An empty buffer says: send what you have gathered, what comes next
 is still to be made.
+
+The caller's own memory was checksummed when its header was made: whoever changes it before it is sent makes a stream
+that its receiver refuses. Where that must not be (files, messages), `private` streams carry copies of it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
@@ -17,10 +22,10 @@ from tensorwire.errors import EncodeError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
-from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, flatten
+from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, as_pair, flatten
 from tensorwire.streams.overlap import in_order
 from tensorwire.streams.report import Report
-from tensorwire.tensor import Buffer, Extent, Front, as_buffer
+from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE
 
@@ -31,6 +36,8 @@ _MIN_FRAME_SIZE: Final = 1 << 12
 _DECODED: Final = 4
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
 FLUSH: Final = b""
+# (offset, bytes) to be written over what has passed there.
+Late = list[tuple[int, bytes]]
 
 
 def encode(
@@ -43,16 +50,20 @@ def encode(
     stream_id: bytes = b"",
     tie: bool = True,
     at_rest: bool = False,
+    private: bool = False,
+    late: Late | None = None,
     limits: Limits = DEFAULT,
     report: Report | None = None,
 ) -> Iterator[Buffer]:
     """The buffers of one stream.
 
     Options as `tensorwire.encode` has them. `at_rest`: lay the stream out as a file, with an index, aligned payloads
-    and each raw item in one frame, so that it can be mapped.
+    and each raw item in one frame, so that it can be mapped. `private`: give no memory of the caller away, but copies
+    of it; so does `at_rest`. `late`: takes the headers that are made once their payload has passed, where what is
+    written can be written over; without it, a large raw item that changes meanwhile is an EncodeError.
     """
     info = stream_info(metadata, stream_id, at_rest=at_rest)
-    sender = Sender(info, frame_size, limits, at_rest=at_rest, report=report)
+    sender = Sender(info, frame_size, limits, at_rest=at_rest, private=private, late=late, report=report)
     choose = rule(codec, report)
     if isinstance(value, Iterator):
         return sender.pairs(value, front, choose)
@@ -68,12 +79,15 @@ def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, a
 
 
 class _EncodedSlice(NamedTuple):
-    """A data frame to be sent: what its header says, the buffers of its payload, and whose data they are."""
+    """A data frame to be sent: what its header says, its payload, and whose data it is.
+
+    A `crc` that is None is made of the payload as it passes.
+    """
 
     start: int
     elements: int
     length: int
-    crc: int
+    crc: int | None
     payload: Iterable[Buffer]
     leaf: TensorLeaf | ValueLeaf
 
@@ -91,6 +105,8 @@ class Sender:
         limits: Limits,
         *,
         at_rest: bool = False,
+        private: bool = False,
+        late: Late | None = None,
         report: Report | None = None,
     ) -> None:
         if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
@@ -99,6 +115,8 @@ class Sender:
         self._frame_size = frame_size
         self._limits = limits
         self._at_rest = at_rest
+        self._private = private or at_rest
+        self._late = late
         self._pool = Pool()
         self._report = report
         try:
@@ -123,7 +141,8 @@ class Sender:
         """All buffers of a dict that is still being produced."""
         yield self.head()
         yield FLUSH
-        for name, value in pairs:
+        for pair in pairs:
+            name, value = as_pair(pair)
             yield from self.pair(name, value, front, rule)
             yield FLUSH
         rule.finish()
@@ -166,8 +185,23 @@ class Sender:
             for encoded in slices:
                 if self._report is not None:
                     self._report.add_frame(_spec(encoded.leaf), encoded.elements * _width(encoded.leaf), encoded.length)
-                yield self._framed(self._writer.data(*encoded[:4]))
-                yield from encoded.payload
+                if encoded.crc is None:
+                    yield from self._header_late(encoded)
+                else:
+                    header = self._writer.data(encoded.start, encoded.elements, encoded.length, encoded.crc)
+                    yield self._framed(header)
+                    yield from encoded.payload
+
+    def _header_late(self, encoded: _EncodedSlice) -> Iterator[Buffer]:
+        """A frame whose payload is read once: its header is made last, to be written over zeros in its place."""
+        assert self._late is not None
+        offset = self._writer.offset
+        yield self._framed(bytes(self._writer.data_header_size()))
+        crc = 0
+        for part in encoded.payload:
+            crc = crc32c(part, crc)
+            yield part
+        self._late.append((offset, self._writer.data(encoded.start, encoded.elements, encoded.length, crc)))
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
         """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
@@ -192,9 +226,13 @@ class Sender:
         read = leaf.view.device_read if leaf.codec.on_device and leaf.view.device_read else leaf.view.read
         try:
             extent = Extent(leaf.view.dtype, leaf.view.shape, start, stop - start)
-            encoded = leaf.codec.encode(read(start, stop), extent, self._pool.take, context)
-        except NonFiniteError as error:
-            error.index += start
+            data = read(start, stop)
+            if self._private and leaf.codec.in_place:
+                data = self._copied(data)
+            encoded = leaf.codec.encode(data, extent, self._pool.take, context)
+        except EncodeError as error:
+            if isinstance(error, NonFiniteError):
+                error.index += start
             error.item = leaf.item.name
             raise
         return [_encoded(leaf, start, stop - start, encoded)]
@@ -209,15 +247,38 @@ class Sender:
         yield _EncodedSlice(start, 0, 0, 0, (), leaf)
 
     def _in_one_frame(self, leaf: TensorLeaf) -> list[_EncodedSlice]:
-        """A raw item in a single frame. Its checksum stands before it, so its bytes are read twice."""
+        """A raw item in a single frame."""
         view = leaf.view
         step = max(_PART // view.dtype.itemsize, 1)
+        if view.numel <= step:
+            return [_encoded(leaf, 0, view.numel, Encoded(self._copied(_read(leaf, 0, view.numel))))]
         parts = [(start, min(start + step, view.numel)) for start in range(0, view.numel, step)]
+        if self._late is None:
+            crc = 0
+            for start, stop in parts:
+                crc = crc32c(_read(leaf, start, stop), crc)
+            return [
+                _EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, self._again(leaf, parts, crc), leaf)
+            ]
+        payload = (self._copied(_read(leaf, start, stop)).data for start, stop in parts)
+        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, None, payload, leaf)]
+
+    def _again(self, leaf: TensorLeaf, parts: list[tuple[int, int]], expected: int) -> Iterator[Buffer]:
+        """The parts, read once more. Raises EncodeError behind the last one where they are not what was checksummed."""
         crc = 0
         for start, stop in parts:
-            crc = crc32c(view.read(start, stop), crc)
-        payload = (as_buffer(view.read(start, stop)) for start, stop in parts)
-        return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, crc, payload, leaf)]
+            part = self._copied(_read(leaf, start, stop))
+            crc = crc32c(part, crc)
+            yield part.data
+        if crc != expected:
+            raise EncodeError("it was changed while it was written: copy it before, or wait", item=leaf.item.name)
+
+    def _copied(self, data: Buffer | ByteArray) -> ByteArray:
+        """The same bytes, in memory that nobody else writes to."""
+        given = np.frombuffer(as_buffer(data), np.uint8)
+        copy = self._pool.take(given.size)
+        copy[:] = given
+        return copy
 
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
         for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
@@ -254,6 +315,14 @@ def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> in
         f"one block of {codec} ({block} elements) does not fit into a frame of {frame_size} bytes; raise frame_size",
         item=item.name,
     )
+
+
+def _read(leaf: TensorLeaf, start: int, stop: int) -> Buffer:
+    try:
+        return as_buffer(leaf.view.read(start, stop))
+    except EncodeError as error:
+        error.item = leaf.item.name
+        raise
 
 
 def _encoded(leaf: TensorLeaf | ValueLeaf, start: int, count: int, encoded: Encoded) -> _EncodedSlice:

@@ -14,7 +14,7 @@ from tensorwire.streams.receiver import Completed, Event, Piece, Receiver, check
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.unflatten import Unflattener
 from tensorwire.tensor import Front
-from tensorwire.wire import AliasItem, DataItem, Item, ItemStart, TensorItem
+from tensorwire.wire import AliasItem, DataItem, Item, ItemStart, StreamStart, TensorItem
 
 
 def decode(
@@ -24,6 +24,7 @@ def decode(
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
     base: bytes | None = None,
+    metadata_into: dict[str, str] | None = None,
     limits: Limits = DEFAULT,
 ) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item, as soon as it is complete and verified.
@@ -31,7 +32,7 @@ def decode(
     Options as `tensorwire.decode` has them. When an error is raised, items already given are good and the rest is not
     delivered, but tensors in `into` may hold parts of what was received.
     """
-    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, metadata_into, limits)
     with memory.receiver as receiver:
         for event in receiver.events(source):
             for item, value in memory.completed(event):
@@ -46,10 +47,11 @@ async def decode_async(
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
     base: bytes | None = None,
+    metadata_into: dict[str, str] | None = None,
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
     """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine `readinto`."""
-    memory = _Memory(Receiver(limits, base=base), front, into, expect, limits)
+    memory = _Memory(Receiver(limits, base=base), front, into, expect, metadata_into, limits)
     with memory.receiver as receiver:
         async for event in receiver.events_async(source):
             for item, value in memory.completed(event):
@@ -64,10 +66,11 @@ def collect(
     into: Mapping[str, Any] | None = None,
     expect: Any = None,
     base: bytes | None = None,
+    metadata_into: dict[str, str] | None = None,
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    memory, containers = _Memory(Receiver(limits, base=base), front, into, expect, limits), Unflattener()
+    memory, containers = _Memory(Receiver(limits, base=base), front, into, expect, metadata_into, limits), Unflattener()
     with memory.receiver as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart):
@@ -82,11 +85,18 @@ class _Memory:
     """Receives a stream into memory."""
 
     def __init__(
-        self, receiver: Receiver, front: Front, into: Mapping[str, Any] | None, expect: Any, limits: Limits
+        self,
+        receiver: Receiver,
+        front: Front,
+        into: Mapping[str, Any] | None,
+        expect: Any,
+        metadata_into: dict[str, str] | None,
+        limits: Limits,
     ) -> None:
         self.receiver = receiver
         self._front = front
         self._into = dict(into or {})
+        self._metadata = metadata_into
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._filled: set[str] = set()
         self._memory: dict[int, GrowingMemory] = {}  # of tensors that are on their way,
@@ -102,6 +112,8 @@ class _Memory:
             self._open(event.number, event.item)
         elif self._copied and isinstance(event, Piece) and event.number in self._copied:
             self._copy(event)
+        elif self._metadata is not None and isinstance(event, StreamStart):
+            self._metadata.update(event.info.metadata)
         return ()
 
     def check_complete(self) -> None:

@@ -83,12 +83,13 @@ async def send_over(
     patience: float,
     greeting: float,
     check_peer: Callable[[Peer], None],
+    on_retry: Callable[[TensorwireError, float], None],
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
     `patience`: seconds without any progress of the receiver after which the last error is raised. `greeting`: seconds
     that it may take. Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is
-    offered.
+    offered. `on_retry`: called with the error and the seconds until the next attempt.
     """
     backoff = Backoff(patience=patience)
     reached = -1
@@ -106,6 +107,7 @@ async def send_over(
                 reached = watched.position.offset
                 backoff.reset()
             seconds = backoff.after(error)
+            on_retry(error, seconds)
         await pause(seconds)
 
 

@@ -173,7 +173,7 @@ def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) 
         kind, hello = yield from _read_any(None)
     except TransportError as error:  # no alert of TLS reaches us from where asyncio listens
         raise TransportError(
-            f"{error.detail}, before its greeting: is it full, or does it refuse our certificate?"
+            f"{error.detail}, before its greeting: does it expect TLS, refuse our certificate, or have too many peers?"
         ) from error
     if kind != "hello":
         raise SequenceError(f"expected the message 'hello', got {show(kind)}")

@@ -10,6 +10,7 @@ HANDSHAKE: Final = 10.0  # seconds for TLS and for the greeting
 MIN_RATE: Final = 1024.0  # bytes a second, over
 _WINDOW: Final = 30.0  # seconds of waiting
 _ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")  # in OpenSSL's word for what a peer has against ours
+_PLAIN: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
 
 
 class Pace:
@@ -45,4 +46,6 @@ def failed(doing: str, error: OSError) -> TransportError | AuthError:
     reason = getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLError) and any(word in reason for word in _ALERTS):
         return AuthError(f"the other end refuses our certificate, or one of us has none: {reason}")
+    if isinstance(error, ssl.SSLError) and any(word in reason for word in _PLAIN):
+        return TransportError("the other end speaks no TLS: one of the two commands runs without it (--plaintext)")
     return TransportError(f"connection failed while {doing}: {error}")

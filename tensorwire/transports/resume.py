@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from tensorwire.errors import TensorwireError
 from tensorwire.transfer import Offer, Outgoing, Peer, Receipt
 from tensorwire.transfer.resume import send_over
 from tensorwire.transports.aio import AsyncTransport
@@ -23,11 +24,13 @@ def send_resuming(
     *,
     patience: float = PATIENCE,
     check_peer: Callable[[Peer], None] = lambda peer: None,
+    on_retry: Callable[[TensorwireError, float], None] = lambda error, seconds: None,
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
     `patience`: seconds without any progress of the receiver after which the last error is raised. Errors that trying
-    again cannot mend are raised at once. `check_peer` may raise before anything is offered.
+    again cannot mend are raised at once. `check_peer` may raise before anything is offered. `on_retry`: called with the
+    error and the seconds until the next attempt.
     """
 
     async def connected() -> Driver:
@@ -36,7 +39,16 @@ def send_resuming(
     async def pause(seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 - nothing here waits: see `completed`
 
-    sending = send_over(connected, pause, offer, outgoing, patience=patience, greeting=HANDSHAKE, check_peer=check_peer)
+    sending = send_over(
+        connected,
+        pause,
+        offer,
+        outgoing,
+        patience=patience,
+        greeting=HANDSHAKE,
+        check_peer=check_peer,
+        on_retry=on_retry,
+    )
     return completed(sending)
 
 
@@ -47,6 +59,7 @@ async def send_resuming_async(
     *,
     patience: float = PATIENCE,
     check_peer: Callable[[Peer], None] = lambda peer: None,
+    on_retry: Callable[[TensorwireError, float], None] = lambda error, seconds: None,
 ) -> Receipt:
     """`send_resuming` under asyncio. What `outgoing` does to make its buffers, it does in the event loop."""
 
@@ -54,5 +67,12 @@ async def send_resuming_async(
         return (await connect()).driver
 
     return await send_over(
-        connected, asyncio.sleep, offer, outgoing, patience=patience, greeting=HANDSHAKE, check_peer=check_peer
+        connected,
+        asyncio.sleep,
+        offer,
+        outgoing,
+        patience=patience,
+        greeting=HANDSHAKE,
+        check_peer=check_peer,
+        on_retry=on_retry,
     )

@@ -62,13 +62,39 @@ def common_name(certificate: Mapping[str, Any] | None) -> str | None:
 
 def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, ca: Path | None) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    for path in (ca, certificate, key):
+        _check_pem(path)
     try:
         if ca is not None:
             context.load_verify_locations(ca)
+    except (OSError, ssl.SSLError) as error:
+        raise AuthError(f"{os.fsdecode(ca or '')!r} holds no certificate of an authority: {_reason(error)}") from error
+    try:
         if certificate is not None:
             context.load_cert_chain(certificate, key, password="")  # rather than ask for one on a terminal
     except (OSError, ssl.SSLError) as error:
-        raise AuthError(f"cannot use the certificate, key or authority given: {error}") from error
+        raise AuthError(
+            f"cannot use the certificate {os.fsdecode(certificate or '')!r} "
+            f"with the key {os.fsdecode(key or certificate or '')!r}: {_reason(error)}"
+        ) from error
+
+
+def _check_pem(path: Path | None) -> None:
+    """OpenSSL does not say which of several files it cannot read."""
+    if path is None:
+        return
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise AuthError(
+            f"cannot use the certificate, key or authority {os.fsdecode(path)!r}: {error.strerror}"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    reason = getattr(error, "reason", None)
+    return {None: str(error), "KEY_VALUES_MISMATCH": "the key belongs to another certificate"}.get(reason, str(reason))
 
 
 def is_loopback(host: str) -> bool:

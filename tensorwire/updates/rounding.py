@@ -27,6 +27,8 @@ def stochastic_bf16(tensors: Views, seed: int, *, codec: CodecChoice = "bf16") -
     The same seed gives the same bytes. NaN, infinities and the largest values are left to the codec.
     """
     choose = rule(codec)
+    for name, view in tensors.items():
+        choose.notice(name, view)
     return {
         name: derived(view, _rounded(view, [seed, number]))
         if view.dtype == dtypes.FLOAT32 and choose(name, view, view).stages()[0] == _BF16

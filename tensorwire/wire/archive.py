@@ -30,6 +30,9 @@ _ENTRY: Final = struct.Struct("<QIIQII")
 NO_DATA: Final[Mark] = 0, 0, 0
 
 CheckedT = TypeVar("CheckedT")
+# Reads the payload that stands at an offset and has a size, for what `check` said to its header: its bytes, as far as
+# the caller wants them, and the CRC-32C of all of them.
+Fetch = Callable[[int, int, CheckedT], tuple[memoryview, int]]
 
 
 class RandomAccess(Protocol):
@@ -90,10 +93,13 @@ class Archive:
         except WireError as error:
             raise self._explained(error) from None
 
-    def slices(self, number: int, check: Callable[[Header], CheckedT]) -> Iterator[tuple[StoredSlice, CheckedT]]:
+    def slices(
+        self, number: int, check: Callable[[Header], CheckedT | None], fetch: "Fetch[CheckedT] | None" = None
+    ) -> Iterator[tuple[StoredSlice, CheckedT]]:
         """The data frames of an item, each with what `check` says to its header.
 
-        `check` is called before the payload is read, and may raise. Without the frame that only closes a file.
+        `check` is called before the payload is read, and may raise; a payload for which it gives None is passed over.
+        `fetch` reads payloads into memory of the caller. Without the frame that only closes a file.
         """
         item = self.items[number]
         if isinstance(item, (AliasItem, ContainerItem)) or number not in self._after:
@@ -107,8 +113,9 @@ class Archive:
                     self._payload(ledger, header)
                 elif header.count:
                     checked = check(header)
-                    payload = self._payload(ledger, header, item.name)
-                    yield StoredSlice(header, payload, ledger.offset + HEADER_SIZE + header.pad), checked
+                    if checked is not None:
+                        payload = self._fetched(ledger, header, item.name, checked, fetch)
+                        yield StoredSlice(header, payload, ledger.offset + HEADER_SIZE + header.pad), checked
                 ledger.pass_frame(header, packed, step)
             self._skip_to(ledger, self._after[number])
         except WireError as error:
@@ -254,7 +261,24 @@ class Archive:
         check_payload(self._checksum(payload, 0), header, offset=ledger.offset, item=item)
         return payload
 
+    def _fetched(
+        self, ledger: Ledger, header: Header, item: str, checked: CheckedT, fetch: "Fetch[CheckedT] | None"
+    ) -> memoryview:
+        """The payload of the next frame, verified, as `fetch` reads it."""
+        if fetch is None:
+            return self._payload(ledger, header, item)
+        begin = ledger.offset + HEADER_SIZE
+        self._check_end(begin + header.pad + header.length, ledger.sequence)
+        if header.pad:
+            check_padding(self._read(begin, header.pad), header, offset=ledger.offset)
+        payload, crc = fetch(begin + header.pad, header.length, checked)
+        check_payload(crc, header, offset=ledger.offset, item=item)
+        return payload
+
     def _bytes(self, offset: int, size: int, frame: int | None = None) -> memoryview:
-        if offset + size > self._size:
-            raise TruncatedError("the file ends before the end frame", frame=frame, offset=self._size)
+        self._check_end(offset + size, frame)
         return self._read(offset, size)
+
+    def _check_end(self, end: int, frame: int | None) -> None:
+        if end > self._size:
+            raise TruncatedError("the file ends before the end frame", frame=frame, offset=self._size)

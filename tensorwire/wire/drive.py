@@ -5,12 +5,14 @@ buffers. A buffer or an iterable is one stream and nothing else, so bytes after 
 or a socket may carry on.
 """
 
+import io
+import os
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
 from contextlib import closing
 from inspect import isawaitable
 from typing import Any, Protocol, TypeVar
 
-from tensorwire.errors import FormatError, TransportError
+from tensorwire.errors import ArgumentError, FormatError, TransportError
 from tensorwire.wire.reader import NEED_DATA, NeedData
 
 ResultT = TypeVar("ResultT")
@@ -76,6 +78,13 @@ class _Bytes:
         return len(self._rest) > 0
 
 
+def _chunk(data: Any) -> _Bytes:
+    try:
+        return _Bytes(data)
+    except TypeError:
+        raise ArgumentError(f"an iterable gave {type(data).__name__} where it must give buffers") from None
+
+
 class _Chunks:
     """An iterable of buffers, which may be cut anywhere."""
 
@@ -90,7 +99,7 @@ class _Chunks:
         if self._current.holds_more():
             return True
         for chunk in self._chunks:
-            self._current = _Bytes(chunk)
+            self._current = _chunk(chunk)
             if self._current.holds_more():
                 return True
         return False
@@ -110,7 +119,7 @@ class _AsyncChunks:
         if self._current.holds_more():
             return True
         async for chunk in self._chunks:
-            self._current = _Bytes(chunk)
+            self._current = _chunk(chunk)
             if self._current.holds_more():
                 return True
         return False
@@ -135,25 +144,39 @@ class _Either:
 def as_source(data: Any) -> Source:
     """`data` as a Source: a buffer, an iterable of buffers, or what has `readinto`.
 
-    Raises TypeError for anything else.
+    Raises ArgumentError for anything else.
     """
+    _check_kind(data)
     if hasattr(data, "readinto"):
         return data  # type: ignore[no-any-return]  # what its readinto gives is checked when it is called
     try:
         return _Bytes(data)
     except TypeError:
         pass
-    if isinstance(data, Iterable) and not isinstance(data, str):
+    if isinstance(data, Iterable):
         return _Chunks(data)
-    raise TypeError(f"expected a buffer, an iterable of buffers or something with readinto, not {type(data).__name__}")
+    raise ArgumentError(
+        f"expected a buffer, an iterable of buffers or something with readinto, not {type(data).__name__}"
+    )
+
+
+def _check_kind(data: Any) -> None:
+    """Raise ArgumentError for what is often passed in place of bytes: a path, a file in text mode."""
+    if isinstance(data, (str, os.PathLike)):
+        raise ArgumentError(
+            f"expected a buffer, an iterable of buffers or a file, not {type(data).__name__}: see load_file, open_file"
+        )
+    if isinstance(data, io.TextIOBase):
+        raise ArgumentError("the source is in text mode: open it in binary mode, with 'rb'")
 
 
 def as_async_source(data: Any) -> AsyncSource | _Bytes:
     """`data` for `pull_async`: a buffer, an iterable or asynchronous iterable of buffers, or what has `readinto`.
 
     `readinto` may be a coroutine function; one that is not is called on the event loop, as iterables are, and must not
-    wait. Raises TypeError for anything else.
+    wait. Raises ArgumentError for anything else.
     """
+    _check_kind(data)
     if hasattr(data, "readinto"):
         return _Either(data)
     if isinstance(data, AsyncIterable):

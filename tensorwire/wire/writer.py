@@ -3,7 +3,7 @@
 from tensorwire.checksum import Checksum
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire.archive import NO_DATA, pack_index
-from tensorwire.wire.frames import FrameType, pack_header, pack_preamble
+from tensorwire.wire.frames import HEADER_SIZE, FrameType, pack_header, pack_preamble
 from tensorwire.wire.items import Item, StreamInfo, pack_item, pack_stream
 from tensorwire.wire.ledger import Ledger, Mark
 
@@ -66,6 +66,10 @@ class Writer:
             self._entries[number] = self._entries[number][0], ledger.mark
         ledger.pass_frame(header, packed, step)
         return packed + bytes(pad)
+
+    def data_header_size(self) -> int:
+        """Bytes that `data` will give for the next frame."""
+        return HEADER_SIZE + self._ledger.padding()
 
     def end(self) -> bytes:
         """The INDEX frame where asked for, and the END frame."""

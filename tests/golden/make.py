@@ -29,7 +29,7 @@ import tensorwire.numpy as tw
 from tensorwire import dtypes, encode_file, register
 from tensorwire.checksum import crc32c as tw_crc32c
 from tensorwire.codecs import RAW, Encoded, Packer, Range, Sizes, parameter
-from tensorwire.files.tw import read_item
+from tensorwire.files.items import read_item
 from tensorwire.streams.receiver import check_codec
 from tensorwire.wire import AliasItem, Archive, FileItem, TensorItem, ValueItem
 

@@ -13,7 +13,7 @@ import zstandard
 import tensorwire.numpy as tw
 from tensorwire import TensorwireError, decode_file
 from tensorwire.checksum import crc32c
-from tensorwire.files.tw import read_item
+from tensorwire.files.items import read_item
 from tensorwire.streams.receiver import check_codec
 from tensorwire.wire import Archive, FileItem
 

@@ -1,0 +1,177 @@
+"""What a command reads: a model or any file, told by its name or by --from, as a container and as a stream."""
+
+import argparse
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+import tensorwire
+from tensorwire import Report, streams
+from tensorwire.cli.common import PIPE, CodecArgument, UsageError
+from tensorwire.errors import EncodeError, TensorwireError
+from tensorwire.files import safetensors
+from tensorwire.limits import Limits
+from tensorwire.storage.parts import scratch
+from tensorwire.tensor import ViewFront
+
+KINDS: Final = ("safetensors", "npz", "npy", "pt", "file")
+HELP: Final = """\
+what IN is, by its name or by --from:
+  *.safetensors    tensors, read piece by piece; the model is never loaded
+  *.index.json     a sharded checkpoint, by its index or by its folder: one model
+  *.npz, *.npy     arrays
+  *.pt, *.pth      a torch checkpoint that loads with weights_only=True
+  any other, or -  a file, sent in chunks; codec raw or zstd
+"""
+_SUFFIXES: Final = {".safetensors": "safetensors", ".npz": "npz", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
+_INDEX: Final = ".index.json"
+_CHUNK: Final = 1 << 20
+_HEAD: Final = 64
+_REASON: Final = 160  # characters of another library's error
+# How files begin that stand where another was meant to be.
+_MISTAKEN: Final = {
+    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer, which stands for the file; run `git lfs pull`",
+    b"<!doctype html": "a web page, not what was to be downloaded",
+    b"<html": "a web page, not what was to be downloaded",
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file, or stdin, what it is (one of `KINDS`), and how its tensors are to be encoded. Raises EncodeError."""
+
+    path: str
+    kind: str
+    codec: CodecArgument
+    limits: Limits
+
+    @property
+    def name(self) -> str:
+        """What a receiver is told: the file's name, which the system may have in other bytes than UTF-8."""
+        return os.fsencode(os.path.basename(self.path)).decode("utf-8", "replace")
+
+    @property
+    def loads(self) -> bool:
+        """Whether it is in memory as a whole when it is encoded."""
+        return self.kind in ("npz", "npy", "pt")
+
+    @cached_property
+    def container(self) -> Any:
+        """What is in a file that `loads`. Raises EncodeError for what is broken or would need pickle."""
+        if self.kind == "pt":
+            return _checkpoint(self.path)
+        with _reading(self.path, f"a .{self.kind} file"):
+            loaded = np.load(self.path, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            with loaded:
+                return dict(loaded)
+
+    def stream(self, *, at_rest: bool = False, report: Report | None = None) -> Iterator[Any]:
+        """The stream that it becomes. `at_rest`: of a .safetensors file, laid out as `save_file` does."""
+        if self.loads:
+            return tensorwire.encode(self.container, codec=self.codec, limits=self.limits, report=report)
+        if self.kind == "safetensors":
+            return safetensors.encode(self.path, codec=self.codec, at_rest=at_rest, limits=self.limits, report=report)
+        if not isinstance(self.codec, str):
+            raise UsageError(f"{self.path!r} is sent as a file, which takes one codec: raw or zstd")
+        file = sys.stdin.buffer if self.path == PIPE else self.path
+        return tensorwire.encode_file(file, codec=self.codec, name=self.name, limits=self.limits, report=report)
+
+    def size(self) -> int | None:
+        """Its bytes before they are encoded, roughly; None for stdin."""
+        if self.loads:
+            return tensorwire.encoded_size(self.container, limits=self.limits)
+        return None if self.path == PIPE else sum(map(os.path.getsize, files(self.path)))
+
+    def stream_size(self) -> int | None:
+        """The bytes of its stream, at most those where values decide; None for stdin."""
+        if self.loads:
+            return tensorwire.encoded_size(self.container, codec=self.codec, limits=self.limits)
+        if self.kind == "safetensors":
+            with safetensors.open_checkpoint(self.path) as file:
+                leaves = streams.flatten(dict(file), ViewFront(), streams.rule(self.codec), self.limits)
+                return streams.stream_size(leaves, limits=self.limits).total
+        return self.size()
+
+
+def files(path: str) -> list[str]:
+    """The files that a command which is given `path` reads: all beside the index of a sharded checkpoint."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) if path.endswith(_INDEX) else None
+    if folder is None:
+        return [path]
+    beside = sorted(os.scandir(folder or os.curdir), key=lambda entry: entry.name)
+    return [entry.path for entry in beside if entry.is_file() and entry.name.endswith((".safetensors", _INDEX))]
+
+
+def add_kind(parser: argparse.ArgumentParser) -> None:
+    """The option that says what the name does not."""
+    parser.add_argument("--from", dest="kind", choices=KINDS, help="what IN is, whatever its name")
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[Input]:
+    """What a command line names as `input`. A model on stdin, which takes seeking, waits in a temporary file."""
+    path, codec, limits = arguments.input, arguments.codec, arguments.limits
+    sharded = os.path.isdir(path) or path.endswith(_INDEX)
+    kind = arguments.kind or ("safetensors" if sharded else _SUFFIXES.get(Path(path).suffix.lower(), "file"))
+    if path != PIPE or kind == "file":
+        yield Input(path, kind, codec, limits)
+        return
+    with scratch() as copy:
+        with open(copy, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK)
+        yield Input(copy, kind, codec, limits)
+
+
+def _checkpoint(path: str) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UsageError("reading a torch checkpoint takes torch: pip install 'tensorwire[torch]'") from None
+    with _reading(path, "a torch checkpoint"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _reading(path: str, what: str) -> Iterator[None]:
+    """Errors of others' readers blame the file: which ones they raise for a broken file is written down nowhere."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong comes as an error
+            yield
+    except TensorwireError:
+        raise
+    except MemoryError as error:
+        raise MemoryError(f"{path}: {error}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise EncodeError(f"{path} cannot be read as {what}: {_mistaken(path) or _reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds objects that weights_only=True does not load, as they may run any code; save its state_dict()"
+    reason = str(error).partition("\n")[0]
+    # A bare word, the key of a KeyError for one, explains nothing.
+    return reason[:_REASON] if " " in reason else f"it is none, or broken ({type(error).__name__})"
+
+
+def _mistaken(path: str) -> str | None:
+    """What a file is that is not what its name says."""
+    if os.path.getsize(path) == 0:
+        return "it is empty"
+    with open(path, "rb") as file:
+        head = file.read(_HEAD).lstrip().lower()
+    return next((f"it is {what}" for begin, what in _MISTAKEN.items() if head.startswith(begin)), None)

@@ -1,0 +1,114 @@
+"""The process around a command: the signals that end it, and standard streams that may be closed or full."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is none of Windows
+_TOGETHER: Final = 1.0  # seconds
+
+T = TypeVar("T")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the process to end, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _Handler:
+    """Raises `Stopped`, once for signals that come together.
+
+    `timeout` sends two, a closing terminal and an init system several. The second one would interrupt the removal of
+    temporary files.
+    """
+
+    def __init__(self) -> None:
+        self._last = -_TOGETHER
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        before, self._last = self._last, time.monotonic()
+        if self._last - before >= _TOGETHER:
+            raise Stopped(number)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let every signal that asks for an end raise `Stopped`, but those that whoever started us has us ignore."""
+    with _handled_by(_Handler()):
+        yield
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`. A signal cancels the coroutine, rather than strike whichever task runs, and then is `Stopped`."""
+    import asyncio
+
+    signals: list[int] = []
+
+    async def cancelled_by_signals() -> T | None:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(coroutine)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            signals.append(number)
+            loop.call_soon_threadsafe(task.cancel)
+
+        with _handled_by(stop):
+            await asyncio.wait([task])
+        return None if task.cancelled() else task.result()
+
+    result = asyncio.run(cancelled_by_signals())
+    if signals:
+        raise Stopped(signals[0])
+    return result  # type: ignore[return-value]  # None stands for what a signal has cancelled
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which has the signals
+        yield
+        return
+    before: dict[signal.Signals, Any] = {}
+    for name in _SIGNALS:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def open_streams() -> None:
+    """Give closed standard streams a stand-in that refuses every read and write, and file names their own bytes.
+
+    Otherwise the next file to be opened would become standard output.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # What is only to be read from cannot be written to, and the other way round.
+            os.open(os.devnull, os.O_WRONLY if mode == "r" else os.O_RDONLY)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    with suppress(AttributeError):  # a test may have put something else there
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+
+
+def drop_output() -> None:
+    """Forget what waits to be printed: Python must not meet the same trouble again while it shuts down."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,301 @@
+"""Where the bytes of a file come from: a path, or any seekable file object, read at an offset and never mapped.
+
+Errors about the bytes of a file name it here, and say what it is where it is no stream at all.
+"""
+
+import io
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, BinaryIO, Final, TypeGuard
+
+import numpy as np
+
+from tensorwire.errors import (
+    ArgumentError,
+    ClosedError,
+    EncodeError,
+    TensorwireError,
+    TransportError,
+    TruncatedError,
+    WireError,
+)
+from tensorwire.storage.output import read_at, storing
+from tensorwire.wire.frames import MAGIC
+
+Path = str | os.PathLike[str]
+File = Path | BinaryIO
+
+# Small reads are served from a window: of this size at first and, where they go from front to back, up to the larger.
+_WINDOW: Final = 4 << 10
+_MAX_WINDOW: Final = 256 << 10
+
+# What stands where a stream was expected, by how it begins.
+_KINDS: Final = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself: fetch that with `git lfs pull`"),
+    (b"PK\x03\x04", "a zip file, as torch.save and np.savez write: load it with torch.load or np.load, then save_file"),
+    (b"\x93NUMPY", "a .npy file: load it with np.load, then save_file"),
+    (b"GGUF", "a GGUF file, which this library does not read"),
+    (b"\x89HDF\r\n", "an HDF5 file, which this library does not read"),
+    (b"\x1f\x8b", "a gzip file: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file: unpack it first"),
+    (MAGIC, "a tensorwire stream: open it with tensorwire.open_file or load_file"),
+)
+_PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+HEAD: Final = 512  # bytes that `name_error` looks at
+
+
+def is_path(file: object) -> TypeGuard[Path]:
+    """Whether `file` is a path, not a file object. Raises ArgumentError for what is neither."""
+    if hasattr(file, "fs") and hasattr(file, "mode") and not hasattr(file, "read"):  # fsspec.open has a path, too
+        raise ArgumentError('an fsspec OpenFile is not open yet: use `with fsspec.open(..., "rb") as file`')
+    if isinstance(file, (str, os.PathLike)):
+        return True
+    if isinstance(file, io.TextIOBase):
+        raise ArgumentError(f"{name_of(file)} is open in text mode: open it in binary mode, with 'rb' or 'wb'")
+    if hasattr(file, "read") or hasattr(file, "write"):
+        return False
+    raise ArgumentError(f"expected a path or a binary file object, not {type(file).__name__}")
+
+
+class Source:
+    """Bytes at rest: `tensorwire.wire.RandomAccess`. Any thread may read.
+
+    `name` stands in errors and in the repr. Raises TruncatedError where the file has become shorter than it was.
+    """
+
+    name: str
+    size: int
+
+    def __init__(self) -> None:
+        self._window: tuple[int, memoryview] = 0, memoryview(b"")
+
+    def read(self, offset: int, size: int, /) -> memoryview:
+        """Exactly `size` bytes from `offset` on."""
+        begin, window = self._window
+        if not begin <= offset <= offset + size <= begin + len(window):
+            follows = begin <= offset <= begin + len(window)
+            ahead = max(min(2 * len(window), _MAX_WINDOW) if follows else 0, _WINDOW, size)
+            begin = max(min(offset, self.size - _WINDOW), 0)  # the end of a file is read backwards
+            window = np.empty(min(ahead + offset - begin, self.size - begin), np.uint8).data
+            self.read_into(begin, window)
+            if len(window) <= _MAX_WINDOW:
+                self._window = begin, window
+        return window[offset - begin : offset - begin + size]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on."""
+        got = self._read_some(offset, buffer)
+        if got != len(buffer):
+            raise self._shorter(offset + got)
+
+    def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
+        """A mapping of these bytes and no others: read-only, or private to whoever writes to it.
+
+        Raises EncodeError where there is nothing to map, StorageError where the system does not.
+        """
+        raise EncodeError("only a file that was opened by its path can be mapped; read it with file[name]")
+
+    def close(self) -> None:
+        """Let go of the file. To read afterwards is a ClosedError."""
+        self._window = 0, memoryview(b"")
+
+    def _shorter(self, size: int) -> TruncatedError:
+        error = TruncatedError("the file has become shorter since it was opened", offset=size)
+        error.file = self.name
+        return error
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        raise NotImplementedError
+
+
+class PathSource(Source):
+    """A file by its path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.name = os.fsdecode(path)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by `close`
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
+        """`Source.map`."""
+        end = os.fstat(self._file.fileno()).st_size
+        if offset + size > end:
+            raise self._shorter(end)
+        page = offset % mmap.ALLOCATIONGRANULARITY
+        access = mmap.ACCESS_READ if read_only else mmap.ACCESS_COPY
+        with storing(self.name, "map"):
+            mapped = mmap.mmap(self._file.fileno(), page + size, access=access, offset=offset - page)
+        return memoryview(mapped)[page:]
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        self._file.close()
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        if self._file.closed:
+            raise closed(self.name)
+        with storing(self.name, "read"):
+            return read_at(self._file.fileno(), buffer, offset)
+
+
+class ObjectSource(Source):
+    """A seekable file object, which stays the caller's: it is not closed, and nobody else may read it meanwhile."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self.name = name_of(file)
+        self._file: Any = file
+        self._lock = threading.Lock()  # seeking and reading are two calls
+        if not _seekable(file):
+            raise EncodeError(f"{self.name} cannot seek: read it from front to back with load_file or decode")
+        self.size = file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Let go of the object."""
+        super().close()
+        self._file = None
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        if self._file is None:
+            raise closed(self.name)
+        done = 0
+        with self._lock:
+            self._file.seek(offset)
+            while done < len(buffer) and (data := read_some(self._file, len(buffer) - done)):
+                buffer[done : done + len(data)] = data
+                done += len(data)
+        return done
+
+
+def source(file: File) -> Source:
+    """A path or file object, to be read at offsets. Raises EncodeError for an object that cannot seek."""
+    return PathSource(file) if is_path(file) else ObjectSource(file)
+
+
+def read_some(file: Any, size: int) -> bytes:
+    """At most `size` bytes from a file object, none only at its end.
+
+    Raises TransportError where it is non-blocking and has none yet, ArgumentError where it gives text.
+    """
+    data = file.read(size)
+    if data is None:
+        raise TransportError(
+            f"{name_of(file)} is non-blocking and has nothing yet: give one that waits", retryable=False
+        )
+    if isinstance(data, str):
+        raise ArgumentError(f"{name_of(file)} gives text: open it in binary mode, with 'rb'")
+    return data  # type: ignore[no-any-return]  # a file object's bytes
+
+
+@contextmanager
+def opened(file: File) -> Iterator[Any]:
+    """A file to be read from front to back: a path is opened, an object used where it stands.
+
+    WireErrors name it, and say what it is where it is no stream.
+    """
+    with _raw(file) as raw:
+        begin = raw.tell() if _seekable(raw) else None
+        try:
+            yield raw if hasattr(raw, "readinto") else _Reads(raw)
+        except WireError as error:
+            name_error(error, name_of(file), b"" if begin is None else _head(raw, begin), MAGIC)
+            raise
+
+
+class _Reads(io.RawIOBase):
+    """A file object that has no more than `read`."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+        self.name = name_of(file)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill `buffer` as far as one read does."""
+        data = read_some(self._file, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _raw(file: Any) -> AbstractContextManager[Any]:
+    return open(file, "rb", buffering=0) if is_path(file) else nullcontext(file)
+
+
+def name_error(error: TensorwireError, name: str, head: bytes, magic: bytes) -> None:
+    """Let an error name the file and, where that begins as something else than a stream, say what it is."""
+    error.file = error.file or name
+    kind = _kind(head, magic)
+    if kind is not None:
+        error.detail = f"this is {kind}"
+
+
+def bytes_left(file: Any) -> int | None:
+    """Bytes from where a file stands to its end, where that can be known."""
+    if not _seekable(file):
+        return None
+    place: int = file.tell()
+    end: int = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return end - place
+
+
+def closed(name: str) -> ClosedError:
+    """The error of a file that was closed."""
+    error = ClosedError("the file is closed: open it again to read from it")
+    error.file = name
+    return error
+
+
+def name_of(file: Any) -> str:
+    """What a file is called: fsspec's have a path, others a name, which may be a descriptor."""
+    if isinstance(file, (str, os.PathLike)):
+        return os.fsdecode(file)
+    name = getattr(file, "path", None) or getattr(file, "name", None)
+    return name if isinstance(name, str) else f"<{type(file).__name__}>"
+
+
+def _seekable(file: Any) -> bool:
+    return hasattr(file, "seekable") and bool(file.seekable())
+
+
+def _head(file: Any, begin: int) -> bytes:
+    """How a stream in a file begins, as far as that can be looked at: it only explains another error."""
+    with suppress(OSError, ValueError):
+        place = file.tell()
+        file.seek(begin)
+        head = bytes(file.read(HEAD) or b"")
+        file.seek(place)
+        return head
+    return b""
+
+
+def _kind(head: bytes, magic: bytes) -> str | None:
+    """What begins like this, where it is known and something else than expected."""
+    if not head or (magic and head.startswith(magic)):
+        return None
+    for begin, kind in _KINDS:
+        if head.startswith(begin):
+            return kind
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "an HTML or XML page, not the file: look at what the server answered"
+    if head.startswith(_PICKLES):
+        return "a pickle file, which can run code when it is loaded: convert it where it is trusted"
+    if head[257:262] == b"ustar":
+        return "a tar file: unpack it first"
+    if head[8:10] == b'{"':
+        return "a .safetensors file: read it with tensorwire.safetensors" if magic == MAGIC else None
+    if len(head) == HEAD and not any(head):
+        return "a file that begins with zeros: it was never written to its end"
+    if text.startswith(b"{"):
+        return "JSON text, not the file: look at what the server answered"
+    return None
