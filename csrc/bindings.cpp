@@ -26,6 +26,7 @@ enum Access { kInput, kOutput };
 
 const char* type_name(char format) {
     switch (format) {
+        case 'd': return "float64";
         case 'f': return "float32";
         case 'e': return "float16";
         case 'H': return "uint16";
@@ -64,7 +65,16 @@ public:
 
     tw::Dtype dtype() const { return format_ == 'f' ? tw::kFloat32 : format_ == 'e' ? tw::kFloat16 : tw::kBfloat16; }
 
-    size_t item_size() const { return format_ == 'f' || format_ == 'I' ? 4 : format_ == 'e' || format_ == 'H' ? 2 : 1; }
+    size_t item_size() const {
+        switch (format_) {
+            case 'd': return 8;
+            case 'f':
+            case 'I': return 4;
+            case 'e':
+            case 'H': return 2;
+            default: return 1;
+        }
+    }
     size_t bytes() const { return size() * item_size(); }
 
     // From element `begin` on.
@@ -129,6 +139,19 @@ public:
 
 private:
     nb::gil_scoped_release gil_;
+    std::fenv_t environment_;
+};
+
+// The same for whoever calculates in NumPy: `with default_environment():`, on one thread.
+class DefaultEnvironment {
+public:
+    void enter() {
+        std::fegetenv(&environment_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    void exit(nb::args) { std::fesetenv(&environment_); }
+
+private:
     std::fenv_t environment_;
 };
 
@@ -243,6 +266,14 @@ tw::QuantType checked_quant_type(const char* quant_type) {
     if (strcmp(quant_type, "nf4") == 0) return tw::kNf4;
     if (strcmp(quant_type, "fp4") == 0) return tw::kFp4;
     throw nb::value_error((std::string("quant_type: expected 'nf4' or 'fp4', got '") + quant_type + "'").c_str());
+}
+
+tw::Dtype checked_dtype(const char* dtype) {
+    if (strcmp(dtype, "float32") == 0) return tw::kFloat32;
+    if (strcmp(dtype, "float16") == 0) return tw::kFloat16;
+    if (strcmp(dtype, "bfloat16") == 0) return tw::kBfloat16;
+    throw nb::value_error(
+        (std::string("dtype: expected 'float32', 'float16' or 'bfloat16', got '") + dtype + "'").c_str());
 }
 
 uint32_t crc32c(nb::handle data, uint32_t seed) {
@@ -424,6 +455,61 @@ bool dequantize_linear(nb::handle codes, nb::handle scales, nb::handle out, Py_s
     });
 }
 
+void accumulate(nb::handle values, nb::handle sums, double weight) {
+    const Array x("values", values, kFloats, kInput), s("sums", sums, "d", kOutput);
+    s.expect_size(x.size());
+    s.expect_apart_from(x);
+    const auto kernel = tw::kernels().accumulate[x.dtype()];
+    const Released released;
+    split(x.size(), 64, [&](size_t i, size_t n) { kernel(x.data<void>(i), s.data<double>(i), n, weight); });
+}
+
+void accumulate_4bit(nb::handle codes, nb::handle absmax, nb::handle sums, double weight, const char* dtype,
+                     Py_ssize_t blocksize, const char* quant_type) {
+    const size_t bs = checked_blocksize_4bit(blocksize);
+    const tw::QuantType type = checked_quant_type(quant_type);
+    const Array q("codes", codes, "B", kInput), m("absmax", absmax, "f", kInput), s("sums", sums, "d", kOutput);
+    q.expect_size(s.size() / 2 + s.size() % 2);
+    m.expect_size(block_count(s.size(), bs));
+    s.expect_apart_from(q);
+    s.expect_apart_from(m);
+    const auto kernel = tw::kernels().accumulate_4bit[type][checked_dtype(dtype)];
+    const Released released;
+    split(s.size(), bs, [&](size_t i, size_t n) {
+        kernel(q.data<uint8_t>(i / 2), m.data<float>(i / bs), s.data<double>(i), n, bs, weight);
+    });
+}
+
+void accumulate_int8(nb::handle codes, nb::handle absmax, nb::handle sums, double weight, const char* dtype,
+                     Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array q("codes", codes, "B", kInput), m("absmax", absmax, "f", kInput), s("sums", sums, "d", kOutput);
+    q.expect_size(s.size());
+    m.expect_size(block_count(s.size(), bs));
+    s.expect_apart_from(q);
+    s.expect_apart_from(m);
+    const auto kernel = tw::kernels().accumulate_int8[checked_dtype(dtype)];
+    const Released released;
+    split(s.size(), bs, [&](size_t i, size_t n) {
+        kernel(q.data<uint8_t>(i), m.data<float>(i / bs), s.data<double>(i), n, bs, weight);
+    });
+}
+
+bool accumulate_linear(nb::handle codes, nb::handle scales, nb::handle sums, double weight, const char* dtype,
+                       Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array q("codes", codes, "b", kInput), m("scales", scales, "H", kInput), s("sums", sums, "d", kOutput);
+    q.expect_size(s.size());
+    m.expect_size(block_count(s.size(), bs));
+    s.expect_apart_from(q);
+    s.expect_apart_from(m);
+    const auto kernel = tw::kernels().accumulate_linear[checked_dtype(dtype)];
+    const Released released;
+    return all_good(s.size(), bs, [&](size_t i, size_t n) {
+        return kernel(q.data<int8_t>(i), m.data<uint16_t>(i / bs), s.data<double>(i), n, bs, weight);
+    });
+}
+
 std::string supported_names() {
     std::string names;
     for (const tw::Kernels* const* k = tw::supported(); *k; ++k)
@@ -488,6 +574,20 @@ NB_MODULE(_native, m) {
           "blocksize"_a);
     m.def("dequantize_linear", dequantize_linear, "codes"_a, "scales"_a, "out"_a, nb::kw_only(), "blocksize"_a,
           "uncached"_a = nb::none());
+
+    m.def("accumulate", accumulate, "values"_a, "sums"_a, nb::kw_only(), "weight"_a);
+    m.def("accumulate_4bit", accumulate_4bit, "codes"_a, "absmax"_a, "sums"_a, nb::kw_only(), "weight"_a, "dtype"_a,
+          "blocksize"_a, "quant_type"_a);
+    m.def("accumulate_int8", accumulate_int8, "codes"_a, "absmax"_a, "sums"_a, nb::kw_only(), "weight"_a, "dtype"_a,
+          "blocksize"_a);
+    m.def("accumulate_linear", accumulate_linear, "codes"_a, "scales"_a, "sums"_a, nb::kw_only(), "weight"_a, "dtype"_a,
+          "blocksize"_a);
+
+    nb::class_<DefaultEnvironment>(m, "default_environment",
+                                   "Round to nearest even and keep subnormals within a `with` block.")
+        .def(nb::init<>())
+        .def("__enter__", &DefaultEnvironment::enter)
+        .def("__exit__", &DefaultEnvironment::exit, nb::sig("def __exit__(self, *args: object) -> None"));
 
     m.def("isa", [] { return tw::kernels().isa; }, "The instruction set in use.");
     m.def("supported", supported, "The instruction sets that run here, best first.");

@@ -2,6 +2,7 @@
 //
 // A finite value overflows from the midpoint between the largest finite value and what would come next. It becomes an
 // infinity or, saturating, that largest value; it is counted either way.
+// Accumulation stands beside them: values of any of these types, or float32, times a weight, onto float64 sums.
 #include "kernels.h"
 #include "simd.h"
 
@@ -69,6 +70,18 @@ void widen_all(const void* values, void* out, size_t n, bool stream) {
     });
 }
 
+template <class T>
+void accumulate(const void* values, double* sums, size_t n, double weight) {
+    const T* x = static_cast<const T*>(values);
+    Added<float> sink(sums, weight);
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        prefetch<kL1>(x + i, kPrefetchBytes);
+        sink.put(narrow(load(x + i), float{}));
+    }
+    if (i < n) sink.put_part(narrow(load_part(x + i, n - i), float{}), (n - i) * sizeof(float));
+}
+
 }  // namespace
 
 void add_cast(Kernels& k) {
@@ -76,6 +89,9 @@ void add_cast(Kernels& k) {
     k.narrow[kBfloat16] = narrow_all<Bfloat16>;
     k.widen[kFloat16] = widen_all<Float16>;
     k.widen[kBfloat16] = widen_all<Bfloat16>;
+    k.accumulate[kFloat32] = accumulate<float>;
+    k.accumulate[kFloat16] = accumulate<Float16>;
+    k.accumulate[kBfloat16] = accumulate<Bfloat16>;
 }
 
 }  // namespace TW_TIER

@@ -35,19 +35,32 @@ bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_
     return finite;
 }
 
-template <QuantType Q, class T, bool kSaturate>
-void decode_blocks(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
-    write_to<Packed<T>>(out, stream && blocksize % kStep == 0, [&](auto& sink) {
-        for (size_t i = 0; i < n; i += blocksize) {
-            decode<Q, T, kSaturate>(codes + i / 2, min_size(blocksize, n - i), get(absmax + i / blocksize), sink);
-        }
-    });
+template <QuantType Q, class T, bool kSaturate, class Sink>
+void decode_blocks(const uint8_t* codes, const float* absmax, size_t n, size_t blocksize, Sink& out) {
+    for (size_t i = 0; i < n; i += blocksize) {
+        decode<Q, T, kSaturate>(codes + i / 2, min_size(blocksize, n - i), get(absmax + i / blocksize), out);
+    }
+}
+
+template <QuantType Q, class T, class Sink>
+void decode_into(Sink& out, const uint8_t* codes, const float* absmax, size_t n, size_t blocksize) {
+    if (overflows<T>(absmax, blocks_in(n, blocksize), 1)) {
+        decode_blocks<Q, T, true>(codes, absmax, n, blocksize, out);
+    } else {
+        decode_blocks<Q, T, false>(codes, absmax, n, blocksize, out);
+    }
 }
 
 template <QuantType Q, class T>
 void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
-    const bool saturate = overflows<T>(absmax, blocks_in(n, blocksize), 1);
-    (saturate ? decode_blocks<Q, T, true> : decode_blocks<Q, T, false>)(codes, absmax, out, n, blocksize, stream);
+    write_to<Packed<T>>(out, stream && blocksize % kStep == 0,
+                        [&](auto& sink) { decode_into<Q, T>(sink, codes, absmax, n, blocksize); });
+}
+
+template <QuantType Q, class T>
+void accumulate(const uint8_t* codes, const float* absmax, double* sums, size_t n, size_t blocksize, double weight) {
+    Added<T> sink(sums, weight);
+    decode_into<Q, T>(sink, codes, absmax, n, blocksize);
 }
 
 template <QuantType Q>
@@ -58,6 +71,9 @@ void add(Kernels& k) {
     k.dequantize_4bit[Q][kFloat32] = dequantize<Q, float>;
     k.dequantize_4bit[Q][kFloat16] = dequantize<Q, Float16>;
     k.dequantize_4bit[Q][kBfloat16] = dequantize<Q, Bfloat16>;
+    k.accumulate_4bit[Q][kFloat32] = accumulate<Q, float>;
+    k.accumulate_4bit[Q][kFloat16] = accumulate<Q, Float16>;
+    k.accumulate_4bit[Q][kBfloat16] = accumulate<Q, Bfloat16>;
 }
 
 }  // namespace

@@ -36,19 +36,32 @@ bool quantize(const void* values, uint8_t* codes, float* absmax, size_t n, size_
     return finite;
 }
 
-template <class T, bool kSaturate>
-void decode_blocks(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
-    write_to<Packed<T>>(out, stream && blocksize % kStep == 0, [&](auto& sink) {
-        for (size_t i = 0; i < n; i += blocksize) {
-            decode<T, kSaturate>(codes + i, min_size(blocksize, n - i), get(absmax++), sink);
-        }
-    });
+template <class T, bool kSaturate, class Sink>
+void decode_blocks(const uint8_t* codes, const float* absmax, size_t n, size_t blocksize, Sink& out) {
+    for (size_t i = 0; i < n; i += blocksize) {
+        decode<T, kSaturate>(codes + i, min_size(blocksize, n - i), get(absmax++), out);
+    }
+}
+
+template <class T, class Sink>
+void decode_into(Sink& out, const uint8_t* codes, const float* absmax, size_t n, size_t blocksize) {
+    if (overflows<T>(absmax, blocks_in(n, blocksize), 1)) {
+        decode_blocks<T, true>(codes, absmax, n, blocksize, out);
+    } else {
+        decode_blocks<T, false>(codes, absmax, n, blocksize, out);
+    }
 }
 
 template <class T>
 void dequantize(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize, bool stream) {
-    const bool saturate = overflows<T>(absmax, blocks_in(n, blocksize), 1);
-    (saturate ? decode_blocks<T, true> : decode_blocks<T, false>)(codes, absmax, out, n, blocksize, stream);
+    write_to<Packed<T>>(out, stream && blocksize % kStep == 0,
+                        [&](auto& sink) { decode_into<T>(sink, codes, absmax, n, blocksize); });
+}
+
+template <class T>
+void accumulate(const uint8_t* codes, const float* absmax, double* sums, size_t n, size_t blocksize, double weight) {
+    Added<T> sink(sums, weight);
+    decode_into<T>(sink, codes, absmax, n, blocksize);
 }
 
 }  // namespace
@@ -60,6 +73,9 @@ void add_int8(Kernels& k) {
     k.dequantize_int8[kFloat32] = dequantize<float>;
     k.dequantize_int8[kFloat16] = dequantize<Float16>;
     k.dequantize_int8[kBfloat16] = dequantize<Bfloat16>;
+    k.accumulate_int8[kFloat32] = accumulate<float>;
+    k.accumulate_int8[kFloat16] = accumulate<Float16>;
+    k.accumulate_int8[kBfloat16] = accumulate<Bfloat16>;
 }
 
 }  // namespace TW_TIER

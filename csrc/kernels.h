@@ -30,6 +30,9 @@ struct Kernels {
     // dtype to float32. kFloat32 has no entry.
     void (*widen[kDtypes])(const void* values, void* out, size_t n, bool stream);
 
+    // Accumulating kernels add weight * value to `sums`, for the values that a decoder would have given.
+    void (*accumulate[kDtypes])(const void* values, double* sums, size_t n, double weight);
+
     // The block statistic alone; like the quantizers, returns whether all values are finite.
     bool (*absmax[kDtypes])(const void* values, float* absmax, size_t n, size_t blocksize);
 
@@ -38,17 +41,23 @@ struct Kernels {
                                                 size_t blocksize, bool stream);
     void (*dequantize_4bit[kQuantTypes][kDtypes])(const uint8_t* codes, const float* absmax, void* out, size_t n,
                                                   size_t blocksize, bool stream);
+    void (*accumulate_4bit[kQuantTypes][kDtypes])(const uint8_t* codes, const float* absmax, double* sums, size_t n,
+                                                  size_t blocksize, double weight);
 
     bool (*quantize_int8[kDtypes])(const void* values, uint8_t* codes, float* absmax, size_t n, size_t blocksize,
                                    bool stream);
     void (*dequantize_int8[kDtypes])(const uint8_t* codes, const float* absmax, void* out, size_t n, size_t blocksize,
                                      bool stream);
+    void (*accumulate_int8[kDtypes])(const uint8_t* codes, const float* absmax, double* sums, size_t n,
+                                     size_t blocksize, double weight);
 
     // `scales` are bfloat16 bit patterns. Decoding returns whether no code was -128.
     bool (*quantize_linear[kDtypes])(const void* values, int8_t* codes, uint16_t* scales, size_t n, size_t blocksize,
                                      bool stream, uint32_t* crc);
     bool (*dequantize_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, void* out, size_t n,
                                        size_t blocksize, bool stream);
+    bool (*accumulate_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, double* sums, size_t n,
+                                       size_t blocksize, double weight);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.

@@ -4,7 +4,9 @@
 // code = the integer nearest to fl32(x * fl32(1 / scale)), ties to even; decoding is fl32(code * scale),
 // then one rounding to the output's type, which saturates: 127 times a scale that was rounded up may lie beyond it. That
 // goes for -128 as well, which is noticed: no encoder makes it.
-// Codes need no clamp to +-127: a normal scale is at most 2^-8 too small, and 127 * (1 + 2^-8) rounds to 127.
+// Codes stay within +-127: a normal scale is at most 2^-8 too small, and 127 * (1 + 2^-8) rounds to 127. They are held
+// to -127 nevertheless, because another thread may write to the values between the two looks at them, and a decoder
+// refuses -128.
 #include "blocks.h"
 #include "kernels.h"
 
@@ -66,22 +68,34 @@ void decode(const int8_t* codes, size_t n, float scale, Sink& out, Words& larges
     if (i < n) out.put_part(value(load_int8_part(codes + i, n - i)), (n - i) * sizeof(T));
 }
 
-template <class T, bool kSaturate>
-bool decode_blocks(const int8_t* codes, const Bfloat16* scales, void* out, size_t n, size_t blocksize, bool stream) {
+template <class T, bool kSaturate, class Sink>
+bool decode_blocks(const int8_t* codes, const Bfloat16* scales, size_t n, size_t blocksize, Sink& out) {
     Words largest = no_words();
-    write_to<Packed<T>>(out, stream && blocksize % kLanes == 0, [&](auto& sink) {
-        for (size_t i = 0; i < n; i += blocksize) {
-            decode<T, kSaturate>(codes + i, min_size(blocksize, n - i), to_float(get(scales++)), sink, largest);
-        }
-    });
+    for (size_t i = 0; i < n; i += blocksize) {
+        decode<T, kSaturate>(codes + i, min_size(blocksize, n - i), to_float(get(scales++)), out, largest);
+    }
     return max_lane(largest) <= bits_of(127.0f);
+}
+
+template <class T, class Sink>
+bool decode_into(Sink& out, const int8_t* codes, const uint16_t* scales, size_t n, size_t blocksize) {
+    const Bfloat16* s = reinterpret_cast<const Bfloat16*>(scales);
+    return overflows<T>(s, blocks_in(n, blocksize), 128) ? decode_blocks<T, true>(codes, s, n, blocksize, out)
+                                                         : decode_blocks<T, false>(codes, s, n, blocksize, out);
 }
 
 template <class T>
 bool dequantize(const int8_t* codes, const uint16_t* scales, void* out, size_t n, size_t blocksize, bool stream) {
-    const Bfloat16* s = reinterpret_cast<const Bfloat16*>(scales);
-    const bool saturate = overflows<T>(s, blocks_in(n, blocksize), 128);
-    return (saturate ? decode_blocks<T, true> : decode_blocks<T, false>)(codes, s, out, n, blocksize, stream);
+    bool good = true;
+    write_to<Packed<T>>(out, stream && blocksize % kLanes == 0,
+                        [&](auto& sink) { good = decode_into<T>(sink, codes, scales, n, blocksize); });
+    return good;
+}
+
+template <class T>
+bool accumulate(const int8_t* codes, const uint16_t* scales, double* sums, size_t n, size_t blocksize, double weight) {
+    Added<T> sink(sums, weight);
+    return decode_into<T>(sink, codes, scales, n, blocksize);
 }
 
 }  // namespace
@@ -93,6 +107,9 @@ void add_linear(Kernels& k) {
     k.dequantize_linear[kFloat32] = dequantize<float>;
     k.dequantize_linear[kFloat16] = dequantize<Float16>;
     k.dequantize_linear[kBfloat16] = dequantize<Bfloat16>;
+    k.accumulate_linear[kFloat32] = accumulate<float>;
+    k.accumulate_linear[kFloat16] = accumulate<Float16>;
+    k.accumulate_linear[kBfloat16] = accumulate<Bfloat16>;
 }
 
 }  // namespace TW_TIER

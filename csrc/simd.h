@@ -7,7 +7,8 @@
 //
 // On top stand the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter end.
 // Plain stores where it is told. Stream stores whole aligned vectors past the caches, wherever the output begins.
-// Summed takes the checksum of what passes on to another sink.
+// Summed takes the checksum of what passes on to another sink. Added keeps nothing: it adds each value, times a weight,
+// to sums in float64.
 //
 // All of it is in unnamed namespaces: two tiers must never share a function (see floats.h).
 #pragma once
@@ -184,6 +185,29 @@ inline Packed<T> decoded(Floats value, Floats scale) {
     const Floats product = mul(value, scale);
     return narrow(kSaturate ? clamp(product, kLargest<T>) : product, T{});
 }
+
+// For each result, sum = fl64(sum + fl64(weight * value)).
+template <class T>
+class Added {
+public:
+    Added(double* sums, double weight) : sums_(sums), weight_(weight) {}
+
+    void put(Packed<T> v) {
+        add_weighted(sums_, widen(v, T{}), weight_);
+        sums_ += kLanes;
+    }
+    void put_part(Packed<T> v, size_t size) {
+        T values[kLanes];
+        memcpy(values, &v, sizeof v);
+        for (size_t i = 0; i < size / sizeof(T); ++i, ++sums_) {
+            ::tw::put(sums_, get(sums_) + weight_ * to_float(values[i]));
+        }
+    }
+
+private:
+    double* sums_;
+    double weight_;
+};
 
 // Group k of the first n values at x, n less than a full vector of results; groups beyond are zeros.
 template <class T>

@@ -14,6 +14,7 @@ using Floats = __m256;
 using Words = __m256i;
 using Mask = __m256i;
 
+inline Floats widen(__m256i values, float) { return _mm256_castsi256_ps(values); }
 inline Floats widen(__m128i halves, Float16) { return _mm256_cvtph_ps(halves); }
 inline Floats widen(__m128i halves, Bfloat16) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
@@ -64,6 +65,13 @@ inline Floats load_part(const T* p, size_t n) {
 }
 inline Floats splat(float v) { return _mm256_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline void add_weighted(double* sums, Floats v, double weight) {
+    const __m256d w = _mm256_set1_pd(weight);
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_mul_pd(w, low)));
+    _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), _mm256_mul_pd(w, high)));
+}
 inline Floats clamp(Floats v, float most) {  // in this order of operands NaN stays
     return _mm256_max_ps(splat(-most), _mm256_min_ps(splat(most), v));
 }
@@ -107,7 +115,9 @@ constexpr size_t kInt8s = 32;
 template <class Group>
 inline __m256i rounded(Group group) {
     const auto word = [&](size_t k) { return _mm256_cvtps_epi32(group(k)); };
-    return in_order(_mm256_packs_epi16(_mm256_packs_epi32(word(0), word(1)), _mm256_packs_epi32(word(2), word(3))));
+    const __m256i bytes =
+        _mm256_packs_epi16(_mm256_packs_epi32(word(0), word(1)), _mm256_packs_epi32(word(2), word(3)));
+    return in_order(_mm256_max_epi8(bytes, _mm256_set1_epi8(-127)));
 }
 
 template <class V>

@@ -16,6 +16,7 @@ using Mask = __mmask16;
 
 inline __mmask16 first(size_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
+inline Floats widen(__m512i values, float) { return _mm512_castsi512_ps(values); }
 inline Floats widen(__m256i halves, Float16) { return _mm512_cvtph_ps(halves); }
 inline Floats widen(__m256i halves, Bfloat16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -64,7 +65,9 @@ constexpr size_t kInt8s = 64;
 template <class Group>
 inline __m512i rounded(Group group) {
     const auto word = [&](size_t k) { return _mm512_cvtps_epi32(group(k)); };
-    return transposed(_mm512_packs_epi16(_mm512_packs_epi32(word(0), word(1)), _mm512_packs_epi32(word(2), word(3))));
+    const __m512i bytes =
+        _mm512_packs_epi16(_mm512_packs_epi32(word(0), word(1)), _mm512_packs_epi32(word(2), word(3)));
+    return transposed(_mm512_max_epi8(bytes, _mm512_set1_epi8(-127)));
 }
 
 template <Cache kTo>
@@ -85,6 +88,13 @@ inline Floats load_part(const Half* p, size_t n) {
 }
 inline Floats splat(float v) { return _mm512_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline void add_weighted(double* sums, Floats v, double weight) {
+    const __m512d w = _mm512_set1_pd(weight);
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_mul_pd(w, low)));
+    _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_mul_pd(w, high)));
+}
 inline Floats clamp(Floats v, float most) {  // in this order of operands NaN stays
     return _mm512_max_ps(splat(-most), _mm512_min_ps(splat(most), v));
 }

@@ -31,8 +31,14 @@ inline T narrow(Floats v, T) {
     return narrowed;
 }
 
+template <class T>
+inline Floats widen(T v, T) {
+    return to_float(v);
+}
+
 inline Floats splat(float v) { return v; }
 inline Floats mul(Floats a, Floats b) { return a * b; }
+inline void add_weighted(double* sums, Floats v, double weight) { put(sums, get(sums) + weight * v); }
 inline Floats clamp(Floats v, float most) { return v > most ? most : v < -most ? -most : v; }
 inline Floats select(Mask m, Floats a, Floats b) { return m ? a : b; }
 inline Floats with_sign_of(Floats magnitude, Floats sign) {
@@ -59,7 +65,8 @@ constexpr size_t kInt8s = 1;
 // Adding 1.5 * 2^23, whose ulp is 1, rounds to the nearest even integer and leaves it in the low bits.
 template <class Group>
 inline int8_t rounded(Group group) {
-    return static_cast<int8_t>(bits_of(group(0) + 0x1.8p23f));
+    const int8_t code = static_cast<int8_t>(bits_of(group(0) + 0x1.8p23f));
+    return code < -127 ? int8_t{-127} : code;
 }
 
 template <class V>

@@ -1,11 +1,19 @@
 """Codecs as values: specs, wire ids, slices; and the metadata that a peer may not send."""
 
+import ctypes
+import ctypes.util
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tensorwire import dtypes
+import tensorwire
+from tensorwire import dtypes, kernels
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import (
     BUILT_IN,
@@ -49,6 +57,38 @@ def test_a_checksum_comes_with_the_payload(spec: str) -> None:
     for count in (0, 1, 63, 4096, VALUES.size):
         encoded = parse(spec).encode(VALUES[:count], Extent.whole(dtypes.FLOAT32, (count,)), take)
         assert encoded.crc == crc32c(encoded.payload)
+
+
+@contextmanager
+def rounding(mode: int) -> Iterator[None]:
+    """The rounding mode of this thread, by its number in <fenv.h> on x86."""
+    library = ctypes.CDLL(ctypes.util.find_library("m"))
+    assert library.fesetround(mode) == 0
+    yield
+    library.fesetround(0)
+
+
+@contextmanager
+def subnormals_flushed() -> Iterator[None]:
+    torch = pytest.importorskip("torch")
+    assert torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.skipif(kernels.implementation == "numpy", reason="NumPy cannot say how the processor rounds")
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="numbers of one platform")
+@pytest.mark.parametrize("environment", [subnormals_flushed, *(partial(rounding, mode) for mode in (0x400, 0x800))])
+@pytest.mark.parametrize("spec", [*LOSSY, "fp4:double_quant=true,blocksize=128"])
+def test_bits_do_not_depend_on_how_the_host_rounds(spec: str, environment: Any) -> None:
+    for dtype in (np.float32, np.float16):
+        tiny = np.finfo(dtype).smallest_normal
+        for values in (VALUES[:5000].astype(dtype), (VALUES[:5000] * 50 * tiny).astype(dtype)):
+            data = tensorwire.dumps(values, codec=spec)
+            decoded = tensorwire.loads(data).tobytes()
+            with environment():
+                assert tensorwire.dumps(values, codec=spec) == data
+                assert tensorwire.loads(data).tobytes() == decoded
 
 
 def take(size: int) -> np.ndarray:

@@ -33,8 +33,10 @@ class _Handler:
 
     def __init__(self) -> None:
         self._last = -_TOGETHER
+        self.number: int | None = None  # of the last signal
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
         before, self._last = self._last, time.monotonic()
         if self._last - before >= _TOGETHER:
             raise Stopped(number)
@@ -42,9 +44,18 @@ class _Handler:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let every signal that asks for an end raise `Stopped`, but those that whoever started us has us ignore."""
-    with _handled_by(_Handler()):
-        yield
+    """Let every signal that asks for an end raise `Stopped`, but those that whoever started us has us ignore.
+
+    Also where a library that the signal struck in raises an error of its own instead: torch's zip writer does.
+    """
+    handler = _Handler()
+    with _handled_by(handler):
+        try:
+            yield
+        except Exception:
+            if handler.number is None:
+                raise
+            raise Stopped(handler.number) from None
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -64,7 +64,8 @@ class FourBit(TableQuantizer):
         metadata, codes = split(payload, sizes.metadata)
         crc = None if self.double_quant else np.empty(1, np.uint32)
         if self.double_quant:
-            finite = self._encode_nested(values, codes, metadata, context)
+            with kernels.default_environment():
+                finite = self._encode_nested(values, codes, metadata, context)
         else:
             finite = self._quantize(values, codes, metadata.view(np.float32), crc)
         if not finite:
@@ -149,8 +150,10 @@ def mean_absmax(view: TensorView, blocksize: int) -> float:
         absmax = np.empty(-(-len(values) // blocksize), np.float32)
         if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=blocksize):
             return 0.0  # the quantizer will name the element
-        total = float(np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1])
-    return float(np.float32(total / -(-view.numel // blocksize)))
+        with kernels.default_environment():
+            total = float(np.cumsum(np.concatenate(([total], absmax.astype(np.float64))))[-1])
+    with kernels.default_environment():
+        return float(np.float32(total / -(-view.numel // blocksize)))
 
 
 def unnest(state: State) -> npt.NDArray[np.float32]:
@@ -159,9 +162,9 @@ def unnest(state: State) -> npt.NDArray[np.float32]:
     assert state.offset is not None
     absmax = np.empty(state.absmax.size, np.float32)
     kernels.dequantize_int8(state.absmax, state.nested_absmax, absmax, blocksize=NESTED_BLOCKSIZE)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"), kernels.default_environment():
         absmax += state.offset
-    np.minimum(absmax, _LARGEST, out=absmax)
+        np.minimum(absmax, _LARGEST, out=absmax)
     return absmax
 
 

@@ -10,6 +10,9 @@ A quantizer returns whether all its input was finite; when it returns False the 
 taken while they are made where the instruction set allows, which costs less than reading them again.
 `uncached`: whether `out` is written past the caches, which is right for memory that was written before and will not be
 read soon; None: if it is larger than they are.
+`default_environment()` is for whoever calculates beside the kernels, which are in it anyway: torch may have been told
+to flush subnormals, and then the same input would give other bytes. The twin has no way to do that.
+
 A wrong dtype raises TypeError, wrong sizes or overlap ValueError: callers pass checked sizes, so either is a bug.
 
 The implementation is chosen once, at import: ``TENSORWIRE_ISA=numpy`` forces the twins, ``portable``, ``avx2``,
@@ -24,9 +27,14 @@ from typing import Final
 from tensorwire.kernels.contract import HostKernels
 
 __all__ = [
+    "accumulate",
+    "accumulate_4bit",
+    "accumulate_int8",
+    "accumulate_linear",
     "blockwise_absmax",
     "cast",
     "crc32c",
+    "default_environment",
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
@@ -79,6 +87,11 @@ implementation: Final = "numpy" if isa == "numpy" else "native"
 
 crc32c = _module.crc32c
 cast = _module.cast
+accumulate = _module.accumulate
+accumulate_4bit = _module.accumulate_4bit
+accumulate_int8 = _module.accumulate_int8
+accumulate_linear = _module.accumulate_linear
+default_environment = _module.default_environment
 blockwise_absmax = _module.blockwise_absmax
 quantize_4bit = _module.quantize_4bit
 dequantize_4bit = _module.dequantize_4bit

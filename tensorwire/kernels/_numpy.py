@@ -10,6 +10,7 @@ may be shorter. Shapes, dtypes and errors are the contract of `tensorwire.kernel
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
@@ -18,9 +19,14 @@ import numpy.typing as npt
 from tensorwire.kernels import tables
 
 __all__ = [
+    "accumulate",
+    "accumulate_4bit",
+    "accumulate_int8",
+    "accumulate_linear",
     "blockwise_absmax",
     "cast",
     "crc32c",
+    "default_environment",
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
@@ -33,6 +39,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint32]
 
 FLOAT_DTYPES: Final = (np.float32, np.float16, np.uint16)  # uint16: bfloat16 bit patterns
@@ -386,8 +393,8 @@ def quantize_linear(
     """Quantize to code * scale, |code| <= 127, a bfloat16 scale per block; whether all values are finite.
 
     scale = bfloat16(fl32(absmax / 127)), 0 when below 2**-126, and then the codes are 0. Otherwise code = the
-    integer nearest to y = fl32(x * fl32(1 / scale)), ties to even. No clamp is needed: the scale is rounded
-    down by at most 2**-8 of itself, and 127 * (1 + 2**-8) < 127.5.
+    integer nearest to y = fl32(x * fl32(1 / scale)), ties to even. It needs the clamp only where another thread writes
+    to `values` meanwhile: the scale is rounded down by at most 2**-8 of itself, and 127 * (1 + 2**-8) < 127.5.
     """
     _check_array("values", values, *FLOAT_DTYPES)
     _check_array("codes", codes, np.int8, output=True)
@@ -406,7 +413,7 @@ def quantize_linear(
         scale = _widen(scales[first:last])
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
         y = _times(_widen(values[start:stop]), inverse, edges)
-        codes[start:stop] = np.rint(y)
+        codes[start:stop] = np.clip(np.rint(y), -127, 127)
     _sum(crc, scales, codes)
     return True
 
@@ -435,6 +442,78 @@ def dequantize_linear(
         first, last, edges = _edges(start, stop, blocksize)
         _decode(codes[start:stop].astype(np.float32), _widen(scales[first:last]), edges, out[start:stop])
     return not (codes == -128).any()
+
+
+# ---- weighted sums ------------------------------------------------------------------------------------------
+
+
+@_quiet
+def accumulate(values: Array, sums: Float64, *, weight: float) -> None:
+    """Sums = fl64(sums + fl64(weight * values))."""
+    _check_array("values", values, *FLOAT_DTYPES)
+    _check_sums(sums, values.size, {"values": values})
+    for start, stop in _slices(sums.size):
+        sums[start:stop] += np.float64(weight) * _widen(values[start:stop]).astype(np.float64)
+
+
+def accumulate_4bit(
+    codes: npt.NDArray[np.uint8],
+    absmax: Float32,
+    sums: Float64,
+    *,
+    weight: float,
+    dtype: str,
+    blocksize: int,
+    quant_type: str,
+) -> None:
+    """Accumulate what `dequantize_4bit` gives."""
+    values = _decoded(sums, dtype, {"codes": codes, "absmax": absmax})
+    dequantize_4bit(codes, absmax, values, blocksize=blocksize, quant_type=quant_type)
+    accumulate(values, sums, weight=weight)
+
+
+def accumulate_int8(
+    codes: npt.NDArray[np.uint8], absmax: Float32, sums: Float64, *, weight: float, dtype: str, blocksize: int
+) -> None:
+    """Accumulate what `dequantize_int8` gives."""
+    values = _decoded(sums, dtype, {"codes": codes, "absmax": absmax})
+    dequantize_int8(codes, absmax, values, blocksize=blocksize)
+    accumulate(values, sums, weight=weight)
+
+
+def accumulate_linear(
+    codes: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.uint16],
+    sums: Float64,
+    *,
+    weight: float,
+    dtype: str,
+    blocksize: int,
+) -> bool:
+    """Accumulate what `dequantize_linear` gives; its verdict."""
+    values = _decoded(sums, dtype, {"codes": codes, "scales": scales})
+    good = dequantize_linear(codes, scales, values, blocksize=blocksize)
+    accumulate(values, sums, weight=weight)
+    return good
+
+
+def _decoded(sums: Float64, dtype: str, inputs: dict[str, Array]) -> Array:
+    """An array of the dtype named, for what is to be added to `sums`."""
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype: expected 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+    _check_sums(sums, getattr(sums, "size", 0), {name: a for name, a in inputs.items() if isinstance(a, np.ndarray)})
+    return np.empty(sums.size, np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def _check_sums(sums: Float64, expected: int, inputs: dict[str, Array]) -> None:
+    _check_array("sums", sums, np.float64, output=True)
+    _check_size("sums", sums, expected)
+    _check_overlap({"sums": sums}, inputs)
+
+
+def default_environment() -> AbstractContextManager[None]:
+    """Nothing: NumPy cannot say how the processor rounds."""
+    return nullcontext()
 
 
 # ---- checksum ----------------------------------------------------------------------------------------------

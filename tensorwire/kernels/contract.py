@@ -3,6 +3,7 @@
 The type checker holds each of the three modules against `Kernels`; tests hold their results against one another.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Float32: TypeAlias = npt.NDArray[np.float32]
+# Weighted sums.
+Float64: TypeAlias = npt.NDArray[np.float64]
 # One element, which receives a checksum.
 Crc: TypeAlias = npt.NDArray[np.uint32]
 # float32, float16, or uint16 holding bfloat16 bit patterns; for CUDA a 1-D torch tensor on the device.
@@ -91,7 +94,47 @@ class Kernels(Protocol):
 
 
 class HostKernels(Kernels, Protocol):
-    """What the host has beside them."""
+    """What the host has beside them.
+
+    `accumulate` and its kin add `weight` times each value to float64 sums, for the values that a decoder would have
+    given as `dtype` ("float32", "float16" or "bfloat16"): one rounding for the product, one for the sum.
+    """
+
+    def accumulate(self, values: Floats, sums: Float64, *, weight: float) -> None:
+        """Sums += weight * values."""
+
+    def accumulate_4bit(
+        self,
+        codes: Bytes,
+        absmax: Float32,
+        sums: Float64,
+        *,
+        weight: float,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+    ) -> None:
+        """Sums += weight * what `dequantize_4bit` gives."""
+
+    def accumulate_int8(
+        self, codes: Bytes, absmax: Float32, sums: Float64, *, weight: float, dtype: str, blocksize: int
+    ) -> None:
+        """Sums += weight * what `dequantize_int8` gives."""
+
+    def accumulate_linear(
+        self,
+        codes: npt.NDArray[np.int8],
+        scales: npt.NDArray[np.uint16],
+        sums: Float64,
+        *,
+        weight: float,
+        dtype: str,
+        blocksize: int,
+    ) -> bool:
+        """Sums += weight * what `dequantize_linear` gives, and its verdict."""
+
+    def default_environment(self) -> AbstractContextManager[Any]:
+        """In it this thread rounds to nearest even and keeps subnormals, whatever the host has set."""
 
     def crc32c(self, data: Any, seed: int = 0) -> int:
         """CRC-32C (Castagnoli) of a contiguous buffer, chained through `seed`."""

@@ -156,14 +156,37 @@ def decode(
     return out.checked()
 
 
+def accumulate(
+    kernels: ModuleType,
+    method: str,
+    codes: Array,
+    stats: Array,
+    sums: Array,
+    blocksize: int,
+    dtype: str,
+    offset: int = 0,
+) -> Array:
+    """`sums`, and 0.3 times what the codes stand for."""
+    out = Output(sums.size, np.float64, offset)
+    out.array[:] = sums
+    options = {"weight": 0.3, "dtype": dtype, "blocksize": blocksize}
+    if method in ("nf4", "fp4"):
+        kernels.accumulate_4bit(codes, stats, out.array, quant_type=method, **options)
+    elif method == "int8":
+        kernels.accumulate_int8(codes, stats, out.array, **options)
+    else:
+        kernels.accumulate_linear(codes, stats, out.array, **options)
+    return out.checked()
+
+
 def bits(array: Array) -> Array:
     """Bit patterns, so that 0.0 is not -0.0 and a NaN is equal to itself."""
-    return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.itemsize])
+    return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[array.itemsize])
 
 
 def bits_with_one_nan(array: Array) -> Array:
     """As `bits`, with all NaNs alike: which NaN a product gives is not part of the contract."""
-    quiet, sign = {2: (0x7E00, 0x7FFF), 4: (0x7FC00000, 0x7FFFFFFF)}[array.itemsize]
-    infinity = {np.dtype(np.float16): 0x7C00, np.dtype(np.uint16): 0x7F80}.get(array.dtype, 0x7F800000)
+    quiet, sign = {2: (0x7E00, 0x7FFF), 4: (0x7FC00000, 0x7FFFFFFF), 8: (0x7FF8 << 48, (1 << 63) - 1)}[array.itemsize]
+    infinities = {np.float16: 0x7C00, np.uint16: 0x7F80, np.float32: 0x7F800000, np.float64: 0x7FF0 << 48}
     plain = bits(array)
-    return np.where(plain & sign > infinity, quiet, plain)
+    return np.where(plain & plain.dtype.type(sign) > infinities[array.dtype.type], plain.dtype.type(quiet), plain)

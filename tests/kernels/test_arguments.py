@@ -25,6 +25,8 @@ def correct(name: str) -> dict[str, Any]:
         return {"values": np.zeros(N, np.float32), "out": np.zeros(N, np.float16), "crc": np.zeros(1, np.uint32)}
     if name == "blockwise_absmax":
         return {"values": np.zeros(N, np.float32), "absmax": np.zeros(BLOCKS, np.float32)} | options
+    if name == "accumulate":
+        return {"values": np.zeros(N, np.float32), "sums": np.zeros(N), "weight": 0.5}
     verb, method = name.split("_")
     code_dtype, code_count, stats_dtype = CODES[method]
     codes = {"codes": np.zeros(code_count, code_dtype), STATS[method]: np.zeros(BLOCKS, stats_dtype)}
@@ -32,6 +34,8 @@ def correct(name: str) -> dict[str, Any]:
         options["quant_type"] = "nf4"
     if verb == "quantize":
         return {"values": np.zeros(N, np.float32)} | codes | {"crc": np.zeros(1, np.uint32)} | options
+    if verb == "accumulate":
+        return codes | {"sums": np.zeros(N), "weight": 0.5, "dtype": "float32"} | options
     return codes | {"out": np.zeros(N, np.float32)} | options
 
 
@@ -40,7 +44,11 @@ def outputs(name: str) -> list[str]:
         return ["out", "crc"]
     if name == "blockwise_absmax":
         return ["absmax"]
+    if name == "accumulate":
+        return ["sums"]
     verb, method = name.split("_")
+    if verb == "accumulate":
+        return ["sums"]
     return ["codes", STATS[method], "crc"] if verb == "quantize" else ["out"]
 
 
@@ -48,11 +56,12 @@ def array_names(name: str) -> list[str]:
     return [key for key, value in correct(name).items() if isinstance(value, np.ndarray)]
 
 
-NAMES = ["cast", "blockwise_absmax"] + [f"{verb}_{method}" for method in CODES for verb in ("quantize", "dequantize")]
+VERBS = ("quantize", "dequantize", "accumulate")
+NAMES = ["cast", "accumulate", "blockwise_absmax"] + [f"{verb}_{method}" for method in CODES for verb in VERBS]
 ARRAYS = [(name, key) for name in NAMES for key in array_names(name)]
 ALWAYS = [(name, key) for name, key in ARRAYS if key != "crc"]
 OUTPUTS = [(name, key) for name in NAMES for key in outputs(name)]
-BLOCKED = NAMES[1:]
+BLOCKED = NAMES[2:]
 
 
 def call(kernels: ModuleType, name: str, **changes: Any) -> Any:
@@ -78,13 +87,14 @@ def refused(kernels: ModuleType, name: str, error: type[Exception], **changes: A
 class TestArguments:
     @pytest.mark.parametrize("name", NAMES)
     def test_correct_ones_pass(self, kernels: ModuleType, name: str) -> None:
-        expected = 0 if name == "cast" else None if name in ("dequantize_4bit", "dequantize_int8") else True
+        judges = name.endswith("_linear") or name.startswith(("quantize", "blockwise"))
+        expected = 0 if name == "cast" else True if judges else None
         assert call(kernels, name) is expected
 
     @pytest.mark.parametrize(("name", "key"), ARRAYS)
     def test_size(self, kernels: ModuleType, name: str, key: str) -> None:
         right = correct(name)[key]
-        sets_n = key == "values" or (key == "out" and name != "cast")
+        sets_n = key in ("values", "sums") or (key == "out" and name != "cast")
         for change in (-BLOCKSIZE, BLOCKSIZE) if sets_n else (-right.size, -1, 1):
             wrong = np.zeros(right.size + change, right.dtype)
             message = refused(kernels, name, ValueError, **{key: wrong})
@@ -188,6 +198,11 @@ class TestArguments:
         for quant_type in ("", "NF4", "int4", "nf4 "):
             assert "quant_type" in refused(kernels, name, ValueError, quant_type=quant_type)
         refused(kernels, name, TypeError, quant_type=None)
+
+    @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("accumulate_")])
+    def test_dtype_of_values_that_are_never_made(self, kernels: ModuleType, name: str) -> None:
+        for dtype in ("", "float64", "Float32"):
+            assert "dtype" in refused(kernels, name, ValueError, dtype=dtype)
 
     @pytest.mark.parametrize("name", BLOCKED)
     def test_options_are_keywords(self, kernels: ModuleType, name: str) -> None:

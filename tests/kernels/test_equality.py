@@ -13,6 +13,7 @@ from kernel_samples import (
     SAMPLES,
     Array,
     Output,
+    accumulate,
     as_float,
     bits,
     bits_with_one_nan,
@@ -62,8 +63,12 @@ def check_decode(
     if offset:
         codes, stats = misaligned(codes, offset), misaligned(stats, offset)
     found = decode(native, method, codes, stats, n, blocksize, dtype, offset)
-    equal = bits_with_one_nan(found) == bits_with_one_nan(expected)
-    assert equal.all(), f"{method} {dtype} n={n} blocksize={blocksize} offset={offset}"
+    where = f"{method} {dtype} n={n} blocksize={blocksize} offset={offset}"
+    assert (bits_with_one_nan(found) == bits_with_one_nan(expected)).all(), where
+    sums = rng.standard_normal(n)
+    expected_sums = accumulate(_numpy, method, codes, stats, sums, blocksize, dtype)
+    found_sums = accumulate(native, method, codes, stats, sums, blocksize, dtype, offset)
+    assert (bits_with_one_nan(found_sums) == bits_with_one_nan(expected_sums)).all(), where
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,6 +131,18 @@ class TestAbsmax:
                 assert _numpy.blockwise_absmax(values, expected, blocksize=blocksize) is True
                 assert native.blockwise_absmax(values, found.array, blocksize=blocksize) is True
                 assert (bits(found.checked()) == bits(expected)).all(), (n, blocksize)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_weighted_sums_of_plain_values(native: ModuleType, dtype: str) -> None:
+    for n in (*range(70), 4097, 100_003):
+        values = ANY_BYTES.view(float_dtype(dtype))[n : 2 * n]
+        expected, found = Output(n, np.float64), Output(n, np.float64, offset=n % 8)
+        expected.array[:] = found.array[:] = np.arange(n) / 3
+        with np.errstate(invalid="ignore"):
+            _numpy.accumulate(values, expected.array, weight=0.7)
+        native.accumulate(misaligned(values, n % 5), found.array, weight=0.7)
+        assert (bits_with_one_nan(found.checked()) == bits_with_one_nan(expected.checked())).all(), n
 
 
 PAIRS = [("float32", "float16"), ("float32", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32")]

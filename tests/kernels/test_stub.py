@@ -11,9 +11,10 @@ STUB = Path(kernels.__file__).with_name("_native.pyi")
 
 
 def declarations(text: str) -> dict[str, str]:
-    """What a stub says of each function, however it is laid out."""
-    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    return {
+    """What a stub says of each function, method and class, however it is laid out."""
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return {node.name: f"{ast.get_docstring(node)}" for node in classes} | {
         node.name: f"{ast.unparse(node.args)} -> {ast.unparse(node.returns or ast.Constant(None))}: "
         f"{ast.get_docstring(node)}"
         for node in functions

@@ -183,3 +183,26 @@ def test_a_wrong_number_of_threads_in_the_environment_is_loud(native: ModuleType
     run = python("import tensorwire", TENSORWIRE_THREADS=count)
     assert "TENSORWIRE_THREADS: expected 1 to 4096" in run.stderr
     assert run.returncode != 0
+
+
+def test_values_that_change_while_they_are_quantized_make_no_code_that_a_decoder_refuses(native: ModuleType) -> None:
+    """Another thread trains on: the scale is that of the small values, and the codes those of the large ones."""
+    values, done = np.full(1 << 16, -1.0, np.float32), threading.Event()
+
+    def train() -> None:
+        while not done.is_set():
+            for value in (-1e4, -1.0, np.nan, -1.0):
+                values.fill(value)
+
+    codes, scales = np.empty(values.size, np.int8), np.empty(values.size // 64, np.uint16)
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        lowest = []
+        for _ in range(300):
+            native.quantize_linear(values, codes, scales, blocksize=64)
+            lowest.append(codes.min())
+    finally:
+        done.set()
+        thread.join()
+    assert min(lowest) >= -127
