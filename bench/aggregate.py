@@ -1,13 +1,15 @@
 """Checking and averaging the updates of a round, by number of clients: `python bench/aggregate.py [MIB] [CODEC]`.
 
 An fp32 model of MIB mebibytes (1024) and updates encoded with CODEC (nf4), read from one recording in a file
-that stands for all clients. Prints seconds, and memory at peak beyond the model.
+that stands for all clients. Prints seconds, memory at peak beyond the model, and for what each further client adds the
+fp32 bytes a second, beside those of a memcpy of a block of the model in the same run.
 """
 
 import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -35,11 +37,26 @@ def main(mib: int, codec: str) -> None:
         with path.open("rb", buffering=0) as source:
             update = check_update(source, model, terms, recording=path)
         print(f"checked in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB")
+        seconds = {}
         for count in CLIENTS:
-            updates = [replace(update, terms=replace(terms, client=str(client))) for client in range(count)]
+            updates = [replace(update, terms=replace(update.terms, client=str(client))) for client in range(count)]
             rise, start = Rise(), perf_counter()
             average(updates, into=model)
-            print(f"{count} clients averaged in {perf_counter() - start:.2f} s, {rise.peak() / 2**20:.0f} MiB")
+            seconds[count] = perf_counter() - start
+            print(f"{count} clients averaged in {seconds[count]:.2f} s, {rise.peak() / 2**20:.0f} MiB")
+    added = (seconds[CLIENTS[-1]] - seconds[CLIENTS[0]]) / (CLIENTS[-1] - CLIENTS[0])
+    rate, memcpy = mib * 2**20 / added / 1e9, block.nbytes / copied(block) / 1e9
+    print(f"a further client: {rate:.1f} GB/s of fp32, {rate / memcpy:.2f} of memcpy ({memcpy:.1f} GB/s)")
+
+
+def copied(block: np.ndarray) -> float:
+    """Seconds that a copy of a block takes into memory that was written before, the median of 9."""
+    target, seconds = block.copy(), []
+    for _ in range(9):
+        start = perf_counter()
+        np.copyto(target, block)
+        seconds.append(perf_counter() - start)
+    return median(seconds)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def test_aggregate():
         rf"2 MiB, nf4: difference encoded to \d+ MiB in {SECONDS}",
         rf"checked in {SECONDS}, \d+ MiB",
         *(rf"{count} clients averaged in {SECONDS}, \d+ MiB" for count in (2, 4, 8, 16)),
+        r"a further client: -?[\d.]+ GB/s of fp32, -?[\d.]+ of memcpy \([\d.]+ GB/s\)",
     )
 
 

@@ -91,6 +91,33 @@ def test_bits_do_not_depend_on_how_the_host_rounds(spec: str, environment: Any) 
                 assert tensorwire.loads(data).tobytes() == decoded
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [dtypes.FLOAT32, dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT64, dtypes.COMPLEX64])
+def test_sums_are_of_what_is_decoded(spec: str, dtype: Any) -> None:
+    """sum + weight * value, each rounded once, whether straight from the codes or not."""
+    codec = parse(spec)
+    if not codec.accepts(dtype):
+        return
+    data = from_floats(VALUES[:6000], dtype)
+    count = data.size // dtype.itemsize
+    extent = Extent.whole(dtype, (count,))
+    view = TensorView(dtype, (count,), lambda start, stop: data)
+    payload = memoryview(bytes(codec.encode(data, extent, take, codec.prepare(view)).payload))
+    out = np.empty(data.size, np.uint8)
+    codec.decode(payload, extent, out)
+    sums = np.arange(6000) / 7
+    expected = sums + 0.3 * as_floats(out, dtype).astype(np.float64)
+    codec.accumulate(payload, extent, sums, 0.3)
+    assert sums.tobytes() == expected.tobytes()
+
+
+def test_codes_that_no_encoder_makes_are_not_added() -> None:
+    codec, extent = parse("int8-linear:blocksize=16"), Extent.whole(dtypes.FLOAT32, (16,))
+    for payload, says in ((b"\x80\x3f" + b"\x80" * 16, "-128"), (b"\xff\xff" + bytes(16), "scale")):
+        with pytest.raises(FormatError, match=says):
+            codec.accumulate(memoryview(payload), extent, np.zeros(16), 1.0)
+
+
 def take(size: int) -> np.ndarray:
     return np.empty(size, np.uint8)
 

@@ -46,7 +46,7 @@ FOREIGN = {
     "tensor": {"numpy"},
     "wire": {"msgpack"},
     "kernels": {"numpy", "torch", "bitsandbytes"},
-    "codecs": {"numpy", "zstandard"},
+    "codecs": {"numpy", "ml_dtypes", "zstandard"},
     "streams": {"numpy"},
     "memory": {"numpy"},
     "files": {"numpy"},
@@ -58,7 +58,7 @@ FOREIGN = {
     "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
     "fl": {"numpy", "torch", "transformers", "peft", "matplotlib"},
 }
-CORE = {"numpy", "msgpack", "zstandard"}
+CORE = {"numpy", "ml_dtypes", "msgpack", "zstandard"}
 # Rooms for one foreign library, and single files; elsewhere extras come late, inside functions.
 NEEDS_EXTRA = {"torch", "integrations", "kernels/cuda.py", "bench/plots.py"}
 # Rooms that know no sockets or processes, and those that know no threads either.

@@ -405,3 +405,19 @@ def test_values_that_a_codec_behind_a_transform_cannot_carry_are_seen() -> None:
         tensorwire.dumps({"w": bad}, codec="negated|nf4")
     assert caught.value.index == 5 * 999 + 7 and "item 'w'" in str(caught.value)
     assert same(tensorwire.loads(tensorwire.dumps({"w": bad}, codec="negated|nf4:nonfinite=raw")), {"w": bad})
+
+
+def test_their_values_are_added_up() -> None:
+    """Without a method of their own for it: they are decoded first."""
+    values = np.linspace(-3, 3, 96, dtype=np.float32)
+    extent = Extent.whole(dtypes.FLOAT32, (96,))
+    for spec in ALL:
+        codec, sums = parse(spec), np.ones(96)
+        if codec.accepts(dtypes.FLOAT32):
+            data = tensorwire.tensor.TensorView(dtypes.FLOAT32, (96,), lambda start, stop: values[start:stop])
+            encoded = codec.encode(values.view(np.uint8), extent, lambda n: np.empty(n, np.uint8), codec.prepare(data))
+            payload, out = memoryview(bytes(encoded.payload)), np.empty(384, np.uint8)
+            codec.decode(payload, extent, out)
+            codec.accumulate(payload, extent, sums, 2.0)
+            assert np.array_equal(sums, 1 + 2.0 * out.view(np.float32).astype(np.float64))
+            assert codec.ceiling(dtypes.FLOAT32) == np.inf

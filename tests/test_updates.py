@@ -84,28 +84,25 @@ TERMS = Terms("run", 3, base="ab", client="c0", weight=2.0)
 
 
 def upload(model, number, *, kind="difference", codec="nf4", frame_size=1 << 13, weight=None):
-    """What client `number` sends, its terms, and its model as the server is to see it, in float64."""
+    """What client `number` sends, its terms, and what the server is to see of it, in float64."""
     terms = replace(TERMS, client=f"c{number}", kind=kind, weight=weight or 1.5 + number)
     state = trained(model, 100 + number)
     data = joined(encode(changes(state, model, kind), terms, codec=codec, frame_size=frame_size))
-    sent = tensorwire.loads(data)
-    values = {}
-    for name, array in model.items():
-        values[name] = sent[name].astype(np.float64)
-        if kind == "difference" and array.dtype.kind == "f":
-            values[name] = array.astype(np.float64) + values[name]
-    return data, terms, values
+    return data, terms, {name: array.astype(np.float64) for name, array in tensorwire.loads(data).items()}
 
 
 def plain_mean(model, uploads):
     """The definition, in plain NumPy."""
     ordered = sorted(uploads, key=lambda upload: upload[1].client)
     weight = math.fsum(terms.weight for _, terms, _ in ordered)
+    share = math.fsum(terms.weight for _, terms, _ in ordered if terms.kind == "difference")
     mean = {}
     for name, array in model.items():
         total = np.zeros(array.shape)
-        for _, terms, values in ordered:
-            total = total + terms.weight * values[name]
+        for _, terms, sent in ordered:
+            total = total + terms.weight * sent[name]
+        if share:
+            total = total + share * array.astype(np.float64)
         mean[name] = (total / weight).astype(array.dtype) if array.dtype.kind == "f" else array
     return mean
 
@@ -405,7 +402,8 @@ def test_terms_that_are_none_are_refused(text):
 def test_norms_are_measured_from_the_base_rejected_and_clipped(kind):
     model = make_model()
     before = {name: array.copy() for name, array in model.items()}
-    data, terms, values = upload(model, 0, kind=kind)
+    data, terms, sent = upload(model, 0, kind=kind)
+    values = {name: sent[name] if kind == "weights" else model[name] + sent[name] for name in model}
     norm = math.sqrt(sum(np.sum((values[name] - model[name]) ** 2) for name in model if model[name].dtype.kind == "f"))
     assert check_update(data, model, terms, Rules(max_norm=norm * 1.001)).norm == pytest.approx(norm, rel=1e-6)
     assert refused(data, model, Rules(max_norm=norm / 2), terms).reason == "norm"

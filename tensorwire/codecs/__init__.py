@@ -4,7 +4,7 @@ The contract is in stage.py, the layouts in docs/codecs.md; a file a family of s
 """
 
 from tensorwire.codecs.cast import BFloat16, Float16
-from tensorwire.codecs.floats import as_floats, from_floats, is_float
+from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.pipeline import Codec, Readymade
@@ -53,11 +53,13 @@ __all__ = [
     "Take",
     "Transform",
     "Zstd",
+    "add_weighted",
     "as_floats",
     "checked_absmax",
     "describe",
     "from_floats",
     "from_stages",
+    "is_calculated",
     "is_float",
     "known_ids",
     "parameter",

@@ -6,8 +6,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.codecs.floats import KERNEL_DTYPES, kernel_target, kernel_view, kernels_for, largest, widen
-from tensorwire.codecs.stage import Choice, Encoded, Packer, Sizes, Take, parameter
+from tensorwire.codecs.floats import (
+    KERNEL_DTYPES,
+    add_weighted,
+    kernel_target,
+    kernel_view,
+    kernels_for,
+    largest,
+    widen,
+)
+from tensorwire.codecs.stage import Choice, Encoded, Packer, Sizes, Sums, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import NonFiniteError
 from tensorwire.tensor import Extent, TensorView
@@ -42,6 +50,10 @@ class Cast(Packer):
         """With overflow=raw, where a value is too large."""
         return f"beyond {self.narrow}" if self.overflow == "raw" and largest(view) >= self.limit else ""
 
+    def ceiling(self, dtype: DType) -> float:
+        """Below what rounds to infinity, where that is an error."""
+        return float(np.nextafter(np.float32(self.limit), np.float32(0))) if self.overflow == "error" else float("inf")
+
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """Each element rounded. Raises NonFiniteError for one that overflows, unless it is to saturate."""
         values = kernel_view(data, extent.dtype)
@@ -63,6 +75,11 @@ class Cast(Packer):
         """Each element widened, which is exact."""
         values = kernel_target(out, extent.dtype)
         kernels_for(values).cast(np.frombuffer(payload, KERNEL_DTYPES[self.narrow]), values, uncached=uncached)
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
+        """Straight from the narrow elements."""
+        add_weighted(payload, self.narrow, sums, weight)
+        return True
 
 
 class Float16(Cast):

@@ -1,7 +1,7 @@
 """Float tensors as arrays: as kernels take them, and as NumPy can calculate with.
 
-NumPy has no bfloat16. Kernels take it as uint16 bit patterns (`kernel_view`); arithmetic gets it widened to float32,
-which is exact (`as_floats`), and rounds back to it (`from_floats`).
+NumPy has no bfloat16. Kernels take it as uint16 bit patterns (`kernel_view`); arithmetic gets it, and floats of eight
+bits, widened to float32, which is exact (`as_floats`), and rounds back to them (`from_floats`).
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,18 @@ from tensorwire.tensor import TensorView
 KERNEL_DTYPES: Final[Mapping[DType, type[np.generic]]] = MappingProxyType(
     {dtypes.FLOAT32: np.float32, dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
 )
-# The float types that can be calculated with, and the NumPy type of the arrays.
+_EIGHT_BITS: Final = (dtypes.FLOAT8_E4M3FN, dtypes.FLOAT8_E5M2, dtypes.FLOAT8_E4M3FNUZ, dtypes.FLOAT8_E5M2FNUZ)
+# The types that can be calculated with, and the NumPy type of the arrays; of complex ones, of their two parts.
 CALCULATED: Final[Mapping[DType, type[np.floating[Any]]]] = MappingProxyType(
     {
         dtypes.FLOAT16: np.float16,
         dtypes.BFLOAT16: np.float32,
         dtypes.FLOAT32: np.float32,
         dtypes.FLOAT64: np.float64,
+        dtypes.COMPLEX32: np.float16,
+        dtypes.COMPLEX64: np.float32,
+        dtypes.COMPLEX128: np.float64,
+        **dict.fromkeys(_EIGHT_BITS, np.float32),
     }
 )
 _SCAN: Final = 1 << 20  # elements looked at in one go when a whole tensor has to be seen before its first slice
@@ -35,43 +40,68 @@ _SCAN_BLOCK: Final = 4096
 
 
 def is_float(dtype: DType) -> bool:
-    """Whether `as_floats` and `from_floats` take this dtype: float16, bfloat16, float32, float64."""
+    """Whether it is a real float that is at least two bytes wide: float16, bfloat16, float32, float64."""
+    return dtype in (dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.FLOAT64)
+
+
+def is_calculated(dtype: DType) -> bool:
+    """Whether `as_floats` and `from_floats` take this dtype: all but integers, bools and float8_e8m0fnu, float4."""
     return dtype in CALCULATED
 
 
 def as_floats(data: Any, dtype: DType) -> npt.NDArray[Any]:
     """The little-endian bytes of float elements as an array to calculate with.
 
-    float16, float32 and float64 are seen as they stand, without a copy; bfloat16 is widened, exactly, to a new float32
-    array. `data`: a C-contiguous buffer. Raises EncodeError for a dtype that is none of these.
+    float16, float32 and float64 are seen as they stand, without a copy; bfloat16 and floats of eight bits are widened,
+    exactly, to a new float32 array. A complex element gives two floats, the real part first. `data`: a C-contiguous
+    buffer. Raises EncodeError for a dtype that `is_calculated` is False for.
     """
-    _check_float(dtype)
-    if dtype != dtypes.BFLOAT16:
-        return np.frombuffer(data, CALCULATED[dtype])
-    return widen(np.frombuffer(data, np.uint16))
+    _check_calculated(dtype)
+    if dtype == dtypes.BFLOAT16:
+        return widen(np.frombuffer(data, np.uint16))
+    if dtype in _EIGHT_BITS:
+        wide: npt.NDArray[np.float32] = np.frombuffer(data, _foreign(dtype)).astype(np.float32)
+        return wide
+    return np.frombuffer(data, CALCULATED[dtype])
 
 
 def from_floats(values: npt.NDArray[Any], dtype: DType, out: npt.NDArray[np.uint8] | None = None) -> Any:
     """1-D floats rounded to nearest even to the elements of `dtype`: their bytes, a flat uint8 array.
 
     They are written to `out` if that is given, and come without a copy where `values` have the dtype already.
-    float64 becomes bfloat16 by way of float32. Raises EncodeError for a dtype that `as_floats` does not take.
+    float64 becomes bfloat16 by way of float32. Of complex elements `values` has both parts, as `as_floats` gives them.
+    Raises EncodeError for a dtype that `as_floats` does not take.
     """
-    _check_float(dtype)
-    if out is None:
-        if dtype != dtypes.BFLOAT16:
-            return np.ascontiguousarray(values, CALCULATED[dtype]).view(np.uint8)
-        out = np.empty(values.size * dtype.itemsize, np.uint8)
+    _check_calculated(dtype)
     if dtype == dtypes.BFLOAT16:
+        out = np.empty(2 * values.size, np.uint8) if out is None else out
         kernels.cast(np.ascontiguousarray(values, np.float32), out.view(np.uint16))
-    else:
-        out.view(CALCULATED[dtype])[:] = values
+        return out
+    target = _foreign(dtype) if dtype in _EIGHT_BITS else CALCULATED[dtype]
+    if out is None:
+        return np.ascontiguousarray(values, target).view(np.uint8)
+    out.view(target)[:] = values
     return out
 
 
-def _check_float(dtype: DType) -> None:
+def add_weighted(data: Any, dtype: DType, sums: npt.NDArray[np.float64], weight: float) -> None:
+    """Add `weight` times each float, as `as_floats` gives them, to `sums`: one rounding each for product and sum."""
+    if dtype in KERNEL_DTYPES:
+        kernels.accumulate(np.frombuffer(data, KERNEL_DTYPES[dtype]), sums, weight=weight)
+    else:
+        with kernels.default_environment():
+            sums += weight * as_floats(data, dtype).astype(np.float64)
+
+
+def _check_calculated(dtype: DType) -> None:
     if dtype not in CALCULATED:
         raise EncodeError(f"{dtype} is none of {', '.join(map(str, CALCULATED))}")
+
+
+def _foreign(dtype: DType) -> Any:
+    import ml_dtypes
+
+    return getattr(ml_dtypes, dtype.name)
 
 
 def on_device(data: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tensorwire import kernels
 from tensorwire.codecs.floats import kernel_target, kernel_view, kernels_for
 from tensorwire.codecs.quantizer import State, TableQuantizer, checked_absmax, split
-from tensorwire.codecs.stage import Bytes, Choice, Encoded, Range, Sizes, Take, parameter
+from tensorwire.codecs.stage import Bytes, Choice, Encoded, Range, Sizes, Sums, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.kernels import tables
@@ -111,6 +111,20 @@ class FourBit(TableQuantizer):
         kernels_for(values).dequantize_4bit(
             state.codes, absmax, values, blocksize=self.blocksize, quant_type=self.quant_type, uncached=uncached
         )
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
+        """Straight from the codes."""
+        state = self.state(payload, extent.count)
+        kernels.accumulate_4bit(
+            state.codes,
+            unnest(state) if self.double_quant else state.absmax,
+            sums,
+            weight=weight,
+            dtype=extent.dtype.name,
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+        )
+        return True
 
     def state(self, payload: Any, count: int) -> State:
         """Codes and absmax. Raises FormatError for an absmax that is none, or a half byte that is not 0."""

@@ -5,18 +5,21 @@ values, times the block's absmax. int8-linear is plain symmetric rounding with a
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from tensorwire import dtypes
+from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import kernel_target, kernel_view, kernels_for
 from tensorwire.codecs.quantizer import Quantizer, State, TableQuantizer, checked_absmax, split
-from tensorwire.codecs.stage import Encoded, Range, Sizes, Take, parameter
+from tensorwire.codecs.stage import Encoded, Range, Sizes, Sums, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.kernels import tables
 from tensorwire.tensor import Extent
+
+_UNUSED: Final = "code -128 is not used"
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,6 +56,14 @@ class Int8(TableQuantizer):
             state.codes, state.absmax, values, blocksize=self.blocksize, uncached=uncached
         )
 
+    def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
+        """Straight from the codes."""
+        state = self.state(payload, extent.count)
+        kernels.accumulate_int8(
+            state.codes, state.absmax, sums, weight=weight, dtype=extent.dtype.name, blocksize=self.blocksize
+        )
+        return True
+
     def state(self, payload: Any, count: int) -> State:
         """Codes and absmax. Raises FormatError for an absmax that is none."""
         absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(count))
@@ -84,11 +95,25 @@ class Int8Linear(Quantizer):
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
         """Codes times scales. Raises FormatError for a scale that is none, and for code -128."""
         values = kernel_target(out, extent.dtype)
-        scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(len(values)))
+        codes, scales = self._parts(payload, len(values))
+        if not kernels_for(values).dequantize_linear(
+            codes, scales, values, blocksize=self.blocksize, uncached=uncached
+        ):
+            raise FormatError(_UNUSED)
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
+        """Straight from the codes."""
+        codes, scales = self._parts(payload, extent.count)
+        if not kernels.accumulate_linear(
+            codes, scales, sums, weight=weight, dtype=extent.dtype.name, blocksize=self.blocksize
+        ):
+            raise FormatError(_UNUSED)
+        return True
+
+    def _parts(self, payload: Any, count: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint16]]:
+        """Codes and scales. Raises FormatError for a scale that is none."""
+        scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(count))
         scales = scale_bytes.view(np.uint16)
         if scales.size and scales.max() >= 0x7F80:
             raise FormatError("a scale is negative, infinite or NaN")
-        if not kernels_for(values).dequantize_linear(
-            codes.view(np.int8), scales, values, blocksize=self.blocksize, uncached=uncached
-        ):
-            raise FormatError("code -128 is not used")
+        return codes.view(np.int8), scales

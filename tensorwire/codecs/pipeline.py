@@ -8,9 +8,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from tensorwire.codecs.floats import add_weighted
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.registry import BUILT_IN, by_id
-from tensorwire.codecs.stage import Compressor, Encoded, Packer, Sizes, Stage, Take, Transform
+from tensorwire.codecs.stage import Compressor, Encoded, Packer, Sizes, Stage, Sums, Take, Transform
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, UnsupportedError
 from tensorwire.tensor import Extent, TensorView
@@ -138,6 +139,12 @@ class Codec:
         """Why this tensor's values ask for a lossless codec instead, as the spec's policy says; else nothing."""
         return self.packer.fallback(self._transformed(view))
 
+    def ceiling(self, dtype: DType) -> float:
+        """The largest magnitude that is never refused; infinity where no finite one is."""
+        for transform in self.transforms:
+            dtype = transform.output(dtype)
+        return self.packer.ceiling(dtype)
+
     def prepare(self, view: TensorView) -> Any:
         """What must be known of the whole tensor before its first slice; handed to `encode` as `context`."""
         return self.packer.prepare(self._transformed(view))
@@ -167,12 +174,21 @@ class Codec:
         `on_device` maybe a 1-D device tensor of them. `uncached`: as kernels take it. Raises FormatError for a payload
         that no encoder produces; `out` then holds anything.
         """
-        if self.compressors:
-            payload = self.unpack(payload, extent)
-        if self.transforms:
-            self._decode_transformed(payload, extent, out)
-        else:
-            self.packer.decode(payload, extent, out, uncached)
+        packed = self.unpack(payload, extent) if self.compressors else payload
+        self._decode_packed(packed, extent, out, uncached)
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> None:
+        """Add `weight` times each element of a slice to float64 `sums`: one rounding for a product, one for a sum.
+
+        Of complex elements `sums` has both parts, the real one first. `payload` and errors: as for `decode`, and `sums`
+        then holds anything. Raises EncodeError for elements that are no floats.
+        """
+        packed = self.unpack(payload, extent) if self.compressors else payload
+        if not self.transforms and self.packer.accumulate(packed, extent, sums, weight):
+            return
+        out = np.empty(extent.count * extent.dtype.itemsize, np.uint8)
+        self._decode_packed(packed, extent, out)
+        add_weighted(out, extent.dtype, sums, weight)
 
     def unpack(self, payload: memoryview, extent: Extent) -> memoryview:
         """The packer's payload: that of a slice, decompressed. Raises FormatError."""
@@ -219,7 +235,10 @@ class Codec:
             places.append(places[-1]._replace(dtype=transform.output(places[-1].dtype)))
         return places
 
-    def _decode_transformed(self, payload: memoryview, extent: Extent, out: Any) -> None:
+    def _decode_packed(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        if not self.transforms:
+            self.packer.decode(payload, extent, out, uncached)
+            return
         *places, packed = self._places(extent)
         data = np.empty(packed.count * packed.dtype.itemsize, np.uint8)
         self.packer.decode(payload, packed, data)

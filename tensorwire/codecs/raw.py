@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from tensorwire import dtypes
-from tensorwire.codecs.stage import Encoded, Packer, Sizes, Take
+from tensorwire.codecs.floats import add_weighted
+from tensorwire.codecs.stage import Encoded, Packer, Sizes, Sums, Take
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.tensor import Extent
@@ -39,3 +40,8 @@ class Raw(Packer):
             raise FormatError("a bool is neither 0 nor 1")
         if received.ctypes.data != out.ctypes.data:
             out[:] = received
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
+        """The elements where they stand."""
+        add_weighted(payload, extent.dtype, sums, weight)
+        return True

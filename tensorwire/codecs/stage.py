@@ -25,6 +25,7 @@ from tensorwire.errors import EncodeError, FormatError
 from tensorwire.tensor import Extent, TensorView
 
 Bytes = npt.NDArray[np.uint8]
+Sums = npt.NDArray[np.float64]
 Take = Callable[[int], Bytes]
 Value = int | bool | str
 Row = TypeVar("Row", bound="Stage")
@@ -235,6 +236,10 @@ class Packer(Stage):
         """Why this tensor's values ask for a lossless codec instead, as a parameter's policy says; else nothing."""
         return ""
 
+    def ceiling(self, dtype: DType) -> float:
+        """The largest magnitude that is never refused; infinity where no finite one is."""
+        return float("inf")
+
     def prepare(self, view: TensorView) -> Any:
         """What must be known of the whole tensor before its first slice; handed to `encode` as `context`."""
         return None
@@ -256,6 +261,13 @@ class Packer(Stage):
         `on_device` maybe a 1-D device tensor of them. `uncached`: as kernels take it.
         Raises FormatError for a payload that no encoder produces.
         """
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
+        """Add `weight` times each element of a slice to `sums`; False: `decode` must come first.
+
+        For the elements that `decode` gives, one rounding for each product and one for each sum. Raises as `decode`.
+        """
+        return False
 
 
 class Compressor(Stage):

@@ -15,26 +15,38 @@ computed when they are read, so that functions from views to views (`subtract`, 
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, check_update
 from tensorwire.updates.difference import Views, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
-from tensorwire.updates.mean import average
+from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import arrays, encode, receive
+from tensorwire.updates.optimizer import ServerOptimizer
+from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.terms import Terms, UpdateKind
+from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
     "ErrorFeedback",
+    "LeftOut",
+    "Mean",
     "Rules",
+    "ServerOptimizer",
     "Terms",
+    "TrimmedMean",
     "Update",
     "UpdateError",
     "UpdateKind",
     "Verdict",
     "Views",
+    "WeightedMean",
     "arrays",
     "average",
     "check_update",
+    "clipped_to_median",
     "encode",
+    "exact_vectors",
+    "normalized",
     "receive",
     "stochastic_bf16",
     "subtract",
     "views",
+    "without_outliers",
 ]

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire import Schema, TensorwireError, dtypes
-from tensorwire.codecs import as_floats, is_float
+from tensorwire.codecs import as_floats, is_calculated
 from tensorwire.dtypes import DType
-from tensorwire.errors import CorruptError, SchemaError, show
+from tensorwire.errors import CorruptError, EncodeError, SchemaError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
-from tensorwire.streams import Piece, Pieces
-from tensorwire.updates.difference import Bytes
-from tensorwire.updates.message import Arrays, place_of
+from tensorwire.streams import CodecChoice, Piece, Pieces, rule
+from tensorwire.updates.difference import Bytes, views
+from tensorwire.updates.message import Arrays, place_of_piece
 from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.wire import Item
 
@@ -28,13 +28,22 @@ Recording = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 # Elements that are worked on at a time: float64 temporaries of this size stay in the second-level cache.
 _BLOCK: Final = 1 << 15
-# The largest finite value of each dtype that is averaged.
+# The largest finite number of each dtype that is averaged; of complex ones, of their parts.
 _LARGEST: Final = {
     dtypes.FLOAT16: 65504.0,
     dtypes.BFLOAT16: float.fromhex("0x1.fep127"),
     dtypes.FLOAT32: float(np.finfo(np.float32).max),
     dtypes.FLOAT64: float(np.finfo(np.float64).max),
+    dtypes.COMPLEX32: 65504.0,
+    dtypes.COMPLEX64: float(np.finfo(np.float32).max),
+    dtypes.COMPLEX128: float(np.finfo(np.float64).max),
+    dtypes.FLOAT8_E4M3FN: 448.0,
+    dtypes.FLOAT8_E5M2: 57344.0,
+    dtypes.FLOAT8_E4M3FNUZ: 240.0,
+    dtypes.FLOAT8_E5M2FNUZ: 57344.0,
 }
+# Floats that cannot be calculated with: a mean would leave them as they are, and nobody would notice.
+_NO_NUMBERS: Final = (dtypes.FLOAT8_E8M0FNU, dtypes.FLOAT4_E2M1FN_X2)
 
 
 class UpdateError(TensorwireError, ValueError):
@@ -65,6 +74,11 @@ class Update:
         """Who made it."""
         return self.terms.client
 
+    @property
+    def base_share(self) -> float:
+        """How much of what it makes of the model is the model as it was."""
+        return 1.0 if self.terms.kind == "difference" else 1.0 - self.scale
+
     def pieces(
         self,
         open_item: Callable[[Item], None] = lambda item: None,
@@ -84,6 +98,7 @@ class Update:
 class Rules:
     """What an update must keep to beyond the schema of the model.
 
+    `down`: the codec that the next model is to be sent with, which must be able to carry what an update makes of it.
     `max_norm`: larger updates are rejected or, with `on_norm="clip"`, scaled down to it. `validate`: called with each
     update that passes and the schema it was held against; it has the last word: accept, reject, or clip to `max_norm`.
     """
@@ -93,6 +108,27 @@ class Rules:
     on_norm: Literal["reject", "clip"] = "reject"
     validate: Callable[[Update, Schema], Verdict] | None = None
     limits: Limits = DEFAULT
+    down: CodecChoice = "raw"
+
+
+def ceilings(model: Arrays, down: CodecChoice) -> dict[str, float]:
+    """The largest magnitude that each item of a model may have to be sent with the codec `down`.
+
+    Raises EncodeError for floats that no mean can be taken of, and for a codec choice that makes no sense.
+    """
+    choose, highest = rule(down), {}
+    described = views(model)
+    for name, view in described.items():
+        if view.dtype in _NO_NUMBERS:
+            raise EncodeError(
+                f"no mean can be taken of {view.dtype}; send it beside the model, or as float32", item=name
+            )
+        choose.notice(name, view)
+    for name, view in described.items():
+        if view.dtype in _LARGEST:
+            codec = choose(name, model[name], view)
+            highest[name] = min(_LARGEST[view.dtype], codec.ceiling(view.dtype))
+    return highest
 
 
 def check_update(
@@ -106,7 +142,7 @@ def check_update(
     another WireError.
     """
     rules = rules or Rules()
-    schema, names = tensorwire.schema(model), iter(model)
+    schema, names, highest = tensorwire.schema(model), iter(model), ceilings(model, rules.down)
     terms: Terms | None = None
 
     def open_item(item: Item) -> None:
@@ -121,16 +157,18 @@ def check_update(
     energy = 0.0
     for piece in pieces:
         assert terms is not None
-        if is_float(piece.dtype):
-            energy += _energy(piece, place_of(model, piece), terms.kind)
+        if is_calculated(piece.dtype):
+            energy += _energy(piece, place_of_piece(model, piece), terms.kind, highest[piece.item.name])
     schema.check_complete()
     assert terms is not None
     update = Update(terms, source if recording is None else recording, math.sqrt(energy), pieces.digest)
     return _judged(update, rules, tensorwire.schema(model))
 
 
-def blocks(data: Bytes, base: Bytes, dtype: DType) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """Bytes of an update and of its base as pairs of float64 blocks, exactly."""
+def _blocks(
+    data: Bytes, base: Bytes, dtype: DType
+) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """The numbers of an update and of its base as pairs of float64 blocks, exactly."""
     step = _BLOCK * dtype.itemsize
     for start in range(0, data.size, step):
         part, was = data[start : start + step], base[start : start + step]
@@ -153,17 +191,17 @@ def _agreed(terms: Terms, expected: Terms, rules: Rules) -> Terms:
     return terms
 
 
-def _energy(piece: Piece, base: Bytes, kind: UpdateKind) -> float:
+def _energy(piece: Piece, base: Bytes, kind: UpdateKind, highest: float) -> float:
     """The sum of squares of what a piece adds to the base.
 
-    Raises UpdateError for what is not finite, or would not be once added.
+    Raises UpdateError for what is not finite, or would not be once added, or could not be sent.
     """
-    dtype, energy = piece.dtype, 0.0
-    for values, was in blocks(piece.data, base, dtype):
+    energy = 0.0
+    for values, was in _blocks(piece.data, base, piece.dtype):
         change = values - was if kind == "weights" else values
         target = values if kind == "weights" else values + was
-        if not np.max(np.abs(target)) <= _LARGEST[dtype]:  # false for NaN too
-            detail = f"the update holds NaN, an infinity, or what {dtype} cannot hold"
+        if not np.max(np.abs(target)) <= highest:  # false for NaN too
+            detail = f"the update holds NaN, an infinity, or makes of the model what cannot be sent: beyond {highest:g}"
             raise UpdateError(detail, reason="finite", item=piece.item.name)
         energy += float(np.sum(np.square(change)))
     return energy

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 import tensorwire
-from tensorwire.codecs import as_floats, from_floats, is_float
+from tensorwire.codecs import as_floats, from_floats, is_calculated
+from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
 from tensorwire.numpy import FRONT
 from tensorwire.tensor import TensorView
@@ -31,7 +32,7 @@ def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
     changes = {}
     for name, view in views(new).items():
         changes[name] = view
-        if is_float(view.dtype):
+        if is_calculated(view.dtype):
             if name not in base:
                 raise EncodeError("the base has no tensor of this name", item=name)
             old = view_of(name, base[name])
@@ -40,6 +41,11 @@ def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
                 raise EncodeError(detail, item=name)
             changes[name] = derived(view, _subtraction(view, old))
     return changes
+
+
+def number_size(dtype: DType) -> int:
+    """Bytes of a number: an element, or half of a complex one."""
+    return dtype.itemsize // 2 if dtype.name.startswith("complex") else dtype.itemsize
 
 
 def view_of(name: str, tensor: Any) -> TensorView:

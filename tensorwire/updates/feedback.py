@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 import tensorwire
-from tensorwire import dtypes
-from tensorwire.codecs import as_floats, from_floats, is_float
+from tensorwire.codecs import as_floats, from_floats, is_calculated
+from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Pieces
 from tensorwire.tensor import TensorView
-from tensorwire.updates.difference import Bytes, Views, derived
+from tensorwire.updates.difference import Bytes, Views, derived, number_size
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -44,7 +44,7 @@ class ErrorFeedback:
         Raises EncodeError where the residual belongs to a tensor of another size or dtype.
         """
         return {
-            name: derived(view, _sum(view, self._of(name, view))) if is_float(view.dtype) else view
+            name: derived(view, _sum(view, self._of(name, view))) if is_calculated(view.dtype) else view
             for name, view in tensors.items()
         }
 
@@ -58,23 +58,31 @@ class ErrorFeedback:
             if residual is not None:
                 start, stop = piece.start, piece.start + piece.data.size // piece.dtype.itemsize
                 wanted = as_floats(sent[piece.item.name].read(start, stop), piece.dtype)
-                residual[start:stop] = wanted - as_floats(piece.data, piece.dtype)
+                residual[_numbers(piece.dtype, start, stop)] = wanted - as_floats(piece.data, piece.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the residual to a `.tw` file, which appears under its name only when complete."""
         tensorwire.numpy.save_file(self._residual, path)
 
     def _of(self, name: str, view: TensorView) -> Floats:
-        dtype = np.dtype(np.float64 if view.dtype == dtypes.FLOAT64 else np.float32)
-        residual = self._residual.setdefault(name, np.zeros(view.numel, dtype))
-        if residual.size != view.numel or residual.dtype != dtype:
+        dtype = np.dtype(np.float64 if number_size(view.dtype) == np.dtype(np.float64).itemsize else np.float32)
+        count = _numbers(view.dtype, 0, view.numel).stop
+        residual = self._residual.setdefault(name, np.zeros(count, dtype))
+        if residual.size != count or residual.dtype != dtype:
             raise EncodeError("the residual kept for error feedback is of another model", item=name)
         return residual
 
 
 def _sum(view: TensorView, residual: Floats) -> Callable[[int, int], Bytes]:
     def read(start: int, stop: int) -> Bytes:
-        data: Bytes = from_floats(as_floats(view.read(start, stop), view.dtype) + residual[start:stop], view.dtype)
+        kept = residual[_numbers(view.dtype, start, stop)]
+        data: Bytes = from_floats(as_floats(view.read(start, stop), view.dtype) + kept, view.dtype)
         return data
 
     return read
+
+
+def _numbers(dtype: DType, start: int, stop: int) -> slice:
+    """Elements [start, stop) as numbers, of which a complex one has two."""
+    each = dtype.itemsize // number_size(dtype)
+    return slice(start * each, stop * each)

@@ -1,108 +1,194 @@
-"""The weighted mean of encoded updates, slice by slice.
+"""The mean of encoded updates, slice by slice.
 
 All updates are read in step, each slice of every one before the next slice of any, and their mean is written over the
-model. Memory: the model and a few slices, for any number of updates; none is ever whole, decoded, anywhere.
+model. Memory: the model and a few slices, for any number of updates; none is ever whole, decoded, anywhere. Files: at
+most `_OPEN` at a time.
 
-    mean = sum(w[c] * v[c] for c in sorted(clients)) / fsum(w)
-    v[c] = x[c], or base + d[c] where the update is a difference
+`WeightedMean`, the default, is what federated averaging takes (McMahan et al., arXiv:1602.05629):
 
-per element, in float64, in this order, and rounded once, to the model's own dtype. So the result depends on the updates
-alone: not on who came first, nor on whether the process died in between and read them again.
+    mean = (sum(w[c] * s[c] * u[c] for c in sorted(clients)) + b * base) / fsum(w)
+    b    = fsum(w[c] * (1 if u[c] is a difference else 1 - s[c]))
+
+with the numbers u[c] that a client sent and the factor s[c] of a clipped one. `TrimmedMean` leaves out, number by
+number, the largest and the smallest (Yin et al., arXiv:1803.01498). Both calculate in float64, in this order, and round
+once, to the model's own dtype. So the result depends on the updates alone: not on who came first, nor on whether the
+process died in between and read them again.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-import tensorwire
-from tensorwire.codecs import from_floats, is_float
-from tensorwire.dtypes import DType
-from tensorwire.errors import SchemaError
+from tensorwire.codecs import as_floats, from_floats, is_calculated
+from tensorwire.kernels import default_environment
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
-from tensorwire.updates.check import Update, blocks
-from tensorwire.updates.difference import Bytes
+from tensorwire.streams import CodecChoice
+from tensorwire.updates.check import Update, ceilings
+from tensorwire.updates.difference import Bytes, number_size, views
 from tensorwire.updates.message import Arrays, place_of
+from tensorwire.updates.optimizer import ServerOptimizer
+from tensorwire.updates.reading import Float64, OpenFiles, Reader, Values
+from tensorwire.wire import TensorItem
+
+_OPEN: Final = 64
+# Numbers that the mean is worked out for at a time: temporaries of this size stay in the second-level cache.
+_BLOCK: Final = 1 << 15
 
 
-def average(updates: Sequence[Update], *, into: Arrays, limits: Limits = DEFAULT) -> None:
-    """Write the weighted mean of `updates` over `into`, the model that is their base.
+class Mean(Protocol):
+    """How updates become one. It sees the same numbers of every update, in the order of the clients' names.
 
-    Only floating-point items are averaged; others stay as the model has them. Updates may differ in codec, frame size
-    and kind. A recording that has changed since it was checked raises a WireError with parts of the model already
-    written: load it again from where it is kept. Raises ValueError for no update, or two of one client.
+    A number is a float element, or half of a complex one.
+    """
+
+    def begin(self, updates: Sequence[Update]) -> None:
+        """These updates are to come. Raises ValueError where they make no mean."""
+
+    def clear(self, count: int) -> None:
+        """The next `count` numbers, none of which has come yet."""
+
+    def add(self, number: int, place: slice, values: Values) -> None:
+        """The numbers at `place` of update `number`."""
+
+    def result(self, place: slice, base: Float64) -> Float64:
+        """The mean of the numbers at `place`, all of which have come; `base`: those of the model."""
+
+
+class WeightedMean:
+    """What each client counts is its weight."""
+
+    def begin(self, updates: Sequence[Update]) -> None:
+        """See `Mean`."""
+        self._factors = [update.terms.weight * update.scale for update in updates]
+        self._total = math.fsum(update.terms.weight for update in updates)
+        self._base = math.fsum(update.terms.weight * update.base_share for update in updates)
+        self._sums = np.empty(0)
+
+    def clear(self, count: int) -> None:
+        """See `Mean`."""
+        if self._sums.size < count:
+            self._sums = np.empty(count)
+        self._sums[:count] = 0.0
+
+    def add(self, number: int, place: slice, values: Values) -> None:
+        """See `Mean`."""
+        values.accumulate(self._sums[place], self._factors[number])
+
+    def result(self, place: slice, base: Float64) -> Float64:
+        """See `Mean`."""
+        sums = self._sums[place]
+        return (sums + self._base * base if self._base else sums) / self._total
+
+
+@dataclass
+class TrimmedMean:
+    """The mean of what is left of each number without the `share` largest and as many smallest, rounded down.
+
+    Weights do not count. A share just below one half is the median. Memory: twice as many slices as are left out.
+    """
+
+    share: float = 0.1
+
+    def begin(self, updates: Sequence[Update]) -> None:
+        """See `Mean`."""
+        if not 0 <= self.share < 0.5:
+            raise ValueError(f"the share to be left out at each end is from 0 to less than 0.5, not {self.share!r}")
+        self._trimmed = int(self.share * len(updates))
+        self._left = len(updates) - 2 * self._trimmed
+        self._sums = np.empty(0)
+        self._ends = np.empty((2 * self._trimmed, 0))  # the smallest so far, then the largest
+
+    def clear(self, count: int) -> None:
+        """See `Mean`."""
+        if self._sums.size < count:
+            self._sums, self._ends = np.empty(count), np.empty((2 * self._trimmed, count))
+        self._sums[:count] = 0.0
+
+    def add(self, number: int, place: slice, values: Values) -> None:
+        """See `Mean`."""
+        new, ends, trimmed = values.numbers(), self._ends[:, place], self._trimmed
+        if number < 2 * trimmed:
+            ends[number] = new
+            if number == 2 * trimmed - 1:
+                ends.sort(axis=0)
+            return
+        for row in ends[:trimmed]:
+            new, row[:] = np.maximum(row, new), np.minimum(row, new)
+        for row in ends[trimmed:]:
+            new, row[:] = np.minimum(row, new), np.maximum(row, new)
+        self._sums[place] += new
+
+    def result(self, place: slice, base: Float64) -> Float64:
+        """See `Mean`."""
+        mean: Float64 = self._sums[place] / self._left
+        return mean
+
+
+def average(
+    updates: Sequence[Update],
+    *,
+    into: Arrays,
+    mean: Mean | None = None,
+    optimizer: ServerOptimizer | None = None,
+    down: CodecChoice = "raw",
+    limits: Limits = DEFAULT,
+) -> None:
+    """Write the mean of `updates` over `into`, the model that is their base.
+
+    `mean`: WeightedMean(), if None. `optimizer`: takes the model from where it is towards the mean, and carries over
+    what rounding to a narrow dtype drops; without one the mean, rounded, is the model. `down`: the codec that the model
+    is to be sent with next: what it could not carry becomes the largest value that it can.
+
+    Only floats and complex numbers are averaged; integers and bools stay as the model has them. Updates may differ in
+    codec, frame size and kind. A recording that has changed since it was checked raises a WireError with parts of the
+    model already written: load it again from where it is kept. Raises ValueError for no update, or two of one client.
+
+        average([update_of_ann, update_of_bob], into=model)
+        average(updates, into=model, mean=TrimmedMean(0.2), optimizer=ServerOptimizer("adam", rate=0.01))
     """
     ordered = sorted(updates, key=lambda update: update.client)
     if not ordered or len({update.client for update in ordered}) < len(ordered):
         raise ValueError("the mean takes at least one update, and one of each client")
-    weight = math.fsum(update.terms.weight for update in ordered)
-    scratch = Scratch()
-    first, *others = (_Contribution(update, into, scratch, limits) for update in ordered)
-    total = np.empty(0)
-    for piece in first.pieces:
-        dtype, place = piece.dtype, place_of(into, piece)
-        count = piece.data.size // dtype.itemsize
-        if total.size < count:
-            total = np.empty(count)
-        sums = total[:count]
-        sums.fill(0.0)
-        first.add(piece.data, place, dtype, sums)
-        for other in others:
-            other.add_next(piece.item.name, place, dtype, sums)
-        if is_float(dtype):
-            np.divide(sums, weight, out=sums)
-            from_floats(sums, dtype, place)
-    for other in others:
-        other.finish()
+    mean = mean or WeightedMean()
+    mean.begin(ordered)
+    highest, described = ceilings(into, down), views(into)
+    scratch, files = Scratch(), OpenFiles(_OPEN)
+    with files:
+        first, *others = readers = [Reader(update, described, files, scratch, limits) for update in ordered]
+        for item, start, count in first.places():
+            place = place_of(into, item.name, item.dtype, start, count)
+            counted = is_calculated(item.dtype)
+            if counted:
+                mean.clear(place.size // number_size(item.dtype))
+            for number, reader in enumerate(readers):
+                for part, values in reader.take(item, place):
+                    if counted:
+                        mean.add(number, part, values)
+            if counted:
+                _write(item, start, place, mean, optimizer, highest[item.name])
+        for reader in others:
+            reader.finish()
 
 
-class _Contribution:
-    """One update, read in step with the others through the scratch that they share."""
-
-    def __init__(self, update: Update, model: Arrays, scratch: Scratch, limits: Limits) -> None:
-        self._terms = update.terms
-        self._scale = update.scale
-        self.pieces = update.pieces(tensorwire.schema(model).check, scratch=scratch, limits=limits)
-        self._rest: Bytes | None = None  # of a piece that was longer than what the others had
-
-    def add_next(self, name: str, place: Bytes, dtype: DType, sums: npt.NDArray[np.float64]) -> None:
-        """Add this update's elements of an item that belong at `place`."""
-        done, itemsize = 0, dtype.itemsize
-        while done < place.size:
-            data, kept = self._next(name)
-            size = min(data.size, place.size - done)
-            part = slice(done // itemsize, (done + size) // itemsize)
-            self.add(data[:size], place[done : done + size], dtype, sums[part])
-            done += size
-            if size < data.size:
-                self._rest = data[size:] if kept else data[size:].copy()
-
-    def _next(self, name: str) -> tuple[Bytes, bool]:
-        """The next bytes of an item, and whether they are this update's own memory rather than shared scratch."""
-        if self._rest is not None:
-            rest, self._rest = self._rest, None
-            return rest, True
-        piece = next(self.pieces, None)
-        if piece is None or piece.item.name != name:
-            raise SchemaError("the updates do not hold their items in the same order", item=name)
-        return piece.data, False
-
-    def add(self, data: Bytes, place: Bytes, dtype: DType, sums: npt.NDArray[np.float64]) -> None:
-        """Add weight * value to `sums`, for the values that this update has at `place`."""
-        if not is_float(dtype):
-            return
-        done = 0
-        for values, base in blocks(data, place, dtype):
-            if self._terms.kind == "difference":
-                values = base + self._scale * values
-            elif self._scale != 1.0:
-                values = base + self._scale * (values - base)
-            sums[done : done + values.size] += self._terms.weight * values
-            done += values.size
-
-    def finish(self) -> None:
-        """Read the end of the stream, which vouches for all of it."""
-        if self._rest is not None or next(self.pieces, None) is not None:
-            raise SchemaError("an update is longer than the others")
+def _write(
+    item: TensorItem, start: int, place: Bytes, mean: Mean, optimizer: ServerOptimizer | None, highest: float
+) -> None:
+    """Let the mean of the elements at `place`, from `start` on in their item, be the model's."""
+    size = number_size(item.dtype)
+    before = start * item.dtype.itemsize // size
+    for begin in range(0, place.size // size, _BLOCK):
+        data = place[begin * size : (begin + _BLOCK) * size]
+        part = slice(begin, begin + data.size // size)
+        with default_environment():
+            base = as_floats(data, item.dtype).astype(np.float64)
+            target = mean.result(part, base)
+            if optimizer is not None:
+                target = optimizer.step(item, before + begin, base, target)
+            target = np.clip(target, -highest, highest)
+            from_floats(target, item.dtype, data)
+            if optimizer is not None:
+                optimizer.keep(item, before + begin, target, as_floats(data, item.dtype))

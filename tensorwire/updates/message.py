@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire import streams
-from tensorwire.codecs import as_floats, from_floats, is_float
+from tensorwire.codecs import as_floats, from_floats, is_calculated
+from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
@@ -77,8 +78,8 @@ def receive(source: Any, into: Mapping[str, Any], *, held: str = "", limits: Lim
     pieces = Pieces(source, open_item, limits=limits)
     for piece in pieces:
         assert terms is not None
-        place, data = place_of(memory, piece), piece.data
-        if terms.kind == "difference" and is_float(piece.dtype):
+        place, data = place_of_piece(memory, piece), piece.data
+        if terms.kind == "difference" and is_calculated(piece.dtype):
             data = from_floats(as_floats(place, piece.dtype) + as_floats(data, piece.dtype), piece.dtype)
         place[:] = data
     schema.check_complete()
@@ -100,7 +101,12 @@ def arrays(state: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
     return made
 
 
-def place_of(model: Arrays, piece: Piece) -> Bytes:
+def place_of(model: Arrays, name: str, dtype: DType, start: int, count: int) -> Bytes:
+    """The bytes of `count` elements of an item of the model, from `start` on."""
+    part = slice(start * dtype.itemsize, (start + count) * dtype.itemsize)
+    return np.frombuffer(FRONT.target(model[name]), np.uint8)[part]
+
+
+def place_of_piece(model: Arrays, piece: Piece) -> Bytes:
     """The bytes of the model that a piece is about."""
-    begin = piece.start * piece.dtype.itemsize
-    return np.frombuffer(FRONT.target(model[piece.item.name]), np.uint8)[begin : begin + piece.data.size]
+    return place_of(model, piece.item.name, piece.dtype, piece.start, piece.data.size // piece.dtype.itemsize)

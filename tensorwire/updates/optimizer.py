@@ -1,0 +1,108 @@
+"""What a server does with the mean of a round.
+
+`ServerOptimizer("average")` moves to the mean, which is federated averaging; the others take the way there for the
+negative of a gradient: momentum (Hsu et al., arXiv:1909.06335), and adagrad, adam and yogi (Reddi et al., Adaptive
+Federated Optimization, arXiv:2003.00295, algorithm 2).
+
+Calculations are in float64, moments are kept in float32. A model in a narrow dtype drops most of what one round moves
+it: what rounding has dropped is kept in float32 and added in the next round.
+"""
+
+import os
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+import tensorwire
+from tensorwire.errors import SchemaError
+from tensorwire.updates.difference import number_size
+from tensorwire.wire import TensorItem
+
+Method = Literal["average", "momentum", "adagrad", "adam", "yogi"]
+
+_METHODS: Final = get_args(Method)
+_WIDE: Final = 4  # bytes of a number that drops nothing worth keeping
+
+Float64 = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.float32]
+
+
+class ServerOptimizer:
+    """How a model follows the means of its rounds, and what that remembers.
+
+    `rate`: how far it goes towards the mean, or the learning rate. `beta1`, `beta2`: of the first and second moments.
+    `tau`: what keeps the adaptive methods from dividing by nothing. Raises ValueError.
+
+        optimizer = ServerOptimizer("yogi", rate=0.01)
+        average(updates, into=model, optimizer=optimizer)
+        optimizer.save("optimizer.tw")                     # and optimizer.load("optimizer.tw") in another process
+    """
+
+    def __init__(
+        self,
+        method: Method = "average",
+        *,
+        rate: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        tau: float = 1e-3,
+    ) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"a server optimizer is one of {', '.join(_METHODS)}, not {method!r:.40}")
+        if not (0 < rate < np.inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 < tau < np.inf):
+            raise ValueError("rate and tau must be above 0, beta1 and beta2 at least 0 and less than 1")
+        self._method = method
+        self._rate = rate
+        self._beta1 = beta1
+        self._beta2 = beta2
+        self._tau = tau
+        # Of each item, as many as it has numbers: what rounding dropped, and the moments.
+        self._kept: dict[str, dict[str, Numbers]] = {"dropped": {}, "first": {}, "second": {}}
+
+    def step(self, item: TensorItem, start: int, base: Float64, mean: Float64) -> Float64:
+        """Where numbers of an item, from `start` on, are to go: `base`, as the model has them; `mean`, of the round."""
+        place = slice(start, start + base.size)
+        dropped = self._kept["dropped"].get(item.name)
+        before = base if dropped is None else base + dropped[place]
+        change = mean - base
+        if self._method == "average":
+            return (mean if self._rate == 1.0 else base + self._rate * change) + (before - base)
+        first = self._of("first", item)
+        share = 1.0 if self._method == "momentum" else 1.0 - self._beta1
+        first[place] = self._beta1 * first[place].astype(np.float64) + share * change
+        if self._method == "momentum":
+            return before + self._rate * first[place]
+        second = self._of("second", item, self._tau**2)
+        old, square = second[place].astype(np.float64), np.square(change)
+        if self._method == "adagrad":
+            second[place] = old + square
+        elif self._method == "adam":
+            second[place] = self._beta2 * old + (1.0 - self._beta2) * square
+        else:
+            second[place] = old - (1.0 - self._beta2) * square * np.sign(old - square)
+        step: Float64 = first[place] / (np.sqrt(second[place].astype(np.float64)) + self._tau)
+        return before + self._rate * step
+
+    def keep(self, item: TensorItem, start: int, target: Float64, rounded: npt.NDArray[Any]) -> None:
+        """Remember what the model's dtype has dropped of where numbers were to go."""
+        if number_size(item.dtype) < _WIDE:
+            self._of("dropped", item)[start : start + target.size] = target - rounded
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what is remembered to a `.tw` file, which appears under its name only when complete."""
+        tensorwire.numpy.save_file(self._kept, path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote. Raises SchemaError for anything else."""
+        kept = tensorwire.numpy.load_file(path)
+        if not isinstance(kept, dict) or kept.keys() != self._kept.keys():
+            raise SchemaError(f"{os.fspath(path)} is no state of a server optimizer")
+        self._kept = kept
+
+    def _of(self, kind: str, item: TensorItem, initial: float = 0.0) -> Numbers:
+        count = item.total * item.dtype.itemsize // number_size(item.dtype)
+        numbers = self._kept[kind].setdefault(item.name, np.full(count, initial, np.float32))
+        if numbers.size != count:
+            raise SchemaError("the server optimizer's state is of another model", item=item.name)
+        return numbers
