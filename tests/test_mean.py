@@ -22,6 +22,7 @@ from tensorwire.updates import (
     encode,
     exact_vectors,
     normalized,
+    proximal,
     subtract,
     views,
     without_outliers,
@@ -179,6 +180,17 @@ def test_norms_are_clipped_to_their_median():
     updates = clipped_to_median([checked(model, n, state, kind="difference") for n, state in enumerate(states)])
     average(updates, into=model)
     assert model["w"] == pytest.approx((1 + 2 + 2) / 3)
+
+
+def test_fedprox_pulls_towards_the_base():
+    """The gradient of mu / 2 * ||w - base||^2, by differences."""
+    draw = np.random.default_rng(0)
+    base, weights = {"w": draw.standard_normal(5)}, {"w": draw.standard_normal(5)}
+    pull, step = proximal(weights, base, 0.1)["w"], 1e-6
+    for place in range(5):
+        ends = [weights["w"] + np.eye(5)[place] * way * step for way in (1, -1)]
+        penalties = [0.05 * np.sum((end - base["w"]) ** 2) for end in ends]
+        assert pull[place] == pytest.approx((penalties[0] - penalties[1]) / (2 * step), rel=1e-5)
 
 
 def test_fednova_counts_local_steps_once():

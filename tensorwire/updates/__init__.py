@@ -13,7 +13,7 @@ computed when they are read, so that functions from views to views (`subtract`, 
 """
 
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, check_update
-from tensorwire.updates.difference import Views, subtract, views
+from tensorwire.updates.difference import Views, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import arrays, encode, receive
@@ -44,6 +44,7 @@ __all__ = [
     "encode",
     "exact_vectors",
     "normalized",
+    "proximal",
     "receive",
     "stochastic_bf16",
     "subtract",

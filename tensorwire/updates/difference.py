@@ -48,6 +48,17 @@ def number_size(dtype: DType) -> int:
     return dtype.itemsize // 2 if dtype.name.startswith("complex") else dtype.itemsize
 
 
+def proximal(weights: Mapping[str, Any], base: Mapping[str, Any], mu: float) -> dict[str, Any]:
+    """What FedProx adds to the gradient of each weight: `mu` times how far it has come from the base.
+
+    Li et al., Federated Optimization in Heterogeneous Networks, arXiv:1812.06127, equation 2. Torch or NumPy, as given.
+
+        for name, pull in proximal(weights, base, mu=0.01).items():
+            gradients[name] += pull
+    """
+    return {name: mu * (weight - base[name]) for name, weight in weights.items()}
+
+
 def view_of(name: str, tensor: Any) -> TensorView:
     """One tensor as a view. Raises EncodeError with `name` for what is none."""
     if isinstance(tensor, TensorView):
