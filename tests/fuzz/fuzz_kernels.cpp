@@ -70,12 +70,26 @@ size_t size_of(int dtype) { return dtype == tw::kFloat32 ? 4 : 2; }
 // What one tier made of the input: all outputs, and what it returned.
 struct Result {
     std::vector<uint8_t> bytes;
+    std::vector<double> sums;
     uint64_t returned = 0;
     bool keep = true;  // a quantizer that says "not finite" leaves outputs that nobody may look at
 };
 
 void keep(Result& result, Buffer& buffer) {
     result.bytes.insert(result.bytes.end(), buffer.data(), buffer.data() + buffer.size());
+}
+
+// Sums of n values and something else, at `shift` bytes after an aligned address.
+template <class Add>
+void accumulate(Result& result, size_t n, size_t shift, Add add) {
+    Buffer sums(n * sizeof(double), shift);
+    for (size_t i = 0; i < n; ++i) {
+        const double value = static_cast<double>(i) / 7;
+        memcpy(sums.data() + i * sizeof value, &value, sizeof value);
+    }
+    add(sums.as<double>(), 0.3);
+    result.sums.resize(n);
+    if (n) memcpy(result.sums.data(), sums.data(), sums.size());
 }
 
 // The checksum taken along the way, which must be that of the output read again.
@@ -87,7 +101,7 @@ void keep_checksum(Result& result, const tw::Kernels& k, const uint32_t* crc, Bu
 }
 
 Result run(const tw::Kernels& k, Input in) {
-    const int kernel = in.take<uint8_t>() % 10;
+    const int kernel = in.take<uint8_t>() % 11;
     const int dtype = in.take<uint8_t>() % tw::kDtypes;
     const int type = in.take<uint8_t>() % tw::kQuantTypes;
     const bool stream = in.take<uint8_t>() & 1;
@@ -125,6 +139,13 @@ Result run(const tw::Kernels& k, Input in) {
         if (narrows) keep_checksum(result, k, crc, out);
         return result;
     }
+    if (kernel == 10) {
+        Buffer values(n * width, aligned);
+        in.fill(values.data(), values.size());
+        accumulate(result, n, shift,
+                   [&](double* sums, double weight) { k.accumulate[dtype](values.data(), sums, n, weight); });
+        return result;
+    }
     if (kernel == 9) {
         Buffer values(n * width, aligned), absmax(blocks * 4, aligned);
         in.fill(values.data(), values.size());
@@ -156,10 +177,19 @@ Result run(const tw::Kernels& k, Input in) {
     in.fill(scales.data(), scales.size());
     if (four_bit) {
         k.dequantize_4bit[type][dtype](codes.data(), scales.as<float>(), values.data(), n, blocksize, stream);
+        accumulate(result, n, shift, [&](double* sums, double weight) {
+            k.accumulate_4bit[type][dtype](codes.data(), scales.as<float>(), sums, n, blocksize, weight);
+        });
     } else if (linear) {
         k.dequantize_linear[dtype](codes.as<int8_t>(), scales.as<uint16_t>(), values.data(), n, blocksize, stream);
+        accumulate(result, n, shift, [&](double* sums, double weight) {
+            k.accumulate_linear[dtype](codes.as<int8_t>(), scales.as<uint16_t>(), sums, n, blocksize, weight);
+        });
     } else {
         k.dequantize_int8[dtype](codes.data(), scales.as<float>(), values.data(), n, blocksize, stream);
+        accumulate(result, n, shift, [&](double* sums, double weight) {
+            k.accumulate_int8[dtype](codes.data(), scales.as<float>(), sums, n, blocksize, weight);
+        });
     }
     keep(result, values);
     return result;
@@ -176,6 +206,15 @@ bool is_nan(const uint8_t* at, size_t width, int dtype) {
     return (bits & 0x7FFF) > (dtype == tw::kFloat16 ? 0x7C00 : 0x7F80);
 }
 
+// Whether all sums have the same bits, or are both NaN.
+bool same_sums(const std::vector<double>& a, const std::vector<double>& b) {
+    if (a.size() != b.size()) return false;
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (memcmp(&a[i], &b[i], sizeof a[i]) != 0 && !(a[i] != a[i] && b[i] != b[i])) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -183,10 +222,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const tw::Kernels* portable = nullptr;
     for (const tw::Kernels* const* k = tier; *k; ++k) portable = *k;
     const Result wanted = run(*portable, Input(data, size));
-    const int kernel = size > 0 ? data[0] % 10 : 0, dtype = size > 1 ? data[1] % tw::kDtypes : 0;
+    const int kernel = size > 0 ? data[0] % 11 : 0, dtype = size > 1 ? data[1] % tw::kDtypes : 0;
     for (; *tier != portable; ++tier) {
         const Result got = run(**tier, Input(data, size));
-        bool same = got.returned == wanted.returned && got.keep == wanted.keep;
+        bool same = got.returned == wanted.returned && got.keep == wanted.keep && same_sums(got.sums, wanted.sums);
         if (same && wanted.keep && got.bytes != wanted.bytes) {
             // Decoders are given any scales, NaN too, which no codec lets through: which NaN comes out is nobody's promise.
             const bool decodes = kernel == 4 || kernel == 6 || kernel == 8;
