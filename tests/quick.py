@@ -11,6 +11,7 @@ SLOW = {
     "kernels/test_definition.py": 8,
     "kernels/test_equality.py": 12,
     "kernels/test_threads.py": 5,
+    "test_bench.py::test_a_run_fits_a_terminal_of_80_columns_and_cuts_no_name": 0,
     "test_bench.py::test_every_suite_has_a_picture": 0,
     "test_bench.py::test_memory_of_a_tiny_model": 0,
     "test_bench.py::test_private_codecs_are_measured_like_any_other": 0,

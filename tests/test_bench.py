@@ -314,6 +314,21 @@ def test_a_run_ends_with_what_one_would_repeat(capsys: pytest.CaptureFixture[str
     assert errors.startswith("  tiny loses ") and "% as int8" in errors
 
 
+def test_a_run_fits_a_terminal_of_80_columns_and_cuts_no_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensorwire.cli.bench.line_width", lambda out: 80)
+    assert (
+        main(
+            ["bench", "size", "speed", "error", "--model", "tiny", "--size-mib", "1", "--codec", "int8-linear", "fp16"]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "..." not in text
+    assert "| int8-linear | encode   |" in text
+
+
 def test_one_line_a_suite() -> None:
     ours = tensorwire.kernels.implementation
     common = {"suite": "speed", "output": "warm"}

@@ -20,6 +20,7 @@ from network import Certificates
 import tensorwire
 from tensorwire.bench.models import from_state_dict
 from tensorwire.cli import main
+from tensorwire.cli.common import _filled
 from tensorwire.cli.network import address
 from tensorwire.codecs import Encoded
 
@@ -288,12 +289,47 @@ def test_a_state_dict_of_a_module_is_a_model() -> None:
     "verb",
     ["", "bench", "encode", "decode", "inspect", "verify", "digest", "send", "receive", "certificate", "fl"],
 )
-def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_examples_and_fits_a_terminal(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit:
         main([*filter(None, [verb]), "--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0 and "examples:" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert verb or "exit codes:" in text
+
+
+def test_help_is_filled_anew_as_prose_rows_and_commands() -> None:
+    text = """\
+rows of two columns:
+  one    a text that goes on
+         for a while
+  two *  more
+
+Prose that goes
+on as well.
+
+examples:
+  tensorwire encode with a command that is longer
+      --than a line
+"""
+    assert _filled(text, 24).splitlines() == [
+        "rows of two columns:",
+        "  one    a text that",
+        "         goes on for a",
+        "         while",
+        "  two *  more",
+        "",
+        "Prose that goes on as",
+        "well.",
+        "",
+        "examples:",
+        "  tensorwire encode with a command that is longer",
+        "      --than a line",
+    ]
+    assert _filled(_filled(text, 24), 100) == _filled(text, 100)
 
 
 # send and receive.

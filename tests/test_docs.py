@@ -1,26 +1,44 @@
 """The Python snippets of README and docs run, page by page, as a reader would type them."""
 
+import ast
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in path.read_text()
+MARKDOWN = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "recipes").glob("*.md")),
 ]
+PAGES = [path for path in MARKDOWN if "```python" in path.read_text()]
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def imported(code: str) -> set[str]:
+    """The top-level names of the modules that a snippet imports, but for Python's own."""
+    nodes = [*ast.walk(ast.parse(code))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_snippets_run(page: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("safetensors")
+    codes = snippets(page)
+    for name in sorted(set().union(*map(imported, codes)) | {"torch", "safetensors"}):
+        pytest.importorskip(name)
     namespace: dict = {}
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(snippet, str(page), "exec"), namespace)
+    for code in codes:
+        exec(compile(code, str(page), "exec"), namespace)
 
 
 def test_the_figure_of_the_frame_order_is_the_table() -> None:

@@ -22,19 +22,17 @@ from tensorwire.storage import write_file
 from tensorwire.streams import size_text
 
 _TEXT: Final = f"""\
-run      a server and its clients as processes on this machine; curves and rows under --out
-server   the server alone
-client   one client
-
 A task is a function "module:function" that returns a `tensorwire.fl.task.Task`; --set NAME=VALUE passes parameters
 to it. The default is a small language model that learns the Python standard library (the extra `fl`).
 
 {SECURITY}
 examples:
   tensorwire fl run --clients 4 --rounds 10 --up nf4 --down bf16 --out run
-  tensorwire fl run --clients 2 --rounds 3 --set lora=4 --kind difference --feedback --out adapters
-  tensorwire fl server --listen 0.0.0.0:7453 --cert server.pem --key server.key --clients 2 --rounds 10 --state state
-  tensorwire fl client host.example:7453 --ca authority.pem --number 0 --folder me
+  tensorwire fl run --clients 2 --rounds 3 --set lora=4 \\
+      --kind difference --feedback --out adapters
+  tensorwire fl server --listen 0.0.0.0 --cert server.pem --key server.key \\
+      --clients 2 --rounds 10 --state state
+  tensorwire fl client host.example --ca authority.pem --number 0 --folder me
 """
 _TASK: Final = "tensorwire.fl.task:language_model"
 _STOPPED: Final = 10.0  # seconds that processes get to end once the run has
@@ -45,7 +43,7 @@ def add_parser(verbs: Any) -> None:
     parser = verb(verbs, "fl", None, summary="learn together: the reference federated loop", text=_TEXT)
     parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
 
-    run = parts.add_parser("run", help="a server and its clients on this machine")
+    run = parts.add_parser("run", help="a server and its clients on this machine; curves and rows under --out")
     add_arguments(run)
     _add_task(run)
     run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")

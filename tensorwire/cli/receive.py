@@ -29,7 +29,8 @@ there when the sender, or this command, is started again.
 
 {SECURITY}
 examples:
-  tensorwire receive received.safetensors --listen 0.0.0.0:7453 --cert server.pem --key server.key
+  tensorwire receive received.safetensors --listen 0.0.0.0 \\
+      --cert host.example.pem --key host.example.key
   tensorwire receive received.tw
 """
 _CHUNK: Final = 1 << 20
