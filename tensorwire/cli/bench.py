@@ -146,7 +146,7 @@ def _plot(rows: list[Row], folder: str, out: TextIO) -> None:
 
         paths = plots.draw(rows, folder)
     except ImportError:
-        raise UsageError("--plot takes matplotlib: pip install 'tensorwire[bench]'") from None
+        raise UsageError("--plot takes matplotlib: pip install matplotlib") from None
     for path in paths:
         print(f"wrote {path}", file=out)
 

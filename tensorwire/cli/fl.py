@@ -118,7 +118,8 @@ def _task(arguments: argparse.Namespace) -> Any:
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
     except ImportError as error:
-        raise UsageError(f"the task takes {error.name}: pip install 'tensorwire[fl]'") from None
+        needed = "for the language model: pip install torch transformers peft"
+        raise UsageError(f"the task imports {error.name}, which is not installed ({needed})") from None
 
 
 def _server(arguments: argparse.Namespace) -> int:
