@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from textwrap import fill
 from typing import Any, Final, TextIO
 
@@ -85,6 +86,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check_outputs(arguments: argparse.Namespace, names: list[str]) -> None:
     """Before minutes of measurements."""
+    if arguments.plot and find_spec("matplotlib") is None:
+        raise UsageError("--plot takes matplotlib: pip install matplotlib")
     if arguments.json:
         check_output(arguments.json, inputs=[arguments.model], force=arguments.force)
     if arguments.plot and not arguments.force:
@@ -141,13 +144,9 @@ def _shown(name: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _plot(rows: list[Row], folder: str, out: TextIO) -> None:
-    try:
-        from tensorwire.bench import plots
+    from tensorwire.bench import plots
 
-        paths = plots.draw(rows, folder)
-    except ImportError:
-        raise UsageError("--plot takes matplotlib: pip install matplotlib") from None
-    for path in paths:
+    for path in plots.draw(rows, folder):
         print(f"wrote {path}", file=out)
 
 

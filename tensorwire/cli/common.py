@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TextIO, TypeAl
 import tensorwire
 from tensorwire import codecs
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
+from tensorwire.files import opened
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import write_file
 
@@ -199,13 +200,13 @@ def byte_size(text: str) -> int:
 
 @contextmanager
 def reading(path: str, *, hashed: bool = False) -> Iterator[Chunks]:
-    """The bytes of a file or of stdin."""
+    """The bytes of a file, which WireErrors name, or of stdin."""
     if path == PIPE:
         stdin = sys.stdin.buffer
         # read1: what a pipe has is passed on at once.
         yield Chunks(lambda: stdin.read1(_CHUNK), None, hashed=hashed)  # type: ignore[union-attr]  # BufferedReader
         return
-    with open(path, "rb", buffering=0) as file:
+    with opened(path) as file:
         yield Chunks(lambda: file.read(_CHUNK), os.fstat(file.fileno()).st_size, hashed=hashed)
 
 

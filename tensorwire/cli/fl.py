@@ -140,7 +140,7 @@ async def _serve(server: Any, arguments: argparse.Namespace) -> None:
     from tensorwire.transports import AsyncListener
 
     host, port = arguments.listen
-    options = {"tls": listener_tls(arguments), "plaintext": arguments.plaintext}
+    options = {"tls": listener_tls(arguments, host), "plaintext": arguments.plaintext}
     async with AsyncListener(server.serve, host, port, on_error=_complain, **options) as listener:
         print(f"listening on {host}:{listener.port}", file=sys.stderr, flush=True)
         await server.run()

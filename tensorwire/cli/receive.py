@@ -88,7 +88,7 @@ class _Reception:
         """Listen until a transfer is through, and give its report."""
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         host, port = self._arguments.listen
-        options = {"tls": listener_tls(self._arguments), "plaintext": self._arguments.plaintext}
+        options = {"tls": listener_tls(self._arguments, host), "plaintext": self._arguments.plaintext}
         async with AsyncListener(self._serve, host, port, on_error=_complain, **options) as listener:
             shown = f"[{host}]" if ":" in host else host
             print(f"listening on {shown}:{listener.port}", file=sys.stderr, flush=True)
