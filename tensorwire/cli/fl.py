@@ -209,7 +209,7 @@ def _run(arguments: argparse.Namespace) -> int:
     last = rows[-1]
     print(
         f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {size_text(last['bytes'])} moved "
-        f"({last['fp32_bytes'] / last['bytes']:.1f}x less than fp32)",
+        f"(fp32: {size_text(last['fp32_bytes'])})",
         file=sys.stderr,
     )
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
