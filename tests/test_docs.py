@@ -32,13 +32,18 @@ def imported(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_snippets_run(page: Path) -> None:
+def test_snippets_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each page from top to bottom; a comment behind a `print` is what it prints."""
     codes = snippets(page)
     for name in sorted(set().union(*map(imported, codes)) | {"torch", "safetensors"}):
         pytest.importorskip(name)
     namespace: dict = {}
     for code in codes:
         exec(compile(code, str(page), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert all(
+        shown in printed for code in codes for shown in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+    )
 
 
 def test_what_is_to_be_installed_exists_and_is_installed_for_these_tests() -> None:
