@@ -31,6 +31,7 @@ SLOW = {
     "test_codecs.py::test_slices_decode_alone_to_what_the_whole_decodes_to": 2,
     "test_codecs.py::test_whatever_zstd_makes_is_taken": 8,
     "test_cuda.py": 20,
+    "test_docs.py::test_recipes_run": 0,
     "test_encode_memory.py": 3,
     "test_faults.py::test_a_full_disk_in_mid_transfer": 0,
     "test_faults.py::test_every_fault_at_every_place": 8,

@@ -325,9 +325,7 @@ def test_a_state_dict_of_a_module_is_a_model() -> None:
     "verb",
     ["", "bench", "encode", "decode", "inspect", "verify", "digest", "send", "receive", "certificate", "fl"],
 )
-def test_help_has_examples(
-    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit:
         main([*filter(None, [verb]), "--help"])

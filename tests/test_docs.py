@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MARKDOWN = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs" / "recipes").glob("*.md")),
-]
+RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [path for path in MARKDOWN if "```python" in path.read_text()]
 
 
@@ -33,7 +30,16 @@ def imported(code: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_snippets_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each page from top to bottom; a comment behind a `print` is what it prints."""
+    check_snippets(page, capsys)
+
+
+@pytest.mark.parametrize("page", RECIPES, ids=lambda path: path.name)
+def test_recipes_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_snippets(page, capsys)
+
+
+def check_snippets(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page runs from top to bottom; a comment behind a `print` is what it prints."""
     codes = snippets(page)
     for name in sorted(set().union(*map(imported, codes)) | {"torch", "safetensors"}):
         pytest.importorskip(name)
@@ -55,7 +61,7 @@ def test_what_is_to_be_installed_exists_and_is_installed_for_these_tests() -> No
         "pre-commit",
         "s3fs",
     }  # in no extra: a tool of its own, and a library that needs an account to be tried
-    files = [*MARKDOWN, ROOT / "CONTRIBUTING.md", *(ROOT / "tensorwire").rglob("*.py")]
+    files = [*MARKDOWN, *RECIPES, ROOT / "CONTRIBUTING.md", *(ROOT / "tensorwire").rglob("*.py")]
     found = [words for path in files for words in re.findall(r"pip install((?: +[^\s&`,;)]+)+)", path.read_text())]
     for word in " ".join(found).replace('"', "").replace("'", "").split():
         extra = re.fullmatch(r"\.\[(\w+)\]", word)
