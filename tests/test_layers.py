@@ -27,7 +27,7 @@ LAYERS = [
     {"codecs"},
     {"streams", "transfer"},
     {"files", "transports"},
-    {"api", "numpy", "torch"},
+    {"api", "numpy", "torch", "safetensors", "authenticity"},
     {"__init__"},
     {"updates"},
     {"integrations"},
@@ -193,6 +193,19 @@ def test_rooms_come_when_asked_for():
     assert "tensorwire.transports" in loaded_by("import tensorwire; tensorwire.transports")
     assert "tensorwire.updates" in loaded_by("import tensorwire; tensorwire.updates")
     assert "torch" not in loaded_by("import tensorwire; tensorwire.loads(tensorwire.dumps({'a': 1}))")
+
+
+@pytest.mark.parametrize("name", ["authenticity", "safetensors"])
+def test_a_module_of_files_has_a_short_name_that_imports(name):
+    """As an attribute and as a module, with all that is public there."""
+    assert f"tensorwire.{name}" in loaded_by(f"import tensorwire.{name}")
+    assert f"tensorwire.{name}" in loaded_by(f"import tensorwire; tensorwire.{name}")
+    short = importlib.import_module(f"tensorwire.{name}")
+    assert short is getattr(tensorwire, name)
+    own = importlib.import_module(f"tensorwire.files.{name}")
+    defined = {key for key, value in vars(own).items() if getattr(value, "__module__", "") == own.__name__}
+    assert {*short.__all__} == {*getattr(own, "__all__", [key for key in defined if not key.startswith("_")])}
+    assert all(getattr(short, key) is getattr(own, key) for key in short.__all__)
 
 
 def test_import_tensorwire_is_quick():

@@ -45,7 +45,7 @@ COLUMNS: Final = (
 
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
-    return f"sending {rows[0]['model']} between two processes: MiB beyond the model itself at either end's peak"
+    return f"sending {rows[0]['model']} between two processes: peak memory beyond the model, MiB"
 
 
 def run(options: Options, note: Note) -> Iterator[Row]:

@@ -57,7 +57,7 @@ def _size(rows: list[Row]) -> Figure:
     axes.set_xlim(0, max(p + m for p, m in zip(payload, metadata, strict=True)) * 1.25)
     axes.set_xlabel("MiB (share of fp32)")
     axes.set_title(f"Bytes of {rows[0]['model']}", loc="left")
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 

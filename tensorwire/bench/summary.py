@@ -40,8 +40,8 @@ def _speed(rows: Sequence[Row]) -> str:
     rivals = {row["impl"] for row in rows if row["codec"] == codec and row["impl"] not in _OURS}
     pairs = [[speeds.get((codec, op, ours)) for op in ("encode", "decode")] for ours in (True, False)]
     ours, theirs = (" and ".join("-" if gbps is None else f"{gbps:.1f}" for gbps in pair) for pair in pairs)
-    against = f", {min(rivals)} {theirs}" if rivals else ""
-    return f"{codec} encodes and decodes {ours} GB/s of fp32{against}; memcpy runs at {copy:.1f}."
+    against = f" ({min(rivals)}: {theirs})" if rivals else ""
+    return f"{codec} encodes and decodes fp32 at {ours} GB/s{against}; memcpy runs at {copy:.1f}."
 
 
 def _counts(row: Row) -> bool:
@@ -56,9 +56,9 @@ def _is_warm(row: Row) -> bool:
 def _memory(rows: Sequence[Row]) -> str:
     streamed = [row for row in rows if row["mode"] != "regular"] or list(rows)
     rival = next((row for row in rows if row["codec"] == "torch.save"), None)
-    other = "" if rival is None else f", torch.save {_extra(rival):,.0f} MiB"
+    other = "" if rival is None else f"; torch.save takes {_extra(rival):,.0f} MiB"
     model = f"{rows[0]['model']} ({rows[0]['model_mib']:,.0f} MiB)"
-    return f"Sending {model} takes {max(map(_extra, streamed)):,.0f} MiB of memory beyond it at most{other}."
+    return f"Sending {model} takes at most {max(map(_extra, streamed)):,.0f} MiB of memory beyond the model{other}."
 
 
 def _extra(row: Row) -> float:

@@ -34,7 +34,7 @@ exit codes:
   0    done, and the stream is good
   1    refused: the stream is broken, not what was asked for or not from whom it should be, or the input cannot be
        encoded as asked
-  2    usage
+  2    usage, an output that exists, an output that is also an input
   3    trouble with a file, a pipe, or what this machine has
   4    a fault in tensorwire itself
   130  ended by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP. Nothing half written stays.
@@ -46,7 +46,8 @@ examples:
   tensorwire encode model.safetensors model.tw --codec nf4
   tensorwire inspect model.tw --frames | head
   tensorwire decode model.tw restored.safetensors
-  tensorwire encode model.safetensors - --codec bf16 | ssh host tensorwire decode - received.safetensors
+  tensorwire encode model.safetensors - --codec bf16 | \\
+      ssh host tensorwire decode - received.safetensors
 """
 
 

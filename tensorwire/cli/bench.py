@@ -5,6 +5,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from textwrap import fill
 from typing import Any, Final, TextIO
 
 from tensorwire.bench import MODES, SUITES, BenchError, Options, Row, suite
@@ -12,6 +14,7 @@ from tensorwire.cli.common import PIPE, UsageError, codec_spec, line_width, verb
 from tensorwire.cli.outputs import add_force, check_output, exists
 from tensorwire.storage import write_file
 
+_WARM_ONLY: Final = "output"  # the column that says the same in all rows but for those of --all
 _TEXT: Final = """\
 suites (all of them by default, on something small):
   size    bytes of payload and metadata per codec, from shapes alone
@@ -83,6 +86,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check_outputs(arguments: argparse.Namespace, names: list[str]) -> None:
     """Before minutes of measurements."""
+    if arguments.plot and find_spec("matplotlib") is None:
+        raise UsageError("--plot takes matplotlib: pip install matplotlib")
     if arguments.json:
         check_output(arguments.json, inputs=[arguments.model], force=arguments.force)
     if arguments.plot and not arguments.force:
@@ -95,7 +100,7 @@ def _check_outputs(arguments: argparse.Namespace, names: list[str]) -> None:
 def _measure(names: list[str], options: Options, out: TextIO, *, every: bool) -> list[Row]:
     from tensorwire.bench import machine, models, summary, tables
 
-    print(machine.describe(), file=out)
+    print(*(_sentence(line, out) for line in machine.describe().splitlines()), sep="\n", file=out)
     all_rows: list[Row] = []
     try:
         for name in names:
@@ -104,18 +109,26 @@ def _measure(names: list[str], options: Options, out: TextIO, *, every: bool) ->
             if not rows:
                 raise BenchError(f"nothing of {name} could be measured")
             shown = rows if every else [row for row in rows if _is_main(row)]
-            table = tables.render(shown, module.COLUMNS, width=line_width(out))
+            columns = [column for column in module.COLUMNS if every or column.key != _WARM_ONLY]
+            table = tables.render(shown, columns, width=line_width(out))
             print(f"\n{module.title(rows)}\n{table}", file=out, flush=True)
             all_rows += rows
     except models.ModelError as error:
         raise UsageError(str(error)) from None
-    print("\nin short:", *summary.lines(all_rows), sep="\n  ", file=out, flush=True)
+    told = [_sentence(line, out, indent="  ") for line in summary.lines(all_rows)]
+    print("\nin short:", *told, sep="\n", file=out, flush=True)
     return all_rows
 
 
 def _is_main(row: Row) -> bool:
     """Whether a row answers what most ask: of speed, how quick a codec is alone, in memory that is there."""
     return row["suite"] != "speed" or (row["output"] in ("warm", "none") and not row["op"].endswith("_stream"))
+
+
+def _sentence(line: str, out: TextIO, indent: str = "") -> str:
+    """A sentence in lines that fit where they are shown."""
+    width = line_width(out)
+    return indent + line if width is None else fill(line, width, initial_indent=indent, subsequent_indent=indent)
 
 
 def _note(line: str) -> None:
@@ -131,13 +144,9 @@ def _shown(name: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _plot(rows: list[Row], folder: str, out: TextIO) -> None:
-    try:
-        from tensorwire.bench import plots
+    from tensorwire.bench import plots
 
-        paths = plots.draw(rows, folder)
-    except ImportError:
-        raise UsageError("--plot takes matplotlib: pip install 'tensorwire[bench]'") from None
-    for path in paths:
+    for path in plots.draw(rows, folder):
         print(f"wrote {path}", file=out)
 
 

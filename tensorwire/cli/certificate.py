@@ -21,7 +21,7 @@ examples:
   tensorwire certificate host.example 192.0.2.7 --folder keys --days 30
 """
 _RECIPE: Final = (
-    "this takes the package cryptography: pip install cryptography. With openssl: openssl req -x509 -newkey ec "
+    "this takes the package cryptography (pip install cryptography). With openssl: openssl req -x509 -newkey ec "
     "-pkeyopt ec_paramgen_curve:P-256 -nodes -days {days} -keyout {key} -out {cert} -subj /CN={name} "
     "-addext subjectAltName={kind}:{name} makes a pair that is its own authority: --ca {cert}"
 )

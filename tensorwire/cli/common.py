@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from hashlib import sha256
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TextIO, TypeAlias, TypeVar
 
 import tensorwire
 from tensorwire import codecs
 from tensorwire.errors import AuthError, EncodeError, TensorwireError
+from tensorwire.files import opened
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import write_file
 
@@ -31,6 +33,9 @@ _Buffer = TypeVar("_Buffer", bound="ReadableBuffer")
 PIPE: Final = "-"
 _RULE: Final = re.compile("[^:|=]+=")  # begins rules by name: in a spec, ':' comes before any '='
 _CHUNK: Final = 1 << 20
+_WIDEST: Final = 120  # characters of a line of help
+_COMMAND: Final = "  tensorwire "
+_ROW: Final = re.compile(r"  \S+(?: \S+)*  +(?=\S)")  # the first column of two
 _POWERS: Final[dict[str, int]] = {"": 1, "kB": 1000} | {
     f"{letter}{unit}": base**power
     for power, letter in enumerate("KMGT", 1)
@@ -46,15 +51,42 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse, with errors of one line and help that fits the terminal."""
+
+    def format_help(self) -> str:
+        """The help, whose epilog is filled anew where the terminal is narrower or wider than the source."""
+        self.epilog = self.epilog and _filled(self.epilog, min(shutil.get_terminal_size().columns, _WIDEST) - 1)
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Print it and exit."""
         self.exit(2, f"tensorwire: error: {message} (see {self.prog} --help)\n")
 
 
+def _filled(text: str, width: int) -> str:
+    """`text` in lines of at most `width`: prose, and rows of two columns, but not the commands among the examples.
+
+    A line that is indented by more than two characters goes on with the one before.
+    """
+    blocks: list[str] = []
+    for line in text.splitlines():
+        last = blocks[-1] if blocks else ""
+        is_prose = line[:1] != " " and last[:1] != " " and not last.endswith(":")
+        if line and last and not last.startswith(_COMMAND) and (is_prose or line.startswith("   ")):
+            blocks[-1] += f" {line.lstrip()}"
+        else:
+            blocks.append(line)
+    return "\n".join(block if block.startswith(_COMMAND) else _wrapped(block, width) for block in blocks)
+
+
+def _wrapped(block: str, width: int) -> str:
+    row = _ROW.match(block)
+    indent = " " * (row.end() if row else 0)
+    return fill(block, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def verb(verbs: Verbs, name: str, run: Run | None, *, summary: str, text: str) -> argparse.ArgumentParser:
-    """A parser for one verb, whose help ends with `text` as it stands. `run`: None if it has verbs of its own."""
+    """A parser for one verb, whose help ends with `text`. `run`: None if it has verbs of its own."""
     parser = verbs.add_parser(
         name,
         help=summary,
@@ -168,13 +200,13 @@ def byte_size(text: str) -> int:
 
 @contextmanager
 def reading(path: str, *, hashed: bool = False) -> Iterator[Chunks]:
-    """The bytes of a file or of stdin."""
+    """The bytes of a file, which WireErrors name, or of stdin."""
     if path == PIPE:
         stdin = sys.stdin.buffer
         # read1: what a pipe has is passed on at once.
         yield Chunks(lambda: stdin.read1(_CHUNK), None, hashed=hashed)  # type: ignore[union-attr]  # BufferedReader
         return
-    with open(path, "rb", buffering=0) as file:
+    with opened(path) as file:
         yield Chunks(lambda: file.read(_CHUNK), os.fstat(file.fileno()).st_size, hashed=hashed)
 
 

@@ -135,7 +135,7 @@ def _decode_pt(source: Iterator[bytes], path: str, limits: Limits) -> None:
     try:
         import torch
     except ImportError:
-        raise UsageError("writing a torch checkpoint takes torch: pip install 'tensorwire[torch]'") from None
+        raise UsageError("writing a torch checkpoint takes torch: pip install torch") from None
     value = tensorwire.torch.loads(source, limits=limits)
     with _file(path) as file:
         torch.save(value, file)

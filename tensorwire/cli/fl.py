@@ -22,19 +22,17 @@ from tensorwire.storage import write_file
 from tensorwire.streams import size_text
 
 _TEXT: Final = f"""\
-run      a server and its clients as processes on this machine; curves and rows under --out
-server   the server alone
-client   one client
-
 A task is a function "module:function" that returns a `tensorwire.fl.task.Task`; --set NAME=VALUE passes parameters
 to it. The default is a small language model that learns the Python standard library (the extra `fl`).
 
 {SECURITY}
 examples:
   tensorwire fl run --clients 4 --rounds 10 --up nf4 --down bf16 --out run
-  tensorwire fl run --clients 2 --rounds 3 --set lora=4 --kind difference --feedback --out adapters
-  tensorwire fl server --listen 0.0.0.0:7453 --cert server.pem --key server.key --clients 2 --rounds 10 --state state
-  tensorwire fl client host.example:7453 --ca authority.pem --number 0 --folder me
+  tensorwire fl run --clients 2 --rounds 3 --set lora=4 \\
+      --kind difference --feedback --out adapters
+  tensorwire fl server --listen 0.0.0.0 --cert server.pem --key server.key \\
+      --clients 2 --rounds 10 --state state
+  tensorwire fl client host.example --ca authority.pem --number 0 --folder me
 """
 _TASK: Final = "tensorwire.fl.task:language_model"
 _STOPPED: Final = 10.0  # seconds that processes get to end once the run has
@@ -45,7 +43,7 @@ def add_parser(verbs: Any) -> None:
     parser = verb(verbs, "fl", None, summary="learn together: the reference federated loop", text=_TEXT)
     parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
 
-    run = parts.add_parser("run", help="a server and its clients on this machine")
+    run = parts.add_parser("run", help="a server and its clients on this machine; curves and rows under --out")
     add_arguments(run)
     _add_task(run)
     run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")
@@ -120,7 +118,8 @@ def _task(arguments: argparse.Namespace) -> Any:
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
     except ImportError as error:
-        raise UsageError(f"the task takes {error.name}: pip install 'tensorwire[fl]'") from None
+        needed = "for the language model: pip install torch transformers peft"
+        raise UsageError(f"the task imports {error.name}, which is not installed ({needed})") from None
 
 
 def _server(arguments: argparse.Namespace) -> int:
@@ -141,7 +140,7 @@ async def _serve(server: Any, arguments: argparse.Namespace) -> None:
     from tensorwire.transports import AsyncListener
 
     host, port = arguments.listen
-    options = {"tls": listener_tls(arguments), "plaintext": arguments.plaintext}
+    options = {"tls": listener_tls(arguments, host), "plaintext": arguments.plaintext}
     async with AsyncListener(server.serve, host, port, on_error=_complain, **options) as listener:
         print(f"listening on {host}:{listener.port}", file=sys.stderr, flush=True)
         await server.run()
@@ -210,7 +209,7 @@ def _run(arguments: argparse.Namespace) -> int:
     last = rows[-1]
     print(
         f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {size_text(last['bytes'])} moved "
-        f"({last['fp32_bytes'] / last['bytes']:.1f}x less than fp32)",
+        f"(fp32: {size_text(last['fp32_bytes'])})",
         file=sys.stderr,
     )
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)

@@ -138,7 +138,7 @@ def _checkpoint(path: str) -> Any:
     try:
         import torch
     except ImportError:
-        raise UsageError("reading a torch checkpoint takes torch: pip install 'tensorwire[torch]'") from None
+        raise UsageError("reading a torch checkpoint takes torch: pip install torch") from None
     with _reading(path, "a torch checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -63,14 +63,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
     with reading(arguments.input) as source:
         report = tensorwire.inspect(source, on_frame=on_frame, limits=arguments.limits)
-    if arguments.json:
-        print_json(_fields(report) | ({"frames": listed} if arguments.frames else {}))
-    elif report.frames or report.error is None:
-        if report.broken is not None and arguments.frames:
-            print(f"{_frame_line(report.broken)}  <- breaks here")
-        print(_text(report, items=not arguments.frames))
-    if report.error is not None:
-        raise report.error
+        if arguments.json:
+            print_json(_fields(report) | ({"frames": listed} if arguments.frames else {}))
+        elif report.frames or report.error is None:
+            if report.broken is not None and arguments.frames:
+                print(f"{_frame_line(report.broken)}  <- breaks here")
+            print(_text(report, items=not arguments.frames))
+        if report.error is not None:
+            raise report.error
     return 0
 
 

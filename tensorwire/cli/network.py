@@ -7,7 +7,7 @@ import time
 from typing import Any, Final
 
 from tensorwire.cli.common import UsageError, print_json
-from tensorwire.errors import TensorwireError
+from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transports import client_tls, is_loopback, server_tls
 
 PORT: Final = 7453
@@ -38,10 +38,15 @@ def add_security(parser: argparse.ArgumentParser, *, listens: bool) -> None:
     parser.add_argument("--plaintext", action="store_true", help="no TLS: the network is trusted")
 
 
-def listener_tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
-    """For `receive`. Raises UsageError, AuthError."""
+def listener_tls(arguments: argparse.Namespace, host: str) -> ssl.SSLContext | None:
+    """For `receive`. Raises UsageError, AuthError, TransportError."""
     _check_plaintext(arguments)
     if not (arguments.cert or arguments.key or arguments.ca):
+        if not (arguments.plaintext or is_loopback(host)):
+            raise TransportError(
+                f"to listen on {host or 'every address'} takes --cert and --key (`tensorwire certificate` makes a "
+                "pair), or --plaintext where the network is trusted"
+            )
         return None
     if not (arguments.cert and arguments.key):
         raise UsageError("to listen with TLS takes --cert and --key; `tensorwire certificate` makes a pair")

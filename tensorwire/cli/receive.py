@@ -29,7 +29,8 @@ there when the sender, or this command, is started again.
 
 {SECURITY}
 examples:
-  tensorwire receive received.safetensors --listen 0.0.0.0:7453 --cert server.pem --key server.key
+  tensorwire receive received.safetensors --listen 0.0.0.0 \\
+      --cert host.example.pem --key host.example.key
   tensorwire receive received.tw
 """
 _CHUNK: Final = 1 << 20
@@ -87,7 +88,7 @@ class _Reception:
         """Listen until a transfer is through, and give its report."""
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         host, port = self._arguments.listen
-        options = {"tls": listener_tls(self._arguments), "plaintext": self._arguments.plaintext}
+        options = {"tls": listener_tls(self._arguments, host), "plaintext": self._arguments.plaintext}
         async with AsyncListener(self._serve, host, port, on_error=_complain, **options) as listener:
             shown = f"[{host}]" if ":" in host else host
             print(f"listening on {shown}:{listener.port}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ same arguments, the transfer goes on from the last frame that the receiver has v
 
 {SECURITY}
 examples:
-  tensorwire send model.safetensors host.example:7453 --codec nf4 --ca authority.pem
+  tensorwire send model.safetensors host.example --codec nf4 --ca authority.pem
   tensorwire send checkpoint.bin 127.0.0.1
 """
 

@@ -1,7 +1,7 @@
 """What stands on a disk: `.tw` files, files of any kind, `.safetensors` files, what is in them, and whose they are."""
 
 from tensorwire.files.any import decode_file, encode_file
-from tensorwire.files.source import File
+from tensorwire.files.source import File, opened
 from tensorwire.files.tw import Progress, TensorFile, TensorSlice, iterate_file, load_file, save_file
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "encode_file",
     "iterate_file",
     "load_file",
+    "opened",
     "save_file",
 ]

@@ -212,7 +212,9 @@ class _Layout:
         if not item.path and item.kind is Kind.DICT:
             return
         if not isinstance(item, (TensorItem, AliasItem)) or len(item.path) != 1 or type(item.path[0]) is not str:
-            raise SchemaError("a .safetensors file holds a flat dict of tensors only; receive this with decode")
+            raise SchemaError(
+                "a .safetensors file holds a flat dict of tensors only; decode this to another kind of file"
+            )
         if item.path[0] == METADATA:
             raise SchemaError(f"a .safetensors file cannot hold a tensor called {METADATA}")
         if self._places:

@@ -11,7 +11,7 @@ from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transfer import Conversation
 from tensorwire.transports.aio_protocol import ProtocolWire
 from tensorwire.transports.driver import Buffer, Transport
-from tensorwire.transports.pace import MIN_RATE, TIMEOUT, failed
+from tensorwire.transports.pace import MIN_RATE, TIMEOUT, failed, said
 from tensorwire.transports.tls import require_protection
 
 if sys.platform != "win32":
@@ -154,7 +154,7 @@ class AsyncListener:
                 lambda: ProtocolWire(self._accepted), self.host, self.port, backlog=1024
             )
         except OSError as error:
-            raise TransportError(f"cannot listen on {self.host}:{self.port}: {error}") from error
+            raise TransportError(f"cannot listen on {self.host}:{self.port}: {said(error)}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from tensorwire.errors import TransportError
 from tensorwire.transfer import Conversation
 from tensorwire.transports.driver import Buffer, Early, Pulse, Transport, completed, run_of
-from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, failed
+from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, failed, said
 from tensorwire.transports.tls import common_name, require_protection
 
 # What is on its way when a peer dies is sent again: what has not left yet, and what has arrived but was not read.
@@ -98,7 +98,7 @@ class TcpTransport(BlockingTransport):
         try:
             connection = socket.create_connection((host, port), timeout)
         except OSError as error:
-            raise TransportError(f"cannot connect to {host}:{port}: {error}") from error
+            raise TransportError(f"cannot connect to {host}:{port}: {said(error)}") from error
         if tls is not None:
             connection = _handshake(tls.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False))
         return cls(connection, timeout=timeout, min_rate=min_rate)
@@ -217,7 +217,7 @@ class TcpListener:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._socket = socket.create_server((host, port), family=family)
         except OSError as error:
-            raise TransportError(f"cannot listen on {host}:{port}: {error}") from error
+            raise TransportError(f"cannot listen on {host}:{port}: {said(error)}") from error
         self._socket.settimeout(timeout)
         self._tls = tls
         self._timeout = timeout

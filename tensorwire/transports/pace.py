@@ -1,5 +1,6 @@
 """When a peer is given up: what counts is progress on the monotonic clock, never how long a transfer takes in all."""
 
+import os
 import ssl
 from typing import Final
 
@@ -33,6 +34,11 @@ class Pace:
                 f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are asked"
             )
         self._waited, self._moved = 0.0, 0
+
+
+def said(error: OSError) -> str:
+    """What the system says of an address, without the number and the place that Python adds."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
 def failed(doing: str, error: OSError) -> TransportError | AuthError:

@@ -1,0 +1,8 @@
+"""`tensorwire.files.authenticity` under its short name.
+
+from tensorwire.authenticity import check_tag, tag
+"""
+
+from tensorwire.files.authenticity import Tagged, check_manifest, check_tag, digest, manifest, tag
+
+__all__ = ["Tagged", "check_manifest", "check_tag", "digest", "manifest", "tag"]

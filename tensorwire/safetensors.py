@@ -1,0 +1,15 @@
+"""`tensorwire.files.safetensors` under its short name.
+
+from tensorwire.safetensors import decode, encode
+"""
+
+from tensorwire.files.safetensors import (
+    Checkpoint,
+    SafetensorsFile,
+    SafetensorsShards,
+    decode,
+    encode,
+    open_checkpoint,
+)
+
+__all__ = ["Checkpoint", "SafetensorsFile", "SafetensorsShards", "decode", "encode", "open_checkpoint"]
