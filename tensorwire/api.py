@@ -125,12 +125,13 @@ class Api:
     ) -> Iterator[tuple[str, Any]]:
         """Decode a stream as an iterator of (name, value), each given when complete and verified.
 
-        `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`).
-        Names are dotted paths. `into`: preallocated tensors by name, written in place and given back. `expect`: a
-        schema (see `schema`) or a container like the one expected; anything else is refused before memory is taken.
-        `base`: the content digest of the version that the values are to be applied to, for a stream that is against
-        one; without it, or with another, such a stream is refused. `device`: where torch tensors go. `metadata_into`:
-        a dict that takes the stream's metadata before the first value comes.
+        `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`). A key of
+        the outermost dict is its own name, what is nested is called as `tensorwire.name_of` says ("/model/bias").
+        `into`: preallocated tensors by name, written in place and given back. `expect`: a schema (see `schema`) or a
+        container like the one expected; anything else is refused before memory is taken. `base`: the content digest of
+        the version that the values are to be applied to, for a stream that is against one; without it, or with another,
+        such a stream is refused. `device`: where torch tensors go. `metadata_into`: a dict that takes the stream's
+        metadata before the first value comes.
 
             for name, tensor in tensorwire.torch.decode(transport.receive(), device="cuda"):
                 model.get_parameter(name).copy_(tensor)

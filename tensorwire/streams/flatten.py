@@ -15,7 +15,8 @@ from tensorwire.errors import EncodeError, WireError
 from tensorwire.limits import Limits
 from tensorwire.tensor import ByteArray, Front, TensorView
 from tensorwire.wire import AliasItem, ContainerItem, FileItem, Kind, TensorItem, ValueItem
-from tensorwire.wire.items import Key, Path, check_key
+from tensorwire.wire.items import check_key
+from tensorwire.wire.names import Key, Path, name_of
 from tensorwire.wire.values import is_plain_dict, is_plain_tuple, pack_value
 
 # Containers that stand in several places are written out at each. Beyond this many values that is refused: a few lines
@@ -74,7 +75,7 @@ def flatten(
     aliases, others = _ties(found) if tie else ({}, {})
     for leaf in found:
         if isinstance(leaf, _Tensor):
-            rule.notice(_name(leaf.path), leaf.view)
+            rule.notice(name_of(leaf.path), leaf.view)
     found.reverse()
     for number in range(len(found)):
         leaf = found.pop()  # so that nothing is held twice
@@ -116,12 +117,12 @@ def _ties(found: list[Leaf | _Tensor]) -> tuple[dict[int, int], dict[int, list[s
             first = firsts.setdefault(leaf.view.identity, number)
             if first != number:
                 aliases[number] = first
-                names.setdefault(first, []).append(_name(leaf.path))
+                names.setdefault(first, []).append(name_of(leaf.path))
     return aliases, names
 
 
 def _with_codec(leaf: _Tensor, rule: Rule, others: Sequence[str]) -> TensorLeaf:
-    name, view = _name(leaf.path), leaf.view
+    name, view = name_of(leaf.path), leaf.view
     try:
         codec: Codec = view.codec or rule(name, leaf.value, view, others=others)
     except (EncodeError, WireError) as error:
@@ -159,7 +160,7 @@ class _Walk:
         try:
             leaf = self._leaf(value, path)
         except (EncodeError, WireError) as error:
-            raise EncodeError(error.detail, item=_name(path)) from None
+            raise EncodeError(error.detail, item=name_of(path)) from None
         yield leaf
         if isinstance(leaf, BareLeaf):
             for key, child in _children(value):
@@ -196,21 +197,21 @@ class _Walk:
             key = _builtin_key(key)
             check_key(key, self._limits)
         except WireError as error:
-            raise EncodeError(error.detail, item=_name(path)) from None
+            raise EncodeError(error.detail, item=name_of(path)) from None
         return key  # type: ignore[no-any-return]  # which has just been checked
 
     def _survey(self, value: Any, path: Path) -> _Survey:
         """Raise EncodeError for what is nested too deep, or without end, or repeated beyond measure."""
         place = id(value)
         if place in self._around:
-            raise EncodeError("nested too deep: the container holds itself", item=_name(path))
+            raise EncodeError("nested too deep: the container holds itself", item=name_of(path))
         if place not in self._surveys and len(path) < self._limits.nesting:
             self._around.add(place)
             self._surveys[place] = self._surveyed(value, path)
             self._around.remove(place)
         survey = self._surveys.get(place)
         if survey is None or len(path) + survey.height >= self._limits.nesting:
-            raise EncodeError("nested too deep", item=_name(path))
+            raise EncodeError("nested too deep", item=name_of(path))
         return survey
 
     def _surveyed(self, value: Any, path: Path) -> _Survey:
@@ -232,7 +233,7 @@ class _Walk:
                 values, least = values + inner.values, least + inner.least
         if values - self._values > _REPEATED:
             detail = f"lists or dicts that stand in several places come to {values:,} values once written out; "
-            raise EncodeError(detail + "send each once, and where it is used by name", item=_name(path))
+            raise EncodeError(detail + "send each once, and where it is used by name", item=name_of(path))
         return _Survey(plain, builtin, height, values, least)
 
 
@@ -326,7 +327,3 @@ _REMEDIES: Final[tuple[tuple[Any, str], ...]] = (
     (Iterator, "send list() of it; of a module's parameters its .state_dict()"),
     (Iterable, "send list() of it"),
 )
-
-
-def _name(path: Path) -> str:
-    return ".".join(map(str, path))

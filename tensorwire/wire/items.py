@@ -18,6 +18,7 @@ from tensorwire import dtypes
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, UnsupportedError, WireError, show
 from tensorwire.limits import Limits
+from tensorwire.wire.names import Path, name_of
 
 # Integers a double represents exactly: JSON-safe, and no two of them share a Python hash, so that a hostile
 # stream cannot build colliding dictionary keys.
@@ -33,8 +34,6 @@ _MAX_UINT64: Final = (1 << 64) - 1
 # terminals and logs.
 _FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-Key = str | int
-Path = tuple[Key, ...]
 CodecSpec = tuple[tuple[int, ...], ...]
 
 
@@ -80,8 +79,8 @@ class _Named:
 
     @property
     def name(self) -> str:
-        """The path, dotted: how state dicts spell nesting."""
-        return ".".join(map(str, self.path))
+        """The one name of the path, as people and mappings spell it (`wire.names`)."""
+        return name_of(self.path)
 
 
 @dataclass(frozen=True, slots=True)

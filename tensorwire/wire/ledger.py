@@ -20,14 +20,13 @@ from tensorwire.wire.items import (
     ContainerItem,
     DataItem,
     Item,
-    Key,
     Kind,
-    Path,
     StreamInfo,
     TensorItem,
     unpack_item,
     unpack_stream,
 )
+from tensorwire.wire.names import Key, Path
 
 _END: Final = struct.Struct("<QQQQ32s")
 END_SIZE: Final = _END.size
