@@ -33,6 +33,7 @@ from tensorwire import (
     encode_file,
 )
 from tensorwire.kernels import _numpy as twins
+from tensorwire.limits import Limits
 from tensorwire.streams.sender import FRAME_SIZE
 
 NATIVE = [d.name for d in dtypes.ALL if d.name in np.sctypeDict and d.name != "complex32"]
@@ -589,7 +590,7 @@ REFUSED = {
 def test_what_cannot_travel_is_refused_before_the_first_byte_naming_the_item(kind):
     value, says = REFUSED[kind]
     with pytest.raises(EncodeError, match=says) as caught:
-        tw.encode({"fine": np.zeros(3), "model": [{"bad": value}]})
+        tw.encode({"fine": np.zeros(3), "model": [{"bad": value}]}, limits=Limits(value=16 << 20))
     assert caught.value.item.startswith("/model/0/bad")
     assert "/model/0/bad" in str(caught.value)
 
@@ -633,7 +634,8 @@ def test_torch_tensors_without_dense_values_are_refused_with_the_remedy():
     "options",
     [{"codec": "zip"}, {"codec": "nf4:blocksize=63"}, {"codec": "nf4|int8"}, {"codec": 4}, {"codec": {"*": "nf5"}},
      {"codec": lambda name, value: "nf5"}, {"frame_size": 4095}, {"frame_size": 1 << 27}, {"metadata": {"a": 1}},
-     {"metadata": {1: "a"}}, {"metadata": {"a": "x" * (1 << 20)}}, {"stream_id": bytes(65)}, {"stream_id": "text"},
+     {"metadata": {1: "a"}}, {"metadata": {"a": "x" * 100}, "limits": Limits(metadata=100)},
+     {"stream_id": bytes(65)}, {"stream_id": "text"},
      {"codec": "int8", "frame_size": 4100}],
     ids=str,
 )  # fmt: skip

@@ -113,7 +113,7 @@ def decode(
 
         tensorwire.safetensors.decode(transport.receive(), "checkpoint", max_shard_size=5 * 10**9)
     """
-    schema = None if expect is None else Schema.of(expect, ViewFront())
+    schema = None if expect is None else Schema.of(expect, ViewFront(), limits=limits)
     with Receiver(limits) as receiver:
         if max_shard_size is None:
             with replacing(path) as fd:
@@ -250,7 +250,7 @@ class _Layout:
     def _settle(self) -> None:
         self.size = sum(map(_bytes, self._items.values()))
         if self.size > self._limits.stream:  # every other name of a tensor is another copy of it here
-            raise LimitError("safetensors file", self._limits.stream, self.size)
+            raise LimitError("safetensors file", self._limits.stream, self.size, field="stream")
         shards = self._divided()
         for number, (output, items) in enumerate(zip(self._outputs(len(shards)), shards, strict=True)):
             self.shards |= {_key(item): number for item in items}
@@ -281,7 +281,7 @@ class _Layout:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         if len(text) > MAX_HEADER:
-            raise LimitError("safetensors header", MAX_HEADER, len(text))
+            raise LimitError("safetensors header", MAX_HEADER, len(text), field=None)
         output.write_at(memoryview(len(text).to_bytes(8, "little") + text), 0)
         self._places |= {path: (output, 8 + len(text) + begin) for path, begin in begins.items()}
 

@@ -79,7 +79,9 @@ class CodecRule:
 
     def __call__(self, name: str, value: Any, view: TensorView, /, *, others: Sequence[str] = ()) -> Codec:
         """The codec that the choice means for a tensor."""
-        chosen = max((self._select(each, value) for each in (name, *others)), key=partial(_kept, view))
+        chosen = self._select(name, value)
+        if others:
+            chosen = max(chosen, *(self._select(each, value) for each in others), key=partial(_kept, view))
         if not chosen.accepts(view.dtype):
             reason = view.dtype.name
         elif not chosen.lossless and self._is_scale(name, view):

@@ -172,7 +172,7 @@ def pack_stream(info: StreamInfo, limits: Limits) -> bytes:
 def unpack_stream(payload: bytes, limits: Limits) -> StreamInfo:
     """The validated STREAM payload."""
     if len(payload) > limits.metadata:
-        raise LimitError("stream metadata", limits.metadata, len(payload))
+        raise LimitError("stream metadata", limits.metadata, len(payload), field="metadata")
     body = _unpack_stream(payload, limits)
     align, metadata = body.get("align"), body.get("metadata", {})
     ordered = [key for key in _STREAM_KEYS if key in body]
@@ -216,7 +216,7 @@ def _unpack_stream(payload: bytes, limits: Limits) -> dict[str, Any]:
 def _text_pairs(unpacker: Any, limits: Limits) -> dict[str, str]:
     count = unpacker.read_map_header()
     if count > limits.pairs:
-        raise LimitError("pairs of stream metadata", limits.pairs, count)
+        raise LimitError("pairs of stream metadata", limits.pairs, count, field="pairs")
     pairs = {}
     for _ in range(count):
         key, value = unpacker.unpack(), unpacker.unpack()
@@ -253,7 +253,7 @@ def pack_item(item: Item, limits: Limits) -> bytes:
 def unpack_item(payload: bytes | memoryview, limits: Limits) -> Item:
     """The validated ITEM payload."""
     if len(payload) > limits.descriptor:
-        raise LimitError("item descriptor", limits.descriptor, len(payload))
+        raise LimitError("item descriptor", limits.descriptor, len(payload), field="descriptor")
     body = _unpack_map(payload, "item descriptor")
     number = body.get("kind")
     _check(_is_int(number), "item descriptor without a kind")
@@ -332,7 +332,7 @@ def _codec(stages: Any) -> CodecSpec:
 def _size(value: Any, what: str, limit: int) -> int:
     _check(_is_int(value) and value >= 0, f"{what} size must be a non-negative int")
     if value > limit:
-        raise LimitError(what, limit, value)
+        raise LimitError(what, limit, value, field="stream" if what == "file" else what)
     return int(value)
 
 

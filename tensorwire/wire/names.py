@@ -22,7 +22,12 @@ _ESCAPE: Final = re.compile("~(?![01])")
 
 
 def name_of(path: Path) -> str:
-    """The name of the item at `path`."""
+    """The name of the item at `path`, as `decode` gives it, and `into=`, files and codec patterns take it.
+
+    `path`: the keys from the root on, text and ints.
+
+    tensorwire.name_of(("model", "layer.0.weight"))  # "/model/layer.0.weight"
+    """
     if len(path) == 1:
         key = path[0]
         if type(key) is str and key and key[0] != "/":
@@ -31,7 +36,12 @@ def name_of(path: Path) -> str:
 
 
 def path_of(name: str) -> Path:
-    """The path of the item that has this name. Raises ArgumentError for a name that no item can have."""
+    """The path of the item that has this name.
+
+    Raises ArgumentError for a name that no item can have.
+
+    tensorwire.path_of("/state/0/exp_avg")  # ("state", 0, "exp_avg")
+    """
     if not name.startswith("/"):
         return (name,) if name else ()
     path = tuple(map(_key, name[1:].split("/")))
