@@ -26,7 +26,7 @@ def name_of(path: Path) -> str:
 
     `path`: the keys from the root on, text and ints.
 
-    tensorwire.name_of(("model", "layer.0.weight"))  # "/model/layer.0.weight"
+        tensorwire.name_of(("model", "layer.0.weight"))  # "/model/layer.0.weight"
     """
     if len(path) == 1:
         key = path[0]
@@ -40,7 +40,7 @@ def path_of(name: str) -> Path:
 
     Raises ArgumentError for a name that no item can have.
 
-    tensorwire.path_of("/state/0/exp_avg")  # ("state", 0, "exp_avg")
+        tensorwire.path_of("/state/0/exp_avg")  # ("state", 0, "exp_avg")
     """
     if not name.startswith("/"):
         return (name,) if name else ()
