@@ -56,6 +56,7 @@ from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
 from tensorwire.streams import Report, Schema
 from tensorwire.tensor import AnyFront
+from tensorwire.wire import name_of, path_of
 
 if TYPE_CHECKING:
     from tensorwire import torch as torch
@@ -100,7 +101,9 @@ __all__ = [
     "inspect",
     "load_file",
     "loads",
+    "name_of",
     "open_file",
+    "path_of",
     "register",
     "save_file",
     "schema",

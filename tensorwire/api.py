@@ -38,8 +38,9 @@ class Api:
         which transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping
         of name patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is
         also the memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes
-        that bind every frame to a round or session. `tie`: send tensors that share their memory once. `report`: a
-        `tensorwire.Report` that is told what travelled how.
+        that bind every frame to a round or session. `tie`: send tensors that share their memory once. `limits`: what
+        a receiver with the same limits accepts; more is an EncodeError, before the first buffer where the size is known
+        then. `report`: a `tensorwire.Report` that is told what travelled how.
 
             for buffer in tensorwire.encode(model.state_dict(), codec="bf16|zstd"):
                 connection.sendall(buffer)
@@ -125,12 +126,13 @@ class Api:
     ) -> Iterator[tuple[str, Any]]:
         """Decode a stream as an iterator of (name, value), each given when complete and verified.
 
-        `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`).
-        Names are dotted paths. `into`: preallocated tensors by name, written in place and given back. `expect`: a
-        schema (see `schema`) or a container like the one expected; anything else is refused before memory is taken.
-        `base`: the content digest of the version that the values are to be applied to, for a stream that is against
-        one; without it, or with another, such a stream is refused. `device`: where torch tensors go. `metadata_into`:
-        a dict that takes the stream's metadata before the first value comes.
+        `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`). A key of
+        the outermost dict is its own name, what is nested is called as `tensorwire.name_of` says ("/model/bias").
+        `into`: preallocated tensors by name, written in place and given back. `expect`: a schema (see `schema`) or a
+        container like the one expected; anything else is refused before memory is taken. `base`: the content digest of
+        the version that the values are to be applied to, for a stream that is against one; without it, or with another,
+        such a stream is refused. `device`: where torch tensors go. `metadata_into`: a dict that takes the stream's
+        metadata before the first value comes.
 
             for name, tensor in tensorwire.torch.decode(transport.receive(), device="cuda"):
                 model.get_parameter(name).copy_(tensor)
@@ -173,6 +175,7 @@ class Api:
         *,
         codec: CodecChoice = "raw",
         metadata: Mapping[str, str] | None = None,
+        limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> bytes:
         """A container as one message: all buffers of `encode`, joined.
@@ -182,7 +185,9 @@ class Api:
             message = tensorwire.dumps({"weight": weight, "step": 7}, codec="int8")
         """
         message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
-        buffers = streams.encode(obj, self._front, codec=codec, metadata=metadata, report=report, private=True)
+        buffers = streams.encode(
+            obj, self._front, codec=codec, metadata=metadata, private=True, limits=limits, report=report
+        )
         for buffer in buffers:
             message.write(buffer)
         return message.getvalue()
@@ -290,14 +295,14 @@ class Api:
         """
         return files.TensorFile(file, self._front.on(device), base=base, limits=limits)
 
-    def schema(self, obj: Any, *, codec: CodecChoice | None = None) -> Schema:
+    def schema(self, obj: Any, *, codec: CodecChoice | None = None, limits: Limits = DEFAULT) -> Schema:
         """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given.
 
         Its values do not matter.
 
             weights = tensorwire.loads(message, expect=tensorwire.schema(model.state_dict()))
         """
-        return Schema.of(obj, self._front, codec=codec)
+        return Schema.of(obj, self._front, codec=codec, limits=limits)
 
 
 async def _encoded(

@@ -108,7 +108,11 @@ class SequenceError(WireError):
 
 
 class LimitError(WireError):
-    """A declared size exceeds a limit; raise that limit if the sender is right. See `tensorwire.Limits`."""
+    """A declared size exceeds a limit; raise that limit if the sender is right. See `tensorwire.Limits`.
+
+    `limit` says what is too large, `allowed` and `got` by how much; `field` is the field of `Limits` that bounds it (by
+    default the same word), None where no setting does.
+    """
 
     def __init__(
         self,
@@ -116,13 +120,20 @@ class LimitError(WireError):
         allowed: int,
         got: int,
         *,
+        field: str | None = "",
         frame: int | None = None,
         item: object = None,
         offset: int | None = None,
     ) -> None:
         detail = f"{limit} is {got}, more than the limit of {allowed}"
+        field = limit if field == "" else field
+        if field is not None:
+            detail += (
+                f"; where that is right, pass limits=tensorwire.Limits({field}=...), to a command --limit {field}=..."
+            )
         super().__init__(detail, frame=frame, item=item, offset=offset)
         self.limit = limit
+        self.field = field
         self.allowed = allowed
         self.got = got
 

@@ -146,6 +146,9 @@ class AnyFront(Front):
 
     def view(self, value: object) -> TensorView | None:
         """A tensor of any library as a view."""
+        view = self._front.view(value)  # which it is nearly always
+        if view is not None:
+            return view
         return next((view for front in self._fronts() if (view := front.view(value)) is not None), None)
 
     def describe(self, value: object) -> TensorView | None:

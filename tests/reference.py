@@ -94,7 +94,7 @@ class _Unpacker:
     """Canonical msgpack, and no other spelling."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+        self.data, self.at, self.containers = data, 0, 0
 
     def take(self, size: int) -> bytes:
         check(self.at + size <= len(self.data), "msgpack: runs over its end")
@@ -140,13 +140,18 @@ class _Unpacker:
         except UnicodeDecodeError:
             raise Refused("msgpack: text that is not UTF-8") from None
 
-    def array(self, size: int, depth: int) -> list:
+    def enter(self, depth: int) -> None:
         check(depth < _NESTING, "msgpack: nested too deep")
+        self.containers += 1
+        check(self.containers <= LIMIT_CONTAINERS, "msgpack: too many containers")
+
+    def array(self, size: int, depth: int) -> list:
+        self.enter(depth)
         check(size <= len(self.data) - self.at, "msgpack: runs over its end")
         return [self.object(depth + 1) for _ in range(size)]
 
     def map(self, size: int, depth: int) -> dict:
-        check(depth < _NESTING, "msgpack: nested too deep")
+        self.enter(depth)
         result = {}
         for _ in range(size):
             key = self.object(_NESTING)
@@ -524,16 +529,17 @@ def decode_payload(codec: list, dtype: str, width: int, count: int, payload: byt
 
 # ----------------------------------------------------------------------- 7. Order of frames, 8. END and INDEX
 
-LIMIT_STREAM_PAYLOAD = 1 << 20
+LIMIT_STREAM_PAYLOAD = 64 << 20
 LIMIT_ITEM_PAYLOAD = 64 << 10
-LIMIT_ITEMS = 262_144
-LIMIT_ITEM = 16 << 30
-LIMIT_TEXT = 16 << 20
-LIMIT_COMPOSITE = 128 << 10
-LIMIT_PAIRS = 16_384
+LIMIT_ITEMS = 2_097_152
+LIMIT_ITEM = 256 << 30
+LIMIT_TEXT = 256 << 20
+LIMIT_COMPOSITE = 64 << 20
+LIMIT_CONTAINERS = 1_048_576
+LIMIT_PAIRS = 524_288
 LIMIT_DATA = 64 << 20
-LIMIT_SKIPPABLE = 8 << 20
-LIMIT_STREAM = 64 << 30
+LIMIT_SKIPPABLE = 64 << 20
+LIMIT_STREAM = 64 << 40
 
 
 class _Reader:

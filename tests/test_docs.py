@@ -88,7 +88,7 @@ def test_the_limits_of_the_security_page_are_those_of_the_code() -> None:
     text = (ROOT / "docs" / "security.md").read_text()
     table = text[text.index("## Limits") : text.index("## Transports")]
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+)(?: (\w+))? \|", table, re.MULTILINE)
-    units = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    units = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
     found = {name: int(number.replace(",", "")) * units[unit] for name, number, unit in rows}
     assert found == {name: getattr(DEFAULT, name) for name in DEFAULT.__slots__}
     assert [name for name, _, _ in rows] == [*DEFAULT.__slots__]

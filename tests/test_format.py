@@ -219,11 +219,11 @@ def test_the_page_gives_the_kind_of_every_error():
 
 
 def test_the_page_gives_the_default_limits():
-    units = {"MiB": 1 << 20, "KiB": 1 << 10, "GiB": 1 << 30}
+    units = {"MiB": 1 << 20, "KiB": 1 << 10, "GiB": 1 << 30, "TiB": 1 << 40}
     fields = {
         "stream metadata": "metadata", "item descriptor": "descriptor", "one key of a path": "name",
         "dimensions": "ndim", "items": "items", "nesting": "nesting", "bytes of a tensor, decoded": "item",
-        "text or binary value": "value", "composite value": "composite",
+        "text or binary value": "value", "composite value": "composite", "containers in a value": "containers",
         "data frame that is not raw, also before zstd": "frame", "skippable frame": "skippable",
         "stream, file": "stream", "pairs of stream metadata": "pairs",
     }  # fmt: skip

@@ -351,7 +351,7 @@ def test_what_carries_more_than_its_memory_is_refused_with_the_remedy(kind: str)
     for front in (tw, tn, tensorwire):
         with pytest.raises(EncodeError, match=f"(?s){says}") as caught:
             front.dumps({"layers": [value]})
-        assert caught.value.item == "layers.0"
+        assert caught.value.item == "/layers/0"
 
 
 WHOLE = {

@@ -99,7 +99,7 @@ def test_what_was_delivered_before_is_whole_and_nothing_of_the_broken_item_is(na
     for entry in reader.items:
         source = reader.items[entry.of] if entry.kind == reference.ALIAS else entry
         if source.complete and source.kind in (reference.TENSOR, reference.VALUE):
-            complete[".".join(map(str, entry.path))] = source
+            complete[tensorwire.name_of(tuple(entry.path))] = source
     for key, got in delivered.items():
         source = complete[key]
         if source.kind == reference.VALUE:

@@ -33,6 +33,7 @@ from tensorwire import (
     encode_file,
 )
 from tensorwire.kernels import _numpy as twins
+from tensorwire.limits import Limits
 from tensorwire.streams.sender import FRAME_SIZE
 
 NATIVE = [d.name for d in dtypes.ALL if d.name in np.sctypeDict and d.name != "complex32"]
@@ -390,8 +391,8 @@ def test_a_codec_gives_what_its_kernel_gives_on_the_whole_whatever_the_frames(sp
 def test_a_codec_can_be_chosen_by_pattern_and_by_function():
     embed, w, b = (hard_values(70, seed) for seed in range(3))
     tree = {"embed": embed, "layers": [{"w": w, "b": b}], "steps": np.int64(7)}
-    by_pattern = tw.dumps(tree, codec={"*.w": "nf4", "embed": "bf16"})
-    by_function = tw.dumps(tree, codec=lambda name, value: {"embed": "bf16", "layers.0.w": "nf4"}.get(name, "raw"))
+    by_pattern = tw.dumps(tree, codec={"*/w": "nf4", "embed": "bf16"})
+    by_function = tw.dumps(tree, codec=lambda name, value: {"embed": "bf16", "/layers/0/w": "nf4"}.get(name, "raw"))
     assert by_pattern == by_function
     result = tw.loads(by_pattern)
     assert same(plain(result["layers"][0]["b"]), plain(b))
@@ -411,9 +412,9 @@ def test_what_a_codec_cannot_carry_is_an_error_that_names_item_and_index_or_trav
     values[33_333] = poison
     values[39_999] = np.nan
     tree = {"good": values[:1000], "layer": {"w": values}}
-    with pytest.raises(NonFiniteError, match=r"element 33333 is .*layer\.w") as caught:
+    with pytest.raises(NonFiniteError, match=r"element 33333 is .*/layer/w") as caught:
         encoded(tree, codec=spec, frame_size=20_000)
-    assert (caught.value.index, caught.value.item) == (33_333, "layer.w")
+    assert (caught.value.index, caught.value.item) == (33_333, "/layer/w")
     name, *behind = spec.split("|")
     spec = "|".join([name + (",nonfinite=raw" if ":" in name else ":nonfinite=raw"), *behind])
     result = tw.loads(encoded(tree, codec=spec, frame_size=20_000))
@@ -453,10 +454,10 @@ def test_casts_keep_subnormals_signed_zeros_infinities_and_nan():
 def test_into_fills_the_tensors_given_and_gives_them_back(codec, n, seed, frame_size):
     sent = {"a": hard_values(n, seed), "b": {"c": np.arange(5)}}
     data = encoded(sent, codec=codec, frame_size=frame_size)
-    room = {"a": np.full(n, 7, np.float32), "b.c": np.full(5, 7)}
+    room = {"a": np.full(n, 7, np.float32), "/b/c": np.full(5, 7)}
     result = tw.loads(data, into=room)
     assert result["a"] is room["a"]
-    assert result["b"]["c"] is room["b.c"]
+    assert result["b"]["c"] is room["/b/c"]
     assert same(plain(result), plain(tw.loads(data)))
 
 
@@ -589,9 +590,9 @@ REFUSED = {
 def test_what_cannot_travel_is_refused_before_the_first_byte_naming_the_item(kind):
     value, says = REFUSED[kind]
     with pytest.raises(EncodeError, match=says) as caught:
-        tw.encode({"fine": np.zeros(3), "model": [{"bad": value}]})
-    assert caught.value.item.startswith("model.0.bad")
-    assert "model.0.bad" in str(caught.value)
+        tw.encode({"fine": np.zeros(3), "model": [{"bad": value}]}, limits=Limits(value=16 << 20))
+    assert caught.value.item.startswith("/model/0/bad")
+    assert "/model/0/bad" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -600,7 +601,7 @@ def test_what_cannot_travel_is_refused_before_the_first_byte_naming_the_item(kin
     ids=ascii,
 )  # fmt: skip
 def test_names_that_a_reader_would_refuse_are_refused(key):
-    with pytest.raises(EncodeError, match=r"model\.0"):
+    with pytest.raises(EncodeError, match=r"/model/0"):
         tw.encode({"model": [{key: np.zeros(3)}]})
     with pytest.raises(EncodeError):
         encoded(iter([(key, np.zeros(3))]))
@@ -622,10 +623,10 @@ def test_torch_tensors_without_dense_values_are_refused_with_the_remedy():
     for says, tensor in cases.items():
         with pytest.raises(EncodeError, match=says) as caught:
             front.encode({"layers": [tensor]})
-        assert caught.value.item == "layers.0"
+        assert caught.value.item == "/layers/0"
     from torch._subclasses import FakeTensorMode
 
-    with FakeTensorMode(), pytest.raises(EncodeError, match=r"fake.*layers\.0"):
+    with FakeTensorMode(), pytest.raises(EncodeError, match=r"fake.*/layers/0"):
         front.encode({"layers": [torch.empty(2)]})
 
 
@@ -633,7 +634,8 @@ def test_torch_tensors_without_dense_values_are_refused_with_the_remedy():
     "options",
     [{"codec": "zip"}, {"codec": "nf4:blocksize=63"}, {"codec": "nf4|int8"}, {"codec": 4}, {"codec": {"*": "nf5"}},
      {"codec": lambda name, value: "nf5"}, {"frame_size": 4095}, {"frame_size": 1 << 27}, {"metadata": {"a": 1}},
-     {"metadata": {1: "a"}}, {"metadata": {"a": "x" * (1 << 20)}}, {"stream_id": bytes(65)}, {"stream_id": "text"},
+     {"metadata": {1: "a"}}, {"metadata": {"a": "x" * 100}, "limits": Limits(metadata=100)},
+     {"stream_id": bytes(65)}, {"stream_id": "text"},
      {"codec": "int8", "frame_size": 4100}],
     ids=str,
 )  # fmt: skip

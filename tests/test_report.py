@@ -26,12 +26,12 @@ async def drain(buffers: Any) -> int:
 
 def test_it_counts_each_codec_and_names_what_travelled_otherwise():
     report = tw.Report()
-    data = tw.dumps(WEIGHTS, codec={"*.weight": "nf4", "*.bias": "bf16|zstd"}, report=report)
+    data = tw.dumps(WEIGHTS, codec={"*/weight": "nf4", "*/bias": "bf16|zstd"}, report=report)
     nf4, raw, lossless = report.codecs["nf4"], report.codecs["raw"], report.codecs["raw|zstd"]
     assert (nf4.items, nf4.bytes_in, nf4.bytes_out) == (2, 2 * 4 * 4096, 2 * (4096 // 2 + 4 * 64))
     assert (raw.items, raw.bytes_in, raw.bytes_out) == (2, 1, 1)  # a value of one byte, and a tensor of none
     assert (lossless.items, lossless.bytes_in) == (2, 2 * 8 * 64) and lossless.bytes_out < 2 * 8 * 64
-    assert [*report.otherwise] == [(f"layers.{n}.bias", "bf16|zstd", "raw|zstd", "float64") for n in (0, 1)]
+    assert [*report.otherwise] == [(f"/layers/{n}/bias", "bf16|zstd", "raw|zstd", "float64") for n in (0, 1)]
     assert report.items == 6
     assert report.bytes_in == 2 * 4 * 4096 + 2 * 8 * 64 + 1
     assert report.bytes_out == len(data)
@@ -113,21 +113,23 @@ def test_several_streams_add_up():
 @pytest.mark.parametrize(
     ("pattern", "nearest"),
     [
-        ("*.weigth", "layers.0.weight"),
-        ("layer.*", "layers.0.weight"),
-        ("layers.0.wieght", "layers.0.weight"),
-        ("layers.?.bais", "layers.0.bias"),
+        ("*/weigth", "/layers/0/weight"),
+        ("layer.*", "/layers/0/weight"),
+        ("/layers/0/wieght", "/layers/0/weight"),
+        ("/layers/?/bais", "/layers/0/bias"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names(pattern, nearest):
-    for codec in ({pattern: "nf4"}, {"*.bias": "raw", pattern: "nf4"}):
+    for codec in ({pattern: "nf4"}, {"*/bias": "raw", pattern: "nf4"}):
         with pytest.raises(tw.EncodeError, match="matches no tensor; nearest: ") as raised:
             tw.dumps(WEIGHTS, codec=codec)
         assert repr(pattern) in str(raised.value) and repr(nearest) in str(raised.value)
 
 
 def test_where_no_name_is_near_some_are_listed():
-    with pytest.raises(tw.EncodeError, match=r"'zzz' matches no tensor; there are 'layers.0.weight', 'layers.0.bias'"):
+    with pytest.raises(
+        tw.EncodeError, match=r"'zzz' matches no tensor; there are '/layers/0/weight', '/layers/0/bias'"
+    ):
         tw.dumps(WEIGHTS, codec={"zzz": "nf4"})
 
 
@@ -165,14 +167,14 @@ def test_a_pattern_is_met_behind_another_by_a_tied_tensor_and_where_there_are_no
 
 
 def test_a_pattern_that_another_leaves_nothing_is_refused():
-    pairs = [("*", "*.bias"), ("layers.*", "layers.0.*"), ("*.weight", "layers.?.weight"), ("*ias", "*.bias")]
+    pairs = [("*", "*/bias"), ("/layers/*", "/layers/0/*"), ("*/weight", "/layers/?/weight"), ("*ias", "*/bias")]
     for wide, narrow in pairs:
         with pytest.raises(tw.EncodeError, match="put it before"):
             tw.dumps(WEIGHTS, codec={wide: "nf4", narrow: "raw"})
 
         tw.dumps(WEIGHTS, codec={narrow: "raw", wide: "nf4"})
-    tw.dumps(WEIGHTS, codec={"layers.?.*": "raw", "layers.*": "nf4"})
-    tw.dumps(WEIGHTS, codec={"layers.[01].weight": "raw", "*.weight": "nf4"})
+    tw.dumps(WEIGHTS, codec={"/layers/?/*": "raw", "/layers/*": "nf4"})
+    tw.dumps(WEIGHTS, codec={"/layers/[01]/weight": "raw", "*/weight": "nf4"})
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,7 @@ AT_LIMIT: dict[str, tuple[bytes, int]] = {
     "item": (tw.dumps(VALUES), 400),
     "value": (tw.dumps({"a": "x" * 31, "b": "y"}), 32),
     "composite": (tw.dumps({"a": [1, 2, 3]}), 4),
+    "containers": (tw.dumps({"a": [1, [2], {"b": ()}]}), 4),
     "frame": (tw.dumps(VALUES, codec="nf4"), 2 * 4 + 50),
     "skippable": (stored("skippable"), 15),
     "stream": (stored("slices"), len(stored("slices"))),

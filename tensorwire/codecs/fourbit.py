@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tensorwire import kernels
 from tensorwire.codecs.floats import kernel_target, kernel_view, kernels_for
-from tensorwire.codecs.quantizer import State, TableQuantizer, checked_absmax, split
+from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax, split
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Range, Sizes, Sums, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
@@ -126,17 +126,17 @@ class FourBit(TableQuantizer):
         )
         return True
 
-    def state(self, payload: Any, count: int) -> State:
+    def state(self, payload: Any, count: int) -> QuantizedState:
         """Codes and absmax. Raises FormatError for an absmax that is none, or a half byte that is not 0."""
         blocks = self.blocks(count)
         metadata, codes = split(np.frombuffer(payload, np.uint8), self._metadata(blocks))
         if count % 2 and codes[-1] & 0x0F:
             raise FormatError("the unused half of the last byte is not zero")
         if not self.double_quant:
-            return State(codes, checked_absmax(metadata))
+            return QuantizedState(codes, checked_absmax(metadata))
         head, absmax_codes = split(metadata, _nested_head(blocks))
         floats = checked_absmax(head)
-        return State(codes, absmax_codes, floats[1:], floats[:1])
+        return QuantizedState(codes, absmax_codes, floats[1:], floats[:1])
 
 
 class NF4(FourBit):
@@ -170,7 +170,7 @@ def mean_absmax(view: TensorView, blocksize: int) -> float:
         return float(np.float32(total / -(-view.numel // blocksize)))
 
 
-def unnest(state: State) -> npt.NDArray[np.float32]:
+def unnest(state: QuantizedState) -> npt.NDArray[np.float32]:
     """The float32 absmax that a nested state stands for, saturated: near the largest float32 they may overshoot it."""
     assert state.nested_absmax is not None
     assert state.offset is not None

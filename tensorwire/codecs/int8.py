@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import kernel_target, kernel_view, kernels_for
-from tensorwire.codecs.quantizer import Quantizer, State, TableQuantizer, checked_absmax, split
+from tensorwire.codecs.quantizer import QuantizedState, Quantizer, TableQuantizer, checked_absmax, split
 from tensorwire.codecs.stage import Encoded, Range, Sizes, Sums, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
@@ -64,10 +64,10 @@ class Int8(TableQuantizer):
         )
         return True
 
-    def state(self, payload: Any, count: int) -> State:
+    def state(self, payload: Any, count: int) -> QuantizedState:
         """Codes and absmax. Raises FormatError for an absmax that is none."""
         absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(count))
-        return State(codes, checked_absmax(absmax))
+        return QuantizedState(codes, checked_absmax(absmax))
 
 
 class Int8Linear(Quantizer):

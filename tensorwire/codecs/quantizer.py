@@ -57,7 +57,7 @@ class Quantizer(Packer):
         )
 
 
-class State(NamedTuple):
+class QuantizedState(NamedTuple):
     """A payload in the parts that bitsandbytes keeps: codes and absmax, the latter maybe quantized in turn.
 
     `absmax`: float32, or with `nested_absmax` and `offset` the uint8 codes of double quantization.
@@ -94,7 +94,7 @@ class TableQuantizer(Quantizer):
         return (self.table,)
 
     @abstractmethod
-    def state(self, payload: Any, count: int) -> State:
+    def state(self, payload: Any, count: int) -> QuantizedState:
         """The parts of a payload of `count` elements and the right length, where they stand. Raises FormatError."""
 
 

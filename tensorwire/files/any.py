@@ -111,7 +111,7 @@ def decode_file(source: Any, path: str | os.PathLike[str], *, limits: Limits = D
             if isinstance(event, Piece):
                 output.write_at(event.data.data, event.start)
             elif isinstance(event, ItemStart) and _is_file(event.item):
-                names.append(event.item.name)
+                names.append(str(event.item.path[-1]) if event.item.path else "")
                 if len(names) > 1:
                     raise SchemaError("the stream carries more than one file")
         if not names:

@@ -155,7 +155,7 @@ def _called(file: File) -> str:
 def _subjects(text: str | bytes) -> dict[str, str]:
     """SHA-256 by name. Fields that this version does not know are ignored, as in-toto asks."""
     if len(text) > MAX_MANIFEST:
-        raise LimitError("manifest", MAX_MANIFEST, len(text))
+        raise LimitError("manifest", MAX_MANIFEST, len(text), field=None)
     try:
         statement = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -130,7 +130,7 @@ class SafetensorsShards(Checkpoint):
     def _read_index(self) -> dict[str, str]:
         """File names by tensor. Raises FormatError, also for a name that leads out of the folder."""
         if os.path.getsize(self._path) > MAX_HEADER:
-            raise LimitError("safetensors index", MAX_HEADER, os.path.getsize(self._path))
+            raise LimitError("safetensors index", MAX_HEADER, os.path.getsize(self._path), field=None)
         with open(self._path, "rb") as file:
             text = file.read()
         try:
@@ -217,7 +217,7 @@ class SafetensorsFile(Checkpoint):
             raise TruncatedError("too short for a safetensors file", offset=size)
         length = int.from_bytes(self._source.read(0, 8), "little")
         if length > MAX_HEADER:
-            raise LimitError("safetensors header", MAX_HEADER, length)
+            raise LimitError("safetensors header", MAX_HEADER, length, field=None)
         if 8 + length > size:
             raise TruncatedError("the safetensors header reaches beyond the end of the file", offset=size)
         try:
@@ -296,7 +296,7 @@ def _entry(name: str, entry: Any) -> tuple[str, str, tuple[int, ...], int, int]:
         if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
             raise FormatError("shape and data_offsets must be lists of non-negative integers", item=name)
     if len(shape) > DEFAULT.ndim:
-        raise LimitError("ndim", DEFAULT.ndim, len(shape), item=name)
+        raise LimitError("ndim", DEFAULT.ndim, len(shape), field=None, item=name)
     bits = BITS[dtype] if dtype in BITS else DTYPES[dtype].itemsize * 8
     if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != prod(shape) * bits:
         raise FormatError("data_offsets do not match dtype and shape", item=name)

@@ -48,7 +48,7 @@ from tensorwire.streams import Completed, Piece, Receiver, Report, Schema
 from tensorwire.streams.codec_choice import CodecChoice
 from tensorwire.tensor import Buffer, ViewFront
 from tensorwire.wire import AliasItem, Item, ItemStart, Kind, StreamStart, TensorItem
-from tensorwire.wire.items import Path
+from tensorwire.wire.names import Path
 
 __all__ = ["Checkpoint", "SafetensorsFile", "SafetensorsShards", "decode", "encode", "open_checkpoint"]
 
@@ -113,7 +113,7 @@ def decode(
 
         tensorwire.safetensors.decode(transport.receive(), "checkpoint", max_shard_size=5 * 10**9)
     """
-    schema = None if expect is None else Schema.of(expect, ViewFront())
+    schema = None if expect is None else Schema.of(expect, ViewFront(), limits=limits)
     with Receiver(limits) as receiver:
         if max_shard_size is None:
             with replacing(path) as fd:
@@ -252,10 +252,10 @@ class _Layout:
     def _settle(self) -> None:
         self.size = sum(map(_bytes, self._items.values()))
         if self.size > self._limits.stream:  # every other name of a tensor is another copy of it here
-            raise LimitError("safetensors file", self._limits.stream, self.size)
+            raise LimitError("safetensors file", self._limits.stream, self.size, field="stream")
         shards = self._divided()
         for number, (output, items) in enumerate(zip(self._outputs(len(shards)), shards, strict=True)):
-            self.shards |= {item.name: number for item in items}
+            self.shards |= {_key(item): number for item in items}
             self._write_header(output, items)
 
     def _divided(self) -> list[list[TensorItem]]:
@@ -272,31 +272,36 @@ class _Layout:
 
     def _write_header(self, output: Output, items: list[TensorItem]) -> None:
         # Widest dtypes first, as the safetensors library orders them, so that every tensor is aligned.
-        order = sorted(items, key=lambda item: (-item.dtype.itemsize, item.name))
+        order = sorted(items, key=lambda item: (-item.dtype.itemsize, _key(item)))
         header: dict[str, Any] = {METADATA: self._metadata} if self._metadata else {}
         begins, end = {}, 0
         for item in order:
             begins[item.path] = end
             end += _bytes(item)
             dtype, shape = self._as_stored(item)
-            header[item.name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begins[item.path], end]}
+            header[_key(item)] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begins[item.path], end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         if len(text) > MAX_HEADER:
-            raise LimitError("safetensors header", MAX_HEADER, len(text))
+            raise LimitError("safetensors header", MAX_HEADER, len(text), field=None)
         output.write_at(memoryview(len(text).to_bytes(8, "little") + text), 0)
         self._places |= {path: (output, 8 + len(text) + begin) for path, begin in begins.items()}
 
     def _as_stored(self, item: TensorItem) -> tuple[str, tuple[int, ...]]:
         """The dtype and shape that a tensor has in a file. Raises FormatError where the metadata says another."""
-        if item.name in self._packed:
-            dtype, shape = self._packed[item.name]
+        if _key(item) in self._packed:
+            dtype, shape = self._packed[_key(item)]
             if item.dtype != dtypes.UINT8 or prod(shape) * BITS[dtype] != _bytes(item) * 8:
                 raise FormatError(f"the metadata {PACKED} says {dtype} {list(shape)}, which it is not", item=item.name)
             return dtype, shape
         if item.dtype == dtypes.FLOAT4_E2M1FN_X2:
             return NAMES[item.dtype], (*item.shape[:-1], item.shape[-1] * 2) if item.shape else (2,)
         return NAMES[item.dtype], item.shape
+
+
+def _key(item: TensorItem) -> str:
+    """What a tensor is called in a file, and was called in the one that it came from: its key, which is text."""
+    return str(item.path[0])
 
 
 def _bytes(item: TensorItem) -> int:

@@ -25,8 +25,8 @@ from tensorwire.codecs import (
     NF4,
     Codec,
     Int8,
+    QuantizedState,
     Readymade,
-    State,
     TableQuantizer,
     checked_absmax,
     from_stages,
@@ -156,11 +156,11 @@ def _payload_reader(data: torch.Tensor, state: QuantState, numel: int) -> Callab
         offset = np.array([float(state.offset)], np.float32)
         if nested.dtype != dtypes.FLOAT32 or nested.size != -(-absmax.size // NESTED_BLOCKSIZE):
             raise EncodeError("the nested absmax of the quantized tensor does not match its absmax")
-    _check_scales(State(_NO_CODES, absmax[:], None if nested is None else nested[:], offset))
+    _check_scales(QuantizedState(_NO_CODES, absmax[:], None if nested is None else nested[:], offset))
 
     def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
         first, last = start // state.blocksize, -(-stop // state.blocksize)
-        part = State(
+        part = QuantizedState(
             codes[start // per_byte : -(-stop // per_byte)],
             absmax[first:last],
             None if nested is None else nested[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)],
@@ -190,7 +190,7 @@ class _Elements:
         return data.view(np.float32) if self.dtype == dtypes.FLOAT32 else data
 
 
-def _check_scales(state: State) -> None:
+def _check_scales(state: QuantizedState) -> None:
     """Raise EncodeError for what a receiver would refuse: absmax that are negative, infinite or NaN."""
     try:
         if state.nested_absmax is None or state.offset is None:

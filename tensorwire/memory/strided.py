@@ -27,9 +27,9 @@ def reader(array: Array, fix: Callable[[Array], None] | None = None) -> Callable
     """
     if not array.flags.c_contiguous:
         return _Strided(array, fix).read
-    flat = array.reshape(-1)
+    flat = array if array.ndim == 1 else array.reshape(-1)
     if fix is None:
-        return _Contiguous(flat.view(np.uint8), array.itemsize).read
+        return _Contiguous(flat.view(np.uint8), array.itemsize)
 
     def read(start: int, stop: int) -> ByteArray:
         part: ByteArray = flat[start:stop].copy().view(np.uint8)
@@ -48,7 +48,7 @@ class _Contiguous:
         self._memory = memory
         self._itemsize = itemsize
 
-    def read(self, start: int, stop: int) -> ByteArray:
+    def __call__(self, start: int, stop: int) -> ByteArray:
         """Elements [start, stop)."""
         return self._memory[start * self._itemsize : stop * self._itemsize]
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from functools import partial
 from typing import Any, Final
 
@@ -23,17 +23,17 @@ _CODES: Final = frozenset(
     for dtype in dtypes.ALL
     if (dtype.itemsize == 1 and dtype != dtypes.BOOL) or dtype in (dtypes.INT32, dtypes.UINT32)
 )
-_CUT: Final = re.compile("[._]")  # where a name may go on behind that of the codes
+_CUT: Final = re.compile("[._/]")  # where a name may go on behind that of the codes
 _TABLE: Final = 4096  # bytes that the scales and tables of the smallest weights may have
 
 
 def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
     """What `codec=` means, as a `Rule`.
 
-    A mapping's keys are shell patterns over dotted names, the first match wins, and what none matches is raw; a pattern
-    that matches no tensor, or can match none behind those before it, is an error. A tensor that its codec cannot
-    represent (another dtype, or values that the codec's policy sends raw) travels losslessly, compressed where the
-    codec compresses, and stands in `report`.
+    A mapping's keys are shell patterns over names (`tensorwire.name_of`), the first match wins, and what none matches
+    is raw; a pattern that matches no tensor, or can match none behind those before it, is an error. A tensor that its
+    codec cannot represent (another dtype, or values that the codec's policy sends raw) travels losslessly, compressed
+    where the codec compresses, and stands in `report`.
 
     So do the scales and tables of weights that are quantized already: floats that are named after codes (a tensor of
     bytes or of 32-bit ints), or stand beside a matrix of them in the same module, in at most half their bytes. They are
@@ -43,9 +43,8 @@ def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
     A tensor with several names gets the codec that keeps the most of it: a lossless one where any name asks for one.
     Raises EncodeError.
     """
-    patterns = _patterns(choice) if isinstance(choice, Mapping) else []
     explicit = callable(choice) and not isinstance(choice, (Stage, Codec))
-    return CodecRule(_selector(choice), patterns, report, exact_scales=not explicit)
+    return CodecRule(_selector(choice), report, exact_scales=not explicit)
 
 
 class CodecRule:
@@ -54,13 +53,12 @@ class CodecRule:
     def __init__(
         self,
         select: Callable[[str, Any], Codec],
-        patterns: list[str],
         report: Report | None,
         *,
         exact_scales: bool = True,
     ) -> None:
         self._select = select
-        self._unmet = patterns
+        self._patterns = select if isinstance(select, _Patterns) else None
         self._report = report
         self._exact_scales = exact_scales
         self._names: list[str] = []
@@ -73,15 +71,17 @@ class CodecRule:
             size = self._codes[name] = view.numel * view.dtype.itemsize
             if len(view.shape) > 1:
                 self._modules[_module(name)] = max(size, self._modules.get(_module(name), 0))
-        if not self._unmet:
-            return
-        self._unmet = [pattern for pattern in self._unmet if not fnmatchcase(name, pattern)]
-        if len(self._names) < _NAMES_KEPT:
-            self._names.append(name)
+        if self._patterns is not None:
+            if len(self._names) < _NAMES_KEPT:
+                self._names.append(name)
+            if view.codec is not None:  # and nobody will ask
+                self._patterns(name, view)
 
     def __call__(self, name: str, value: Any, view: TensorView, /, *, others: Sequence[str] = ()) -> Codec:
         """The codec that the choice means for a tensor."""
-        chosen = max((self._select(each, value) for each in (name, *others)), key=partial(_kept, view))
+        chosen = self._select(name, value)
+        if others:
+            chosen = max(chosen, *(self._select(each, value) for each in others), key=partial(_kept, view))
         if not chosen.accepts(view.dtype):
             reason = view.dtype.name
         elif not chosen.lossless and self._is_scale(name, view):
@@ -105,8 +105,8 @@ class CodecRule:
 
     def finish(self) -> None:
         """Raise EncodeError for a pattern that matched none of the tensors, if there were any."""
-        if self._unmet and self._names:
-            pattern = self._unmet[0]
+        if self._patterns is not None and self._patterns.unmet and self._names:
+            pattern = self._patterns.unmet[0]
             names = _near(pattern, self._names)
             nearest = "nearest:" if names else "there are"
             shown = ", ".join(map(show, names or self._names[:_NAMES_SHOWN]))
@@ -123,25 +123,24 @@ def _kept(view: TensorView, codec: Codec) -> tuple[int, int, str]:
 
 
 def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    return name[: max(name.rfind("."), name.rfind("/"), 0)]
 
 
 def _near(pattern: str, names: list[str]) -> list[str]:
     """The names that look most like what a pattern says between its wildcards, as a whole or at either end."""
-    wanted = pattern.strip("*?.")
+    wanted = pattern.strip("*?./").replace("/", ".")
     parts = wanted.count(".") + 1
     pieces: dict[str, str] = {}
     for name in names:
-        split = name.split(".")
-        for piece in (name, ".".join(split[-parts:]), ".".join(split[:parts])):
-            pieces.setdefault(piece, name)
+        split = name.strip("/").replace("/", ".").split(".")
+        for piece in (split, split[-parts:], split[:parts]):
+            pieces.setdefault(".".join(piece), name)
     return list(dict.fromkeys(pieces[piece] for piece in near(wanted, pieces, _NAMES_SHOWN)))
 
 
 def _selector(choice: Any) -> Callable[[str, Any], Codec]:
     if isinstance(choice, Mapping):
-        patterns = [(pattern, parse(spec)) for pattern, spec in choice.items()]
-        return lambda name, value: next((codec for pattern, codec in patterns if fnmatchcase(name, pattern)), RAW)
+        return _Patterns(choice)
     if isinstance(choice, (str, Stage, Codec)):
         codec = parse(choice)
         return lambda name, value: codec
@@ -151,7 +150,26 @@ def _selector(choice: Any) -> Callable[[str, Any], Codec]:
     raise EncodeError(f"codec must be a spec, a stage, a mapping of patterns or a function, not {given}")
 
 
-def _patterns(choice: Mapping[str, CodecSpec]) -> list[str]:
+class _Patterns:
+    """Codecs by pattern; `unmet`: the patterns that have matched no name yet."""
+
+    def __init__(self, choice: Mapping[str, CodecSpec]) -> None:
+        self.unmet = _checked(choice)
+        self._rows = [(pattern, re.compile(translate(pattern)).match, parse(choice[pattern])) for pattern in choice]
+
+    def __call__(self, name: str, value: Any, /) -> Codec:
+        chosen: Codec | None = None
+        for pattern, matches, codec in self._rows:
+            if chosen is not None and not self.unmet:
+                break
+            if (chosen is None or pattern in self.unmet) and matches(name):
+                chosen = codec if chosen is None else chosen
+                if pattern in self.unmet:
+                    self.unmet.remove(pattern)
+        return RAW if chosen is None else chosen
+
+
+def _checked(choice: Mapping[str, CodecSpec]) -> list[str]:
     """The patterns. Raises EncodeError for one that is no text, and one that another leaves nothing to match."""
     before: list[str] = []
     for pattern in choice:

@@ -5,23 +5,29 @@ import enum
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from tensorwire import dtypes
 from tensorwire.codecs import Codec
-from tensorwire.errors import EncodeError, WireError
+from tensorwire.errors import EncodeError, LimitError, WireError
 from tensorwire.limits import Limits
 from tensorwire.tensor import ByteArray, Front, TensorView
 from tensorwire.wire import AliasItem, ContainerItem, FileItem, Kind, TensorItem, ValueItem
-from tensorwire.wire.items import Key, Path, check_key
-from tensorwire.wire.values import is_plain_dict, is_plain_tuple, pack_value
+from tensorwire.wire.items import check_key
+from tensorwire.wire.names import Key, Path, name_of
+from tensorwire.wire.values import SCALARS, is_plain_dict, is_plain_tuple, levels, pack_plain, pack_value
 
 # Containers that stand in several places are written out at each. Beyond this many values that is refused: a few lines
 # of nested lists could stand for more than any disk holds.
 _REPEATED: Final = 1 << 22
-_SHORT: Final = frozenset({type(None), bool, int, float})
+# The children of an outermost dict or list have names of their own, where they are no more than this. One of more
+# values, and no tensors, is a vocabulary or a history, and travels as one value.
+_NAMED: Final = 1 << 14
+_BUILTIN: Final = frozenset({dict, list, tuple})
+_PLAIN: Final = SCALARS | _BUILTIN | {OrderedDict}
 
 
 class Rule(Protocol):
@@ -70,16 +76,16 @@ def flatten(
     `tie`: of tensors that are the same view of the same memory, all but the first become aliases of it. Dicts and lists
     of a subclass travel as what they are at heart. Raises EncodeError naming the item for whatever cannot be sent.
     """
-    found = list(_Walk(front, limits).leaves(value, path))
+    found = _Walk(front, limits).leaves(value, path)
     aliases, others = _ties(found) if tie else ({}, {})
     for leaf in found:
-        if isinstance(leaf, _Tensor):
-            rule.notice(_name(leaf.path), leaf.view)
+        if type(leaf) is _Tensor:
+            rule.notice(leaf.name, leaf.view)
     found.reverse()
     for number in range(len(found)):
         leaf = found.pop()  # so that nothing is held twice
-        if not isinstance(leaf, _Tensor):
-            yield leaf
+        if type(leaf) is not _Tensor:
+            yield leaf  # type: ignore[misc]  # which narrows with isinstance only, and that takes twice as long
         elif number in aliases:
             yield BareLeaf(AliasItem(leaf.path, aliases[number]))
         else:
@@ -102,6 +108,7 @@ class _Tensor(NamedTuple):
     """A tensor that has no codec yet."""
 
     path: Path
+    name: str
     value: Any
     view: TensorView
 
@@ -112,20 +119,20 @@ def _ties(found: list[Leaf | _Tensor]) -> tuple[dict[int, int], dict[int, list[s
     aliases: dict[int, int] = {}
     names: dict[int, list[str]] = {}
     for number, leaf in enumerate(found):
-        if isinstance(leaf, _Tensor) and leaf.view.identity is not None:
+        if type(leaf) is _Tensor and leaf.view.identity is not None:
             first = firsts.setdefault(leaf.view.identity, number)
             if first != number:
                 aliases[number] = first
-                names.setdefault(first, []).append(_name(leaf.path))
+                names.setdefault(first, []).append(leaf.name)
     return aliases, names
 
 
 def _with_codec(leaf: _Tensor, rule: Rule, others: Sequence[str]) -> TensorLeaf:
-    name, view = _name(leaf.path), leaf.view
+    view = leaf.view
     try:
-        codec: Codec = view.codec or rule(name, leaf.value, view, others=others)
+        codec: Codec = view.codec or rule(leaf.name, leaf.value, view, others=others)
     except (EncodeError, WireError) as error:
-        raise EncodeError(error.detail, item=name) from None
+        raise EncodeError(error.detail, item=leaf.name) from None
     return TensorLeaf(TensorItem(leaf.path, view.dtype, view.shape, codec.stages()), view, codec)
 
 
@@ -136,7 +143,7 @@ class _Survey(NamedTuple):
     builtin: bool  # of the types that values have, none of a subclass
     height: int  # levels of containers in it
     values: int  # those of containers in several places counted at each
-    least: int  # bytes that it takes as one value, or fewer
+    containers: int  # counted likewise, with itself
 
 
 class _Walk:
@@ -145,50 +152,55 @@ class _Walk:
     def __init__(self, front: Front, limits: Limits) -> None:
         self._front = front
         self._limits = limits
+        self._found: list[Leaf | _Tensor] = []
         self._surveys: dict[int, _Survey] = {}  # by id; all are held by the outermost container
         self._packed: dict[int, bytes | None] = {}
         self._around: set[int] = set()  # the containers around the one that is being surveyed
         self._values = 0  # surveyed, those of containers in several places counted once
 
-    def leaves(self, value: Any, path: Path) -> Iterator[Leaf | _Tensor]:
+    def leaves(self, value: Any, path: Path) -> list[Leaf | _Tensor]:
         if _container(value) is not None:
             self._survey(value, path)
-        yield from self._leaves(value, path)
+        self._add(value, path)
+        return self._found
 
-    def _leaves(self, value: Any, path: Path) -> Iterator[Leaf | _Tensor]:
+    def _add(self, value: Any, path: Path) -> None:
+        found, most = self._found, self._limits.items
         try:
             leaf = self._leaf(value, path)
+            if len(found) == most:
+                raise LimitError("items", most, most + 1)
         except (EncodeError, WireError) as error:
-            raise EncodeError(error.detail, item=_name(path)) from None
-        yield leaf
-        if isinstance(leaf, BareLeaf):
+            raise EncodeError(error.detail, item=name_of(path)) from None
+        found.append(leaf)
+        if type(leaf) is BareLeaf:
             for key, child in _children(value):
-                yield from self._leaves(child, (*path, self._key(key, path)))
+                self._add(child, (*path, self._key(key, path)))
 
     def _leaf(self, value: Any, path: Path) -> Leaf | _Tensor:
         kind = _container(value)
         if kind is None:
+            if type(value) in SCALARS:
+                return _value(path, pack_value(value, self._limits))
             view = self._front.view(value)
-            if view is not None:
-                return _Tensor(path, value, view if view.dtype != dtypes.BOOL else _zeros_and_ones(view))
-            if not _is_value(value):
+            if view is None:
                 raise EncodeError(f"a {_type(value)} cannot be sent: {_remedy(value)}")
-            return _value(path, pack_value(value, self._limits))
-        packed = self._pack(value) if path else None
+            return _Tensor(path, name_of(path), value, view if view.dtype != dtypes.BOOL else _zeros_and_ones(view))
+        packed = self._pack(value, path) if path or len(value) > _NAMED else None
         return BareLeaf(ContainerItem(path, kind)) if packed is None else _value(path, packed)
 
-    def _pack(self, value: Any) -> bytes | None:
+    def _pack(self, value: Any, path: Path) -> bytes | None:
         """A container as one value; None where it has to travel item by item."""
-        survey, place = self._surveys[id(value)], id(value)
-        if not survey.plain or survey.least > self._limits.composite:
+        survey, place, most = self._survey(value, path), id(value), min(self._limits.composite, self._limits.value)
+        if not survey.plain or survey.containers > self._limits.containers:
+            return None
+        if survey.values > most:  # of which each takes a byte or more
             return None
         if place not in self._packed:
-            try:
-                packed = pack_value(value if survey.builtin else _builtin(value), self._limits)
-            except EncodeError:  # something in it cannot be sent: the walk comes to it, and names it
-                self._packed[place] = None
-            else:
-                self._packed[place] = packed if len(packed) <= self._limits.composite else None
+            self._packed[place] = None
+            with suppress(EncodeError):  # of something in it that cannot be sent: the walk comes to it, and names it
+                packed = pack_plain(value) if survey.builtin else pack_value(_builtin(value), self._limits)
+                self._packed[place] = packed if len(packed) <= most else None
         return self._packed[place]
 
     def _key(self, key: Any, path: Path) -> Key:
@@ -196,44 +208,73 @@ class _Walk:
             key = _builtin_key(key)
             check_key(key, self._limits)
         except WireError as error:
-            raise EncodeError(error.detail, item=_name(path)) from None
+            raise EncodeError(error.detail, item=name_of(path)) from None
         return key  # type: ignore[no-any-return]  # which has just been checked
 
     def _survey(self, value: Any, path: Path) -> _Survey:
         """Raise EncodeError for what is nested too deep, or without end, or repeated beyond measure."""
         place = id(value)
         if place in self._around:
-            raise EncodeError("nested too deep: the container holds itself", item=_name(path))
+            raise EncodeError("nested too deep: the container holds itself", item=name_of(path))
         if place not in self._surveys and len(path) < self._limits.nesting:
             self._around.add(place)
             self._surveys[place] = self._surveyed(value, path)
             self._around.remove(place)
         survey = self._surveys.get(place)
-        if survey is None or len(path) + survey.height >= self._limits.nesting:
-            raise EncodeError("nested too deep", item=_name(path))
+        most, deep = self._limits.nesting, len(path) + 1 + (0 if survey is None else survey.height)
+        if survey is None or deep > most:
+            raise EncodeError(f"nested too deep: {LimitError('nesting', most, deep).detail}", item=name_of(path))
         return survey
 
     def _surveyed(self, value: Any, path: Path) -> _Survey:
-        plain, builtin, height, values, least = True, _is_builtin(value), 0, 0, 1
+        if type(value) in _BUILTIN:
+            survey, children = _plain_tree(value, self._limits.nesting)
+            if survey is not None:
+                self._values += survey.values
+                if survey.values <= self._limits.composite and survey.containers <= self._limits.containers:
+                    # So are those in it, and no larger: a history in a dict is not looked at twice.
+                    inner = survey._replace(height=survey.height - 1)
+                    self._surveys.update((id(child), inner) for child in children)
+                return survey
+        plain, builtin, height, values, containers = True, _is_builtin(value), 0, 0, 1
         for key, child in _children(value):
             values += 1
             self._values += 1
             kind = type(child)
-            if kind in _SHORT:
-                least += 1
-            elif kind is str or kind is bytes:
-                least += len(child)
-            elif _container(child) is None:
+            if kind in SCALARS:
+                continue
+            if _container(child) is None:
                 plain = False
             else:
                 inner = self._survey(child, (*path, key))
                 plain, builtin = plain and inner.plain, builtin and inner.builtin
                 height = max(height, inner.height + 1)
-                values, least = values + inner.values, least + inner.least
+                values += inner.values
+                containers += inner.containers
         if values - self._values > _REPEATED:
             detail = f"lists or dicts that stand in several places come to {values:,} values once written out; "
-            raise EncodeError(detail + "send each once, and where it is used by name", item=_name(path))
-        return _Survey(plain, builtin, height, values, least)
+            raise EncodeError(detail + "send each once, and where it is used by name", item=name_of(path))
+        return _Survey(plain, builtin, height, values, containers)
+
+
+def _plain_tree(value: Any, nesting: int) -> tuple[_Survey | None, list[Any]]:
+    """The survey of a container, and the containers right in it; None unless it holds values, and nothing twice."""
+    height, values, containers, children = -1, 0, 0, []
+    first = next(iter(value.values() if type(value) is dict else value), None)
+    if type(first) not in _PLAIN:
+        return None, []
+    try:
+        for level in levels(value):
+            height += 1
+            values += sum(map(len, level))
+            containers += len(level)
+            if height > nesting or len(set(map(id, level))) < len(level):
+                return None, []
+            if height == 1:
+                children = level
+    except WireError:
+        return None, []
+    return _Survey(plain=True, builtin=True, height=height, values=values, containers=containers), children
 
 
 def _zeros_and_ones(view: TensorView) -> TensorView:
@@ -271,7 +312,7 @@ def _children(value: Any) -> Iterable[tuple[Any, Any]]:
 def _is_builtin(value: Any) -> bool:
     """Whether a container, but for its children, is of the types that values have."""
     if is_plain_dict(value):
-        return all(type(key) is str or type(key) is int for key in value)
+        return set(map(type, value)) <= {str, int}
     return type(value) is list or isinstance(value, tuple)
 
 
@@ -289,10 +330,6 @@ def _builtin(value: Any) -> Any:
 def _builtin_key(key: Any) -> Any:
     """An int of NumPy, or of a subclass, as an int: they are the same key."""
     return int(key) if issubclass(type(key), (int, np.integer)) and type(key) is not bool else key
-
-
-def _is_value(value: Any) -> bool:
-    return type(value) in _SHORT or type(value) in (str, bytes)
 
 
 def _type(value: Any) -> str:
@@ -326,7 +363,3 @@ _REMEDIES: Final[tuple[tuple[Any, str], ...]] = (
     (Iterator, "send list() of it; of a module's parameters its .state_dict()"),
     (Iterable, "send list() of it"),
 )
-
-
-def _name(path: Path) -> str:
-    return ".".join(map(str, path))

@@ -8,7 +8,7 @@ from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import flatten
 from tensorwire.tensor import AnyFront, Front, TensorView
 from tensorwire.wire import Item, Kind
-from tensorwire.wire.items import Path
+from tensorwire.wire.names import Path, name_of
 
 # What must be equal, of items of the same kind. The size of a value is its own business.
 _COMPARED: Final = {Kind.TENSOR: ("dtype", "shape", "codec"), Kind.ALIAS: ("of",)}
@@ -57,7 +57,7 @@ class Schema:
     def check_complete(self) -> None:
         """Raise SchemaError if an expected item has not come."""
         for path in self._missing:
-            raise SchemaError(f"{len(self._missing)} expected items are missing", item=".".join(map(str, path)))
+            raise SchemaError(f"{len(self._missing)} expected items are missing", item=name_of(path))
 
 
 def _text(value: Any) -> str:

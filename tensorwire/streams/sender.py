@@ -10,6 +10,7 @@ that its receiver refuses. Where that must not be (files, messages), `private` s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec, Encoded
-from tensorwire.errors import EncodeError, NonFiniteError, WireError
+from tensorwire.errors import EncodeError, LimitError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
@@ -119,10 +120,8 @@ class Sender:
         self._late = late
         self._pool = Pool()
         self._report = report
-        try:
+        with _writing():
             self._start = self._framed(self._writer.start(info))
-        except WireError as error:
-            raise EncodeError(error.detail) from None
 
     def container(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         """All buffers. Every item is described, and refused if it must be, before this returns."""
@@ -130,7 +129,18 @@ class Sender:
         for leaf in leaves:
             parts.append(self._describe(leaf))
             described.append(leaf)
+        self._check_size(described)
         return self._container(b"".join(parts), described)
+
+    def _check_size(self, leaves: Iterable[Leaf]) -> None:
+        """Raise EncodeError where the data of these leaves, at their least, is more than a stream may have."""
+        data = [leaf for leaf in leaves if not isinstance(leaf, BareLeaf)]
+        begins, most = self._writer.offset, self._limits.stream
+        if begins + 2 * sum((leaf.item.total or 0) * _width(leaf) + HEADER_SIZE for leaf in data) <= most:
+            return  # which is the rule, and costs less
+        size = begins + sum(_least(leaf, self._frame_size, at_rest=self._at_rest) for leaf in data)
+        if size > most:
+            raise EncodeError(LimitError("stream", self._limits.stream, size).detail)
 
     def _container(self, head: bytes, leaves: list[Leaf]) -> Iterator[Buffer]:
         yield head
@@ -161,7 +171,8 @@ class Sender:
 
     def end(self) -> bytes:
         """What comes last."""
-        return self._framed(self._writer.end())
+        with _writing():
+            return self._framed(self._writer.end())
 
     def _framed(self, data: bytes) -> bytes:
         """What the writer made, counted."""
@@ -175,10 +186,8 @@ class Sender:
             slice_size(leaf.codec, leaf.item, self._frame_size)
         if self._report is not None and not isinstance(leaf, BareLeaf):
             self._report.add_item(_spec(leaf))
-        try:
+        with _writing(leaf):
             return self._framed(self._writer.item(leaf.item))
-        except WireError as error:
-            raise EncodeError(error.detail, item=leaf.item.name) from None
 
     def _data(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         for slices in in_order(self._jobs(leaves)):
@@ -188,8 +197,7 @@ class Sender:
                 if encoded.crc is None:
                     yield from self._header_late(encoded)
                 else:
-                    header = self._writer.data(encoded.start, encoded.elements, encoded.length, encoded.crc)
-                    yield self._framed(header)
+                    yield self._framed(self._header(encoded, encoded.crc))
                     yield from encoded.payload
 
     def _header_late(self, encoded: _EncodedSlice) -> Iterator[Buffer]:
@@ -201,7 +209,13 @@ class Sender:
         for part in encoded.payload:
             crc = crc32c(part, crc)
             yield part
-        self._late.append((offset, self._writer.data(encoded.start, encoded.elements, encoded.length, crc)))
+        self._late.append((offset, self._header(encoded, crc)))
+
+    def _header(self, encoded: _EncodedSlice, crc: int) -> bytes:
+        try:
+            return self._writer.data(encoded.start, encoded.elements, encoded.length, crc)
+        except WireError as error:
+            raise EncodeError(error.detail, item=encoded.leaf.item.name) from None
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
         """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
@@ -285,6 +299,27 @@ class Sender:
             yield _encoded(leaf, start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
 
 
+@contextmanager
+def _writing(leaf: Leaf | None = None) -> Iterator[None]:
+    """What the writer refuses is the fault of who asked for it, not of bytes."""
+    try:
+        yield
+    except WireError as error:
+        raise EncodeError(error.detail, item=None if leaf is None else leaf.item.name) from None
+
+
+def _least(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> int:
+    """Bytes that the frames of an item take at the least: of what a codec compresses, only the headers are sure."""
+    total = leaf.item.total or 0
+    if isinstance(leaf, ValueLeaf):
+        return total + HEADER_SIZE
+    if at_rest and leaf.codec.in_place:
+        return total * leaf.item.dtype.itemsize + HEADER_SIZE
+    frames = -(-total // slice_size(leaf.codec, leaf.item, frame_size)) if total else 0
+    payloads = leaf.codec.sizes(total, leaf.item.dtype).total if leaf.codec.exact_length else 0
+    return payloads + frames * HEADER_SIZE
+
+
 def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Iterator[tuple[int, int]]:
     """(start, stop) of each slice of an item whose size is known."""
     total = leaf.item.total or 0
@@ -361,13 +396,19 @@ def stream_size(
     limits: Limits = DEFAULT,
 ) -> StreamSize:
     """The size of a stream of these leaves; of a file whose size is not known ahead, without its data."""
+    with _writing():
+        return _stream_size(
+            list(leaves), info or stream_info(None, at_rest=at_rest), frame_size, limits, at_rest=at_rest
+        )
+
+
+def _stream_size(leaves: list[Leaf], info: StreamInfo, frame_size: int, limits: Limits, *, at_rest: bool) -> StreamSize:
     # Lengths do not depend on checksums, so nothing is checksummed.
     writer = Writer(lambda data, crc: 0, limits, index=at_rest)
-    described = list(leaves)
-    framing = len(writer.start(info or stream_info(None, at_rest=at_rest)))
-    framing += sum(len(writer.item(leaf.item)) for leaf in described)
+    framing = len(writer.start(info))
+    framing += sum(len(writer.item(leaf.item)) for leaf in leaves)
     payloads = metadata = 0
-    for leaf in described:
+    for leaf in leaves:
         if isinstance(leaf, BareLeaf):
             continue
         for start, stop in cuts(leaf, frame_size, at_rest=at_rest):

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from tensorwire.wire import ContainerItem, Item, Kind
-from tensorwire.wire.items import Path
+from tensorwire.wire.names import Path
 
 _MISSING: Final = object()
 

@@ -364,7 +364,7 @@ def _read_any(until: float | None) -> Conversation[tuple[str, dict[str, Any]]]:
         raise FormatError("the peer does not speak this protocol (does one end use TLS and the other not?)")
     length, crc = _HEAD.unpack((yield from _receive(_HEAD.size, until, steady=True)))
     if length > _MESSAGE_LIMIT:
-        raise LimitError("message", _MESSAGE_LIMIT, length)
+        raise LimitError("message", _MESSAGE_LIMIT, length, field=None)
     body = yield from _receive(length, until, steady=True)
     if zlib.crc32(body) != crc:
         raise CorruptError("message checksum mismatch")

@@ -19,6 +19,7 @@ from tensorwire.wire.items import (
     ValueItem,
 )
 from tensorwire.wire.ledger import Summary
+from tensorwire.wire.names import name_of, path_of
 from tensorwire.wire.reader import (
     NEED_DATA,
     Event,
@@ -60,4 +61,6 @@ __all__ = [
     "TensorItem",
     "ValueItem",
     "Writer",
+    "name_of",
+    "path_of",
 ]

@@ -159,7 +159,7 @@ class Archive:
         if index.type != FrameType.INDEX or index.length != summary.items * _ENTRY.size:
             raise FormatError("no index of all items stands where the end frame says", offset=where)
         if index.length > self._limits.skippable:
-            raise LimitError("index (skippable)", self._limits.skippable, index.length, offset=where)
+            raise LimitError("index", self._limits.skippable, index.length, field="skippable", offset=where)
         self._entries = self._bytes(where + HEADER_SIZE, index.length)
         return (where, index.sequence, index.link), (offset, end.sequence, end.link)
 

@@ -18,6 +18,7 @@ from tensorwire import dtypes
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, SchemaError, UnsupportedError, WireError, show
 from tensorwire.limits import Limits
+from tensorwire.wire.names import Path, name_of
 
 # Integers a double represents exactly: JSON-safe, and no two of them share a Python hash, so that a hostile
 # stream cannot build colliding dictionary keys.
@@ -33,8 +34,6 @@ _MAX_UINT64: Final = (1 << 64) - 1
 # terminals and logs.
 _FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-Key = str | int
-Path = tuple[Key, ...]
 CodecSpec = tuple[tuple[int, ...], ...]
 
 
@@ -80,8 +79,8 @@ class _Named:
 
     @property
     def name(self) -> str:
-        """The path, dotted: how state dicts spell nesting."""
-        return ".".join(map(str, self.path))
+        """The one name of the path, as people and mappings spell it (`wire.names`)."""
+        return name_of(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +172,7 @@ def pack_stream(info: StreamInfo, limits: Limits) -> bytes:
 def unpack_stream(payload: bytes, limits: Limits) -> StreamInfo:
     """The validated STREAM payload."""
     if len(payload) > limits.metadata:
-        raise LimitError("stream metadata", limits.metadata, len(payload))
+        raise LimitError("stream metadata", limits.metadata, len(payload), field="metadata")
     body = _unpack_stream(payload, limits)
     align, metadata = body.get("align"), body.get("metadata", {})
     ordered = [key for key in _STREAM_KEYS if key in body]
@@ -217,7 +216,7 @@ def _unpack_stream(payload: bytes, limits: Limits) -> dict[str, Any]:
 def _text_pairs(unpacker: Any, limits: Limits) -> dict[str, str]:
     count = unpacker.read_map_header()
     if count > limits.pairs:
-        raise LimitError("pairs of stream metadata", limits.pairs, count)
+        raise LimitError("pairs of stream metadata", limits.pairs, count, field="pairs")
     pairs = {}
     for _ in range(count):
         key, value = unpacker.unpack(), unpacker.unpack()
@@ -254,7 +253,7 @@ def pack_item(item: Item, limits: Limits) -> bytes:
 def unpack_item(payload: bytes | memoryview, limits: Limits) -> Item:
     """The validated ITEM payload."""
     if len(payload) > limits.descriptor:
-        raise LimitError("item descriptor", limits.descriptor, len(payload))
+        raise LimitError("item descriptor", limits.descriptor, len(payload), field="descriptor")
     body = _unpack_map(payload, "item descriptor")
     number = body.get("kind")
     _check(_is_int(number), "item descriptor without a kind")
@@ -333,7 +332,7 @@ def _codec(stages: Any) -> CodecSpec:
 def _size(value: Any, what: str, limit: int) -> int:
     _check(_is_int(value) and value >= 0, f"{what} size must be a non-negative int")
     if value > limit:
-        raise LimitError(what, limit, value)
+        raise LimitError(what, limit, value, field="stream" if what == "file" else what)
     return int(value)
 
 

@@ -20,14 +20,13 @@ from tensorwire.wire.items import (
     ContainerItem,
     DataItem,
     Item,
-    Key,
     Kind,
-    Path,
     StreamInfo,
     TensorItem,
     unpack_item,
     unpack_stream,
 )
+from tensorwire.wire.names import Key, Path
 
 _END: Final = struct.Struct("<QQQQ32s")
 END_SIZE: Final = _END.size
@@ -207,17 +206,18 @@ class Ledger:
         """Hold the header to the limits. Sizes are exact: Python's integers do not wrap."""
         limits, size = self.limits, self.offset + HEADER_SIZE + header.pad + header.length
         if self.sequence == _MAX_SEQUENCE:
-            raise LimitError("frames", _MAX_SEQUENCE, self.sequence + 1, **self._where())
+            raise LimitError("frames", _MAX_SEQUENCE, self.sequence + 1, field=None, **self._where())
         if size > limits.stream:
-            raise LimitError("stream", limits.stream, size, **self._where())
+            raise LimitError("stream", limits.stream, size, field="stream", **self._where())
         if header.type == FrameType.DATA:
             name, limit = "item", limits.item
             if header.start + header.count > limits.stream and self.pending[0][1].total is None:
-                raise LimitError("file", limits.stream, header.start + header.count, **self._where())
+                got = header.start + header.count
+                raise LimitError("file", limits.stream, got, field="stream", **self._where())
         elif header.type == FrameType.ITEM:
             name, limit = "descriptor", limits.descriptor
             if self.items == limits.items:
-                raise LimitError("items", limits.items, self.items + 1, **self._where())
+                raise LimitError("items", limits.items, self.items + 1, field="items", **self._where())
         elif header.type == FrameType.STREAM:
             name, limit = "metadata", limits.metadata
         elif header.type >= SKIPPABLE:
@@ -225,8 +225,8 @@ class Ledger:
         else:
             return
         if header.length > limit:
-            name = f"length of a {FrameType.label(header.type)} frame ({name})"
-            raise LimitError(name, limit, header.length, **self._where())
+            what = f"length of a {FrameType.label(header.type)} frame ({name})"
+            raise LimitError(what, limit, header.length, field=name, **self._where())
 
     def _step(self, header: Header) -> Step:
         if header.type != FrameType.DATA:

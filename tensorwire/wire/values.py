@@ -2,10 +2,14 @@
 
 None, bool, int of 64 bits, float, str, bytes, and dict, list and tuple of them; types come back exact. A tuple is
 an extension of type 1 around an array. One encoding per value: what does not re-encode to itself is refused.
+
+Values of millions of elements are common (histories, vocabularies), so that no Python runs for each: types are looked
+at level by level, in loops of C.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, Final
 
 import msgpack
@@ -15,59 +19,73 @@ from tensorwire.limits import Limits
 from tensorwire.wire.items import MAX_INT_KEY
 
 _TUPLE: Final = 1
-_MIN_INT: Final = -(1 << 63)
-_MAX_INT: Final = (1 << 64) - 1
-_SCALARS: Final = frozenset({bool, float, str, bytes})
+SCALARS: Final[frozenset[type]] = frozenset({type(None), bool, int, float, str, bytes})
+_KEYS: Final[frozenset[type]] = frozenset({str, int})
+# What the first byte of an array or a map may be. Within text and numbers, these bytes mean nothing.
+_CONTAINERS: Final = bytes([*range(0x80, 0xA0), 0xDC, 0xDD, 0xDE, 0xDF])
 
 
 def pack_value(value: Any, limits: Limits) -> bytes:
     """The bytes of a value. Raises EncodeError for anything that would not come back equal, types included."""
     try:
-        _check(value, 0, limits.nesting)
+        containers = 0
+        for depth, level in enumerate(levels(value), 1):
+            _check_depth(depth, limits.nesting)
+            containers += len(level)
+            if containers > limits.containers:
+                raise LimitError("containers in a value", limits.containers, containers, field="containers")
+        return pack_plain(value)
     except WireError as error:
         raise EncodeError(error.detail) from None
-    return _pack(value)
+
+
+def pack_plain(value: Any) -> bytes:
+    """The bytes of a value that `levels` has been through. Raises EncodeError for ints and text that cannot travel."""
+    try:
+        return _pack(value)
+    except UnicodeEncodeError:
+        raise EncodeError("text with lone surrogates cannot be sent") from None
 
 
 def _pack(value: Any) -> bytes:
-    # Strict: a tuple, and what is not exactly a list or dict, goes through `_to_wire`.
-    try:
-        payload: bytes = msgpack.packb(value, default=_to_wire, strict_types=True)
-    except UnicodeEncodeError:
-        raise EncodeError("text with lone surrogates cannot be sent") from None
-    return payload
+    # One packer for each tuple around the value that is packed, since none can be used again within itself.
+    packers: list[msgpack.Packer] = []
+    depth = 0
+
+    def pack(value: Any) -> bytes:
+        nonlocal depth
+        if depth == len(packers):
+            # Strict: a tuple, and what is not exactly a list or dict, goes through `to_wire`.
+            packers.append(msgpack.Packer(default=to_wire, strict_types=True, buf_size=_BUFFER))
+        depth += 1
+        payload: bytes = packers[depth - 1].pack(value)
+        depth -= 1
+        return payload
+
+    def to_wire(value: Any) -> Any:
+        if isinstance(value, OrderedDict):
+            return dict(value)
+        if type(value) is int:
+            raise EncodeError("an int beyond 64 bits cannot be sent; send it as text")
+        return msgpack.ExtType(_TUPLE, pack([*value]))
+
+    return pack(value)
 
 
-def _to_wire(value: Any) -> Any:
-    if isinstance(value, OrderedDict):
-        return dict(value)
-    return msgpack.ExtType(_TUPLE, _pack([*value]))
+_BUFFER: Final = 256  # bytes that a packer begins with: most values are small
 
 
 def unpack_value(payload: bytes, limits: Limits) -> Any:
-    """The value of received bytes. Raises FormatError, LimitError or UnsupportedError."""
+    """The value of received bytes. Raises FormatError, LimitError or UnsupportedError.
+
+    Nothing is built before all of its bytes are known to be there, and no more containers than `limits` allows.
+    """
     if payload[:1] and not _is_text(payload[0]) and len(payload) > limits.composite:
-        raise LimitError("composite value", limits.composite, len(payload))
-    depth = 0
-
-    def extension(code: int, data: bytes) -> tuple[Any, ...]:
-        nonlocal depth
-        depth += 1
-        if code != _TUPLE:
-            raise UnsupportedError(f"a value holds an unknown extension, type {code}")
-        _check_depth(depth, limits.nesting)
-        items = unpack(data)
-        depth -= 1
-        if type(items) is not list:
-            raise FormatError("a tuple is not an array")
-        return tuple(items)
-
-    def unpack(data: bytes) -> Any:
-        return msgpack.unpackb(data, strict_map_key=False, ext_hook=extension, object_pairs_hook=_unique, use_list=True)
-
+        raise LimitError("composite value", limits.composite, len(payload), field="composite")
     try:
-        value = unpack(payload)
-        _check(value, 0, limits.nesting)
+        value = _unpack(payload, limits)
+        for depth, _ in enumerate(levels(value), 1):
+            _check_depth(depth, limits.nesting)
         canonical = _pack(value) == payload
     except msgpack.StackError:
         raise LimitError("nesting", limits.nesting, limits.nesting + 1) from None
@@ -76,36 +94,120 @@ def unpack_value(payload: bytes, limits: Limits) -> Any:
             raise
         raise FormatError(f"a value is not msgpack: {show(str(error))}") from None
     if not canonical:
-        raise FormatError("a value is not in canonical form")
+        raise FormatError("a value is not in canonical form, or a dict key appears twice")
     return value
 
 
-def _check(value: Any, depth: int, nesting: int) -> None:
-    """Raise unless `value`, within `depth` containers, is of the types that travel.
+def _unpack(payload: bytes, limits: Limits) -> Any:
+    # Counting and looking at keys take a call for each container: they are left out where there can be neither too many
+    # containers, nor tuples, of which an attacker can make keys that all have one hash.
+    if len(payload) - len(payload.translate(None, _CONTAINERS)) <= limits.containers:
+        try:
+            return _unpackb(payload, _refuse_tuple)
+        except _TupleSeenError:
+            pass
+    return _Careful(limits).unpack(payload)
 
-    Copies nothing: a hostile value takes 70 times its bytes once, and must not take it twice.
+
+def _unpackb(payload: bytes, extension: Callable[[int, bytes], Any], **hooks: Callable[[Any], Any]) -> Any:
+    if len(payload) > _SMALL:
+        unpacker = msgpack.Unpacker(max_buffer_size=len(payload))
+        unpacker.feed(payload)
+        unpacker.skip()  # builds nothing, and raises where an array does not have the elements that it claims
+    return msgpack.unpackb(payload, strict_map_key=False, use_list=True, ext_hook=extension, **hooks)
+
+
+_SMALL: Final = 1 << 12  # bytes whose claims take no memory to speak of
+
+
+class _TupleSeenError(Exception):
+    """A value has an extension in it."""
+
+
+def _refuse_tuple(code: int, data: bytes) -> Any:
+    raise _TupleSeenError
+
+
+class _Careful:
+    """Unpacks a value and counts its containers."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._depth = 0
+        self._built = 0
+
+    def unpack(self, payload: bytes) -> Any:
+        return _unpackb(payload, self._extension, list_hook=self._list, object_pairs_hook=self._dict)
+
+    def _extension(self, code: int, data: bytes) -> tuple[Any, ...]:
+        if code != _TUPLE:
+            raise UnsupportedError(f"a value holds an unknown extension, type {code}")
+        self._depth += 1
+        _check_depth(self._depth, self._limits.nesting)
+        items = self.unpack(data)
+        self._depth -= 1
+        if type(items) is not list:
+            raise FormatError("a tuple is not an array")
+        return tuple(items)
+
+    def _list(self, items: list[Any]) -> list[Any]:
+        self._count()
+        return items
+
+    def _dict(self, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        self._count()
+        if not {type(key) for key, _ in pairs} <= _KEYS:
+            raise FormatError("a dict key is neither text nor an int")
+        return dict(pairs)
+
+    def _count(self) -> None:
+        self._built += 1
+        if self._built > self._limits.containers:
+            raise LimitError("containers in a value", self._limits.containers, self._built, field="containers")
+
+
+def levels(value: Any) -> Iterator[list[Any]]:
+    """The containers of a value, level by level from the outermost. Raises for what is of no type that travels.
+
+    A container that stands in several places is given at each.
     """
-    if value is None or type(value) in _SCALARS:
-        return
-    if type(value) is int:
-        if not _MIN_INT <= value <= _MAX_INT:
-            raise FormatError("an int beyond 64 bits cannot be sent; send it as text")
-        return
-    if is_plain_dict(value):
-        for key in value:
-            if type(key) is not str and (type(key) is not int or abs(key) > MAX_INT_KEY):
-                raise FormatError(f"dict key {show(key)} is neither text nor an int within 2^53")
-        children: Iterable[Any] = value.values()
-    elif type(value) is list or is_plain_tuple(value):
-        children = value
-    else:
+    level = _containers([value])
+    while level:
+        yield level
+        dicts = [each for each in level if isinstance(each, dict)]
+        children: Iterable[Any] = chain.from_iterable(map(dict.values, dicts))
+        if dicts:
+            _check_keys(dicts)
+        if len(dicts) < len(level):
+            children = chain(children, chain.from_iterable(each for each in level if not isinstance(each, dict)))
+        level = _containers(list(children))
+
+
+def _containers(values: list[Any]) -> list[Any]:
+    """Those of some values that hold others."""
+    types = list(map(type, values))
+    kinds = set(types[:1] if types.count(types[0]) == len(types) else types) if types else set()
+    holding = kinds - SCALARS
+    for kind in holding:
+        _check_container(kind)
+    return values if holding == kinds else [value for value in values if type(value) in holding] if holding else []
+
+
+def _check_container(kind: type) -> None:
+    if kind not in (dict, list, OrderedDict) and not (issubclass(kind, tuple) and not hasattr(kind, "_fields")):
         raise UnsupportedError(
-            f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent: "
+            f"a {kind.__module__}.{kind.__qualname__} cannot be sent: "
             "only tensors, None, bool, int, float, str, bytes and dict, list and tuple of them"
         )
-    _check_depth(depth + 1, nesting)
-    for child in children:
-        _check(child, depth + 1, nesting)
+
+
+def _check_keys(dicts: list[dict[Any, Any]]) -> None:
+    kinds = set(map(type, chain.from_iterable(dicts)))
+    if kinds <= {str}:
+        return
+    for key in chain.from_iterable(dicts):
+        if type(key) not in _KEYS or (type(key) is int and abs(key) > MAX_INT_KEY):
+            raise FormatError(f"dict key {show(key)} is neither text nor an int within 2^53")
 
 
 def _check_depth(depth: int, nesting: int) -> None:
@@ -121,16 +223,6 @@ def is_plain_dict(value: Any) -> bool:
 def is_plain_tuple(value: Any) -> bool:
     """Whether `value` is a tuple and no named one (torch.Size counts as a tuple)."""
     return isinstance(value, tuple) and not hasattr(value, "_fields")
-
-
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    for key, _ in pairs:
-        if type(key) is not str and type(key) is not int:
-            raise FormatError("a dict key is neither text nor an int")
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise FormatError("a dict key appears twice")
-    return result
 
 
 def _is_text(first: int) -> bool:

@@ -92,9 +92,9 @@ bad(
     "payload checksum",
     (START, Frame(0x90, b"?").having(payload_crc=1)),
 )
-bad("length-metadata", "LimitError", "metadata", (START.having(length=(1 << 20) + 1),))
+bad("length-metadata", "LimitError", "metadata", (START.having(length=(64 << 20) + 1),))
 bad("length-descriptor", "LimitError", "descriptor", (START, ROOT.having(length=(64 << 10) + 1)))
-bad("length-skippable", "LimitError", "skippable", (START, Frame(0x90).having(length=(8 << 20) + 1)))
+bad("length-skippable", "LimitError", "skippable", (START, Frame(0x90).having(length=(64 << 20) + 1)))
 for exponent in (63, 64):
     frame = ROOT.having(length=(1 << exponent) - 1)
     bad(f"length-2-{exponent}", "LimitError", "stream", (START, frame))
@@ -243,11 +243,11 @@ for name, error, says, frame in (
     ("shape-negative", "FormatError", "shape", tensor(1, ["a"], [-1])),
     ("shape-float", "FormatError", "shape", tensor(1, ["a"], [3.0])),
     ("shape-65", "LimitError", "ndim", tensor(1, ["a"], [1] * 65)),
-    ("shape-16-gib", "LimitError", "item", tensor(1, ["a"], [(16 << 30) + 1])),
+    ("shape-too-large", "LimitError", "item", tensor(1, ["a"], [(256 << 30) + 1])),
     ("shape-wraps-to-3", "LimitError", "item", tensor(1, ["a"], [2**32, 2**32, 3])),
     ("shape-itemsize-wraps", "LimitError", "item", tensor(1, ["a"], [2**61], INT64)),
     ("shape-zero-and-huge", "LimitError", "item", tensor(1, ["a"], [2**62, 0], FLOAT32)),
-    ("value-size", "LimitError", "value", item(1, VALUE, ["a"], size=(16 << 20) + 1)),
+    ("value-size", "LimitError", "value", item(1, VALUE, ["a"], size=(256 << 20) + 1)),
     ("value-size-0", "FormatError", "msgpack", item(1, VALUE, ["a"], size=0)),
     ("value-size-nil", "FormatError", "size", item(1, VALUE, ["a"], size=None)),
     ("value-size-negative", "FormatError", "size", item(1, VALUE, ["a"], size=-1)),
@@ -534,5 +534,5 @@ bad(
 )  # fmt: skip
 bad(
     "file-size", "LimitError", "file",
-    (START, ROOT, item(1, FILE, ["f"], size=(64 << 30) + 1, codec=[[RAW]])),
+    (START, ROOT, item(1, FILE, ["f"], size=(64 << 40) + 1, codec=[[RAW]])),
 )  # fmt: skip

@@ -267,7 +267,7 @@ def saturated() -> bytes:
         },
         "double": {"f32": np.repeat(np.array([single, 0, -single], np.float32), 64), "f16": causal},
     }
-    return tw.dumps(tensors, codec={"linear.*": "int8-linear:blocksize=16", "double.*": "nf4:double_quant=true"})
+    return tw.dumps(tensors, codec={"/linear/*": "int8-linear:blocksize=16", "/double/*": "nf4:double_quant=true"})
 
 
 @golden

@@ -138,9 +138,9 @@ for sequence in (0, 3, 0xFFFFFFFF):
 
 # Lengths: what each frame type says to nothing, one byte, its limit with nothing behind it, and to all beyond.
 TYPES = {
-    "stream": ((), START, 1 << 20), "item": ((START,), ROOT, 64 << 10),
-    "skipped": ((START, ROOT), Frame(0x90), 8 << 20),
-    "index": ((START, ROOT), Frame(INDEX, b""), 8 << 20),
+    "stream": ((), START, 64 << 20), "item": ((START,), ROOT, 64 << 10),
+    "skipped": ((START, ROOT), Frame(0x90), 64 << 20),
+    "index": ((START, ROOT), Frame(INDEX, b""), 64 << 20),
 }  # fmt: skip
 for what, (before, frame, limit) in TYPES.items():
     for length in (limit + 1, 1 << 31, 1 << 63, (1 << 64) - 1):
@@ -218,6 +218,14 @@ for what, unit in (
         "LimitError",
         "composite",
         lambda full=full, unit=unit: value(full + unit * 2)[:-1],
+        Limits(composite=128 << 10),
+    )
+    case(
+        f"value-of-{what}-too-many",
+        "LimitError",
+        "containers",
+        lambda unit=unit: value(b"\xdc\x03\xe8" + unit * 1000),
+        Limits(containers=1000),
     )
     for name, before in (("stream", ()), ("item", (START,))):
         payload = full if name == "stream" else b"\xdd" + struct.pack(">I", 9000) + unit * 9000
@@ -226,7 +234,8 @@ for what, unit in (
         wrapped = b"\x81\xa8metadata" + payload if name == "stream" else b"\x82\xa4kind\x05\xa4path" + payload
         case(f"{name}-with-{what}", "FormatError", "", (*before, Frame(frame.type, wrapped)))
 PAIRS = {f"{n:04x}": "" for n in range(16_385)}
-case("metadata-pairs", "LimitError", "pairs", lambda: (Frame(STREAM, packb({"align": 1, "metadata": PAIRS})),))
+case("metadata-pairs", "LimitError", "pairs", lambda: (Frame(STREAM, packb({"align": 1, "metadata": PAIRS})),),
+     Limits(pairs=16_384))  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------ Tensor header
 for name, shape in {
@@ -344,7 +353,7 @@ for depth in (33, 100):
         head = fixed.get(size) or (b"\xc7" + bytes([size]) if size < 256 else b"\xc8" + struct.pack(">H", size))
         nested = head + b"\x01" + inner
     case(f"value-tuples-{depth}-deep", "LimitError", "nesting", lambda nested=nested: value(nested))
-case("digits-10^6", "LimitError", "composite", lambda: value(b"1" * 1_000_000))
+case("digits-10^6", "FormatError", "msgpack", lambda: value(b"1" * 1_000_000))
 case("digits-10^5", "FormatError", "msgpack", lambda: value(b"1" * 100_000))
 case("alias-text", "FormatError", "alias", (START, ROOT, ITEM_A, item(2, ALIAS, ["b"], of="a")))
 case("alias-2^64-1", "FormatError", "alias", (START, ROOT, ITEM_A, item(2, ALIAS, ["b"], of=(1 << 64) - 1)))

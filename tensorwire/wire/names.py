@@ -1,0 +1,69 @@
+"""The one public name of an item, and back (docs/format.md, section 5.4; decision 0022).
+
+    ("layer.0.weight",)          layer.0.weight            a text key of the root is its own name
+    ("model", "layer.0.weight")  /model/layer.0.weight     anything deeper is a JSON pointer (RFC 6901)
+    ("state", 0, "exp_avg")      /state/0/exp_avg          ints as they are
+    ("state", "0", "a/b~c")      /state/~20/a~1b~0c        ~0 is ~, ~1 is /, ~2 stands before text that reads as an int
+    ()                                                     the root has the empty name
+
+No two paths have one name. Names are shown, matched by patterns and looked up; no name is a place in a file system.
+"""
+
+import re
+from typing import Final
+
+from tensorwire.errors import ArgumentError, show
+
+Key = str | int
+Path = tuple[Key, ...]
+
+_INT: Final = re.compile("0|-?[1-9][0-9]{0,15}")  # within 2^53, as the keys of items are, there are no longer ones
+_ESCAPE: Final = re.compile("~(?![01])")
+
+
+def name_of(path: Path) -> str:
+    """The name of the item at `path`, as `decode` gives it, and `into=`, files and codec patterns take it.
+
+    `path`: the keys from the root on, text and ints.
+
+        tensorwire.name_of(("model", "layer.0.weight"))  # "/model/layer.0.weight"
+    """
+    if len(path) == 1:
+        key = path[0]
+        if type(key) is str and key and key[0] != "/":
+            return key
+    return "".join(map(_pointed, path))
+
+
+def path_of(name: str) -> Path:
+    """The path of the item that has this name.
+
+    Raises ArgumentError for a name that no item can have.
+
+        tensorwire.path_of("/state/0/exp_avg")  # ("state", 0, "exp_avg")
+    """
+    if not name.startswith("/"):
+        return (name,) if name else ()
+    path = tuple(map(_key, name[1:].split("/")))
+    if name_of(path) != name:
+        raise ArgumentError(f"{show(name)} is no name of an item; that of its path is {show(name_of(path))}")
+    return path
+
+
+def _pointed(key: Key) -> str:
+    if type(key) is int:
+        return f"/{key}"
+    text = str(key)
+    if _INT.fullmatch(text):
+        return f"/~2{text}"
+    return "/" + text.replace("~", "~0").replace("/", "~1")
+
+
+def _key(text: str) -> Key:
+    if _INT.fullmatch(text):
+        return int(text)
+    text = text.removeprefix("~2")
+    wrong = _ESCAPE.search(text)
+    if wrong is not None:
+        raise ArgumentError(f"{show(text)} in the name of an item: behind ~ come 0 (for ~), 1 (for /) or 2")
+    return text.replace("~1", "/").replace("~0", "~")
