@@ -253,13 +253,13 @@ def read_stream_payload(payload: bytes, base: bytes | None) -> dict:
 
 TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
 _FIELDS = {
-    TENSOR: ["kind", "path", "dtype", "shape", "codec"],
-    VALUE: ["kind", "path", "size"],
-    FILE: ["kind", "path", "size", "codec"],
-    ALIAS: ["kind", "path", "of"],
-    DICT: ["kind", "path"],
-    LIST: ["kind", "path"],
-    TUPLE: ["kind", "path"],
+    TENSOR: ["kind", "dtype", "shape", "codec"],
+    VALUE: ["kind", "size"],
+    FILE: ["kind", "size", "codec"],
+    ALIAS: ["kind", "of"],
+    DICT: ["kind"],
+    LIST: ["kind"],
+    TUPLE: ["kind"],
 }
 
 DTYPES: dict[int, tuple[str, int]] = {
@@ -275,17 +275,34 @@ DTYPES: dict[int, tuple[str, int]] = {
 _FORBIDDEN = {*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
 
 
-class Item:
-    """One ITEM frame's content, and what its data frames have brought so far."""
+def read_item_payload(payload: bytes) -> list["Item"]:
+    """The items that an ITEM frame describes."""
+    described = unpack(payload)
+    check(type(described) is dict and [*described] == ["forms", "items"], "ITEM: keys")
+    forms, rows = described["forms"], described["items"]
+    check(type(forms) is list and type(rows) is list and len(rows) > 0, "ITEM: forms and items")
+    items, used = [], 0
+    for row in rows:
+        check(type(row) is list and len(row) > 0, "ITEM: an item")
+        number, *path = row
+        check(is_int(number, 0, min(used, len(forms) - 1)), "ITEM: number of a form")
+        used = max(used, number + 1)
+        items.append(Item(forms[number], path))
+    check(used == len(forms), "ITEM: a form that no item has")
+    check(all(form not in forms[:place] for place, form in enumerate(forms)), "ITEM: a form twice")
+    return items
 
-    def __init__(self, payload: bytes) -> None:
-        fields = unpack(payload)
-        check(type(fields) is dict, "ITEM: not a map")
+
+class Item:
+    """What is described of an item, and what its data frames have brought so far."""
+
+    def __init__(self, fields: Any, path: list) -> None:
+        check(type(fields) is dict, "ITEM: a form that is no map")
         self.kind = fields.get("kind")
         check(type(self.kind) is int and self.kind in _FIELDS, f"ITEM: kind {self.kind}")
         check([*fields] == _FIELDS[self.kind], "ITEM: keys")
-        self.path = fields["path"]
-        check(type(self.path) is list and len(self.path) <= 32, "ITEM: path")
+        self.path = path
+        check(len(path) <= 32, "ITEM: path")
         for key in self.path:
             check(is_key(key), "ITEM: key of the path")
             if type(key) is str:
@@ -583,7 +600,8 @@ class _Reader:
             if header.type == STREAM:
                 opening = read_stream_payload(payload, self.base)
             elif header.type == ITEM:
-                self.add_item(Item(payload))
+                for item in read_item_payload(payload):
+                    self.add_item(item)
             elif header.type == DATA:
                 self.add_data(header, payload)
             elif header.type == INDEX:

@@ -37,7 +37,7 @@ from tensorwire.wire import (
     NEED_DATA,
     ContainerItem,
     Item,
-    ItemStart,
+    ItemsStart,
     Kind,
     Reader,
     Skipped,
@@ -128,8 +128,8 @@ def writer_in(state: State) -> Writer:
     writer = Writer(zlib.crc32)
     if state is not State.OPENING:
         writer.start(StreamInfo())
-        writer.item(ContainerItem((), Kind.DICT))
-        writer.item(TensorItem(("a",), dtypes.UINT8, (3,), ((1,),)))
+        root, tensor = ContainerItem((), Kind.DICT), TensorItem(("a",), dtypes.UINT8, (3,), ((1,),))
+        assert len([*writer.items([root, tensor])]) == 1
     if state in (State.PARTIAL, State.ENDED):
         writer.data(0, 1, 1, 0)
     if state is State.ENDED:
@@ -145,7 +145,7 @@ def test_the_writer_refuses_what_the_reader_would_refuse(state, step):
     position = 1 if state is State.PARTIAL else 0
     act = {
         Step.STREAM: lambda: writer.start(StreamInfo()),
-        Step.ITEM: lambda: writer.item(ContainerItem(("b",), Kind.DICT)),
+        Step.ITEM: lambda: [*writer.items([ContainerItem(("b",), Kind.DICT)])],
         Step.SLICE: lambda: writer.data(position, 1, 1, 0),
         Step.END: writer.end,
     }[step]
@@ -186,9 +186,9 @@ def test_events_come_in_order_and_account_for_every_frame(name):
     position: dict[int, int] = {}
     complete = set()
     for before, event in zip([first, *events], events, strict=False):
-        if isinstance(event, ItemStart):
+        if isinstance(event, ItemsStart):
             assert event.number == len(described)
-            described[event.number] = event.item
+            described |= enumerate(event.items, event.number)
         elif isinstance(event, SliceStart):
             assert event.item is described[event.number]
             assert event.start == position.setdefault(event.number, 0)
@@ -347,7 +347,7 @@ def test_lent_bytes_are_checked_like_any_others(anywhere: bool) -> None:
 VALUES = np.linspace(-1, 1, 100, dtype=np.float32)
 # The field, a stream, and what the stream needs of it.
 AT_LIMIT: dict[str, tuple[bytes, int]] = {
-    "descriptor": (tw.dumps({"name": VALUES}), len(take_apart(tw.dumps({"name": VALUES}))[2].payload)),
+    "descriptor": (tw.dumps({"name": VALUES}), len(take_apart(tw.dumps({"name": VALUES}))[1].payload)),
     "metadata": (stored("metadata-id"), len(take_apart(stored("metadata-id"))[0].payload)),
     "pairs": (stored("metadata-id"), 3),
     "name": (tw.dumps({"ääb": VALUES}), 5),
@@ -461,7 +461,7 @@ def test_a_skipped_frame_takes_no_memory_of_its_size():
 def many_slices(count: int) -> Iterator[bytes]:
     writer = Writer(zlib.crc32)
     yield writer.start(StreamInfo())
-    yield writer.item(TensorItem((), dtypes.UINT8, (count,), ((1,),)))
+    yield from writer.items([TensorItem((), dtypes.UINT8, (count,), ((1,),))])
     crc = zlib.crc32(b"x")
     for start in range(count):
         yield writer.data(start, 1, 1, crc)

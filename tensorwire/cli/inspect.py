@@ -16,7 +16,7 @@ from tensorwire.wire import (
     ContainerItem,
     FileItem,
     Item,
-    ItemStart,
+    ItemsStart,
     StreamEnd,
     StreamStart,
     TensorItem,
@@ -154,15 +154,17 @@ def _frame_fields(frame: Frame) -> dict[str, Any]:
 def _frame_line(frame: Frame) -> str:
     header = frame.header
     place = f"{header.sequence:>6}  {frame.offset:>12}  {frame.type_name:<6}  {header.length:>10}"
-    return f"{place}  {_explain(frame)}".rstrip()
+    lines = _explain(frame).splitlines()
+    return "\n".join([f"{place}  {''.join(lines[:1])}".rstrip(), *(f"{'':{len(place)}}  {line}" for line in lines[1:])])
 
 
 def _explain(frame: Frame) -> str:
+    """What a frame says: a line, of an ITEM frame one for each item."""
     header, event = frame.header, frame.event
     if frame.type_name == "DATA":
         return f"#{header.item} elements [{header.start}, {header.start + header.count})"
-    if isinstance(event, ItemStart):
-        return f"#{event.number} {_describe(event.item)}"
+    if isinstance(event, ItemsStart):
+        return "\n".join(f"#{number} {_describe(item)}" for number, item in enumerate(event.items, event.number))
     if isinstance(event, StreamStart):
         extra = [f"id {event.info.id.hex()}"] if event.info.id else []
         extra += [f"{len(event.info.metadata)} metadata"] if event.info.metadata else []

@@ -20,7 +20,7 @@ from tensorwire.wire import (
     AliasItem,
     FileItem,
     Item,
-    ItemStart,
+    ItemsStart,
     Slice,
     StreamEnd,
     StreamInfo,
@@ -169,8 +169,8 @@ def _enter(report: Inspection, frame: Frame) -> None:
     event = frame.event
     if isinstance(event, StreamStart):
         report.info = event.info
-    elif isinstance(event, ItemStart):
-        report.items.append(_item_report(event.item))
+    elif isinstance(event, ItemsStart):
+        report.items += map(_item_report, event.items)
     elif isinstance(event, StreamEnd):
         report.digest = event.summary.digest.hex()
     elif isinstance(event, Slice):

@@ -25,7 +25,6 @@ from tensorwire.tensor import Buffer, Extent, Front
 from tensorwire.wire import (
     AliasItem,
     Archive,
-    ContainerItem,
     DataItem,
     Header,
     Item,
@@ -344,11 +343,9 @@ class _Opened:
         except BaseException:
             source.close()
             raise
-        named = enumerate(self.archive.items)
-        self.numbers = {item.name: number for number, item in named if not isinstance(item, ContainerItem)}
+        self.numbers = self.archive.items.names()
 
     def close(self) -> None:
-        self.archive.close()
         self.source.close()
 
     def find(self, name: str) -> tuple[int, Item]:

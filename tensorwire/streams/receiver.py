@@ -24,7 +24,7 @@ from tensorwire.limits import Limits
 from tensorwire.memory import Memory, Scratch
 from tensorwire.streams.overlap import Helper
 from tensorwire.tensor import ByteArray, Extent
-from tensorwire.wire import NEED_DATA, ItemStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
+from tensorwire.wire import NEED_DATA, ItemsStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
 from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
 from tensorwire.wire.frames import Header
 from tensorwire.wire.items import AliasItem, ContainerItem, DataItem, FileItem, Item, TensorItem, ValueItem
@@ -33,6 +33,13 @@ from tensorwire.wire.values import unpack_value
 
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
 _PART: Final = 4 << 20
+
+
+class ItemStart(NamedTuple):
+    """An item was described; its data follows later unless `item.total` is 0."""
+
+    number: int
+    item: Item
 
 
 class Piece(NamedTuple):
@@ -200,9 +207,10 @@ class Receiver:
             elif isinstance(event, SliceStart):
                 self._at = self._position(event.item)
                 self._start_slice(event)
-            elif isinstance(event, ItemStart):
-                self._at = self._position(event.item)
-                yield from self._start_item(event)
+            elif isinstance(event, ItemsStart):
+                for number, item in enumerate(event.items, event.number):
+                    self._at = self._position(item)
+                    yield from self._start_item(number, item)
             elif isinstance(event, SlicePart):
                 self._at = self._position(event.item)
                 incoming = self._incoming[event.number]
@@ -214,13 +222,12 @@ class Receiver:
             elif isinstance(event, StreamEnd):
                 yield event
 
-    def _start_item(self, event: ItemStart) -> Iterator[Event]:
-        number, item = event.number, event.item
+    def _start_item(self, number: int, item: Item) -> Iterator[Event]:
         if isinstance(item, AliasItem):
             self._aliases.setdefault(item.of, []).append(item)
         elif not isinstance(item, ContainerItem):
             self._incoming[number] = _Incoming(number, item)
-        yield event
+        yield ItemStart(number, item)
         if item.total == 0 and number in self._incoming:
             yield self._complete(self._incoming.pop(number))
 

@@ -126,11 +126,9 @@ class Sender:
 
     def container(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         """All buffers. Every item is described, and refused if it must be, before this returns."""
-        parts, described = [self._start], []
-        for leaf in leaves:
-            parts.append(self._describe(leaf))
-            described.append(leaf)
-        return self._container(b"".join(parts), described)
+        described: list[Leaf] = []
+        head = b"".join([self._start, *self._describe(leaves, described)])
+        return self._container(head, described)
 
     def _container(self, head: bytes, leaves: list[Leaf]) -> Iterator[Buffer]:
         yield head
@@ -150,14 +148,15 @@ class Sender:
 
     def head(self) -> bytes:
         """What comes before the first pair."""
-        return self._start + self._framed(self._writer.item(ContainerItem((), Kind.DICT)))
+        return self._start + b"".join(self._describe([BareLeaf(ContainerItem((), Kind.DICT))], []))
 
     def pair(self, name: str, value: Any, front: Front, rule: Rule) -> Iterator[Buffer]:
         """The buffers of one pair."""
         # Memory of tensors that are made one after the other is used again: equal addresses mean nothing.
-        for leaf in flatten(value, front, rule, self._limits, path=(name,), tie=False):
-            yield self._describe(leaf)
-            yield from self._data([leaf])
+        leaves: list[Leaf] = []
+        described = self._describe(flatten(value, front, rule, self._limits, path=(name,), tie=False), leaves)
+        yield b"".join(described)
+        yield from self._data(leaves)
 
     def end(self) -> bytes:
         """What comes last."""
@@ -169,16 +168,24 @@ class Sender:
             self._report.framing += len(data)
         return data
 
-    def _describe(self, leaf: Leaf) -> bytes:
-        """The leaf's ITEM frame. Raises EncodeError, also where its codec's blocks do not fit into a frame."""
+    def _describe(self, leaves: Iterable[Leaf], described: list[Leaf]) -> Iterator[bytes]:
+        """The ITEM frames of leaves, which go into `described`.
+
+        Raises EncodeError naming the item, also where its codec's blocks do not fit into a frame.
+        """
+        try:
+            for frame in self._writer.items(self._noted(leaf, described).item for leaf in leaves):
+                yield self._framed(frame)
+        except WireError as error:
+            raise EncodeError(error.detail, item=error.item or described[-1].item.name) from None
+
+    def _noted(self, leaf: Leaf, described: list[Leaf]) -> Leaf:
         if isinstance(leaf, TensorLeaf) and leaf.item.total != 0:
             slice_size(leaf.codec, leaf.item, self._frame_size)
         if self._report is not None and not isinstance(leaf, BareLeaf):
             self._report.add_item(_spec(leaf))
-        try:
-            return self._framed(self._writer.item(leaf.item))
-        except WireError as error:
-            raise EncodeError(error.detail, item=leaf.item.name) from None
+        described.append(leaf)
+        return leaf
 
     def _data(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         for slices in in_order(self._jobs(leaves)):
@@ -365,7 +372,7 @@ def stream_size(
     writer = Writer(lambda data, crc: 0, limits, index=at_rest)
     described = list(leaves)
     framing = len(writer.start(info or stream_info(None, at_rest=at_rest)))
-    framing += sum(len(writer.item(leaf.item)) for leaf in described)
+    framing += sum(map(len, writer.items(leaf.item for leaf in described)))
     payloads = metadata = 0
     for leaf in described:
         if isinstance(leaf, BareLeaf):

@@ -10,11 +10,11 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import FixedMemory, GrowingMemory
-from tensorwire.streams.receiver import Completed, Event, Piece, Receiver, check_codec, reject_files
+from tensorwire.streams.receiver import Completed, Event, ItemStart, Piece, Receiver, check_codec, reject_files
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.unflatten import Unflattener
 from tensorwire.tensor import Front
-from tensorwire.wire import AliasItem, DataItem, Item, ItemStart, StreamStart, TensorItem
+from tensorwire.wire import AliasItem, DataItem, Item, StreamStart, TensorItem
 
 
 def decode(

@@ -22,7 +22,7 @@ from tensorwire.wire.ledger import Summary
 from tensorwire.wire.reader import (
     NEED_DATA,
     Event,
-    ItemStart,
+    ItemsStart,
     Reader,
     Skipped,
     Slice,
@@ -44,7 +44,7 @@ __all__ = [
     "FrameType",
     "Header",
     "Item",
-    "ItemStart",
+    "ItemsStart",
     "Kind",
     "RandomAccess",
     "Reader",

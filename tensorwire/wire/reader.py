@@ -62,11 +62,11 @@ class StreamStart(NamedTuple):
     info: StreamInfo
 
 
-class ItemStart(NamedTuple):
-    """An item was described; its data follows later unless `item.total` is 0."""
+class ItemsStart(NamedTuple):
+    """Items were described, the first of which has this number; data follows later for each whose `total` is not 0."""
 
     number: int
-    item: Item
+    items: tuple[Item, ...]
 
 
 class SliceStart(NamedTuple):
@@ -115,7 +115,7 @@ class StreamEnd(NamedTuple):
     summary: Summary
 
 
-Event = StreamStart | ItemStart | SliceStart | SlicePart | Slice | Skipped | StreamEnd
+Event = StreamStart | ItemsStart | SliceStart | SlicePart | Slice | Skipped | StreamEnd
 
 
 class Reader:
@@ -237,7 +237,7 @@ class Reader:
             yield event
 
     def _read_slice(self, ledger: Ledger, header: Header, *, last: bool) -> Generator[Event | NeedData, None, Event]:
-        number, item = ledger.pending[0]
+        number, item = ledger.pending.head
         self._destination = _UNDIRECTED
         yield SliceStart(number, item, header.start, header.count, header.length)
         destination, anywhere = self._directed(header.length)
@@ -269,7 +269,7 @@ class Reader:
         if header.type == FrameType.STREAM:
             return StreamStart(ledger.read_stream(payload))
         if header.type == FrameType.ITEM:
-            return ItemStart(header.item, ledger.read_item(payload))
+            return ItemsStart(header.item, ledger.read_items(payload).items)
         summary = ledger.read_end(payload)
         self.ended = True
         return StreamEnd(summary)

@@ -1,14 +1,16 @@
 """Streams by hand: take a stream apart into frames, and put frames together with every field right or as told.
 
-Needs only the standard library and the reference reader's CRC, so that what it builds owes nothing to the library.
+Needs only msgpack and the reference reader's CRC, so that what it builds owes nothing to the library.
 """
 
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from msgpack import unpackb
 from reference import crc32c
 
 __all__ = [
@@ -66,12 +68,13 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
     digest = hashlib.sha256(stream)
     link = int.from_bytes(stream[-4:], "little")
     index = 0
-    entries: list[list[int]] = []  # of the INDEX frame
+    described: list[list[int]] = []  # of the INDEX frame: where ITEM frames stand,
+    entries: list[list[int]] = []  # and the data of items
     for sequence, frame in enumerate(frames):
         fields = dict(frame.fields)
         payload = frame.payload
         if payload is None and frame.type == INDEX:
-            payload = b"".join(struct.pack("<QIIQII", *entry) for entry in entries)
+            payload = b"".join(struct.pack("<QII", *entry) for entry in [*described, *entries])
         elif payload is None:
             totals = {"items": len(entries), "frames": sequence, "size": len(stream), "index": index}
             totals |= {key: fields.pop(key) for key in [*totals] if key in fields}
@@ -99,13 +102,21 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
         if frame.type == INDEX:
             index = len(stream)
         elif frame.type == ITEM:
-            entries.append([*place, 0, 0, 0])
-        elif frame.type == DATA and frame.item < len(entries) and entries[frame.item][3] == 0:
-            entries[frame.item][3:] = place
+            described.append(place)
+            entries += [[0, 0, 0] for _ in range(items_in(payload))]
+        elif frame.type == DATA and frame.item < len(entries) and entries[frame.item][1] == 0:
+            entries[frame.item] = place
         stream += packed + padding + payload
         digest.update(packed)
         link = int.from_bytes(packed[-4:], "little")
     return bytes(stream)
+
+
+def items_in(payload: bytes) -> int:
+    """How many items an ITEM payload describes, which may be anything."""
+    with suppress(Exception):
+        return len(unpackb(payload)["items"])
+    return 1
 
 
 def at_rest(frames: Iterable[Frame], *, head: bytes | None = None, align: int = 1) -> bytes:
