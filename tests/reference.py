@@ -182,7 +182,7 @@ def unpack(data: bytes) -> Any:
 # -------------------------------------------------------------------------------------- 2. Preamble, 3. Frame header
 
 _MAGIC = b"\x93TWIR\r\n\x1a"
-STREAM, ITEM, DATA, END, INDEX = 1, 2, 3, 4, 0x81
+STREAM, ITEM, DATA, END, BUNDLE, INDEX = 1, 2, 3, 4, 5, 0x81
 
 
 class Header(NamedTuple):
@@ -216,12 +216,13 @@ def read_header(data: bytes, at: int, sequence: int, link: int, align: int) -> H
     header = Header(*_HEADER.unpack(data))
     check(header.crc == crc32c(data[:44]), "header: CRC")
     check(header.reserved1 == header.reserved2 == 0, "header: reserved bits")
-    check(header.type in (STREAM, ITEM, DATA, END) or header.type >= 0x80, f"frame type {header.type}")
+    check(header.type in (STREAM, ITEM, DATA, END, BUNDLE) or header.type >= 0x80, f"frame type {header.type}")
     if header.type == DATA:
         check(header.pad == -(at + 48) % align, "header: pad")
     else:
-        check(header.pad == header.start == header.count == 0, "header: a field that must be 0")
-        check(header.type == ITEM or header.item == 0, "header: a field that must be 0")
+        check(header.pad == header.start == 0, "header: a field that must be 0")
+        check(header.type == BUNDLE or header.count == 0, "header: a field that must be 0")
+        check(header.type in (ITEM, BUNDLE) or header.item == 0, "header: a field that must be 0")
     check(header.sequence == sequence, "header: sequence")
     check(header.link == link, "header: link")
     return header
@@ -591,6 +592,8 @@ class _Reader:
                 )
             elif header.type == DATA:
                 self.check_slice(header)
+            elif header.type == BUNDLE:
+                check(2 <= header.count <= 64 and header.length > 4 * header.count, "bundle: items")
             elif header.type == END:
                 check(self.items and self.current == len(self.items), "order: END before the data is complete")
                 check(header.length == 64, "END: length")
@@ -604,6 +607,8 @@ class _Reader:
                     self.add_item(item)
             elif header.type == DATA:
                 self.add_data(header, payload)
+            elif header.type == BUNDLE:
+                self.add_bundle(header, payload)
             elif header.type == INDEX:
                 index, index_frames = begin, index_frames + 1
             elif header.type == END:
@@ -619,7 +624,9 @@ class _Reader:
         return Stream(root, opening["align"], *named, opening.get("metadata", {}), sequence + 1, index_frames)
 
     def check_limit(self, header: Header) -> None:
-        limit = {STREAM: LIMIT_STREAM_PAYLOAD, ITEM: LIMIT_ITEM_PAYLOAD, DATA: LIMIT_ITEM, END: 64}
+        limit = {
+            STREAM: LIMIT_STREAM_PAYLOAD, ITEM: LIMIT_ITEM_PAYLOAD, DATA: LIMIT_ITEM, BUNDLE: LIMIT_DATA, END: 64
+        }  # fmt: skip
         check(header.length <= limit.get(header.type, LIMIT_SKIPPABLE), "limit: frame")
         check(self.at + header.pad + header.length <= LIMIT_STREAM, "limit: stream")
 
@@ -686,6 +693,20 @@ class _Reader:
         if item.complete and item.kind == VALUE:
             read_value(item.data or b"")
         self.advance()
+
+    def add_bundle(self, header: Header, payload: bytes) -> None:
+        lengths = struct.unpack_from(f"<{header.count}I", payload)
+        at = 4 * header.count
+        check(all(lengths) and at + sum(lengths) == len(payload), "bundle: table")
+        check(self.current < len(self.items) and header.item == self.current, "order: a bundle of other items")
+        for length in lengths:
+            check(self.current < len(self.items), "order: a bundle of more items than there are")
+            item = self.items[self.current]
+            check(item.done == 0 and item.size is not None, "bundle: an item that is not whole")
+            whole = header._replace(item=self.current, count=item.size, length=length)
+            self.check_slice(whole)
+            self.add_data(whole, payload[at : at + length])
+            at += length
 
     def build(self, item: Item) -> Any:
         """The value of `item`; both names of a tied tensor give one object."""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zstandard
-from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, data, item, tensor, zstd_frame
+from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, bundle, data, item, tensor, zstd_frame
 from frames import INDEX, STREAM, Frame, assemble, cut, end, preamble, take_apart
 from msgpack import packb
 from vectors import stored
@@ -127,13 +127,13 @@ def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path)
 
     *described, root, empty, first, second = entries
     *_, last = described
-    refused([*described, root, first, first, second], "order of frames")
+    refused([*described, root, first, first, second], "other items")
     refused([*described, root, first, second, empty], "other items")
     refused([*described, root, first, (*second[:2], 7), (0, 0, 0)], "other items")
-    refused([*described, root, empty, second, second], "order of frames")
+    refused([*described, root, empty, second, second], "leaves out|elsewhere")
     refused([*described, root, empty, second, (second[0] + 64, second[1] + 1, 7)], "behind itself")
     refused([*described, root, empty, first, (second[0], second[1], 7)], "points elsewhere")
-    refused([*described, root, empty, first, (second[0] + 16, *second[1:])], "elsewhere")
+    refused([*described, root, empty, first, (second[0] + 16, *second[1:])], "elsewhere|leaves out")
     refused([*described, root, empty, first, (1 << 63, *second[1:])], "behind itself")
     refused([*described, root, empty, first, (second[0], 0, second[2])], "half an entry")
     refused([*described, root, empty, first, (first[0] + 47, *second[1:])], "order of frames")
@@ -167,6 +167,29 @@ def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor
     ):
         with pytest.raises(FormatError, match=says):
             opened(path, assemble([*frames, Frame(INDEX, packed_index(wrong)), end()], align=64))
+
+
+def test_an_index_of_bundles_that_disagrees_with_the_stream_is_refused(tmp_path):
+    path = tmp_path / "x.tw"
+    described = [tensor(number, [str(number)], [1]) for number in range(1, 6)]
+    frames = [AT_REST, ROOT, *described, bundle(1, [b"a", b"b", b"c"]), data(4, b"d"), data(5, b"e")]
+    good = assemble([*frames, Frame(INDEX, None), end()], align=64)
+    opened(path, good)
+    *others, a, b, c, d, e = index_of(good)
+    assert a == b == c
+    for data_marks, says in (
+        ([a, b, d, d, e], "other items in a bundle"),
+        ([a, b, c, c, e], "other items in a bundle"),
+        ([a, b, c, d, d], "a bundle where the stream has none"),
+        ([a, b, (c[0], c[1], 7), d, e], "order of frames"),
+        ([a, b, (c[0] + 64, *c[1:]), d, e], "order of frames"),
+        ([a, d, c, d, e], "order of frames"),
+        ([a, b, (0, 0, 0), d, e], "other items"),
+    ):
+        path.write_bytes(assemble([*frames, Frame(INDEX, packed_index([*others, *data_marks])), end()], align=64))
+        with pytest.raises(FormatError, match=says), tw.open_file(path) as file:
+            for name in file:
+                file[name]
 
 
 def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):

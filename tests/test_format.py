@@ -178,6 +178,7 @@ def test_the_page_lists_every_codec():
 
 STEPS = {
     "STREAM": Step.STREAM, "ITEM": Step.ITEM, "DATA, item goes on": Step.SLICE, "DATA, item complete": Step.LAST,
+    "BUNDLE": Step.BUNDLE,
     "skippable": Step.SKIP, "END": Step.END,
 }  # fmt: skip
 

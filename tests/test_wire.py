@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad import BOOL, DICT, FILE, FLOAT32, START, UINT8, VALUE, data, item, tensor
+from bad import BOOL, DICT, FILE, FLOAT32, START, UINT8, VALUE, bundle, data, item, items, tensor
 from frames import Frame, assemble, cut, end, take_apart
 from vectors import GOOD, stored
 
@@ -35,6 +35,7 @@ from tensorwire.checksum import crc32c
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire import (
     NEED_DATA,
+    Bundle,
     ContainerItem,
     Item,
     ItemsStart,
@@ -86,6 +87,7 @@ STEPS = {
     Step.ITEM: tensor(2, ["b"], [3]),
     Step.SLICE: data(1, b"b"),
     Step.LAST: data(1, b"abc"),
+    Step.BUNDLE: bundle(1, [b"abc", b"def"]),
     Step.SKIP: Frame(0xEE, b"?"),
     Step.END: end(),
 }
@@ -97,6 +99,8 @@ def frames_for(state: State, step: Step) -> list[Frame]:
         frame = data(1, b"b" if step is Step.SLICE else b"bc", start=1)
     if state is State.READY and step is Step.END:
         before = [START, ROOT]
+    if state is State.READY and step is Step.BUNDLE:
+        before = [*before, tensor(2, ["b"], [3])]
     if state is State.OPENING and step is Step.ITEM:
         frame = ROOT
     return [*before, frame]
@@ -193,6 +197,11 @@ def test_events_come_in_order_and_account_for_every_frame(name):
             assert event.item is described[event.number]
             assert event.start == position.setdefault(event.number, 0)
             assert event.number not in complete
+        elif isinstance(event, Bundle):
+            for part in event.slices:
+                assert part.item is described[part.number] and part.number not in complete
+                assert (part.start, part.count, part.last) == (0, part.item.total, True)
+                complete.add(part.number)
         elif isinstance(event, Skipped):
             assert event.type >= 0x80
         else:
@@ -451,6 +460,20 @@ def test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole():
     damaged[damaged.index(bytes(1000)) + 100] = 2
     with pytest.raises(CorruptError):
         tw.loads(damaged)
+
+
+def test_a_file_of_unknown_size_is_in_no_bundle():
+    described = items(1, [{"kind": FILE, "size": None, "codec": [[1]]}], [[0, "a"], [0, "b"]])
+    stream = assemble([START, ROOT, described, bundle(1, [b"abc", b"def"])])
+    with pytest.raises(FormatError, match="unknown size"):
+        [*Reader(crc32c).feed(stream)]
+
+
+def test_a_writer_bundles_no_more_than_there_are():
+    writer = Writer(zlib.crc32)
+    writer.start(StreamInfo())
+    with pytest.raises(SequenceError, match="without an item"):
+        writer.bundle(2, 10, 0)
 
 
 def test_a_skipped_frame_takes_no_memory_of_its_size():

@@ -146,6 +146,8 @@ def _frame_fields(frame: Frame) -> dict[str, Any]:
     }
     if frame.type_name == "ITEM":
         fields |= {"item": header.item}
+    if frame.type_name == "BUNDLE":
+        fields |= {"item": header.item, "count": header.count}
     if frame.type_name == "DATA":
         fields |= {"item": header.item, "start": header.start, "count": header.count, "pad": header.pad}
     return fields | {"payload_crc": f"{header.payload_crc:08x}", "crc": f"{header.crc:08x}"}
@@ -163,6 +165,8 @@ def _explain(frame: Frame) -> str:
     header, event = frame.header, frame.event
     if frame.type_name == "DATA":
         return f"#{header.item} elements [{header.start}, {header.start + header.count})"
+    if frame.type_name == "BUNDLE":
+        return f"#{header.item} and {header.count - 1} more items"
     if isinstance(event, ItemsStart):
         return "\n".join(f"#{number} {_describe(item)}" for number, item in enumerate(event.items, event.number))
     if isinstance(event, StreamStart):

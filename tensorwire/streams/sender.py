@@ -27,7 +27,7 @@ from tensorwire.streams.overlap import in_order
 from tensorwire.streams.report import Report
 from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
-from tensorwire.wire.frames import HEADER_SIZE
+from tensorwire.wire.frames import HEADER_SIZE, MOST_BUNDLED, bundle_table
 
 FRAME_SIZE: Final = 1 << 20
 ALIGNMENT: Final = 64  # of payloads in a file
@@ -35,6 +35,11 @@ _MIN_FRAME_SIZE: Final = 1 << 12
 # A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
 _DECODED: Final = 4
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
+# Small items are sent together: with frames of their own, each costs ten times what its bytes do. But where there are
+# only a few of them, that does not matter.
+_SMALL: Final = 4 << 10  # bytes of a payload
+_BUNDLE: Final = 64 << 10  # bytes of a frame, all of which is read for any of its items
+_MANY: Final = 16  # items
 FLUSH: Final = b""
 # (offset, bytes) to be written over what has passed there.
 Late = list[tuple[int, bytes]]
@@ -92,7 +97,14 @@ class _EncodedSlice(NamedTuple):
     leaf: TensorLeaf | ValueLeaf
 
 
-_Job = Callable[[], Iterable[_EncodedSlice]]
+class _EncodedBundle(NamedTuple):
+    """A bundle to be sent: its slices, of whole items, and all of its payload."""
+
+    slices: list[_EncodedSlice]
+    payload: bytes
+
+
+_Job = Callable[[], Iterable[_EncodedSlice | _EncodedBundle]]
 
 
 class Sender:
@@ -191,8 +203,13 @@ class Sender:
         for slices in in_order(self._jobs(leaves)):
             for encoded in slices:
                 if self._report is not None:
-                    self._report.add_frame(_spec(encoded.leaf), encoded.elements * _width(encoded.leaf), encoded.length)
-                if encoded.crc is None:
+                    for part in encoded.slices if isinstance(encoded, _EncodedBundle) else (encoded,):
+                        self._report.add_frame(_spec(part.leaf), part.elements * _width(part.leaf), part.length)
+                if isinstance(encoded, _EncodedBundle):
+                    payload = encoded.payload
+                    yield self._framed(self._writer.bundle(len(encoded.slices), len(payload), crc32c(payload, 0)))
+                    yield payload
+                elif encoded.crc is None:
                     yield from self._header_late(encoded)
                 else:
                     header = self._writer.data(encoded.start, encoded.elements, encoded.length, encoded.crc)
@@ -212,10 +229,11 @@ class Sender:
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
         """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
-        for leaf in leaves:
-            if isinstance(leaf, BareLeaf) or leaf.item.total == 0:
-                continue
-            if isinstance(leaf, ValueLeaf):
+        for group in gathered(leaves, self._frame_size):
+            leaf = group[0]
+            if len(group) > 1:
+                yield partial(self._bundle, group), 0
+            elif isinstance(leaf, ValueLeaf):
                 yield partial(self._value, leaf), 0
             elif leaf.item.total is None:
                 yield partial(self._open_ended, leaf), 0
@@ -230,19 +248,21 @@ class Sender:
             yield partial(self._slice, leaf, start, stop, context), (stop - start) * leaf.view.dtype.itemsize
 
     def _slice(self, leaf: TensorLeaf, start: int, stop: int, context: Any) -> list[_EncodedSlice]:
+        encoded = self._encode(leaf, start, stop, context)
+        if self._private and leaf.codec.in_place:
+            encoded = Encoded(self._copied(encoded.payload))
+        return [_encoded(leaf, start, stop - start, encoded)]
+
+    def _encode(self, leaf: TensorLeaf, start: int, stop: int, context: Any) -> Encoded:
         read = leaf.view.device_read if leaf.codec.on_device and leaf.view.device_read else leaf.view.read
         try:
             extent = Extent(leaf.view.dtype, leaf.view.shape, start, stop - start)
-            data = read(start, stop)
-            if self._private and leaf.codec.in_place:
-                data = self._copied(data)
-            encoded = leaf.codec.encode(data, extent, self._pool.take, context)
+            return leaf.codec.encode(read(start, stop), extent, self._pool.take, context)
         except EncodeError as error:
             if isinstance(error, NonFiniteError):
                 error.index += start
             error.item = leaf.item.name
             raise
-        return [_encoded(leaf, start, stop - start, encoded)]
 
     def _open_ended(self, leaf: TensorLeaf) -> Iterator[_EncodedSlice]:
         step = slice_size(leaf.codec, leaf.item, self._frame_size)
@@ -287,9 +307,54 @@ class Sender:
         copy[:] = given
         return copy
 
+    def _bundle(self, leaves: list[TensorLeaf | ValueLeaf]) -> list[_EncodedBundle]:
+        """Small items whole, copied together."""
+        slices, payloads = [], bytearray()
+        for leaf in leaves:
+            if isinstance(leaf, ValueLeaf):
+                part, count = memoryview(leaf.data), len(leaf.data)
+            else:
+                count = leaf.view.numel
+                part = memoryview(self._encode(leaf, 0, count, leaf.codec.prepare(leaf.view)).payload)
+            payloads += part
+            slices.append(_EncodedSlice(0, count, part.nbytes, 0, (), leaf))
+        return [_EncodedBundle(slices, bundle_table([part.length for part in slices]) + payloads)]
+
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
         for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
             yield _encoded(leaf, start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
+
+
+def gathered(leaves: Iterable[Leaf], frame_size: int) -> Iterator[list[TensorLeaf | ValueLeaf]]:
+    """The leaves with data, those together that travel in one bundle."""
+    group: list[TensorLeaf | ValueLeaf] = []
+    left = 0
+    for leaf in leaves:
+        if isinstance(leaf, BareLeaf) or leaf.item.total == 0:
+            continue
+        size = _small(leaf)
+        if not size or size > left or len(group) == MOST_BUNDLED:
+            yield from _bundled(group)
+            group, left = [], min(_BUNDLE, frame_size) - HEADER_SIZE
+        if size:
+            group.append(leaf)
+            left -= size
+        else:
+            yield [leaf]
+    yield from _bundled(group)
+
+
+def _bundled(group: list[TensorLeaf | ValueLeaf]) -> Iterable[list[TensorLeaf | ValueLeaf]]:
+    return [group] if len(group) >= _MANY else [[leaf] for leaf in group]
+
+
+def _small(leaf: TensorLeaf | ValueLeaf) -> int:
+    """The bytes that an item takes in a bundle, at most; 0 where it has frames of its own."""
+    total = leaf.item.total
+    if total is None or total > _SMALL:  # of elements, which no codec makes smaller than half a byte
+        return 0
+    size = total if isinstance(leaf, ValueLeaf) else leaf.codec.bound(total, leaf.item.dtype)
+    return size + 4 if size <= _SMALL else 0
 
 
 def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Iterator[tuple[int, int]]:
@@ -374,13 +439,24 @@ def stream_size(
     framing = len(writer.start(info or stream_info(None, at_rest=at_rest)))
     framing += sum(map(len, writer.items(leaf.item for leaf in described)))
     payloads = metadata = 0
-    for leaf in described:
-        if isinstance(leaf, BareLeaf):
-            continue
-        for start, stop in cuts(leaf, frame_size, at_rest=at_rest):
-            count = stop - start
-            length = leaf.codec.bound(count, leaf.item.dtype) if isinstance(leaf, TensorLeaf) else count
-            framing += len(writer.data(start, count, length, 0))
-            payloads += length
-            metadata += leaf.codec.sizes(count, leaf.item.dtype).metadata if isinstance(leaf, TensorLeaf) else 0
+    for group in gathered(described, frame_size):
+        carried = [_lengths(leaf, leaf.item.total or 0) for leaf in group]
+        if len(group) > 1:
+            length = sum(length for length, _ in carried)
+            framing += len(writer.bundle(len(group), length + 4 * len(group), 0)) + 4 * len(group)
+        else:
+            pieces = [(start, stop - start) for start, stop in cuts(group[0], frame_size, at_rest=at_rest)]
+            carried = [_lengths(group[0], count) for _, count in pieces]
+            for (start, count), (length, _) in zip(pieces, carried, strict=True):
+                framing += len(writer.data(start, count, length, 0))
+        payloads += sum(length for length, _ in carried)
+        metadata += sum(extra for _, extra in carried)
     return StreamSize(payloads, metadata, framing + len(writer.end()))
+
+
+def _lengths(leaf: TensorLeaf | ValueLeaf, count: int) -> tuple[int, int]:
+    """Bytes of the payload of a slice, at most, and how many of them are metadata."""
+    if isinstance(leaf, ValueLeaf):
+        return count, 0
+    dtype = leaf.item.dtype
+    return leaf.codec.bound(count, dtype), leaf.codec.sizes(count, dtype).metadata

@@ -21,6 +21,7 @@ from tensorwire.wire.items import (
 from tensorwire.wire.ledger import Summary
 from tensorwire.wire.reader import (
     NEED_DATA,
+    Bundle,
     Event,
     ItemsStart,
     Reader,
@@ -37,6 +38,7 @@ __all__ = [
     "NEED_DATA",
     "AliasItem",
     "Archive",
+    "Bundle",
     "ContainerItem",
     "DataItem",
     "Event",

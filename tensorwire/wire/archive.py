@@ -19,6 +19,7 @@ from tensorwire.errors import FormatError, LimitError, SchemaError, SequenceErro
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
+    MOST_BUNDLED,
     PREAMBLE_SIZE,
     FrameType,
     Header,
@@ -27,8 +28,8 @@ from tensorwire.wire.frames import (
     check_preamble,
     unpack_header,
 )
-from tensorwire.wire.items import AliasItem, ContainerItem, Described, Item, StreamInfo
-from tensorwire.wire.ledger import END_SIZE, Ledger, Mark, State, Step, Summary
+from tensorwire.wire.items import ContainerItem, Described, Item, StreamInfo
+from tensorwire.wire.ledger import END_SIZE, Ledger, Mark, Pending, State, Step, Summary
 
 _MARK: Final = struct.Struct("<QII")
 _MAX_UINT32: Final = (1 << 32) - 1
@@ -51,16 +52,12 @@ class RandomAccess(Protocol):
 
 
 class StoredSlice(NamedTuple):
-    """A verified slice: its header, its payload, and the byte of the archive that the payload begins at."""
+    """A verified slice: its header, its payload, and the bytes of the archive that payload and frame begin at."""
 
     header: Header
     payload: memoryview
     offset: int
-
-    @property
-    def frame_offset(self) -> int:
-        """The byte of the archive that the frame begins at."""
-        return self.offset - self.header.pad - HEADER_SIZE
+    frame_offset: int
 
 
 class IndexPacker:
@@ -95,24 +92,32 @@ class _Index:
         self.frames: list[Mark] = [*_MARK.iter_unpack(payload[:data])]
         self._data = bytes(payload[data:])
         words = struct.unpack(f"<{2 * items}Q", self._data)
-        offsets, sequences = words[::2], [word & _MAX_UINT32 for word in words[1::2]]
+        offsets, others = words[::2], words[1::2]
+        sequences = [word & _MAX_UINT32 for word in others]
         if not all(sequences):
-            if any(words[2 * at] or words[2 * at + 1] for at, sequence in enumerate(sequences) if not sequence):
+            if any(offset or other for offset, other, has in zip(offsets, others, sequences, strict=True) if not has):
                 raise FormatError("the index has half an entry")
-            offsets = tuple(compress(offsets, sequences))
+            offsets, others = tuple(compress(offsets, sequences)), tuple(compress(others, sequences))
         # Of the items with data, in order.
         self.numbers = array("I", compress(range(items), sequences))
         self.sequences = array("I", filter(None, sequences))
         if offsets and max(offsets) >= end:
             raise FormatError("the index points behind itself")
-        ends = [offset + HEADER_SIZE for offset in offsets]
-        if not (all(map(lt, self.sequences, self.sequences[1:])) and all(map(le, ends, offsets[1:]))):
+        marks = dict.fromkeys(zip(offsets, others, strict=True))  # those of the items of a bundle are one
+        begins, distinct = [offset for offset, _ in marks], [other & _MAX_UINT32 for _, other in marks]
+        ordered = all(map(le, self.sequences, self.sequences[1:])) and all(map(lt, distinct, distinct[1:]))
+        if not ordered or not all(map(le, [begin + HEADER_SIZE for begin in begins], begins[1:])):
             raise FormatError("the index is not in the order of frames")
 
     def data(self, place: int) -> Mark:
         """Where the data of the item at this place of `numbers` begins."""
         mark: Mark = _MARK.unpack_from(self._data, self.numbers[place] * _MARK.size)
         return mark
+
+    def beside(self, place: int) -> range:
+        """The places of all items whose data begins with the same frame: one, or those of a bundle."""
+        sequence = self.sequences[place]
+        return range(bisect_left(self.sequences, sequence), bisect_right(self.sequences, sequence))
 
     def find(self, number: int) -> int | None:
         """The place of an item in `numbers`; None of one without data."""
@@ -147,6 +152,18 @@ class Items(Sequence[Item]):
         number = range(self._count)[number]
         place = bisect_right(self._firsts, number) - 1
         return self._frames[place][number - self._firsts[place]]
+
+    def pending(self, number: int) -> Pending:
+        """The items whose data comes from an item's on, as far as a bundle goes."""
+        pending = Pending()
+        place = bisect_right(self._firsts, number) - 1
+        first, described = self._firsts[place], self._frames[place]
+        pending.add(first, described)
+        pending.drop(bisect_left(described.carriers, number - first))
+        while len(pending.forms(MOST_BUNDLED)) < MOST_BUNDLED and place + 1 < len(self._frames):
+            place += 1
+            pending.add(self._firsts[place], self._frames[place])
+        return pending
 
     def names(self) -> dict[str, int]:
         """The number of each item that is no container, by its name."""
@@ -199,32 +216,67 @@ class Archive:
         """The data frames of an item, each with what `check` says to its header.
 
         `check` is called before the payload is read, and may raise; a payload for which it gives None is passed over.
-        `fetch` reads payloads into memory of the caller. Without the frame that only closes a file.
+        `fetch` reads payloads into memory of the caller. Without the frame that only closes a file. Of an item in a
+        bundle, all of which is read, there is one slice with a header as that of a frame of its own would be.
         """
-        item = self.items[number]
         place = self._index.find(number)
-        if isinstance(item, (AliasItem, ContainerItem)) or place is None:
+        if place is None:
             return
-        ledger = Ledger.within(self._limits, self._index.data(place), self.info.align, number, item)
+        beside = self._index.beside(place)
+        pending = self.items.pending(self._index.numbers[beside[0]])
+        ledger = Ledger.within(self._limits, self._index.data(place), self.info.align, pending)
+        name = self.items[number].name
         try:
-            while ledger.pending:
+            while ledger.pending and ledger.pending.number <= number:
                 header, packed, step = self._header(ledger)
                 if step is Step.SKIP:
                     self._payload(ledger, header)
+                elif step is Step.BUNDLE:
+                    yield from self._unbundled(ledger, header, number, beside, check)
+                elif len(beside) > 1:
+                    raise FormatError("the index has a bundle where the stream has none", offset=ledger.offset)
                 elif header.count:
                     checked = check(header)
                     if checked is not None:
-                        payload = self._fetched(ledger, header, item.name, checked, fetch)
-                        yield StoredSlice(header, payload, ledger.offset + HEADER_SIZE + header.pad), checked
+                        payload = self._fetched(ledger, header, name, checked, fetch)
+                        begin = ledger.offset + HEADER_SIZE + header.pad
+                        yield StoredSlice(header, payload, begin, ledger.offset), checked
                 ledger.pass_frame(header, packed, step)
             self._skip_to(ledger, self._after(place))
         except WireError as error:
-            error.item, error.frame, error.offset = item.name, ledger.sequence, error.offset or ledger.offset
+            error.item, error.frame, error.offset = name, ledger.sequence, error.offset or ledger.offset
             raise self._explained(error, until=ledger.offset) from None
+
+    def is_bundled(self, number: int) -> bool:
+        """Whether an item stands in one frame with others."""
+        place = self._index.find(number)
+        return place is not None and len(self._index.beside(place)) > 1
+
+    def _unbundled(
+        self,
+        ledger: Ledger,
+        header: Header,
+        number: int,
+        beside: range,
+        check: Callable[[Header], CheckedT | None],
+    ) -> Iterator[tuple[StoredSlice, CheckedT]]:
+        """An item of a bundle."""
+        if header.count != len(beside):
+            raise FormatError("the index has other items in a bundle than the stream", offset=ledger.offset)
+        payload = self._payload(ledger, header)
+        at = len(payload)
+        for other, item, part in reversed(ledger.read_bundle(header, payload)):
+            at -= len(part)
+            if other == number:
+                own = header._replace(item=number, count=item.total or 0, length=len(part))
+                checked = check(own)
+                if checked is not None:
+                    yield StoredSlice(own, part, ledger.offset + HEADER_SIZE + at, ledger.offset), checked
 
     def _after(self, place: int) -> Mark:
         """The first frame behind the data of an item with data that the index knows."""
         index = self._index
+        place = index.beside(place)[-1]
         frame = bisect_right(index.frames, index.sequences[place], key=_sequence)
         marks = [*index.frames[frame : frame + 1], self._index_mark]
         if place + 1 < len(index.numbers):
@@ -323,7 +375,7 @@ class Archive:
         if first < len(index.numbers) and index.sequences[first] < mark[1]:
             self._passed = bisect_left(index.sequences, mark[1], lo=first)
             self._skip_to(ledger, index.data(first))
-            if not ledger.pending.drop_these(index.numbers[first : self._passed]):
+            if not ledger.pending.drop_numbers(index.numbers[first : self._passed]):
                 raise FormatError("the index has data for other items than the stream", offset=ledger.offset)
             if index.data(self._passed - 1)[0] + HEADER_SIZE > mark[0]:
                 raise FormatError("the index is not in the order of frames", offset=ledger.offset)

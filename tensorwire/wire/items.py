@@ -273,11 +273,6 @@ class Described:
     forms: tuple[Item, ...]
     rows: tuple[tuple[Any, ...], ...]
 
-    @classmethod
-    def single(cls, item: Item) -> "Described":
-        """Of one item."""
-        return cls((item.at(()),), ((0, *item.path),))
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -303,6 +298,7 @@ class Described:
         """Their names."""
         return (row[1] if len(row) == 2 and type(row[1]) is str else name_of(row[1:]) for row in self.rows)
 
+    @cached_property
     def carriers(self) -> Sequence[int]:
         """The indexes of the items that data frames belong to."""
         carry = [not isinstance(form, (AliasItem, ContainerItem)) and form.total != 0 for form in self.forms]

@@ -8,7 +8,7 @@ beside it.
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from itertools import groupby
@@ -16,12 +16,22 @@ from typing import Any, Final
 
 from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError, WireError
 from tensorwire.limits import Limits
-from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE, SKIPPABLE, FrameType, Header
+from tensorwire.wire.frames import (
+    HEADER_SIZE,
+    LEAST_BUNDLED,
+    MOST_BUNDLED,
+    PREAMBLE_SIZE,
+    SKIPPABLE,
+    FrameType,
+    Header,
+    split_bundle,
+)
 from tensorwire.wire.items import (
     AliasItem,
     ContainerItem,
     DataItem,
     Described,
+    Item,
     Key,
     Kind,
     Path,
@@ -52,6 +62,7 @@ class Step(IntEnum):
     ITEM = auto()
     SLICE = auto()  # a data frame after which its item goes on
     LAST = auto()  # a data frame that completes its item
+    BUNDLE = auto()  # the whole data of several items
     SKIP = auto()
     END = auto()
 
@@ -62,6 +73,7 @@ TRANSITIONS: Final[dict[State, dict[Step, State]]] = {
         Step.ITEM: State.READY,
         Step.SLICE: State.PARTIAL,
         Step.LAST: State.READY,
+        Step.BUNDLE: State.READY,
         Step.SKIP: State.READY,
         Step.END: State.ENDED,
     },
@@ -79,6 +91,7 @@ Mark = tuple[int, int, int]
 _STEPS: Final[dict[int, Step]] = {
     FrameType.STREAM: Step.STREAM,
     FrameType.ITEM: Step.ITEM,
+    FrameType.BUNDLE: Step.BUNDLE,
     FrameType.END: Step.END,
 }
 
@@ -139,12 +152,12 @@ class Ledger:
         self._is_tensor = bytearray()  # by item number
 
     @classmethod
-    def within(cls, limits: Limits, mark: Mark, align: int, number: int, item: DataItem) -> "Ledger":
-        """The account of one item's data alone, whose first frame is at `mark`."""
+    def within(cls, limits: Limits, mark: Mark, align: int, pending: "Pending") -> "Ledger":
+        """The account from the frame at `mark` on, the first one of the data of the first item of `pending`."""
         ledger = cls(limits, None, 0)
-        ledger.state, ledger.align = State.PARTIAL, align
+        ledger.state, ledger.align = State.READY, align
         ledger.offset, ledger.sequence, ledger.link = mark
-        ledger.pending.add(number, Described.single(item))
+        ledger.pending = pending
         return ledger
 
     @property
@@ -169,6 +182,8 @@ class Ledger:
             raise SequenceError(f"a {name} frame cannot come here ({self.state.name.lower()})", **self._where())
         if header.type == FrameType.DATA:
             self._admit_slice(header)
+        elif header.type == FrameType.BUNDLE:
+            self._admit_bundle(header)
         elif header.type == FrameType.ITEM:
             if header.item != self.items:
                 raise SequenceError(f"expected item {self.items}, got {header.item}", **self._where())
@@ -196,6 +211,22 @@ class Ledger:
             detail = f"padding is {header.pad}, must be {self.padding()}"
             raise FormatError(detail, item=item.name, **self._where())
 
+    def _admit_bundle(self, header: Header) -> None:
+        if not self.pending:
+            raise SequenceError("data without an item", **self._where())
+        if header.item != self.pending.number:
+            detail = f"expected data of item {self.pending.number}, got a bundle from item {header.item} on"
+            raise SequenceError(detail, **self._where())
+        if not LEAST_BUNDLED <= header.count <= MOST_BUNDLED:
+            raise FormatError(f"a bundle of {header.count} items", **self._where())
+        forms = self.pending.forms(header.count)
+        if len(forms) < header.count:
+            raise SequenceError(f"a bundle of {header.count} items, {len(forms)} are still to come", **self._where())
+        if any(form.total is None for form in forms):
+            raise FormatError("a file of unknown size in a bundle", **self._where())
+        if header.length <= 4 * header.count:
+            raise FormatError("empty bundle", **self._where())
+
     def _admit_end(self, header: Header) -> None:
         if self.pending:
             detail = "end frame before the data of all items"
@@ -220,6 +251,8 @@ class Ledger:
             name, limit = "descriptor", limits.descriptor
             if self.items == limits.items:
                 raise LimitError("items", limits.items, self.items + 1, **self._where())
+        elif header.type == FrameType.BUNDLE:
+            name, limit = "frame", limits.frame
         elif header.type == FrameType.STREAM:
             name, limit = "metadata", limits.metadata
         elif header.type >= SKIPPABLE:
@@ -259,6 +292,16 @@ class Ledger:
             raise
         return described
 
+    def read_bundle(self, header: Header, payload: memoryview) -> list[tuple[int, DataItem, memoryview]]:
+        """The items that an admitted BUNDLE frame carries, by number, and of each its verified payload."""
+        try:
+            parts = split_bundle(payload, header.count)
+        except WireError as error:
+            error.frame, error.offset = self.sequence, self.offset
+            raise
+        items = self.pending.first(header.count)
+        return [(number, item, part) for (number, item), part in zip(items, parts, strict=True)]
+
     def read_end(self, payload: bytes | memoryview) -> Summary:
         """What the verified payload of an admitted END frame says, compared with the account."""
         summary = Summary.unpack(payload)
@@ -296,8 +339,10 @@ class Ledger:
         if step is Step.SLICE:
             self.position += header.count
         elif step is Step.LAST:
-            self.pending.drop()
+            self.pending.drop(1)
             self.position = 0
+        elif step is Step.BUNDLE:
+            self.pending.drop(header.count)
         elif step is Step.SKIP and header.type == FrameType.INDEX:
             self._index_offset = self.offset
         if self._digest is not None:
@@ -362,19 +407,40 @@ class Pending:
 
     def add(self, first: int, described: Described) -> None:
         """Those of an ITEM frame whose first item has this number."""
-        indexes = described.carriers()
+        indexes = described.carriers
         if indexes:
             self._runs.append((first, described, indexes))
 
-    def drop(self, count: int = 1) -> None:
-        """Be done with the first one, or with the first few of one frame."""
-        self._head = None
-        self._at += count
-        if self._at == len(self._runs[0][2]):
-            self._runs.popleft()
-            self._at = 0
+    def first(self, count: int) -> list[tuple[int, DataItem]]:
+        """The first ones and their numbers, `count` of them or all that there are."""
+        return [(number, described[index]) for number, described, index in self._first(count)]  # type: ignore[misc]
 
-    def drop_these(self, numbers: Sequence[int]) -> bool:
+    def forms(self, count: int) -> list[Item]:
+        """The forms of the same."""
+        return [described.forms[described.numbers[index]] for _, described, index in self._first(count)]
+
+    def _first(self, count: int) -> Iterator[tuple[int, Described, int]]:
+        at = self._at
+        for first, described, indexes in self._runs:
+            part = indexes[at : at + count]
+            for index in part:
+                yield first + index, described, index
+            count, at = count - len(part), 0
+            if not count:
+                return
+
+    def drop(self, count: int) -> None:
+        """Be done with the first ones."""
+        self._head = None
+        while count:
+            step = min(count, len(self._runs[0][2]) - self._at)
+            self._at += step
+            count -= step
+            if self._at == len(self._runs[0][2]):
+                self._runs.popleft()
+                self._at = 0
+
+    def drop_numbers(self, numbers: Sequence[int]) -> bool:
         """Be done with the first ones, if they have these numbers; returns whether they have."""
         done = 0
         while self._runs and done < len(numbers):

@@ -102,6 +102,12 @@ class Slice(NamedTuple):
     last: bool
 
 
+class Bundle(NamedTuple):
+    """A verified frame with the whole data of several items: a slice of each, valid until the next `next_event`."""
+
+    slices: list[Slice]
+
+
 class Skipped(NamedTuple):
     """A skippable frame, the index or one of a type that this version does not know, was verified and dropped."""
 
@@ -115,7 +121,7 @@ class StreamEnd(NamedTuple):
     summary: Summary
 
 
-Event = StreamStart | ItemsStart | SliceStart | SlicePart | Slice | Skipped | StreamEnd
+Event = StreamStart | ItemsStart | SliceStart | SlicePart | Slice | Bundle | Skipped | StreamEnd
 
 
 class Reader:
@@ -264,8 +270,12 @@ class Reader:
         if header.type >= SKIPPABLE:
             yield from self._skip(ledger, header)
             return Skipped(header.type, header.length)
-        payload = bytes((yield from self._buffer(header.length)))
-        check_payload(self._checksum(payload, 0), header, offset=ledger.offset)
+        buffer = yield from self._buffer(header.length)
+        check_payload(self._checksum(buffer, 0), header, offset=ledger.offset)
+        if header.type == FrameType.BUNDLE:
+            parts = ledger.read_bundle(header, buffer)
+            return Bundle([Slice(number, item, 0, item.total or 0, part, True) for number, item, part in parts])
+        payload = bytes(buffer)
         if header.type == FrameType.STREAM:
             return StreamStart(ledger.read_stream(payload))
         if header.type == FrameType.ITEM:

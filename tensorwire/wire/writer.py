@@ -81,6 +81,27 @@ class Writer:
         ledger.pass_frame(header, packed, step)
         return packed + bytes(pad)
 
+    def bundle(self, count: int, length: int, crc: int) -> bytes:
+        """Header of a BUNDLE frame of the next `count` items, whose payload has `length` bytes and this CRC-32C."""
+        ledger = self._ledger
+        numbers = [number for number, _ in ledger.pending.first(count)]
+        packed, header = pack_header(
+            self._checksum,
+            type=FrameType.BUNDLE,
+            sequence=ledger.sequence,
+            length=length,
+            link=ledger.link,
+            payload_crc=crc,
+            item=numbers[0] if numbers else 0,
+            count=count,
+        )
+        step = ledger.admit(header)
+        if self._index is not None:
+            for number in numbers:
+                self._index.add_data(number, ledger.mark)
+        ledger.pass_frame(header, packed, step)
+        return packed
+
     def data_header_size(self) -> int:
         """Bytes that `data` will give for the next frame."""
         return HEADER_SIZE + self._ledger.padding()

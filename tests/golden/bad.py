@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from frames import DATA, INDEX, ITEM, STREAM, Frame, assemble, cut, end, preamble
+from frames import BUNDLE, DATA, INDEX, ITEM, STREAM, Frame, assemble, cut, end, preamble
 from msgpack import packb
 
 __all__ = ["BAD"]
@@ -41,6 +41,12 @@ def tensor(number: int, path: list, shape: Any = (3,), dtype: Any = UINT8, codec
 
 def data(number: int, payload: bytes, count: int | None = None, start: int = 0) -> Frame:
     return Frame(DATA, payload, number, start, len(payload) if count is None else count)
+
+
+def bundle(first: int, payloads: list[bytes], lengths: list[int] | None = None) -> Frame:
+    table = [len(payload) for payload in payloads] if lengths is None else lengths
+    packed = struct.pack(f"<{len(table)}I", *table) + b"".join(payloads)
+    return Frame(BUNDLE, packed, first, 0, len(payloads))
 
 
 def bad(name: str, error: str, says: str, stream: Any) -> None:
@@ -206,6 +212,46 @@ for name, key in (
     bad(f"stream-unknown-key{name}", "UnsupportedError", f"key {key!r}", (frame,))
 AGAINST = Frame(STREAM, packb({"align": 1, "base": bytes(range(32))}))
 bad("stream-base", "SchemaError", "against version 000102", (AGAINST, *GOOD[1:]))
+
+# ----------------------------------------------------------------------------------------------------- Bundles
+TWO = items(1, [TENSOR_FORM], [[0, "a"], [0, "b"]])
+PAIR = bundle(1, [b"abc", b"def"])
+for name, error, says, frames in (
+    ("first", "SequenceError", "without an item", (bundle(0, [b"a", b"b"]),)),
+    ("of-another", "SequenceError", "expected data of item 1", (TWO, bundle(2, [b"abc", b"def"]))),
+    ("of-a-container", "SequenceError", "expected data of item 1", (TWO, bundle(0, [b"abc", b"def"]))),
+    ("of-too-many", "SequenceError", "2 are still to come", (TWO, bundle(1, [b"abc"] * 3))),
+    ("within-item", "SequenceError", "BUNDLE frame cannot", (TWO, data(1, b"a"), bundle(1, [b"bc", b"def"]))),
+    ("twice", "SequenceError", "without an item", (TWO, PAIR, PAIR)),
+    ("of-none", "FormatError", "bundle of 0 items", (TWO, bundle(1, []))),
+    ("of-one", "FormatError", "bundle of 1 items", (TWO, bundle(1, [b"abc"]))),
+    ("of-65", "FormatError", "bundle of 65 items", (TWO, bundle(1, [b"abc"] * 65))),
+    ("of-2-64", "FormatError", "a bundle of", (TWO, PAIR.having(count=(1 << 64) - 1))),
+    ("with-start", "FormatError", "must leave", (TWO, PAIR.having(start=1))),
+    ("with-padding", "FormatError", "must leave", (TWO, Frame(BUNDLE, PAIR.payload, 1, 0, 2, b"\0"))),
+    ("empty", "FormatError", "empty bundle", (TWO, bundle(1, [b"", b""]))),
+    ("cut", "FormatError", "empty bundle", (TWO, Frame(BUNDLE, b"\3\0\0\0", 1, 0, 2))),
+    ("with-nothing-for-one", "FormatError", "its table has", (TWO, bundle(1, [b"abcdef", b""]))),
+    ("table-less", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [3, 2]))),
+    ("table-more", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [3, 4]))),
+    ("table-wraps", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [7, 0xFFFFFFFF]))),
+    ("other-lengths", "FormatError", "must have 3", (TWO, bundle(1, [b"abcd", b"ef"]))),
+    ("crc", "CorruptError", "payload checksum", (TWO, PAIR.having(payload_crc=1))),
+    ("length", "LimitError", "frame", (TWO, PAIR.having(length=(64 << 20) + 1))),
+    (
+        "of-bools",
+        "FormatError",
+        "bool",
+        (items(1, [{**TENSOR_FORM, "dtype": BOOL}], [[0, "a"], [0, "b"]]), bundle(1, [b"\0\0\0", b"\0\1\2"])),
+    ),
+    (
+        "of-values",
+        "FormatError",
+        "msgpack",
+        (items(1, [{"kind": VALUE, "size": 1}], [[0, "a"], [0, "b"]]), bundle(1, [b"\1", b"\xc1"])),
+    ),
+):
+    bad(f"bundle-{name}", error, says, (START, ROOT, *frames, end()))
 
 # ------------------------------------------------------------------------------------------------- ITEM payload
 for name, error, says, frame in (

@@ -128,7 +128,7 @@ for at, field in zip((0, 1, 2, 3, 4, 8, 16, 20, 24, 32, 40, 44), HEADER, strict=
 for field in ("reserved1", "reserved2"):
     for bits in (0x80, 0xFF):
         case(f"{field}-{bits:#x}", "FormatError", "reserved", (START, ROOT.having(**{field: bits})))
-for number in (5, 64, 100, 126):
+for number in (6, 64, 100, 126):
     case(f"frame-type-{number}", "UnsupportedError", "frame type", (START, Frame(number)))
 for sequence in (0, 3, 0xFFFFFFFF):
     case(
