@@ -187,7 +187,7 @@ def unpack(data: bytes) -> Any:
 # -------------------------------------------------------------------------------------- 2. Preamble, 3. Frame header
 
 _MAGIC = b"\x93TWIR\r\n\x1a"
-STREAM, ITEM, DATA, END, INDEX = 1, 2, 3, 4, 0x81
+STREAM, ITEM, DATA, END, BUNDLE, INDEX = 1, 2, 3, 4, 5, 0x81
 
 
 class Header(NamedTuple):
@@ -221,12 +221,13 @@ def read_header(data: bytes, at: int, sequence: int, link: int, align: int) -> H
     header = Header(*_HEADER.unpack(data))
     check(header.crc == crc32c(data[:44]), "header: CRC")
     check(header.reserved1 == header.reserved2 == 0, "header: reserved bits")
-    check(header.type in (STREAM, ITEM, DATA, END) or header.type >= 0x80, f"frame type {header.type}")
+    check(header.type in (STREAM, ITEM, DATA, END, BUNDLE) or header.type >= 0x80, f"frame type {header.type}")
     if header.type == DATA:
         check(header.pad == -(at + 48) % align, "header: pad")
     else:
-        check(header.pad == header.start == header.count == 0, "header: a field that must be 0")
-        check(header.type == ITEM or header.item == 0, "header: a field that must be 0")
+        check(header.pad == header.start == 0, "header: a field that must be 0")
+        check(header.type == BUNDLE or header.count == 0, "header: a field that must be 0")
+        check(header.type in (ITEM, BUNDLE) or header.item == 0, "header: a field that must be 0")
     check(header.sequence == sequence, "header: sequence")
     check(header.link == link, "header: link")
     return header
@@ -258,13 +259,13 @@ def read_stream_payload(payload: bytes, base: bytes | None) -> dict:
 
 TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
 _FIELDS = {
-    TENSOR: ["kind", "path", "dtype", "shape", "codec"],
-    VALUE: ["kind", "path", "size"],
-    FILE: ["kind", "path", "size", "codec"],
-    ALIAS: ["kind", "path", "of"],
-    DICT: ["kind", "path"],
-    LIST: ["kind", "path"],
-    TUPLE: ["kind", "path"],
+    TENSOR: ["kind", "dtype", "shape", "codec"],
+    VALUE: ["kind", "size"],
+    FILE: ["kind", "size", "codec"],
+    ALIAS: ["kind", "of"],
+    DICT: ["kind"],
+    LIST: ["kind"],
+    TUPLE: ["kind"],
 }
 
 DTYPES: dict[int, tuple[str, int]] = {
@@ -280,17 +281,34 @@ DTYPES: dict[int, tuple[str, int]] = {
 _FORBIDDEN = {*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
 
 
-class Item:
-    """One ITEM frame's content, and what its data frames have brought so far."""
+def read_item_payload(payload: bytes) -> list["Item"]:
+    """The items that an ITEM frame describes."""
+    described = unpack(payload)
+    check(type(described) is dict and [*described] == ["forms", "items"], "ITEM: keys")
+    forms, rows = described["forms"], described["items"]
+    check(type(forms) is list and type(rows) is list and len(rows) > 0, "ITEM: forms and items")
+    items, used = [], 0
+    for row in rows:
+        check(type(row) is list and len(row) > 0, "ITEM: an item")
+        number, *path = row
+        check(is_int(number, 0, min(used, len(forms) - 1)), "ITEM: number of a form")
+        used = max(used, number + 1)
+        items.append(Item(forms[number], path))
+    check(used == len(forms), "ITEM: a form that no item has")
+    check(all(form not in forms[:place] for place, form in enumerate(forms)), "ITEM: a form twice")
+    return items
 
-    def __init__(self, payload: bytes) -> None:
-        fields = unpack(payload)
-        check(type(fields) is dict, "ITEM: not a map")
+
+class Item:
+    """What is described of an item, and what its data frames have brought so far."""
+
+    def __init__(self, fields: Any, path: list) -> None:
+        check(type(fields) is dict, "ITEM: a form that is no map")
         self.kind = fields.get("kind")
         check(type(self.kind) is int and self.kind in _FIELDS, f"ITEM: kind {self.kind}")
         check([*fields] == _FIELDS[self.kind], "ITEM: keys")
-        self.path = fields["path"]
-        check(type(self.path) is list and len(self.path) <= 32, "ITEM: path")
+        self.path = path
+        check(len(path) <= 32, "ITEM: path")
         for key in self.path:
             check(is_key(key), "ITEM: key of the path")
             if type(key) is str:
@@ -580,6 +598,8 @@ class _Reader:
                 )
             elif header.type == DATA:
                 self.check_slice(header)
+            elif header.type == BUNDLE:
+                check(2 <= header.count <= 64 and header.length > 4 * header.count, "bundle: items")
             elif header.type == END:
                 check(self.items and self.current == len(self.items), "order: END before the data is complete")
                 check(header.length == 64, "END: length")
@@ -589,9 +609,12 @@ class _Reader:
             if header.type == STREAM:
                 opening = read_stream_payload(payload, self.base)
             elif header.type == ITEM:
-                self.add_item(Item(payload))
+                for item in read_item_payload(payload):
+                    self.add_item(item)
             elif header.type == DATA:
                 self.add_data(header, payload)
+            elif header.type == BUNDLE:
+                self.add_bundle(header, payload)
             elif header.type == INDEX:
                 index, index_frames = begin, index_frames + 1
             elif header.type == END:
@@ -607,7 +630,9 @@ class _Reader:
         return Stream(root, opening["align"], *named, opening.get("metadata", {}), sequence + 1, index_frames)
 
     def check_limit(self, header: Header) -> None:
-        limit = {STREAM: LIMIT_STREAM_PAYLOAD, ITEM: LIMIT_ITEM_PAYLOAD, DATA: LIMIT_ITEM, END: 64}
+        limit = {
+            STREAM: LIMIT_STREAM_PAYLOAD, ITEM: LIMIT_ITEM_PAYLOAD, DATA: LIMIT_ITEM, BUNDLE: LIMIT_DATA, END: 64
+        }  # fmt: skip
         check(header.length <= limit.get(header.type, LIMIT_SKIPPABLE), "limit: frame")
         check(self.at + header.pad + header.length <= LIMIT_STREAM, "limit: stream")
 
@@ -674,6 +699,20 @@ class _Reader:
         if item.complete and item.kind == VALUE:
             read_value(item.data or b"")
         self.advance()
+
+    def add_bundle(self, header: Header, payload: bytes) -> None:
+        lengths = struct.unpack_from(f"<{header.count}I", payload)
+        at = 4 * header.count
+        check(all(lengths) and at + sum(lengths) == len(payload), "bundle: table")
+        check(self.current < len(self.items) and header.item == self.current, "order: a bundle of other items")
+        for length in lengths:
+            check(self.current < len(self.items), "order: a bundle of more items than there are")
+            item = self.items[self.current]
+            check(item.done == 0 and item.size is not None, "bundle: an item that is not whole")
+            whole = header._replace(item=self.current, count=item.size, length=length)
+            self.check_slice(whole)
+            self.add_data(whole, payload[at : at + length])
+            at += length
 
     def build(self, item: Item) -> Any:
         """The value of `item`; both names of a tied tensor give one object."""

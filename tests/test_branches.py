@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zstandard
-from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, data, item, tensor, zstd_frame
+from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, bundle, data, item, tensor, zstd_frame
 from frames import INDEX, STREAM, Frame, assemble, cut, end, preamble, take_apart
 from msgpack import packb
 from vectors import stored
@@ -37,9 +37,9 @@ from tensorwire.files.tw import iterate_file
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory.buffers import Pool
 from tensorwire.tensor import Extent
-from tensorwire.wire import NEED_DATA, ContainerItem, Kind, TensorItem
+from tensorwire.wire import NEED_DATA, ContainerItem, Item, Kind, TensorItem
 from tensorwire.wire.frames import FrameType, Header
-from tensorwire.wire.items import pack_item
+from tensorwire.wire.items import ItemPacker
 from tensorwire.wire.ledger import Ledger, State
 
 AT_REST = Frame(STREAM, packb({"align": 64}))
@@ -117,22 +117,40 @@ def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path)
     frames = [AT_REST, ROOT, *items, data(2, b"ab"), data(3, b"cd"), Frame(INDEX, None), end()]
     good = assemble(frames, align=64)
     opened(path, good)
-    begin = int.from_bytes(good[-40:-32], "little") + 48
-    entries = [struct.unpack_from("<QIIQII", good, begin + 32 * number) for number in range(4)]
+    entries = index_of(good)
 
     def refused(changed: list[tuple[int, ...]], says: str) -> None:
-        packed = b"".join(struct.pack("<QIIQII", *entry) for entry in changed)
-        stream = assemble([*frames[:-2], Frame(INDEX, packed), end()], align=64)
+        stream = assemble([*frames[:-2], Frame(INDEX, packed_index(changed)), end()], align=64)
         assert set(tw.loads(stream)) == {"a", "b", "c"}
         with pytest.raises(FormatError, match=says):
             opened(path, stream)
 
-    root, empty, first, second = entries
-    refused([root, (*empty[:3], *first[3:]), first, second], "without any")
-    refused([root, empty, (*first[:3], *second[3:]), second], "elsewhere|leaves out")
-    refused([root, empty, first, (*second[:3], second[3], second[4], 7)], "points elsewhere")
-    refused([root, empty, first, (*first[3:], *second[3:])], "elsewhere|another frame|leaves out")
-    refused([root, empty, first, (*second[:3], *first[3:])], "order of frames")
+    *described, root, empty, first, second = entries
+    *_, last = described
+    refused([*described, root, first, first, second], "other items")
+    refused([*described, root, first, second, empty], "other items")
+    refused([*described, root, first, (*second[:2], 7), (0, 0, 0)], "other items")
+    refused([*described, root, empty, second, second], "leaves out|elsewhere")
+    refused([*described, root, empty, second, (second[0] + 64, second[1] + 1, 7)], "behind itself")
+    refused([*described, root, empty, first, (second[0], second[1], 7)], "points elsewhere")
+    refused([*described, root, empty, first, (second[0] + 16, *second[1:])], "elsewhere|leaves out")
+    refused([*described, root, empty, first, (1 << 63, *second[1:])], "behind itself")
+    refused([*described, root, empty, first, (second[0], 0, second[2])], "half an entry")
+    refused([*described, root, empty, first, (first[0] + 47, *second[1:])], "order of frames")
+    refused([*described, root, empty, first, (0, 0, 0)], "before the data|leaves out")
+    refused([*described[:-1], root, empty, first, second], "no index of all|leaves out|elsewhere")
+    refused([*described, last, root, empty, first, second], "points elsewhere|another frame")
+    refused([*described, first, root, empty, first, second], "another frame|elsewhere|leaves out|before the data")
+
+
+def index_of(stream: bytes) -> list[tuple[int, ...]]:
+    """The entries of a file's index: of its ITEM frames, then of its items."""
+    begin = int.from_bytes(stream[-40:-32], "little") + 48
+    return [*struct.iter_unpack("<QII", stream[begin:-112])]
+
+
+def packed_index(entries: list[tuple[int, ...]]) -> bytes:
+    return b"".join(struct.pack("<QII", *entry) for entry in entries)
 
 
 def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor(tmp_path):
@@ -140,11 +158,38 @@ def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor
     frames = [AT_REST, ROOT, tensor(1, ["a"], [2]), data(1, b"ab"), tensor(2, ["b"], [2]), data(2, b"cd")]
     good = assemble([*frames, Frame(INDEX, None), end()], align=64)
     opened(path, good)
-    begin = int.from_bytes(good[-40:-32], "little") + 48
-    root, a, b = (struct.unpack_from("<QIIQII", good, begin + 32 * number) for number in range(3))
-    packed = b"".join(struct.pack("<QIIQII", *entry) for entry in (root, a, (*a[3:], *b[3:])))
-    with pytest.raises(FormatError, match="another frame"):
-        opened(path, assemble([*frames, Frame(INDEX, packed), end()], align=64))
+    first, second, third, root, a, b = index_of(good)
+    for wrong, says in (
+        ([first, second, a, root, a, b], "leaves out|another frame"),
+        ([first, second, (third[0] - 64, *third[1:]), root, a, b], "order of frames|elsewhere"),
+        ([first, a, third, root, (0, 0, 0), b], "another frame|leaves out"),
+        ([first, second, b, root, a, (0, 0, 0)], "other items|another frame|leaves out|elsewhere"),
+    ):
+        with pytest.raises(FormatError, match=says):
+            opened(path, assemble([*frames, Frame(INDEX, packed_index(wrong)), end()], align=64))
+
+
+def test_an_index_of_bundles_that_disagrees_with_the_stream_is_refused(tmp_path):
+    path = tmp_path / "x.tw"
+    described = [tensor(number, [str(number)], [1]) for number in range(1, 6)]
+    frames = [AT_REST, ROOT, *described, bundle(1, [b"a", b"b", b"c"]), data(4, b"d"), data(5, b"e")]
+    good = assemble([*frames, Frame(INDEX, None), end()], align=64)
+    opened(path, good)
+    *others, a, b, c, d, e = index_of(good)
+    assert a == b == c
+    for data_marks, says in (
+        ([a, b, d, d, e], "other items in a bundle"),
+        ([a, b, c, c, e], "other items in a bundle"),
+        ([a, b, c, d, d], "a bundle where the stream has none"),
+        ([a, b, (c[0], c[1], 7), d, e], "order of frames"),
+        ([a, b, (c[0] + 64, *c[1:]), d, e], "order of frames"),
+        ([a, d, c, d, e], "order of frames"),
+        ([a, b, (0, 0, 0), d, e], "other items"),
+    ):
+        path.write_bytes(assemble([*frames, Frame(INDEX, packed_index([*others, *data_marks])), end()], align=64))
+        with pytest.raises(FormatError, match=says), tw.open_file(path) as file:
+            for name in file:
+                file[name]
 
 
 def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):
@@ -154,8 +199,7 @@ def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(t
     good = assemble([AT_REST, *described, *slices, Frame(INDEX, None), end()], align=64)
     pieces = [*cut(good)]
     inside = (sum(map(len, pieces[:6])), 5, int.from_bytes(pieces[5][44:48], "little"))  # the second slice of b
-    entries = struct.pack("<QIIQII", *struct.unpack("<QIIQII", pieces[8][-32:])[:3], *inside)
-    index = Frame(INDEX, pieces[8][48:-32] + entries)
+    index = Frame(INDEX, packed_index([*index_of(good)[:-1], inside]))
     path.write_bytes(assemble([AT_REST, *described, *slices, index, end()], align=64))
     with tw.open_file(path) as file:
         with pytest.raises(FormatError, match="points elsewhere: expected data of item 2"):
@@ -263,11 +307,17 @@ def test_an_ordered_dict_travels_inside_a_value():
     assert tw.loads(tw.dumps({"a": OrderedDict(x=1, y=(OrderedDict(),))})) == {"a": {"x": 1, "y": ({},)}}
 
 
+def packed(item: Item, limits: Limits = DEFAULT) -> bytes:
+    packer = ItemPacker(limits)
+    packer.add(item)
+    return packer.take()[0]
+
+
 def test_a_writer_holds_to_the_limit_of_descriptors():
     with pytest.raises(LimitError, match="descriptor"):
-        pack_item(ContainerItem(("a" * 100,), Kind.DICT), Limits(descriptor=64))
+        packed(ContainerItem(("a" * 100,), Kind.DICT), Limits(descriptor=64))
     with pytest.raises(FormatError, match="cannot be described"):
-        pack_item(TensorItem((), dtypes.UINT8, (1 << 64,), ((1,),)), DEFAULT)
+        packed(TensorItem((), dtypes.UINT8, (1 << 64,), ((1,),)))
 
 
 def test_sequence_numbers_end_before_they_repeat():
@@ -392,4 +442,4 @@ def test_a_transform_keeps_the_dtype_and_takes_single_elements_unless_it_says_ot
 def test_a_stage_has_unsigned_parameters():
     for stage in ([-1], [4, "64"]):
         with pytest.raises(FormatError, match="unsigned"):
-            pack_item(TensorItem((), dtypes.FLOAT32, (1,), (tuple(stage),)), DEFAULT)
+            packed(TensorItem((), dtypes.FLOAT32, (1,), (tuple(stage),)))

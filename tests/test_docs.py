@@ -72,7 +72,7 @@ def test_the_figure_of_the_frame_order_is_the_table() -> None:
     """docs/format.md, section 7, against the table that reader and writer obey."""
     from tensorwire.wire.ledger import TRANSITIONS, State, Step
 
-    columns = [Step.STREAM, Step.ITEM, Step.SLICE, Step.LAST, Step.SKIP, Step.END]
+    columns = [Step.STREAM, Step.ITEM, Step.SLICE, Step.LAST, Step.BUNDLE, Step.SKIP, Step.END]
     text = (ROOT / "docs" / "format.md").read_text()
     for state in State:
         row = re.search(rf"^\| {state.name.lower()}\b.*$", text, re.MULTILINE)

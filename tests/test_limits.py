@@ -14,7 +14,7 @@ from tensorwire import EncodeError, LimitError, Limits
 from tensorwire.dtypes import FLOAT32
 from tensorwire.limits import DEFAULT, GIB, TIB
 from tensorwire.wire import TensorItem
-from tensorwire.wire.items import pack_item
+from tensorwire.wire.items import ItemPacker
 
 ONE = np.zeros(1 << 20, np.uint8)
 MODEL = {f"layer.{number}": ONE for number in range(8)}
@@ -88,7 +88,8 @@ def test_a_model_of_two_trillion_parameters_is_within_the_defaults():
     assert DEFAULT.items * 32 <= DEFAULT.skippable
     experts = TensorItem(("experts",), FLOAT32, (384, 3, 7168, 2048), ((1,),))
     assert experts.total * 4 > 60 * GIB
-    pack_item(experts, DEFAULT)
+    packer = ItemPacker(DEFAULT)
+    assert packer.add(experts) and packer.take()[1][0] == experts
 
 
 def test_many_items_are_refused_as_soon_as_there_are_too_many():

@@ -20,10 +20,22 @@ from tensorwire.errors import EncodeError, NonFiniteError, SchemaError, WireErro
 from tensorwire.limits import DEFAULT
 from tensorwire.memory import FixedMemory, Pool
 from tensorwire.numpy import FRONT
-from tensorwire.streams import FRAME_SIZE, Completed, Payload, Piece, Pieces, Receiver, Sender, decode, flatten, rule
+from tensorwire.streams import (
+    FRAME_SIZE,
+    Completed,
+    ItemStart,
+    Payload,
+    Piece,
+    Pieces,
+    Receiver,
+    Sender,
+    decode,
+    flatten,
+    rule,
+)
 from tensorwire.streams.overlap import Helper, in_order
 from tensorwire.tensor import TensorView, ViewFront
-from tensorwire.wire import ItemStart, StreamEnd, StreamInfo, StreamStart
+from tensorwire.wire import StreamEnd, StreamInfo, StreamStart
 
 MIB = 1 << 20
 BIG = (np.random.default_rng(2).standard_normal(6 * MIB) * 0.02).astype(np.float32)
@@ -133,7 +145,7 @@ def test_errors_in_payloads_name_item_frame_and_offset() -> None:
     data = bytearray(tensorwire.dumps({"x": np.ones(3)}))
     with pytest.raises(WireError) as caught:
         tensorwire.loads(data, expect={"x": np.ones(4)})
-    assert (caught.value.item, caught.value.frame) == ("x", 2) and caught.value.offset
+    assert (caught.value.item, caught.value.frame) == ("x", 1) and caught.value.offset
 
 
 def test_a_tensor_smaller_than_a_block_needs_no_frame_for_a_block() -> None:
@@ -218,7 +230,7 @@ def test_what_a_consumer_raises_over_an_event_is_located() -> None:
 
     with pytest.raises(SchemaError) as caught:
         consume("second")
-    assert (caught.value.item, caught.value.frame) == ("second", 5) and caught.value.offset
+    assert (caught.value.item, caught.value.frame) == ("second", 3) and caught.value.offset
     with pytest.raises(SchemaError) as caught:
         consume("none")
     assert (caught.value.item, caught.value.frame) == (None, None)
@@ -233,7 +245,7 @@ def test_an_error_over_a_part_of_a_large_slice_is_located(tmp_path: Path) -> Non
                 if isinstance(event, Piece):
                     raise SchemaError("not this one")
 
-    with pytest.raises(SchemaError, match="item 'a', frame 3"):
+    with pytest.raises(SchemaError, match="item 'a', frame 2"):
         consume()
 
 

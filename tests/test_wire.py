@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad import BOOL, DICT, FILE, FLOAT32, START, UINT8, VALUE, data, item, tensor
+from bad import BOOL, DICT, FILE, FLOAT32, START, UINT8, VALUE, bundle, data, item, items, tensor
 from frames import Frame, assemble, cut, end, take_apart
 from vectors import GOOD, stored
 
@@ -35,9 +35,10 @@ from tensorwire.checksum import crc32c
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire import (
     NEED_DATA,
+    Bundle,
     ContainerItem,
     Item,
-    ItemStart,
+    ItemsStart,
     Kind,
     Reader,
     Skipped,
@@ -86,6 +87,7 @@ STEPS = {
     Step.ITEM: tensor(2, ["b"], [3]),
     Step.SLICE: data(1, b"b"),
     Step.LAST: data(1, b"abc"),
+    Step.BUNDLE: bundle(1, [b"abc", b"def"]),
     Step.SKIP: Frame(0xEE, b"?"),
     Step.END: end(),
 }
@@ -97,6 +99,8 @@ def frames_for(state: State, step: Step) -> list[Frame]:
         frame = data(1, b"b" if step is Step.SLICE else b"bc", start=1)
     if state is State.READY and step is Step.END:
         before = [START, ROOT]
+    if state is State.READY and step is Step.BUNDLE:
+        before = [*before, tensor(2, ["b"], [3])]
     if state is State.OPENING and step is Step.ITEM:
         frame = ROOT
     return [*before, frame]
@@ -128,8 +132,8 @@ def writer_in(state: State) -> Writer:
     writer = Writer(zlib.crc32)
     if state is not State.OPENING:
         writer.start(StreamInfo())
-        writer.item(ContainerItem((), Kind.DICT))
-        writer.item(TensorItem(("a",), dtypes.UINT8, (3,), ((1,),)))
+        root, tensor = ContainerItem((), Kind.DICT), TensorItem(("a",), dtypes.UINT8, (3,), ((1,),))
+        assert len([*writer.items([root, tensor])]) == 1
     if state in (State.PARTIAL, State.ENDED):
         writer.data(0, 1, 1, 0)
     if state is State.ENDED:
@@ -145,7 +149,7 @@ def test_the_writer_refuses_what_the_reader_would_refuse(state, step):
     position = 1 if state is State.PARTIAL else 0
     act = {
         Step.STREAM: lambda: writer.start(StreamInfo()),
-        Step.ITEM: lambda: writer.item(ContainerItem(("b",), Kind.DICT)),
+        Step.ITEM: lambda: [*writer.items([ContainerItem(("b",), Kind.DICT)])],
         Step.SLICE: lambda: writer.data(position, 1, 1, 0),
         Step.END: writer.end,
     }[step]
@@ -186,13 +190,18 @@ def test_events_come_in_order_and_account_for_every_frame(name):
     position: dict[int, int] = {}
     complete = set()
     for before, event in zip([first, *events], events, strict=False):
-        if isinstance(event, ItemStart):
+        if isinstance(event, ItemsStart):
             assert event.number == len(described)
-            described[event.number] = event.item
+            described |= enumerate(event.items, event.number)
         elif isinstance(event, SliceStart):
             assert event.item is described[event.number]
             assert event.start == position.setdefault(event.number, 0)
             assert event.number not in complete
+        elif isinstance(event, Bundle):
+            for part in event.slices:
+                assert part.item is described[part.number] and part.number not in complete
+                assert (part.start, part.count, part.last) == (0, part.item.total, True)
+                complete.add(part.number)
         elif isinstance(event, Skipped):
             assert event.type >= 0x80
         else:
@@ -347,7 +356,7 @@ def test_lent_bytes_are_checked_like_any_others(anywhere: bool) -> None:
 VALUES = np.linspace(-1, 1, 100, dtype=np.float32)
 # The field, a stream, and what the stream needs of it.
 AT_LIMIT: dict[str, tuple[bytes, int]] = {
-    "descriptor": (tw.dumps({"name": VALUES}), len(take_apart(tw.dumps({"name": VALUES}))[2].payload)),
+    "descriptor": (tw.dumps({"name": VALUES}), len(take_apart(tw.dumps({"name": VALUES}))[1].payload)),
     "metadata": (stored("metadata-id"), len(take_apart(stored("metadata-id"))[0].payload)),
     "pairs": (stored("metadata-id"), 3),
     "name": (tw.dumps({"ääb": VALUES}), 5),
@@ -454,6 +463,20 @@ def test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole():
         tw.loads(damaged)
 
 
+def test_a_file_of_unknown_size_is_in_no_bundle():
+    described = items(1, [{"kind": FILE, "size": None, "codec": [[1]]}], [[0, "a"], [0, "b"]])
+    stream = assemble([START, ROOT, described, bundle(1, [b"abc", b"def"])])
+    with pytest.raises(FormatError, match="unknown size"):
+        [*Reader(crc32c).feed(stream)]
+
+
+def test_a_writer_bundles_no_more_than_there_are():
+    writer = Writer(zlib.crc32)
+    writer.start(StreamInfo())
+    with pytest.raises(SequenceError, match="without an item"):
+        writer.bundle(2, 10, 0)
+
+
 def test_a_skipped_frame_takes_no_memory_of_its_size():
     stream = assemble([START, ROOT, Frame(0x99, bytes(8 * MIB)), end()])
     assert peak(lambda: tw.loads(memoryview(stream))) < MIB
@@ -462,7 +485,7 @@ def test_a_skipped_frame_takes_no_memory_of_its_size():
 def many_slices(count: int) -> Iterator[bytes]:
     writer = Writer(zlib.crc32)
     yield writer.start(StreamInfo())
-    yield writer.item(TensorItem((), dtypes.UINT8, (count,), ((1,),)))
+    yield from writer.items([TensorItem((), dtypes.UINT8, (count,), ((1,),))])
     crc = zlib.crc32(b"x")
     for start in range(count):
         yield writer.data(start, 1, 1, crc)

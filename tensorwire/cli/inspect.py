@@ -16,7 +16,7 @@ from tensorwire.wire import (
     ContainerItem,
     FileItem,
     Item,
-    ItemStart,
+    ItemsStart,
     StreamEnd,
     StreamStart,
     TensorItem,
@@ -146,6 +146,8 @@ def _frame_fields(frame: Frame) -> dict[str, Any]:
     }
     if frame.type_name == "ITEM":
         fields |= {"item": header.item}
+    if frame.type_name == "BUNDLE":
+        fields |= {"item": header.item, "count": header.count}
     if frame.type_name == "DATA":
         fields |= {"item": header.item, "start": header.start, "count": header.count, "pad": header.pad}
     return fields | {"payload_crc": f"{header.payload_crc:08x}", "crc": f"{header.crc:08x}"}
@@ -154,15 +156,19 @@ def _frame_fields(frame: Frame) -> dict[str, Any]:
 def _frame_line(frame: Frame) -> str:
     header = frame.header
     place = f"{header.sequence:>6}  {frame.offset:>12}  {frame.type_name:<6}  {header.length:>10}"
-    return f"{place}  {_explain(frame)}".rstrip()
+    lines = _explain(frame).splitlines()
+    return "\n".join([f"{place}  {''.join(lines[:1])}".rstrip(), *(f"{'':{len(place)}}  {line}" for line in lines[1:])])
 
 
 def _explain(frame: Frame) -> str:
+    """What a frame says: a line, of an ITEM frame one for each item."""
     header, event = frame.header, frame.event
     if frame.type_name == "DATA":
         return f"#{header.item} elements [{header.start}, {header.start + header.count})"
-    if isinstance(event, ItemStart):
-        return f"#{event.number} {_describe(event.item)}"
+    if frame.type_name == "BUNDLE":
+        return f"#{header.item} and {header.count - 1} more items"
+    if isinstance(event, ItemsStart):
+        return "\n".join(f"#{number} {_describe(item)}" for number, item in enumerate(event.items, event.number))
     if isinstance(event, StreamStart):
         extra = [f"id {event.info.id.hex()}"] if event.info.id else []
         extra += [f"{len(event.info.metadata)} metadata"] if event.info.metadata else []

@@ -38,10 +38,16 @@ class Raw(Packer):
         received = np.frombuffer(payload, np.uint8)
         if extent.dtype == dtypes.BOOL and received.size and received.max() > 1:
             raise FormatError("a bool is neither 0 nor 1")
-        if received.ctypes.data != out.ctypes.data:
+        if _address(received) != _address(out):
             out[:] = received
 
     def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
         """The elements where they stand."""
         add_weighted(payload, extent.dtype, sums, weight)
         return True
+
+
+def _address(array: Any) -> int:
+    """Where an array begins; `.ctypes` makes three objects to say so."""
+    address: int = array.__array_interface__["data"][0]
+    return address

@@ -13,10 +13,10 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output, read_at
-from tensorwire.streams import FRAME_SIZE, Piece, Receiver, Report, Sender, stream_info
+from tensorwire.streams import FRAME_SIZE, ItemStart, Piece, Receiver, Report, Sender, stream_info
 from tensorwire.streams.flatten import BareLeaf, Leaf, TensorLeaf
 from tensorwire.tensor import Buffer, ByteArray, TensorView
-from tensorwire.wire import ContainerItem, FileItem, Item, ItemStart, Kind
+from tensorwire.wire import ContainerItem, FileItem, Item, Kind
 
 
 def encode_file(

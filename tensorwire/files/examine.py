@@ -18,9 +18,10 @@ from tensorwire.streams import Receiver
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.wire import (
     AliasItem,
+    Bundle,
     FileItem,
     Item,
-    ItemStart,
+    ItemsStart,
     Slice,
     StreamEnd,
     StreamInfo,
@@ -169,15 +170,22 @@ def _enter(report: Inspection, frame: Frame) -> None:
     event = frame.event
     if isinstance(event, StreamStart):
         report.info = event.info
-    elif isinstance(event, ItemStart):
-        report.items.append(_item_report(event.item))
+    elif isinstance(event, ItemsStart):
+        report.items += map(_item_report, event.items)
     elif isinstance(event, StreamEnd):
         report.digest = event.summary.digest.hex()
     elif isinstance(event, Slice):
-        item = report.items[event.number]
-        item.size += event.count * (event.item.dtype.itemsize if isinstance(event.item, TensorItem) else 1)
-        item.wire_size += frame.header.length
-        item.complete = event.last
+        _enter_slice(report, event, frame.header.length)
+    elif isinstance(event, Bundle):
+        for part in event.slices:
+            _enter_slice(report, part, len(part.payload))
+
+
+def _enter_slice(report: Inspection, part: Slice, length: int) -> None:
+    item = report.items[part.number]
+    item.size += part.count * (part.item.dtype.itemsize if isinstance(part.item, TensorItem) else 1)
+    item.wire_size += length
+    item.complete = part.last
 
 
 def _item_report(item: Item) -> ItemReport:

@@ -44,10 +44,10 @@ from tensorwire.files.source import File
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage.atomic import new_folder, replacing, write_file
 from tensorwire.storage.output import Output
-from tensorwire.streams import Completed, Piece, Receiver, Report, Schema
+from tensorwire.streams import Completed, ItemStart, Piece, Receiver, Report, Schema
 from tensorwire.streams.codec_choice import CodecChoice
 from tensorwire.tensor import Buffer, ViewFront
-from tensorwire.wire import AliasItem, Item, ItemStart, Kind, StreamStart, TensorItem
+from tensorwire.wire import AliasItem, Item, Kind, StreamStart, TensorItem
 from tensorwire.wire.names import Path
 
 __all__ = ["Checkpoint", "SafetensorsFile", "SafetensorsShards", "decode", "encode", "open_checkpoint"]

@@ -25,7 +25,6 @@ from tensorwire.tensor import Buffer, Extent, Front
 from tensorwire.wire import (
     AliasItem,
     Archive,
-    ContainerItem,
     DataItem,
     Header,
     Item,
@@ -214,9 +213,10 @@ class TensorFile(Mapping[str, Any]):
     def map(self, name: str) -> Any:
         """A raw tensor as a view of the file, verified once here, without a copy.
 
-        Only its own pages are mapped, anew each time. NumPy arrays are read-only; what is written to a torch tensor
-        stays in that tensor. Whoever truncates the file under a mapping ends the process that looks at it (SIGBUS).
-        Raises EncodeError for a tensor that is not stored raw in one frame, and for a file object.
+        Only its own pages are mapped, anew each time; a small tensor that stands in a bundle is read. NumPy arrays are
+        read-only; what is written to a torch tensor stays in that tensor. Whoever truncates the file under a mapping
+        ends the process that looks at it (SIGBUS). Raises EncodeError for a tensor that is not stored raw in one
+        frame, and for a file object.
         """
         content = self._content()
         number, item = content.find(name)
@@ -236,9 +236,12 @@ class TensorFile(Mapping[str, Any]):
 
         data = np.empty(0, np.uint8)
         with content.errors():
-            for stored, extent in content.archive.slices(number, check, fetch):
-                data = np.frombuffer(stored.payload, np.uint8)
-                codec.decode(stored.payload, extent, data)  # in place: only looks
+            if content.archive.is_bundled(number):
+                data = content.read(number, item, codec)
+            else:
+                for stored, extent in content.archive.slices(number, check, fetch):
+                    data = np.frombuffer(stored.payload, np.uint8)
+                    codec.decode(stored.payload, extent, data)  # in place: only looks
             tensor = self._front.wrap(data, item.dtype, item.shape)
         if isinstance(tensor, np.ndarray):
             tensor.flags.writeable = False
@@ -344,11 +347,9 @@ class _Opened:
         except BaseException:
             source.close()
             raise
-        named = enumerate(self.archive.items)
-        self.numbers = {item.name: number for number, item in named if not isinstance(item, ContainerItem)}
+        self.numbers = self.archive.items.names()
 
     def close(self) -> None:
-        self.archive.close()
         self.source.close()
 
     def find(self, name: str) -> tuple[int, Item]:

@@ -36,9 +36,9 @@ from tensorwire.codecs import (
 from tensorwire.errors import EncodeError, FormatError, SchemaError, UnsupportedError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import GrowingMemory
-from tensorwire.streams import Completed, Payload, Receiver
+from tensorwire.streams import Completed, ItemStart, Payload, Receiver
 from tensorwire.tensor import AnyFront, Extent, TensorView
-from tensorwire.wire import FileItem, ItemStart, TensorItem, ValueItem
+from tensorwire.wire import FileItem, TensorItem, ValueItem
 
 _QUANT_STATE: Final[Any] = QuantState  # bitsandbytes has no types
 _NO_CODES: Final = np.empty(0, np.uint8)

@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from tensorwire.memory.spare import SPARE
+from tensorwire.memory.spare import SPARE, SPARE_FROM
 from tensorwire.tensor import ByteArray
 
 _KEPT: Final = 8
@@ -116,6 +116,8 @@ class GrowingMemory:
         return self.data[start:stop]
 
     def _first(self, stop: int) -> ByteArray:
+        if self._size < SPARE_FROM:  # which is no more than is taken in any case, and never kept
+            return np.empty(self._size, np.uint8)
         spare = SPARE.take(self._size)
         self._reused = spare is not None
         return self._taken(self._size if self.stable else max(stop, _FIRST_TAKE)) if spare is None else spare

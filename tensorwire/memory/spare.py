@@ -13,7 +13,7 @@ import numpy as np
 from tensorwire.tensor import ByteArray
 
 # Smaller memory the C library keeps by itself.
-_SPARE_FROM: Final = 256 << 10
+SPARE_FROM: Final = 256 << 10
 
 
 # The system must be able to take spare memory back while we have it.
@@ -68,7 +68,7 @@ class SpareMemory:
             return self._new(size)
 
     def _new(self, size: int) -> ByteArray:
-        if size < _SPARE_FROM or size > self._limit:
+        if size < SPARE_FROM or size > self._limit:
             return np.empty(size, np.uint8)
         return _Loan(_Mapping(size), self).array()
 

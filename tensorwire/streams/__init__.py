@@ -3,7 +3,7 @@
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import Rule, as_pair, flatten
 from tensorwire.streams.pieces import Pieces
-from tensorwire.streams.receiver import Completed, Payload, Piece, Receiver
+from tensorwire.streams.receiver import Completed, ItemStart, Payload, Piece, Receiver
 from tensorwire.streams.report import Report, size_text
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, stream_info, stream_size
@@ -14,6 +14,7 @@ __all__ = [
     "FRAME_SIZE",
     "CodecChoice",
     "Completed",
+    "ItemStart",
     "Payload",
     "Piece",
     "Pieces",

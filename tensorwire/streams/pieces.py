@@ -10,8 +10,8 @@ from typing import Any
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
-from tensorwire.streams.receiver import Piece, Receiver, reject_files
-from tensorwire.wire import Item, ItemStart, StreamEnd, StreamStart, ValueItem
+from tensorwire.streams.receiver import ItemStart, Piece, Receiver, reject_files
+from tensorwire.wire import Item, StreamEnd, StreamStart, ValueItem
 from tensorwire.wire.drive import as_source
 
 

@@ -24,15 +24,27 @@ from tensorwire.limits import Limits
 from tensorwire.memory import Memory, Scratch
 from tensorwire.streams.overlap import Helper
 from tensorwire.tensor import ByteArray, Extent
-from tensorwire.wire import NEED_DATA, ItemStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
+from tensorwire.wire import NEED_DATA, Bundle, ItemsStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
 from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
 from tensorwire.wire.frames import Header
-from tensorwire.wire.items import AliasItem, ContainerItem, DataItem, FileItem, Item, TensorItem, ValueItem
+from tensorwire.wire.items import AliasItem, CodecSpec, ContainerItem, DataItem, FileItem, Item, TensorItem, ValueItem
 from tensorwire.wire.reader import NeedData, Reader
 from tensorwire.wire.values import unpack_value
 
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
 _PART: Final = 4 << 20
+_CHECKED: Final = 1024  # whole small items that are remembered: many are alike
+
+
+class ItemStart(NamedTuple):
+    """An item was described; its data follows later unless `item.total` is 0."""
+
+    number: int
+    item: Item
+
+
+# Memory for an item by its number; None: what comes of it need not stay.
+Take = Callable[[int, DataItem], Memory | None]
 
 
 class Piece(NamedTuple):
@@ -94,17 +106,17 @@ class _Position(NamedTuple):
 
 
 class _Incoming:
-    """An item whose data is still to come."""
+    """The item whose data is coming."""
 
     __slots__ = ("codec", "encoded", "item", "itemsize", "memory", "number", "value")
 
-    def __init__(self, number: int, item: DataItem) -> None:
+    def __init__(self, number: int, item: DataItem, codec: Codec, memory: Memory | None, encoded: bool) -> None:
         self.number = number
         self.item = item
-        self.codec = RAW if isinstance(item, ValueItem) else check_codec(item)
+        self.codec = codec
         self.itemsize = _dtype(item).itemsize
-        self.memory: Memory | None = None
-        self.encoded = False
+        self.memory = memory
+        self.encoded = encoded
         self.value = bytearray()  # of a ValueItem
 
 
@@ -114,22 +126,37 @@ class Receiver:
     Used as one, it adds to errors that the consumer raises over an event which item, frame, offset and file that was.
     `overlap`: where its source may wait, decode slices in another thread while the next ones are received, which costs
     more than it gains where nothing is waited for. `scratch`: memory for slices that do not land anywhere, shared with
-    other streams that are read in turns with this one; nothing is then decoded ahead. `base`: the content digest of the
-    version that the stream may be against; one that is against any other is refused with a SchemaError.
+    other streams that are read in turns with this one; nothing is then decoded ahead. `take` gives memory for an item
+    when its data begins to come, where `land` gave none: so that nothing is kept for items that may never come.
+    `base`: the content digest of the version that the stream may be against; one that is against any other is refused
+    with a SchemaError.
     """
 
     def __init__(
-        self, limits: Limits, *, base: bytes | None = None, overlap: bool = True, scratch: Scratch | None = None
+        self,
+        limits: Limits,
+        *,
+        base: bytes | None = None,
+        overlap: bool = True,
+        scratch: Scratch | None = None,
+        take: Take | None = None,
     ) -> None:
         reader = self._reader = Reader(crc32c, limits)
         self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
         self._limits = limits
         self._base = base
+        self._take = take
         self._overlap = overlap and scratch is None
         # Taken in turns by slices: one is decoded, or in the hands of the consumer, while the next one is received.
         self._scratches = cycle([Scratch(), Scratch()] if scratch is None else [scratch])
         self._scratch = next(self._scratches)
-        self._incoming: dict[int, _Incoming] = {}
+        # What the consumer said of items that are to come, by number. There may be many: nothing else is kept of them.
+        self._memory: dict[int, Memory] = {}
+        self._encoded: set[int] = set()
+        self._incoming: _Incoming | None = None
+        self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
+        # Of whole items, by what they are and the length of their payload.
+        self._checked: dict[tuple[CodecSpec, int, tuple[int, ...], int], tuple[Codec, Extent]] = {}
         self._aliases: dict[int, list[AliasItem]] = {}
         self._file: object = None  # what the source is called
         self._helper: Helper[tuple[_Position, Piece]] = Helper()
@@ -155,11 +182,11 @@ class Receiver:
 
     def land(self, number: int, memory: Memory) -> None:
         """Let an item that was just described be decoded into `memory`."""
-        self._incoming[number].memory = memory
+        self._memory[number] = memory
 
     def keep_encoded(self, number: int) -> None:
         """Give the payloads of an item that was just described in place of pieces; of a raw one they are the same."""
-        self._incoming[number].encoded = True
+        self._encoded.add(number)
 
     def __enter__(self) -> "Receiver":
         return self
@@ -197,15 +224,16 @@ class Receiver:
             elif isinstance(event, Slice):
                 self._at = self._position(event.item)
                 yield from self._finish_slice(event)
+            elif isinstance(event, Bundle):
+                yield from self._finish_items(event)
             elif isinstance(event, SliceStart):
                 self._at = self._position(event.item)
                 self._start_slice(event)
-            elif isinstance(event, ItemStart):
-                self._at = self._position(event.item)
-                yield from self._start_item(event)
+            elif isinstance(event, ItemsStart):
+                yield from self._start_items(event)
             elif isinstance(event, SlicePart):
                 self._at = self._position(event.item)
-                incoming = self._incoming[event.number]
+                incoming = self._arriving(event.number, event.item)
                 yield from self._landed(incoming)
                 self._direct(incoming, self._landing[0] + self._landing[1].size, event.left)
             elif isinstance(event, StreamStart):
@@ -214,17 +242,43 @@ class Receiver:
             elif isinstance(event, StreamEnd):
                 yield event
 
-    def _start_item(self, event: ItemStart) -> Iterator[Event]:
-        number, item = event.number, event.item
-        if isinstance(item, AliasItem):
-            self._aliases.setdefault(item.of, []).append(item)
-        elif not isinstance(item, ContainerItem):
-            self._incoming[number] = _Incoming(number, item)
-        yield event
-        if item.total == 0 and number in self._incoming:
-            yield self._complete(self._incoming.pop(number))
+    def _start_items(self, event: ItemsStart) -> Iterator[Event]:
+        for number, item in enumerate(event.items, event.number):
+            self._at = self._position(item)
+            if isinstance(item, AliasItem):
+                self._aliases.setdefault(item.of, []).append(item)
+            elif not isinstance(item, ContainerItem):
+                self._codec(item)
+            yield ItemStart(number, item)
+            if item.total == 0 and not isinstance(item, (AliasItem, ContainerItem)):
+                yield self._complete(self._arriving(number, item))
+
+    def _codec(self, item: DataItem) -> Codec:
+        """The codec of an item. Raises where there is none or it cannot carry the dtype."""
+        if isinstance(item, ValueItem):
+            return RAW
+        key = item.codec, item.dtype.number
+        codec = self._codecs.get(key)
+        if codec is None:
+            codec = self._codecs[key] = check_codec(item)
+        return codec
+
+    def _arriving(self, number: int, item: DataItem) -> _Incoming:
+        """The item that this data belongs to."""
+        if self._incoming is None:
+            self._incoming = _Incoming(number, item, self._codec(item), *self._place(number, item))
+        return self._incoming
+
+    def _place(self, number: int, item: DataItem) -> tuple[Memory | None, bool]:
+        """Where an item lands, whose data begins to come, and whether it is kept encoded."""
+        if number in self._encoded:
+            self._encoded.remove(number)
+            return None, True
+        memory = self._memory.pop(number, None)
+        return self._take(number, item) if memory is None and self._take else memory, False
 
     def _complete(self, incoming: _Incoming) -> Completed:
+        self._incoming = None
         number, item = incoming.number, incoming.item
         aliases = tuple(self._aliases.pop(number, ()))
         value = unpack_value(bytes(incoming.value), self._limits) if isinstance(item, ValueItem) else None
@@ -234,7 +288,7 @@ class Receiver:
         if event.count == 0:  # the close of an open-ended file
             return
         self._scratch = next(self._scratches)
-        incoming = self._incoming[event.number]
+        incoming = self._arriving(event.number, event.item)
         check_slice(incoming.codec, event, event.item, self._limits)
         if incoming.codec.in_place:
             self._direct(incoming, event.start * incoming.itemsize, event.length)
@@ -266,7 +320,7 @@ class Receiver:
             yield Piece(incoming.number, incoming.item, extent.start, region)
 
     def _finish_slice(self, event: Slice) -> Iterator[Event]:
-        incoming = self._incoming[event.number]
+        incoming = self._arriving(event.number, event.item)
         item = incoming.item
         if event.count == 0:
             pass
@@ -281,7 +335,40 @@ class Receiver:
         if event.last:
             while self._helper:
                 yield self._taken()
-            yield self._complete(self._incoming.pop(event.number))
+            yield self._complete(incoming)
+
+    def _finish_items(self, event: Bundle) -> Iterator[Event]:
+        """The items of a bundle are there, all of each."""
+        for number, item, _, count, payload, _ in event.slices:
+            self._at = self._position(item)
+            codec, extent = self._whole(item, count, len(payload))
+            if isinstance(item, ValueItem):
+                yield Completed(number, item, (), unpack_value(bytes(payload), self._limits))
+                continue
+            memory, encoded = self._place(number, item)
+            if encoded:
+                yield Payload(number, item, 0, count, payload)
+            else:
+                size = count * item.dtype.itemsize
+                region = self._scratch.values(size) if memory is None else memory.region(0, size)
+                codec.decode(payload, extent, region)
+                yield Piece(number, item, 0, region)
+            yield Completed(number, item, tuple(self._aliases.pop(number, ())))
+
+    def _whole(self, item: DataItem, count: int, length: int) -> tuple[Codec, Extent]:
+        """The codec and extent of an item in one payload of `length` bytes. Raises unless it can have them."""
+        if not isinstance(item, TensorItem):
+            codec = self._codec(item)
+            return codec, check_slice(codec, SliceStart(0, item, 0, count, length), item, self._limits)
+        key = item.codec, item.dtype.number, item.shape, length
+        checked = self._checked.get(key)
+        if checked is None:
+            codec = self._codec(item)
+            checked = codec, check_slice(codec, SliceStart(0, item, 0, count, length), item, self._limits)
+            if len(self._checked) == _CHECKED:
+                self._checked.clear()
+            self._checked[key] = checked
+        return checked
 
     def _decode(self, event: Slice, incoming: _Incoming, item: TensorItem | FileItem) -> Iterator[Piece]:
         """Decode a slice, or let the helper do it while the next one is received."""

@@ -28,7 +28,7 @@ from tensorwire.streams.overlap import in_order
 from tensorwire.streams.report import Report
 from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
-from tensorwire.wire.frames import HEADER_SIZE
+from tensorwire.wire.frames import HEADER_SIZE, MOST_BUNDLED, bundle_table
 
 FRAME_SIZE: Final = 1 << 20
 ALIGNMENT: Final = 64  # of payloads in a file
@@ -36,6 +36,11 @@ _MIN_FRAME_SIZE: Final = 1 << 12
 # A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
 _DECODED: Final = 4
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
+# Small items are sent together: with frames of their own, each costs ten times what its bytes do. But where there are
+# only a few of them, that does not matter.
+_SMALL: Final = 4 << 10  # bytes of a payload
+_BUNDLE: Final = 64 << 10  # bytes of a frame, all of which is read for any of its items
+_MANY: Final = 16  # items
 FLUSH: Final = b""
 # (offset, bytes) to be written over what has passed there.
 Late = list[tuple[int, bytes]]
@@ -93,7 +98,14 @@ class _EncodedSlice(NamedTuple):
     leaf: TensorLeaf | ValueLeaf
 
 
-_Job = Callable[[], Iterable[_EncodedSlice]]
+class _EncodedBundle(NamedTuple):
+    """A bundle to be sent: its slices, of whole items, and all of its payload."""
+
+    slices: list[_EncodedSlice]
+    payload: bytes
+
+
+_Job = Callable[[], Iterable[_EncodedSlice | _EncodedBundle]]
 
 
 class Sender:
@@ -125,12 +137,10 @@ class Sender:
 
     def container(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         """All buffers. Every item is described, and refused if it must be, before this returns."""
-        parts, described = [self._start], []
-        for leaf in leaves:
-            parts.append(self._describe(leaf))
-            described.append(leaf)
+        described: list[Leaf] = []
+        head = b"".join([self._start, *self._describe(leaves, described)])
         self._check_size(described)
-        return self._container(b"".join(parts), described)
+        return self._container(head, described)
 
     def _check_size(self, leaves: Iterable[Leaf]) -> None:
         """Raise EncodeError where the data of these leaves, at their least, is more than a stream may have."""
@@ -138,7 +148,12 @@ class Sender:
         begins, most = self._writer.offset, self._limits.stream
         if begins + 2 * sum((leaf.item.total or 0) * _width(leaf) + HEADER_SIZE for leaf in data) <= most:
             return  # which is the rule, and costs less
-        size = begins + sum(_least(leaf, self._frame_size, at_rest=self._at_rest) for leaf in data)
+        size = begins
+        for group in gathered(data, self._frame_size):
+            if len(group) > 1:
+                size += HEADER_SIZE + sum(map(_least_payload, group))
+            else:
+                size += _least(group[0], self._frame_size, at_rest=self._at_rest)
         if size > most:
             raise EncodeError(LimitError("stream", self._limits.stream, size).detail)
 
@@ -160,14 +175,15 @@ class Sender:
 
     def head(self) -> bytes:
         """What comes before the first pair."""
-        return self._start + self._framed(self._writer.item(ContainerItem((), Kind.DICT)))
+        return self._start + b"".join(self._describe([BareLeaf(ContainerItem((), Kind.DICT))], []))
 
     def pair(self, name: str, value: Any, front: Front, rule: Rule) -> Iterator[Buffer]:
         """The buffers of one pair."""
         # Memory of tensors that are made one after the other is used again: equal addresses mean nothing.
-        for leaf in flatten(value, front, rule, self._limits, path=(name,), tie=False):
-            yield self._describe(leaf)
-            yield from self._data([leaf])
+        leaves: list[Leaf] = []
+        described = self._describe(flatten(value, front, rule, self._limits, path=(name,), tie=False), leaves)
+        yield b"".join(described)
+        yield from self._data(leaves)
 
     def end(self) -> bytes:
         """What comes last."""
@@ -180,21 +196,36 @@ class Sender:
             self._report.framing += len(data)
         return data
 
-    def _describe(self, leaf: Leaf) -> bytes:
-        """The leaf's ITEM frame. Raises EncodeError, also where its codec's blocks do not fit into a frame."""
+    def _describe(self, leaves: Iterable[Leaf], described: list[Leaf]) -> Iterator[bytes]:
+        """The ITEM frames of leaves, which go into `described`.
+
+        Raises EncodeError naming the item, also where its codec's blocks do not fit into a frame.
+        """
+        try:
+            for frame in self._writer.items(self._noted(leaf, described).item for leaf in leaves):
+                yield self._framed(frame)
+        except WireError as error:
+            raise EncodeError(error.detail, item=error.item or described[-1].item.name) from None
+
+    def _noted(self, leaf: Leaf, described: list[Leaf]) -> Leaf:
         if isinstance(leaf, TensorLeaf) and leaf.item.total != 0:
             slice_size(leaf.codec, leaf.item, self._frame_size)
         if self._report is not None and not isinstance(leaf, BareLeaf):
             self._report.add_item(_spec(leaf))
-        with _writing(leaf):
-            return self._framed(self._writer.item(leaf.item))
+        described.append(leaf)
+        return leaf
 
     def _data(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
         for slices in in_order(self._jobs(leaves)):
             for encoded in slices:
                 if self._report is not None:
-                    self._report.add_frame(_spec(encoded.leaf), encoded.elements * _width(encoded.leaf), encoded.length)
-                if encoded.crc is None:
+                    for part in encoded.slices if isinstance(encoded, _EncodedBundle) else (encoded,):
+                        self._report.add_frame(_spec(part.leaf), part.elements * _width(part.leaf), part.length)
+                if isinstance(encoded, _EncodedBundle):
+                    payload = encoded.payload
+                    yield self._framed(self._writer.bundle(len(encoded.slices), len(payload), crc32c(payload, 0)))
+                    yield payload
+                elif encoded.crc is None:
                     yield from self._header_late(encoded)
                 else:
                     yield self._framed(self._header(encoded, encoded.crc))
@@ -219,10 +250,11 @@ class Sender:
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
         """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
-        for leaf in leaves:
-            if isinstance(leaf, BareLeaf) or leaf.item.total == 0:
-                continue
-            if isinstance(leaf, ValueLeaf):
+        for group in gathered(leaves, self._frame_size):
+            leaf = group[0]
+            if len(group) > 1:
+                yield partial(self._bundle, group), 0
+            elif isinstance(leaf, ValueLeaf):
                 yield partial(self._value, leaf), 0
             elif leaf.item.total is None:
                 yield partial(self._open_ended, leaf), 0
@@ -237,19 +269,21 @@ class Sender:
             yield partial(self._slice, leaf, start, stop, context), (stop - start) * leaf.view.dtype.itemsize
 
     def _slice(self, leaf: TensorLeaf, start: int, stop: int, context: Any) -> list[_EncodedSlice]:
+        encoded = self._encode(leaf, start, stop, context)
+        if self._private and leaf.codec.in_place:
+            encoded = Encoded(self._copied(encoded.payload))
+        return [_encoded(leaf, start, stop - start, encoded)]
+
+    def _encode(self, leaf: TensorLeaf, start: int, stop: int, context: Any) -> Encoded:
         read = leaf.view.device_read if leaf.codec.on_device and leaf.view.device_read else leaf.view.read
         try:
             extent = Extent(leaf.view.dtype, leaf.view.shape, start, stop - start)
-            data = read(start, stop)
-            if self._private and leaf.codec.in_place:
-                data = self._copied(data)
-            encoded = leaf.codec.encode(data, extent, self._pool.take, context)
+            return leaf.codec.encode(read(start, stop), extent, self._pool.take, context)
         except EncodeError as error:
             if isinstance(error, NonFiniteError):
                 error.index += start
             error.item = leaf.item.name
             raise
-        return [_encoded(leaf, start, stop - start, encoded)]
 
     def _open_ended(self, leaf: TensorLeaf) -> Iterator[_EncodedSlice]:
         step = slice_size(leaf.codec, leaf.item, self._frame_size)
@@ -294,6 +328,19 @@ class Sender:
         copy[:] = given
         return copy
 
+    def _bundle(self, leaves: list[TensorLeaf | ValueLeaf]) -> list[_EncodedBundle]:
+        """Small items whole, copied together."""
+        slices, payloads = [], bytearray()
+        for leaf in leaves:
+            if isinstance(leaf, ValueLeaf):
+                part, count = memoryview(leaf.data), len(leaf.data)
+            else:
+                count = leaf.view.numel
+                part = memoryview(self._encode(leaf, 0, count, leaf.codec.prepare(leaf.view)).payload)
+            payloads += part
+            slices.append(_EncodedSlice(0, count, part.nbytes, 0, (), leaf))
+        return [_EncodedBundle(slices, bundle_table([part.length for part in slices]) + payloads)]
+
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
         for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):
             yield _encoded(leaf, start, stop - start, Encoded(memoryview(leaf.data)[start:stop]))
@@ -316,8 +363,46 @@ def _least(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> i
     if at_rest and leaf.codec.in_place:
         return total * leaf.item.dtype.itemsize + HEADER_SIZE
     frames = -(-total // slice_size(leaf.codec, leaf.item, frame_size)) if total else 0
-    payloads = leaf.codec.sizes(total, leaf.item.dtype).total if leaf.codec.exact_length else 0
-    return payloads + frames * HEADER_SIZE
+    return _least_payload(leaf) + frames * HEADER_SIZE
+
+
+def _least_payload(leaf: TensorLeaf | ValueLeaf) -> int:
+    total = leaf.item.total or 0
+    if isinstance(leaf, ValueLeaf):
+        return total
+    return leaf.codec.sizes(total, leaf.item.dtype).total if leaf.codec.exact_length else 0
+
+
+def gathered(leaves: Iterable[Leaf], frame_size: int) -> Iterator[list[TensorLeaf | ValueLeaf]]:
+    """The leaves with data, those together that travel in one bundle."""
+    group: list[TensorLeaf | ValueLeaf] = []
+    left = 0
+    for leaf in leaves:
+        if isinstance(leaf, BareLeaf) or leaf.item.total == 0:
+            continue
+        size = _small(leaf)
+        if not size or size > left or len(group) == MOST_BUNDLED:
+            yield from _bundled(group)
+            group, left = [], min(_BUNDLE, frame_size) - HEADER_SIZE
+        if size:
+            group.append(leaf)
+            left -= size
+        else:
+            yield [leaf]
+    yield from _bundled(group)
+
+
+def _bundled(group: list[TensorLeaf | ValueLeaf]) -> Iterable[list[TensorLeaf | ValueLeaf]]:
+    return [group] if len(group) >= _MANY else [[leaf] for leaf in group]
+
+
+def _small(leaf: TensorLeaf | ValueLeaf) -> int:
+    """The bytes that an item takes in a bundle, at most; 0 where it has frames of its own."""
+    total = leaf.item.total
+    if total is None or total > _SMALL:  # of elements, which no codec makes smaller than half a byte
+        return 0
+    size = total if isinstance(leaf, ValueLeaf) else leaf.codec.bound(total, leaf.item.dtype)
+    return size + 4 if size <= _SMALL else 0
 
 
 def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Iterator[tuple[int, int]]:
@@ -406,15 +491,26 @@ def _stream_size(leaves: list[Leaf], info: StreamInfo, frame_size: int, limits: 
     # Lengths do not depend on checksums, so nothing is checksummed.
     writer = Writer(lambda data, crc: 0, limits, index=at_rest)
     framing = len(writer.start(info))
-    framing += sum(len(writer.item(leaf.item)) for leaf in leaves)
+    framing += sum(map(len, writer.items(leaf.item for leaf in leaves)))
     payloads = metadata = 0
-    for leaf in leaves:
-        if isinstance(leaf, BareLeaf):
-            continue
-        for start, stop in cuts(leaf, frame_size, at_rest=at_rest):
-            count = stop - start
-            length = leaf.codec.bound(count, leaf.item.dtype) if isinstance(leaf, TensorLeaf) else count
-            framing += len(writer.data(start, count, length, 0))
-            payloads += length
-            metadata += leaf.codec.sizes(count, leaf.item.dtype).metadata if isinstance(leaf, TensorLeaf) else 0
+    for group in gathered(leaves, frame_size):
+        carried = [_lengths(leaf, leaf.item.total or 0) for leaf in group]
+        if len(group) > 1:
+            length = sum(length for length, _ in carried)
+            framing += len(writer.bundle(len(group), length + 4 * len(group), 0)) + 4 * len(group)
+        else:
+            pieces = [(start, stop - start) for start, stop in cuts(group[0], frame_size, at_rest=at_rest)]
+            carried = [_lengths(group[0], count) for _, count in pieces]
+            for (start, count), (length, _) in zip(pieces, carried, strict=True):
+                framing += len(writer.data(start, count, length, 0))
+        payloads += sum(length for length, _ in carried)
+        metadata += sum(extra for _, extra in carried)
     return StreamSize(payloads, metadata, framing + len(writer.end()))
+
+
+def _lengths(leaf: TensorLeaf | ValueLeaf, count: int) -> tuple[int, int]:
+    """Bytes of the payload of a slice, at most, and how many of them are metadata."""
+    if isinstance(leaf, ValueLeaf):
+        return count, 0
+    dtype = leaf.item.dtype
+    return leaf.codec.bound(count, dtype), leaf.codec.sizes(count, dtype).metadata

@@ -1,7 +1,6 @@
 """Buffers to tensors and values in memory."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,11 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import FixedMemory, GrowingMemory
-from tensorwire.streams.receiver import Completed, Event, Piece, Receiver, check_codec, reject_files
+from tensorwire.streams.receiver import Completed, Event, ItemStart, Piece, Receiver, check_codec, reject_files
 from tensorwire.streams.schema import Schema
 from tensorwire.streams.unflatten import Unflattener
 from tensorwire.tensor import Front
-from tensorwire.wire import AliasItem, DataItem, Item, ItemStart, StreamStart, TensorItem
+from tensorwire.wire import AliasItem, DataItem, Item, StreamStart, TensorItem
 
 
 def decode(
@@ -32,7 +31,7 @@ def decode(
     Options as `tensorwire.decode` has them. When an error is raised, items already given are good and the rest is not
     delivered, but tensors in `into` may hold parts of what was received.
     """
-    memory = _Memory(Receiver(limits, base=base), front, into, expect, metadata_into, limits)
+    memory = _Memory(front, into, expect, metadata_into, limits, base)
     with memory.receiver as receiver:
         for event in receiver.events(source):
             for item, value in memory.completed(event):
@@ -51,7 +50,7 @@ async def decode_async(
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
     """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine `readinto`."""
-    memory = _Memory(Receiver(limits, base=base), front, into, expect, metadata_into, limits)
+    memory = _Memory(front, into, expect, metadata_into, limits, base)
     with memory.receiver as receiver:
         async for event in receiver.events_async(source):
             for item, value in memory.completed(event):
@@ -70,7 +69,7 @@ def collect(
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    memory, containers = _Memory(Receiver(limits, base=base), front, into, expect, metadata_into, limits), Unflattener()
+    memory, containers = _Memory(front, into, expect, metadata_into, limits, base), Unflattener()
     with memory.receiver as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart):
@@ -81,27 +80,44 @@ def collect(
     return containers.result()
 
 
+class _Taken:
+    """Takes memory for tensors that the caller has not preallocated. It knows no receiver: that would be a cycle."""
+
+    __slots__ = ("_copied", "_trusted", "memory")
+
+    def __init__(self, copied: dict[int, Any], *, trusted: bool) -> None:
+        self._copied = copied
+        self._trusted = trusted
+        self.memory: dict[int, GrowingMemory] = {}
+
+    def __call__(self, number: int, item: DataItem) -> GrowingMemory | None:
+        if not isinstance(item, TensorItem) or number in self._copied:
+            return None
+        grown = self.memory[number] = GrowingMemory(item.total * item.dtype.itemsize, trusted=self._trusted)
+        return grown
+
+
 class _Memory:
     """Receives a stream into memory."""
 
     def __init__(
         self,
-        receiver: Receiver,
         front: Front,
         into: Mapping[str, Any] | None,
         expect: Any,
         metadata_into: dict[str, str] | None,
         limits: Limits,
+        base: bytes | None,
     ) -> None:
-        self.receiver = receiver
         self._front = front
         self._into = dict(into or {})
         self._metadata = metadata_into
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._filled: set[str] = set()
-        self._memory: dict[int, GrowingMemory] = {}  # of tensors that are on their way,
-        self._targets: dict[int, Any] = {}  # those of them that the caller has preallocated
+        self._targets: dict[int, Any] = {}  # those that the caller has preallocated
         self._copied: dict[int, Any] = {}  # and of those, on a device, what is copied there piece by piece
+        self._taken = _Taken(self._copied, trusted=self._schema is not None)
+        self.receiver = Receiver(limits, base=base, take=self._taken)
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
         """What is complete with this event, under all of its names."""
@@ -131,10 +147,6 @@ class _Memory:
             self._filled.add(item.name)
             if isinstance(item, TensorItem):
                 self._open_target(number, item)
-        elif isinstance(item, TensorItem):
-            size = prod(item.shape) * item.dtype.itemsize
-            grown = self._memory[number] = GrowingMemory(size, trusted=self._schema is not None)
-            self.receiver.land(number, grown)
 
     def _open_target(self, number: int, item: TensorItem) -> None:
         tensor = self._target(item.name, item.dtype, item.shape)
@@ -153,7 +165,7 @@ class _Memory:
             return event.value
         if number in self._targets:
             return self._targets[number]
-        return self._front.wrap(self._memory.pop(number).data, item.dtype, item.shape)
+        return self._front.wrap(self._taken.memory.pop(number).data, item.dtype, item.shape)
 
     def _other_name(self, alias: AliasItem, value: Any) -> Any:
         """What an alias gives: the tensor itself, or the tensor that `into` has for it, filled alike."""

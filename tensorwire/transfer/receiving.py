@@ -17,7 +17,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage.parts import Part
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position
-from tensorwire.wire import NEED_DATA, Item, ItemStart, StreamEnd
+from tensorwire.wire import NEED_DATA, Item, ItemsStart, StreamEnd
 from tensorwire.wire.reader import NeedData
 
 _HELD: Final = 4 << 20  # a frame up to this size is written when it is verified, a larger one as it comes
@@ -165,8 +165,9 @@ class Recording:
         return self.position.offset == size
 
     def _verified(self, frame: Frame) -> None:
-        if isinstance(frame.event, ItemStart):
-            self._check(frame.event.item)
+        if isinstance(frame.event, ItemsStart):
+            for item in frame.event.items:
+                self._check(item)
         end = Position(frame.header.sequence + 1, frame.offset + frame.size, frame.header.crc)
         if isinstance(frame.event, StreamEnd):
             self.outcome = Outcome(end, frame.event.summary.digest.hex())

@@ -4,7 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,13 @@ from tensorwire.codecs import RAW, Codec, as_floats, from_stages
 from tensorwire.errors import CorruptError, SchemaError
 from tensorwire.limits import Limits
 from tensorwire.memory import Scratch
-from tensorwire.streams import Payload, Piece, Receiver
+from tensorwire.streams import ItemStart, Payload, Piece, Receiver
 from tensorwire.tensor import Extent, TensorView
 from tensorwire.updates.check import Update
 from tensorwire.updates.difference import Bytes, number_size
-from tensorwire.wire import Item, ItemStart, StreamEnd, TensorItem
+from tensorwire.wire import StreamEnd, TensorItem
+
+_CHANGED: Final = "this is not the recording that was checked"
 
 Float64 = npt.NDArray[np.float64]
 
@@ -97,96 +99,94 @@ class _File:
         return size
 
 
+class _Slice(NamedTuple):
+    """A slice of an update, as far as the others have not come yet."""
+
+    codec: Codec
+    payload: memoryview
+    item: TensorItem
+    start: int
+    elements: int
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.item.dtype, self.item.shape, self.start, self.elements)
+
+    def split(self, elements: int) -> "tuple[_Slice, _Slice]":
+        """The first so many elements, and the others: decoded, in memory of their own."""
+        size = self.item.dtype.itemsize
+        data = np.empty(self.elements * size, np.uint8)
+        self.codec.decode(self.payload, self.extent, data)
+        return (
+            self._replace(codec=RAW, payload=data[: elements * size].data, elements=elements),
+            _Slice(RAW, data[elements * size :].data, self.item, self.start + elements, self.elements - elements),
+        )
+
+
 class Reader:
-    """One update that was checked, read once more. `model`: the tensors that it must hold, in their order."""
+    """One update that was checked, read once more. `model`: the tensors that it must hold."""
 
     def __init__(
-        self,
-        update: Update,
-        model: Mapping[str, TensorView],
-        files: OpenFiles,
-        scratch: Scratch,
-        limits: Limits,
+        self, update: Update, model: Mapping[str, TensorView], files: OpenFiles, scratch: Scratch, limits: Limits
     ) -> None:
         self._update = update
         self._model = model
         self._receiver = Receiver(limits, scratch=scratch)
         self._slices = self._read(files.source(update.recording))
-        # The slice that is next: lent by the receiver, or what the others had no more of, decoded.
-        self._next: tuple[TensorItem, Codec, int, memoryview] | None = None
-        self._length = 0
+        self._rest: _Slice | None = None
 
     def places(self) -> Iterator[tuple[TensorItem, int, int]]:
-        """Item, first element and elements of each slice. Take it before going on."""
-        while self._peek():
-            assert self._next is not None
-            item, _, start, _ = self._next
-            yield item, start, self._length
+        """Item, first element and number of elements of each slice, which is to be taken before the next."""
+        while (mine := self._next()) is not None:
+            self._rest = mine
+            yield mine.item, mine.start, mine.elements
 
     def take(self, item: TensorItem, base: Bytes) -> Iterator[tuple[slice, Values]]:
-        """The numbers that belong at `base`, in parts: where in it, and what they are."""
-        size, done = item.dtype.itemsize, 0
+        """The elements of an item that belong at `base`, in parts: their numbers in it, and what they are."""
+        size, each, done = item.dtype.itemsize, number_size(item.dtype), 0
         while done < base.size:
-            if not self._peek() or self._next is None or self._next[0].name != item.name:
+            mine = self._next()
+            if mine is None or mine.item.name != item.name:
                 raise SchemaError("the updates do not hold their items in the same order", item=item.name)
-            mine, codec, start, payload = self._next
-            length = min(self._length, (base.size - done) // size)
-            if length < self._length:  # the others have no more
-                place = Extent(mine.dtype, mine.shape, start, self._length)
-                rest = np.empty(self._length * size, np.uint8)
-                codec.decode(payload, place, rest)
-                codec, payload = RAW, rest.data[: length * size]
-                self._next, self._length = (
-                    (mine, RAW, start + length, rest.data[length * size :]),
-                    self._length - length,
-                )
-            else:
-                self._next = None
-            part = base[done : done + length * size]
-            extent = Extent(mine.dtype, mine.shape, start, length)
-            scale = number_size(mine.dtype)
-            yield slice(done // scale, (done + part.size) // scale), Values(self._update, codec, payload, extent, part)
+            wanted = (base.size - done) // size
+            if mine.elements > wanted:
+                mine, self._rest = mine.split(wanted)
+            part = base[done : done + mine.elements * size]
+            yield (
+                slice(done // each, (done + part.size) // each),
+                Values(self._update, mine.codec, mine.payload, mine.extent, part),
+            )
             done += part.size
 
     def finish(self) -> None:
         """Read the end of the stream, which vouches for all of it."""
-        if self._peek():
+        if self._next() is not None:
             raise SchemaError("an update is longer than the others")
 
-    def _peek(self) -> bool:
-        """Whether there is a next slice."""
-        if self._next is None:
-            event = next(self._slices, None)
-            if event is None:
-                return False
-            item = event.item
-            assert isinstance(item, TensorItem)
-            if isinstance(event, Piece):
-                self._next = item, RAW, event.start, event.data.data
-                self._length = event.data.size // item.dtype.itemsize
-            else:
-                self._next = item, from_stages(item.codec), event.start, event.data
-                self._length = event.count
-        return True
+    def _next(self) -> _Slice | None:
+        rest, self._rest = self._rest, None
+        return rest or next(self._slices, None)
 
-    def _read(self, source: Any) -> Iterator[Piece | Payload]:
+    def _read(self, source: Any) -> Iterator[_Slice]:
         digest = b""
         with self._receiver as receiver:
             for event in receiver.events(source):
-                if isinstance(event, (Piece, Payload)):
-                    yield event
-                elif isinstance(event, ItemStart):
-                    self._check(event.item)
+                if isinstance(event, ItemStart):
                     if isinstance(event.item, TensorItem):
+                        self._check(event.item)
                         receiver.keep_encoded(event.number)
+                elif isinstance(event, Payload) and isinstance(event.item, TensorItem):
+                    yield _Slice(from_stages(event.item.codec), event.data, event.item, event.start, event.count)
+                elif isinstance(event, Piece) and isinstance(event.item, TensorItem):  # of a raw item
+                    count = event.data.size // event.dtype.itemsize
+                    yield _Slice(RAW, event.data.data, event.item, event.start, count)
                 elif isinstance(event, StreamEnd):
                     digest = event.summary.digest
         if digest != self._update.digest:
-            raise CorruptError("this is not the recording that was checked")
+            raise CorruptError(_CHANGED)
 
-    def _check(self, item: Item) -> None:
-        """Raise unless an item was in the update that was checked: what is kept of it since may have changed."""
-        if isinstance(item, TensorItem):
-            view = self._model.get(item.name)
-            if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
-                raise CorruptError("this is not the recording that was checked")
+    def _check(self, item: TensorItem) -> None:
+        """Raise unless an item was in the update that was checked: its recording may have changed since."""
+        view = self._model.get(item.name)
+        if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
+            raise CorruptError(_CHANGED)

@@ -22,8 +22,9 @@ from tensorwire.wire.ledger import Summary
 from tensorwire.wire.names import name_of, path_of
 from tensorwire.wire.reader import (
     NEED_DATA,
+    Bundle,
     Event,
-    ItemStart,
+    ItemsStart,
     Reader,
     Skipped,
     Slice,
@@ -38,6 +39,7 @@ __all__ = [
     "NEED_DATA",
     "AliasItem",
     "Archive",
+    "Bundle",
     "ContainerItem",
     "DataItem",
     "Event",
@@ -45,7 +47,7 @@ __all__ = [
     "FrameType",
     "Header",
     "Item",
-    "ItemStart",
+    "ItemsStart",
     "Kind",
     "RandomAccess",
     "Reader",

@@ -1,20 +1,25 @@
 """A stream at rest and its index: single items, without reading the rest (docs/format.md, section 8).
 
-Every descriptor is read when an archive is opened, data when it is asked for. All frames that are read go through the
+Every description is read when an archive is opened, data when it is asked for. All frames that are read go through the
 ledger, as they do in the reader. What stands between two of them is either the data of an item, or has to be
 skippable and is read too, so that whoever opens an archive and reads every item has checked all that a reader from
 front to back checks, but for the digest in the END frame.
 """
 
 import struct
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple, Protocol, TypeVar
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
+from operator import le, lt
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, overload
 
 from tensorwire.checksum import Checksum
 from tensorwire.errors import FormatError, LimitError, SchemaError, SequenceError, TruncatedError, WireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
+    MOST_BUNDLED,
     PREAMBLE_SIZE,
     FrameType,
     Header,
@@ -23,11 +28,11 @@ from tensorwire.wire.frames import (
     check_preamble,
     unpack_header,
 )
-from tensorwire.wire.items import AliasItem, ContainerItem, Item, StreamInfo
-from tensorwire.wire.ledger import END_SIZE, Ledger, Mark, State, Step, Summary
+from tensorwire.wire.items import ContainerItem, Described, Item, StreamInfo
+from tensorwire.wire.ledger import END_SIZE, Ledger, Mark, Pending, State, Step, Summary
 
-_ENTRY: Final = struct.Struct("<QIIQII")
-NO_DATA: Final[Mark] = 0, 0, 0
+_MARK: Final = struct.Struct("<QII")
+_MAX_UINT32: Final = (1 << 32) - 1
 
 CheckedT = TypeVar("CheckedT")
 # Reads the payload that stands at an offset and has a size, for what `check` said to its header: its bytes, as far as
@@ -47,29 +52,140 @@ class RandomAccess(Protocol):
 
 
 class StoredSlice(NamedTuple):
-    """A verified slice: its header, its payload, and the byte of the archive that the payload begins at."""
+    """A verified slice: its header, its payload, and the bytes of the archive that payload and frame begin at."""
 
     header: Header
     payload: memoryview
     offset: int
-
-    @property
-    def frame_offset(self) -> int:
-        """The byte of the archive that the frame begins at."""
-        return self.offset - self.header.pad - HEADER_SIZE
+    frame_offset: int
 
 
-def pack_index(entries: list[tuple[Mark, Mark]]) -> bytes:
-    """One 32-byte entry an item, in item order: its ITEM frame and its first DATA frame (`NO_DATA` without any)."""
-    return b"".join(_ENTRY.pack(*item, *data) for item, data in entries)
+class IndexPacker:
+    """The index of a stream that is being written."""
+
+    def __init__(self) -> None:
+        self._frames = bytearray()
+        self._data = bytearray()
+
+    def add_items(self, mark: Mark, count: int) -> None:
+        """An ITEM frame, which describes so many items."""
+        self._frames += _MARK.pack(*mark)
+        self._data += bytes(count * _MARK.size)
+
+    def add_data(self, number: int, mark: Mark) -> None:
+        """The first DATA frame of an item."""
+        _MARK.pack_into(self._data, number * _MARK.size, *mark)
+
+    def pack(self) -> bytes:
+        """The INDEX payload: where each ITEM frame stands, and the data of each item (zeros for none)."""
+        return bytes(self._frames + self._data)
+
+
+class _Index:
+    """Where frames stand, as an INDEX payload says. Raises FormatError for one that no writer makes.
+
+    As objects the marks of data would take ten times the memory: they are looked up in the bytes.
+    """
+
+    def __init__(self, payload: memoryview, items: int, end: int) -> None:
+        data = len(payload) - items * _MARK.size
+        self.frames: list[Mark] = [*_MARK.iter_unpack(payload[:data])]
+        self._data = bytes(payload[data:])
+        words = struct.unpack(f"<{2 * items}Q", self._data)
+        offsets, others = words[::2], words[1::2]
+        sequences = [word & _MAX_UINT32 for word in others]
+        if not all(sequences):
+            if any(offset or other for offset, other, has in zip(offsets, others, sequences, strict=True) if not has):
+                raise FormatError("the index has half an entry")
+            offsets, others = tuple(compress(offsets, sequences)), tuple(compress(others, sequences))
+        # Of the items with data, in order.
+        self.numbers = array("I", compress(range(items), sequences))
+        self.sequences = array("I", filter(None, sequences))
+        if offsets and max(offsets) >= end:
+            raise FormatError("the index points behind itself")
+        marks = dict.fromkeys(zip(offsets, others, strict=True))  # those of the items of a bundle are one
+        begins, distinct = [offset for offset, _ in marks], [other & _MAX_UINT32 for _, other in marks]
+        ordered = all(map(le, self.sequences, self.sequences[1:])) and all(map(lt, distinct, distinct[1:]))
+        if not ordered or not all(map(le, [begin + HEADER_SIZE for begin in begins], begins[1:])):
+            raise FormatError("the index is not in the order of frames")
+
+    def data(self, place: int) -> Mark:
+        """Where the data of the item at this place of `numbers` begins."""
+        mark: Mark = _MARK.unpack_from(self._data, self.numbers[place] * _MARK.size)
+        return mark
+
+    def beside(self, place: int) -> range:
+        """The places of all items whose data begins with the same frame: one, or those of a bundle."""
+        sequence = self.sequences[place]
+        return range(bisect_left(self.sequences, sequence), bisect_right(self.sequences, sequence))
+
+    def find(self, number: int) -> int | None:
+        """The place of an item in `numbers`; None of one without data."""
+        place = bisect_left(self.numbers, number)
+        return place if place < len(self.numbers) and self.numbers[place] == number else None
+
+
+class Items(Sequence[Item]):
+    """All items of an archive by number, made when they are asked for."""
+
+    def __init__(self) -> None:
+        self._frames: list[Described] = []
+        self._firsts: list[int] = []
+        self._count = 0
+
+    def add(self, described: Described) -> None:
+        """Those of the next ITEM frame."""
+        self._firsts.append(self._count)
+        self._frames.append(described)
+        self._count += len(described)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int, /) -> Item: ...
+    @overload
+    def __getitem__(self, number: slice, /) -> Sequence[Item]: ...
+    def __getitem__(self, number: Any, /) -> Any:
+        if isinstance(number, slice):
+            return [self[each] for each in range(self._count)[number]]
+        number = range(self._count)[number]
+        place = bisect_right(self._firsts, number) - 1
+        return self._frames[place][number - self._firsts[place]]
+
+    def pending(self, number: int) -> Pending:
+        """The items whose data comes from an item's on, as far as a bundle goes."""
+        pending = Pending()
+        place = bisect_right(self._firsts, number) - 1
+        first, described = self._firsts[place], self._frames[place]
+        pending.add(first, described)
+        pending.drop(bisect_left(described.carriers, number - first))
+        while len(pending.forms(MOST_BUNDLED)) < MOST_BUNDLED and place + 1 < len(self._frames):
+            place += 1
+            pending.add(self._firsts[place], self._frames[place])
+        return pending
+
+    def names(self) -> dict[str, int]:
+        """The number of each item that is no container, by its name."""
+        names: dict[str, int] = {}
+        for first, described in zip(self._firsts, self._frames, strict=True):
+            bare = {number for number, form in enumerate(described.forms) if isinstance(form, ContainerItem)}
+            numbered = zip(described.names(), range(first, first + len(described)), strict=True)
+            if not bare:
+                names.update(numbered)
+                continue
+            pairs = zip(numbered, described.numbers, strict=True)
+            names.update(pair for pair, form in pairs if form not in bare)
+        return names
 
 
 class Archive:
     """A stream at rest that has an index. `info` is its STREAM frame's, `items` are all items by number.
 
-    `accept` is called with the info and then with each item, in the order of the stream, and raises for what the caller
-    does not take. Raises what a reader from front to back would raise of the same bytes; FormatError for an index that
-    is wrong where the stream is not; SchemaError for a stream without an index.
+    `accept` is called with the info and then, in the order of the stream, with an item of each form (dtype, shape and
+    codec of a tensor) that an ITEM frame has, and raises for what the caller does not take. Raises what a reader from
+    front to back would raise of the same bytes; FormatError for an index that is wrong where the stream is not;
+    SchemaError for a stream without an index.
     """
 
     def __init__(
@@ -81,13 +197,14 @@ class Archive:
         accept: Callable[[StreamInfo | Item], object],
     ) -> None:
         self.info = StreamInfo()
-        self.items: list[Item] = []
+        self.items = Items()
         self._read, self._size = source.read, source.size
         self._checksum = checksum
         self._accept = accept
         self._limits = limits
-        self._entries = memoryview(b"")  # of the index: as objects, they would take ten times the memory
-        self._after: dict[int, Mark] = {}  # by item number: the first frame after its data that the index knows
+        self._index: _Index
+        self._index_mark: Mark = 0, 0, 0
+        self._passed = 0  # items whose data the account went by, of those with data
         try:
             self._open()
         except WireError as error:
@@ -99,54 +216,90 @@ class Archive:
         """The data frames of an item, each with what `check` says to its header.
 
         `check` is called before the payload is read, and may raise; a payload for which it gives None is passed over.
-        `fetch` reads payloads into memory of the caller. Without the frame that only closes a file.
+        `fetch` reads payloads into memory of the caller. Without the frame that only closes a file. Of an item in a
+        bundle, all of which is read, there is one slice with a header as that of a frame of its own would be.
         """
-        item = self.items[number]
-        if isinstance(item, (AliasItem, ContainerItem)) or number not in self._after:
+        place = self._index.find(number)
+        if place is None:
             return
-        begin = _ENTRY.unpack_from(self._entries, number * _ENTRY.size)[3:]
-        ledger = Ledger.within(self._limits, begin, self.info.align, number, item)
+        beside = self._index.beside(place)
+        pending = self.items.pending(self._index.numbers[beside[0]])
+        ledger = Ledger.within(self._limits, self._index.data(place), self.info.align, pending)
+        name = self.items[number].name
         try:
-            while ledger.pending:
+            while ledger.pending and ledger.pending.number <= number:
                 header, packed, step = self._header(ledger)
                 if step is Step.SKIP:
                     self._payload(ledger, header)
+                elif step is Step.BUNDLE:
+                    yield from self._unbundled(ledger, header, number, beside, check)
+                elif len(beside) > 1:
+                    raise FormatError("the index has a bundle where the stream has none", offset=ledger.offset)
                 elif header.count:
                     checked = check(header)
                     if checked is not None:
-                        payload = self._fetched(ledger, header, item.name, checked, fetch)
-                        yield StoredSlice(header, payload, ledger.offset + HEADER_SIZE + header.pad), checked
+                        payload = self._fetched(ledger, header, name, checked, fetch)
+                        begin = ledger.offset + HEADER_SIZE + header.pad
+                        yield StoredSlice(header, payload, begin, ledger.offset), checked
                 ledger.pass_frame(header, packed, step)
-            self._skip_to(ledger, self._after[number])
+            self._skip_to(ledger, self._after(place))
         except WireError as error:
-            error.item, error.frame, error.offset = item.name, ledger.sequence, error.offset or ledger.offset
+            error.item, error.frame, error.offset = name, ledger.sequence, error.offset or ledger.offset
             raise self._explained(error, until=ledger.offset) from None
 
-    def close(self) -> None:
-        """Let go of the source: no data can be read any more, and to ask for it is a ValueError."""
-        self._entries.release()
+    def is_bundled(self, number: int) -> bool:
+        """Whether an item stands in one frame with others."""
+        place = self._index.find(number)
+        return place is not None and len(self._index.beside(place)) > 1
+
+    def _unbundled(
+        self,
+        ledger: Ledger,
+        header: Header,
+        number: int,
+        beside: range,
+        check: Callable[[Header], CheckedT | None],
+    ) -> Iterator[tuple[StoredSlice, CheckedT]]:
+        """An item of a bundle."""
+        if header.count != len(beside):
+            raise FormatError("the index has other items in a bundle than the stream", offset=ledger.offset)
+        payload = self._payload(ledger, header)
+        at = len(payload)
+        for other, item, part in reversed(ledger.read_bundle(header, payload)):
+            at -= len(part)
+            if other == number:
+                own = header._replace(item=number, count=item.total or 0, length=len(part))
+                checked = check(own)
+                if checked is not None:
+                    yield StoredSlice(own, part, ledger.offset + HEADER_SIZE + at, ledger.offset), checked
+
+    def _after(self, place: int) -> Mark:
+        """The first frame behind the data of an item with data that the index knows."""
+        index = self._index
+        place = index.beside(place)[-1]
+        frame = bisect_right(index.frames, index.sequences[place], key=_sequence)
+        marks = [*index.frames[frame : frame + 1], self._index_mark]
+        if place + 1 < len(index.numbers):
+            marks.append(index.data(place + 1))
+        return min(marks, key=_sequence)
 
     def _open(self) -> None:
-        index, end = self._find_index()
+        end = self._find_index()
         ledger = self._begin(digest=False)  # which takes every header
-        for entry in _ENTRY.iter_unpack(self._entries):
-            if entry[:3] != ledger.mark:
-                self._reach(ledger, entry[:3])
+        for mark in self._index.frames:
+            self._reach(ledger, mark)
             header, packed, step = self._header(ledger)
             if step is not Step.ITEM:
                 raise FormatError("the index points at another frame", offset=ledger.offset)
-            item = self._read_item(ledger, header)
-            if item.total == 0 and entry[3:] != NO_DATA:
-                raise FormatError("the index has data for an item without any", item=item.name, offset=ledger.offset)
+            self.items.add(self._read_items(ledger, header))
             ledger.pass_frame(header, packed, step)
-            self.items.append(item)
-        self._reach(ledger, index)
+        self._reach(ledger, self._index_mark)
         self._skip_to(ledger, end)
         header, _, _ = self._header(ledger)
         ledger.read_end(self._payload(ledger, header))
 
-    def _find_index(self) -> tuple[Mark, Mark]:
-        """Find the entries, and where INDEX and END stand. None of it is verified before the account reaches it."""
+    def _find_index(self) -> Mark:
+        """Find the index, and where END stands. None of it is verified before the account reaches it."""
         offset = max(self._size - HEADER_SIZE - END_SIZE, 0)
         end = self._header_at(offset)
         if end.type != FrameType.END or end.length != END_SIZE:
@@ -156,12 +309,14 @@ class Archive:
         if not where:
             raise SchemaError("the file has no index: it is a recorded stream; read it with load_file")
         index = self._header_at(where)
-        if index.type != FrameType.INDEX or index.length != summary.items * _ENTRY.size:
+        length, data = index.length, summary.items * _MARK.size
+        if index.type != FrameType.INDEX or length < data or length % _MARK.size:
             raise FormatError("no index of all items stands where the end frame says", offset=where)
-        if index.length > self._limits.skippable:
-            raise LimitError("index", self._limits.skippable, index.length, field="skippable", offset=where)
-        self._entries = self._bytes(where + HEADER_SIZE, index.length)
-        return (where, index.sequence, index.link), (offset, end.sequence, end.link)
+        if length > self._limits.skippable:
+            raise LimitError("index", self._limits.skippable, length, field="skippable", offset=where)
+        self._index_mark = where, index.sequence, index.link
+        self._index = _Index(self._bytes(where + HEADER_SIZE, length), summary.items, where)
+        return offset, end.sequence, end.link
 
     def _explained(self, error: WireError, until: int | None = None) -> WireError:
         """The same error, for there is none before it in the stream; raises that otherwise."""
@@ -183,7 +338,7 @@ class Archive:
                     return
                 self._bytes(ledger.offset, header.size, ledger.sequence)
             elif step is Step.ITEM:
-                self._read_item(ledger, header)
+                self._read_items(ledger, header)
             elif step is Step.END:
                 ledger.read_end(self._payload(ledger, header))
             else:
@@ -203,33 +358,29 @@ class Archive:
         ledger.pass_frame(header, packed, step)
         return ledger
 
-    def _read_item(self, ledger: Ledger, header: Header) -> Item:
-        item = ledger.read_item(self._payload(ledger, header))
-        try:
-            self._accept(item)
-        except WireError as error:
-            error.item, error.frame, error.offset = item.name, ledger.sequence, ledger.offset
-            raise
-        return item
+    def _read_items(self, ledger: Ledger, header: Header) -> Described:
+        described = ledger.read_items(self._payload(ledger, header))
+        for number in range(len(described.forms)):
+            item = described[described.numbers.index(number)]
+            try:
+                self._accept(item)
+            except WireError as error:
+                error.item, error.frame, error.offset = item.name, ledger.sequence, ledger.offset
+                raise
+        return described
 
     def _reach(self, ledger: Ledger, mark: Mark) -> None:
         """Go on at the frame at `mark`, beyond the data of items that stands before it."""
-        begin = self._next_data(ledger, mark)
-        while begin is not None:
-            self._skip_to(ledger, begin)
-            number, _ = ledger.pending.popleft()
-            following = self._next_data(ledger, mark)
-            self._after[number] = following or mark
-            ledger.pass_data(following or mark)
-            begin = following
+        index, first = self._index, self._passed
+        if first < len(index.numbers) and index.sequences[first] < mark[1]:
+            self._passed = bisect_left(index.sequences, mark[1], lo=first)
+            self._skip_to(ledger, index.data(first))
+            if not ledger.pending.drop_numbers(index.numbers[first : self._passed]):
+                raise FormatError("the index has data for other items than the stream", offset=ledger.offset)
+            if index.data(self._passed - 1)[0] + HEADER_SIZE > mark[0]:
+                raise FormatError("the index is not in the order of frames", offset=ledger.offset)
+            ledger.pass_data(mark)
         self._skip_to(ledger, mark)
-
-    def _next_data(self, ledger: Ledger, mark: Mark) -> Mark | None:
-        """Where the data of the first pending item begins, if that is before `mark`."""
-        if not ledger.pending:
-            return None
-        entry = _ENTRY.unpack_from(self._entries, ledger.pending[0][0] * _ENTRY.size)
-        return entry[3:] if 0 < entry[4] < mark[1] else None
 
     def _skip_to(self, ledger: Ledger, mark: Mark) -> None:
         """Go on at the frame at `mark`, over skippable ones, which are verified."""
@@ -282,3 +433,7 @@ class Archive:
     def _check_end(self, end: int, frame: int | None) -> None:
         if end > self._size:
             raise TruncatedError("the file ends before the end frame", frame=frame, offset=self._size)
+
+
+def _sequence(mark: Mark) -> int:
+    return mark[1]

@@ -4,7 +4,9 @@ Both are plain little-endian structs under a CRC-32C of their own, which is chec
 """
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 from tensorwire.checksum import Checksum
@@ -35,6 +37,7 @@ class FrameType(IntEnum):
     ITEM = 2
     DATA = 3
     END = 4
+    BUNDLE = 5
     INDEX = 0x81
     TARGET = 0x82
 
@@ -45,10 +48,15 @@ class FrameType(IntEnum):
 
 
 _KNOWN: Final = frozenset(FrameType)
+_ABOUT_ITEMS: Final = frozenset({FrameType.ITEM, FrameType.DATA, FrameType.BUNDLE})
+
+# Of a BUNDLE frame: it must be worth one, and cost little to whoever wants one of its items.
+LEAST_BUNDLED: Final = 2
+MOST_BUNDLED: Final = 64
 
 
 class Header(NamedTuple):
-    """A frame header. Sizes in bytes; `start` and `count` in elements of the item."""
+    """A frame header. Sizes in bytes; `start` and `count` in elements of the item; in a BUNDLE `count` is of items."""
 
     type: int
     pad: int
@@ -126,7 +134,9 @@ def unpack_header(
         raise FormatError("reserved bits of the frame header are not zero", frame=frame, offset=offset)
     if kind < SKIPPABLE and kind not in _KNOWN:
         raise UnsupportedError(f"unknown critical frame type {kind}", frame=frame, offset=offset)
-    if kind != FrameType.DATA and (pad or (item and kind != FrameType.ITEM) or start or count):
+    if kind != FrameType.DATA and (
+        pad or start or (count and kind != FrameType.BUNDLE) or (item and kind not in _ABOUT_ITEMS)
+    ):
         raise FormatError(f"frame type {kind} must leave pad, item, start and count zero", frame=frame, offset=offset)
     return Header(kind, pad, sequence, length, item, link, start, count, payload_crc, crc)
 
@@ -136,6 +146,20 @@ def check_payload(crc: int, header: Header, *, offset: int, item: str | None = N
     if crc != header.payload_crc:
         place = offset + HEADER_SIZE
         raise CorruptError("payload checksum mismatch", frame=header.sequence, item=item, offset=place)
+
+
+def bundle_table(lengths: Sequence[int]) -> bytes:
+    """What stands in a BUNDLE before the payloads of its items: their lengths."""
+    return struct.pack(f"<{len(lengths)}I", *lengths)
+
+
+def split_bundle(payload: memoryview, count: int) -> list[memoryview]:
+    """The payload of each of the `count` items in a BUNDLE. Raises FormatError."""
+    lengths = struct.unpack_from(f"<{count}I", payload)
+    stops = [*accumulate(lengths, initial=4 * count)]
+    if not all(lengths) or stops[-1] != len(payload):
+        raise FormatError("the payloads of a bundle are not those that its table has")
+    return [payload[start:stop] for start, stop in pairwise(stops)]
 
 
 def check_padding(padding: bytes | bytearray | memoryview, header: Header, *, offset: int) -> None:

@@ -1,14 +1,19 @@
-"""The two msgpack payloads: stream metadata and item descriptors (docs/format.md, sections 4 and 5).
+"""The two msgpack payloads: stream metadata and descriptions of items (docs/format.md, sections 4 and 5).
 
 One encoding per value: keys in their fixed order, smallest msgpack forms. `unpack_*` re-encodes what it read and
 compares, so that any other spelling is refused. Holding an item means that it is valid; it has no field that may be
 missing, but for the size of a file that is not known ahead.
+
+Many items are alike but for their place. A frame that describes items says each form once, and of each item its form
+and its path, so that a hundred thousand items are checked as columns and become objects when somebody asks for them.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any, ClassVar, Final
 
@@ -97,6 +102,10 @@ class TensorItem(_Named):
         """Elements that its data frames carry."""
         return prod(self.shape)
 
+    def at(self, path: Path) -> "TensorItem":
+        """The same at another place."""
+        return TensorItem(path, self.dtype, self.shape, self.codec)
+
 
 @dataclass(frozen=True, slots=True)
 class ValueItem(_Named):
@@ -109,6 +118,10 @@ class ValueItem(_Named):
     def total(self) -> int:
         """Bytes that its data frames carry."""
         return self.size
+
+    def at(self, path: Path) -> "ValueItem":
+        """The same at another place."""
+        return ValueItem(path, self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,10 @@ class FileItem(_Named):
         """Bytes that its data frames carry; None: until a closing frame comes."""
         return self.size
 
+    def at(self, path: Path) -> "FileItem":
+        """The same at another place."""
+        return FileItem(path, self.size, self.codec)
+
 
 @dataclass(frozen=True, slots=True)
 class AliasItem(_Named):
@@ -134,6 +151,10 @@ class AliasItem(_Named):
     kind: ClassVar[Kind] = Kind.ALIAS
     total: ClassVar[int] = 0
 
+    def at(self, path: Path) -> "AliasItem":
+        """The same at another place."""
+        return AliasItem(path, self.of)
+
 
 @dataclass(frozen=True, slots=True)
 class ContainerItem(_Named):
@@ -142,23 +163,29 @@ class ContainerItem(_Named):
     kind: Kind
     total: ClassVar[int] = 0
 
+    def at(self, path: Path) -> "ContainerItem":
+        """The same at another place."""
+        return ContainerItem(path, self.kind)
+
 
 Item = TensorItem | ValueItem | FileItem | AliasItem | ContainerItem
 # Items that data frames belong to.
 DataItem = TensorItem | ValueItem | FileItem
 
 _STREAM_KEYS: Final = ("align", "id", "base", "target", "metadata")
-_NAMED: Final = ("kind", "path")
+_ITEM_KEYS: Final = ("forms", "items")
 # By the number on the wire.
 _FIELDS: Final[dict[int, tuple[Kind, tuple[str, ...]]]] = {
-    1: (Kind.TENSOR, (*_NAMED, "dtype", "shape", "codec")),
-    2: (Kind.VALUE, (*_NAMED, "size")),
-    3: (Kind.FILE, (*_NAMED, "size", "codec")),
-    4: (Kind.ALIAS, (*_NAMED, "of")),
-    5: (Kind.DICT, _NAMED),
-    6: (Kind.LIST, _NAMED),
-    7: (Kind.TUPLE, _NAMED),
+    1: (Kind.TENSOR, ("kind", "dtype", "shape", "codec")),
+    2: (Kind.VALUE, ("kind", "size")),
+    3: (Kind.FILE, ("kind", "size", "codec")),
+    4: (Kind.ALIAS, ("kind", "of")),
+    5: (Kind.DICT, ("kind",)),
+    6: (Kind.LIST, ("kind",)),
+    7: (Kind.TUPLE, ("kind",)),
 }
+# Forms and paths of more bytes are described in several frames: with what stands around them, these keep the limit.
+_FULL: Final = 63 << 10
 
 
 def pack_stream(info: StreamInfo, limits: Limits) -> bytes:
@@ -230,61 +257,197 @@ def _is_map(first: bytes) -> bool:
     return b"\x80" <= first <= b"\x8f" or first in (b"\xde", b"\xdf")
 
 
-def pack_item(item: Item, limits: Limits) -> bytes:
-    """The ITEM payload. Raises FormatError or LimitError for what `unpack_item` would refuse."""
-    body: dict[str, Any] = {"kind": int(item.kind), "path": item.path}
+@dataclass(frozen=True)
+class Described:
+    """The items of one ITEM frame, in order.
+
+    `forms`: what they are, as items at the root. `rows`: of each item the number of its form, and the keys of its path.
+    """
+
+    forms: tuple[Item, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        if "items" in self.__dict__:
+            return self.items[index]
+        row = self.rows[index]
+        form: Item = self.forms[row[0]]
+        return form.at(row[1:])
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """The number of each item's form."""
+        return [row[0] for row in self.rows]
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """All of them."""
+        makers = [form.at for form in self.forms]
+        return tuple([makers[row[0]](row[1:]) for row in self.rows])
+
+    def names(self) -> Iterator[str]:
+        """Their names."""
+        return (
+            row[1] if len(row) == 2 and type(row[1]) is str and row[1][:1] not in ("", "/") else name_of(row[1:])
+            for row in self.rows
+        )
+
+    @cached_property
+    def carriers(self) -> Sequence[int]:
+        """The indexes of the items that data frames belong to."""
+        carry = [not isinstance(form, (AliasItem, ContainerItem)) and form.total != 0 for form in self.forms]
+        return range(len(self)) if all(carry) else [at for at, number in enumerate(self.numbers) if carry[number]]
+
+
+class ItemPacker:
+    """Descriptions on their way into ITEM frames, each of as many items as fit."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._forms: dict[Any, int] = {}  # what was packed, by what it was packed from: the same number
+        self._packed: list[bytes] = []
+        self._rows: list[bytes] = []
+        self._size = 0
+
+    def add(self, item: Item) -> bool:
+        """Take an item into the next payload, unless it does not fit there beside others: returns whether it did.
+
+        Raises FormatError naming it for what msgpack has no spelling for.
+        """
+        body = _form_body(item)
+        key = tuple(body.values())
+        number = self._forms.get(key, len(self._packed))
+        try:
+            row = _packed([number, *item.path])
+            form = b"" if number < len(self._packed) else _packed(body)
+        except (OverflowError, UnicodeEncodeError, ValueError) as error:
+            raise FormatError(f"cannot be described: {error}", item=item.name) from None
+        size = self._size + len(row) + len(form)
+        if self._rows and size > _FULL:
+            return False
+        if form:
+            self._packed.append(form)
+            self._forms[key] = number
+        self._rows.append(row)
+        self._size = size
+        return True
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self) -> tuple[bytes, Described]:
+        """The payload of what was added, and how it reads; nothing is left. Raises for what a reader would refuse."""
+        parts = [b"\x82\xa5forms", _array(len(self._packed)), *self._packed]
+        parts += [b"\xa5items", _array(len(self._rows)), *self._rows]
+        self._forms, self._packed, self._rows, self._size = {}, [], [], 0
+        payload = b"".join(parts)
+        return payload, unpack_items(payload, self._limits)
+
+
+def _form_body(item: Item) -> dict[str, Any]:
     match item:
         case TensorItem():
-            body |= {"dtype": item.dtype.number, "shape": item.shape, "codec": item.codec}
+            return {"kind": 1, "dtype": item.dtype.number, "shape": item.shape, "codec": item.codec}
         case ValueItem():
-            body |= {"size": item.size}
+            return {"kind": 2, "size": item.size}
         case FileItem():
-            body |= {"size": item.size, "codec": item.codec}
+            return {"kind": 3, "size": item.size, "codec": item.codec}
         case AliasItem():
-            body |= {"of": item.of}
-    try:
-        payload = _packed(body)
-    except (OverflowError, UnicodeEncodeError, ValueError) as error:
-        raise FormatError(f"cannot be described: {error}", item=item.name) from None
-    unpack_item(payload, limits)
-    return payload
+            return {"kind": 4, "of": item.of}
+    return {"kind": int(item.kind)}
 
 
-def unpack_item(payload: bytes | memoryview, limits: Limits) -> Item:
+def _array(count: int) -> bytes:
+    """The msgpack header of an array."""
+    header: bytes = msgpack.Packer().pack_array_header(count)
+    return header
+
+
+def unpack_items(payload: bytes | memoryview, limits: Limits) -> Described:
     """The validated ITEM payload."""
     if len(payload) > limits.descriptor:
-        raise LimitError("item descriptor", limits.descriptor, len(payload), field="descriptor")
-    body = _unpack_map(payload, "item descriptor")
+        raise LimitError("item descriptors", limits.descriptor, len(payload), field="descriptor")
+    body = _unpack_map(payload, "a description of items")
+    if tuple(body) != _ITEM_KEYS:
+        _check_known(body, _ITEM_KEYS, "a description of items")
+        raise FormatError("a description of items has wrong keys")
+    forms, rows = body["forms"], body["items"]
+    _check(
+        type(forms) is tuple and type(rows) is tuple and len(rows) > 0,
+        "forms and items must be arrays, of one item at least",
+    )
+    _check({*map(type, rows)} == {tuple} and min(map(len, rows)) > 0, "an item must be an array: its form and its path")
+    _check_keys(rows, limits)
+    numbers = [row[0] for row in rows]
+    # The order is that of their first use, so that there is one spelling.
+    _check([*dict.fromkeys(numbers)] == [*range(len(forms))], "forms are not those of the items, in their order")
+    _check(len({*map(_packed, forms)}) == len(forms), "a form appears twice")
+    described = Described(tuple(_forms(forms, rows, numbers, limits)), rows)
+    described.__dict__["numbers"] = numbers
+    return described
+
+
+def _forms(forms: list[Any], rows: tuple[tuple[Any, ...], ...], numbers: list[int], limits: Limits) -> Iterator[Item]:
+    for number, form in enumerate(forms):
+        try:
+            yield _form(form, limits)
+        except WireError as error:
+            error.item = name_of(rows[numbers.index(number)][1:])
+            raise
+
+
+def _form(body: Any, limits: Limits) -> Item:
+    _check(type(body) is dict, "a form must be a map")
     number = body.get("kind")
-    _check(_is_int(number), "item descriptor without a kind")
+    _check(_is_int(number), "a form without a kind")
     if number not in _FIELDS:
         raise UnsupportedError(f"unknown item kind {number}")
     kind, fields = _FIELDS[number]
     if tuple(body) != fields:
-        _check_known(body, fields, f"item descriptor of a {kind.name.lower()}")
-        raise FormatError(f"item descriptor of a {kind.name.lower()} has wrong keys")
-    path = _path(body["path"], limits)
+        _check_known(body, fields, f"the form of a {kind.name.lower()}")
+        raise FormatError(f"the form of a {kind.name.lower()} has wrong keys")
     if kind == Kind.TENSOR:
         dtype, shape = _tensor(body["dtype"], body["shape"], limits)
-        return TensorItem(path, dtype, shape, _codec(body["codec"]))
+        return TensorItem((), dtype, shape, _codec(body["codec"]))
     if kind == Kind.VALUE:
-        return ValueItem(path, _size(body["size"], "value", limits.value))
+        return ValueItem((), _size(body["size"], "value", limits.value))
     if kind == Kind.FILE:
         size = None if body["size"] is None else _size(body["size"], "file", limits.stream)
-        return FileItem(path, size, _codec(body["codec"]))
+        return FileItem((), size, _codec(body["codec"]))
     if kind == Kind.ALIAS:
         _check(_is_int(body["of"]) and body["of"] >= 0, "an alias must name an earlier item")
-        return AliasItem(path, body["of"])
-    return ContainerItem(path, kind)
+        return AliasItem((), body["of"])
+    return ContainerItem((), kind)
 
 
-def _path(keys: Any, limits: Limits) -> Path:
-    _check(type(keys) is list, "path must be an array")
-    if len(keys) > limits.nesting:
-        raise LimitError("nesting", limits.nesting, len(keys))
-    for key in keys:
-        check_key(key, limits)
-    return tuple(keys)
+def _check_keys(rows: tuple[tuple[Any, ...], ...], limits: Limits) -> None:
+    """Raise unless each row is a number and a path within the limits, naming the item."""
+    if max(map(len, rows)) <= limits.nesting + 1 and _are_keys([*chain.from_iterable(rows)], limits):
+        return  # what the loop below says of them, in a tenth of the time
+    for number, *path in rows:
+        try:
+            if len(path) > limits.nesting:
+                raise LimitError("nesting", limits.nesting, len(path))
+            _check(_is_int(number), "the form of an item must be a number")
+            for key in path:
+                check_key(key, limits)
+        except WireError as error:
+            error.item = name_of(tuple(path))
+            raise
+
+
+def _are_keys(values: list[Any], limits: Limits) -> bool:
+    """Whether `check_key` surely takes all of these."""
+    texts = [value for value in values if type(value) is str]
+    ints = [value for value in values if type(value) is int]
+    if len(texts) + len(ints) < len(values) or max(map(abs, ints), default=0) > MAX_INT_KEY:
+        return False
+    if max(map(len, texts), default=0) > limits.name // 4:  # a character takes 4 bytes at most
+        return False
+    return _FORBIDDEN.search("".join(texts)) is None
 
 
 def check_key(key: Any, limits: Limits) -> None:
@@ -304,7 +467,7 @@ def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, .
     if number not in dtypes.BY_NUMBER:
         raise UnsupportedError(f"unknown dtype number {number}")
     dtype = dtypes.BY_NUMBER[number]
-    _check(type(dims) is list, "shape must be an array")
+    _check(type(dims) is tuple, "shape must be an array")
     size = dtype.itemsize
     for dim in dims:
         if type(dim) is not int or dim < 0:
@@ -315,18 +478,18 @@ def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, .
     if len(dims) > limits.ndim:
         raise LimitError("ndim", limits.ndim, len(dims))
     _size(size, "item", limits.item)
-    return dtype, tuple(dims)
+    return dtype, dims
 
 
 def _codec(stages: Any) -> CodecSpec:
-    _check(type(stages) is list and 1 <= len(stages) <= _MAX_STAGES, "codec must be 1 to 8 stages")
+    _check(type(stages) is tuple and 1 <= len(stages) <= _MAX_STAGES, "codec must be 1 to 8 stages")
     wrong = "a codec stage must be an id and up to 8 unsigned parameters"
     for stage in stages:
-        _check(type(stage) is list and 1 <= len(stage) <= 1 + _MAX_PARAMETERS, wrong)
+        _check(type(stage) is tuple and 1 <= len(stage) <= 1 + _MAX_PARAMETERS, wrong)
         for parameter in stage:
             if type(parameter) is not int or not 0 <= parameter <= _MAX_UINT64:
                 raise FormatError(wrong)
-    return tuple(map(tuple, stages))
+    return stages  # type: ignore[no-any-return]  # which has just been checked
 
 
 def _size(value: Any, what: str, limit: int) -> int:
@@ -343,7 +506,7 @@ def _packed(body: Any) -> bytes:
 
 def _unpack_map(payload: bytes | memoryview, what: str) -> dict[Any, Any]:
     try:
-        body = msgpack.unpackb(payload, strict_map_key=True)
+        body = msgpack.unpackb(payload, use_list=False, strict_map_key=True)
         canonical = _packed(body) == payload
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise FormatError(f"{what} is not msgpack: {show(str(error))}") from None

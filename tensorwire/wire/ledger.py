@@ -8,22 +8,34 @@ beside it.
 import hashlib
 import struct
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
-from typing import Final
+from itertools import groupby
+from typing import Any, Final
 
 from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError, WireError
 from tensorwire.limits import Limits
-from tensorwire.wire.frames import HEADER_SIZE, PREAMBLE_SIZE, SKIPPABLE, FrameType, Header
+from tensorwire.wire.frames import (
+    HEADER_SIZE,
+    LEAST_BUNDLED,
+    MOST_BUNDLED,
+    PREAMBLE_SIZE,
+    SKIPPABLE,
+    FrameType,
+    Header,
+    split_bundle,
+)
 from tensorwire.wire.items import (
     AliasItem,
     ContainerItem,
     DataItem,
+    Described,
     Item,
     Kind,
     StreamInfo,
     TensorItem,
-    unpack_item,
+    unpack_items,
     unpack_stream,
 )
 from tensorwire.wire.names import Key, Path
@@ -49,6 +61,7 @@ class Step(IntEnum):
     ITEM = auto()
     SLICE = auto()  # a data frame after which its item goes on
     LAST = auto()  # a data frame that completes its item
+    BUNDLE = auto()  # the whole data of several items
     SKIP = auto()
     END = auto()
 
@@ -59,6 +72,7 @@ TRANSITIONS: Final[dict[State, dict[Step, State]]] = {
         Step.ITEM: State.READY,
         Step.SLICE: State.PARTIAL,
         Step.LAST: State.READY,
+        Step.BUNDLE: State.READY,
         Step.SKIP: State.READY,
         Step.END: State.ENDED,
     },
@@ -76,6 +90,7 @@ Mark = tuple[int, int, int]
 _STEPS: Final[dict[int, Step]] = {
     FrameType.STREAM: Step.STREAM,
     FrameType.ITEM: Step.ITEM,
+    FrameType.BUNDLE: Step.BUNDLE,
     FrameType.END: Step.END,
 }
 
@@ -128,7 +143,7 @@ class Ledger:
         self.align = 1
         self.items = 0
         self.position = 0  # elements of the current item that have passed
-        self.pending: deque[tuple[int, DataItem]] = deque()  # items whose data is still to come, in order
+        self.pending = Pending()
         self._index_offset = 0
         # None: not every frame will be seen.
         self._digest = None if preamble is None else hashlib.sha256(preamble)
@@ -136,12 +151,12 @@ class Ledger:
         self._is_tensor = bytearray()  # by item number
 
     @classmethod
-    def within(cls, limits: Limits, mark: Mark, align: int, number: int, item: DataItem) -> "Ledger":
-        """The account of one item's data alone, whose first frame is at `mark`."""
+    def within(cls, limits: Limits, mark: Mark, align: int, pending: "Pending") -> "Ledger":
+        """The account from the frame at `mark` on, the first one of the data of the first item of `pending`."""
         ledger = cls(limits, None, 0)
-        ledger.state, ledger.align = State.PARTIAL, align
+        ledger.state, ledger.align = State.READY, align
         ledger.offset, ledger.sequence, ledger.link = mark
-        ledger.pending.append((number, item))
+        ledger.pending = pending
         return ledger
 
     @property
@@ -166,6 +181,8 @@ class Ledger:
             raise SequenceError(f"a {name} frame cannot come here ({self.state.name.lower()})", **self._where())
         if header.type == FrameType.DATA:
             self._admit_slice(header)
+        elif header.type == FrameType.BUNDLE:
+            self._admit_bundle(header)
         elif header.type == FrameType.ITEM:
             if header.item != self.items:
                 raise SequenceError(f"expected item {self.items}, got {header.item}", **self._where())
@@ -175,7 +192,7 @@ class Ledger:
         return step
 
     def _admit_slice(self, header: Header) -> None:
-        number, item = self.pending[0]
+        number, item = self.pending.head
         total = item.total
         if header.item != number:
             raise SequenceError(f"expected data of item {number}, got item {header.item}", **self._where())
@@ -193,10 +210,26 @@ class Ledger:
             detail = f"padding is {header.pad}, must be {self.padding()}"
             raise FormatError(detail, item=item.name, **self._where())
 
+    def _admit_bundle(self, header: Header) -> None:
+        if not self.pending:
+            raise SequenceError("data without an item", **self._where())
+        if header.item != self.pending.number:
+            detail = f"expected data of item {self.pending.number}, got a bundle from item {header.item} on"
+            raise SequenceError(detail, **self._where())
+        if not LEAST_BUNDLED <= header.count <= MOST_BUNDLED:
+            raise FormatError(f"a bundle of {header.count} items", **self._where())
+        forms = self.pending.forms(header.count)
+        if len(forms) < header.count:
+            raise SequenceError(f"a bundle of {header.count} items, {len(forms)} are still to come", **self._where())
+        if any(form.total is None for form in forms):
+            raise FormatError("a file of unknown size in a bundle", **self._where())
+        if header.length <= 4 * header.count:
+            raise FormatError("empty bundle", **self._where())
+
     def _admit_end(self, header: Header) -> None:
         if self.pending:
             detail = "end frame before the data of all items"
-            raise SequenceError(detail, item=self.pending[0][1].name, **self._where())
+            raise SequenceError(detail, item=self.pending.head[1].name, **self._where())
         if not self.items:
             raise SequenceError("end frame before the root item", **self._where())
         if header.length != END_SIZE:
@@ -211,13 +244,15 @@ class Ledger:
             raise LimitError("stream", limits.stream, size, field="stream", **self._where())
         if header.type == FrameType.DATA:
             name, limit = "item", limits.item
-            if header.start + header.count > limits.stream and self.pending[0][1].total is None:
+            if header.start + header.count > limits.stream and self.pending.head[1].total is None:
                 got = header.start + header.count
                 raise LimitError("file", limits.stream, got, field="stream", **self._where())
         elif header.type == FrameType.ITEM:
             name, limit = "descriptor", limits.descriptor
             if self.items == limits.items:
                 raise LimitError("items", limits.items, self.items + 1, field="items", **self._where())
+        elif header.type == FrameType.BUNDLE:
+            name, limit = "frame", limits.frame
         elif header.type == FrameType.STREAM:
             name, limit = "metadata", limits.metadata
         elif header.type >= SKIPPABLE:
@@ -233,7 +268,7 @@ class Ledger:
             return Step.SKIP if header.type >= SKIPPABLE else _STEPS[header.type]
         if not self.pending:
             raise SequenceError("data without an item", **self._where())
-        total = self.pending[0][1].total
+        total = self.pending.head[1].total
         last = header.count == 0 if total is None else header.start + header.count == total
         return Step.LAST if last else Step.SLICE
 
@@ -247,15 +282,25 @@ class Ledger:
         self.align = info.align
         return info
 
-    def read_item(self, payload: bytes | memoryview) -> Item:
+    def read_items(self, payload: bytes | memoryview) -> Described:
         """What the verified payload of an admitted ITEM frame says, taken note of."""
         try:
-            item = unpack_item(payload, self.limits)
-            self.add_item(item)
+            described = unpack_items(payload, self.limits)
+            self.add_items(described)
         except WireError as error:
             error.frame, error.offset = self.sequence, self.offset
             raise
-        return item
+        return described
+
+    def read_bundle(self, header: Header, payload: memoryview) -> list[tuple[int, DataItem, memoryview]]:
+        """The items that an admitted BUNDLE frame carries, by number, and of each its verified payload."""
+        try:
+            parts = split_bundle(payload, header.count)
+        except WireError as error:
+            error.frame, error.offset = self.sequence, self.offset
+            raise
+        items = self.pending.first(header.count)
+        return [(number, item, part) for (number, item), part in zip(items, parts, strict=True)]
 
     def read_end(self, payload: bytes | memoryview) -> Summary:
         """What the verified payload of an admitted END frame says, compared with the account."""
@@ -263,19 +308,30 @@ class Ledger:
         self._check_summary(summary)
         return summary
 
-    def add_item(self, item: Item) -> None:
-        """Take note of the item that the current ITEM frame describes. Raises where it cannot stand here."""
-        self._tree.add(item)
-        total = item.total
-        if isinstance(item, AliasItem):
-            # So that a receiver knows all names of a tensor when it arrives, and need not keep it for later ones.
-            waiting = self.pending and self.pending[0][0] <= item.of < self.items and self._is_tensor[item.of]
-            if not waiting:
-                raise FormatError(f"alias of item {item.of}, not an earlier tensor still to come", item=item.name)
-        elif not isinstance(item, ContainerItem) and total != 0:
-            self.pending.append((self.items, item))
-        self._is_tensor.append(isinstance(item, TensorItem) and total != 0)
-        self.items += 1
+    def add_items(self, described: Described) -> None:
+        """Take note of what the current ITEM frame describes. Raises where an item cannot stand here."""
+        first = self.items
+        if first + len(described) > self.limits.items:
+            raise LimitError("items", self.limits.items, first + len(described), field="items", **self._where())
+        self._tree.add(described)
+        self.pending.add(first, described)
+        tensors = [isinstance(form, TensorItem) and form.total != 0 for form in described.forms]
+        self._is_tensor += bytes([tensors[number] for number in described.numbers])
+        self.items += len(described)
+        if any(isinstance(form, AliasItem) for form in described.forms):
+            self._check_aliases(first, described)
+
+    def _check_aliases(self, first: int, described: Described) -> None:
+        """Raise for one of what is no earlier tensor that is still to come.
+
+        So that a receiver knows all names of a tensor when it arrives, and need not keep it for later ones.
+        """
+        waiting = self.pending.number if self.pending else self.items
+        for at, number in enumerate(described.numbers):
+            form = described.forms[number]
+            if isinstance(form, AliasItem) and not (waiting <= form.of < first + at and self._is_tensor[form.of]):
+                detail = f"alias of item {form.of}, not an earlier tensor still to come"
+                raise FormatError(detail, item=described[at].name)
 
     def pass_frame(self, header: Header, packed: bytes | bytearray | memoryview, step: Step) -> None:
         """Enter an admitted and verified frame into the account. `step` is what `admit` said."""
@@ -283,8 +339,10 @@ class Ledger:
         if step is Step.SLICE:
             self.position += header.count
         elif step is Step.LAST:
-            self.pending.popleft()
+            self.pending.drop(1)
             self.position = 0
+        elif step is Step.BUNDLE:
+            self.pending.drop(header.count)
         elif step is Step.SKIP and header.type == FrameType.INDEX:
             self._index_offset = self.offset
         if self._digest is not None:
@@ -318,34 +376,139 @@ class Ledger:
         return {"frame": self.sequence, "offset": self.offset}
 
 
+class Pending:
+    """Items whose data is still to come, in order. They become objects one at a time: an archive needs few of them."""
+
+    __slots__ = ("_at", "_head", "_runs")
+
+    def __init__(self) -> None:
+        # Those of one ITEM frame: the number of its first item, the frame, and the indexes of those with data,
+        self._runs: deque[tuple[int, Described, Sequence[int]]] = deque()
+        self._at = 0  # of which so many of the first run are done.
+        self._head: tuple[int, DataItem] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    @property
+    def number(self) -> int:
+        """The number of the first of them."""
+        first, _, indexes = self._runs[0]
+        return first + indexes[self._at]
+
+    @property
+    def head(self) -> tuple[int, DataItem]:
+        """The number of the first of them, and the item itself."""
+        if self._head is None:
+            first, described, indexes = self._runs[0]
+            index = indexes[self._at]
+            self._head = first + index, described[index]  # type: ignore[assignment]  # it has data
+        return self._head  # type: ignore[return-value]  # which has just been made
+
+    def add(self, first: int, described: Described) -> None:
+        """Those of an ITEM frame whose first item has this number."""
+        indexes = described.carriers
+        if indexes:
+            self._runs.append((first, described, indexes))
+
+    def first(self, count: int) -> list[tuple[int, DataItem]]:
+        """The first ones and their numbers, `count` of them or all that there are."""
+        return [(number, described[index]) for number, described, index in self._first(count)]  # type: ignore[misc]
+
+    def forms(self, count: int) -> list[Item]:
+        """The forms of the same."""
+        return [described.forms[described.numbers[index]] for _, described, index in self._first(count)]
+
+    def _first(self, count: int) -> Iterator[tuple[int, Described, int]]:
+        at = self._at
+        for first, described, indexes in self._runs:
+            part = indexes[at : at + count]
+            for index in part:
+                yield first + index, described, index
+            count, at = count - len(part), 0
+            if not count:
+                return
+
+    def drop(self, count: int) -> None:
+        """Be done with the first ones."""
+        self._head = None
+        while count:
+            step = min(count, len(self._runs[0][2]) - self._at)
+            self._at += step
+            count -= step
+            if self._at == len(self._runs[0][2]):
+                self._runs.popleft()
+                self._at = 0
+
+    def drop_numbers(self, numbers: Sequence[int]) -> bool:
+        """Be done with the first ones, if they have these numbers; returns whether they have."""
+        done = 0
+        while self._runs and done < len(numbers):
+            first, _, indexes = self._runs[0]
+            here = [first + index for index in indexes[self._at : self._at + len(numbers) - done]]
+            if here != [*numbers[done : done + len(here)]]:
+                return False
+            self.drop(len(here))
+            done += len(here)
+        return done == len(numbers)
+
+
+class _Open:
+    """A container whose children may follow: so many have come, in a dict with these keys."""
+
+    __slots__ = ("count", "keys", "kind", "path")
+
+    def __init__(self, path: Path, kind: Kind) -> None:
+        self.path = path
+        self.kind = kind
+        self.count = 0
+        self.keys: set[Key] = set()
+
+
 class _Tree:
     """The containers that are open: items come depth-first, parents before children, siblings in order."""
 
     __slots__ = ("_open", "_started")
 
     def __init__(self) -> None:
-        self._open: list[tuple[Path, Kind, set[Key]]] = []
+        self._open: list[_Open] = []
         self._started = False
 
-    def add(self, item: Item) -> None:
-        if item.path:
-            self._add_child(item)
-        elif self._started:
-            raise FormatError("a second root item")
-        self._started = True
-        if isinstance(item, ContainerItem):
-            self._open.append((item.path, item.kind, set()))
+    def add(self, described: Described) -> None:
+        """The items of a frame, those that stand together in one container at once."""
+        at = 0
+        for parent, rows in groupby(described.rows, _parent):
+            siblings = [*rows]
+            if parent is not None:
+                self._add_children(parent, [row[-1] for row in siblings], described, at)
+            elif self._started or len(siblings) > 1:
+                raise FormatError("a second root item")
+            self._started = True
+            at += len(siblings)
+            form = described.forms[siblings[-1][0]]  # the others, where they are containers, are closed already
+            if isinstance(form, ContainerItem):
+                self._open.append(_Open(siblings[-1][1:], form.kind))
 
-    def _add_child(self, item: Item) -> None:
-        parent, key = item.path[:-1], item.path[-1]
-        while self._open and self._open[-1][0] != parent:
+    def _add_children(self, parent: Path, keys: list[Key], described: Described, at: int) -> None:
+        while self._open and self._open[-1].path != parent:
             self._open.pop()
         if not self._open:
-            raise FormatError("an item outside any open container", item=item.name)
-        _, kind, keys = self._open[-1]
-        if kind == Kind.DICT:
-            if key in keys:
-                raise FormatError("a key of a container appears twice", item=item.name)
-        elif type(key) is not int or key != len(keys):
-            raise FormatError(f"expected element {len(keys)} of a {kind.name.lower()}", item=item.name)
-        keys.add(key)
+            raise FormatError("an item outside any open container", item=described[at].name)
+        container = self._open[-1]
+        if container.kind != Kind.DICT:
+            kind = container.kind.name.lower()
+            for place, key in enumerate(keys, container.count):
+                if type(key) is not int or key != place:
+                    name = described[at + place - container.count].name
+                    raise FormatError(f"expected element {place} of a {kind}", item=name)
+        elif len({*keys}) == len(keys) and container.keys.isdisjoint(keys):
+            container.keys.update(keys)
+        else:
+            twice = next(place for place, key in enumerate(keys) if key in container.keys or key in keys[:place])
+            raise FormatError("a key of a container appears twice", item=described[at + twice].name)
+        container.count += len(keys)
+
+
+def _parent(row: tuple[Any, ...]) -> Path | None:
+    """The path of the container that an item stands in; None of the root."""
+    return row[1:-1] if len(row) > 1 else None

@@ -62,11 +62,11 @@ class StreamStart(NamedTuple):
     info: StreamInfo
 
 
-class ItemStart(NamedTuple):
-    """An item was described; its data follows later unless `item.total` is 0."""
+class ItemsStart(NamedTuple):
+    """Items were described, the first of which has this number; data follows later for each whose `total` is not 0."""
 
     number: int
-    item: Item
+    items: tuple[Item, ...]
 
 
 class SliceStart(NamedTuple):
@@ -102,6 +102,12 @@ class Slice(NamedTuple):
     last: bool
 
 
+class Bundle(NamedTuple):
+    """A verified frame with the whole data of several items: a slice of each, valid until the next `next_event`."""
+
+    slices: list[Slice]
+
+
 class Skipped(NamedTuple):
     """A skippable frame, the index or one of a type that this version does not know, was verified and dropped."""
 
@@ -115,7 +121,7 @@ class StreamEnd(NamedTuple):
     summary: Summary
 
 
-Event = StreamStart | ItemStart | SliceStart | SlicePart | Slice | Skipped | StreamEnd
+Event = StreamStart | ItemsStart | SliceStart | SlicePart | Slice | Bundle | Skipped | StreamEnd
 
 
 class Reader:
@@ -237,7 +243,7 @@ class Reader:
             yield event
 
     def _read_slice(self, ledger: Ledger, header: Header, *, last: bool) -> Generator[Event | NeedData, None, Event]:
-        number, item = ledger.pending[0]
+        number, item = ledger.pending.head
         self._destination = _UNDIRECTED
         yield SliceStart(number, item, header.start, header.count, header.length)
         destination, anywhere = self._directed(header.length)
@@ -264,12 +270,16 @@ class Reader:
         if header.type >= SKIPPABLE:
             yield from self._skip(ledger, header)
             return Skipped(header.type, header.length)
-        payload = bytes((yield from self._buffer(header.length)))
-        check_payload(self._checksum(payload, 0), header, offset=ledger.offset)
+        buffer = yield from self._buffer(header.length)
+        check_payload(self._checksum(buffer, 0), header, offset=ledger.offset)
+        if header.type == FrameType.BUNDLE:
+            parts = ledger.read_bundle(header, buffer)
+            return Bundle([Slice(number, item, 0, item.total or 0, part, True) for number, item, part in parts])
+        payload = bytes(buffer)
         if header.type == FrameType.STREAM:
             return StreamStart(ledger.read_stream(payload))
         if header.type == FrameType.ITEM:
-            return ItemStart(header.item, ledger.read_item(payload))
+            return ItemsStart(header.item, ledger.read_items(payload).items)
         summary = ledger.read_end(payload)
         self.ended = True
         return StreamEnd(summary)

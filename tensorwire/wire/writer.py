@@ -1,11 +1,13 @@
 """Events in, bytes out. A payload never passes through here: only its length and checksum do."""
 
+from collections.abc import Iterable, Iterator
+
 from tensorwire.checksum import Checksum
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.wire.archive import NO_DATA, pack_index
+from tensorwire.wire.archive import IndexPacker
 from tensorwire.wire.frames import HEADER_SIZE, FrameType, pack_header, pack_preamble
-from tensorwire.wire.items import Item, StreamInfo, pack_item, pack_stream
-from tensorwire.wire.ledger import Ledger, Mark
+from tensorwire.wire.items import Described, Item, ItemPacker, StreamInfo, pack_stream
+from tensorwire.wire.ledger import Ledger
 
 
 class Writer:
@@ -20,7 +22,7 @@ class Writer:
         preamble = pack_preamble(checksum)
         self._preamble = preamble
         self._ledger = Ledger(limits, preamble, int.from_bytes(preamble[-4:], "little"))
-        self._entries: list[tuple[Mark, Mark]] | None = [] if index else None  # as `pack_index` takes them
+        self._index = IndexPacker() if index else None
 
     @property
     def offset(self) -> int:
@@ -33,13 +35,25 @@ class Writer:
         self._ledger.align = info.align
         return self._preamble + frame
 
-    def item(self, item: Item) -> bytes:
-        """An ITEM frame; the item's data follows in the order in which items were described."""
-        payload = pack_item(item, self._limits)
-        ledger = self._ledger
-        if self._entries is not None:
-            self._entries.append((ledger.mark, NO_DATA))
-        return self._message(FrameType.ITEM, payload, item=item)
+    def items(self, items: Iterable[Item]) -> Iterator[bytes]:
+        """ITEM frames, as few as hold them; the items' data follows in the order in which they were described.
+
+        Raises a WireError that names the item for what a reader would refuse.
+        """
+        packer = ItemPacker(self._limits)
+        for item in items:
+            if not packer.add(item):
+                yield self._described(*packer.take())
+                packer.add(item)
+        if packer:
+            yield self._described(*packer.take())
+
+    def _described(self, payload: bytes, described: Described) -> bytes:
+        mark = self._ledger.mark
+        frame = self._message(FrameType.ITEM, payload, described)
+        if self._index is not None:
+            self._index.add_items(mark, len(described))
+        return frame
 
     def data(self, start: int, count: int, length: int, crc: int) -> bytes:
         """Header and padding of a DATA frame of the current item: `count` elements from `start`.
@@ -48,7 +62,7 @@ class Writer:
         """
         ledger = self._ledger
         pad = ledger.padding()
-        number = ledger.pending[0][0] if ledger.pending else 0
+        number = ledger.pending.number if ledger.pending else 0
         packed, header = pack_header(
             self._checksum,
             type=FrameType.DATA,
@@ -62,10 +76,31 @@ class Writer:
             pad=pad,
         )
         step = ledger.admit(header)
-        if self._entries is not None and start == 0:
-            self._entries[number] = self._entries[number][0], ledger.mark
+        if self._index is not None and start == 0:
+            self._index.add_data(number, ledger.mark)
         ledger.pass_frame(header, packed, step)
         return packed + bytes(pad)
+
+    def bundle(self, count: int, length: int, crc: int) -> bytes:
+        """Header of a BUNDLE frame of the next `count` items, whose payload has `length` bytes and this CRC-32C."""
+        ledger = self._ledger
+        numbers = [number for number, _ in ledger.pending.first(count)]
+        packed, header = pack_header(
+            self._checksum,
+            type=FrameType.BUNDLE,
+            sequence=ledger.sequence,
+            length=length,
+            link=ledger.link,
+            payload_crc=crc,
+            item=numbers[0] if numbers else 0,
+            count=count,
+        )
+        step = ledger.admit(header)
+        if self._index is not None:
+            for number in numbers:
+                self._index.add_data(number, ledger.mark)
+        ledger.pass_frame(header, packed, step)
+        return packed
 
     def data_header_size(self) -> int:
         """Bytes that `data` will give for the next frame."""
@@ -74,11 +109,11 @@ class Writer:
     def end(self) -> bytes:
         """The INDEX frame where asked for, and the END frame."""
         index = b""
-        if self._entries is not None:
-            index = self._message(FrameType.INDEX, pack_index(self._entries))
+        if self._index is not None:
+            index = self._message(FrameType.INDEX, self._index.pack())
         return index + self._message(FrameType.END, self._ledger.summary().pack())
 
-    def _message(self, kind: FrameType, payload: bytes, item: Item | None = None) -> bytes:
+    def _message(self, kind: FrameType, payload: bytes, described: Described | None = None) -> bytes:
         ledger = self._ledger
         packed, header = pack_header(
             self._checksum,
@@ -87,10 +122,10 @@ class Writer:
             length=len(payload),
             link=ledger.link,
             payload_crc=self._checksum(payload, 0),
-            item=ledger.items if item is not None else 0,
+            item=ledger.items if described is not None else 0,
         )
         step = ledger.admit(header)
-        if item is not None:
-            ledger.add_item(item)
+        if described is not None:
+            ledger.add_items(described)
         ledger.pass_frame(header, packed, step)
         return packed + payload

@@ -96,7 +96,7 @@ def mutate(frames: list[Frame], spread: random.Random, change: Change | None = N
         frames[at], frames[other] = frames[other], frame
         return frames
     elif kind < 0.85:
-        mutants = [Frame(spread.choice((0x80, 0x81, 0xFF, 5)), spread.randbytes(spread.randrange(4))), frame]
+        mutants = [Frame(spread.choice((0x80, 0x81, 0xFF, 5, 6)), spread.randbytes(spread.randrange(4))), frame]
     else:
         field = spread.choice(FIELDS)
         value = (

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from frames import DATA, INDEX, ITEM, STREAM, Frame, assemble, cut, end, preamble
+from frames import BUNDLE, DATA, INDEX, ITEM, STREAM, Frame, assemble, cut, end, preamble
 from msgpack import packb
 
 __all__ = ["BAD"]
@@ -23,7 +23,16 @@ START = Frame(STREAM, packb({"align": 1}))
 
 
 def item(number: int, kind: int, path: list, **fields: Any) -> Frame:
-    return Frame(ITEM, packb({"kind": kind, "path": path, **fields}), number)
+    return items(number, [{"kind": kind, **fields}], [[0, *path]])
+
+
+def items(number: int, forms: Any, rows: Any) -> Frame:
+    return Frame(ITEM, packb({"forms": forms, "items": rows}), number)
+
+
+def bare(path: bytes) -> Frame:
+    """A dict item whose row, of a form number and keys, is spelled like this."""
+    return Frame(ITEM, b"\x82\xa5forms\x91\x81\xa4kind\x05\xa5items\x91" + path, 1)
 
 
 def tensor(number: int, path: list, shape: Any = (3,), dtype: Any = UINT8, codec: Any = ((RAW,),)) -> Frame:
@@ -32,6 +41,12 @@ def tensor(number: int, path: list, shape: Any = (3,), dtype: Any = UINT8, codec
 
 def data(number: int, payload: bytes, count: int | None = None, start: int = 0) -> Frame:
     return Frame(DATA, payload, number, start, len(payload) if count is None else count)
+
+
+def bundle(first: int, payloads: list[bytes], lengths: list[int] | None = None) -> Frame:
+    table = [len(payload) for payload in payloads] if lengths is None else lengths
+    packed = struct.pack(f"<{len(table)}I", *table) + b"".join(payloads)
+    return Frame(BUNDLE, packed, first, 0, len(payloads))
 
 
 def bad(name: str, error: str, says: str, stream: Any) -> None:
@@ -47,6 +62,7 @@ def bad(name: str, error: str, says: str, stream: Any) -> None:
     BAD[name] = (error, says, recipe)
 
 
+TENSOR_FORM = {"kind": TENSOR, "dtype": UINT8, "shape": [3], "codec": [[RAW]]}
 ROOT = item(0, DICT, [])
 ITEM_A, DATA_A = tensor(1, ["a"]), data(1, b"abc")
 GOOD = (START, ROOT, ITEM_A, DATA_A, end())
@@ -156,7 +172,7 @@ bad(
     "padding is 1,",
     (START, ROOT, ITEM_A, Frame(DATA, b"abc", 1, 0, 3, b"\0")),
 )
-bad("pad-not-zero", "FormatError", "not zero", lambda layout: aligned(bytes(51) + b"\1", layout))
+bad("pad-not-zero", "FormatError", "not zero", lambda layout: aligned(bytes(29) + b"\1", layout))
 
 # ----------------------------------------------------------------------------------------------- STREAM payload
 for name, says, payload in (
@@ -197,18 +213,87 @@ for name, key in (
 AGAINST = Frame(STREAM, packb({"align": 1, "base": bytes(range(32))}))
 bad("stream-base", "SchemaError", "against version 000102", (AGAINST, *GOOD[1:]))
 
+# ----------------------------------------------------------------------------------------------------- Bundles
+TWO = items(1, [TENSOR_FORM], [[0, "a"], [0, "b"]])
+PAIR = bundle(1, [b"abc", b"def"])
+for name, error, says, frames in (
+    ("first", "SequenceError", "without an item", (bundle(0, [b"a", b"b"]),)),
+    ("of-another", "SequenceError", "expected data of item 1", (TWO, bundle(2, [b"abc", b"def"]))),
+    ("of-a-container", "SequenceError", "expected data of item 1", (TWO, bundle(0, [b"abc", b"def"]))),
+    ("of-too-many", "SequenceError", "2 are still to come", (TWO, bundle(1, [b"abc"] * 3))),
+    ("within-item", "SequenceError", "BUNDLE frame cannot", (TWO, data(1, b"a"), bundle(1, [b"bc", b"def"]))),
+    ("twice", "SequenceError", "without an item", (TWO, PAIR, PAIR)),
+    ("of-none", "FormatError", "bundle of 0 items", (TWO, bundle(1, []))),
+    ("of-one", "FormatError", "bundle of 1 items", (TWO, bundle(1, [b"abc"]))),
+    ("of-65", "FormatError", "bundle of 65 items", (TWO, bundle(1, [b"abc"] * 65))),
+    ("of-2-64", "FormatError", "a bundle of", (TWO, PAIR.having(count=(1 << 64) - 1))),
+    ("with-start", "FormatError", "must leave", (TWO, PAIR.having(start=1))),
+    ("with-padding", "FormatError", "must leave", (TWO, Frame(BUNDLE, PAIR.payload, 1, 0, 2, b"\0"))),
+    ("empty", "FormatError", "empty bundle", (TWO, bundle(1, [b"", b""]))),
+    ("cut", "FormatError", "empty bundle", (TWO, Frame(BUNDLE, b"\3\0\0\0", 1, 0, 2))),
+    ("with-nothing-for-one", "FormatError", "its table has", (TWO, bundle(1, [b"abcdef", b""]))),
+    ("table-less", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [3, 2]))),
+    ("table-more", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [3, 4]))),
+    ("table-wraps", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [7, 0xFFFFFFFF]))),
+    ("other-lengths", "FormatError", "must have 3", (TWO, bundle(1, [b"abcd", b"ef"]))),
+    ("crc", "CorruptError", "payload checksum", (TWO, PAIR.having(payload_crc=1))),
+    ("length", "LimitError", "frame", (TWO, PAIR.having(length=(64 << 20) + 1))),
+    (
+        "of-bools",
+        "FormatError",
+        "bool",
+        (items(1, [{**TENSOR_FORM, "dtype": BOOL}], [[0, "a"], [0, "b"]]), bundle(1, [b"\0\0\0", b"\0\1\2"])),
+    ),
+    (
+        "of-values",
+        "FormatError",
+        "msgpack",
+        (items(1, [{"kind": VALUE, "size": 1}], [[0, "a"], [0, "b"]]), bundle(1, [b"\1", b"\xc1"])),
+    ),
+):
+    bad(f"bundle-{name}", error, says, (START, ROOT, *frames, end()))
+
 # ------------------------------------------------------------------------------------------------- ITEM payload
 for name, error, says, frame in (
     ("not-a-map", "FormatError", "must be a map", Frame(ITEM, packb([1]), 1)),
-    ("canonical", "FormatError", "canonical", Frame(ITEM, b"\x82\xa4kind\xcc\x07\xa4path\x91\xa1a", 1)),
-    ("without-kind", "FormatError", "without a kind", Frame(ITEM, packb({"path": ["a"]}), 1)),
+    (
+        "canonical",
+        "FormatError",
+        "canonical",
+        Frame(ITEM, b"\x82\xa5forms\x91\x81\xa4kind\xcc\x07\xa5items\x91\x92\x00\xa1a", 1),
+    ),
+    ("empty", "FormatError", "not msgpack", Frame(ITEM, b"", 1)),
+    ("without-forms", "FormatError", "wrong keys", Frame(ITEM, packb({"items": [[0, "a"]]}), 1)),
+    (
+        "items-before-forms",
+        "FormatError",
+        "wrong keys",
+        Frame(ITEM, packb({"items": [[0, "a"]], "forms": [{"kind": DICT}]}), 1),
+    ),
+    ("unknown-key", "UnsupportedError", "key 'notes'", Frame(ITEM, packb({"forms": [], "items": [], "notes": 1}), 1)),
+    ("none", "FormatError", "one item at least", items(1, [], [])),
+    ("forms-a-map", "FormatError", "must be arrays", items(1, {}, [[0, "a"]])),
+    ("items-a-map", "FormatError", "must be arrays", items(1, [{"kind": DICT}], {})),
+    ("form-a-number", "FormatError", "must be a map", items(1, [5], [[0, "a"]])),
+    ("row-a-map", "FormatError", "must be an array", items(1, [{"kind": DICT}], [{"a": 0}])),
+    ("row-empty", "FormatError", "must be an array", items(1, [{"kind": DICT}], [[]])),
+    ("row-nil", "FormatError", "must be a number", items(1, [{"kind": DICT}], [[None, "a"]])),
+    ("row-of-text", "FormatError", "forms are not", items(1, [{"kind": DICT}], [["a"]])),
+    ("form-beyond", "FormatError", "forms are not", items(1, [{"kind": DICT}], [[1, "a"]])),
+    ("form-negative", "FormatError", "forms are not", items(1, [{"kind": DICT}], [[-1, "a"]])),
+    ("form-unused", "FormatError", "forms are not", items(1, [{"kind": DICT}, {"kind": LIST}], [[0, "a"]])),
+    ("form-order", "FormatError", "forms are not", items(1, [{"kind": DICT}, {"kind": LIST}], [[1, "a"], [0, "b"]])),
+    ("form-twice", "FormatError", "twice", items(1, [{"kind": DICT}, {"kind": DICT}], [[0, "a"], [1, "b"]])),
+    ("second-key-bool", "FormatError", "key must", items(1, [{"kind": DICT}], [[0, "a"], [0, True]])),
+    ("kind-9-second", "UnsupportedError", "kind 9", items(1, [{"kind": DICT}, {"kind": 9}], [[0, "a"], [1, "b"]])),
+    ("without-kind", "FormatError", "without a kind", items(1, [{}], [[0, "a"]])),
     ("kind-0", "UnsupportedError", "kind 0", item(1, 0, ["a"])),
     ("kind-8", "UnsupportedError", "kind 8", item(1, 8, ["a"])),
     ("kind-true", "FormatError", "without a kind", item(1, True, ["a"])),
     ("keys-missing", "FormatError", "wrong keys", item(1, VALUE, ["a"])),
     ("keys-of-another", "UnsupportedError", "key 'size'", item(1, DICT, ["a"], size=1)),
-    ("keys-order", "FormatError", "wrong keys", Frame(ITEM, packb({"path": ["a"], "kind": LIST}), 1)),
-    ("path-text", "FormatError", "array", item(1, DICT, "a")),
+    ("keys-order", "FormatError", "wrong keys", items(1, [{"size": 1, "kind": VALUE}], [[0, "a"]])),
+    ("path-text", "FormatError", "array", items(1, [{"kind": DICT}], ["a"])),
     ("path-33", "LimitError", "nesting", item(1, DICT, ["a"] * 33)),
     ("name-1025", "LimitError", "name", item(1, DICT, ["a" * 1025])),
     ("name-1025-bytes", "LimitError", "name", item(1, DICT, ["ä" * 512 + "a"])),
@@ -217,18 +302,18 @@ for name, error, says, frame in (
     ("name-c1", "FormatError", "control", item(1, DICT, ["\x85"])),
     ("name-bidi", "FormatError", "control", item(1, DICT, ["a\u202egpj"])),
     ("name-isolate", "FormatError", "control", item(1, DICT, ["\u2066"])),
-    ("name-not-utf-8", "FormatError", "not msgpack", Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91\xa1\xff", 1)),
+    ("name-not-utf-8", "FormatError", "not msgpack", bare(b"\x92\x00\xa1\xff")),
     (
         "name-overlong",
         "FormatError",
         "not msgpack",
-        Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91\xa2\xc0\x80", 1),
+        bare(b"\x92\x00\xa2\xc0\x80"),
     ),
     (
         "name-surrogate",
         "FormatError",
         "not msgpack",
-        Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91\xa3\xed\xa0\x80", 1),
+        bare(b"\x92\x00\xa3\xed\xa0\x80"),
     ),
     ("key-float", "FormatError", "key must", item(1, DICT, [1.0])),
     ("key-nan", "FormatError", "key must", item(1, DICT, [float("nan")])),
@@ -345,6 +430,22 @@ bad(
     "alias",
     (START, ROOT, tensor(1, ["a"], [0]), item(2, ALIAS, ["b"], of=1)),
 )
+bad(
+    "alias-of-later-in-its-frame",
+    "FormatError",
+    "alias",
+    (START, ROOT, items(1, [{"kind": ALIAS, "of": 2}, TENSOR_FORM], [[0, "a"], [1, "b"]])),
+)
+bad("key-twice-in-a-frame", "FormatError", "twice", (START, ROOT, items(1, [TENSOR_FORM], [[0, "a"], [0, "a"]])))
+bad("root-twice-in-a-frame", "FormatError", "root", (START, items(0, [{"kind": DICT}], [[0], [0]])))
+bad("root-second-in-a-frame", "FormatError", "root", (START, items(0, [{"kind": DICT}], [[0], [0, "a"], [0]])))
+bad(
+    "parent-closed-in-a-frame", "FormatError", "outside",
+    (START, ROOT, items(1, [{"kind": DICT}], [[0, "a"], [0, "b"], [0, "a", "c"]])),
+)  # fmt: skip
+bad("list-gap-in-a-frame", "FormatError", "element 1", (START, items(0, [{"kind": LIST}], [[0], [0, 0], [0, 2]])))
+bad("item-number-in-a-frame", "SequenceError", "item 3", (START, ROOT, items(1, [TENSOR_FORM], [[0, "a"], [0, "b"]]),
+    tensor(2, ["c"])))  # fmt: skip
 bad("alias-too-late", "FormatError", "alias", (START, ROOT, ITEM_A, DATA_A, item(2, ALIAS, ["b"], of=1)))
 bad(
     "alias-of-file", "FormatError", "alias",

@@ -1,17 +1,21 @@
 """Streams by hand: take a stream apart into frames, and put frames together with every field right or as told.
 
-Needs only the standard library and the reference reader's CRC, so that what it builds owes nothing to the library.
+Needs only msgpack and the reference reader's CRC, so that what it builds owes nothing to the library.
 """
 
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
+from msgpack import unpackb
 from reference import crc32c
 
 __all__ = [
+    "BUNDLE",
     "DATA",
     "END",
     "INDEX",
@@ -27,7 +31,7 @@ __all__ = [
     "take_apart",
 ]
 
-STREAM, ITEM, DATA, END, INDEX, TARGET = 1, 2, 3, 4, 0x81, 0x82
+STREAM, ITEM, DATA, END, BUNDLE, INDEX, TARGET = 1, 2, 3, 4, 5, 0x81, 0x82
 PREAMBLE_SIZE, HEADER_SIZE = 16, 48
 _HEADER = struct.Struct("<BBBBIQIIQQII")
 
@@ -66,12 +70,14 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
     digest = hashlib.sha256(stream)
     link = int.from_bytes(stream[-4:], "little")
     index = 0
-    entries: list[list[int]] = []  # of the INDEX frame
+    described: list[list[int]] = []  # of the INDEX frame: where ITEM frames stand,
+    entries: list[list[int]] = []  # and the data of items,
+    carries: list[bool] = []  # of those that have some
     for sequence, frame in enumerate(frames):
         fields = dict(frame.fields)
         payload = frame.payload
         if payload is None and frame.type == INDEX:
-            payload = b"".join(struct.pack("<QIIQII", *entry) for entry in entries)
+            payload = b"".join(struct.pack("<QII", *entry) for entry in [*described, *entries])
         elif payload is None:
             totals = {"items": len(entries), "frames": sequence, "size": len(stream), "index": index}
             totals |= {key: fields.pop(key) for key in [*totals] if key in fields}
@@ -99,13 +105,31 @@ def assemble(frames: Iterable[Frame], *, align: int = 1, head: bytes | None = No
         if frame.type == INDEX:
             index = len(stream)
         elif frame.type == ITEM:
-            entries.append([*place, 0, 0, 0])
-        elif frame.type == DATA and frame.item < len(entries) and entries[frame.item][3] == 0:
-            entries[frame.item][3:] = place
+            described.append(place)
+            carries += items_in(payload)
+            entries += [[0, 0, 0] for _ in carries[len(entries) :]]
+        elif frame.type == DATA and frame.item < len(entries) and entries[frame.item][1] == 0:
+            entries[frame.item] = place
+        elif frame.type == BUNDLE and frame.item < len(entries) and frame.count <= 64:
+            carried = [number for number in range(frame.item, len(entries)) if carries[number]]
+            for number in carried[: frame.count]:
+                entries[number] = place
         stream += packed + padding + payload
         digest.update(packed)
         link = int.from_bytes(packed[-4:], "little")
     return bytes(stream)
+
+
+def items_in(payload: bytes) -> list[bool]:
+    """Whether each item that an ITEM payload describes, which may be anything, has data."""
+    with suppress(Exception):
+        body = unpackb(payload)
+        return [_has_data(body["forms"][number]) for number, *_ in body["items"]]
+    return [True]
+
+
+def _has_data(form: dict[str, Any]) -> bool:
+    return prod(form["shape"]) > 0 if "shape" in form else form.get("size", 0) != 0
 
 
 def at_rest(frames: Iterable[Frame], *, head: bytes | None = None, align: int = 1) -> bytes:

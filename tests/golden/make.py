@@ -179,6 +179,26 @@ def dtypes_raw() -> bytes:
     return tw.dumps(every_dtype())
 
 
+def many() -> dict[str, Any]:
+    """Small items of every sort that travel in bundles, with what has no data and what is not small among them."""
+    expert = {"w": weights((2, 20), "w"), "b": weights(2, "b"), "none": np.zeros((0, 2), np.float32), "rank": 8}
+    experts = [{name: part + 1 if name == "w" else part for name, part in expert.items()} for _ in range(40)]
+    experts[0]["again"] = experts[0]["w"]
+    return {"experts": experts, "large": weights(1200, "large"), "names": [{"x": np.int8(n)} for n in range(20)]}
+
+
+@golden
+def bundles() -> bytes:
+    return tw.dumps(many(), codec={"*/w": "nf4:blocksize=32|zstd", "*/b": "bf16", "*": "raw"})
+
+
+@golden
+def bundles_at_rest() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        tw.save_file(many(), Path(folder) / "x.tw")
+        return (Path(folder) / "x.tw").read_bytes()
+
+
 @golden
 def values() -> bytes:
     return tw.dumps(VALUES)

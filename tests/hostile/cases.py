@@ -37,9 +37,11 @@ from bad import (
     VALUE,
     ZRAW,
     ZSTD,
+    bare,
     carried,
     data,
     item,
+    items,
     patched,
     scales,
     tensor,
@@ -126,7 +128,7 @@ for at, field in zip((0, 1, 2, 3, 4, 8, 16, 20, 24, 32, 40, 44), HEADER, strict=
 for field in ("reserved1", "reserved2"):
     for bits in (0x80, 0xFF):
         case(f"{field}-{bits:#x}", "FormatError", "reserved", (START, ROOT.having(**{field: bits})))
-for number in (5, 64, 100, 126):
+for number in (6, 64, 100, 126):
     case(f"frame-type-{number}", "UnsupportedError", "frame type", (START, Frame(number)))
 for sequence in (0, 3, 0xFFFFFFFF):
     case(
@@ -173,12 +175,11 @@ WIDE = {
 }  # fmt: skip
 for spelling, one in WIDE.items():
     case(f"wide-align-{spelling}", "FormatError", "canonical", (Frame(STREAM, b"\x81\xa5align" + one),))
-    payload = packb({"kind": TENSOR, "path": ["a"], "dtype": UINT8}).replace(b"\x83", b"\x85")
-    payload += b"\xa5shape\x91" + one + b"\xa5codec\x91\x91\x01"
+    payload = b"\x82\xa5forms\x91\x84\xa4kind\x01\xa5dtype\x02\xa5shape\x91" + one
+    payload += b"\xa5codec\x91\x91\x01\xa5items\x91\x92\0\xa1a"
     case(f"wide-dimension-{spelling}", "FormatError", "canonical", (START, ROOT, Frame(ITEM, payload, 1)))
-for spelling, array in (("array16", b"\xdc\0\x01"), ("array32", b"\xdd\0\0\0\x01")):
-    payload = b"\x82\xa4kind\x05\xa4path" + array + b"\xa1a"
-    case(f"wide-path-{spelling}", "FormatError", "canonical", (START, ROOT, Frame(ITEM, payload, 1)))
+for spelling, array in (("array16", b"\xdc\0\x02"), ("array32", b"\xdd\0\0\0\x02")):
+    case(f"wide-path-{spelling}", "FormatError", "canonical", (START, ROOT, bare(array + b"\0\xa1a")))
 
 # Floods. The limit of items is lowered: at its default the stream would be 17 MiB.
 FEW = Limits(items=2000)
@@ -187,6 +188,13 @@ case(
     "LimitError",
     "items",
     lambda: (START, ROOT, *(item(n, DICT, [n]) for n in range(1, 2001))),
+    FEW,
+)
+case(
+    "flood-of-items-in-a-frame",
+    "LimitError",
+    "items",
+    lambda: (START, ROOT, items(1, [{"kind": DICT}], [[0, n] for n in range(2000)])),
     FEW,
 )
 case("flood-of-claims", "TruncatedError", "ended",
@@ -231,8 +239,10 @@ for what, unit in (
         payload = full if name == "stream" else b"\xdd" + struct.pack(">I", 9000) + unit * 9000
         frame = Frame(STREAM if name == "stream" else ITEM, payload)
         case(f"{name}-of-{what}", "FormatError", "must be a map", (*before, frame))
-        wrapped = b"\x81\xa8metadata" + payload if name == "stream" else b"\x82\xa4kind\x05\xa4path" + payload
-        case(f"{name}-with-{what}", "FormatError", "", (*before, Frame(frame.type, wrapped)))
+        for key in (b"\xa8metadata",) if name == "stream" else (b"\xa5forms", b"\xa5items"):
+            wrapped = b"\x81" + key + payload if name == "stream" else b"\x82\xa5forms\x90" + key + payload
+            spelled = "" if key != b"\xa5forms" else "-as-forms"
+            case(f"{name}-with-{what}{spelled}", "FormatError", "", (*before, Frame(frame.type, wrapped)))
 PAIRS = {f"{n:04x}": "" for n in range(16_385)}
 case("metadata-pairs", "LimitError", "pairs", lambda: (Frame(STREAM, packb({"align": 1, "metadata": PAIRS})),),
      Limits(pairs=16_384))  # fmt: skip
@@ -309,7 +319,7 @@ for point in FORBIDDEN:
 
 def named(raw: bytes) -> tuple:
     """A dict item whose name is these bytes."""
-    return START, ROOT, Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91" + bytes([0xA0 | len(raw)]) + raw, 1)
+    return START, ROOT, bare(b"\x92\0" + bytes([0xA0 | len(raw)]) + raw)
 
 
 for name, raw in {
@@ -321,11 +331,10 @@ for name, raw in {
 }.items():  # fmt: skip
     case(f"utf-8-{name}", "FormatError", "not msgpack", named(raw))
 for tag, size in ((b"\xdb", 4), (b"\xda", 2)):
-    payload = b"\x82\xa4kind\x05\xa4path\x91" + tag + b"\xff" * size + b"abc"
-    case(f"name-claims-2^{8 * size}", "FormatError", "not msgpack", (START, ROOT, Frame(ITEM, payload, 1)))
+    frame = bare(b"\x92\0" + tag + b"\xff" * size + b"abc")
+    case(f"name-claims-2^{8 * size}", "FormatError", "not msgpack", (START, ROOT, frame))
 for what, head in {"array": b"\xdd", "map": b"\xdf", "binary": b"\xc6", "extension": b"\xc9"}.items():
-    payload = b"\x82\xa4kind\x05\xa4path" + head + b"\xff" * 4 + b"\x01"
-    case(f"path-claims-4-gi-{what}", "FormatError", "not msgpack", (START, ROOT, Frame(ITEM, payload, 1)))
+    case(f"path-claims-4-gi-{what}", "FormatError", "not msgpack", (START, ROOT, bare(head + b"\xff" * 4 + b"\x01")))
 case("path-10000", "LimitError", "nesting", (START, ROOT, item(1, DICT, [0] * 10_000)))
 for kind in (LIST, TUPLE):
     for what, key in {"2^53": 1 << 53, "-1": -1, "1": 1, "text": "0"}.items():
@@ -512,7 +521,7 @@ case("value-size-2^63", "LimitError", "value", (START, ROOT, item(1, VALUE, ["v"
 
 # ---------------------------------------------------------------------------------- Files: indexes that point elsewhere
 INDEXES: dict[str, tuple[str, Callable[[], bytes]]] = {}
-_ENTRY = struct.Struct("<QIIQII")
+_ENTRY = struct.Struct("<QII")
 
 
 def index(name: str, error: str, change: Callable[[list[list[int]], int], None]) -> None:
@@ -522,6 +531,7 @@ def index(name: str, error: str, change: Callable[[list[list[int]], int], None])
         good = stored("at-rest")
         *frames, _, last = take_apart(good)
         begin = int.from_bytes(good[-40:-32], "little") + 48
+        # Of one ITEM frame; of the items, the first of which is a dict.
         entries = [[*entry] for entry in _ENTRY.iter_unpack(good[begin:-112])]
         change(entries, len(good))
         packed = b"".join(_ENTRY.pack(*entry) for entry in entries)
@@ -540,16 +550,21 @@ def entry(number: int, field: int, to: Any) -> Callable[[list[list[int]], int], 
 for name, where in {
     "preamble": 0, "2^63": 1 << 63, "2^64-1": (1 << 64) - 1,
     "end": lambda entries, size: size - 112, "beyond": lambda entries, size: size,
-    "odd": lambda entries, size: entries[1][0] + 1,
+    "odd": lambda entries, size: entries[0][0] + 1,
 }.items():  # fmt: skip
-    index(f"item-at-{name}", "FormatError", entry(1, 0, where))
-    index(f"data-at-{name}", "FormatError", entry(1, 3, where))
-index("item-is-another", "FormatError", entry(1, 0, lambda entries, size: entries[0][0]))
-index("data-is-another", "FormatError", entry(1, 3, lambda entries, size: entries[2][3]))
-index("data-is-an-item", "FormatError", entry(1, 3, lambda entries, size: entries[1][0]))
+    index(f"item-at-{name}", "FormatError", entry(0, 0, where))
+    index(f"data-at-{name}", "FormatError", entry(2, 0, where))
+index("item-is-another", "FormatError", entry(0, 0, lambda entries, size: entries[2][0]))
+index("data-is-another", "FormatError", entry(2, 0, lambda entries, size: entries[3][0]))
+index("data-is-an-item", "FormatError", entry(2, 0, lambda entries, size: entries[0][0]))
 for field, name in enumerate(("item-sequence", "item-link"), 1):
-    index(f"{name}", "FormatError", entry(1, field, 77))
-    index(f"data-{name[5:]}", "FormatError", entry(1, field + 3, 77))
+    index(f"{name}", "FormatError", entry(0, field, 77))
+    index(f"data-{name[5:]}", "FormatError", entry(2, field, 77))
+index("item-twice", "FormatError", lambda entries, size: entries.insert(0, entries[0]))
+index("data-none", "FormatError", lambda entries, size: entries[2].__setitem__(slice(None), [0, 0, 0]))
+index("data-half", "FormatError", lambda entries, size: entries[1].__setitem__(2, 77))
+index("data-of-a-dict", "FormatError", lambda entries, size: entries[1].__setitem__(slice(None), entries[2]))
+index("data-in-front", "FormatError", lambda entries, size: entries[2].__setitem__(1, 1))
 index("one-less", "FormatError", lambda entries, size: entries.pop())
 index("one-more", "FormatError", lambda entries, size: entries.append(entries[-1]))
 index("descending", "FormatError", lambda entries, size: entries.reverse())

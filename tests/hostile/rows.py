@@ -44,7 +44,7 @@ ROWS = {
     20: Row("a dimension of 0 beside a huge one", "item-shape-zero-and-huge shape-0-and-2^62*"),
     21: Row("too many dimensions", "ndim-* item-shape-65"),
     22: Row("negative dimensions", "dimension-* item-shape-negative"),
-    23: Row("payload that is not as long as it must be", "data-*short data-*long length-data-* slice-*"),
+    23: Row("payload that is not as long as it must be", "data-*short data-*long length-data-* slice-* bundle-*"),
     24: Row("16 GiB declared, 1 KiB sent", "length-16-gib-of-1-kib flood-of-claims", "test_wire.py::test_memory_follows_what_has_arrived_not_what_is_declared"),
     25: Row("dtype unknown, or not for its codec", "dtype-* item-dtype-* *-of-bool *-of-uint8 *-of-int64 *-of-float64 *-of-complex64 *-of-float8* item-codec-*-of-*"),
     26: Row("an index that points elsewhere", "index/*", "test_mutations.py::test_random_access_survives_changes_whose_checksums_hold"),
