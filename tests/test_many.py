@@ -14,7 +14,9 @@ from tensorwire.errors import NonFiniteError, SchemaError, WireError
 from tensorwire.limits import DEFAULT
 from tensorwire.streams import ItemStart, Payload, Receiver
 from tensorwire.transfer.frames import Frames
+from tensorwire.wire import ContainerItem, Kind
 from tensorwire.wire.drive import as_source
+from tensorwire.wire.items import ItemPacker
 
 
 def experts(count: int, size: int = 16) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def test_items_of_a_bundle_are_read_one_by_one(tmp_path: Path) -> None:
         assert np.array_equal(mapped, state["experts.70.w"]) and not mapped.flags.writeable
         assert mapped.ctypes.data % 4 == 0
         assert np.array_equal(file.get_slice("experts.70.w")[3:5], state["experts.70.w"][3:5])
+        assert file.get_slice("experts.70.w")[3:3].shape == (0,)
     assert tw.load_file(tmp_path / "x.tw")["tied"] is not None
 
 
@@ -100,6 +103,19 @@ def test_what_is_in_a_bundle_lands_where_it_is_wanted() -> None:
     assert same(got, state) and all(got[name] is into[name] for name in into)
     with pytest.raises(SchemaError):
         tw.loads(tw.dumps(state), expect=experts(20, 15))
+
+
+def test_small_tensors_of_more_shapes_than_are_remembered() -> None:
+    state = {f"{size}": np.full(size, size % 256, np.uint8) for size in range(1, 1100)}
+    assert same(tw.loads(tw.dumps(state)), state)
+
+
+def test_described_items_are_made_once() -> None:
+    packer = ItemPacker(DEFAULT)
+    assert packer.add(ContainerItem((), Kind.DICT)) and packer.add(ContainerItem(("a",), Kind.LIST))
+    _, described = packer.take()
+    assert [*described.names()] == ["", "a"] and described[1] == ContainerItem(("a",), Kind.LIST)
+    assert described.items() is described.items() and described[1] is described.items()[1]
 
 
 def test_payloads_of_a_bundle_can_stay_encoded() -> None:

@@ -9,10 +9,10 @@ front to back checks, but for the digest in the END frame.
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import compress
 from operator import le, lt
-from typing import Any, Final, NamedTuple, Protocol, TypeVar, overload
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from tensorwire.checksum import Checksum
 from tensorwire.errors import FormatError, LimitError, SchemaError, SequenceError, TruncatedError, WireError
@@ -125,7 +125,7 @@ class _Index:
         return place if place < len(self.numbers) and self.numbers[place] == number else None
 
 
-class Items(Sequence[Item]):
+class Items:
     """All items of an archive by number, made when they are asked for."""
 
     def __init__(self) -> None:
@@ -139,16 +139,7 @@ class Items(Sequence[Item]):
         self._frames.append(described)
         self._count += len(described)
 
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, number: int, /) -> Item: ...
-    @overload
-    def __getitem__(self, number: slice, /) -> Sequence[Item]: ...
-    def __getitem__(self, number: Any, /) -> Any:
-        if isinstance(number, slice):
-            return [self[each] for each in range(self._count)[number]]
+    def __getitem__(self, number: int, /) -> Item:
         number = range(self._count)[number]
         place = bisect_right(self._firsts, number) - 1
         return self._frames[place][number - self._firsts[place]]

@@ -293,10 +293,11 @@ class Described:
 
     def items(self) -> list[Item]:
         """All of them, which are kept from now on, in place of `rows`."""
-        if self._items is None:
-            makers = [form.at for form in self.forms]
-            self._items = [makers[row[0]](row[1:]) for row in self.rows]
-            self.rows = ()
+        if self._items is not None:
+            return self._items
+        makers = [form.at for form in self.forms]
+        self._items = [makers[row[0]](row[1:]) for row in self.rows]
+        self.rows = ()
         return self._items
 
     def names(self) -> Iterator[str]:
@@ -336,9 +337,6 @@ class ItemPacker:
         self._rows.append(row)
         self._size = size
         return True
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def take(self) -> tuple[bytes, Described]:
         """The payload of what was added, and how it reads; nothing is left. Raises for what a reader would refuse."""

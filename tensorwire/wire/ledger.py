@@ -249,8 +249,6 @@ class Ledger:
                 raise LimitError("file", limits.stream, header.start + header.count, **self._where())
         elif header.type == FrameType.ITEM:
             name, limit = "descriptor", limits.descriptor
-            if self.items == limits.items:
-                raise LimitError("items", limits.items, self.items + 1, **self._where())
         elif header.type == FrameType.BUNDLE:
             name, limit = "frame", limits.frame
         elif header.type == FrameType.STREAM:
@@ -352,9 +350,7 @@ class Ledger:
         self.offset += HEADER_SIZE + header.pad + header.length
 
     def pass_data(self, mark: Mark) -> None:
-        """Go on at `mark`, beyond data that is not read, of an item that is pending no more."""
-        if mark[1] <= self.sequence or mark[0] < self.offset + HEADER_SIZE:
-            raise FormatError("the index is not in the order of frames", offset=self.offset)
+        """Go on at `mark`, a later frame, beyond data that is not read, of items that are pending no more."""
         self.offset, self.sequence, self.link = mark
 
     def summary(self) -> Summary:
