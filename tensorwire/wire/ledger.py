@@ -293,12 +293,12 @@ class Ledger:
     def read_bundle(self, header: Header, payload: memoryview) -> list[tuple[int, DataItem, memoryview]]:
         """The items that an admitted BUNDLE frame carries, by number, and of each its verified payload."""
         try:
-            parts = split_bundle(payload, header.count)
+            places = split_bundle(payload, header.count)
         except WireError as error:
             error.frame, error.offset = self.sequence, self.offset
             raise
         items = self.pending.first(header.count)
-        return [(number, item, part) for (number, item), part in zip(items, parts, strict=True)]
+        return [(*item, payload[start:stop]) for item, (start, stop) in zip(items, places, strict=True)]
 
     def read_end(self, payload: bytes | memoryview) -> Summary:
         """What the verified payload of an admitted END frame says, compared with the account."""
