@@ -48,6 +48,7 @@ SLOW = {
     "test_hostile.py::test_every_case_costs_a_second_and_memory_of_what_was_fed_at_most": 0,
     "test_hostile.py::test_the_command_line_says_the_same": 20,
     "test_hostile.py::test_what_was_delivered_before_is_whole_and_nothing_of_the_broken_item_is": 20,
+    "test_many.py::test_half_a_million_items": 0,
     "test_mutations.py": 0,
     "test_mutations.py::test_every_truncation_is_truncated": 25,
     "test_mutations.py::test_frames_lost_repeated_or_swapped_are_out_of_sequence": 5,

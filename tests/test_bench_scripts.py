@@ -81,6 +81,14 @@ def test_exhaustive():
     assert lines == [f"{tier} {check}: 0 mismatches" for check in what for tier in tiers]
 
 
+def test_many_tensors():
+    pytest.importorskip("torch")
+    pytest.importorskip("safetensors")
+    figures = rf"tensorwire {SECONDS}, safetensors {SECONDS}, ratio {NUMBER}"
+    names = ("save", "load", "dumps", "loads", "open and read one")
+    all_match(run("many_tensors.py", 100, 1), *(f"{name}: {figures}" for name in names))
+
+
 def test_file_writes(tmp_path):
     all_match(run("file_writes.py", tmp_path, 8), *[rf"page cache {SECONDS}, written behind {SECONDS}"] * 3)
 

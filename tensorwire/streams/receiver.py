@@ -365,9 +365,8 @@ class Receiver:
         if checked is None:
             codec = self._codec(item)
             checked = codec, check_slice(codec, SliceStart(0, item, 0, count, length), item, self._limits)
-            if len(self._checked) == _CHECKED:
-                self._checked.clear()
-            self._checked[key] = checked
+            if len(self._checked) < _CHECKED:
+                self._checked[key] = checked
         return checked
 
     def _decode(self, event: Slice, incoming: _Incoming, item: TensorItem | FileItem) -> Iterator[Piece]:

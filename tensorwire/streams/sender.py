@@ -39,7 +39,7 @@ _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed p
 # Small items are sent together: with frames of their own, each costs ten times what its bytes do. But where there are
 # only a few of them, that does not matter.
 _SMALL: Final = 4 << 10  # bytes of a payload
-_BUNDLE: Final = 64 << 10  # bytes of a frame, all of which is read for any of its items
+_BUNDLE: Final = 128 << 10  # bytes of a frame, all of which is read for any of its items
 _MANY: Final = 16  # items
 FLUSH: Final = b""
 # (offset, bytes) to be written over what has passed there.
@@ -99,10 +99,10 @@ class _EncodedSlice(NamedTuple):
 
 
 class _EncodedBundle(NamedTuple):
-    """A bundle to be sent: its slices, of whole items, and all of its payload."""
+    """A bundle to be sent: its slices, of whole items, and their payloads together."""
 
     slices: list[_EncodedSlice]
-    payload: bytes
+    payloads: bytearray
 
 
 _Job = Callable[[], Iterable[_EncodedSlice | _EncodedBundle]]
@@ -222,9 +222,10 @@ class Sender:
                     for part in encoded.slices if isinstance(encoded, _EncodedBundle) else (encoded,):
                         self._report.add_frame(_spec(part.leaf), part.elements * _width(part.leaf), part.length)
                 if isinstance(encoded, _EncodedBundle):
-                    payload = encoded.payload
-                    yield self._framed(self._writer.bundle(len(encoded.slices), len(payload), crc32c(payload, 0)))
-                    yield payload
+                    table, payloads = bundle_table([part.length for part in encoded.slices]), encoded.payloads
+                    size, crc = len(table) + len(payloads), crc32c(payloads, crc32c(table, 0))
+                    yield self._framed(self._writer.bundle(len(encoded.slices), size, crc) + table)
+                    yield payloads
                 elif encoded.crc is None:
                     yield from self._header_late(encoded)
                 else:
@@ -339,7 +340,7 @@ class Sender:
                 part = memoryview(self._encode(leaf, 0, count, leaf.codec.prepare(leaf.view)).payload)
             payloads += part
             slices.append(_EncodedSlice(0, count, part.nbytes, 0, (), leaf))
-        return [_EncodedBundle(slices, bundle_table([part.length for part in slices]) + payloads)]
+        return [_EncodedBundle(slices, payloads)]
 
     def _value(self, leaf: ValueLeaf) -> Iterator[_EncodedSlice]:
         for start, stop in cuts(leaf, self._frame_size, at_rest=self._at_rest):

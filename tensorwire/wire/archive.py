@@ -9,10 +9,10 @@ front to back checks, but for the digest in the END frame.
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import compress
 from operator import le, lt
-from typing import Any, Final, NamedTuple, Protocol, TypeVar, overload
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from tensorwire.checksum import Checksum
 from tensorwire.errors import FormatError, LimitError, SchemaError, SequenceError, TruncatedError, WireError
@@ -26,6 +26,7 @@ from tensorwire.wire.frames import (
     check_padding,
     check_payload,
     check_preamble,
+    split_bundle,
     unpack_header,
 )
 from tensorwire.wire.items import ContainerItem, Described, Item, StreamInfo
@@ -58,6 +59,16 @@ class StoredSlice(NamedTuple):
     payload: memoryview
     offset: int
     frame_offset: int
+
+
+class _Bundle(NamedTuple):
+    """A verified BUNDLE frame: the place of its first item in the index, and where in its payload each item stands."""
+
+    first: int
+    header: Header
+    offset: int
+    payload: memoryview
+    parts: list[tuple[int, int]]
 
 
 class IndexPacker:
@@ -125,7 +136,7 @@ class _Index:
         return place if place < len(self.numbers) and self.numbers[place] == number else None
 
 
-class Items(Sequence[Item]):
+class Items:
     """All items of an archive by number, made when they are asked for."""
 
     def __init__(self) -> None:
@@ -139,16 +150,7 @@ class Items(Sequence[Item]):
         self._frames.append(described)
         self._count += len(described)
 
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, number: int, /) -> Item: ...
-    @overload
-    def __getitem__(self, number: slice, /) -> Sequence[Item]: ...
-    def __getitem__(self, number: Any, /) -> Any:
-        if isinstance(number, slice):
-            return [self[each] for each in range(self._count)[number]]
+    def __getitem__(self, number: int, /) -> Item:
         number = range(self._count)[number]
         place = bisect_right(self._firsts, number) - 1
         return self._frames[place][number - self._firsts[place]]
@@ -204,6 +206,7 @@ class Archive:
         self._limits = limits
         self._index: _Index
         self._index_mark: Mark = 0, 0, 0
+        self._bundle: _Bundle | None = None
         self._passed = 0  # items whose data the account went by, of those with data
         try:
             self._open()
@@ -223,18 +226,18 @@ class Archive:
         if place is None:
             return
         beside = self._index.beside(place)
-        pending = self.items.pending(self._index.numbers[beside[0]])
-        ledger = Ledger.within(self._limits, self._index.data(place), self.info.align, pending)
+        if len(beside) > 1:
+            yield from self._bundled(number, place, beside, check)
+            return
+        ledger = Ledger.within(self._limits, self._index.data(place), self.info.align, self.items.pending(number))
         name = self.items[number].name
         try:
-            while ledger.pending and ledger.pending.number <= number:
+            while ledger.pending and ledger.pending.number == number:
                 header, packed, step = self._header(ledger)
                 if step is Step.SKIP:
                     self._payload(ledger, header)
                 elif step is Step.BUNDLE:
-                    yield from self._unbundled(ledger, header, number, beside, check)
-                elif len(beside) > 1:
-                    raise FormatError("the index has a bundle where the stream has none", offset=ledger.offset)
+                    raise FormatError("the index has none of the other items in a bundle", offset=ledger.offset)
                 elif header.count:
                     checked = check(header)
                     if checked is not None:
@@ -244,34 +247,50 @@ class Archive:
                 ledger.pass_frame(header, packed, step)
             self._skip_to(ledger, self._after(place))
         except WireError as error:
-            error.item, error.frame, error.offset = name, ledger.sequence, error.offset or ledger.offset
-            raise self._explained(error, until=ledger.offset) from None
+            raise self._located(error, name, ledger.sequence, ledger.offset) from None
+
+    def _located(self, error: WireError, name: str, frame: int, offset: int) -> WireError:
+        """The same error, that of an item in this frame; raises another that comes before it."""
+        error.item, error.frame, error.offset = name, frame, error.offset or offset
+        return self._explained(error, until=offset)
 
     def is_bundled(self, number: int) -> bool:
         """Whether an item stands in one frame with others."""
         place = self._index.find(number)
         return place is not None and len(self._index.beside(place)) > 1
 
-    def _unbundled(
-        self,
-        ledger: Ledger,
-        header: Header,
-        number: int,
-        beside: range,
-        check: Callable[[Header], CheckedT | None],
+    def _bundled(
+        self, number: int, place: int, beside: range, check: Callable[[Header], CheckedT | None]
     ) -> Iterator[tuple[StoredSlice, CheckedT]]:
-        """An item of a bundle."""
-        if header.count != len(beside):
-            raise FormatError("the index has other items in a bundle than the stream", offset=ledger.offset)
-        payload = self._payload(ledger, header)
-        at = len(payload)
-        for other, item, part in reversed(ledger.read_bundle(header, payload)):
-            at -= len(part)
-            if other == number:
-                own = header._replace(item=number, count=item.total or 0, length=len(part))
-                checked = check(own)
-                if checked is not None:
-                    yield StoredSlice(own, part, ledger.offset + HEADER_SIZE + at, ledger.offset), checked
+        """The slice of an item in a bundle. The last bundle is kept: its items are often read one after the other."""
+        item, bundle = self.items[number], self._bundle
+        if bundle is None or bundle.first != beside.start:
+            bundle = self._bundle = self._read_bundle(item.name, beside)
+        start, stop = bundle.parts[place - beside.start]
+        own = bundle.header._replace(item=number, count=item.total or 0, length=stop - start)
+        try:
+            checked = check(own)
+        except WireError as error:
+            raise self._located(error, item.name, own.sequence, bundle.offset) from None
+        if checked is not None:
+            begin = bundle.offset + HEADER_SIZE + start
+            yield StoredSlice(own, bundle.payload[start:stop], begin, bundle.offset), checked
+
+    def _read_bundle(self, name: str, beside: range) -> "_Bundle":
+        """The bundle that holds the items at these places of the index, verified for the sake of one of them."""
+        pending = self.items.pending(self._index.numbers[beside.start])
+        ledger = Ledger.within(self._limits, self._index.data(beside.start), self.info.align, pending)
+        try:
+            header, packed, step = self._header(ledger)
+            if step is not Step.BUNDLE or header.count != len(beside):
+                raise FormatError("the index has other items in a bundle than the stream", offset=ledger.offset)
+            payload = self._payload(ledger, header)
+            bundle = _Bundle(beside.start, header, ledger.offset, payload, split_bundle(payload, header.count))
+            ledger.pass_frame(header, packed, step)
+            self._skip_to(ledger, self._after(beside.start))
+        except WireError as error:
+            raise self._located(error, name, ledger.sequence, ledger.offset) from None
+        return bundle
 
     def _after(self, place: int) -> Mark:
         """The first frame behind the data of an item with data that the index knows."""

@@ -153,13 +153,13 @@ def bundle_table(lengths: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(lengths)}I", *lengths)
 
 
-def split_bundle(payload: memoryview, count: int) -> list[memoryview]:
-    """The payload of each of the `count` items in a BUNDLE. Raises FormatError."""
+def split_bundle(payload: memoryview, count: int) -> list[tuple[int, int]]:
+    """Where in a BUNDLE the payload of each of its `count` items stands. Raises FormatError."""
     lengths = struct.unpack_from(f"<{count}I", payload)
     stops = [*accumulate(lengths, initial=4 * count)]
     if not all(lengths) or stops[-1] != len(payload):
         raise FormatError("the payloads of a bundle are not those that its table has")
-    return [payload[start:stop] for start, stop in pairwise(stops)]
+    return [*pairwise(stops)]
 
 
 def check_padding(padding: bytes | bytearray | memoryview, header: Header, *, offset: int) -> None:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 from itertools import chain
 from math import prod
 from typing import Any, ClassVar, Final
@@ -257,49 +256,50 @@ def _is_map(first: bytes) -> bool:
     return b"\x80" <= first <= b"\x8f" or first in (b"\xde", b"\xdf")
 
 
-@dataclass(frozen=True)
 class Described:
     """The items of one ITEM frame, in order.
 
     `forms`: what they are, as items at the root. `rows`: of each item the number of its form, and the keys of its path.
+    `numbers`: of each item the number of its form. `carriers`: the indexes of the items that data frames belong to.
     """
 
-    forms: tuple[Item, ...]
-    rows: tuple[tuple[Any, ...], ...]
+    __slots__ = ("_items", "carriers", "forms", "numbers", "rows")
+
+    def __init__(self, forms: tuple[Item, ...], rows: tuple[tuple[Any, ...], ...], numbers: list[int]) -> None:
+        self.forms = forms
+        self.rows = rows
+        self.numbers = numbers
+        carry = [not isinstance(form, (AliasItem, ContainerItem)) and form.total != 0 for form in forms]
+        self.carriers: Sequence[int] = (
+            range(len(rows)) if all(carry) else [at for at, number in enumerate(numbers) if carry[number]]
+        )
+        self._items: list[Item] | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Item:
-        if "items" in self.__dict__:
-            return self.items[index]
+        if self._items is not None:
+            return self._items[index]
         row = self.rows[index]
         form: Item = self.forms[row[0]]
         return form.at(row[1:])
 
-    @cached_property
-    def numbers(self) -> list[int]:
-        """The number of each item's form."""
-        return [row[0] for row in self.rows]
-
-    @cached_property
-    def items(self) -> tuple[Item, ...]:
-        """All of them."""
+    def items(self) -> list[Item]:
+        """All of them, which are kept from now on, in place of `rows`."""
+        if self._items is not None:
+            return self._items
         makers = [form.at for form in self.forms]
-        return tuple([makers[row[0]](row[1:]) for row in self.rows])
+        self._items = [makers[row[0]](row[1:]) for row in self.rows]
+        self.rows = ()
+        return self._items
 
     def names(self) -> Iterator[str]:
-        """Their names."""
+        """Their names, where `items` was never asked for."""
         return (
             row[1] if len(row) == 2 and type(row[1]) is str and row[1][:1] not in ("", "/") else name_of(row[1:])
             for row in self.rows
         )
-
-    @cached_property
-    def carriers(self) -> Sequence[int]:
-        """The indexes of the items that data frames belong to."""
-        carry = [not isinstance(form, (AliasItem, ContainerItem)) and form.total != 0 for form in self.forms]
-        return range(len(self)) if all(carry) else [at for at, number in enumerate(self.numbers) if carry[number]]
 
 
 class ItemPacker:
@@ -311,18 +311,18 @@ class ItemPacker:
         self._packed: list[bytes] = []
         self._rows: list[bytes] = []
         self._size = 0
+        self._pack = msgpack.Packer().pack
 
     def add(self, item: Item) -> bool:
         """Take an item into the next payload, unless it does not fit there beside others: returns whether it did.
 
         Raises FormatError naming it for what msgpack has no spelling for.
         """
-        body = _form_body(item)
-        key = tuple(body.values())
+        key = _form_key(item)
         number = self._forms.get(key, len(self._packed))
         try:
-            row = _packed([number, *item.path])
-            form = b"" if number < len(self._packed) else _packed(body)
+            row: bytes = self._pack((number, *item.path))
+            form = b"" if number < len(self._packed) else _packed(_form_body(item))
         except (OverflowError, UnicodeEncodeError, ValueError) as error:
             raise FormatError(f"cannot be described: {error}", item=item.name) from None
         size = self._size + len(row) + len(form)
@@ -335,9 +335,6 @@ class ItemPacker:
         self._size = size
         return True
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def take(self) -> tuple[bytes, Described]:
         """The payload of what was added, and how it reads; nothing is left. Raises for what a reader would refuse."""
         parts = [b"\x82\xa5forms", _array(len(self._packed)), *self._packed]
@@ -345,6 +342,13 @@ class ItemPacker:
         self._forms, self._packed, self._rows, self._size = {}, [], [], 0
         payload = b"".join(parts)
         return payload, unpack_items(payload, self._limits)
+
+
+def _form_key(item: Item) -> tuple[Any, ...]:
+    """What two items have in common that have one form."""
+    if isinstance(item, TensorItem):
+        return Kind.TENSOR, item.dtype.number, item.shape, item.codec
+    return item.kind, *_form_body(item).values()
 
 
 def _form_body(item: Item) -> dict[str, Any]:
@@ -384,10 +388,8 @@ def unpack_items(payload: bytes | memoryview, limits: Limits) -> Described:
     numbers = [row[0] for row in rows]
     # The order is that of their first use, so that there is one spelling.
     _check([*dict.fromkeys(numbers)] == [*range(len(forms))], "forms are not those of the items, in their order")
-    _check(len({*map(_packed, forms)}) == len(forms), "a form appears twice")
-    described = Described(tuple(_forms(forms, rows, numbers, limits)), rows)
-    described.__dict__["numbers"] = numbers
-    return described
+    _check(len(forms) == 1 or len({*map(_packed, forms)}) == len(forms), "a form appears twice")
+    return Described(tuple(_forms(forms, rows, numbers, limits)), rows, numbers)
 
 
 def _forms(forms: list[Any], rows: tuple[tuple[Any, ...], ...], numbers: list[int], limits: Limits) -> Iterator[Item]:

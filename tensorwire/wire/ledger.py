@@ -249,8 +249,6 @@ class Ledger:
                 raise LimitError("file", limits.stream, got, field="stream", **self._where())
         elif header.type == FrameType.ITEM:
             name, limit = "descriptor", limits.descriptor
-            if self.items == limits.items:
-                raise LimitError("items", limits.items, self.items + 1, field="items", **self._where())
         elif header.type == FrameType.BUNDLE:
             name, limit = "frame", limits.frame
         elif header.type == FrameType.STREAM:
@@ -295,12 +293,12 @@ class Ledger:
     def read_bundle(self, header: Header, payload: memoryview) -> list[tuple[int, DataItem, memoryview]]:
         """The items that an admitted BUNDLE frame carries, by number, and of each its verified payload."""
         try:
-            parts = split_bundle(payload, header.count)
+            places = split_bundle(payload, header.count)
         except WireError as error:
             error.frame, error.offset = self.sequence, self.offset
             raise
         items = self.pending.first(header.count)
-        return [(number, item, part) for (number, item), part in zip(items, parts, strict=True)]
+        return [(*item, payload[start:stop]) for item, (start, stop) in zip(items, places, strict=True)]
 
     def read_end(self, payload: bytes | memoryview) -> Summary:
         """What the verified payload of an admitted END frame says, compared with the account."""
@@ -352,9 +350,7 @@ class Ledger:
         self.offset += HEADER_SIZE + header.pad + header.length
 
     def pass_data(self, mark: Mark) -> None:
-        """Go on at `mark`, beyond data that is not read, of an item that is pending no more."""
-        if mark[1] <= self.sequence or mark[0] < self.offset + HEADER_SIZE:
-            raise FormatError("the index is not in the order of frames", offset=self.offset)
+        """Go on at `mark`, a later frame, beyond data that is not read, of items that are pending no more."""
         self.offset, self.sequence, self.link = mark
 
     def summary(self) -> Summary:

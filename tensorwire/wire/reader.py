@@ -66,7 +66,7 @@ class ItemsStart(NamedTuple):
     """Items were described, the first of which has this number; data follows later for each whose `total` is not 0."""
 
     number: int
-    items: tuple[Item, ...]
+    items: list[Item]
 
 
 class SliceStart(NamedTuple):
@@ -279,7 +279,7 @@ class Reader:
         if header.type == FrameType.STREAM:
             return StreamStart(ledger.read_stream(payload))
         if header.type == FrameType.ITEM:
-            return ItemsStart(header.item, ledger.read_items(payload).items)
+            return ItemsStart(header.item, ledger.read_items(payload).items())
         summary = ledger.read_end(payload)
         self.ended = True
         return StreamEnd(summary)

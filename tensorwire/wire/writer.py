@@ -36,7 +36,7 @@ class Writer:
         return self._preamble + frame
 
     def items(self, items: Iterable[Item]) -> Iterator[bytes]:
-        """ITEM frames, as few as hold them; the items' data follows in the order in which they were described.
+        """ITEM frames of one item or more; the items' data follows in the order in which they were described.
 
         Raises a WireError that names the item for what a reader would refuse.
         """
@@ -45,8 +45,7 @@ class Writer:
             if not packer.add(item):
                 yield self._described(*packer.take())
                 packer.add(item)
-        if packer:
-            yield self._described(*packer.take())
+        yield self._described(*packer.take())
 
     def _described(self, payload: bytes, described: Described) -> bytes:
         mark = self._ledger.mark
