@@ -37,7 +37,6 @@ PAST: dict[str, tuple[Limits, Callable[[Limits], Any]]] = {
     "descriptor": (Limits(descriptor=20), lambda limits: tw.dumps(MODEL, limits=limits)),
     "nesting": (Limits(nesting=1), lambda limits: tw.dumps({"a": [ONE]}, limits=limits)),
     "nesting, value": (Limits(nesting=2), lambda limits: tw.dumps({"a": [[1]]}, limits=limits)),
-    "containers": (Limits(containers=2), lambda limits: tw.dumps({"a": [[1], [2]], "b": ONE}, limits=limits)),
     "value": (Limits(value=9), lambda limits: tw.dumps({"a": "0123456789"}, limits=limits)),
 }  # fmt: skip
 

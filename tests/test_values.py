@@ -161,3 +161,9 @@ def test_extensions_that_are_not_tuples_are_refused(value):
     for nested in (value, [value], {"a": [value]}):
         with pytest.raises((UnsupportedError, FormatError)):
             unpack_value(msgpack.packb(nested), DEFAULT)
+
+
+def test_a_value_of_more_containers_than_are_allowed_is_not_packed():
+    assert pack_value([[1], [2]], Limits(containers=3))
+    with pytest.raises(EncodeError, match="containers in a value is 3, more than the limit of 2"):
+        pack_value([[1], [2]], Limits(containers=2))
