@@ -11,6 +11,7 @@ import pytest
 import tensorwire
 from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.updates import (
+    ErrorFeedback,
     Rules,
     ServerOptimizer,
     Terms,
@@ -23,6 +24,7 @@ from tensorwire.updates import (
     exact_vectors,
     normalized,
     proximal,
+    receive,
     subtract,
     views,
     without_outliers,
@@ -239,6 +241,20 @@ def test_files_are_open_in_turns(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (model["w"] == 1).all()
+
+
+def test_keys_that_are_no_names_are_keys():
+    """A key that begins with a slash has another name, in files and patterns."""
+    model = {"/a": np.zeros(40, np.float32), "a/b": np.zeros(40, np.float32)}
+    state = {name: array + number + 1 for number, (name, array) in enumerate(model.items())}
+    feedback = ErrorFeedback()
+    sent = feedback.add(subtract(state, model))
+    message = joined(encode(sent, replace(TERMS, kind="difference"), codec="nf4"))
+    feedback.settle(sent, message)
+    average([check_update(message, model, TERMS)], into=model, optimizer=ServerOptimizer("adam"))
+    held = {name: np.zeros_like(array) for name, array in state.items()}
+    receive(joined(encode(views(model), TERMS)), held)
+    assert all(np.array_equal(held[name], model[name]) and held[name].all() for name in model)
 
 
 def test_statistics_and_vectors_are_sent_exactly():

@@ -18,7 +18,7 @@ from tensorwire.errors import CorruptError, EncodeError, SchemaError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.streams import CodecChoice, Piece, Pieces, rule
-from tensorwire.updates.difference import Bytes, views
+from tensorwire.updates.difference import Bytes, key_of, views
 from tensorwire.updates.message import Arrays, place_of_piece
 from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.wire import Item
@@ -150,7 +150,7 @@ def check_update(
         if terms is None:
             terms = _agreed(Terms.parse(pieces.metadata), expected, rules)
         schema.check(item)
-        if item.path and item.name != (name := next(names)):
+        if item.path and item.path != (name := next(names),):
             raise SchemaError(f"items come in another order: {name!r} was expected here")
 
     pieces = Pieces(source, open_item, limits=rules.limits)
@@ -158,7 +158,7 @@ def check_update(
     for piece in pieces:
         assert terms is not None
         if is_calculated(piece.dtype):
-            energy += _energy(piece, place_of_piece(model, piece), terms.kind, highest[piece.item.name])
+            energy += _energy(piece, place_of_piece(model, piece), terms.kind, highest[key_of(piece.item)])
     schema.check_complete()
     assert terms is not None
     update = Update(terms, source if recording is None else recording, math.sqrt(energy), pieces.digest)

@@ -13,6 +13,7 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
 from tensorwire.numpy import FRONT
 from tensorwire.tensor import TensorView
+from tensorwire.wire import FileItem, TensorItem
 
 Bytes = npt.NDArray[np.uint8]
 Views = dict[str, TensorView]
@@ -41,6 +42,11 @@ def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
                 raise EncodeError(detail, item=name)
             changes[name] = derived(view, _subtraction(view, old))
     return changes
+
+
+def key_of(item: TensorItem | FileItem) -> str:
+    """The key that an item has in its mapping, which may be spelled otherwise in its name."""
+    return str(item.path[0])
 
 
 def number_size(dtype: DType) -> int:

@@ -17,7 +17,7 @@ from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Pieces
 from tensorwire.tensor import TensorView
-from tensorwire.updates.difference import Bytes, Views, derived, number_size
+from tensorwire.updates.difference import Bytes, Views, derived, key_of, number_size
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -54,10 +54,10 @@ class ErrorFeedback:
         `message`: the encoded stream, as in `tensorwire.decode`. Raises a WireError for a damaged one.
         """
         for piece in Pieces(message, lambda item: None, limits=limits):
-            residual = self._residual.get(piece.item.name)
+            residual = self._residual.get(key_of(piece.item))
             if residual is not None:
                 start, stop = piece.start, piece.start + piece.data.size // piece.dtype.itemsize
-                wanted = as_floats(sent[piece.item.name].read(start, stop), piece.dtype)
+                wanted = as_floats(sent[key_of(piece.item)].read(start, stop), piece.dtype)
                 residual[_numbers(piece.dtype, start, stop)] = wanted - as_floats(piece.data, piece.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:

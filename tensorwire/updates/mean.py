@@ -28,7 +28,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.streams import CodecChoice
 from tensorwire.updates.check import Update, ceilings
-from tensorwire.updates.difference import Bytes, number_size, views
+from tensorwire.updates.difference import Bytes, key_of, number_size, views
 from tensorwire.updates.message import Arrays, place_of
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.reading import Float64, OpenFiles, Reader, Values
@@ -160,7 +160,7 @@ def average(
     with files:
         first, *others = readers = [Reader(update, described, files, scratch, limits) for update in ordered]
         for item, start, count in first.places():
-            place = place_of(into, item.name, item.dtype, start, count)
+            place = place_of(into, key_of(item), item.dtype, start, count)
             counted = is_calculated(item.dtype)
             if counted:
                 mean.clear(place.size // number_size(item.dtype))
@@ -169,7 +169,7 @@ def average(
                     if counted:
                         mean.add(number, part, values)
             if counted:
-                _write(item, start, place, mean, optimizer, highest[item.name])
+                _write(item, start, place, mean, optimizer, highest[key_of(item)])
         for reader in others:
             reader.finish()
 

@@ -16,7 +16,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
 from tensorwire.streams import CodecChoice, Piece, Pieces
 from tensorwire.tensor import ViewFront
-from tensorwire.updates.difference import Bytes, Views, view_of
+from tensorwire.updates.difference import Bytes, Views, key_of, view_of
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.terms import Terms
 from tensorwire.wire import Item
@@ -109,4 +109,4 @@ def place_of(model: Arrays, name: str, dtype: DType, start: int, count: int) -> 
 
 def place_of_piece(model: Arrays, piece: Piece) -> Bytes:
     """The bytes of the model that a piece is about."""
-    return place_of(model, piece.item.name, piece.dtype, piece.start, piece.data.size // piece.dtype.itemsize)
+    return place_of(model, key_of(piece.item), piece.dtype, piece.start, piece.data.size // piece.dtype.itemsize)

@@ -16,7 +16,7 @@ from tensorwire.memory import Scratch
 from tensorwire.streams import ItemStart, Payload, Piece, Receiver
 from tensorwire.tensor import Extent, TensorView
 from tensorwire.updates.check import Update
-from tensorwire.updates.difference import Bytes, number_size
+from tensorwire.updates.difference import Bytes, key_of, number_size
 from tensorwire.wire import StreamEnd, TensorItem
 
 _CHANGED: Final = "this is not the recording that was checked"
@@ -187,6 +187,6 @@ class Reader:
 
     def _check(self, item: TensorItem) -> None:
         """Raise unless an item was in the update that was checked: its recording may have changed since."""
-        view = self._model.get(item.name)
+        view = self._model.get(key_of(item))
         if view is None or (view.dtype, view.shape) != (item.dtype, item.shape):
             raise CorruptError(_CHANGED)
