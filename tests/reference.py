@@ -599,7 +599,7 @@ class _Reader:
             elif header.type == DATA:
                 self.check_slice(header)
             elif header.type == BUNDLE:
-                check(2 <= header.count <= 64 and header.length > 4 * header.count, "bundle: items")
+                self.check_bundle(header)
             elif header.type == END:
                 check(self.items and self.current == len(self.items), "order: END before the data is complete")
                 check(header.length == 64, "END: length")
@@ -700,16 +700,18 @@ class _Reader:
             read_value(item.data or b"")
         self.advance()
 
+    def check_bundle(self, header: Header) -> None:
+        check(2 <= header.count <= 64 and header.length > 4 * header.count, "bundle: items")
+        waiting = [item for item in self.items[self.current :] if not item.complete][: header.count]
+        check(len(waiting) == header.count and header.item == self.current, "order: a bundle of other items")
+        check(all(item.done == 0 and item.size is not None for item in waiting), "bundle: an item that is not whole")
+
     def add_bundle(self, header: Header, payload: bytes) -> None:
         lengths = struct.unpack_from(f"<{header.count}I", payload)
         at = 4 * header.count
         check(all(lengths) and at + sum(lengths) == len(payload), "bundle: table")
-        check(self.current < len(self.items) and header.item == self.current, "order: a bundle of other items")
         for length in lengths:
-            check(self.current < len(self.items), "order: a bundle of more items than there are")
-            item = self.items[self.current]
-            check(item.done == 0 and item.size is not None, "bundle: an item that is not whole")
-            whole = header._replace(item=self.current, count=item.size, length=length)
+            whole = header._replace(item=self.current, count=self.items[self.current].size, length=length)
             self.check_slice(whole)
             self.add_data(whole, payload[at : at + length])
             at += length
