@@ -7,11 +7,13 @@ import re
 import socket
 import subprocess
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,15 @@ from network import Certificates
 
 import tensorwire
 from tensorwire.bench.models import from_state_dict
-from tensorwire.cli import main
+from tensorwire.cli import inputs, main
 from tensorwire.cli.common import _filled
 from tensorwire.cli.network import address
+from tensorwire.cli.send import _transfer
 from tensorwire.codecs import Encoded
+from tensorwire.errors import TruncatedError
+from tensorwire.transfer import Conversation, Offer, Recording, RefusedError, Regenerated, Send, greet, send_stream
+from tensorwire.transports import TcpTransport
+from tensorwire.wire.drive import as_source, pull
 
 MODEL = {
     "w": (np.random.default_rng(1).standard_normal((40, 130)) * 0.02).astype(np.float32),
@@ -421,9 +428,143 @@ def test_what_out_becomes(name: str, npz: Path, tmp_path: Path, capsys: pytest.C
 
 def test_any_file_from_stdin_to_stdout() -> None:
     data = bytes(range(256)) * 9_999
-    with receiving("-") as (process, where):
+    with receiving("-") as (process, where), ThreadPoolExecutor(1) as executor:
+        came = executor.submit(ended, process)  # the sender has its receipt once the pipe has taken everything
         assert shell(["send", "-", where], data).returncode == 0
-        assert ended(process)[:2] == (0, data)
+        assert came.result()[:2] == (0, data)
+
+
+def test_what_nobody_reads_gets_no_receipt(tmp_path: Path) -> None:
+    """The reader of the pipe leaves, as `head` does, or reads nothing and the receiver is stopped."""
+    (tmp_path / "in.bin").write_bytes(bytes(9 << 20))
+    with receiving("-") as (process, where):
+        sender = subprocess.Popen(
+            [sys.executable, "-m", "tensorwire", "send", str(tmp_path / "in.bin"), where], cwd=HOME
+        )
+        assert len(process.stdout.read(1000)) == 1000
+        process.stdout.close()
+        assert sender.wait(60) == 1
+        assert process.wait(60) == 3
+    with receiving("-") as (process, where):
+        command = ["send", str(tmp_path / "in.bin"), where, "--patience", "0.1"]
+        sender = subprocess.Popen([sys.executable, "-m", "tensorwire", *command], cwd=HOME)
+        assert len(process.stdout.read(1000)) == 1000
+        process.terminate()
+        assert process.wait(60) == 143
+        assert sender.wait(60) == 3
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "tensorwire", "receive", "-", "--listen", "127.0.0.1:0"]
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, cwd=HOME)
+        where = process.stderr.readline().decode().split()[-1]
+        assert run("send", tmp_path / "in.bin", where) == 1
+        process.stderr.close()
+        assert process.wait(60) == 3
+
+
+def test_between_receipt_and_goodbye_nobody_else_is_let_in(tmp_path: Path) -> None:
+    """A transfer is through when its sender is told so, not when the sender has said that it heard."""
+    with receiving(tmp_path / "out.tw", "--force") as (process, where):
+        host, _, port = where.rpartition(":")
+        with TcpTransport.connect(host, int(port)) as first, TcpTransport.connect(host, int(port)) as second:
+            first.run(greet())
+            sending = send_stream(Offer(b"A"), Regenerated(lambda: tensorwire.encode(MODEL)))
+            with pytest.raises(Gone):
+                first.run(until_goodbye(sending))
+            whole = (tmp_path / "out.tw").read_bytes()
+            second.run(greet())
+            with pytest.raises(RefusedError) as caught:
+                second.run(send_stream(Offer(b"B"), Regenerated(lambda: tensorwire.encode({"w": MODEL["steps"]}))))
+            assert (caught.value.kind, caught.value.retryable) == ("done", False)
+            with TcpTransport.connect(host, int(port)) as again:
+                again.run(greet())
+                receipt = again.run(send_stream(Offer(b"A"), Regenerated(lambda: tensorwire.encode(MODEL))))
+            assert receipt.sent == 0 and receipt.digest == whole[-32:].hex()
+        assert ended(process)[0] == 0
+    assert (tmp_path / "out.tw").read_bytes() == whole
+
+
+@pytest.mark.parametrize("source", ["in.safetensors", "in.npz", "in.bin", "shards"])
+def test_a_source_that_is_written_to_while_it_is_sent(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / source
+    model = {f"w{n}": np.ones(300_000, np.float32) for n in range(9)}
+    np.savez(tmp_path / "in.npz", **model)
+    (tmp_path / "in.bin").write_bytes(bytes(9 << 20))
+    tensorwire.safetensors.decode(tensorwire.encode(model), tmp_path / "in.safetensors")
+    tensorwire.safetensors.decode(tensorwire.encode(model), tmp_path / "shards", max_shard_size=3 << 20)
+    changed = max(path.glob("*.safetensors")) if path.is_dir() else path
+    before = changed.read_bytes()
+
+    def tracked(buffers: Iterator[Any], *_: object) -> Iterator[Any]:
+        for number, buffer in enumerate(buffers):
+            if number == 5:
+                with changed.open("r+b") as file:
+                    file.seek(-4, os.SEEK_END)
+                    file.write(b"torn")
+            yield buffer
+
+    name = "out.bin" if source == "in.bin" else "out.tw"
+    with receiving(tmp_path / name) as (process, where):
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorwire.cli.send.tracked", tracked)
+            assert run("send", path, where, "--patience", "0.1") == 1
+        assert "has changed meanwhile" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+        changed.write_bytes(before)
+        assert run("send", path, where) == 0
+        assert ended(process)[0] == 0
+
+
+def test_another_file_of_the_same_name_size_and_time_gets_through(tmp_path: Path) -> None:
+    """As from a git checkout, an OCI layer or Nix. Half of the first was received."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "in.bin").write_bytes(folder.encode() * (3 << 20))
+        os.utime(tmp_path / folder / "in.bin", (1, 1))
+    out = tmp_path / "out.bin"
+    stream = b"".join(tensorwire.encode_file(tmp_path / "a" / "in.bin"))
+    arguments = Namespace(input=str(tmp_path / "a" / "in.bin"), codec="raw", limits=None, kind=None)
+    with inputs.opened(arguments) as source:
+        transfer = _transfer(source.path, source)
+    place = Recording(out, transfer)
+    with pytest.raises(TruncatedError):
+        list(pull(place, as_source(stream[: 2 << 20])))
+    place.close()
+    with receiving(out) as (process, where):
+        assert run("send", tmp_path / "b" / "in.bin", where) == 0
+        assert ended(process)[0] == 0
+    assert out.read_bytes() == b"b" * (3 << 20)
+
+
+class Gone(Exception):
+    """A sender is no more."""
+
+
+def until_goodbye(sending: Conversation[Any]) -> Conversation[Any]:
+    """A conversation of a sender that has its receipt, and is silent then."""
+    step = next(sending)
+    sends = 0
+    while True:
+        sends += isinstance(step, Send)
+        if sends == 3:
+            raise Gone
+        step = sending.send((yield step))
+
+
+@pytest.mark.parametrize("name", ["out.tw", "out.npz"])
+def test_what_appears_at_out_meanwhile_is_not_replaced(name: str, npz: Path, tmp_path: Path) -> None:
+    def late() -> Iterator[Any]:
+        yield from tensorwire.encode(MODEL)
+        (tmp_path / name).write_bytes(b"mine")
+
+    with receiving(tmp_path / name) as (_, where):
+        host, _, port = where.rpartition(":")
+        with TcpTransport.connect(host, int(port)) as transport:
+            transport.run(greet())
+            with pytest.raises(RefusedError, match="exists already"):
+                transport.run(send_stream(Offer(b"t"), Regenerated(late)))
+    assert (tmp_path / name).read_bytes() == b"mine"
 
 
 def test_what_is_not_wanted_is_refused_and_the_receiver_waits_on(

@@ -6,8 +6,9 @@ import queue
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 from network import PATIENCE, Certificates, Server, nothing_left, until
 
 import tensorwire
-from tensorwire.errors import CorruptError, SchemaError, TransportError
+from tensorwire.errors import CorruptError, SchemaError, TransportError, TruncatedError
 from tensorwire.transfer import (
     Backoff,
+    Fill,
     Offer,
     Outcome,
     Position,
@@ -32,6 +34,7 @@ from tensorwire.transfer import (
     send_stream,
     wait,
 )
+from tensorwire.transfer.resume import send_over
 from tensorwire.transports import (
     AsyncListener,
     AsyncTransport,
@@ -42,8 +45,12 @@ from tensorwire.transports import (
     send_resuming,
     send_resuming_async,
     server_tls,
+    speaks_for,
 )
 from tensorwire.transports.driver import Driver, Early, completed, run_of
+from tensorwire.transports.tls import peer_names
+from tensorwire.wire.drive import as_source, pull
+from tensorwire.wire.values import pack_value
 
 MODEL = {"a": np.arange(300_000, dtype=np.float32), "b": np.ones(50, np.float32)}
 STREAM = b"".join(tensorwire.encode(MODEL))
@@ -168,15 +175,49 @@ def test_both_kinds_know_their_peer_by_its_certificate(certificates: Certificate
         "client": client_tls(ca=certificates.ca, certificate=certificates.client[0], key=certificates.client[1]),
     }
 
-    def theirs(transport: TcpTransport) -> str | None:
+    def theirs(transport: TcpTransport) -> tuple[str | None, frozenset[str] | None]:
         transport.run(hear())
-        return transport.peer_name
+        return transport.peer_name, transport.peer_names
 
-    async def ours(transport: AsyncTransport) -> None:
+    async def ours(transport: AsyncTransport) -> frozenset[str] | None:
         await transport.run(say({}))
+        return transport.peer_names
 
-    assert converse("blocking", lambda transport: transport.run(say({})), theirs, **tls)[1] == "me"
-    assert converse("asyncio", ours, theirs, **tls)[1] == "me"
+    me = "me", frozenset({"me", "me@example"})
+    assert converse("blocking", lambda transport: transport.run(say({})), theirs, **tls)[1] == me
+    assert converse("asyncio", ours, theirs, **tls) == [frozenset({"localhost"}), me]
+    del tls["client"]
+    tls["server"] = server_tls(*certificates.server)  # asks for no certificate
+    tls["client"] = client_tls(ca=certificates.ca)
+    assert converse("asyncio", ours, theirs, **tls)[1] == (None, None)
+
+
+NAMES: list[tuple[dict[str, Any], set[str]]] = [
+    ({}, set()),
+    ({"subject": ((("organizationName", "Partner 7"),),)}, set()),
+    ({"subject": ((("commonName", ""),),)}, set()),
+    ({"subject": ((("commonName", "a"), ("commonName", "b")),)}, {"a", "b"}),
+    ({"subject": ((("commonName", "a"),),), "subjectAltName": (("DNS", "b.example"),)}, {"a", "b.example"}),
+    (
+        {"subjectAltName": (("DNS", "*.example"), ("URI", "spiffe://org/7"), ("email", "c@d"))},
+        {"spiffe://org/7", "c@d"},
+    ),
+    ({"subjectAltName": (("IP Address", "127.0.0.1"), ("DirName", "x"), ("Registered ID", "1.2"))}, set()),
+]
+
+
+@pytest.mark.parametrize(("certificate", "names"), NAMES)
+def test_who_may_speak_for_whom(certificate: dict[str, Any], names: set[str]) -> None:
+    """A certificate without names is nobody's; where none is asked for, a peer may be anybody."""
+    claims = ["a", "b", "A", "", "x.example", "b.example", "spiffe://x/7", "c@d", "127.0.0.1", "None", "Partner 7"]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for mode in (ssl.CERT_REQUIRED, ssl.CERT_OPTIONAL):
+        context.verify_mode = mode
+        found = peer_names(context, certificate)
+        assert {claim for claim in claims if speaks_for(found, claim)} == names & {*claims}
+    context.verify_mode = ssl.CERT_NONE
+    assert all(speaks_for(peer_names(context, None), claim) for claim in claims)
+    assert all(speaks_for(None, claim) for claim in claims)
 
 
 # In memory.
@@ -355,7 +396,7 @@ def test_an_async_producer_that_fails_or_is_left_ends() -> None:
 class Writes:
     """A wire that takes what it is given, `most` bytes at a time, and remembers how."""
 
-    peer_name = None
+    peer_name = peer_names = None
 
     def __init__(self, most: int = 1 << 40) -> None:
         self.early = Early()
@@ -471,17 +512,86 @@ def test_pauses_grow_and_begin_anew_with_progress() -> None:
     assert len({backoff.after(TransportError("x")) for _ in range(20)}) > 10  # by chance
 
 
-def test_patience_counts_from_the_last_progress() -> None:
+def test_patience_counts_from_the_first_failure_since_the_last_progress() -> None:
     clock = Clock()
     backoff = Backoff(patience=10, clock=clock)
+    for _ in range(2):
+        clock.now += 1e6  # training, or sending, for as long as it takes
+        backoff.after(TransportError("x"))
+        clock.now += 9
+        backoff.after(TransportError("x"))
+        backoff.reset()
     clock.now += 9
     backoff.after(TransportError("x"))
-    backoff.reset()
-    clock.now += 9
-    backoff.after(TransportError("x"))
-    clock.now += 2
+    clock.now += 11
     with pytest.raises(CorruptError, match="the last"):
         backoff.after(CorruptError("the last"))
+
+
+class Line:
+    """A connection on which so many bytes leave before it breaks, and time passes. The receiver keeps none of them."""
+
+    def __init__(self, clock: Clock, leave: int, seconds: float) -> None:
+        self._clock, self._leave, self._seconds = clock, leave, seconds
+
+    async def converse(self, conversation: Any, *, within: float | None = None) -> Any:
+        if within is not None:  # the greeting
+            conversation.close()
+            return None
+        next(conversation)
+        message = wire_message("have", {"frames": 0, "offset": 0, "link": 0})
+        step = conversation.send(0)
+        while isinstance(step, Fill):
+            size = len(step.buffer)
+            step.buffer[:], message = message[:size], message[size:]
+            step = conversation.send(size)
+        left = self._leave
+        for buffer in step.buffers:
+            left -= memoryview(buffer).nbytes
+            if left <= 0:
+                break
+        self._clock.now += self._seconds
+        with suppress(StopIteration):
+            step = conversation.throw(TransportError("broken"))  # it asks for last words
+        raise TransportError("broken")
+
+    async def hang_up(self) -> None: ...
+
+
+def wire_message(kind: str, fields: dict[str, int]) -> bytes:
+    body = pack_value([kind, fields], tensorwire.Limits())
+    return b"\x93TWM" + len(body).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize(("leave", "attempts"), [([10_000] * 9, 3), ([n * 50_000 for n in range(1, 10)], 9)])
+def test_every_byte_of_progress_counts(leave: list[int], attempts: int) -> None:
+    """Attempts of 60 s with a patience of 100 s: each comes farther than the one before it, or none does."""
+    clock = Clock()
+    made: list[Line] = []
+
+    async def connect() -> Line:
+        if len(made) == len(leave):
+            raise TransportError("the end", retryable=False)
+        made.append(Line(clock, leave[len(made)], 60))
+        return made[-1]
+
+    async def pause(seconds: float) -> None:
+        clock.now += seconds
+
+    sending = send_over(
+        connect,
+        pause,
+        Offer(b"t"),
+        Regenerated(lambda: tensorwire.encode(MODEL, frame_size=4096)),
+        patience=100,
+        greeting=10,
+        check_peer=lambda peer: None,
+        on_retry=lambda error, seconds: None,
+        clock=clock,
+    )
+    with pytest.raises(TransportError):
+        completed(sending)
+    assert len(made) == attempts
 
 
 def test_what_cannot_be_mended_is_not_tried_again() -> None:
@@ -520,7 +630,7 @@ class Flaky:
             try:
                 transport.run(greet())
                 transport.run(receive_stream(open_destination))
-            except TransportError:
+            except (TransportError, TruncatedError):
                 pass
 
 
@@ -540,6 +650,32 @@ def test_a_whole_transfer_with_breaks_in_memory(tmp_path: Path) -> None:
             thread.join(PATIENCE)
     assert receipt.digest == outgoing.digest and (tmp_path / "m.tw").read_bytes()[-32:].hex() == receipt.digest
     assert len(flaky.threads) == 4 and sent == sorted(sent) and 150_000 < sent[1] <= 200_000 < sent[-1]
+
+
+def test_the_beginning_of_another_stream_is_given_up_once(tmp_path: Path) -> None:
+    """Two sources of one name: the second is sent although half of the first is there, over breaks too."""
+    other = b"".join(tensorwire.encode({"other": np.ones(200_000, np.float32)}, frame_size=4096))
+    place = Recording(tmp_path / "m.tw", b"t")
+    with pytest.raises(TruncatedError):
+        list(pull(place, as_source(other[:700_000])))
+    held = place.position.offset
+    place.close()
+    flaky = Flaky(tmp_path, [1 << 40, 200_000])
+    offsets: list[int] = []
+
+    class Outgoing(Regenerated):
+        def after(self, position: Position) -> Iterator[Any]:
+            offsets.append(position.offset)
+            return super().after(position)
+
+    outgoing = Outgoing(lambda: tensorwire.encode(MODEL, frame_size=4096))
+    with nothing_left(tmp_path):
+        receipt = send_resuming(flaky.connect, Offer(b"t"), outgoing)
+        for thread in flaky.threads:
+            thread.join(PATIENCE)
+    assert (tmp_path / "m.tw").read_bytes()[-32:].hex() == receipt.digest == outgoing.digest
+    assert offsets[:2] == [held, 0] and held > 100_000
+    assert len(offsets) == 3 and 150_000 < offsets[2] <= 200_000, "begun anew once, then taken up"
 
 
 def test_a_transfer_is_taken_up_under_asyncio(tmp_path: Path) -> None:

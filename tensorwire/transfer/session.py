@@ -102,13 +102,15 @@ class Offer:
     """A stream that somebody wants to send.
 
     `transfer`: 1 to 64 bytes that name this transfer, the same on every attempt. `name`: what it is, data and never a
-    path. `size`: bytes of the stream where known. `about`: the application's own.
+    path. `size`: bytes of the stream where known. `anew`: what the receiver has of this transfer is the beginning of
+    another stream, and gives way. `about`: the application's own.
     """
 
     transfer: bytes
     name: str = ""
     size: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,9 @@ class Destination(Protocol):
 
     def buffer_updated(self, size: int) -> None:
         """`size` bytes went there; 0: the input has ended."""
+
+    def begin_anew(self) -> None:
+        """Let go of the beginning of another stream. Raises RefusedError where that cannot be."""
 
     def commit(self) -> Any:
         """The stream is whole: keep it. A receipt says so to the sender."""
@@ -193,11 +198,12 @@ def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) 
 def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
     """Send a stream from where the receiver has it.
 
-    Raises RefusedError, and SequenceError where the receiver has another stream, or the beginning of one. After an
-    error the connection is of no more use, unless a RefusedError came before any byte of the stream.
+    Raises RefusedError, and SequenceError where the receiver has another stream, or the beginning of one, which an
+    offer to begin `anew` replaces. After an error the connection is of no more use, unless a RefusedError came before
+    any byte of the stream.
     """
     yield Send([_pack("offer", asdict(offer))])
-    have = yield from _read("have", frames=int, offset=int, link=int)
+    have = yield from _read("have", most_waits=_MOST_WAITS, frames=int, offset=int, link=int)
     position = Position(have["frames"], have["offset"], have["link"])
     if min(position.frames, position.offset, position.link) < 0:
         raise FormatError("have: a negative position")
@@ -205,13 +211,13 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
         sent = yield Send(outgoing.after(position), alert=True)
     except TransportError:
         try:  # whether the peer said why
-            yield from _read("receipt", until=time.monotonic() + _LAST_WORDS)
+            yield from _read("receipt", until=time.monotonic() + _LAST_WORDS, most_waits=_MOST_WAITS)
         except RefusedError:
             raise
         except TensorwireError:
             pass
         raise
-    receipt = yield from _read("receipt", digest=str, size=int, about=dict)
+    receipt = yield from _read("receipt", most_waits=_MOST_WAITS, digest=str, size=int, about=dict)
     if receipt["digest"] != outgoing.digest:
         raise SequenceError(
             f"the receiver has another stream: its digest is {show(receipt['digest'])}, ours {outgoing.digest}"
@@ -238,6 +244,8 @@ def receive_stream(
         try:
             yield Do(lambda: opened.append(open_destination(offer)), _WAIT)
             destination = opened[0]
+            if offer.anew:
+                yield Do(destination.begin_anew, _WAIT)
             yield Send([_pack("have", asdict(destination.position))])
             for _ in destination.steps():
                 destination.buffer_updated((yield Fill(destination.get_buffer(), steady=True)))
@@ -267,9 +275,12 @@ def say(message: Mapping[str, Any]) -> Conversation[None]:
     yield Send([_pack("note", {"note": dict(message)})])
 
 
-def hear() -> Conversation[dict[Any, Any]]:
-    """Receive a message of the application's own. It is not to be trusted: check every field."""
-    message = yield from _read("note", note=dict)
+def hear(*, patient: bool = True) -> Conversation[dict[Any, Any]]:
+    """Receive a message of the application's own. It is not to be trusted: check every field.
+
+    `patient`: the peer may ask us to `wait`. Who answers requests, and has something to lose by it, need not.
+    """
+    message = yield from _read("note", most_waits=_MOST_WAITS if patient else 0, note=dict)
     note: dict[Any, Any] = message["note"]
     return note
 
@@ -285,7 +296,7 @@ def refuse(error: TensorwireError) -> Conversation[None]:
 
 
 def _hear_offer() -> Conversation[Offer]:
-    message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), about=dict)
+    message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), anew=bool, about=dict)
     offer = Offer(**message)
     if not 0 < len(offer.transfer) <= _TRANSFER_LIMIT or (offer.size or 0) < 0:
         raise FormatError("an offer without a transfer of 1 to 64 bytes, or of a negative size")
@@ -335,17 +346,21 @@ def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
 _WAIT: Final = _pack("wait", {})
 
 
-def _read(wanted: str, /, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
+def _read(
+    wanted: str, /, *, until: float | None = None, most_waits: int = 0, **fields: Any
+) -> Conversation[dict[str, Any]]:
     """The next message that is not "wait", with exactly these fields of these types.
 
-    `until`: when not to wait any longer.
+    `until`: when not to wait any longer. `most_waits`: how often in a row a peer that owes us an answer may ask for
+    time.
     """
-    for _ in range(_MOST_WAITS):
-        kind, message = yield from _read_any(until)
+    kind, message = yield from _read_any(until)
+    for _ in range(1, most_waits):
         if kind != "wait":
             break
         _check_fields(kind, message)
-    else:
+        kind, message = yield from _read_any(until)
+    if kind == "wait" and most_waits:
         raise TransportError("the peer has only asked to wait")
     if kind == "refuse":
         _check_fields(kind, message, kind=str, detail=str, retryable=bool)
