@@ -1,9 +1,13 @@
 """A stream received to disk: every place where it can break, and what the next attempt finds."""
 
 import errno
+import functools
+import itertools
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from tensorwire.errors import (
     TruncatedError,
 )
 from tensorwire.limits import Limits
+from tensorwire.storage import write_file
 from tensorwire.transfer import Outcome, Position, Recorded, Recording, Regenerated
 from tensorwire.transfer import receiving as recording
 from tensorwire.transfer.frames import Frames
@@ -35,6 +40,7 @@ OTHER = b"".join(tensorwire.encode({**MODEL, "a": MODEL["a"] + 1}, frame_size=40
 FRAMES = list(Frames(as_source(STREAM)))
 POSITIONS = [Position()] + [Position(f.header.sequence + 1, f.offset + f.size, f.header.crc) for f in FRAMES]
 DIGEST = STREAM[-32:].hex()
+OLD = b"what was here before"
 
 
 def outgoing() -> Iterator[Any]:
@@ -211,13 +217,19 @@ def test_the_effect_is_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "journal", [b"", b"{", b"[]", b"{}", b"\xff", b'{"end": 1, "digest": ""}', b'{"end": {"x": 1}, "digest": ""}']
+    "journal",
+    [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 60_000, b'{"end": 1, "digest": ""}', b'{"end": {"x": 1}, "digest": ""}'],
 )
 def test_a_torn_journal_is_no_journal(journal: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.tw"
     receive(path)
-    next(tmp_path.glob(".*.done")).write_bytes(journal)
-    assert Recording(path, b"t").position == Position()
+    (note,) = tmp_path.glob(".*.done")
+    which = note.read_text().partition("]")[0]
+    for text in (journal, f"{which}], ".encode() + journal + b"]", f"{which}], {json.dumps(repr(journal))}]".encode()):
+        note.write_bytes(text)
+        place = Recording(path, b"t")
+        assert place.position == Position()
+        place.close()
 
 
 def test_a_crash_between_journal_and_name_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +298,147 @@ def test_what_finish_makes_of_it(tmp_path: Path) -> None:
     with pytest.raises(FormatError):
         receive(tmp_path / "n", finish=unwanted)
     assert not list(tmp_path.glob(".n*"))
+
+
+# The journal. What it says is believed only while the file that it is about stands, unchanged, under the name.
+
+
+def backwards(part: str, path: str) -> None:
+    """What a receiver may make of a stream: another file."""
+    write_file(path, [Path(part).read_bytes()[::-1]])
+
+
+KINDS: dict[str, dict[str, Any]] = {"as it is": {}, "converted": {"convert": backwards}}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def expected(kind: str) -> bytes:
+    return STREAM[::-1] if kind == "converted" else STREAM
+
+
+def put_back_times(path: Path, status: os.stat_result) -> None:
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def another_file(path: Path) -> None:
+    """Of the same size and age."""
+    status = path.stat()
+    path.rename(path.with_name("moved"))
+    path.write_bytes(b"x" * status.st_size)
+    put_back_times(path, status)
+
+
+def a_link_to_it(path: Path) -> None:
+    path.symlink_to(path.rename(path.with_name("moved")))
+
+
+SINCE: dict[str, Callable[[Path], Any]] = {
+    "removed": Path.unlink,
+    "replaced": another_file,
+    "written over": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+    "cut": lambda path: os.truncate(path, 100),
+    "a link to it": a_link_to_it,
+}
+
+
+@kinds
+@pytest.mark.parametrize("since", SINCE)
+def test_what_became_of_the_file_since_is_looked_at(since: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    receive(path, **KINDS[kind])
+    SINCE[since](path)
+    assert receive(path, **KINDS[kind]).digest == DIGEST, "received anew"
+    assert path.read_bytes() == expected(kind)
+
+
+def test_a_stream_that_rotted_under_its_name_gets_no_second_receipt(tmp_path: Path) -> None:
+    """Size, time and inode are as they were: it is read again."""
+    path = tmp_path / "m.tw"
+    receive(path)
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"rot")
+    put_back_times(path, status)
+    place = Recording(path, b"t")
+    assert place.position == Position()
+    place.discard()
+
+
+@kinds
+def test_a_file_that_was_moved_here_is_not_what_was_received(kind: str, tmp_path: Path) -> None:
+    """Disk full, or a kill, between journal and name; the part is removed by hand."""
+    path = tmp_path / "m"
+    path.write_bytes(OLD)
+
+    def die(part: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        receive(path, finish=die, **KINDS[kind])
+    assert hidden(tmp_path) == sorted({"done", "part"} | ({"made"} if kind == "converted" else set()))
+    for part in tmp_path.glob(".*.part"):
+        part.unlink()
+    place = Recording(path, b"t", **KINDS[kind])
+    assert place.position == Position() and place.outcome is None
+    feed(place, STREAM)
+    place.commit()
+    assert path.read_bytes() == expected(kind) and hidden(tmp_path) == ["done"]
+
+
+def test_what_is_converted_has_the_permissions_of_what_it_replaces(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for name, mode in [("new", None), ("old", 0o600), ("wide", 0o666)]:
+            path = tmp_path / name
+            if mode is not None:
+                path.write_bytes(OLD)
+                path.chmod(mode)
+            receive(path, convert=backwards)
+            assert path.stat().st_mode & 0o777 == {"new": 0o644, "old": 0o600, "wide": 0o644}[name]
+    finally:
+        os.umask(before)
+
+
+def test_what_cannot_be_converted_is_removed_or_stays(tmp_path: Path) -> None:
+    def unwanted(part: str, path: str) -> None:
+        raise FormatError("no")
+
+    def full(part: str, path: str) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(FormatError):
+        receive(tmp_path / "m", convert=unwanted)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StorageError, match="what was received stays"):
+        receive(tmp_path / "m", convert=full)
+    assert receive(tmp_path / "m", b"", convert=backwards).digest == DIGEST
+    assert hidden(tmp_path) == ["done"]
+
+
+@pytest.mark.parametrize("trap", ["fifo", "hard link", "folder", "socket"])
+def test_what_is_no_journal_is_neither_waited_for_nor_written_to(trap: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.tw"
+    receive(path)
+    (journal,) = tmp_path.glob(".*.done")
+    whole = journal.read_bytes()
+    (tmp_path / "victim").write_bytes(whole)
+    journal.unlink()
+    if trap == "fifo":
+        os.mkfifo(journal)
+    elif trap == "hard link":
+        os.link(tmp_path / "victim", journal)
+    elif trap == "folder":
+        journal.mkdir()
+    else:
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(journal))
+    place = Recording(path, b"t")
+    assert place.position == Position()
+    feed(place, STREAM)
+    with pytest.raises(StorageError, match="remove it"):
+        place.commit()
+    place.close()
+    assert (tmp_path / "victim").read_bytes() == whole and path.read_bytes() == STREAM
 
 
 @pytest.mark.parametrize("number", [1, 20, 60, 97])
@@ -463,12 +616,11 @@ def test_a_folder_swapped_for_a_link_redirects_nothing(tmp_path: Path) -> None:
 
 # Crashes, as in test_storage.py: every prefix of what was done to the disk, with any of what was not yet synced lost.
 
-OLD = b"what was here before"
 
-
+@kinds
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "over an old file"])
 def test_a_crash_at_any_point_leaves_old_or_new_and_a_new_one_is_known_to_be_done(
-    old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: bytes | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "m.tw"
     if old is not None:
@@ -476,19 +628,74 @@ def test_a_crash_at_any_point_leaves_old_or_new_and_a_new_one_is_known_to_be_don
     disk = RecordingOs()
     with monkeypatch.context() as patch:
         replace_os(patch, disk)
-        receive(path)
-    kinds = [op.kind for op in disk.ops if op.kind != "write"]
-    assert kinds == ["create", "sync", "create", "sync", "sync folder", "rename", "sync folder"]
+        receive(path, **KINDS[kind])
+    kinds = [op.kind for op in disk.ops if op.kind not in ("write", "unlink")]
+    converted = ["create", "create", "sync", "rename", "sync folder"] if kind == "converted" else []
+    assert kinds == ["create", "sync", *converted, "create", "sync", "sync folder", "rename", "sync folder"]
     (journal,) = tmp_path.glob(".*.done")
+    synced = 1 + next(number for number, op in enumerate(disk.ops) if op.kind == "sync folder")
     seen = set()
     for done, names in crashes(disk.ops, {} if old is None else {"m.tw": old}):
         found = names.get("m.tw")
-        assert found in (old, STREAM)
-        if found == STREAM:
+        assert found in (old, expected(kind))
+        if found == expected(kind):
             assert names.get(journal.name) == journal.read_bytes()  # or it would be received a second time
-        assert done < len(disk.ops) or found == STREAM
+        else:  # nothing that was verified is lost, once it was synced
+            assert done < synced or STREAM in names.values()
+        assert done < len(disk.ops) or found == expected(kind)
         seen.add(found)
-    assert seen == {old, STREAM}
+    assert seen == {old, expected(kind)}
+
+
+class Dying:
+    """`os` for the modules under test; at its N-th change to the disk the process is gone."""
+
+    CHANGES = ("open", "pwrite", "ftruncate", "fchmod", "fsync", "replace", "unlink")
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        return functools.partial(self._change, real) if name in self.CHANGES else real
+
+    def _change(self, real: Callable, *arguments: Any, **options: Any) -> Any:
+        self.left -= 1
+        if self.left <= 0:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+
+@kinds
+@pytest.mark.parametrize("old", [None, OLD], ids=["new", "over an old file"])
+def test_a_process_that_dies_between_two_steps_is_taken_up(
+    old: bytes | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is old or new, what comes after finds out which, and then nothing is left but the journal."""
+    told = 0
+    for number in itertools.count(1):
+        path = tmp_path / f"{number}"
+        if old is not None:
+            path.write_bytes(old)
+        dying = Dying(number)
+        with monkeypatch.context() as patch:
+            replace_os(patch, dying)
+            with suppress(KeyboardInterrupt):
+                receive(path, **KINDS[kind])
+        found = path.read_bytes() if path.exists() else None
+        assert found in (old, expected(kind))
+        again = Recording(path, b"t", **KINDS[kind])
+        if again.outcome is not None and again._done:
+            assert found == expected(kind), "a receipt for what does not stand there"
+            told += 1
+        feed(again, STREAM[again.position.offset :])
+        assert again.commit() == Outcome(POSITIONS[-1], DIGEST)
+        again.close()
+        assert path.read_bytes() == expected(kind)
+        assert {each.name.rpartition(".")[2] for each in tmp_path.glob(f".{number}.*")} == {"done"}
+        if dying.left > 0:
+            break
+    assert number > 8 and told >= 2
 
 
 @pytest.mark.parametrize("missing", ["the stream's", "the journal's", "the folder's before the name", "the folder's"])

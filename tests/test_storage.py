@@ -621,8 +621,8 @@ def after_crash(ops: list[Op], lost: set[int], torn: bool, names: dict[str, byte
             folder[op.arguments[1]] = op.arguments[0]
         elif op.kind == "rename" and number not in lost:
             name, to = op.arguments
-            made = next(o.arguments[0] for o in ops[:number] if o.kind == "create" and o.arguments[1] == name)
-            folder.pop(name, None)
+            first = next((o.arguments[0] for o in ops[:number] if o.kind == "create" and o.arguments[1] == name), None)
+            made = folder.pop(name, first)  # which another rename may have put there
             folder[to] = made
         elif op.kind == "unlink" and number not in lost:
             folder.pop(op.arguments[0], None)

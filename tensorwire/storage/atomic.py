@@ -11,7 +11,8 @@ from typing import Any, Final
 from tensorwire.errors import StorageError
 from tensorwire.storage.output import Output, storing
 
-_ALWAYS: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+# A link is not followed, and a FIFO, which would have us wait for whoever writes to it, is opened at once.
+_ALWAYS: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NAME_SHOWN: Final = 24  # characters of the target's name in the temporary one: at most 96 bytes, names may have 255
 _HAS_FOLDER_FDS: Final = os.open in os.supports_dir_fd  # not on Windows: there, names are joined to the folder's path
 
@@ -133,10 +134,14 @@ class Target:
         """
         return os.open(self._at(name), flags | _ALWAYS, self.mode, dir_fd=self._fd)
 
+    def status(self, name: str) -> os.stat_result:
+        """That of the file or link in the folder that has this name. Raises OSError."""
+        return os.stat(self._at(name), dir_fd=self._fd, follow_symlinks=False)
+
     def exists(self, name: str) -> bool:
         """Whether a file in the folder has this name, if only a link. Raises OSError."""
         try:
-            self._stat(name)
+            self.status(name)
         except FileNotFoundError:
             return False
         return True
@@ -144,7 +149,7 @@ class Target:
     def is_at(self, name: str, status: os.stat_result) -> bool:
         """Whether `status` is that of the file in the folder that has this name. Raises OSError."""
         try:
-            return os.path.samestat(status, self._stat(name))
+            return os.path.samestat(status, self.status(name))
         except FileNotFoundError:
             return False
 
@@ -179,15 +184,12 @@ class Target:
     def _at(self, name: str) -> str:
         return name if self._fd is not None else os.path.join(self._folder, name)
 
-    def _stat(self, name: str) -> os.stat_result:
-        return os.stat(self._at(name), dir_fd=self._fd, follow_symlinks=False)
-
     def _check(self) -> int:
         """The permissions that the file may have. Raises OSError for a target that is neither file nor link."""
         if self.name in ("", os.curdir, os.pardir):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         try:
-            mode = self._stat(self.name).st_mode
+            mode = self.status(self.name).st_mode
         except FileNotFoundError:
             return 0o666
         if stat.S_ISDIR(mode):

@@ -4,6 +4,7 @@ Parts are written over several attempts before they get their name; scratch neve
 """
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -24,7 +25,7 @@ except ImportError:  # Windows: two writers of one part are not told from one an
 
 _NAME_BYTES: Final = 200  # of the target's name in the hidden one; file systems stop at 255
 _NOTE_LIMIT: Final = 64 << 10
-_NO_NOTE: Final = (errno.ENOENT, errno.ELOOP)  # nothing there, or a link, which is not followed
+_NO_NOTE: Final = (errno.ENOENT, errno.ELOOP, errno.ENXIO)  # nothing there, a link, or a socket: none is followed
 
 
 class Part:
@@ -34,8 +35,14 @@ class Part:
     it. Whoever has called `open` has it alone. No link is followed: a part that is one, or is no file of its own, is
     refused. Permissions are those of the file that it replaces, less the umask.
 
-    A note, written when the part is complete and before it takes its name, outlives it: it tells an attempt that comes
-    later what became of it. It stays until `forget`.
+    A note outlives it, and tells an attempt that comes later what became of it. It is written when the file that takes
+    the name is complete, and before it does: it says which file that is (inode, size and time of its last change), so
+    that it is believed only while that very file has the name. It stays until `forget`. What a crash leaves is one of
+
+        part   note   has the name        the next attempt
+        any    any    the file noted      is told the note; what else is left is removed
+        yes    any    another, or none    goes on with the part
+        no     any    another, or none    begins with nothing
 
     Raises StorageError; with errno EWOULDBLOCK where somebody else has the part open.
     """
@@ -43,27 +50,32 @@ class Part:
     def __init__(self, path: str | os.PathLike[str], key: bytes) -> None:
         self._target = Target(path)
         stem = f".{_shortened(self._target.name)}.{sha256(key).hexdigest()[:16]}"
-        self._name, self._note_name = f"{stem}.part", f"{stem}.done"
+        self._name, self._made_name, self._note_name = f"{stem}.part", f"{stem}.made", f"{stem}.done"
         self._fd: int | None = None
 
     @property
     def path(self) -> str:
         """Where the part stands."""
-        return os.path.join(os.path.dirname(self._target.path), self._name)
+        return self._beside(self._name)
 
     def note(self) -> bytes | None:
-        """What was noted when the part took its name; None where it has not, or where its file is gone."""
+        """What was noted of the file that has the name now; None where there is none, or it is another."""
         with self._keeping("look beside"):
-            if self._target.exists(self._name) or not self._target.exists(self._target.name):
+            text = self._read_note()
+            try:
+                wanted, note = json.loads(text)
+                done = wanted == self._identity(self._target.name) and isinstance(note, str)
+            except (ValueError, TypeError, RecursionError, FileNotFoundError):  # torn, or of something else
                 return None
+            return note.encode("utf-8", "surrogateescape") if done else None
+
+    @contextmanager
+    def named(self) -> Iterator[Callable[[memoryview, int], int]]:
+        """Read from the file that has the name, as `read_at` does from the part."""
+        with self._keeping("read back"):
+            fd = self._target.open(self._target.name, os.O_RDONLY)
             try:
-                fd = self._target.open(self._note_name, os.O_RDONLY)
-            except OSError as error:
-                if error.errno in _NO_NOTE:
-                    return None
-                raise
-            try:
-                return os.read(fd, _NOTE_LIMIT)
+                yield lambda buffer, offset: read_at(fd, buffer, offset)
             finally:
                 os.close(fd)
 
@@ -89,24 +101,37 @@ class Part:
         with self._keeping("cut"):
             os.ftruncate(self._open_fd, size)
 
-    def finish(self, note: bytes, make: Callable[[str], None] | None = None) -> None:
-        """Leave a note and give the part its final name, once all is on disk.
+    def finish(
+        self,
+        note: bytes,
+        *,
+        convert: Callable[[str, str], None] | None = None,
+        name: Callable[[str], None] | None = None,
+    ) -> None:
+        """Give the part its final name, and leave a note, once all is on disk.
 
-        `make` is called instead of the renaming, with the part's path: it has to make the target atomically, or to
-        raise; what it raises is raised here, and the part stays.
+        `convert` makes the file that takes the name from the part, given the paths of both; it has permissions already.
+        `name` is called instead of the renaming, with the path of the file to be renamed. What either raises is raised
+        here, and the part stays.
         """
         with self._keeping("sync"):
             os.fsync(self._open_fd)
-            self._write_note(note)
+        named = self._name
+        if convert is not None:
+            named = self._made_name
+            self._convert(convert)
+        with self._keeping("note beside"):
+            self._write_note(json.dumps([self._identity(named), note.decode("utf-8", "surrogateescape")]).encode())
         self._target.sync()  # the note is there before the final name is
-        if make is None:
+        if name is None:
             with self._keeping("rename"):
-                self._target.rename(self._name)
+                self._target.rename(named)
         else:
             with self._keeping("make"):
-                make(self.path)
-            self._target.remove(self._name)
+                name(self._beside(named))
         self._target.sync()
+        if convert is not None or name is not None:
+            self._target.remove(self._name)
         self.close()
 
     def forget(self) -> None:
@@ -114,9 +139,13 @@ class Part:
         self._remove(self._note_name)
 
     def discard(self) -> None:
-        """Remove the part and its note."""
+        """Remove the part, what was made of it, and its note."""
         self.close()
-        self._remove(self._name, self._note_name)
+        self._remove(self._name, self._made_name, self._note_name)
+
+    def tidy(self) -> None:
+        """The file has its name: remove what a crash has left beside it."""
+        self._remove(self._name, self._made_name)
 
     def close(self) -> None:
         """Let go of the part; what was written stays for the next attempt."""
@@ -147,17 +176,41 @@ class Part:
             os.close(fd)  # whoever had it has just renamed or removed it
 
     def _check(self, fd: int, status: os.stat_result) -> None:
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise StorageError(
-                f"{self.path!r} is no file of its own but a pipe, a device or a second name of another file; remove it",
-                errno=errno.EEXIST,
-            )
+        if not _is_own_file(status):
+            raise self._not_ours(self._name)
         kept = status.st_mode & self._target.mode & 0o777
         if kept != status.st_mode & 0o777 and hasattr(os, "fchmod"):  # the target's have become fewer since it was made
             os.fchmod(fd, kept)
 
+    def _convert(self, convert: Callable[[str, str], None]) -> None:
+        with self._keeping("make"):
+            self._target.remove(self._made_name)
+            os.close(self._target.open(self._made_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # hands on its mode
+            convert(self.path, self._beside(self._made_name))
+
+    def _identity(self, name: str) -> list[int]:
+        """Which file has this name. A rename keeps that; whoever writes another file, or into this one, does not."""
+        status = self._target.status(name)
+        return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+    def _read_note(self) -> bytes:
+        try:
+            fd = self._target.open(self._note_name, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in _NO_NOTE:
+                return b""
+            raise
+        try:
+            return os.read(fd, _NOTE_LIMIT) if _is_own_file(os.fstat(fd)) else b""
+        finally:
+            os.close(fd)
+
     def _write_note(self, note: bytes) -> None:
-        fd = self._target.open(self._note_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with suppress(FileNotFoundError):  # one that was not believed gives way; what is no note does not
+            if not _is_own_file(self._target.status(self._note_name)):
+                raise self._not_ours(self._note_name)
+            self._target.remove(self._note_name)
+        fd = self._target.open(self._note_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             Output(fd, self._target.path).append([note])
             os.fsync(fd)
@@ -168,6 +221,13 @@ class Part:
         with suppress(StorageError), Target(self._target.path) as target:
             for name in names:
                 target.remove(name)
+
+    def _beside(self, name: str) -> str:
+        return os.path.join(os.path.dirname(self._target.path), name)
+
+    def _not_ours(self, name: str) -> StorageError:
+        what = "is no file of its own but a link, a pipe, a device or a second name of another file; remove it"
+        return StorageError(f"{self._beside(name)!r} {what}", errno=errno.EEXIST)
 
     @contextmanager
     def _keeping(self, doing: str) -> Iterator[None]:
@@ -192,6 +252,10 @@ def has_note(path: str | os.PathLike[str]) -> bool:
     except OSError:
         return False
     return any(name.startswith(begin) and name.endswith(".done") for name in names)
+
+
+def _is_own_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _shortened(name: str) -> str:

@@ -2,8 +2,9 @@
 
 What is on disk is the stream itself under a temporary name, so that it says on its own how much of it is whole. The
 next attempt verifies every frame in it again, cuts off a torn tail and asks the sender for the rest. Once the END frame
-has come and all is synced, a journal notes the outcome, and the stream takes its final name. The journal stays until
-the sender has its receipt: one that asks again is told the digest, and nothing is received twice.
+has come and all is synced, a journal notes the outcome and which file it is about, and that takes the final name. The
+journal stays until the sender has its receipt: one that asks again is told the digest, and nothing is received twice.
+It is believed only while that very file has the name; docs/transports.md has the states as a table.
 """
 
 import json
@@ -28,10 +29,10 @@ class Recording:
 
     `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` gives a
     function that is called with each item before its data is taken, and raises to refuse the stream (`lambda:
-    schema(model).check`); it is called anew for every time that the stream is read from its beginning. `finish` is
-    called instead of the renaming, with the path of the temporary file, and has to make `path` from it atomically, or
-    to raise. What was received is removed where `check` or `finish` finds it wanting (SchemaError; any WireError of
-    `finish`) and stays in all other cases.
+    schema(model).check`); it is called anew for every time that the stream is read from its beginning. `convert` makes
+    another file of the stream, given the paths of both, and that takes the name `path`. `finish` is called instead of
+    the renaming, with the path of the temporary file, and has to rename it to `path`, or to raise. What was received is
+    removed where one of them finds it wanting (SchemaError; any WireError of the last two) and stays otherwise.
 
     `position` says where the sender has to go on, `outcome` is set once the stream is whole. Raises StorageError, with
     errno EWOULDBLOCK where somebody else is receiving the same transfer.
@@ -43,6 +44,7 @@ class Recording:
         transfer: bytes,
         *,
         check: Callable[[], Callable[[Item], None]] = lambda: _accept,
+        convert: Callable[[str, str], None] | None = None,
         finish: Callable[[str], None] | None = None,
         limits: Limits = DEFAULT,
     ) -> None:
@@ -51,6 +53,7 @@ class Recording:
         self.outcome: Outcome | None = None
         self._done = False
         self._new_check = check
+        self._convert = convert
         self._finish = finish
         self._limits = limits
         self._part = Part(path, transfer)
@@ -58,9 +61,7 @@ class Recording:
         self._pending = bytearray()
         self._written = 0
         try:
-            if self._already_done():
-                self._part.close()
-            else:
+            if not self._already_done():
                 self._take_up()
         except BaseException:
             self.close()
@@ -100,7 +101,8 @@ class Recording:
         assert self.outcome is not None
         if not self._done:
             try:
-                self._part.finish(json.dumps(asdict(self.outcome)).encode("ascii"), self._finish)
+                note = json.dumps(asdict(self.outcome)).encode("ascii")
+                self._part.finish(note, convert=self._convert, name=self._finish)
             except WireError:
                 self.discard()
                 raise
@@ -125,26 +127,40 @@ class Recording:
         self._frames = Frames(limits=self._limits)
 
     def _already_done(self) -> bool:
+        """Whether the whole stream has its final name and is still what it was then."""
         journal = self._part.note()
+        if journal is None:
+            return False
         try:
-            outcome = json.loads(journal or b"")
-            self.outcome = Outcome(Position(**outcome["end"]), outcome["digest"])
+            fields = json.loads(journal)
+            outcome = Outcome(Position(**fields["end"]), fields["digest"])
         except (ValueError, KeyError, TypeError):
             return False
-        self.position = self.outcome.end
+        if self._convert is None and not self._stands(outcome):
+            return False
+        self.position, self.outcome = outcome.end, outcome
+        self._events = iter(())
         self._done = True
+        self._part.close()
+        self._part.tidy()
         return True
+
+    def _stands(self, outcome: Outcome) -> bool:
+        with self._part.named() as read_at:
+            return self._replay(read_at, outcome.end.offset) and self.outcome == outcome
 
     def _take_up(self) -> None:
         """Verify what an earlier attempt left, and cut it off behind the last frame that is whole."""
         whole = self._part.open()
-        while not self._replay(whole):
+        if not whole and self._already_done():  # somebody else had it until now
+            return
+        while not self._replay(self._part.read_at, whole):
             whole = self.position.offset
         self._part.truncate(whole)
         self._written = whole
 
-    def _replay(self, size: int) -> bool:
-        """Feed the file's first `size` bytes back in. Returns whether they are whole frames."""
+    def _replay(self, read_at: Callable[[memoryview, int], int], size: int) -> bool:
+        """Feed the first `size` bytes of a file back in. Returns whether they are whole frames."""
         self._frames = Frames(limits=self._limits)
         self._events = self._frames.steps()
         self._check = self._new_check()
@@ -157,7 +173,7 @@ class Recording:
                 elif done == size:
                     break
                 else:
-                    got = self._part.read_at(self._frames.get_buffer()[: size - done], done)
+                    got = read_at(self._frames.get_buffer()[: size - done], done)
                     self._frames.buffer_updated(got)
                     done += got
         except WireError:
