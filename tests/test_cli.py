@@ -9,9 +9,11 @@ import subprocess
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from tensorwire.bench.models import from_state_dict
 from tensorwire.cli import main
 from tensorwire.cli.network import address
 from tensorwire.codecs import Encoded
+from tensorwire.transfer import Conversation, Offer, RefusedError, Regenerated, Send, greet, send_stream
+from tensorwire.transports import TcpTransport
 
 MODEL = {
     "w": (np.random.default_rng(1).standard_normal((40, 130)) * 0.02).astype(np.float32),
@@ -351,9 +355,89 @@ def test_what_out_becomes(name: str, npz: Path, tmp_path: Path, capsys: pytest.C
 
 def test_any_file_from_stdin_to_stdout() -> None:
     data = bytes(range(256)) * 9_999
-    with receiving("-") as (process, where):
+    with receiving("-") as (process, where), ThreadPoolExecutor(1) as executor:
+        came = executor.submit(ended, process)  # the sender has its receipt once the pipe has taken everything
         assert shell(["send", "-", where], data).returncode == 0
-        assert ended(process)[:2] == (0, data)
+        assert came.result()[:2] == (0, data)
+
+
+def test_what_nobody_reads_gets_no_receipt(tmp_path: Path) -> None:
+    """The reader of the pipe leaves, as `head` does, or reads nothing and the receiver is stopped."""
+    (tmp_path / "in.bin").write_bytes(bytes(9 << 20))
+    with receiving("-") as (process, where):
+        sender = subprocess.Popen(
+            [sys.executable, "-m", "tensorwire", "send", str(tmp_path / "in.bin"), where], cwd=HOME
+        )
+        assert len(process.stdout.read(1000)) == 1000
+        process.stdout.close()
+        assert sender.wait(60) == 1
+        assert process.wait(60) == 3
+    with receiving("-") as (process, where):
+        command = ["send", str(tmp_path / "in.bin"), where, "--patience", "0.1"]
+        sender = subprocess.Popen([sys.executable, "-m", "tensorwire", *command], cwd=HOME)
+        assert len(process.stdout.read(1000)) == 1000
+        process.terminate()
+        assert process.wait(60) == 143
+        assert sender.wait(60) == 3
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "tensorwire", "receive", "-", "--listen", "127.0.0.1:0"]
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, cwd=HOME)
+        where = process.stderr.readline().decode().split()[-1]
+        assert run("send", tmp_path / "in.bin", where) == 1
+        process.stderr.close()
+        assert process.wait(60) == 3
+
+
+def test_between_receipt_and_goodbye_nobody_else_is_let_in(tmp_path: Path) -> None:
+    """A transfer is through when its sender is told so, not when the sender has said that it heard."""
+    with receiving(tmp_path / "out.tw", "--force") as (process, where):
+        host, _, port = where.rpartition(":")
+        with TcpTransport.connect(host, int(port)) as first, TcpTransport.connect(host, int(port)) as second:
+            first.run(greet())
+            sending = send_stream(Offer(b"A"), Regenerated(lambda: tensorwire.encode(MODEL)))
+            with pytest.raises(Gone):
+                first.run(until_goodbye(sending))
+            whole = (tmp_path / "out.tw").read_bytes()
+            second.run(greet())
+            with pytest.raises(RefusedError) as caught:
+                second.run(send_stream(Offer(b"B"), Regenerated(lambda: tensorwire.encode({"w": MODEL["steps"]}))))
+            assert (caught.value.kind, caught.value.retryable) == ("done", False)
+            with TcpTransport.connect(host, int(port)) as again:
+                again.run(greet())
+                receipt = again.run(send_stream(Offer(b"A"), Regenerated(lambda: tensorwire.encode(MODEL))))
+            assert receipt.sent == 0 and receipt.digest == whole[-32:].hex()
+        assert ended(process)[0] == 0
+    assert (tmp_path / "out.tw").read_bytes() == whole
+
+
+class Gone(Exception):
+    """A sender is no more."""
+
+
+def until_goodbye(sending: Conversation[Any]) -> Conversation[Any]:
+    """A conversation of a sender that has its receipt, and is silent then."""
+    step = next(sending)
+    sends = 0
+    while True:
+        sends += isinstance(step, Send)
+        if sends == 3:
+            raise Gone
+        step = sending.send((yield step))
+
+
+@pytest.mark.parametrize("name", ["out.tw", "out.npz"])
+def test_what_appears_at_out_meanwhile_is_not_replaced(name: str, npz: Path, tmp_path: Path) -> None:
+    def late() -> Iterator[Any]:
+        yield from tensorwire.encode(MODEL)
+        (tmp_path / name).write_bytes(b"mine")
+
+    with receiving(tmp_path / name) as (_, where):
+        host, _, port = where.rpartition(":")
+        with TcpTransport.connect(host, int(port)) as transport:
+            transport.run(greet())
+            with pytest.raises(RefusedError, match="exists already"):
+                transport.run(send_stream(Offer(b"t"), Regenerated(late)))
+    assert (tmp_path / name).read_bytes() == b"mine"
 
 
 def test_what_is_not_wanted_is_refused_and_the_receiver_waits_on(

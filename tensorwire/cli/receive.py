@@ -2,19 +2,21 @@
 
 import argparse
 import asyncio
-import shutil
+import os
+import select
+import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Final
 
 from tensorwire.cli import decode
 from tensorwire.cli.common import PIPE, Progress, add_limits, binary_stdout, verb
-from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report
+from tensorwire.cli.network import PORT, SECURITY, add_security, address, listener_tls, report, where
 from tensorwire.cli.outputs import add_force, check_output, exists
 from tensorwire.cli.process import run_async
-from tensorwire.errors import SchemaError, TensorwireError, TransportError, show
+from tensorwire.errors import SchemaError, StorageError, TensorwireError, TransportError, show
 from tensorwire.limits import Limits
 from tensorwire.storage.parts import Part, has_note, scratch
 from tensorwire.streams import size_text
@@ -33,6 +35,7 @@ examples:
   tensorwire receive received.tw
 """
 _CHUNK: Final = 1 << 20
+_LOOK: Final = 0.2  # seconds until somebody who waits looks whether the command is to end
 
 
 def add_parser(verbs: Any) -> None:
@@ -40,8 +43,7 @@ def add_parser(verbs: Any) -> None:
     parser = verb(verbs, "receive", _run, summary="receive a model or a file from a `tensorwire send`", text=_TEXT)
     parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
     parser.add_argument("--to", choices=(*decode.KINDS, "tw"), help="what OUT becomes, whatever its name")
-    where = ("127.0.0.1", PORT)
-    listen = parser.add_argument("--listen", metavar="HOST:PORT", type=address, default=where)
+    listen = parser.add_argument("--listen", metavar="HOST:PORT", type=address, default=("127.0.0.1", PORT))
     listen.help = f"where to listen (127.0.0.1:{PORT}; port 0 picks one)"
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     add_force(parser)
@@ -57,9 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         out = binary_stdout()
         with scratch() as path:
-            result = run_async(_Reception(arguments, path, kind).result())
-            with open(path, "rb") as file:
-                shutil.copyfileobj(file, out, _CHUNK)
+            result = run_async(_Reception(arguments, path, kind, out).result())
     report("received", arguments.output, result, as_json=arguments.json)
     return 0
 
@@ -72,15 +72,17 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 
 class _Reception:
-    """Serves whoever connects until one transfer is through."""
+    """Serves whoever connects until one transfer is through. `out`: where what was received to `path` goes then."""
 
-    def __init__(self, arguments: argparse.Namespace, path: str, kind: str) -> None:
+    def __init__(self, arguments: argparse.Namespace, path: str, kind: str, out: BinaryIO | None = None) -> None:
         self._arguments = arguments
         self._path = path
         self._kind = kind
+        self._out = out
         self._arrival: _Arrival | None = None
         self._through: bytes | None = None  # the transfer that is
-        self._opening = threading.Lock()
+        self._broken: OSError | None = None  # why `out` takes no more
+        self._deciding = threading.Lock()  # who may send, and what is through
         self._stopping = threading.Event()
 
     async def result(self) -> dict[str, Any]:
@@ -89,8 +91,7 @@ class _Reception:
         host, port = self._arguments.listen
         options = {"tls": listener_tls(self._arguments), "plaintext": self._arguments.plaintext}
         async with AsyncListener(self._serve, host, port, on_error=_complain, **options) as listener:
-            shown = f"[{host}]" if ":" in host else host
-            print(f"listening on {shown}:{listener.port}", file=sys.stderr, flush=True)
+            print(f"listening on {where(host, listener.port)}", file=sys.stderr, flush=True)
             try:
                 outcome = await self._outcome
             finally:
@@ -119,8 +120,12 @@ class _Reception:
 
     async def _serve(self, transport: AsyncTransport) -> None:
         await transport.run(greet(), within=HANDSHAKE)
-        offer, outcome, acknowledged = await transport.run(receive_stream(self._open))
-        self._through = offer.transfer
+        try:
+            _, outcome, acknowledged = await transport.run(receive_stream(self._open))
+        except TensorwireError:
+            if self._broken is not None and not self._outcome.done():
+                self._outcome.set_exception(self._broken)
+            raise
         if not acknowledged:  # it may come again for its receipt
             await asyncio.sleep(TIMEOUT)
         if not self._outcome.done():
@@ -129,7 +134,7 @@ class _Reception:
     def _open(self, offer: Offer) -> "_Arrival":
         # This runs in a thread per connection, and takes long where much is to be verified again.
         busy = RefusedError("another sender is at it", kind="busy", retryable=True)
-        if not self._opening.acquire(blocking=False):
+        if not self._deciding.acquire(blocking=False):
             raise busy
         try:
             if self._through not in (None, offer.transfer):
@@ -137,25 +142,59 @@ class _Reception:
             if self._arrival is not None and self._arrival.open:
                 raise busy
             if not (self._arguments.force or self._may_write(offer.transfer)):
-                raise RefusedError("what this receiver is to write exists already", kind="exists")
-            self._arrival = _Arrival(self._path, self._kind, offer, self._stopping, self._arguments.limits)
+                raise _exists()
+            self._arrival = _Arrival(
+                self._path, self._kind, offer, self._stopping, self._arguments.limits, self._finish
+            )
             return self._arrival
         finally:
-            self._opening.release()
+            self._deciding.release()
+
+    def _finish(self, commit: Callable[[], Outcome], transfer: bytes) -> Outcome:
+        """Let a transfer be the one, once what was received is where it is to be and before its sender is told."""
+        with self._deciding:
+            if self._through is None and not (self._arguments.force or self._may_write(transfer)):
+                raise _exists()  # since we looked
+            outcome = commit()
+            if self._through is None and self._out is not None:
+                self._hand_on(self._out)
+            self._through = transfer
+            return outcome
+
+    def _hand_on(self, out: BinaryIO) -> None:
+        try:
+            with open(self._path, "rb") as file:
+                _write_on(out, iter(lambda: file.read(_CHUNK), b""), self._stopping)
+        except OSError as error:
+            if not isinstance(error, TensorwireError):
+                self._broken = error
+                raise RefusedError("whoever was to read what arrives is gone", kind="storage") from error
+            raise
 
 
 class _Arrival(Recording):
     """A recording with progress that becomes a file of the kind asked for."""
 
-    def __init__(self, path: str, kind: str, offer: Offer, stopping: threading.Event, limits: Limits) -> None:
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        offer: Offer,
+        stopping: threading.Event,
+        limits: Limits,
+        finish: Callable[[Callable[[], Outcome], bytes], Outcome],
+    ) -> None:
         self.open = True
+        self.moved = 0
+        self.seconds = 0.0
+        self._offer = offer
         self._stopping = stopping
         self._accepts = limits
-        self.moved = 0
         self._kind = kind
+        self._let_finish = finish
         self._began = time.monotonic()
-        finish = None if kind == "tw" else self._decode
-        super().__init__(path, offer.transfer, check=lambda: self._check_item, finish=finish, limits=limits)
+        convert = None if kind == "tw" else self._decode
+        super().__init__(path, offer.transfer, check=lambda: self._check_item, convert=convert, limits=limits)
         print(f"receiving {show(offer.name)}", file=sys.stderr)
         self._start = self.position.offset
         self._progress = Progress(offer.size, self._start)
@@ -167,32 +206,55 @@ class _Arrival(Recording):
 
     def commit(self) -> Outcome:
         self.seconds = time.monotonic() - self._began
-        return super().commit()
+        return self._let_finish(super().commit, self._offer.transfer)
 
     def close(self) -> None:
         super().close()
         self.open = False
 
     def _check_item(self, item: Item) -> None:
-        self._check_time()
+        _check_time(self._stopping)
         unwanted = TensorItem if self._kind == "file" else FileItem
         if self._kind != "tw" and isinstance(item, unwanted):
             wanted = "a file" if self._kind == "file" else "tensors"
             raise SchemaError(f"{wanted} is to be received; this is not", item=item.name)
 
-    def _decode(self, part: str) -> None:
-        with open(part, "rb", buffering=0) as file:
-            decode.write(self._chunks(file), self.path, self._kind, self._accepts)
+    def _decode(self, part: str, made: str) -> None:
+        try:
+            with open(part, "rb", buffering=0) as file:
+                decode.write(self._chunks(file), made, self._kind, self._accepts)
+        except StorageError as error:  # which names what nobody has asked for
+            error.detail = error.detail.replace(made, self.path)
+            raise
 
     def _chunks(self, file: BinaryIO) -> Iterator[bytes]:
         while chunk := file.read(_CHUNK):
-            self._check_time()
+            _check_time(self._stopping)
             yield chunk
 
-    def _check_time(self) -> None:
-        """Raise in a thread, which no signal ends, once the command is to end."""
-        if self._stopping.is_set():
-            raise TransportError("this receiver is being stopped")
+
+def _write_on(out: BinaryIO, chunks: Iterable[bytes], stopping: threading.Event) -> None:
+    """Write to a stream that may take its time, from a thread, which no signal ends. Raises OSError."""
+    waits = hasattr(select, "PIPE_BUF") and stat.S_ISFIFO(os.fstat(out.fileno()).st_mode)  # not on Windows
+    most = select.PIPE_BUF if waits else _CHUNK  # a pipe that is ready takes so many bytes at once
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for begin in range(0, len(view), most):
+            while waits and not select.select([], [out], [], _LOOK)[1]:
+                _check_time(stopping)
+            _check_time(stopping)
+            out.write(view[begin : begin + most])
+            out.flush()
+
+
+def _exists() -> RefusedError:
+    return RefusedError("what this receiver is to write exists already", kind="exists")
+
+
+def _check_time(stopping: threading.Event) -> None:
+    """Raise in a thread, which no signal ends, once the command is to end."""
+    if stopping.is_set():
+        raise TransportError("this receiver is being stopped")
 
 
 def _complain(error: TensorwireError) -> None:
