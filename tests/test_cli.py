@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,11 +21,14 @@ from network import Certificates
 
 import tensorwire
 from tensorwire.bench.models import from_state_dict
-from tensorwire.cli import main
+from tensorwire.cli import inputs, main
 from tensorwire.cli.network import address
+from tensorwire.cli.send import _transfer
 from tensorwire.codecs import Encoded
-from tensorwire.transfer import Conversation, Offer, RefusedError, Regenerated, Send, greet, send_stream
+from tensorwire.errors import TruncatedError
+from tensorwire.transfer import Conversation, Offer, Recording, RefusedError, Regenerated, Send, greet, send_stream
 from tensorwire.transports import TcpTransport
+from tensorwire.wire.drive import as_source, pull
 
 MODEL = {
     "w": (np.random.default_rng(1).standard_normal((40, 130)) * 0.02).astype(np.float32),
@@ -408,6 +411,60 @@ def test_between_receipt_and_goodbye_nobody_else_is_let_in(tmp_path: Path) -> No
             assert receipt.sent == 0 and receipt.digest == whole[-32:].hex()
         assert ended(process)[0] == 0
     assert (tmp_path / "out.tw").read_bytes() == whole
+
+
+@pytest.mark.parametrize("source", ["in.safetensors", "in.npz", "in.bin", "shards"])
+def test_a_source_that_is_written_to_while_it_is_sent(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / source
+    model = {f"w{n}": np.ones(300_000, np.float32) for n in range(9)}
+    np.savez(tmp_path / "in.npz", **model)
+    (tmp_path / "in.bin").write_bytes(bytes(9 << 20))
+    tensorwire.safetensors.decode(tensorwire.encode(model), tmp_path / "in.safetensors")
+    tensorwire.safetensors.decode(tensorwire.encode(model), tmp_path / "shards", max_shard_size=3 << 20)
+    changed = max(path.glob("*.safetensors")) if path.is_dir() else path
+    before = changed.read_bytes()
+
+    def tracked(buffers: Iterator[Any], *_: object) -> Iterator[Any]:
+        for number, buffer in enumerate(buffers):
+            if number == 5:
+                with changed.open("r+b") as file:
+                    file.seek(-4, os.SEEK_END)
+                    file.write(b"torn")
+            yield buffer
+
+    name = "out.bin" if source == "in.bin" else "out.tw"
+    with receiving(tmp_path / name) as (process, where):
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorwire.cli.send.tracked", tracked)
+            assert run("send", path, where, "--patience", "0.1") == 1
+        assert "has changed meanwhile" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+        changed.write_bytes(before)
+        assert run("send", path, where) == 0
+        assert ended(process)[0] == 0
+
+
+def test_another_file_of_the_same_name_size_and_time_gets_through(tmp_path: Path) -> None:
+    """As from a git checkout, an OCI layer or Nix. Half of the first was received."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "in.bin").write_bytes(folder.encode() * (3 << 20))
+        os.utime(tmp_path / folder / "in.bin", (1, 1))
+    out = tmp_path / "out.bin"
+    stream = b"".join(tensorwire.encode_file(tmp_path / "a" / "in.bin"))
+    arguments = Namespace(input=str(tmp_path / "a" / "in.bin"), codec="raw", limits=None, kind=None)
+    with inputs.opened(arguments) as source:
+        transfer = _transfer(source.path, source)
+    place = Recording(out, transfer)
+    with pytest.raises(TruncatedError):
+        list(pull(place, as_source(stream[: 2 << 20])))
+    place.close()
+    with receiving(out) as (process, where):
+        assert run("send", tmp_path / "b" / "in.bin", where) == 0
+        assert ended(process)[0] == 0
+    assert out.read_bytes() == b"b" * (3 << 20)
 
 
 class Gone(Exception):

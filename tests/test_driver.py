@@ -16,7 +16,7 @@ import pytest
 from network import PATIENCE, Certificates, Server, nothing_left, until
 
 import tensorwire
-from tensorwire.errors import CorruptError, SchemaError, TransportError
+from tensorwire.errors import CorruptError, SchemaError, TransportError, TruncatedError
 from tensorwire.transfer import (
     Backoff,
     Offer,
@@ -44,6 +44,7 @@ from tensorwire.transports import (
     server_tls,
 )
 from tensorwire.transports.driver import Driver, Early, completed, run_of
+from tensorwire.wire.drive import as_source, pull
 
 MODEL = {"a": np.arange(300_000, dtype=np.float32), "b": np.ones(50, np.float32)}
 STREAM = b"".join(tensorwire.encode(MODEL))
@@ -520,7 +521,7 @@ class Flaky:
             try:
                 transport.run(greet())
                 transport.run(receive_stream(open_destination))
-            except TransportError:
+            except (TransportError, TruncatedError):
                 pass
 
 
@@ -540,6 +541,32 @@ def test_a_whole_transfer_with_breaks_in_memory(tmp_path: Path) -> None:
             thread.join(PATIENCE)
     assert receipt.digest == outgoing.digest and (tmp_path / "m.tw").read_bytes()[-32:].hex() == receipt.digest
     assert len(flaky.threads) == 4 and sent == sorted(sent) and 150_000 < sent[1] <= 200_000 < sent[-1]
+
+
+def test_the_beginning_of_another_stream_is_given_up_once(tmp_path: Path) -> None:
+    """Two sources of one name: the second is sent although half of the first is there, over breaks too."""
+    other = b"".join(tensorwire.encode({"other": np.ones(200_000, np.float32)}, frame_size=4096))
+    place = Recording(tmp_path / "m.tw", b"t")
+    with pytest.raises(TruncatedError):
+        list(pull(place, as_source(other[:700_000])))
+    held = place.position.offset
+    place.close()
+    flaky = Flaky(tmp_path, [1 << 40, 200_000])
+    offsets: list[int] = []
+
+    class Outgoing(Regenerated):
+        def after(self, position: Position) -> Iterator[Any]:
+            offsets.append(position.offset)
+            return super().after(position)
+
+    outgoing = Outgoing(lambda: tensorwire.encode(MODEL, frame_size=4096))
+    with nothing_left(tmp_path):
+        receipt = send_resuming(flaky.connect, Offer(b"t"), outgoing)
+        for thread in flaky.threads:
+            thread.join(PATIENCE)
+    assert (tmp_path / "m.tw").read_bytes()[-32:].hex() == receipt.digest == outgoing.digest
+    assert offsets[:2] == [held, 0] and held > 100_000
+    assert len(offsets) == 3 and 150_000 < offsets[2] <= 200_000, "begun anew once, then taken up"
 
 
 def test_a_transfer_is_taken_up_under_asyncio(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,27 @@ def test_a_receiver_that_has_another_whole_stream_is_told_apart(tmp_path: Path) 
     assert isinstance(sending.error, SequenceError) and DIGEST in str(sending.error)
 
 
+def test_the_beginning_of_another_stream_gives_way_where_that_is_asked_for(tmp_path: Path) -> None:
+    first = End(send_stream(OFFER, outgoing()), HAVE)
+    first.run()
+    for cut in (1, 200, len(STREAM) - 1):  # nothing verified, some of it, nearly all
+        End(receiver(tmp_path), first.sent[:-cut], closed=True).run()
+        other = Regenerated(lambda: tensorwire.encode({**MODEL, "a": MODEL["a"] + 1}, frame_size=4096))
+        sending, receiving = converse(send_stream(replace(OFFER, anew=True), other), receiver(tmp_path))
+        assert sending.result.sent == sending.result.size == receiving.result[1].end.offset
+        assert sending.result.digest == other.digest == (tmp_path / "m.tw").read_bytes()[-32:].hex()
+        assert [path.name for path in tmp_path.iterdir()] == ["m.tw"]
+
+
+def test_a_stream_that_is_complete_gives_way_to_no_other(tmp_path: Path) -> None:
+    converse(send_stream(OFFER, outgoing()), receive_stream(lambda offer: Keeping(tmp_path / "m.tw", offer.transfer)))
+    other = Regenerated(lambda: tensorwire.encode({**MODEL, "a": MODEL["a"] + 1}, frame_size=4096))
+    sending, _ = converse(send_stream(replace(OFFER, anew=True), other), receiver(tmp_path))
+    assert isinstance(sending.error, RefusedError)
+    assert (sending.error.kind, sending.error.retryable) == ("done", False)
+    assert (tmp_path / "m.tw").read_bytes() == STREAM
+
+
 class Keeping(Recording):
     """Keeps its journal, as where the sender's last word was lost."""
 
@@ -308,7 +330,7 @@ def test_a_broken_goodbye_is_none(tmp_path: Path) -> None:
         assert alone(receiver(tmp_path / str(number)), first.sent + bye)[2] is False
 
 
-OFFERED = {"transfer": b"t", "name": "n", "size": 10, "about": {}}
+OFFERED = {"transfer": b"t", "name": "n", "size": 10, "about": {}, "anew": False}
 
 
 @pytest.mark.parametrize(
@@ -322,6 +344,7 @@ OFFERED = {"transfer": b"t", "name": "n", "size": 10, "about": {}}
         {**OFFERED, "size": True},
         {**OFFERED, "name": b"n"},
         {**OFFERED, "about": []},
+        {**OFFERED, "anew": 1},
         {**OFFERED, "more": 1},
         {"transfer": b"t"},
         {},

@@ -16,7 +16,7 @@ from tensorwire.cli import inputs
 from tensorwire.cli.common import PIPE, CodecArgument, UsageError, add_limits, codec_choice, tracked, verb
 from tensorwire.cli.network import SECURITY, Retries, add_security, address, connection_tls, named, report, where
 from tensorwire.errors import AuthError, TransportError, UnsupportedError, show
-from tensorwire.transfer import Offer, Peer, Position, Regenerated
+from tensorwire.transfer import Offer, Peer, Position, Regenerated, version_of
 from tensorwire.transports import PATIENCE, TcpTransport, send_resuming
 
 _TEXT: Final = f"""\
@@ -85,12 +85,12 @@ def _send(source: inputs.Input, arguments: argparse.Namespace, tls: ssl.SSLConte
 
 
 def _transfer(path: str, source: inputs.Input) -> bytes:
-    """The same for the same file and codec, whoever asks and whenever."""
+    """The same for the same files and codec, whoever asks and whenever."""
     if path == PIPE:
         return os.urandom(32)
-    status = os.stat(path)
-    about = [os.path.basename(path), status.st_size, status.st_mtime_ns, source.codec, source.kind]
-    return sha256(json.dumps(about).encode()).digest()
+    states = ((each, os.stat(each)) for each in inputs.files(path))
+    about = [[os.path.basename(each), status.st_size, status.st_mtime_ns] for each, status in states]
+    return sha256(json.dumps([about, source.codec, source.kind]).encode()).digest()
 
 
 def _check_codecs(peer: Peer, codec: CodecArgument) -> None:
@@ -109,7 +109,7 @@ class _Outgoing:
         self.report = Report()
         self._source = source
         self._began = False
-        self._stream = Regenerated(self._encoded)
+        self._stream = Regenerated(self._encoded, version=self._version)
 
     def after(self, position: Position) -> Iterator[Any]:
         if self._source.path == PIPE and self._began:
@@ -120,6 +120,9 @@ class _Outgoing:
     @property
     def digest(self) -> str:
         return self._stream.digest
+
+    def _version(self) -> object:
+        return None if self._source.path == PIPE else version_of(*inputs.files(self._source.path))
 
     def _encoded(self) -> Iterator[Any]:
         self.report = Report()  # of this attempt, which encodes again what the others have sent

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorwire.errors import CorruptError, SchemaError, TransportError, TruncatedError
+from tensorwire.errors import CorruptError, SchemaError, SequenceError, TransportError, TruncatedError
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
 from tensorwire.storage import rename, write_file
@@ -68,6 +68,7 @@ class Client:
         self._hold = hold
         self._on_refusal = on_refusal
         self._on_step = on_step
+        self._anew = False
         os.makedirs(self._folder, exist_ok=True)
 
     def run(self) -> None:
@@ -138,7 +139,8 @@ class Client:
         transport.run(say({"client": self.name, "want": "deliver"}))
         about = {"round": order.round}
         size = os.path.getsize(update)
-        offer = Offer(order.base.encode(), "update", size, about)
+        offer = Offer(order.base.encode(), "update", size, about, anew=self._anew)
+        self._anew = False
         counted = True
         try:
             transport.run(send_stream(offer, Recorded(update)))
@@ -148,6 +150,9 @@ class Client:
                 raise
             self._on_refusal(error)
             counted = False
+        except SequenceError as error:  # the server has the beginning of one that was lost with an earlier folder
+            self._anew = True
+            raise TransportError(f"{error}; it is asked to begin anew") from error
         # What this update's quantization dropped replaces what earlier ones did only if it counts.
         if os.path.exists(residual := f"{update}.residual"):
             rename(residual, self._path("residual.tw")) if counted else os.unlink(residual)

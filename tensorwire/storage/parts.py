@@ -186,7 +186,11 @@ class Part:
         with self._keeping("make"):
             self._target.remove(self._made_name)
             os.close(self._target.open(self._made_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # hands on its mode
-            convert(self.path, self._beside(self._made_name))
+            try:
+                convert(self.path, self._beside(self._made_name))
+            except BaseException:
+                self._target.remove(self._made_name)
+                raise
 
     def _identity(self, name: str) -> list[int]:
         """Which file has this name. A rename keeps that; whoever writes another file, or into this one, does not."""
@@ -206,8 +210,9 @@ class Part:
             os.close(fd)
 
     def _write_note(self, note: bytes) -> None:
-        with suppress(FileNotFoundError):  # one that was not believed gives way; what is no note does not
-            if not _is_own_file(self._target.status(self._note_name)):
+        with suppress(FileNotFoundError):  # a name gives way, of a link or of a note that was not believed, and no more
+            mode = self._target.status(self._note_name).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
                 raise self._not_ours(self._note_name)
             self._target.remove(self._note_name)
         fd = self._target.open(self._note_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)

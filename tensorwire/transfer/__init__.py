@@ -4,7 +4,7 @@ from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position
 from tensorwire.transfer.receiving import Recording
 from tensorwire.transfer.resume import Backoff
-from tensorwire.transfer.sending import Outgoing, Recorded, Regenerated
+from tensorwire.transfer.sending import Outgoing, Recorded, Regenerated, version_of
 from tensorwire.transfer.session import (
     Conversation,
     Do,
@@ -47,5 +47,6 @@ __all__ = [
     "refuse",
     "say",
     "send_stream",
+    "version_of",
     "wait",
 ]

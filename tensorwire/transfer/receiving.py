@@ -18,6 +18,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage.parts import Part
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position
+from tensorwire.transfer.session import RefusedError
 from tensorwire.wire import NEED_DATA, Item, ItemStart, StreamEnd
 from tensorwire.wire.reader import NeedData
 
@@ -95,6 +96,16 @@ class Recording:
         except SchemaError:
             self.discard()
             raise
+
+    def begin_anew(self) -> None:
+        """Begin with nothing: what was received is of another stream. Raises RefusedError where that is complete."""
+        if self._done:
+            raise RefusedError(
+                "another stream has arrived whole under this name: send it as a new transfer", kind="done"
+            )
+        self._part.truncate(0)
+        self._written, self._pending = 0, bytearray()
+        self._replay(self._part.read_at, 0)
 
     def commit(self) -> Outcome:
         """Give the whole stream its final name, once and for all. Raises StorageError, and what `finish` raises."""

@@ -6,9 +6,10 @@ Without I/O of its own.
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar
 
-from tensorwire.errors import CorruptError, TensorwireError, TransportError
+from tensorwire.errors import CorruptError, SequenceError, TensorwireError, TransportError
 from tensorwire.transfer.position import Position
 from tensorwire.transfer.sending import Outgoing
 from tensorwire.transfer.session import Conversation, Offer, Peer, Receipt, greet, send_stream
@@ -88,21 +89,30 @@ async def send_over(
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
     `patience`: seconds without any progress of the receiver after which the last error is raised. `greeting`: seconds
-    that it may take. Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is
+    that it may take. What a receiver has of another stream under this transfer's name it is asked once to give up.
+    Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is
     offered. `on_retry`: called with the error and the seconds until the next attempt.
     """
     backoff = Backoff(patience=patience)
     reached = -1
+    anew = begun_anew = False
     while True:
         watched = Watched(outgoing)
         try:
             line = await connect()
             try:
                 check_peer(await line.converse(greet(), within=greeting))
-                return await line.converse(send_stream(offer, watched))
+                return await line.converse(send_stream(replace(offer, anew=anew), watched))
             finally:
                 await line.hang_up()
+        except SequenceError:  # it has the beginning of another stream
+            if begun_anew:
+                raise
+            anew = begun_anew = True
+            continue
         except (TransportError, CorruptError) as error:
+            if watched.position.offset >= 0:  # it has begun anew by now
+                anew = False
             if watched.position.offset > reached:
                 reached = watched.position.offset
                 backoff.reset()

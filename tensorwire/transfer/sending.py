@@ -2,15 +2,17 @@
 
 The same input gives the same bytes, so a sender needs no state: it makes the stream again and leaves out what the
 receiver has. The receiver's position carries the CRC of its last header, which stands for every byte before it; that
-the next frame repeats it as its link shows that it is still the same stream.
+the next frame repeats it as its link shows that it is still the same stream. The last bytes are given once the source
+was found to be the same as at the start: without them nothing is received.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
 from typing import Any, Final, Protocol
 
 from tensorwire.checksum import crc32c
-from tensorwire.errors import SequenceError, StorageError, WireError
+from tensorwire.errors import EncodeError, SequenceError, StorageError, WireError
 from tensorwire.transfer.position import Position
 from tensorwire.wire.frames import HEADER_SIZE, unpack_header
 
@@ -32,20 +34,39 @@ class Outgoing(Protocol):
         """What the END frame said, once `after` is exhausted."""
 
 
-class Regenerated:
-    """A stream that `make` gives anew each time, as `lambda: tensorwire.encode(state_dict, codec="nf4")` does."""
+def version_of(*paths: str | os.PathLike[str]) -> object:
+    """What tells one state of some files from another: which they are, their sizes, and when they were changed last.
 
-    def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
+    Also where somebody has put the times back. Raises OSError.
+    """
+    states = (os.stat(path) for path in paths)
+    return [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in states]
+
+
+class Regenerated:
+    """A stream that `make` gives anew each time, as `lambda: tensorwire.encode(state_dict, codec="nf4")` does.
+
+    `version` tells one state of the source from another, as `lambda: version_of("model.safetensors")` does. It is asked
+    now, at the beginning of each attempt and before the last bytes are given: where it has changed, `after` raises
+    EncodeError, and the receiver gets nothing.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Any]], *, version: Callable[[], object] = lambda: None) -> None:
         self._make = make
+        self._version = version
+        self._first = version()
         self._tail = b""
 
     def after(self, position: Position) -> Iterator[Any]:
         """The buffers from `position` on."""
-        offset, head = 0, b""
+        offset, head, held = 0, b"", memoryview(b"")
+        self._check_version()
         for buffer in self._make():
             view = _bytes_of(buffer)
-            if not view:  # the transport should not hold back what it has
-                yield view
+            if not view:  # the transport should not hold back what it has, and we neither
+                self._check_version()
+                yield from (held, view) if held else (view,)
+                held = view
                 continue
             self._tail = (self._tail + bytes(view[-_DIGEST_SIZE:]))[-_DIGEST_SIZE:]
             view, offset = view[max(position.offset - offset, 0) :], offset + len(view)
@@ -54,28 +75,45 @@ class Regenerated:
                 if len(head) == HEADER_SIZE:
                     _check(head, position)
             if view:
-                yield view
+                if held:
+                    yield held
+                held = view
+        self._check_version()
         if offset < position.offset or 0 < len(head) < HEADER_SIZE:
             raise _another_stream(position)
+        if held:
+            yield held
 
     @property
     def digest(self) -> str:
         """What the END frame said, once `after` is exhausted."""
         return self._tail.hex()
 
+    def _check_version(self) -> None:
+        if self._version() != self._first:
+            raise EncodeError(
+                "what is sent has changed meanwhile: none of it arrives; send it again once it is written"
+            )
+
 
 class Recorded:
-    """A stream that stands in a file: encoded once, sent to many."""
+    """A stream that stands in a file: encoded once, sent to many.
+
+    The file may be removed or replaced while it is sent. One that is written to raises StorageError.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
+        self._digest: str | None = None
 
     def after(self, position: Position) -> Iterator[Any]:
         """The buffers from `position` on, read as they are sent."""
         with open(self._path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+            began = os.fstat(file.fileno())
+            size = began.st_size
             if position.offset > size:
                 raise _another_stream(position)
+            self._digest = _last_bytes(file)
             if 0 < position.offset < size:
                 file.seek(position.offset)
                 _check(file.read(HEADER_SIZE), position)
@@ -86,15 +124,27 @@ class Recorded:
                 got = file.readinto(chunk)
                 if not got:
                     raise StorageError(f"{self._path} became shorter while it was sent")
-                yield memoryview(chunk)[:got]
                 left -= got
+                if not left and _changed(began, os.fstat(file.fileno())):
+                    raise StorageError(f"{self._path} was written to while it was sent")
+                yield memoryview(chunk)[:got]
 
     @property
     def digest(self) -> str:
         """What the END frame says."""
-        with open(self._path, "rb") as file:
-            file.seek(-_DIGEST_SIZE, os.SEEK_END)
-            return file.read().hex()
+        if self._digest is None:
+            with open(self._path, "rb", buffering=0) as file:
+                self._digest = _last_bytes(file)
+        return self._digest
+
+
+def _last_bytes(file: FileIO) -> str:
+    file.seek(-min(_DIGEST_SIZE, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    return file.read().hex()
+
+
+def _changed(before: os.stat_result, after: os.stat_result) -> bool:
+    return (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
 
 
 def _bytes_of(buffer: Any) -> memoryview:

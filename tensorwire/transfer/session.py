@@ -102,13 +102,15 @@ class Offer:
     """A stream that somebody wants to send.
 
     `transfer`: 1 to 64 bytes that name this transfer, the same on every attempt. `name`: what it is, data and never a
-    path. `size`: bytes of the stream where known. `about`: the application's own.
+    path. `size`: bytes of the stream where known. `anew`: what the receiver has of this transfer is the beginning of
+    another stream, and gives way. `about`: the application's own.
     """
 
     transfer: bytes
     name: str = ""
     size: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,9 @@ class Destination(Protocol):
 
     def buffer_updated(self, size: int) -> None:
         """`size` bytes went there; 0: the input has ended."""
+
+    def begin_anew(self) -> None:
+        """Let go of the beginning of another stream. Raises RefusedError where that cannot be."""
 
     def commit(self) -> Any:
         """The stream is whole: keep it. A receipt says so to the sender."""
@@ -193,8 +198,9 @@ def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) 
 def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
     """Send a stream from where the receiver has it.
 
-    Raises RefusedError, and SequenceError where the receiver has another stream, or the beginning of one. After an
-    error the connection is of no more use, unless a RefusedError came before any byte of the stream.
+    Raises RefusedError, and SequenceError where the receiver has another stream, or the beginning of one, which an
+    offer to begin `anew` replaces. After an error the connection is of no more use, unless a RefusedError came before
+    any byte of the stream.
     """
     yield Send([_pack("offer", asdict(offer))])
     have = yield from _read("have", frames=int, offset=int, link=int)
@@ -238,6 +244,8 @@ def receive_stream(
         try:
             yield Do(lambda: opened.append(open_destination(offer)), _WAIT)
             destination = opened[0]
+            if offer.anew:
+                yield Do(destination.begin_anew, _WAIT)
             yield Send([_pack("have", asdict(destination.position))])
             for _ in destination.steps():
                 destination.buffer_updated((yield Fill(destination.get_buffer(), steady=True)))
@@ -285,7 +293,7 @@ def refuse(error: TensorwireError) -> Conversation[None]:
 
 
 def _hear_offer() -> Conversation[Offer]:
-    message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), about=dict)
+    message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), anew=bool, about=dict)
     offer = Offer(**message)
     if not 0 < len(offer.transfer) <= _TRANSFER_LIMIT or (offer.size or 0) < 0:
         raise FormatError("an offer without a transfer of 1 to 64 bytes, or of a negative size")
