@@ -6,8 +6,9 @@ import queue
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import tensorwire
 from tensorwire.errors import CorruptError, SchemaError, TransportError, TruncatedError
 from tensorwire.transfer import (
     Backoff,
+    Fill,
     Offer,
     Outcome,
     Position,
@@ -32,6 +34,7 @@ from tensorwire.transfer import (
     send_stream,
     wait,
 )
+from tensorwire.transfer.resume import send_over
 from tensorwire.transports import (
     AsyncListener,
     AsyncTransport,
@@ -45,6 +48,7 @@ from tensorwire.transports import (
 )
 from tensorwire.transports.driver import Driver, Early, completed, run_of
 from tensorwire.wire.drive import as_source, pull
+from tensorwire.wire.values import pack_value
 
 MODEL = {"a": np.arange(300_000, dtype=np.float32), "b": np.ones(50, np.float32)}
 STREAM = b"".join(tensorwire.encode(MODEL))
@@ -472,17 +476,86 @@ def test_pauses_grow_and_begin_anew_with_progress() -> None:
     assert len({backoff.after(TransportError("x")) for _ in range(20)}) > 10  # by chance
 
 
-def test_patience_counts_from_the_last_progress() -> None:
+def test_patience_counts_from_the_first_failure_since_the_last_progress() -> None:
     clock = Clock()
     backoff = Backoff(patience=10, clock=clock)
+    for _ in range(2):
+        clock.now += 1e6  # training, or sending, for as long as it takes
+        backoff.after(TransportError("x"))
+        clock.now += 9
+        backoff.after(TransportError("x"))
+        backoff.reset()
     clock.now += 9
     backoff.after(TransportError("x"))
-    backoff.reset()
-    clock.now += 9
-    backoff.after(TransportError("x"))
-    clock.now += 2
+    clock.now += 11
     with pytest.raises(CorruptError, match="the last"):
         backoff.after(CorruptError("the last"))
+
+
+class Line:
+    """A connection on which so many bytes leave before it breaks, and time passes. The receiver keeps none of them."""
+
+    def __init__(self, clock: Clock, leave: int, seconds: float) -> None:
+        self._clock, self._leave, self._seconds = clock, leave, seconds
+
+    async def converse(self, conversation: Any, *, within: float | None = None) -> Any:
+        if within is not None:  # the greeting
+            conversation.close()
+            return None
+        next(conversation)
+        message = wire_message("have", {"frames": 0, "offset": 0, "link": 0})
+        step = conversation.send(0)
+        while isinstance(step, Fill):
+            size = len(step.buffer)
+            step.buffer[:], message = message[:size], message[size:]
+            step = conversation.send(size)
+        left = self._leave
+        for buffer in step.buffers:
+            left -= memoryview(buffer).nbytes
+            if left <= 0:
+                break
+        self._clock.now += self._seconds
+        with suppress(StopIteration):
+            step = conversation.throw(TransportError("broken"))  # it asks for last words
+        raise TransportError("broken")
+
+    async def hang_up(self) -> None: ...
+
+
+def wire_message(kind: str, fields: dict[str, int]) -> bytes:
+    body = pack_value([kind, fields], tensorwire.Limits())
+    return b"\x93TWM" + len(body).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize(("leave", "attempts"), [([10_000] * 9, 3), ([n * 50_000 for n in range(1, 10)], 9)])
+def test_every_byte_of_progress_counts(leave: list[int], attempts: int) -> None:
+    """Attempts of 60 s with a patience of 100 s: each comes farther than the one before it, or none does."""
+    clock = Clock()
+    made: list[Line] = []
+
+    async def connect() -> Line:
+        if len(made) == len(leave):
+            raise TransportError("the end", retryable=False)
+        made.append(Line(clock, leave[len(made)], 60))
+        return made[-1]
+
+    async def pause(seconds: float) -> None:
+        clock.now += seconds
+
+    sending = send_over(
+        connect,
+        pause,
+        Offer(b"t"),
+        Regenerated(lambda: tensorwire.encode(MODEL, frame_size=4096)),
+        patience=100,
+        greeting=10,
+        check_peer=lambda peer: None,
+        on_retry=lambda error, seconds: None,
+        clock=clock,
+    )
+    with pytest.raises(TransportError):
+        completed(sending)
+    assert len(made) == attempts
 
 
 def test_what_cannot_be_mended_is_not_tried_again() -> None:

@@ -23,8 +23,9 @@ T = TypeVar("T")
 class Backoff:
     """Pauses between attempts, longer each time, and the end of patience.
 
-    A pause is twice as long as the one before it, from `first` to `longest` seconds, less up to a half by chance, so
-    that those who were hit by one failure do not all come back at once.
+    `patience`: seconds, counted from the first failure since the last progress: what goes well may take as long as it
+    takes. A pause is twice as long as the one before it, from `first` to `longest` seconds, less up to a half by
+    chance, so that those who were hit by one failure do not all come back at once.
 
         backoff = Backoff(patience=60)
         while True:
@@ -52,14 +53,17 @@ class Backoff:
     def reset(self) -> None:
         """There was progress: patience and pauses begin anew."""
         self._pause = self._first
-        self._since = self._clock()
+        self._failing_since: float | None = None
 
     def after(self, error: TensorwireError) -> float:
         """Seconds to wait after this error.
 
-        Raises it where trying again cannot help, or after `patience` seconds without progress.
+        Raises it where trying again cannot help, or after `patience` seconds of failures.
         """
-        if not getattr(error, "retryable", True) or self._clock() - self._since > self._patience:
+        now = self._clock()
+        if self._failing_since is None:
+            self._failing_since = now
+        if not getattr(error, "retryable", True) or now - self._failing_since > self._patience:
             raise error
         pause, self._pause = self._pause, min(2 * self._pause, self._longest)
         return pause * random.uniform(0.5, 1)
@@ -85,15 +89,16 @@ async def send_over(
     greeting: float,
     check_peer: Callable[[Peer], None],
     on_retry: Callable[[TensorwireError, float], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
-    `patience`: seconds without any progress of the receiver after which the last error is raised. `greeting`: seconds
+    `patience`: seconds of failures without any progress after which the last error is raised. `greeting`: seconds
     that it may take. What a receiver has of another stream under this transfer's name it is asked once to give up.
     Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is
     offered. `on_retry`: called with the error and the seconds until the next attempt.
     """
-    backoff = Backoff(patience=patience)
+    backoff = Backoff(patience=patience, clock=clock)
     reached = -1
     anew = begun_anew = False
     while True:
@@ -113,8 +118,8 @@ async def send_over(
         except (TransportError, CorruptError) as error:
             if watched.position.offset >= 0:  # it has begun anew by now
                 anew = False
-            if watched.position.offset > reached:
-                reached = watched.position.offset
+            if watched.reached > reached:
+                reached = watched.reached
                 backoff.reset()
             seconds = backoff.after(error)
             on_retry(error, seconds)
@@ -122,16 +127,19 @@ async def send_over(
 
 
 class Watched:
-    """An Outgoing that remembers where its receiver was."""
+    """An Outgoing that remembers where its receiver was, and how far sending has come since."""
 
     def __init__(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         self.position = Position(offset=-1)
+        self.reached = -1
 
     def after(self, position: Position) -> Iterator[Any]:
         """The buffers from `position` on."""
-        self.position = position
-        return self._outgoing.after(position)
+        self.position, self.reached = position, position.offset
+        for buffer in self._outgoing.after(position):
+            yield buffer
+            self.reached += memoryview(buffer).nbytes
 
     @property
     def digest(self) -> str:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transfer import Conversation
+from tensorwire.transports.addresses import AHEAD, listening
 from tensorwire.transports.aio_protocol import ProtocolWire
 from tensorwire.transports.driver import Buffer, Transport
 from tensorwire.transports.pace import MIN_RATE, TIMEOUT, failed
@@ -45,7 +46,8 @@ class AsyncTransport(Transport):
         require_protection(host, tls, plaintext)
         loop = asyncio.get_running_loop()
         try:
-            _, wire = await asyncio.wait_for(loop.create_connection(ProtocolWire, host, port), timeout)
+            attempts = loop.create_connection(ProtocolWire, host, port, happy_eyeballs_delay=AHEAD)
+            _, wire = await asyncio.wait_for(attempts, timeout)
         except asyncio.TimeoutError:
             raise TransportError(f"no progress while connecting to {host}:{port}: timed out") from None
         except OSError as error:
@@ -143,6 +145,7 @@ class AsyncListener:
         self._min_rate = min_rate
         self._connections = min(connections, _affordable())
         self._on_error = on_error
+        self._servers: list[asyncio.Server] = []
         self._tasks: dict[ProtocolWire, asyncio.Task[None]] = {}
         self.host = host
         self.port = port
@@ -150,16 +153,18 @@ class AsyncListener:
     async def __aenter__(self) -> "AsyncListener":
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(
-                lambda: ProtocolWire(self._accepted), self.host, self.port, backlog=1024
-            )
+            sockets = listening(self.host, self.port)
         except OSError as error:
             raise TransportError(f"cannot listen on {self.host}:{self.port}: {error}") from error
-        self.port = self._server.sockets[0].getsockname()[1]
+        self.port = sockets[0].getsockname()[1]
+        for each in sockets:
+            server = await loop.create_server(lambda: ProtocolWire(self._accepted), sock=each, backlog=1024)
+            self._servers.append(server)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._server.close()
+        for server in self._servers:
+            server.close()
         for _ in range(3):  # turns of the loop in which a connection that was just accepted gets here
             await asyncio.sleep(0)
         wires = dict(self._tasks)
@@ -171,7 +176,7 @@ class AsyncListener:
 
     async def serve_forever(self) -> None:
         """Until cancelled."""
-        await self._server.serve_forever()
+        await asyncio.gather(*(server.serve_forever() for server in self._servers))
 
     def _accepted(self, wire: ProtocolWire) -> None:
         staying = [other for other in self._tasks if not other.leaving]

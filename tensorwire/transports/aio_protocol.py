@@ -9,11 +9,12 @@ from typing import Any, Final, TypeVar
 from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transports.blocking import tune
 from tensorwire.transports.driver import Early, Pulse, run_of
-from tensorwire.transports.pace import HANDSHAKE, failed
+from tensorwire.transports.pace import HANDSHAKE, Stall, failed, unacknowledged
 from tensorwire.transports.tls import common_name
 
 _SPARE: Final = 64 << 10
 _TLS_HELD: Final = 1 << 20  # bytes, more than asyncio reads ahead of a TLS connection that nobody reads from
+_MOST_AT_ONCE: Final = 1 << 20  # bytes of one write
 _POLL: Final = 0.001  # seconds
 _LINGER: Final = 2.0  # seconds that last words have to leave after a connection is closed
 
@@ -67,25 +68,21 @@ class ProtocolWire(asyncio.BufferedProtocol):
         """
         if self._gone is not None:
             raise self._gone
-        data = run_of(views)
+        data = run_of(views)[:_MOST_AT_ONCE]  # asyncio copies what does not leave at once
         self._draining = self._loop.create_future()
         self._transport.write(data)
         if not self._full:  # TLS may have said so already
             _settle(self._draining, None)
-        await _in_time(self._draining, patience, "sending")
+        await self._moving(self._draining, patience)
         return len(data)
 
     async def flush(self, patience: float | None) -> None:
         """`Wire.flush`. Without TLS `write` has done it; with it, nobody says when the encrypted bytes have left."""
-        left, until = self._plain.get_write_buffer_size(), None
-        while left and self._gone is None and not (self._alert and self.early):
-            now = self._loop.time()
-            until = until or now + (patience if patience is not None else math.inf)
-            if now > until:
+        stall = Stall(math.inf if patience is None else patience, self._left)
+        while self._plain.get_write_buffer_size() and self._gone is None and not (self._alert and self.early):
+            if stall.is_over():
                 raise TransportError("no progress while sending: timed out")
             await asyncio.sleep(_POLL)
-            if (size := self._plain.get_write_buffer_size()) < left:
-                left, until = size, None
 
     async def heard(self) -> bool:
         """`Wire.heard`. If not, the next `write` ends when it is."""
@@ -218,6 +215,29 @@ class ProtocolWire(asyncio.BufferedProtocol):
         _settle(self._reading, 0)
         _fail(self._draining, self._gone)
         _settle(self.closed, None)
+
+    async def _moving(self, future: "asyncio.Future[None]", patience: float | None) -> None:
+        """Wait for it as long as what was written leaves."""
+        if future.done() or patience is None:
+            return await future
+        stall = Stall(patience, self._left)
+
+        def look() -> None:
+            self._timer = self._loop.call_later(stall.pause, look)
+            if stall.is_over():
+                _fail(future, TransportError("no progress while sending: timed out"))
+
+        timer = self._loop.call_later(stall.pause, look)
+
+        try:
+            return await future
+        finally:
+            timer.cancel()
+
+    def _left(self) -> int:
+        """Bytes that have not arrived: those that asyncio holds, TLS and what is below it, and those of the system."""
+        held: int = self._transport.get_write_buffer_size() + self._plain.get_write_buffer_size()
+        return held + unacknowledged(self._plain.get_extra_info("socket"))
 
     def _wake(self) -> None:
         if self._alert:

@@ -1,5 +1,6 @@
 """Blocking TCP, plain on this machine and TLS beyond it: writes are gathered, reads go straight to the destination."""
 
+import selectors
 import socket
 import ssl
 import time
@@ -11,8 +12,9 @@ from typing import Any, Final, TypeVar
 
 from tensorwire.errors import TransportError
 from tensorwire.transfer import Conversation
+from tensorwire.transports.addresses import connected, listening
 from tensorwire.transports.driver import Buffer, Early, Pulse, Transport, completed, run_of
-from tensorwire.transports.pace import HANDSHAKE, MIN_RATE, TIMEOUT, failed
+from tensorwire.transports.pace import HANDSHAKE, LOOKS, MIN_RATE, TIMEOUT, Stall, failed, unacknowledged
 from tensorwire.transports.tls import common_name, require_protection
 
 # What is on its way when a peer dies is sent again: what has not left yet, and what has arrived but was not read.
@@ -89,14 +91,14 @@ class TcpTransport(BlockingTransport):
         timeout: float | None = TIMEOUT,
         min_rate: float = MIN_RATE,
     ) -> "TcpTransport":
-        """Connect to a listener.
+        """Connect to a listener, at the first of its addresses that answers, all within `timeout`.
 
         `tls`: see `client_tls`; without it only this machine is spoken to, unless `plaintext` says that the network is
         trusted. Raises TransportError, AuthError where the other end is not who it should be.
         """
         require_protection(host, tls, plaintext)
         try:
-            connection = socket.create_connection((host, port), timeout)
+            connection = connected(host, port, timeout)
         except OSError as error:
             raise TransportError(f"cannot connect to {host}:{port}: {error}") from error
         if tls is not None:
@@ -149,13 +151,20 @@ class SocketWire(BlockingWire):
 
     async def write(self, views: list[memoryview], patience: float | None) -> int:
         """`Wire.write`."""
-        try:
-            self._wait_at_most(patience)
-            if _GATHERS and not isinstance(self._socket, ssl.SSLSocket):
-                return self._socket.sendmsg(views)
-            return self._socket.send(run_of(views))
-        except OSError as error:
-            raise failed("sending", self._alert(error)) from error
+        gathers = _GATHERS and not isinstance(self._socket, ssl.SSLSocket)
+        data: Any = views if gathers else run_of(views)
+        stall: Stall | None = None
+        while True:
+            try:
+                self._wait_at_most(None if patience is None else patience / LOOKS)
+                return self._socket.sendmsg(data) if gathers else self._socket.send(data)
+            except TimeoutError as error:
+                assert patience is not None
+                stall = stall or Stall(patience, lambda: unacknowledged(self._socket))
+                if stall.is_over():
+                    raise failed("sending", error) from error
+            except OSError as error:
+                raise failed("sending", self._alert(error)) from error
 
     async def heard(self) -> bool:
         """`Wire.heard`."""
@@ -194,7 +203,8 @@ class SocketWire(BlockingWire):
 class TcpListener:
     """Accepts connections one at a time, each when `accept` is called; a context manager.
 
-    `port` 0 picks a free one, which `port` then tells.
+    `host`: "" is every address of this machine, "0.0.0.0" every one of IPv4, "::" of IPv6; a name is all addresses that
+    it has. `port` 0 picks one that is free at all of them, which `port` then tells.
 
     `tls`: see `server_tls`; without it only this machine is listened to, unless `plaintext` says that the network is
     trusted. `timeout` and `min_rate` are those of the transports, and `accept` waits for `timeout` at most. It has no
@@ -214,16 +224,18 @@ class TcpListener:
     ) -> None:
         require_protection(host, tls, plaintext)
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.create_server((host, port), family=family)
+            self._sockets = listening(host, port)
         except OSError as error:
             raise TransportError(f"cannot listen on {host}:{port}: {error}") from error
-        self._socket.settimeout(timeout)
+        self._selector = selectors.DefaultSelector()
+        for each in self._sockets:
+            each.setblocking(False)
+            self._selector.register(each, selectors.EVENT_READ)
         self._tls = tls
         self._timeout = timeout
         self._min_rate = min_rate
         self.host = host
-        self.port: int = self._socket.getsockname()[1]
+        self.port: int = self._sockets[0].getsockname()[1]
 
     def accept(self) -> TcpTransport:
         """Wait for a peer.
@@ -232,7 +244,7 @@ class TcpListener:
         waits for another peer.
         """
         try:
-            connection, _ = self._socket.accept()
+            connection = self._next_peer()
         except OSError as error:
             raise failed("waiting for a peer", error) from error
         if self._tls is not None:
@@ -241,13 +253,27 @@ class TcpListener:
 
     def close(self) -> None:
         """Stop listening; accepted connections live on."""
-        self._socket.close()
+        self._selector.close()
+        for each in self._sockets:
+            each.close()
 
     def __enter__(self) -> "TcpListener":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _next_peer(self) -> socket.socket:
+        until = None if self._timeout is None else time.monotonic() + self._timeout
+        while True:
+            left = None if until is None else max(until - time.monotonic(), 0)
+            ready = self._selector.select(left)
+            if not ready:
+                raise TimeoutError
+            listener = ready[0][0].fileobj
+            assert isinstance(listener, socket.socket)
+            with suppress(BlockingIOError):  # it has gone again
+                return listener.accept()[0]
 
 
 def tune(connection: socket.socket) -> None:

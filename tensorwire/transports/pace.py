@@ -1,6 +1,11 @@
 """When a peer is given up: what counts is progress on the monotonic clock, never how long a transfer takes in all."""
 
+import socket
 import ssl
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from tensorwire.errors import AuthError, TransportError
@@ -8,6 +13,7 @@ from tensorwire.errors import AuthError, TransportError
 TIMEOUT: Final = 60.0  # seconds without a byte
 HANDSHAKE: Final = 10.0  # seconds for TLS and for the greeting
 MIN_RATE: Final = 1024.0  # bytes a second, over
+LOOKS: Final = 4  # at what has left, in the time after which a peer is given up
 _WINDOW: Final = 30.0  # seconds of waiting
 _ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")  # in OpenSSL's word for what a peer has against ours
 _PLAIN: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
@@ -33,6 +39,39 @@ class Pace:
                 f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are asked"
             )
         self._waited, self._moved = 0.0, 0
+
+
+class Stall:
+    """Tells a peer that takes nothing from one that is slow, while bytes wait in the system to be sent.
+
+    The system reports that there is room for more only when a good part has left, which a slow link takes minutes for.
+    `left`: how many bytes wait; fewer than ever before is progress.
+    """
+
+    def __init__(self, patience: float, left: Callable[[], int]) -> None:
+        self.pause: Final = patience / LOOKS
+        self._patience = patience
+        self._left = left
+        self._least = left()
+        self._since = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether `patience` is. To be asked after every `pause`."""
+        left, now = self._left(), time.monotonic()
+        if left < self._least:
+            self._least, self._since = left, now
+        return now - self._since >= self._patience
+
+
+def unacknowledged(connection: socket.socket) -> int:
+    """Bytes that the peer's system has not acknowledged yet; 0 where ours does not tell."""
+    with suppress(OSError, ValueError):
+        if sys.platform == "linux":
+            import fcntl
+            import termios
+
+            return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
 
 
 def failed(doing: str, error: OSError) -> TransportError | AuthError:

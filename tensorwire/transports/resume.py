@@ -28,7 +28,7 @@ def send_resuming(
 ) -> Receipt:
     """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
 
-    `patience`: seconds without any progress of the receiver after which the last error is raised. Errors that trying
+    `patience`: seconds of failures without any progress after which the last error is raised. Errors that trying
     again cannot mend are raised at once. `check_peer` may raise before anything is offered. `on_retry`: called with the
     error and the seconds until the next attempt.
     """
