@@ -45,8 +45,10 @@ from tensorwire.transports import (
     send_resuming,
     send_resuming_async,
     server_tls,
+    speaks_for,
 )
 from tensorwire.transports.driver import Driver, Early, completed, run_of
+from tensorwire.transports.tls import peer_names
 from tensorwire.wire.drive import as_source, pull
 from tensorwire.wire.values import pack_value
 
@@ -173,15 +175,49 @@ def test_both_kinds_know_their_peer_by_its_certificate(certificates: Certificate
         "client": client_tls(ca=certificates.ca, certificate=certificates.client[0], key=certificates.client[1]),
     }
 
-    def theirs(transport: TcpTransport) -> str | None:
+    def theirs(transport: TcpTransport) -> tuple[str | None, frozenset[str] | None]:
         transport.run(hear())
-        return transport.peer_name
+        return transport.peer_name, transport.peer_names
 
-    async def ours(transport: AsyncTransport) -> None:
+    async def ours(transport: AsyncTransport) -> frozenset[str] | None:
         await transport.run(say({}))
+        return transport.peer_names
 
-    assert converse("blocking", lambda transport: transport.run(say({})), theirs, **tls)[1] == "me"
-    assert converse("asyncio", ours, theirs, **tls)[1] == "me"
+    me = "me", frozenset({"me", "me@example"})
+    assert converse("blocking", lambda transport: transport.run(say({})), theirs, **tls)[1] == me
+    assert converse("asyncio", ours, theirs, **tls) == [frozenset({"localhost"}), me]
+    del tls["client"]
+    tls["server"] = server_tls(*certificates.server)  # asks for no certificate
+    tls["client"] = client_tls(ca=certificates.ca)
+    assert converse("asyncio", ours, theirs, **tls)[1] == (None, None)
+
+
+NAMES: list[tuple[dict[str, Any], set[str]]] = [
+    ({}, set()),
+    ({"subject": ((("organizationName", "Partner 7"),),)}, set()),
+    ({"subject": ((("commonName", ""),),)}, set()),
+    ({"subject": ((("commonName", "a"), ("commonName", "b")),)}, {"a", "b"}),
+    ({"subject": ((("commonName", "a"),),), "subjectAltName": (("DNS", "b.example"),)}, {"a", "b.example"}),
+    (
+        {"subjectAltName": (("DNS", "*.example"), ("URI", "spiffe://org/7"), ("email", "c@d"))},
+        {"spiffe://org/7", "c@d"},
+    ),
+    ({"subjectAltName": (("IP Address", "127.0.0.1"), ("DirName", "x"), ("Registered ID", "1.2"))}, set()),
+]
+
+
+@pytest.mark.parametrize(("certificate", "names"), NAMES)
+def test_who_may_speak_for_whom(certificate: dict[str, Any], names: set[str]) -> None:
+    """A certificate without names is nobody's; where none is asked for, a peer may be anybody."""
+    claims = ["a", "b", "A", "", "x.example", "b.example", "spiffe://x/7", "c@d", "127.0.0.1", "None", "Partner 7"]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for mode in (ssl.CERT_REQUIRED, ssl.CERT_OPTIONAL):
+        context.verify_mode = mode
+        found = peer_names(context, certificate)
+        assert {claim for claim in claims if speaks_for(found, claim)} == names & {*claims}
+    context.verify_mode = ssl.CERT_NONE
+    assert all(speaks_for(peer_names(context, None), claim) for claim in claims)
+    assert all(speaks_for(None, claim) for claim in claims)
 
 
 # In memory.
@@ -360,7 +396,7 @@ def test_an_async_producer_that_fails_or_is_left_ends() -> None:
 class Writes:
     """A wire that takes what it is given, `most` bytes at a time, and remembers how."""
 
-    peer_name = None
+    peer_name = peer_names = None
 
     def __init__(self, most: int = 1 << 40) -> None:
         self.early = Early()

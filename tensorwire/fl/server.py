@@ -38,7 +38,7 @@ from tensorwire.transfer import (
     send_stream,
     wait,
 )
-from tensorwire.transports import HANDSHAKE, AsyncTransport
+from tensorwire.transports import HANDSHAKE, AsyncTransport, speaks_for
 from tensorwire.updates import Rules, Terms, Update, UpdateError, Verdict, average, check_update, encode, views
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
@@ -128,7 +128,7 @@ class Server:
         """
         if not isinstance(client, str) or not _NAME.fullmatch(client):
             raise SchemaError("a request must name its client in 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'")
-        if transport.peer_name not in (None, client):
+        if not speaks_for(transport.peer_names, client):
             raise SchemaError(f"the certificate of {transport.peer_name!r} does not speak for {client!r}")
         with self._lock:
             if client not in self._members and len(self._members) >= self.plan.clients:

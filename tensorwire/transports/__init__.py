@@ -9,7 +9,7 @@ from tensorwire.transports.blocking import TcpListener, TcpTransport
 from tensorwire.transports.memory import MemoryTransport
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 from tensorwire.transports.resume import PATIENCE, send_resuming, send_resuming_async
-from tensorwire.transports.tls import client_tls, is_loopback, server_tls
+from tensorwire.transports.tls import client_tls, is_loopback, server_tls, speaks_for
 
 __all__ = [
     "HANDSHAKE",
@@ -25,4 +25,5 @@ __all__ = [
     "send_resuming",
     "send_resuming_async",
     "server_tls",
+    "speaks_for",
 ]

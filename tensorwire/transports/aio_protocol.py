@@ -10,7 +10,7 @@ from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transports.blocking import tune
 from tensorwire.transports.driver import Early, Pulse, run_of
 from tensorwire.transports.pace import HANDSHAKE, Stall, failed, unacknowledged
-from tensorwire.transports.tls import common_name
+from tensorwire.transports.tls import common_name, peer_names
 
 _SPARE: Final = 64 << 10
 _TLS_HELD: Final = 1 << 20  # bytes, more than asyncio reads ahead of a TLS connection that nobody reads from
@@ -156,6 +156,12 @@ class ProtocolWire(asyncio.BufferedProtocol):
     def peer_name(self) -> str | None:
         """The common name in the peer's certificate, None without one."""
         return common_name(self._transport.get_extra_info("peercert"))
+
+    @property
+    def peer_names(self) -> frozenset[str] | None:
+        """All names in the peer's certificate; None where none was asked for."""
+        context = self._transport.get_extra_info("sslcontext")
+        return None if context is None else peer_names(context, self._transport.get_extra_info("peercert"))
 
     def _take(self, transport: Any) -> None:
         self._transport, self._agreeing = transport, False

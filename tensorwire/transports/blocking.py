@@ -15,7 +15,7 @@ from tensorwire.transfer import Conversation
 from tensorwire.transports.addresses import connected, listening
 from tensorwire.transports.driver import Buffer, Early, Pulse, Transport, completed, run_of
 from tensorwire.transports.pace import HANDSHAKE, LOOKS, MIN_RATE, TIMEOUT, Stall, failed, unacknowledged
-from tensorwire.transports.tls import common_name, require_protection
+from tensorwire.transports.tls import common_name, peer_names, require_protection
 
 # What is on its way when a peer dies is sent again: what has not left yet, and what has arrived but was not read.
 _UNSENT: Final = 1 << 20
@@ -110,6 +110,7 @@ class BlockingWire:
     """What the wires of blocking transports have in common: nothing stays behind when a call returns."""
 
     peer_name: str | None = None
+    peer_names: frozenset[str] | None = None
 
     def __init__(self) -> None:
         self.early = Early()
@@ -139,7 +140,9 @@ class SocketWire(BlockingWire):
         self._socket = connection
         self._seconds = connection.gettimeout()
         if isinstance(connection, ssl.SSLSocket):
-            self.peer_name = common_name(connection.getpeercert())
+            certificate = connection.getpeercert()
+            self.peer_name = common_name(certificate)
+            self.peer_names = peer_names(connection.context, certificate)
 
     async def read(self, buffer: memoryview, patience: float | None) -> int:
         """`Wire.read`."""

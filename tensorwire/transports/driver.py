@@ -35,6 +35,10 @@ class Wire(Protocol):
     def peer_name(self) -> str | None:
         """The common name in the peer's certificate, None without one."""
 
+    @property
+    def peer_names(self) -> frozenset[str] | None:
+        """All names in the peer's certificate; None where none was asked for."""
+
     async def read(self, buffer: memoryview, patience: float | None) -> int:
         """Receive at least one byte into `buffer`; returns how many, 0 once the peer has closed."""
 
@@ -171,12 +175,14 @@ class Transport:
     """What every skin tells of its connection.
 
     `driver` has its calls as coroutines, for code that serves all kinds. `peer_name` is the common name in the peer's
-    certificate, None without one.
+    certificate, None without one: to be shown. `peer_names` are all its names, None where no certificate was asked for:
+    `speaks_for` says whom that lets it speak for.
     """
 
     def __init__(self, wire: Wire, *, timeout: float | None, min_rate: float) -> None:
         self.driver: Final = Driver(wire, timeout=timeout, min_rate=min_rate)
         self.peer_name: Final = wire.peer_name
+        self.peer_names: Final = wire.peer_names
 
     @property
     def sent(self) -> int:

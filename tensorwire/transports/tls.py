@@ -9,11 +9,13 @@ import os
 import ssl
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Final
 
 from tensorwire.errors import AuthError, TransportError
 
 Path = str | os.PathLike[str]
+
+_NAMING: Final = ("DNS", "URI", "email")
 
 
 def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.SSLContext:
@@ -54,8 +56,32 @@ def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -
         )
 
 
+def peer_names(context: ssl.SSLContext, certificate: Mapping[str, Any] | None) -> frozenset[str] | None:
+    """The names that a peer's certificate gives it: common names, and the DNS names, URIs and e-mail addresses beside.
+
+    None where `context` asks for no certificate. `certificate`: as `SSLSocket.getpeercert` gives it.
+    """
+    if context.verify_mode == ssl.CERT_NONE:
+        return None
+    found = certificate or {}
+    common = [value for part in found.get("subject", ()) for key, value in part if key == "commonName"]
+    others = [value for kind, value in found.get("subjectAltName", ()) if kind in _NAMING]
+    return frozenset(name for name in common + others if name)
+
+
+def speaks_for(names: frozenset[str] | None, name: str) -> bool:
+    """Whether a peer with these `peer_names` may act under a name.
+
+    a certificate was asked for    it has      the peer speaks for
+    no                                         anybody: the network is trusted
+    yes                            no name     nobody
+    yes                            names       these, compared letter by letter
+    """
+    return names is None or name in names
+
+
 def common_name(certificate: Mapping[str, Any] | None) -> str | None:
-    """The common name in a certificate as `SSLSocket.getpeercert` gives it, None without."""
+    """The common name in a certificate as `SSLSocket.getpeercert` gives it, None without. To be shown, not compared."""
     subject = (certificate or {}).get("subject", ())
     return next((value for part in subject for key, value in part if key == "commonName"), None)
 
