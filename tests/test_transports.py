@@ -19,7 +19,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -1050,6 +1050,62 @@ def test_a_conversation_within_its_time_and_not_beyond(tmp_path: Path) -> None:
     with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
         with pytest.raises(TransportError, match="longer than it may|timed out"):
             transport.run(listen_for_ever(), within=0.3)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_a_connection_that_waits_holds_little(secure: bool, certificates: Certificates) -> None:
+    """Both its ends, less what OpenSSL holds: under 64 KiB."""
+    count = 40
+
+    async def serve(transport: AsyncTransport) -> None:
+        await transport.run(greet())
+        await transport.run(hear())
+
+    async def main() -> float:
+        tls = server_tls(*certificates.server) if secure else None
+        ours = client_tls(ca=certificates.ca) if secure else None
+        async with AsyncListener(serve, tls=tls) as listener, AsyncExitStack() as stack:
+            for number in range(1 + count):
+                peer = await stack.enter_async_context(
+                    await AsyncTransport.connect("127.0.0.1", listener.port, tls=ours)
+                )
+                await peer.run(greet())
+                if number == 0:
+                    await asyncio.sleep(0.1)
+                    before = tracemalloc.get_traced_memory()[0]
+            await asyncio.sleep(0.1)
+            return (tracemalloc.get_traced_memory()[0] - before) / count
+
+    tracemalloc.start()
+    try:
+        assert asyncio.run(main()) < 64 << 10
+    finally:
+        tracemalloc.stop()
+
+
+def test_connections_of_one_loop_do_not_mix_what_they_hear(certificates: Certificates) -> None:
+    """They share the memory that asyncio reads into."""
+    words = [hashlib.sha256(bytes([number])).digest() * 3000 for number in range(8)]
+
+    async def serve(transport: AsyncTransport) -> None:
+        await transport.run(greet())
+        heard = [(await transport.run(hear()))["word"] for _ in range(3)]
+        assert len({*heard}) == 1
+        for word in heard:
+            await transport.run(say({"word": word[:60_000]}))
+
+    async def talk(port: int, word: bytes) -> list[bytes]:
+        async with await AsyncTransport.connect("127.0.0.1", port, tls=client_tls(ca=certificates.ca)) as transport:
+            await transport.run(greet())
+            for _ in range(3):
+                await transport.run(say({"word": word[:60_000]}))
+            return [(await transport.run(hear()))["word"] for _ in range(3)]
+
+    async def main() -> list[list[bytes]]:
+        async with AsyncListener(serve, tls=server_tls(*certificates.server)) as listener:
+            return await asyncio.gather(*(talk(listener.port, word) for word in words))
+
+    assert asyncio.run(main()) == [[word[:60_000]] * 3 for word in words]
 
 
 def test_closing_a_listener_ends_what_it_serves(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import ssl
 import sys
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
 from tensorwire.errors import TensorwireError, TransportError
@@ -163,10 +163,15 @@ class AsyncListener:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for server in self._servers:
-            server.close()
+        # A server that is closed loses what it has just accepted: first it accepts no more.
+        loop = asyncio.get_running_loop()
+        for listening_socket in [each for server in self._servers for each in server.sockets]:
+            with suppress(NotImplementedError):  # a loop that waits for no readers
+                loop.remove_reader(listening_socket.fileno())
         for _ in range(3):  # turns of the loop in which a connection that was just accepted gets here
             await asyncio.sleep(0)
+        for server in self._servers:
+            server.close()
         wires = dict(self._tasks)
         for task in wires.values():
             task.cancel()
