@@ -272,7 +272,7 @@ DTYPES: dict[int, tuple[str, int]] = {
     36: ("float8_e8m0fnu", 1), 40: ("float4_e2m1fn_x2", 1),
 }  # fmt: skip
 
-_FORBIDDEN = {*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
+_FORBIDDEN = {*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
 
 
 class Item:

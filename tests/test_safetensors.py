@@ -403,3 +403,31 @@ def test_a_file_that_is_cut_while_it_is_sent(tmp_path: Path) -> None:
     os.truncate(source, 1 << 20)
     with pytest.raises(TruncatedError, match="shorter.*in.safetensors"):
         list(buffers)
+
+
+def header_file(path: Path, header: bytes) -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return path
+
+
+@pytest.mark.parametrize(
+    "part", [b'"":{},', b"[],", b'"a":[0],', b"0,", b'"%06d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},']
+)
+def test_a_header_of_very_many_parts_is_refused_before_it_is_parsed(part: bytes, tmp_path: Path) -> None:
+    """Python needs thirty times the bytes of small ones: 2.5 GB for what the limit of the header lets through."""
+    number = 5_000_000 if b"dtype" not in part else 700_000
+    path = header_file(tmp_path / "m.safetensors", b"{" + part * number + b'"x":[]}')
+    tracemalloc.start()
+    try:
+        with pytest.raises(LimitError, match="parts of the safetensors header"):
+            list(front.encode(path))
+        assert tracemalloc.get_traced_memory()[1] < 3 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_as_many_tensors_as_a_stream_may_have_and_no_more(tmp_path: Path) -> None:
+    entry = '"{}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    header = ",".join(entry.format(number) for number in range(tensorwire.Limits().items + 2))
+    with pytest.raises(LimitError, match="items is 262146"):
+        list(front.encode(header_file(tmp_path / "m.safetensors", f"{{{header}}}".encode())))

@@ -16,6 +16,7 @@ from tensorwire.tensor import ByteArray, TensorView
 
 # The safetensors library's own ceiling.
 MAX_HEADER: Final = 100_000_000
+_MAX_PARTS: Final = 16 * DEFAULT.items  # a tensor of four dimensions has ten; text of the metadata may hold some too
 METADATA: Final = "__metadata__"
 NAMES: Final = {
     dtypes.BOOL: "BOOL",
@@ -220,12 +221,16 @@ class SafetensorsFile(Checkpoint):
             raise LimitError("safetensors header", MAX_HEADER, length)
         if 8 + length > size:
             raise TruncatedError("the safetensors header reaches beyond the end of the file", offset=size)
+        text = bytes(self._source.read(8, length))
+        _check_parts(text)
         try:
-            header = json.loads(bytes(self._source.read(8, length)))
+            header = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"the safetensors header is not JSON: {error}") from None
         if type(header) is not dict:
             raise FormatError("the safetensors header is not a JSON object")
+        if len(header) > DEFAULT.items + 1:  # and the metadata
+            raise LimitError("items", DEFAULT.items, len(header))
         return header, 8 + length, size - 8 - length
 
     def _make_views(self, header: dict[str, Any], begin: int, size: int) -> dict[str, TensorView]:
@@ -245,6 +250,13 @@ class SafetensorsFile(Checkpoint):
             hint = ": it was cut short" if end > size else ""
             raise FormatError(f"tensors take {end} bytes, the file has {size}{hint}")
         return views
+
+
+def _check_parts(header: bytes) -> None:
+    """Refuse what Python would make too many objects of, before it does: each takes up to thirty times its bytes."""
+    parts = sum(map(header.count, (b",", b"[", b"{")))
+    if parts > _MAX_PARTS:
+        raise LimitError("parts of the safetensors header", _MAX_PARTS, parts)
 
 
 def _reader(source: Source, offset: int, itemsize: int, pool: Pool) -> Callable[[int, int], ByteArray]:

@@ -31,7 +31,7 @@ _MAX_UINT64: Final = (1 << 64) - 1
 
 # Control characters, format controls that change how surrounding text is shown, lone surrogates: names end up in
 # terminals and logs.
-_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Key = str | int
 Path = tuple[Key, ...]

@@ -217,6 +217,9 @@ for name, error, says, frame in (
     ("name-c1", "FormatError", "control", item(1, DICT, ["\x85"])),
     ("name-bidi", "FormatError", "control", item(1, DICT, ["a\u202egpj"])),
     ("name-isolate", "FormatError", "control", item(1, DICT, ["\u2066"])),
+    ("name-arabic-mark", "FormatError", "control", item(1, DICT, ["a\u061c"])),
+    ("name-left-mark", "FormatError", "control", item(1, DICT, ["\u200ea"])),
+    ("name-right-mark", "FormatError", "control", item(1, DICT, ["a\u200fb"])),
     ("name-not-utf-8", "FormatError", "not msgpack", Frame(ITEM, b"\x82\xa4kind\x05\xa4path\x91\xa1\xff", 1)),
     (
         "name-overlong",
