@@ -411,6 +411,20 @@ def test_waiting_ends(tmp_path: Path) -> None:
         alone(hear(), message("wait", {"for": "ever"}) + note)
 
 
+def test_who_has_to_say_something_cannot_ask_to_wait_instead(tmp_path: Path) -> None:
+    """An offer, a goodbye and, where the caller says so, a request: or a place would be held for hours by nothing."""
+    wait = message("wait", {})
+    for conversation, rest in (
+        (receiver(tmp_path), message("offer", OFFERED)),
+        (hear(patient=False), message("note", {"note": {}})),
+    ):
+        with pytest.raises(SequenceError, match="'wait'"):
+            alone(conversation, wait + rest)
+    whole = End(send_stream(OFFER, outgoing()), HAVE)
+    whole.run()
+    assert alone(receiver(tmp_path), whole.sent + wait + message("bye", {}))[2] is False
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "retryable"),
     [

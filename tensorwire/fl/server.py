@@ -101,7 +101,7 @@ class Server:
         """One connection, for as long as it lasts."""
         await transport.run(greet("tensorwire.fl"), within=HANDSHAKE)
         while True:
-            request = await transport.run(hear())
+            request = await transport.run(hear(patient=False))
             try:
                 client = self._admitted(request.get("client"), transport)
             except SchemaError as error:

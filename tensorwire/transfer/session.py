@@ -203,7 +203,7 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
     any byte of the stream.
     """
     yield Send([_pack("offer", asdict(offer))])
-    have = yield from _read("have", frames=int, offset=int, link=int)
+    have = yield from _read("have", most_waits=_MOST_WAITS, frames=int, offset=int, link=int)
     position = Position(have["frames"], have["offset"], have["link"])
     if min(position.frames, position.offset, position.link) < 0:
         raise FormatError("have: a negative position")
@@ -211,13 +211,13 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
         sent = yield Send(outgoing.after(position), alert=True)
     except TransportError:
         try:  # whether the peer said why
-            yield from _read("receipt", until=time.monotonic() + _LAST_WORDS)
+            yield from _read("receipt", until=time.monotonic() + _LAST_WORDS, most_waits=_MOST_WAITS)
         except RefusedError:
             raise
         except TensorwireError:
             pass
         raise
-    receipt = yield from _read("receipt", digest=str, size=int, about=dict)
+    receipt = yield from _read("receipt", most_waits=_MOST_WAITS, digest=str, size=int, about=dict)
     if receipt["digest"] != outgoing.digest:
         raise SequenceError(
             f"the receiver has another stream: its digest is {show(receipt['digest'])}, ours {outgoing.digest}"
@@ -275,9 +275,12 @@ def say(message: Mapping[str, Any]) -> Conversation[None]:
     yield Send([_pack("note", {"note": dict(message)})])
 
 
-def hear() -> Conversation[dict[Any, Any]]:
-    """Receive a message of the application's own. It is not to be trusted: check every field."""
-    message = yield from _read("note", note=dict)
+def hear(*, patient: bool = True) -> Conversation[dict[Any, Any]]:
+    """Receive a message of the application's own. It is not to be trusted: check every field.
+
+    `patient`: the peer may ask us to `wait`. Who answers requests, and has something to lose by it, need not.
+    """
+    message = yield from _read("note", most_waits=_MOST_WAITS if patient else 0, note=dict)
     note: dict[Any, Any] = message["note"]
     return note
 
@@ -343,17 +346,21 @@ def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
 _WAIT: Final = _pack("wait", {})
 
 
-def _read(wanted: str, /, *, until: float | None = None, **fields: Any) -> Conversation[dict[str, Any]]:
+def _read(
+    wanted: str, /, *, until: float | None = None, most_waits: int = 0, **fields: Any
+) -> Conversation[dict[str, Any]]:
     """The next message that is not "wait", with exactly these fields of these types.
 
-    `until`: when not to wait any longer.
+    `until`: when not to wait any longer. `most_waits`: how often in a row a peer that owes us an answer may ask for
+    time.
     """
-    for _ in range(_MOST_WAITS):
-        kind, message = yield from _read_any(until)
+    kind, message = yield from _read_any(until)
+    for _ in range(1, most_waits):
         if kind != "wait":
             break
         _check_fields(kind, message)
-    else:
+        kind, message = yield from _read_any(until)
+    if kind == "wait" and most_waits:
         raise TransportError("the peer has only asked to wait")
     if kind == "refuse":
         _check_fields(kind, message, kind=str, detail=str, retryable=bool)
