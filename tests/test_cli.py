@@ -516,6 +516,23 @@ def test_a_source_that_is_written_to_while_it_is_sent(
         assert ended(process)[0] == 0
 
 
+def test_a_pipe_by_its_name_is_sent_although_its_times_change(tmp_path: Path) -> None:
+    """As the shell's <(command) gives."""
+    os.mkfifo(tmp_path / "pipe")
+    data = bytes(range(256)) * 9_999
+
+    def write() -> None:
+        with (tmp_path / "pipe").open("wb") as pipe:
+            pipe.write(data)
+
+    with receiving(tmp_path / "out.bin") as (process, where), ThreadPoolExecutor(1) as executor:
+        writing = executor.submit(write)
+        assert run("send", tmp_path / "pipe", where) == 0
+        writing.result()
+        assert ended(process)[0] == 0
+    assert (tmp_path / "out.bin").read_bytes() == data
+
+
 def test_another_file_of_the_same_name_size_and_time_gets_through(tmp_path: Path) -> None:
     """As from a git checkout, an OCI layer or Nix. Half of the first was received."""
     for folder in ("a", "b"):

@@ -7,6 +7,7 @@ was found to be the same as at the start: without them nothing is received.
 """
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from typing import Any, Final, Protocol
@@ -37,10 +38,16 @@ class Outgoing(Protocol):
 def version_of(*paths: str | os.PathLike[str]) -> object:
     """What tells one state of some files from another: which they are, their sizes, and when they were changed last.
 
-    Also where somebody has put the times back. Raises OSError.
+    Also where somebody has put the times back. A pipe or device has one state only. Raises OSError.
     """
-    states = (os.stat(path) for path in paths)
-    return [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in states]
+    return [_version(os.stat(path)) for path in paths]
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    which = status.st_dev, status.st_ino
+    if not stat.S_ISREG(status.st_mode):
+        return which
+    return (*which, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Regenerated:
