@@ -180,3 +180,7 @@ class StorageError(TensorwireError, OSError):
     def __reduce__(self) -> _Recipe:
         # OSError keeps its errno outside of the attributes that every other error is rebuilt from.
         return _rebuild, (type(self), self.detail, {**self.__dict__, "errno": self.errno})
+
+
+class MissingFileError(StorageError, FileNotFoundError):
+    """There is no file, or no folder, of this name."""

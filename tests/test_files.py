@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import errno
 import http.server
 import inspect
 import io
@@ -21,7 +22,16 @@ import pytest
 
 import tensorwire
 import tensorwire.numpy as tw
-from tensorwire.errors import ArgumentError, ClosedError, EncodeError, TransportError, TruncatedError, WireError
+from tensorwire.errors import (
+    ArgumentError,
+    ClosedError,
+    EncodeError,
+    MissingFileError,
+    StorageError,
+    TransportError,
+    TruncatedError,
+    WireError,
+)
 
 LARGE = np.arange(3 << 18, dtype=np.float32).reshape(3, -1, 64)  # of three MiB: in one frame, raw
 MODEL = {"large": LARGE, "small": np.arange(5), "n": {"step": 7}, "tied": LARGE, "none": np.zeros((0, 3))}
@@ -349,6 +359,42 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         tw.open_file(pipe)
 
 
+def test_an_object_that_is_closed_or_open_the_other_way_says_so(path: Path, tmp_path: Path) -> None:
+    for use in (tensorwire.load_file, tensorwire.open_file, lambda file: tensorwire.save_file(MODEL, file)):
+        with pytest.raises(ClosedError, match="closed"), open(path, "rb") as file:
+            file.close()
+            use(file)
+    for read in (tensorwire.load_file, tensorwire.open_file):
+        with pytest.raises(ArgumentError, match="not open for reading"), open(tmp_path / "new", "wb") as file:
+            read(file)
+    with pytest.raises(ArgumentError, match="not open for writing"), open(path, "rb") as file:
+        tensorwire.save_file(MODEL, file)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_behind_an_object() -> None:
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(StorageError, match="/dev/full.*free some space"):
+        tensorwire.save_file(MODEL, file)
+
+
+def test_a_file_that_is_missing_is_named_and_found_by_either_name_of_the_error(tmp_path: Path) -> None:
+    names = ("m.tw", "m.safetensors", "m.safetensors.index.json", "folder/m.tw")
+    for name in names:
+        for read in (tensorwire.load_file, tensorwire.open_file, tensorwire.verify, tensorwire.inspect,
+                     tensorwire.encode_file, tensorwire.safetensors.open_checkpoint):  # fmt: skip
+            with pytest.raises(MissingFileError, match=f"{name}.*check the name") as caught:
+                read(tmp_path / name)
+            assert isinstance(caught.value, FileNotFoundError) and caught.value.errno == errno.ENOENT
+
+
+def test_a_pipe_is_read_from_front_to_back_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "pipe", "r+b", buffering=0):  # or opening it would wait
+        for read in (tensorwire.open_file, tensorwire.safetensors.open_checkpoint):
+            with pytest.raises(EncodeError, match="cannot seek"):
+                read(tmp_path / "pipe")
+
+
 def test_progress_comes_to_its_end(tmp_path: Path) -> None:
     calls: list[tuple[int, int | None]] = []
     size = tw.save_file(MODEL, tmp_path / "x.tw", progress=lambda done, total: calls.append((done, total)))
@@ -412,6 +458,16 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         (b"\x1f\x8b" + bytes(100), "gzip"),
         (b'{"error": "Unauthorized"}', "JSON"),
         (bytes(4096), "zeros"),
+        (b"version https://hawser.github.com/spec/v1\n", "git lfs pull"),
+        (b"PK\x05\x06" + bytes(18), "zip file with nothing"),
+        (b"\xfd7zXZ\x00" + bytes(100), "xz file"),
+        (b"BZh91AY" + bytes(100), "bzip2"),
+        (b"\x04\x22\x4d\x18" + bytes(9), "lz4"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(100), "7-Zip"),
+        (b"Rar!\x1a\x07\x01", "RAR|too short"),
+        (b"\xef\xbb\xbf<html>", "HTML"),
+        (b"Entry not found", "it begins with 'Entry not found'"),
+        (b"Invalid username or password.\n" * 20, "it begins with 'Invalid username"),
         (b"", "empty|ended before|too short"),
     ],
 )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,6 +295,7 @@ def test_all_errors_pickle() -> None:
             errors.NonFiniteError: {"detail": "NaN", "index": 3},
             errors.TransportError: {"detail": "gone", "retryable": False},
             errors.StorageError: {"detail": "full", "errno": errno.ENOSPC},
+            errors.MissingFileError: {"detail": "gone", "errno": errno.ENOENT},
         }.get(kind, {"detail": "d", "item": "w", "frame": 2, "offset": 9})
         error = kind(**extra)
         again = pickle.loads(pickle.dumps(error))
@@ -336,6 +338,75 @@ def test_a_folder_fifo_socket_or_device_is_refused_before_anything_is_written(in
                 receive_file(inputs, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode) and stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_a_link_to_what_is_no_file_is_left_as_it_is(kind: str, inputs: Path, tmp_path: Path) -> None:
+    """/dev/stdout is one: a rename would take it from every process of the machine."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "target").symlink_to(kind)
+    with pytest.raises(StorageError):
+        receive_file(inputs, tmp_path / "target")
+    assert os.readlink(tmp_path / "target") == kind and not list((tmp_path / "folder").iterdir())
+
+
+NO_NAMES = {
+    "a\0b": "NUL",
+    "\ud800": "surrogates",
+    "": "give a path",
+    "x" * 300: "shorter",
+    3: "expected a path, not int",
+    None: "expected a path, not NoneType",
+}
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=ascii)
+def test_what_no_file_can_be_called_is_refused_before_anything_is_read(name: Any, tmp_path: Path) -> None:
+    path = os.path.join(tmp_path, name) if isinstance(name, str) and name else name
+    stream = b"".join(tensorwire.encode({"w": np.ones(3)}))
+    for write in (
+        lambda: tensorwire.decode_file(pytest.fail, path),
+        lambda: tensorwire.safetensors.decode(pytest.fail, path),
+        lambda: tensorwire.safetensors.decode([stream], path, max_shard_size=100),
+    ):
+        with pytest.raises((StorageError, errors.ArgumentError), match=NO_NAMES[name]):
+            write()
+    assert not list(tmp_path.iterdir())
+    for read in (tensorwire.load_file, tensorwire.open_file, tensorwire.verify, tensorwire.encode_file):
+        with pytest.raises((StorageError, errors.ArgumentError)):
+            read(path)
+
+
+def test_a_folder_takes_its_name_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def stream() -> Iterator[bytes]:
+        yield b"".join(tensorwire.encode({"w": np.ones(3)}))
+        os.chdir(tmp_path)
+
+    tensorwire.safetensors.decode(stream(), "model", max_shard_size=100)
+    assert os.listdir(tmp_path) == ["here"] and os.listdir(tmp_path / "here") == ["model"]
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "..", "model"):
+        with pytest.raises(StorageError, match="no empty folder"):
+            tensorwire.safetensors.decode(stream(), name, max_shard_size=100)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(StorageError, match="current folder"):
+        tensorwire.safetensors.decode(stream(), ".", max_shard_size=100)
+
+
+def test_a_file_is_the_one_that_had_the_name_when_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("blob").write_bytes(b"right")
+    stream = tensorwire.encode_file("blob")
+    monkeypatch.chdir("/")
+    tensorwire.decode_file(stream, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"right"
 
 
 @pytest.mark.parametrize("trap", ["link", "fifo", "folder"])

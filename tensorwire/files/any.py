@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Callable, Iterator
+from io import FileIO
 from typing import Any, BinaryIO
 
 from tensorwire import dtypes
@@ -12,7 +13,7 @@ from tensorwire.files.source import is_path, read_some
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.storage.atomic import replacing
-from tensorwire.storage.output import Output, read_at
+from tensorwire.storage.output import Output, open_to_read, read_at
 from tensorwire.streams import FRAME_SIZE, ItemStart, Piece, Receiver, Report, Sender, stream_info
 from tensorwire.streams.flatten import BareLeaf, Leaf, TensorLeaf
 from tensorwire.tensor import Buffer, ByteArray, TensorView
@@ -40,14 +41,16 @@ def encode_file(
     if not chosen.accepts(dtypes.UINT8):
         raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
     if is_path(file):
-        return _open_and_send(os.fsdecode(file), chosen, name, frame_size, limits, report)
+        # Opened here, not where it is read: the file may have another name then, or the program another folder.
+        opened, path = open_to_read(file), os.fsdecode(file)
+        return _send_opened(opened, path, chosen, name, frame_size, limits, report)
     return _send(None, _piped(file), chosen, name or "-", frame_size, limits, report)
 
 
-def _open_and_send(
-    path: str, codec: Codec, name: str | None, frame_size: int, limits: Limits, report: Report | None
+def _send_opened(
+    opened: FileIO, path: str, codec: Codec, name: str | None, frame_size: int, limits: Limits, report: Report | None
 ) -> Iterator[Buffer]:
-    with open(path, "rb", buffering=0) as file:
+    with opened as file:
         status = os.fstat(file.fileno())
         name = name or os.path.basename(path)
         if stat.S_ISREG(status.st_mode):

@@ -9,9 +9,10 @@ from typing import Any, Final
 from tensorwire import dtypes
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, LimitError, TruncatedError, UnsupportedError, WireError, show
-from tensorwire.files.source import HEAD, File, Source, is_path, name_error, name_of, source
+from tensorwire.files.source import HEAD, File, Source, is_path, name_error, source
 from tensorwire.limits import DEFAULT
 from tensorwire.memory import Pool
+from tensorwire.storage.output import file_name, name_of, open_to_read, storing
 from tensorwire.tensor import ByteArray, TensorView
 
 # The safetensors library's own ceiling.
@@ -89,9 +90,9 @@ def open_checkpoint(file: File) -> Checkpoint:
         print(len(tensors), tensors["lm_head.weight"].shape)
     """
     if is_path(file):
-        path = os.fsdecode(file)
+        path = file_name(file)
         if os.path.isdir(path):
-            indexes = [name for name in os.listdir(path) if name.endswith(".safetensors.index.json")]
+            indexes = [name for name in _names_in(path) if name.endswith(".safetensors.index.json")]
             return SafetensorsShards(os.path.join(path, indexes[0]) if len(indexes) == 1 else path)
         if path.endswith(".json"):
             return SafetensorsShards(path)
@@ -108,7 +109,7 @@ class SafetensorsShards(Checkpoint):
         self.metadata = {}
         self._views = {}
         self._files: list[SafetensorsFile] = []
-        self._file = self._path = os.path.abspath(os.fsdecode(path))
+        self._file = self._path = os.path.abspath(file_name(path))
         wanted = None if os.path.isdir(self._path) else self._read_index()
         folder = self._path if wanted is None else os.path.dirname(self._path)
         names = set(wanted.values()) if wanted is not None else _shards_in(folder)
@@ -132,10 +133,10 @@ class SafetensorsShards(Checkpoint):
 
     def _read_index(self) -> dict[str, str]:
         """File names by tensor. Raises FormatError, also for a name that leads out of the folder."""
-        if os.path.getsize(self._path) > MAX_HEADER:
-            raise LimitError("safetensors index", MAX_HEADER, os.path.getsize(self._path), field=None)
-        with open(self._path, "rb") as file:
-            text = file.read()
+        with open_to_read(self._path) as file:
+            text = file.read(MAX_HEADER + 1)
+        if len(text) > MAX_HEADER:
+            raise self._wrong(f"the index has more than {MAX_HEADER} bytes")
         try:
             index = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -173,12 +174,17 @@ class SafetensorsShards(Checkpoint):
 
 
 def _shards_in(folder: str) -> list[str]:
-    names = [name for name in os.listdir(folder) if name.endswith(".safetensors")]
+    names = [name for name in _names_in(folder) if name.endswith(".safetensors")]
     if not names:
         error = FormatError("a folder without .safetensors files is no checkpoint")
         error.file = folder
         raise error
     return names
+
+
+def _names_in(folder: str) -> list[str]:
+    with storing(folder, "read"):
+        return os.listdir(folder)
 
 
 class SafetensorsFile(Checkpoint):
@@ -189,7 +195,7 @@ class SafetensorsFile(Checkpoint):
     """
 
     def __init__(self, file: File) -> None:
-        self._file = os.path.abspath(os.fsdecode(file)) if is_path(file) else file
+        self._file = os.path.abspath(file_name(file)) if is_path(file) else file
         self._source = source(file)
         self.name = self._source.name
         self.packed: dict[str, Any] = {}
@@ -219,6 +225,8 @@ class SafetensorsFile(Checkpoint):
         if size < 8:
             raise TruncatedError("too short for a safetensors file", offset=size)
         length = int.from_bytes(self._source.read(0, 8), "little")
+        if size > 8 and bytes(self._source.read(8, 1)) != b"{":
+            raise FormatError("not a .safetensors file: its header is not JSON", offset=8)
         if length > MAX_HEADER:
             raise LimitError("safetensors header", MAX_HEADER, length, field=None)
         if 8 + length > size:

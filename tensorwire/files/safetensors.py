@@ -118,8 +118,8 @@ def decode(
         if max_shard_size is None:
             with replacing(path) as fd:
                 _receive(receiver, source, _Layout(lambda count: [Output(fd, path)], None, schema, limits))
-        elif max_shard_size < 1:
-            raise EncodeError(f"max_shard_size must be a number of bytes, not {max_shard_size}")
+        elif type(max_shard_size) is not int or max_shard_size < 1:
+            raise EncodeError(f"max_shard_size must be a number of bytes, as 5 * 10**9, not {max_shard_size!r}")
         else:
             _receive_shards(receiver, source, path, max_shard_size, schema, limits)
 

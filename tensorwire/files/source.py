@@ -3,9 +3,11 @@
 Errors about the bytes of a file name it here, and say what it is where it is no stream at all.
 """
 
+import codecs
 import io
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -21,8 +23,9 @@ from tensorwire.errors import (
     TransportError,
     TruncatedError,
     WireError,
+    show,
 )
-from tensorwire.storage.output import read_at, storing
+from tensorwire.storage.output import name_of, open_to_read, read_at, storing
 from tensorwire.wire.frames import MAGIC
 
 Path = str | os.PathLike[str]
@@ -35,20 +38,32 @@ _MAX_WINDOW: Final = 256 << 10
 # What stands where a stream was expected, by how it begins.
 _KINDS: Final = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: fetch that with `git lfs pull`"),
+    (b"version https://hawser", "a git-lfs pointer, not the file itself: fetch that with `git lfs pull`"),
     (b"PK\x03\x04", "a zip file, as torch.save and np.savez write: load it with torch.load or np.load, then save_file"),
+    (b"PK\x05\x06", "a zip file with nothing in it"),
     (b"\x93NUMPY", "a .npy file: load it with np.load, then save_file"),
     (b"GGUF", "a GGUF file, which this library does not read"),
     (b"\x89HDF\r\n", "an HDF5 file, which this library does not read"),
     (b"\x1f\x8b", "a gzip file: unpack it first"),
     (b"\x28\xb5\x2f\xfd", "a zstd file: unpack it first"),
+    (b"\xfd7zXZ\x00", "an xz file: unpack it first"),
+    (b"BZh", "a bzip2 file: unpack it first"),
+    (b"\x04\x22\x4d\x18", "an lz4 file: unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip file: unpack it first"),
+    (b"Rar!\x1a\x07", "a RAR file: unpack it first"),
     (MAGIC, "a tensorwire stream: open it with tensorwire.open_file or load_file"),
 )
 _PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+_PRINTED: Final = bytes([*b"\t\n\r", *range(0x20, 0x7F)])  # what text in ASCII consists of
+_TEXT_SHOWN: Final = 40  # characters
 HEAD: Final = 512  # bytes that `name_error` looks at
 
 
 def is_path(file: object) -> TypeGuard[Path]:
-    """Whether `file` is a path, not a file object. Raises ArgumentError for what is neither."""
+    """Whether `file` is a path, not a file object.
+
+    Raises ArgumentError for what is neither, ClosedError for an object that is closed.
+    """
     if hasattr(file, "fs") and hasattr(file, "mode") and not hasattr(file, "read"):  # fsspec.open has a path, too
         raise ArgumentError('an fsspec OpenFile is not open yet: use `with fsspec.open(..., "rb") as file`')
     if isinstance(file, (str, os.PathLike)):
@@ -56,6 +71,8 @@ def is_path(file: object) -> TypeGuard[Path]:
     if isinstance(file, io.TextIOBase):
         raise ArgumentError(f"{name_of(file)} is open in text mode: open it in binary mode, with 'rb' or 'wb'")
     if hasattr(file, "read") or hasattr(file, "write"):
+        if getattr(file, "closed", False) is True:
+            raise closed(name_of(file))
         return False
     raise ArgumentError(f"expected a path or a binary file object, not {type(file).__name__}")
 
@@ -117,8 +134,12 @@ class PathSource(Source):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.name = os.fsdecode(path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by `close`
-        self.size = os.fstat(self._file.fileno()).st_size
+        self._file = open_to_read(path)
+        status = os.fstat(self._file.fileno())
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+            self._file.close()
+            raise _no_seek(self.name)
+        self.size = status.st_size
 
     def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
         """`Source.map`."""
@@ -151,8 +172,9 @@ class ObjectSource(Source):
         self.name = name_of(file)
         self._file: Any = file
         self._lock = threading.Lock()  # seeking and reading are two calls
+        _check_readable(file)
         if not _seekable(file):
-            raise EncodeError(f"{self.name} cannot seek: read it from front to back with load_file or decode")
+            raise _no_seek(self.name)
         self.size = file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
@@ -227,7 +249,10 @@ class _Reads(io.RawIOBase):
 
 
 def _raw(file: Any) -> AbstractContextManager[Any]:
-    return open(file, "rb", buffering=0) if is_path(file) else nullcontext(file)
+    if is_path(file):
+        return open_to_read(file)
+    _check_readable(file)
+    return nullcontext(file)
 
 
 def name_error(error: TensorwireError, name: str, head: bytes, magic: bytes) -> None:
@@ -248,19 +273,30 @@ def bytes_left(file: Any) -> int | None:
     return end - place
 
 
+def check_writable(file: Any) -> None:
+    """Raise ArgumentError for a file that is open for reading only."""
+    if not hasattr(file, "write") or (_says_how_it_is_open(file) and not file.writable()):
+        raise ArgumentError(f"{name_of(file)} is not open for writing: open it with 'wb'")
+
+
+def _check_readable(file: Any) -> None:
+    if _says_how_it_is_open(file) and not file.readable():
+        raise ArgumentError(f"{name_of(file)} is not open for reading: open it with 'rb'")
+
+
+def _says_how_it_is_open(file: Any) -> bool:
+    return isinstance(file, (io.FileIO, io.BufferedIOBase))  # a class of others may say no by default
+
+
+def _no_seek(name: str) -> EncodeError:
+    return EncodeError(f"{name} cannot seek: read it from front to back with load_file or decode")
+
+
 def closed(name: str) -> ClosedError:
     """The error of a file that was closed."""
     error = ClosedError("the file is closed: open it again to read from it")
     error.file = name
     return error
-
-
-def name_of(file: Any) -> str:
-    """What a file is called: fsspec's have a path, others a name, which may be a descriptor."""
-    if isinstance(file, (str, os.PathLike)):
-        return os.fsdecode(file)
-    name = getattr(file, "path", None) or getattr(file, "name", None)
-    return name if isinstance(name, str) else f"<{type(file).__name__}>"
 
 
 def _seekable(file: Any) -> bool:
@@ -285,7 +321,7 @@ def _kind(head: bytes, magic: bytes) -> str | None:
     for begin, kind in _KINDS:
         if head.startswith(begin):
             return kind
-    text = head.lstrip().lower()
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "an HTML or XML page, not the file: look at what the server answered"
     if head.startswith(_PICKLES):
@@ -298,4 +334,6 @@ def _kind(head: bytes, magic: bytes) -> str | None:
         return "a file that begins with zeros: it was never written to its end"
     if text.startswith(b"{"):
         return "JSON text, not the file: look at what the server answered"
+    if not head.translate(None, _PRINTED):
+        return f"text, not the file; it begins with {show(head[:_TEXT_SHOWN].decode('ascii'))}"
     return None

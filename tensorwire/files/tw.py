@@ -14,10 +14,21 @@ from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec
 from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError, WireError, show
 from tensorwire.files.items import read_item
-from tensorwire.files.source import HEAD, File, Source, bytes_left, closed, is_path, name_error, name_of, opened, source
+from tensorwire.files.source import (
+    HEAD,
+    File,
+    Source,
+    bytes_left,
+    check_writable,
+    closed,
+    is_path,
+    name_error,
+    opened,
+    source,
+)
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage.atomic import write_file
-from tensorwire.storage.output import write_object
+from tensorwire.storage.output import file_name, name_of, write_object
 from tensorwire.streams.receiver import check_codec, check_slice, reject_files
 from tensorwire.streams.sender import Late, encode
 from tensorwire.streams.sinks import collect, decode
@@ -55,6 +66,8 @@ def save_file(
     file; one that was at the path is untouched then.
     """
     late: Late | None = [] if is_path(file) else None
+    if late is None:
+        check_writable(file)
     buffers = encode(value, front, at_rest=True, late=late, **options)
     if progress is not None:
         buffers = _counted(buffers, progress, total)
@@ -128,7 +141,7 @@ class TensorFile(Mapping[str, Any]):
     """
 
     def __init__(self, file: File, front: Front, *, base: bytes | None = None, limits: Limits = DEFAULT) -> None:
-        self._file: File = os.path.abspath(os.fsdecode(file)) if is_path(file) else file
+        self._file: File = os.path.abspath(file_name(file)) if is_path(file) else file
         self._front = front
         self._base = base
         self._limits = limits

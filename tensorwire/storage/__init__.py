@@ -4,13 +4,14 @@
 """
 
 from tensorwire.storage.atomic import Target, new_folder, rename, replacing, write_file
-from tensorwire.storage.output import Output, OutputFile, read_at, write_object
+from tensorwire.storage.output import Output, OutputFile, open_to_read, read_at, write_object
 
 __all__ = [
     "Output",
     "OutputFile",
     "Target",
     "new_folder",
+    "open_to_read",
     "read_at",
     "rename",
     "replacing",

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from tensorwire.errors import StorageError
-from tensorwire.storage.output import Output, storing
+from tensorwire.storage.output import Output, file_name, storing
 
 # A link is not followed, and a FIFO, which would have us wait for whoever writes to it, is opened at once.
 _ALWAYS: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -51,14 +51,14 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     """The path of a new folder that takes the name `path` on success, to make files in with `replacing`.
 
     On any error it is removed with all that is in it. Raises StorageError, at once where something has this name that
-    is no empty folder.
+    is no empty folder. The current folder may change meanwhile.
     """
-    shown = os.fsdecode(path)
-    parent, name = os.path.split(os.path.abspath(shown))
+    shown = file_name(path)
+    path = os.path.abspath(shown)
+    parent, name = os.path.split(path)
     folder = os.path.join(parent, f".{name[:_NAME_SHOWN]}.{os.urandom(8).hex()}.part")
     with storing(shown, "make the folder"):
-        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path) or os.listdir(path)):
-            raise FileExistsError(errno.EEXIST, "it exists and is no empty folder")
+        _check_new_folder(path)
         os.mkdir(folder)
     try:
         yield folder
@@ -78,19 +78,32 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
                 os.close(fd)
 
 
+def _check_new_folder(path: str) -> None:
+    """Raise OSError unless a folder may take this name: nothing has it, or an empty folder that nobody works in."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode) or os.listdir(path):
+        raise FileExistsError(errno.EEXIST, "it exists and is no empty folder")
+    if os.path.samefile(path, os.curdir):
+        raise FileExistsError(errno.EEXIST, "it is the current folder")
+
+
 class Target:
     """The name of a file to come, in a folder that is held open; a context manager. Raises StorageError.
 
     `name`: the last part of `path`. `mode`: the permissions that the file may have, those of the one that it replaces.
 
     Files are made, renamed and removed relative to the open folder: one that is swapped for a link meanwhile redirects
-    nothing. A folder, FIFO, socket or device at `path` is refused here; a symbolic link is replaced, never followed.
+    nothing. A folder, FIFO, socket or device at `path` is refused here, and a link to one, such as /dev/stdout; another
+    symbolic link is replaced, never followed.
     What else takes the name between here and `rename` is replaced like a file (a folder fails): nothing is ever
     written through it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fsdecode(path)
+        self.path = file_name(path)
         folder, self.name = os.path.split(self.path)
         self._folder = folder or os.curdir
         self._fd: int | None = None
@@ -192,12 +205,16 @@ class Target:
             mode = self.status(self.name).st_mode
         except FileNotFoundError:
             return 0o666
+        is_link = stat.S_ISLNK(mode)
+        if is_link:
+            try:
+                mode = os.stat(self._at(self.name), dir_fd=self._fd).st_mode
+            except OSError:  # it leads nowhere
+                return 0o666
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if stat.S_ISREG(mode):
-            return stat.S_IMODE(mode) & 0o777
-        if stat.S_ISLNK(mode):
-            return 0o666
+            return 0o666 if is_link else stat.S_IMODE(mode) & 0o777
         raise StorageError(
             f"cannot write {self.path!r}: it is a FIFO, socket or device, which a rename would replace; "
             "write to a pipe instead",
@@ -210,7 +227,7 @@ def rename(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
 
     Both are in one folder. Raises StorageError.
     """
-    folder, name = os.path.split(os.fsdecode(old))
+    folder, name = os.path.split(file_name(old))
     with Target(new) as target:
         if os.path.split(target.path)[0] != folder:
             raise StorageError(

@@ -4,11 +4,11 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from tensorwire.errors import StorageError, TensorwireError
+from tensorwire.errors import ArgumentError, MissingFileError, StorageError, TensorwireError, show
 
 _WINDOW: Final = 64 << 20  # bytes that may wait to be written to the disk
 _SEEKING: Final = threading.Lock()  # where reading and writing at an offset takes two calls
@@ -28,6 +28,16 @@ _REMEDIES: Final = {
     errno.EMFILE: "too many files are open: close some, or raise `ulimit -n`",
     errno.ENFILE: "too many files are open on this machine: close some",
     errno.EIO: "the device failed: check it before trying again",
+}
+# The same of files that are to be read.
+_READ_REMEDIES: Final = {
+    **_REMEDIES,
+    errno.EACCES: "you may not read it: ask whose it is",
+    errno.EPERM: "you may not read it: ask whose it is",
+    errno.ENOENT: "check the name, and the folder that it is relative to",
+    errno.EISDIR: "it is a folder: name a file in it",
+    errno.ELOOP: "it is a link that leads to itself: name the file",
+    errno.ENXIO: "it is a socket: connect to it instead",
 }
 
 
@@ -115,14 +125,16 @@ class OutputFile(io.RawIOBase):
 def write_object(file: Any, buffers: Iterable[Any]) -> int:
     """Write every buffer into a file object, from where it stands; returns the bytes written.
 
-    What it raises is its own. Raises StorageError for one that takes nothing.
+    Raises StorageError for one that takes nothing, or that the system behind it refuses.
     """
     total = 0
+    name = name_of(file)
     for buffer in buffers:
         rest = memoryview(buffer).cast("B")
         total += len(rest)
         while rest:
-            size = file.write(rest)
+            with storing(name, "write"):
+                size = file.write(rest)
             if not size:
                 raise StorageError(
                     "the file object took no bytes: give one that waits until it can", errno=errno.EAGAIN
@@ -161,15 +173,45 @@ def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
     return len(data)
 
 
+def name_of(file: Any) -> str:
+    """What a file is called: fsspec's have a path, others a name, which may be a descriptor."""
+    if isinstance(file, (str, os.PathLike)):
+        return os.fsdecode(file)
+    name = getattr(file, "path", None) or getattr(file, "name", None)
+    return name if isinstance(name, str) else f"<{type(file).__name__}>"
+
+
+def file_name(path: str | os.PathLike[str]) -> str:
+    """A path as text. Raises ArgumentError for what is no path, StorageError for one that no file can have."""
+    try:
+        name = os.fsdecode(path)
+        os.fsencode(name)
+    except TypeError:
+        raise ArgumentError(f"expected a path, not {type(path).__name__}") from None
+    except UnicodeEncodeError:
+        raise StorageError(f"no file is called {show(path)}: it has lone surrogates", errno=errno.EINVAL) from None
+    if "\0" in name:
+        raise StorageError(f"no file is called {show(name)}: it has a NUL character", errno=errno.EINVAL)
+    if not name:
+        raise MissingFileError("an empty name is no file's: give a path", errno=errno.ENOENT)
+    return name
+
+
+def open_to_read(path: str | os.PathLike[str]) -> io.FileIO:
+    """A file, open for reading, without a buffer. Raises StorageError."""
+    name = file_name(path)
+    with storing(name, "open", _READ_REMEDIES):
+        return open(name, "rb", buffering=0)
+
+
 @contextmanager
-def storing(path: str, doing: str) -> Iterator[None]:
+def storing(path: str, doing: str, remedies: Mapping[int, str] = _REMEDIES) -> Iterator[None]:
     """What the system refuses inside becomes a StorageError that names the path and says what to do."""
     try:
         yield
     except TensorwireError:  # some of which are OSErrors too
         raise
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "try again, or choose another place")
-        raise StorageError(
-            f"cannot {doing} {path!r}: {error.strerror or error}; {remedy}", errno=error.errno
-        ) from error
+        remedy = remedies.get(error.errno or 0, "try again, or choose another place")
+        kind = MissingFileError if isinstance(error, FileNotFoundError) else StorageError
+        raise kind(f"cannot {doing} {path!r}: {error.strerror or error}; {remedy}", errno=error.errno) from error
