@@ -1,7 +1,6 @@
 """`tensorwire fl`: the reference learning loop, all of it on this machine or its parts on several."""
 
 import argparse
-import asyncio
 import json
 import shutil
 import sys
@@ -37,7 +36,6 @@ examples:
   tensorwire fl client host.example:7453 --ca authority.pem --number 0 --folder me
 """
 _TASK: Final = "tensorwire.fl.task:language_model"
-_STOPPED: Final = 10.0  # seconds that processes get to end once the run has
 
 
 def add_parser(verbs: Any) -> None:
@@ -132,7 +130,7 @@ def _server(arguments: argparse.Namespace) -> int:
     def on_round(row: dict[str, Any]) -> None:
         print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
 
-    server = Server(_plan(arguments), initial, arguments.state, on_round=on_round)
+    server = Server(_plan(arguments), initial, arguments.state, on_round=on_round, on_note=_say)
     run_async(_serve(server, arguments))
     return 0
 
@@ -145,8 +143,6 @@ async def _serve(server: Any, arguments: argparse.Namespace) -> None:
     async with AsyncListener(server.serve, host, port, on_error=_complain, **options) as listener:
         print(f"listening on {host}:{listener.port}", file=sys.stderr, flush=True)
         await server.run()
-        with suppress(asyncio.TimeoutError):  # one that is not there will not hear it
-            await asyncio.wait_for(server.all_told(), _STOPPED)
 
 
 def _client(arguments: argparse.Namespace) -> int:
@@ -168,7 +164,7 @@ def _client(arguments: argparse.Namespace) -> int:
         arguments.folder,
         patience=arguments.patience,
         on_refusal=_complain,
-        on_step=lambda line: print(line, file=sys.stderr, flush=True),
+        on_step=_say,
     ).run()
     return 0
 
@@ -185,10 +181,14 @@ def _evaluating(task: Any) -> Any:
     return Task(task.initial, train, task.evaluate)
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _complain(error: TensorwireError) -> None:
     if isinstance(error, TransportError) and error.retryable:  # clients come and go
         return
-    print(f"tensorwire: {error}", file=sys.stderr, flush=True)
+    _say(f"tensorwire: {error}")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -202,19 +202,21 @@ def _run(arguments: argparse.Namespace) -> int:
     for path in left:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
-    rows = list(_tracked(local.run(task, plan, out, asked), plan.rounds))
+    rows = list(_tracked(local.run(task, plan, out, asked, on_note=_say), plan.rounds))
     write_file(out / "rows.json", [json.dumps(rows, indent=1).encode()])
     drawn = local.draw(rows, plan, out / "curves.png")
     if arguments.json:
         print_json(rows)
     last = rows[-1]
-    print(
-        f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {size_text(last['bytes'])} moved "
-        f"({last['fp32_bytes'] / last['bytes']:.1f}x less than fp32)",
-        file=sys.stderr,
-    )
+    loss = f"loss {_shown(rows[0]['loss'])} -> {_shown(last['loss'])} in {last['round']} rounds"
+    moved, less = size_text(last["bytes"]), last["fp32_bytes"] / max(last["bytes"], 1)
+    print(f"{loss}, {moved} moved ({less:.1f}x less than fp32)", file=sys.stderr)
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
     return 0
+
+
+def _shown(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.4f}"
 
 
 def _tracked(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
@@ -229,7 +231,7 @@ def _tracked(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, 
         for row in rows:
             yield row
             if bar is not None:
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                bar.set_postfix(loss=_shown(row["loss"]))
                 bar.update(row["round"] - bar.n)
     finally:
         if bar is not None:
