@@ -25,7 +25,7 @@ Row = dict[str, Any]
 # As the command `tensorwire` does, which does not look for packages in the current folder.
 _COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.fl.local import child; child()"
 _START: Final = 60.0  # seconds that the server has to listen
-_END: Final = 30.0  # seconds that each process has to end once the run has
+_END: Final = 5.0  # seconds that clients have to end once the run has
 _LOOK: Final = 0.05  # seconds between two looks at the processes
 _SHOWN: Final = 5  # lines of the log of one that has failed
 _STOP: Final = 0.5  # seconds that all processes have to end once they are told to
