@@ -40,7 +40,7 @@ def main() -> None:
 
 def measure(clients: int, size_mb: int) -> dict[str, object]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    layers = max(size_mb * 1_000_000 // 4 // _LAYER, 1)
+    layers = -(-size_mb * 1_000_000 // 4 // _LAYER)
     block = np.random.default_rng(0).standard_normal(_LAYER, np.float32) * np.float32(0.02)
     model = {f"layer.{number}": block.copy() for number in range(layers)}
 

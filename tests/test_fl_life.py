@@ -603,7 +603,12 @@ def closed_but_not_averaged(folder: Path, plan: Plan) -> None:
         raise Killed
 
     loop.server._average = killed
-    loop._thread = threading.Thread(target=lambda: pytest.raises(BaseException, asyncio.run, loop._run()))
+
+    def run():
+        with pytest.raises(Killed):
+            asyncio.run(loop._run())
+
+    loop._thread = threading.Thread(target=run)
     loop._thread.start()
     assert loop._ready.wait(10)
     for number in range(plan.clients):

@@ -1,4 +1,4 @@
-"""`tensorwire fl run` when clients die, stall, or send what cannot count: it ends, with the right rows, and says why."""
+"""`tensorwire fl run` when clients die, stall, or send what cannot count: it ends, with the right rows."""
 
 import json
 import os

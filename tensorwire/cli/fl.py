@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ import tensorwire
 from tensorwire.bench import highest
 from tensorwire.cli.common import UsageError, print_json, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, connection_tls, listener_tls
+from tensorwire.cli.network import where as show_address
 from tensorwire.cli.outputs import add_force
 from tensorwire.cli.process import run_async
 from tensorwire.errors import TensorwireError, TransportError
@@ -65,6 +66,9 @@ def add_parser(verbs: Any) -> None:
         "--state", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
     )
     server.add_argument("--initial", metavar="FILE", help="a .tw file to start from instead of what the task gives")
+    server.add_argument(
+        "--dashboard", metavar="HOST:PORT", type=address, help="serve a page and figures of the run there, read-only"
+    )
     add_security(server, listens=True)
     server.set_defaults(run=_server)
 
@@ -131,8 +135,24 @@ def _server(arguments: argparse.Namespace) -> int:
         print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
 
     server = Server(_plan(arguments), initial, arguments.state, on_round=on_round, on_note=_say)
-    run_async(_serve(server, arguments))
+    with _dashboard(server, arguments.dashboard):
+        run_async(_serve(server, arguments))
     return 0
+
+
+@contextmanager
+def _dashboard(server: Any, where: tuple[str, int] | None) -> Iterator[None]:
+    if where is None:
+        yield
+        return
+    from tensorwire.fl.dashboard import dashboard
+
+    try:
+        with dashboard(server.status, *where) as port:
+            _say(f"dashboard on http://{show_address(where[0], port)}/")
+            yield
+    except ImportError as error:
+        raise UsageError(f"the dashboard takes {error.name}: pip install 'tensorwire[dashboard]'") from None
 
 
 async def _serve(server: Any, arguments: argparse.Namespace) -> None:

@@ -141,9 +141,8 @@ class Server:
     def status(self) -> dict[str, Any]:
         """How the run stands: its round, a row for each member, and the rows of the last rounds."""
         with self._lock:
-            members = self.members.status()
-        about = {"run": self.plan.name, "round": self.round, "rounds": self.plan.rounds, **self._traffic}
-        return {**about, "clients": members, "rows": list(self.rows)}
+            about = {"run": self.plan.name, "round": self.round, "rounds": self.plan.rounds}
+            return {**about, "clients": self.members.status(), "rows": list(self.rows)}
 
     def _admitted(self, client: object, transport: AsyncTransport) -> Member:
         """The client of this name, if it may take part; with mutual TLS a client is who its certificate says."""
@@ -345,8 +344,10 @@ class Server:
             for name, each in updates.items()
         }
         row = {"round": number, "seconds": time.monotonic() - began, **self._traffic, "clients": clients}
-        self.rows.append({**row, "missing": missing, "ended": ended, "counted": len(updates) >= self.plan.quorum})
-        self._on_round(self.rows[-1])
+        row |= {"missing": missing, "ended": ended, "counted": len(updates) >= self.plan.quorum}
+        with self._lock:
+            self.rows.append(row)
+        self._on_round(row)
 
     def _average(self, survivors: list[str]) -> dict[str, Update]:
         """Make the next model, and return the updates that went into it: those of `survivors` that are whole.
