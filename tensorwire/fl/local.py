@@ -96,7 +96,7 @@ def _watched(
 def _tell_of_death(client: "_Process", port: int) -> None:
     with suppress(TensorwireError), TcpTransport.connect("127.0.0.1", port) as transport:
         transport.run(greet("tensorwire.fl"))
-        transport.run(say({"client": client.name, "want": "leave", "why": client.obituary().splitlines()[0]}))
+        transport.run(say({"client": client.name, "want": "leave", "why": client.failed()}))
         transport.run(hear())
 
 
@@ -191,7 +191,11 @@ class _Process:
     def obituary(self) -> str:
         """That it has failed, and how its log ends."""
         end = "\n".join(f"  {line}" for line in self.said()[-_SHOWN:])
-        return f"{self.name} has failed (exit code {self.code()}); {self._log} ends with\n{end}"
+        return f"{self.failed()}; {self._log} ends with\n{end}"
+
+    def failed(self) -> str:
+        """That it has failed."""
+        return f"{self.name} has failed (exit code {self.code()})"
 
     def terminate(self) -> None:
         """Tell it to end."""
