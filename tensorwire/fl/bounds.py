@@ -37,7 +37,7 @@ class Bounded(Recording):
             limits,
             stream=min(limits.stream, 2 * size + _ITEM * len(model) + _SPARE),
             skippable=min(limits.skippable, _ITEM),
-            metadata=min(limits.metadata, 64 * KIB),
+            metadata=min(limits.metadata, 256 * KIB),
         )
         super().__init__(path, transfer, check=lambda: tensorwire.schema(schema).check, finish=finish, limits=limits)
 

@@ -5,6 +5,7 @@ process stands in its folder: the model being received, and the encoded update u
 that the same update is delivered again and none is trained twice.
 """
 
+import math
 import os
 import re
 import threading
@@ -59,6 +60,7 @@ _FOR_GOOD: Final = ("schema", "unsupported")  # kinds of refusals that the next 
 _ON_THE_WAY: Final = ("corrupt", "format", "limit", "sequence", "truncated")  # that the same update need not meet again
 _FAREWELL: Final = 2.0  # seconds to say that we leave
 _WHY: Final = 200  # characters of a reason
+_SHOWN: Final = 10  # names of metrics
 _RESIDUAL: Final = re.compile(r"residual-(\d+)\.tw")
 _MOST_ROTTEN: Final = 3  # models in a row that did not stay on the disk as they came
 
@@ -151,7 +153,8 @@ class Client:
             self._tidy(order)
             if self._nothing is not None and self._nothing[0] == order.base:
                 self._request(transport, want="pass", round=order.round, why=self._nothing[1])
-            elif os.path.exists(self._update(order)):
+                return _SHORTEST_WAIT
+            if os.path.exists(self._update(order)):
                 if not self._deliver(transport, order):
                     return _SHORTEST_WAIT
             elif self._has_model(order):
@@ -220,11 +223,13 @@ class Client:
         shown = "".join(f", {name} {value:.4g}" for name, value in kept.items())
         self._on_step(f"round {order.round}: trained for {time.monotonic() - began:.1f} s{shown}")
         if dropped:
-            self._on_step(f"round {order.round}: not reported, as they are no finite numbers: {', '.join(dropped)}")
+            names = ", ".join(dropped[:_SHOWN])
+            why = "as they are no finite numbers, or too many"
+            self._on_step(f"round {order.round}: {len(dropped)} metrics are not reported, {why}: {names}")
         counted = plain(weight)
         if counted is None:
             raise SchemaError(f"training must give a number as its weight, not {show(weight)}")
-        if not counted > 0:
+        if not 0 < counted < math.inf:
             self._add_nothing(order, f"training has the weight {counted:g}")
             return
         if fingerprint(base) != untouched:

@@ -13,6 +13,8 @@ from tensorwire.tensor import TensorView
 from tensorwire.updates import Views, arrays, views
 
 _STEP: Final = 1 << 20  # elements that are compared at a time
+_METRICS: Final = 500  # that a client may report of a round
+_NAME: Final = 64  # characters of the name of one
 
 
 def empty_like(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,15 +67,16 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
 
 
 def numbers(metrics: Any) -> tuple[dict[str, float], list[str]]:
-    """Metrics as plain finite numbers, and the names of those that are none."""
+    """Metrics as plain finite numbers, and the names of those that are none, or too many, or of too long a name."""
     kept: dict[str, float] = {}
     dropped = []
     for name, value in dict(metrics or {}).items():
         number = plain(value)
-        if number is None or not math.isfinite(number):
-            dropped.append(str(name))
+        name = str(name)
+        if number is None or not math.isfinite(number) or len(kept) == _METRICS or len(name) > _NAME:
+            dropped.append(name[:_NAME])
         else:
-            kept[str(name)] = number
+            kept[name] = number
     return kept, dropped
 
 
