@@ -1,11 +1,15 @@
 """The dashboard: what it shows, that it is read-only, and that nothing a client says becomes part of the page."""
 
 import json
+import sys
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 
+import tensorwire
+from tensorwire.cli import main
 from tensorwire.errors import TransportError
 from tensorwire.fl.dashboard import dashboard, metrics, page
 
@@ -57,3 +61,11 @@ def test_it_serves_what_there_is_read_only():
             assert caught.value.code in (404, 405)
         with pytest.raises(TransportError, match="cannot listen"), dashboard(lambda: STATUS, "127.0.0.1", port):
             pass
+
+
+def test_without_the_extra_the_command_says_which(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    tensorwire.save_file({"w": np.zeros(3, np.float32)}, tmp_path / "model.tw")
+    files = [f"--state={tmp_path / 'state'}", f"--initial={tmp_path / 'model.tw'}"]
+    assert main(["fl", "server", "--listen=127.0.0.1:0", "--dashboard=127.0.0.1:0", *files]) == 2
+    assert "tensorwire[dashboard]" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,24 +135,21 @@ def _server(arguments: argparse.Namespace) -> int:
         print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
 
     server = Server(_plan(arguments), initial, arguments.state, on_round=on_round, on_note=_say)
-    with _dashboard(server, arguments.dashboard):
+    with ExitStack() as stack:
+        if arguments.dashboard:
+            _open_dashboard(stack, server, *arguments.dashboard)
         run_async(_serve(server, arguments))
     return 0
 
 
-@contextmanager
-def _dashboard(server: Any, where: tuple[str, int] | None) -> Iterator[None]:
-    if where is None:
-        yield
-        return
+def _open_dashboard(stack: ExitStack, server: Any, host: str, port: int) -> None:
     from tensorwire.fl.dashboard import dashboard
 
     try:
-        with dashboard(server.status, *where) as port:
-            _say(f"dashboard on http://{show_address(where[0], port)}/")
-            yield
+        port = stack.enter_context(dashboard(server.status, host, port))
     except ImportError as error:
         raise UsageError(f"the dashboard takes {error.name}: pip install 'tensorwire[dashboard]'") from None
+    _say(f"dashboard on http://{show_address(host, port)}/")
 
 
 async def _serve(server: Any, arguments: argparse.Namespace) -> None:
