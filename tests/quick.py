@@ -46,6 +46,8 @@ SLOW = {
     "test_fl_loop.py::test_faults_and_kills_do_not_change_a_bit": 0,
     "test_fl_loop.py::test_the_result_is_the_same_whoever_comes_first": 0,
     "test_fl_loop.py::test_what_must_not_count_is_refused_with_a_reason_and_harms_nobody": 0,
+    "test_fl_life.py": 0,
+    "test_fl_local.py": 0,
     "test_fl_task.py": 0,
     "test_handover.py": 10,
     "test_hostile.py::test_a_case_gets_its_error_however_it_arrives": 20,

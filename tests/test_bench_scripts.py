@@ -102,6 +102,17 @@ def test_fl_round():
         assert 1 <= row["wire"] < 1.001
 
 
+def test_fl_clients():
+    rows = [json.loads(line) for line in run("fl_clients.py", "--size-mb=4", "--clients", 2, 20)]
+    assert [row["clients"] for row in rows] == [2, 20] and not any(row["missing"] for row in rows)
+    assert rows[1]["peak_mib"] < 1.1 * rows[0]["peak_mib"]
+
+
+def test_fl_hours():
+    rows = [json.loads(line) for line in run("fl_hours.py", "--seconds=0.1")]
+    assert [row["round"] for row in rows] == [0, 1, 2, 3, 4]
+
+
 def test_idle_connections():
     lines = run("idle_connections.py", "--idle=2", "--trickling=2", "--mib=1", "--turns=1", allowed=(0, 1))
     row = json.loads("".join(lines))

@@ -147,7 +147,7 @@ def deliver(loop: Loop, update: dict[str, np.ndarray], *, name="bad", round=0, t
         transport.run(greet())
         transport.run(say({"client": name, "want": "task", "hold": 2}))
         transport.run(hear())
-        base = loop.server._store.broadcast_digest(0)
+        base = loop.server.base
         terms = {"run": "run", "round": 0, "base": base, "client": name, **terms}
         path = Path(loop.folder) / "by-hand.tw"
         path.write_bytes(b"".join(encode(views(update), Terms(**terms), codec="raw")))
@@ -181,7 +181,7 @@ def test_what_must_not_count_is_refused_with_a_reason_and_harms_nobody(tmp_path)
             with pytest.raises(RefusedError) as caught:
                 deliver(loop, broken(**changes), **terms)
             assert caught.value.kind == case.partition(" ")[0], case
-            loop.server._out.clear()  # one bad update a round is enough otherwise
+            loop.server.members.add("bad").why = ""  # one bad update a round is enough otherwise
         with pytest.raises(RefusedError) as caught:
             deliver(loop, broken(), round=1)
         assert caught.value.kind == "stale"

@@ -10,6 +10,9 @@ from tensorwire.fl.plan import Answer, Order, Plan, add_arguments, from_argument
 
 BASE = "ab" * 32
 OTHER = Plan(
+    sample=2,
+    seed=7,
+    age=0.5,
     name="other",
     rounds=3,
     clients=2,
@@ -56,6 +59,13 @@ def test_every_setting_is_an_option_with_its_default_in_the_help():
         {"rounds": 0},
         {"clients": -1},
         {"quorum": 0},
+        {"quorum": 5},
+        {"quorum": 3, "sample": 2},
+        {"sample": 0},
+        {"sample": 2, "fraction": 0.5},
+        {"fraction": 1.5},
+        {"age": 0.0},
+        {"age": 2.0},
         {"clients": True},
         {"clients": 2.0},
         {"deadline": float("nan")},

@@ -56,7 +56,7 @@ FOREIGN = {
     "integrations": {"numpy", "torch", "bitsandbytes"},
     "cli": {"numpy", "torch", "tqdm", "cryptography"},
     "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
-    "fl": {"numpy", "torch", "transformers", "peft", "matplotlib"},
+    "fl": {"numpy", "torch", "transformers", "peft", "matplotlib", "starlette", "uvicorn"},
 }
 CORE = {"numpy", "ml_dtypes", "msgpack", "zstandard"}
 # Rooms for one foreign library, and single files; elsewhere extras come late, inside functions.

@@ -1,12 +1,11 @@
 """`tensorwire fl`: the reference learning loop, all of it on this machine or its parts on several."""
 
 import argparse
-import asyncio
 import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ import tensorwire
 from tensorwire.bench import highest
 from tensorwire.cli.common import UsageError, print_json, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, connection_tls, listener_tls
+from tensorwire.cli.network import where as show_address
 from tensorwire.cli.outputs import add_force
 from tensorwire.cli.process import run_async
 from tensorwire.errors import TensorwireError, TransportError
@@ -35,7 +35,6 @@ examples:
   tensorwire fl client host.example --ca authority.pem --number 0 --folder me
 """
 _TASK: Final = "tensorwire.fl.task:language_model"
-_STOPPED: Final = 10.0  # seconds that processes get to end once the run has
 
 
 def add_parser(verbs: Any) -> None:
@@ -65,6 +64,9 @@ def add_parser(verbs: Any) -> None:
         "--state", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
     )
     server.add_argument("--initial", metavar="FILE", help="a .tw file to start from instead of what the task gives")
+    server.add_argument(
+        "--dashboard", metavar="HOST:PORT", type=address, help="serve a page and figures of the run there, read-only"
+    )
     add_security(server, listens=True)
     server.set_defaults(run=_server)
 
@@ -131,9 +133,22 @@ def _server(arguments: argparse.Namespace) -> int:
     def on_round(row: dict[str, Any]) -> None:
         print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
 
-    server = Server(_plan(arguments), initial, arguments.state, on_round=on_round)
-    run_async(_serve(server, arguments))
+    server = Server(_plan(arguments), initial, arguments.state, on_round=on_round, on_note=_say)
+    with ExitStack() as stack:
+        if arguments.dashboard:
+            _open_dashboard(stack, server, *arguments.dashboard)
+        run_async(_serve(server, arguments))
     return 0
+
+
+def _open_dashboard(stack: ExitStack, server: Any, host: str, port: int) -> None:
+    from tensorwire.fl.dashboard import dashboard
+
+    try:
+        port = stack.enter_context(dashboard(server.status, host, port))
+    except ImportError as error:
+        raise UsageError(f"the dashboard takes {error.name}: pip install 'tensorwire[dashboard]'") from None
+    _say(f"dashboard on http://{show_address(host, port)}/")
 
 
 async def _serve(server: Any, arguments: argparse.Namespace) -> None:
@@ -144,8 +159,6 @@ async def _serve(server: Any, arguments: argparse.Namespace) -> None:
     async with AsyncListener(server.serve, host, port, on_error=_complain, **options) as listener:
         print(f"listening on {host}:{listener.port}", file=sys.stderr, flush=True)
         await server.run()
-        with suppress(asyncio.TimeoutError):  # one that is not there will not hear it
-            await asyncio.wait_for(server.all_told(), _STOPPED)
 
 
 def _client(arguments: argparse.Namespace) -> int:
@@ -167,7 +180,7 @@ def _client(arguments: argparse.Namespace) -> int:
         arguments.folder,
         patience=arguments.patience,
         on_refusal=_complain,
-        on_step=lambda line: print(line, file=sys.stderr, flush=True),
+        on_step=_say,
     ).run()
     return 0
 
@@ -184,10 +197,14 @@ def _evaluating(task: Any) -> Any:
     return Task(task.initial, train, task.evaluate)
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _complain(error: TensorwireError) -> None:
     if isinstance(error, TransportError) and error.retryable:  # clients come and go
         return
-    print(f"tensorwire: {error}", file=sys.stderr, flush=True)
+    _say(f"tensorwire: {error}")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -201,19 +218,20 @@ def _run(arguments: argparse.Namespace) -> int:
     for path in left:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
-    rows = list(_tracked(local.run(task, plan, out, asked), plan.rounds))
+    rows = list(_tracked(local.run(task, plan, out, asked, on_note=_say), plan.rounds))
     write_file(out / "rows.json", [json.dumps(rows, indent=1).encode()])
     drawn = local.draw(rows, plan, out / "curves.png")
     if arguments.json:
         print_json(rows)
     last = rows[-1]
-    print(
-        f"loss {rows[0]['loss']:.4f} -> {last['loss']:.4f} in {last['round']} rounds, {size_text(last['bytes'])} moved "
-        f"(fp32: {size_text(last['fp32_bytes'])})",
-        file=sys.stderr,
-    )
+    loss = f"loss {_shown(rows[0]['loss'])} -> {_shown(last['loss'])} in {last['round']} rounds"
+    print(f"{loss}, {size_text(last['bytes'])} moved (fp32: {size_text(last['fp32_bytes'])})", file=sys.stderr)
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
     return 0
+
+
+def _shown(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.4f}"
 
 
 def _tracked(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
@@ -228,7 +246,7 @@ def _tracked(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, 
         for row in rows:
             yield row
             if bar is not None:
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                bar.set_postfix(loss=_shown(row["loss"]))
                 bar.update(row["round"] - bar.n)
     finally:
         if bar is not None:

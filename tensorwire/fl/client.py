@@ -1,28 +1,48 @@
 """A client of the loop: it asks the server what to do and does it, until it is told to stop.
 
-What must outlive a killed process stands in its folder: the model being received, and the encoded update until the
-server has acknowledged it, so that the same update is delivered again and none is trained twice.
+It has a connection while something moves, and none while it trains or has nothing to do. What must outlive a killed
+process stands in its folder: the model being received, and the encoded update until the server has acknowledged it, so
+that the same update is delivered again and none is trained twice.
 """
 
+import math
 import os
+import re
+import threading
 import time
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from typing import Any, Final
 
-import numpy as np
-
-from tensorwire.errors import CorruptError, SchemaError, SequenceError, TransportError, TruncatedError
+from tensorwire.errors import (
+    AuthError,
+    CorruptError,
+    EncodeError,
+    FormatError,
+    NonFiniteError,
+    SchemaError,
+    SequenceError,
+    StorageError,
+    TensorwireError,
+    TransportError,
+    TruncatedError,
+    WireError,
+    show,
+)
+from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.plan import Order
+from tensorwire.fl.store import whole
 from tensorwire.fl.task import Task
+from tensorwire.fl.tensors import empty_like, fingerprint, matched, numbers, plain
 from tensorwire.storage import rename, write_file
+from tensorwire.storage.parts import Part
 from tensorwire.streams import size_text
 from tensorwire.transfer import (
     Backoff,
     Offer,
+    Position,
     Recorded,
-    Recording,
     RefusedError,
     greet,
     hear,
@@ -31,19 +51,27 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
-from tensorwire.updates import ErrorFeedback, Terms, encode, receive, subtract, views
+from tensorwire.updates import ErrorFeedback, Terms, encode, receive, subtract
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
+_SHORTEST_WAIT: Final = 0.05  # seconds between two questions, whatever the server says
+_FOR_GOOD: Final = ("schema", "unsupported")  # kinds of refusals that the next update would meet, too
+_ON_THE_WAY: Final = ("corrupt", "format", "limit", "sequence", "truncated")  # that the same update need not meet again
+_FAREWELL: Final = 2.0  # seconds to say that we leave
+_WHY: Final = 200  # characters of a reason
+_SHOWN: Final = 10  # names of metrics
+_RESIDUAL: Final = re.compile(r"residual-(\d+)\.tw")
+_MOST_ROTTEN: Final = 3  # models in a row that did not stay on the disk as they came
 
 
 class Client:
     """One client of a run.
 
     `number`: which share of the task's data is its own. `connect`: opens a connection to the server, as often as it
-    takes. `patience`: seconds without success after which the last error is raised. `hold`: seconds that the server may
-    let us wait for a task, less than the connection's time-out. `on_refusal`: called when the server refuses an update;
-    the client then waits for the next round. `on_step`: called with a line of text for each thing that is done.
+    takes. `patience`: seconds without success after which the last error is raised. `hold`: seconds that pass at most
+    before a client with nothing to do asks again. `on_refusal`: called when the server refuses an update; the client
+    then waits for the next round. `on_step`: called with a line of text for each thing that is done.
     """
 
     def __init__(
@@ -68,112 +96,294 @@ class Client:
         self._hold = hold
         self._on_refusal = on_refusal
         self._on_step = on_step
-        self._anew = False
+        self._reached = 0  # bytes of the transfer in progress that the receiver has
+        self._nothing: tuple[str, str] | None = None  # the base that we add nothing to, and why
+        self._rotten = 0
         os.makedirs(self._folder, exist_ok=True)
 
     def run(self) -> None:
-        """Take part until the server says that the run is over. Raises TransportError, AuthError, RefusedError."""
+        """Take part until the server says that the run is over.
+
+        Raises TransportError, AuthError, RefusedError; SchemaError where our model is not the server's; what the task
+        raises. The server is told that we leave, so that it does not wait for us.
+        """
+        try:
+            while (order := self._next_order()) is not None:
+                self._answer(order)
+        except BaseException as error:
+            self._leave(error)
+            raise
+        self._on_step("the run is over")
+
+    def _next_order(self) -> Order | None:
+        """Deliver what there is and ask what to do, over as many connections as it takes; None: the run is over."""
         backoff = Backoff(patience=self._patience, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
         while True:
+            before = self._reached
             try:
                 with self._connect() as transport:
                     transport.run(greet("tensorwire.fl"), within=HANDSHAKE)
-                    while self._step(transport):
-                        backoff.reset()
-                    return
-            except (TransportError, CorruptError, TruncatedError) as error:
+                    answer = self._errands(transport)
+                if not isinstance(answer, float):
+                    return answer
+                time.sleep(answer)
+                backoff.reset()
+                continue
+            except (TransportError, CorruptError, TruncatedError, FormatError, SequenceError) as error:
+                busy = isinstance(error, RefusedError) and error.kind == "busy"
+                if busy or self._reached > before:
+                    backoff.reset()
                 pause = backoff.after(error)
                 self._on_step(f"{error}; trying again")
             time.sleep(pause)
 
-    def _step(self, transport: TcpTransport) -> bool:
-        """Ask what to do and do it. Returns whether there may be more."""
-        transport.run(say({"client": self.name, "want": "task", "hold": self._hold}))
-        answer = transport.run(hear())
-        task = answer.pop("task", None)
-        if task == "stop":
-            self._on_step("the run is over")
-        if task == "train":
+    def _errands(self, transport: TcpTransport) -> Order | float | None:
+        """All that takes a connection. Returns the order to train for, or seconds to wait; None: the run is over."""
+        while True:
+            answer = self._request(transport, want="task")
+            task = answer.pop("task", None)
+            if task == "stop":
+                return None
+            if task == "wait":
+                seconds = plain(answer.get("seconds")) or 0.0
+                return min(max(_SHORTEST_WAIT, seconds), self._hold)  # in this order NaN is the shortest
+            if task != "train":
+                raise SchemaError(f"the server says {show(task)}, which this version of the client does not know")
             order = Order.parse(answer)
-            update = self._path(f"update-{order.base[:16]}.tw")
-            if not os.path.exists(update):
-                self._fetch_model(transport, order)
-                self._train(order, update)
-            self._deliver(transport, order, update)
-        return bool(task != "stop")
+            self._tidy(order)
+            if self._nothing is not None and self._nothing[0] == order.base:
+                self._request(transport, want="pass", round=order.round, why=self._nothing[1])
+                return _SHORTEST_WAIT
+            if os.path.exists(self._update(order)):
+                if not self._deliver(transport, order):
+                    return _SHORTEST_WAIT
+            elif self._has_model(order):
+                return order
+            else:
+                self._fetch(transport, order)
 
-    def _fetch_model(self, transport: TcpTransport, order: Order) -> None:
+    def _request(self, transport: TcpTransport, **request: Any) -> dict[Any, Any]:
+        transport.run(say({"client": self.name, **request}))
+        return transport.run(hear())
+
+    def _has_model(self, order: Order) -> bool:
+        try:
+            return Recorded(self._path("model.tw")).digest == order.base
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # too short to be a model, or no file
+            _remove(self._path("model.tw"), error)
+            return False
+
+    def _fetch(self, transport: TcpTransport, order: Order) -> None:
+        """Receive the model of an order: just the tensors that the task has, under a name of our own choosing."""
         path = self._path("model.tw")
-        if not os.path.exists(path) or Recorded(path).digest != order.base:
-            transport.run(say({"client": self.name, "want": "model"}))
-            transport.run(receive_stream(lambda offer: Recording(path, offer.transfer)))
-            self._on_step(f"round {order.round}: received the model, {size_text(os.path.getsize(path))}")
+        transport.run(say({"client": self.name, "want": "model", "base": order.base}))
+        recordings: list[Bounded] = []
 
-    def _train(self, order: Order, update: str) -> None:
-        """Make the update that answers an order, and put it on disk."""
-        base = {name: _empty_like(tensor) for name, tensor in self._task.initial().items()}
+        def open_recording(offer: Offer) -> Bounded:
+            recordings.append(Bounded(path, order.base.encode(), self._task.initial()))
+            return recordings[0]
+
+        try:
+            transport.run(receive_stream(open_recording))
+        finally:
+            self._reached = recordings[0].position.offset if recordings else 0
+        self._reached = 0
+        if not self._has_model(order):
+            raise SchemaError(f"the server has sent another model than it ordered to train in round {order.round}")
+        self._on_step(f"round {order.round}: received the model, {size_text(os.path.getsize(path))}")
+
+    def _load(self, order: Order) -> dict[str, Any]:
+        """The model of an order. Raises CorruptError or the like where it has not stayed on the disk as it came."""
+        base = empty_like(self._task.initial())
         with open(self._path("model.tw"), "rb", buffering=0) as file:
             terms, digest = receive(file, base)
         if (terms.run, terms.round, digest) != (order.run, order.round, order.base):
             raise SchemaError(f"the model is of round {terms.round}, the order of round {order.round}")
-        began = time.monotonic()
+        return base
+
+    def _answer(self, order: Order) -> None:
+        """Train, and put the update that answers an order on the disk; or find that there is none."""
+        try:
+            base = self._load(order)
+        except SchemaError:
+            raise
+        except (WireError, OSError) as error:
+            self._rotten += 1
+            if self._rotten > _MOST_ROTTEN:
+                raise
+            self._on_step(f"round {order.round}: the model on the disk is damaged and fetched again ({error})")
+            _remove(self._path("model.tw"), error)
+            return
+        self._rotten = 0
+        untouched, began = fingerprint(base), time.monotonic()
         state, weight, metrics = self._task.train(base, self._number, order.round)
-        shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
+        kept, dropped = numbers(metrics)
+        shown = "".join(f", {name} {value:.4g}" for name, value in kept.items())
         self._on_step(f"round {order.round}: trained for {time.monotonic() - began:.1f} s{shown}")
-        settled = self._settled()
-        sent = views(state) if order.kind == "weights" else subtract(state, base)
-        feedback = ErrorFeedback(settled) if order.feedback else None
+        if dropped:
+            names = ", ".join(dropped[:_SHOWN])
+            why = "as they are no finite numbers, or too many"
+            self._on_step(f"round {order.round}: {len(dropped)} metrics are not reported, {why}: {names}")
+        counted = plain(weight)
+        if counted is None:
+            raise SchemaError(f"training must give a number as its weight, not {show(weight)}")
+        if not 0 < counted < math.inf:
+            self._add_nothing(order, f"training has the weight {counted:g}")
+            return
+        if fingerprint(base) != untouched:
+            self._on_step(f"round {order.round}: training works in place, so what it began with is read again")
+            base = self._load(order)
+        try:
+            self._encode(order, base, state, Terms(
+                order.run, order.round, order.base, self.name, order.kind, counted, kept))  # fmt: skip
+        except NonFiniteError as error:
+            self._add_nothing(order, f"training gave what cannot be sent as {order.up}: {error}")
+
+    def _encode(self, order: Order, base: Mapping[str, Any], state: Any, terms: Terms) -> None:
+        sent = matched(state, base)
+        if order.kind == "difference":
+            sent = subtract(sent, base)
+        feedback = self._feedback(order) if order.feedback else None
         if feedback is not None:
-            sent = feedback.add(sent)
-        mine = Terms(order.run, order.round, order.base, self.name, order.kind, weight, metrics)
+            try:
+                sent = feedback.add(sent)
+            except EncodeError as error:
+                self._on_step(f"round {order.round}: nothing is carried over: {error}")
+                feedback = ErrorFeedback()
+                sent = feedback.add(sent)
         seed = zlib.crc32(f"{order.base}{self.name}".encode()) if order.stochastic else None
-        part = self._path("update.part")
-        write_file(part, encode(sent, mine, codec=order.up, stochastic=seed))
+        update, part = self._update(order), self._path("update.part")
+        write_file(part, encode(sent, terms, codec=order.up, stochastic=seed))
         if feedback is not None:
             with open(part, "rb", buffering=0) as file:
                 feedback.settle(sent, file)
             feedback.save(f"{update}.residual")
         rename(part, update)
 
-    def _deliver(self, transport: TcpTransport, order: Order, update: str) -> None:
+    def _add_nothing(self, order: Order, why: str) -> None:
+        self._on_step(f"round {order.round}: nothing to add: {why}")
+        self._nothing = order.base, why
+
+    def _deliver(self, transport: TcpTransport, order: Order) -> bool:
+        """Send the update. Returns whether it counts."""
+        update = self._update(order)
+        if not whole(update):
+            self._on_step(f"round {order.round}: the update on the disk is damaged and made again")
+            os.unlink(update)
+            return False
+        size, outgoing = os.path.getsize(update), _Update(update)
+        # A transfer of its own for every update: of another one the server may hold the beginning.
+        transfer = f"{order.base[:32]}{outgoing.digest[:32]}".encode()
         transport.run(say({"client": self.name, "want": "deliver"}))
-        about = {"round": order.round}
-        size = os.path.getsize(update)
-        offer = Offer(order.base.encode(), "update", size, about, anew=self._anew)
-        self._anew = False
         counted = True
         try:
-            transport.run(send_stream(offer, Recorded(update)))
+            transport.run(send_stream(Offer(transfer, "update", size, {"round": order.round}), outgoing))
             self._on_step(f"round {order.round}: delivered the update, {size_text(size)} as {order.up}")
         except RefusedError as error:
+            if error.kind in _FOR_GOOD:
+                raise SchemaError(f"{error.detail}; this client and the server have different models") from error
+            if error.kind in _ON_THE_WAY:
+                raise TransportError(error.detail) from error
             if error.retryable:
                 raise
             self._on_refusal(error)
             counted = False
-        except SequenceError as error:  # the server has the beginning of one that was lost with an earlier folder
-            self._anew = True
-            raise TransportError(f"{error}; it is asked to begin anew") from error
+        except SequenceError as error:
+            self._on_refusal(RefusedError(error.detail, kind="another"))
+            counted = False
+        finally:
+            self._reached = outgoing.reached
+        self._reached = 0
         # What this update's quantization dropped replaces what earlier ones did only if it counts.
         if os.path.exists(residual := f"{update}.residual"):
-            rename(residual, self._path("residual.tw")) if counted else os.unlink(residual)
+            if counted:
+                rename(residual, self._residual(order.round))
+                self._forget_residuals(but=order.round)
+            else:
+                os.unlink(residual)
         os.unlink(update)
+        return counted
 
-    def _settled(self) -> str:
-        """The path of the residual that the last update left, once it counted.
+    def _feedback(self, order: Order) -> ErrorFeedback:
+        """What the last update that counted left out, less for each round since that did not ask us."""
+        for number in sorted(self._residuals(), reverse=True):
+            try:
+                feedback = ErrorFeedback(self._residual(number))
+            except (WireError, OSError) as error:
+                self._on_step(f"round {order.round}: nothing is carried over: {error}")
+                break
+            feedback.age(order.age ** max(order.round - number - 1, 0))
+            return feedback
+        return ErrorFeedback()
+
+    def _tidy(self, order: Order) -> None:
+        """Remove what rounds that are over have left.
 
         Of an update whose fate we never learned nothing is carried over: what it dropped is lost, not counted twice.
         """
-        path = self._path("residual.tw")
-        for name in os.listdir(self._folder):
-            if name.startswith("update-"):
-                os.unlink(self._path(name))
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-        return path
+        mine = os.path.basename(self._update(order))
+        names = os.listdir(self._folder)
+        if any(name.startswith("update-") and name.endswith(".tw") and name != mine for name in names):
+            self._forget_residuals()
+        with closing(Part(self._path("model.tw"), order.base.encode())) as part:
+            expected = os.path.basename(part.path).removesuffix(".part")
+        for begin, kept in (("update-", mine), (".model.tw.", expected)):
+            for name in names:
+                if name.startswith(begin) and not name.startswith(kept):
+                    os.unlink(self._path(name))
+
+    def _residuals(self) -> list[int]:
+        """The rounds whose residuals are there; between two steps of a delivery there may be two."""
+        found = (_RESIDUAL.fullmatch(name) for name in os.listdir(self._folder))
+        return [int(match[1]) for match in found if match]
+
+    def _forget_residuals(self, but: int = -1) -> None:
+        for number in self._residuals():
+            if number != but:
+                os.unlink(self._residual(number))
+
+    def _leave(self, error: BaseException) -> None:
+        """Tell the server, as far as that is quickly possible, that nothing more is to come of us."""
+        if isinstance(error, (TransportError, AuthError)):
+            return
+        why = f"left: {type(error).__name__}: {error}"[:_WHY]
+
+        def say_so() -> None:
+            with suppress(TensorwireError, OSError), self._connect() as transport:
+                transport.run(greet("tensorwire.fl"), within=HANDSHAKE)
+                self._request(transport, want="leave", why=why)
+
+        farewell = threading.Thread(target=say_so, daemon=True)
+        farewell.start()
+        farewell.join(_FAREWELL)
+
+    def _update(self, order: Order) -> str:
+        return self._path(f"update-{order.base[:16]}.tw")
+
+    def _residual(self, number: int) -> str:
+        return self._path(f"residual-{number}.tw")
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
 
 
-def _empty_like(tensor: Any) -> Any:
-    return np.empty_like(tensor) if isinstance(tensor, np.ndarray) else tensor.new_empty(tensor.shape)
+class _Update(Recorded):
+    """An update on its way out. `reached`: bytes of it that the server had when it was last asked."""
+
+    reached = 0
+
+    def after(self, position: Position) -> Iterator[Any]:
+        """The buffers from `position` on."""
+        self.reached = position.offset
+        return super().after(position)
+
+
+def _remove(path: str, reason: Exception) -> None:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} is no model ({reason}) and cannot be removed: {error}", errno=error.errno
+        ) from error

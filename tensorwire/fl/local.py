@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +17,17 @@ import tensorwire
 from tensorwire.errors import TensorwireError
 from tensorwire.fl.plan import Plan, to_arguments
 from tensorwire.fl.task import Task
+from tensorwire.transfer import greet, hear, say
+from tensorwire.transports import TcpTransport
 
 Row = dict[str, Any]
 
 # As the command `tensorwire` does, which does not look for packages in the current folder.
 _COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.fl.local import child; child()"
 _START: Final = 60.0  # seconds that the server has to listen
-_END: Final = 30.0  # seconds that each process has to end once the run has
+_END: Final = 5.0  # seconds that clients have to end once the run has
+_LOOK: Final = 0.05  # seconds between two looks at the processes
+_SHOWN: Final = 5  # lines of the log of one that has failed
 _STOP: Final = 0.5  # seconds that all processes have to end once they are told to
 
 
@@ -30,30 +35,69 @@ class RunError(TensorwireError):
     """A process of the run failed; its log says why."""
 
 
-def run(task: Task, plan: Plan, out: Path, asked: Sequence[str]) -> Iterator[Row]:
+def run(
+    task: Task, plan: Plan, out: Path, asked: Sequence[str], *, on_note: Callable[[str], None] = lambda text: None
+) -> Iterator[Row]:
     """Run a plan, and give a row as each round ends; the first row is the model at the start.
 
-    A row has `round`, the `loss` of the model after it, the `bytes` that went over the sockets until then and the
-    `fp32_bytes` of the same tensors without codecs, `server_mib` and `seconds`. `out`: where folders and logs stand.
-    `asked`: options of `tensorwire fl` that name the task. Raises RunError where a process fails.
+    A row has `round`, the `loss` of the model after it (None where nobody measured it), the `bytes` that went over the
+    sockets until then and the `fp32_bytes` of the same tensors without codecs, `server_mib`, `seconds`, and of the
+    round `clients`, `missing`, `ended` and `counted`. `out`: where folders and logs stand. `asked`: options of
+    `tensorwire fl` that name the task. `on_note`: called with a text when a client dies, without which the run goes
+    on. Raises RunError where the server fails, or all clients have died.
     """
     out.mkdir(parents=True, exist_ok=True)
     tensorwire.save_file(dict(task.initial()), out / "initial.tw")
-    processes: list[_Process] = []
+    clients: list[_Process] = []
+    listen = ["--listen=127.0.0.1:0", f"--state={out / 'state'}", f"--initial={out / 'initial.tw'}"]
+    server = _Process(out, "server", [*listen, *to_arguments(plan), *asked])
     try:
-        listen = ["--listen=127.0.0.1:0", f"--state={out / 'state'}", f"--initial={out / 'initial.tw'}"]
-        server = _Process(out / "server.log", ["server", *listen, *to_arguments(plan), *asked], piped=True)
-        processes.append(server)
-        where = f"127.0.0.1:{_port(server)}"
+        port = _port(server)
         for number in range(plan.clients):
             mine = [f"--number={number}", f"--clients={plan.clients}", f"--folder={out / f'client-{number}'}"]
             mine += ["--evaluate"] if number == 0 else []
-            processes.append(_Process(out / f"client-{number}.log", ["client", where, *mine, *asked]))
-        yield from _rows(task, server, out / "state", plan)
-        for process in processes:
-            process.finish()
+            clients.append(_Process(out, f"client-{number}", [f"127.0.0.1:{port}", *mine, *asked]))
+        yield from _rows(task, _watched(server, clients, port, on_note), out / "state", plan)
+        until = time.monotonic() + _END
+        while time.monotonic() < until and any(client.alive() for client in clients):
+            time.sleep(_LOOK)
+        for client in clients:
+            if client.alive():
+                on_note(f"{client.name} is still at work as the run is over, and is ended")
     finally:
-        _stop(processes)
+        _stop([server, *clients])
+
+
+def _watched(
+    server: "_Process", clients: Sequence["_Process"], port: int, on_note: Callable[[str], None]
+) -> Iterator[str]:
+    """The lines that the server prints. When a client dies it says so, to the server as well."""
+    living = [*clients]
+    begun = ""  # of a line that the server is still writing
+    with server.output.open() as output:
+        while True:
+            ended = not server.alive()  # before what it printed last is read
+            *lines, begun = (begun + output.read()).split("\n")
+            yield from lines
+            if ended:
+                break
+            for client in [client for client in living if not client.alive()]:
+                living.remove(client)
+                if client.code() != 0:
+                    on_note(client.obituary())
+                    _tell_of_death(client, port)
+            if not living and all(client.code() != 0 for client in clients):
+                raise RunError(f"no client is left; {clients[-1].obituary()}")
+            time.sleep(_LOOK)
+    if server.code() != 0:
+        raise RunError(server.obituary())
+
+
+def _tell_of_death(client: "_Process", port: int) -> None:
+    with suppress(TensorwireError), TcpTransport.connect("127.0.0.1", port) as transport:
+        transport.run(greet("tensorwire.fl"))
+        transport.run(say({"client": client.name, "want": "leave", "why": client.failed()}))
+        transport.run(hear())
 
 
 def child() -> None:
@@ -84,27 +128,25 @@ def _stop(processes: "Sequence[_Process]") -> None:
 
 def leftovers(out: Path) -> list[Path]:
     """What a run has left in a folder, or what stands where one would write."""
-    names = ("state", "initial.tw", "rows.json", "curves.png", "server.log", "client-*")
+    names = ("state", "initial.tw", "rows.json", "curves.png", "server.log", "server.out", "client-*")
     return sorted(path for name in names for path in out.glob(name))
 
 
-def _rows(task: Task, server: "_Process", state: Path, plan: Plan) -> Iterator[Row]:
-    # What a round would move without codecs: the model to every client, and as much back.
-    plain = 2 * plan.clients * sum(4 * _elements(tensor) for tensor in task.initial().values())
+def _rows(task: Task, lines: Iterable[str], state: Path, plan: Plan) -> Iterator[Row]:
+    # What a round would move without codecs: the model to every client that it asks, and as much back.
+    plain = 2 * plan.asked_of(plan.clients) * sum(4 * _elements(tensor) for tensor in task.initial().values())
     before: Row = {"round": 0, "bytes": 0, "fp32_bytes": 0, "server_mib": 0.0, "seconds": 0.0}
-    for line in server.lines():
+    for line in lines:
         row = json.loads(line)
         # What a client measured is the loss of the model that the round began with.
-        loss = next(report["loss"] for report in row["clients"].values() if "loss" in report)
+        loss = next((report["loss"] for report in row["clients"].values() if "loss" in report), None)
         yield {**before, "loss": loss}
         number = row["round"] + 1
         before = {
             "round": number,
             "bytes": before["bytes"] + row["down"] + row["up"],
             "fp32_bytes": number * plain,
-            "server_mib": row["server_mib"],
-            "seconds": row["seconds"],
-            "clients": row["clients"],
+            **{name: row[name] for name in ("server_mib", "seconds", "clients", "missing", "ended", "counted")},
         }
     yield {**before, "loss": task.evaluate(_like(task.initial(), tensorwire.load_file(state / "model.tw")))}
 
@@ -121,40 +163,39 @@ def _like(initial: Any, model: Any) -> Any:
 
 
 class _Process:
-    """`tensorwire fl ...` with a log."""
+    """`tensorwire fl PART ...` with a log. `output`: where what it prints goes."""
 
-    def __init__(self, log: Path, arguments: Sequence[str], *, piped: bool = False) -> None:
-        self.log = log
-        with log.open("wb") as file:
+    def __init__(self, out: Path, name: str, arguments: Sequence[str]) -> None:
+        self.name = name
+        self.output, self._log = out / f"{name}.out", out / f"{name}.log"
+        with self.output.open("wb") as output, self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, "fl", *arguments],
-                stdout=subprocess.PIPE if piped else file,
-                stderr=file,
+                [sys.executable, "-c", _COMMAND, "fl", name.partition("-")[0], *arguments],
+                stdout=output,
+                stderr=log,
                 stdin=subprocess.PIPE,
                 # One core each: more threads than cores only wait for one another.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                text=True,
             )
-
-    def lines(self) -> Iterator[str]:
-        """What it prints."""
-        assert self._process.stdout is not None
-        yield from self._process.stdout
-        self.finish()
 
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def finish(self) -> None:
-        """Wait for its end. Raises RunError where it failed."""
-        try:
-            code = self._process.wait(_END)
-        except subprocess.TimeoutExpired:
-            code = None
-        if code != 0:
-            last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
-            what = "does not end" if code is None else f"failed ({code})"
-            raise RunError(f"{self.log.stem} {what}: {last}; see {self.log}")
+    def code(self) -> int | None:
+        return self._process.poll()
+
+    def said(self) -> list[str]:
+        """The lines of its log."""
+        return self._log.read_text(errors="replace").splitlines()
+
+    def obituary(self) -> str:
+        """That it has failed, and how its log ends."""
+        end = "\n".join(f"  {line}" for line in self.said()[-_SHOWN:])
+        return f"{self.failed()}; {self._log} ends with\n{end}"
+
+    def failed(self) -> str:
+        """That it has failed."""
+        return f"{self.name} has failed (exit code {self.code()})"
 
     def terminate(self) -> None:
         """Tell it to end."""
@@ -166,21 +207,20 @@ class _Process:
         if self.alive():
             self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 def _port(server: _Process) -> int:
     until = time.monotonic() + _START
     while time.monotonic() < until:
-        for line in server.log.read_text().splitlines():
+        for line in server.said():
             if line.startswith("listening on "):
                 return int(line.rpartition(":")[2])
         if not server.alive():
-            server.finish()
+            break
         time.sleep(0.02)
-    raise RunError(f"the server does not listen; see {server.log}")
+    raise RunError(f"the server does not listen: {server.obituary()}")
 
 
 def draw(rows: Sequence[Row], plan: Plan, path: Path) -> bool:

@@ -5,14 +5,17 @@ that clients must know stands in `Answer`, which puts it into every order too; o
 """
 
 import argparse
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import UnionType
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
 import tensorwire
 from tensorwire.errors import SchemaError
+
+T = TypeVar("T")
 
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
@@ -25,6 +28,9 @@ class Answer:
     kind: Annotated[Literal["weights", "difference"], "what clients send"] = "difference"
     feedback: Annotated[bool, "clients carry over what quantization dropped of their differences"] = False
     stochastic: Annotated[bool, "round up or down at random where the codec is bf16"] = False
+    age: Annotated[float, "what is left of what was carried over, for each round that did not ask the client", "X"] = (
+        0.9
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -34,19 +40,26 @@ class Answer:
         tensorwire.codec(self.up)
         if self.feedback and self.kind != "difference":
             raise ValueError("feedback is for differences; leave it out where clients send weights")
+        if not 0 < self.age <= 1:
+            raise ValueError(f"age must be above 0 and at most 1, not {self.age}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Answer):
     """A whole run. Raises ValueError for settings that make no sense.
 
-    A round closes when `clients` updates are in, or, `deadline` seconds after it began, with at least `quorum` of them.
+    A round asks all clients, or as many of those that are there as `sample` or `fraction` says, drawn anew each time.
+    It ends when nobody whom it asked can still deliver, and at the latest `deadline` seconds after the first of them
+    was heard of. With fewer than `quorum` updates it leaves the model as it is.
     """
 
     name: Annotated[str, "name of the run"] = "run"
     rounds: Annotated[int, "number of rounds", "N"] = 10
-    clients: Annotated[int, "updates that close a round", "N"] = 4
-    quorum: Annotated[int | None, "updates that suffice after the deadline (all)", "N"] = None
+    clients: Annotated[int, "clients that the run has", "N"] = 4
+    sample: Annotated[int | None, "clients that a round asks (all)", "N"] = None
+    fraction: Annotated[float | None, "the part of the clients that a round asks (all)", "X"] = None
+    seed: Annotated[int, "of the draws of whom a round asks", "N"] = 0
+    quorum: Annotated[int, "updates without which a round does not count", "N"] = 1
     deadline: Annotated[float, "seconds that a round may take", "S"] = 600.0
     down: Annotated[str, "codec of the models", "SPEC"] = "bf16"
     max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
@@ -57,8 +70,30 @@ class Plan(Answer):
         super().__post_init__()
         tensorwire.codec(self.down)
         for name, value in asdict(self).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
+            if isinstance(value, (int, float)) and name != "seed" and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
+        if self.sample is not None and self.fraction is not None:
+            raise ValueError("sample and fraction say the same thing twice; leave one out")
+        if self.fraction is not None and self.fraction > 1:
+            raise ValueError(f"fraction must be at most 1, not {self.fraction}")
+        if self.quorum > self.asked_of(self.clients):
+            raise ValueError(f"quorum is {self.quorum}, but a round asks {self.asked_of(self.clients)} clients")
+
+    @property
+    def samples(self) -> bool:
+        """Whether rounds ask some of the clients only."""
+        return self.sample is not None or self.fraction is not None
+
+    def draw(self, number: int, present: Sequence[T]) -> list[T]:
+        """Whom round `number` asks of those that are there, in their order: by the seed and the round alone."""
+        chosen = random.Random(f"{self.seed}/{number}").sample(range(len(present)), self.asked_of(len(present)))
+        return [present[place] for place in sorted(chosen)]
+
+    def asked_of(self, present: int) -> int:
+        """How many a round asks of so many clients that are there."""
+        if self.sample is not None:
+            return min(self.sample, present)
+        return present if self.fraction is None else max(1, round(self.fraction * present))
 
 
 @dataclass(frozen=True, kw_only=True)

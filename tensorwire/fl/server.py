@@ -8,27 +8,29 @@ the same updates and so, bit for bit, with the same model. Memory: the model and
 
 import asyncio
 import os
-import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-import tensorwire
 from tensorwire import Schema
-from tensorwire.errors import CorruptError, SchemaError, WireError
+from tensorwire.errors import SchemaError, TensorwireError, TransportError, TruncatedError, WireError, show
+from tensorwire.fl.bounds import Bounded
+from tensorwire.fl.members import Member, Members
 from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.store import Store
+from tensorwire.fl.tensors import numbers
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.storage import rename, write_file
+from tensorwire.storage import rename
 from tensorwire.transfer import (
     Offer,
+    Position,
     Recorded,
-    Recording,
     RefusedError,
     greet,
     hear,
@@ -41,17 +43,22 @@ from tensorwire.transfer import (
 from tensorwire.transports import HANDSHAKE, AsyncTransport, speaks_for
 from tensorwire.updates import Rules, Terms, Update, UpdateError, Verdict, average, check_update, encode, views
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
-_POLL: Final = 10.0  # seconds that a client with nothing to do is kept at most, before it asks again
+_HOLD: Final = 10.0  # seconds that somebody who would rather wait than ask again is kept at most
 _UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
+_LINE: Final = 16  # who may wait for that on a connection; others are told to come again
+_STALL: Final = 5.0  # seconds in which somebody in whose way others wait must send
+_LEAST: Final = 4096  # bytes, or give up its place
 _MOST_CORRUPT: Final = 3  # broken uploads of one client in a round before it is out of it
+_LAST_WORDS: Final = 10.0  # seconds in which clients hear that the run is over
+_ROWS: Final = 1000  # that are kept for whoever looks
 
 
 class Server:
     """One run. Hand `serve` to an `AsyncListener` and await `run`.
 
     `initial`: gives the model to start from where `folder` has none of this run yet; its tensors are written to.
-    `on_round`: called with a row of figures after each round. `validate`: as in `tensorwire.updates.Rules`.
+    `on_round`: called with a row of figures after each round. `on_note`: called with a line of text for what an
+    operator should know. `validate`: as in `tensorwire.updates.Rules`.
     """
 
     def __init__(
@@ -61,41 +68,47 @@ class Server:
         folder: str | os.PathLike[str],
         *,
         on_round: Callable[[dict[str, Any]], None] = lambda row: None,
+        on_note: Callable[[str], None] = lambda line: None,
         validate: Callable[[Update, Schema], Verdict] | None = None,
         limits: Limits = DEFAULT,
     ) -> None:
         self.plan = plan
         self.rules = Rules(plan.max_weight, plan.max_norm, plan.on_norm, validate, limits)
+        self.members = Members(plan)
+        self.rows: deque[dict[str, Any]] = deque(maxlen=_ROWS)
         self._on_round = on_round
-        self._store = Store(folder, plan.name)
+        self._on_note = on_note
+        self._store = Store(folder, plan.name, on_note)
         self.round, self.model = self._store.load(initial)
-        self.schema = tensorwire.schema(self.model)
         self._lock = threading.Lock()  # uploads are checked in threads
-        self._accepted: dict[str, Update] = {}
-        self._corrupt: dict[str, int] = {}
-        self._out: set[str] = set()  # may deliver no more in this round
-        self._members: set[str] = set()
-        self._told: set[str] = set()  # have heard that the run is over
         self._open = False
+        self.base = ""  # the digest of the round's encoded model, in hexadecimal
+        self._transfers: dict[str, bytes] = {}  # what each client was last received as
         self._traffic = {"down": 0, "up": 0}
         self._changed = asyncio.Condition()
         self._slots = asyncio.Semaphore(_UPLOADS)
+        self._line = 0  # who waits for a slot
 
     async def run(self) -> None:
-        """All rounds that are still to come. Sets the event loop's executor: each thread of one keeps memory."""
+        """All rounds that are still to come, and then until every client that is there has heard that the run is over.
+
+        For the latter some seconds at most. Sets the event loop's executor: each thread of one keeps memory.
+        """
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_UPLOADS))
         while self.round < self.plan.rounds:
             began = time.monotonic()
             await asyncio.to_thread(self._begin_round)
             await self._tell()
-            await self._until_enough(began)
-            await asyncio.to_thread(self._end_round, began)
+            ended = await self._until_over()
+            await asyncio.to_thread(self._end_round, began, ended)
         await self._tell()
+        with suppress(asyncio.TimeoutError):  # one that is not there will not hear it
+            await asyncio.wait_for(self.all_told(), _LAST_WORDS)
 
     async def all_told(self) -> None:
-        """Wait until every client has heard that the run is over."""
+        """Wait until every client that is there has heard that the run is over."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._told >= self._members)
+            await self._changed.wait_for(self.members.all_told)
 
     async def serve(self, transport: AsyncTransport) -> None:
         """One connection, for as long as it lasts."""
@@ -103,191 +116,313 @@ class Server:
         while True:
             request = await transport.run(hear(patient=False))
             try:
-                client = self._admitted(request.get("client"), transport)
+                member = self._admitted(request.get("client"), transport)
             except SchemaError as error:
                 await transport.run(refuse(error))
                 raise
+            await self._tell()  # the round's time may have begun
             want = request.get("want")
             if want == "task":
-                task = await self._task(client, request.get("hold"))
+                task = await self._task(member, request.get("hold"))
                 await transport.run(say(task))
                 if task["task"] == "stop":
-                    self._told.add(client)
-                    await self._tell()
+                    self.members.told.add(member.name)
             elif want == "model":
-                await self._send_model(transport)
+                await self._send_model(member, request.get("base", self.base), transport)
             elif want == "deliver":
-                await self._receive_update(client, transport)
+                await self._receive_update(member, transport)
+            elif want in ("pass", "leave"):
+                self._nothing_from(member, request, gone=want == "leave")
+                await transport.run(say({}))
             else:
-                raise SchemaError("a request must want a task, the model, or to deliver")
+                raise SchemaError(f"a request must want a task, the model, to deliver, pass or leave, not {show(want)}")
+            await self._tell()
 
-    def _admitted(self, client: object, transport: AsyncTransport) -> str:
-        """The name of a client that may take part.
-
-        A run has as many members as its plan says, and with mutual TLS a client is who its certificate says.
-        """
-        if not isinstance(client, str) or not _NAME.fullmatch(client):
-            raise SchemaError("a request must name its client in 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'")
-        if not speaks_for(transport.peer_names, client):
-            raise SchemaError(f"the certificate of {transport.peer_name!r} does not speak for {client!r}")
+    def status(self) -> dict[str, Any]:
+        """How the run stands: its round, a row for each member, and the rows of the last rounds."""
         with self._lock:
-            if client not in self._members and len(self._members) >= self.plan.clients:
-                raise SchemaError(f"the run has its {self.plan.clients} clients")
-            self._members.add(client)
-        return client
+            about = {"run": self.plan.name, "round": self.round, "rounds": self.plan.rounds}
+            return {**about, "clients": self.members.status(), "rows": list(self.rows)}
 
-    async def _task(self, client: str, hold: Any) -> dict[str, Any]:
-        """What a client is to do now. One that has delivered waits here for the next round, `hold` seconds at most."""
-        hold = min(hold, _POLL) if type(hold) in (int, float) and hold >= 0 else 0
+    def _admitted(self, client: object, transport: AsyncTransport) -> Member:
+        """The client of this name, if it may take part; with mutual TLS a client is who its certificate says."""
+        if not isinstance(client, str):
+            raise SchemaError("a request must name its client")
+        if not speaks_for(transport.peer_names, client):
+            raise SchemaError(f"the certificate of {transport.peer_name!r} does not speak for {show(client)}")
+        with self._lock:
+            return self.members.heard(client)
+
+    async def _task(self, member: Member, hold: Any) -> dict[str, Any]:
+        """What a client is to do now; one that would rather wait here than ask again is kept for `hold` seconds."""
+        hold = min(hold, _HOLD) if type(hold) in (int, float) and hold >= 0 else 0
         with suppress(asyncio.TimeoutError):
             async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._wanted(client) != "wait"), hold)
-        task = self._wanted(client)
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._wanted(member) != "wait"), hold)
+        task = self._wanted(member)
         if task != "train":
-            return {"task": task}
-        order = Order.of(self.plan, self.round, self._store.broadcast_digest(self.round))
-        return {"task": task, **order.message()}
+            return {"task": task, "seconds": self.members.pause()}
+        return {"task": task, **Order.of(self.plan, self.round, self.base).message()}
 
-    def _wanted(self, client: str) -> str:
+    def _wanted(self, member: Member) -> str:
         if self.round >= self.plan.rounds:
             return "stop"
-        return "train" if self._open and client not in self._accepted and client not in self._out else "wait"
+        return "train" if self._open and self.members.wanted(member.name) else "wait"
 
-    async def _send_model(self, transport: AsyncTransport) -> None:
-        path, before = self._store.broadcast(self.round), transport.sent
-        offer = Offer(f"{self.plan.name}/{self.round}".encode(), "model", os.path.getsize(path))  # noqa: ASYNC240 - one call to the system
+    def _nothing_from(self, member: Member, request: Mapping[str, Any], *, gone: bool) -> None:
+        why = ascii(request.get("why", ""))[1:-1]
+        with self._lock:
+            if gone or (self._open and request.get("round") == self.round):
+                self.members.nothing_from(member.name, why or "it gave no reason", gone=gone)
+
+    async def _send_model(self, member: Member, base: Any, transport: AsyncTransport) -> None:
+        if base != self.base:
+            stale = RefusedError(f"the run is in round {self.round}: ask for its task", kind="stale", retryable=True)
+            await transport.run(refuse(stale))
+            return
+        offer, before = Offer(self.base.encode(), "model", self._size), transport.sent
         try:
-            await transport.run(send_stream(offer, Recorded(path)))
+            await transport.run(send_stream(offer, _Model(self._broadcast, self.base)))
         finally:
+            member.down += transport.sent - before
             self._traffic["down"] += transport.sent - before
 
-    async def _receive_update(self, client: str, transport: AsyncTransport) -> None:
+    async def _receive_update(self, member: Member, transport: AsyncTransport) -> None:
+        if self._line >= _LINE:
+            await transport.run(refuse(RefusedError("many are waiting: come again", kind="busy", retryable=True)))
+            return
         before = transport.received
         try:
-            async with self._upload_slot(transport):
-                await transport.run(receive_stream(partial(self._open_upload, client)))
-        except CorruptError:
-            self._corrupt[client] = self._corrupt.get(client, 0) + 1
-            if self._corrupt[client] > _MOST_CORRUPT:
-                self._out.add(client)
+            async with self._slot(transport):
+                await self._while_bytes_come(receive_stream(partial(self._open_upload, member)), member, transport)
+        except WireError as error:
+            member.corrupt += not isinstance(error, (TruncatedError, SchemaError))
+            if member.corrupt > _MOST_CORRUPT:
+                self.refuse(member, error)
             raise
         finally:
+            member.up += transport.received - before
             self._traffic["up"] += transport.received - before
-        await self._tell()
+            await self._tell()
+
+    def refuse(self, member: Member, error: TensorwireError) -> None:
+        """Take no more updates of this client in this round."""
+        with self._lock:
+            member.refused += 1
+            self.members.nothing_from(member.name, f"refused: {error}")
 
     @asynccontextmanager
-    async def _upload_slot(self, transport: AsyncTransport) -> AsyncIterator[None]:
+    async def _slot(self, transport: AsyncTransport) -> AsyncIterator[None]:
         """A turn to be received and checked, which takes some frames of memory; the client is told to wait for it."""
         turn = asyncio.ensure_future(self._slots.acquire())
+        self._line += 1
         try:
-            while not (await asyncio.wait([turn], timeout=_POLL))[0]:
-                await transport.run(wait())
+            try:
+                while not (await asyncio.wait([turn], timeout=_HOLD))[0]:
+                    await transport.run(wait())
+            finally:
+                self._line -= 1
             yield
         finally:
             if not turn.cancel():
                 self._slots.release()
 
-    def _open_upload(self, client: str, offer: Offer) -> "_Upload":
+    async def _while_bytes_come(self, conversation: Any, member: Member, transport: AsyncTransport) -> None:
+        """Hold a conversation, unless others wait and nothing comes. Raises TransportError."""
+        receiving = asyncio.ensure_future(transport.run(conversation))
+        try:
+            before = transport.received
+            while not (await asyncio.wait([receiving], timeout=_STALL))[0]:
+                if self._line and not member.working and transport.received - before < _LEAST:
+                    raise TransportError("others are waiting, and nothing comes: connect again to go on")
+                before = transport.received
+        finally:
+            receiving.cancel()
+            await asyncio.wait([receiving])
+        receiving.result()
+
+    @contextmanager
+    def working(self, member: Member) -> Iterator[None]:
+        """While a client's update is verified or checked, during which no bytes need come of it."""
+        member.working = True
+        try:
+            yield
+        finally:
+            member.working = False
+
+    def _open_upload(self, member: Member, offer: Offer) -> "_Upload":
         """Where an update goes. Raises RefusedError for one that could not count anyway."""
-        number = offer.about.get("round")
+        number, name = offer.about.get("round"), member.name
         with self._lock:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number!r:.40} is not open; the run is in round {self.round}", kind="stale")
-            if offer.transfer != self._store.broadcast_digest(number).encode():
+            if offer.transfer[:32] != self.base[:32].encode():
                 raise RefusedError("the update is based on another model than this round's", kind="stale")
-            if client in self._out:
+            if member.why:
                 raise RefusedError("no more updates of this client are taken in this round", kind="out")
-            return _Upload(self, client, self._store.update(self.round, client), offer.transfer)
+            if not member.asked:
+                raise RefusedError("this client is not asked in this round", kind="out")
+            counts = member.update is not None
+            if self._transfers.setdefault(name, offer.transfer) != offer.transfer:  # what it began it will not end
+                self._store.drop(self.round, name, parts_only=True)
+                self._transfers[name] = offer.transfer
+        with self.working(member):
+            upload = _Upload(self, member, self._store.update(self.round, name), offer.transfer)
+        if counts and upload.outcome is None:
+            upload.discard()
+            raise RefusedError("another update of this client counts already", kind="another")
+        return upload
 
-    def _accept(self, update: Update, part: str, path: str, number: int) -> None:
+    def accept(self, update: Update, part: str, path: str, number: int) -> None:
         """Let an update count, unless its round has been closed meanwhile."""
         with self._lock:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number} has been closed", kind="stale")
             rename(part, path)
-            self._accepted[update.client] = replace(update, recording=path)
+            self.members.accept(replace(update, recording=path))
 
     def check(self, client: str, path: str) -> Update:
         """The update in a recording. Raises UpdateError or a WireError for what must not count."""
-        base = self._store.broadcast_digest(self.round)
-        expected = Terms(self.plan.name, self.round, base, client)
+        expected = Terms(self.plan.name, self.round, self.base, client)
         with open(path, "rb", buffering=0) as file:
             return check_update(file, self.model, expected, self.rules, recording=path)
 
     def _begin_round(self) -> None:
         store, number = self._store, self.round
-        if not os.path.exists(store.broadcast(number)):
-            terms = Terms(self.plan.name, number)
-            write_file(store.broadcast(number), encode(views(self.model), terms, codec=self.plan.down))
-        self._accepted = {}
-        for client in store.delivered(number):  # before this server was started again
-            path = store.update(number, client)
+
+        def encoded() -> Iterator[Any]:
+            return encode(views(self.model), Terms(self.plan.name, number), codec=self.plan.down)
+
+        self._broadcast = store.broadcast(number, encoded)
+        self.base, self._size = Recorded(self._broadcast).digest, os.path.getsize(self._broadcast)
+        with self._lock:
+            self.members.begin(number, store.read(number, "asked"))
+            self._transfers, self._traffic = {}, {"down": 0, "up": 0}
+        self._take_up(store.delivered(number))
+        with self._lock:
+            self._open = store.read(number, "closed") is None
+
+    def _take_up(self, clients: list[str]) -> None:
+        """Let those of the updates on the disk count that may; the senders of others may come again."""
+        for client in clients:
+            path = self._store.update(self.round, client)
             try:
-                self._accepted[client] = self.check(client, path)
-            except (WireError, UpdateError):  # damaged, or the rules have changed; its sender may come again
-                os.unlink(path)
-            self._members.add(client)
-        self._corrupt, self._out = {}, set()
-        self._traffic = {"down": 0, "up": 0}
-        self._open = store.closed(number) is None
+                self.members.accept(self.check(client, path))
+            except (TensorwireError, OSError) as error:  # damaged, or the rules have changed
+                self._on_note(f"{path} does not count: {error}")
+                self._store.drop(self.round, client)
 
-    async def _until_enough(self, began: float) -> None:
-        quorum = self.plan.quorum or self.plan.clients
+    async def _until_over(self) -> str:
+        """Wait for the end of the round. Returns why it is over."""
         async with self._changed:
-            while self._open and len(self._accepted) < self.plan.clients:
-                left = began + self.plan.deadline - time.monotonic()
-                if left <= 0 and len(self._accepted) >= quorum:
-                    break
+            while self._open:
+                if ended := self.members.ended():
+                    return ended
+                if self.members.to_draw():
+                    self._store.write(self.round, "asked", self.members.draw())
+                    self._changed.notify_all()
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), left if left > 0 else None)
+                    await asyncio.wait_for(self._changed.wait(), self.members.left())
+            return "closed before the server was started again"
 
-    def _end_round(self, began: float) -> None:
+    def _end_round(self, began: float, ended: str) -> None:
         store, number = self._store, self.round
         with self._lock:
             self._open = False
-            survivors = store.closed(number)
-        if survivors is None:
-            survivors = sorted(self._accepted)
-            store.close(number, survivors)
-        updates = [self._accepted[client] for client in survivors]
-        average(updates, into=self.model, limits=self.rules.limits)
+            survivors = store.read(number, "closed")
+            if survivors is None:
+                survivors = sorted(self.members.accepted())
+                store.write(number, "closed", survivors)
+        updates = self._average(survivors)
+        lost = {name: "its update was lost on the server's disk" for name in survivors if name not in updates}
+        with self._lock:
+            missing = {**self.members.close(), **lost}
         store.save(number + 1, self.model)
         self.round += 1
-        row = {"round": number, "seconds": time.monotonic() - began, **self._traffic}
-        clients = {u.client: {"weight": u.terms.weight, "norm": u.norm, **u.terms.metrics} for u in updates}
-        self._on_round({**row, "clients": clients})
+        clients = {
+            name: {**numbers(each.terms.metrics)[0], "weight": each.terms.weight, "norm": each.norm}
+            for name, each in updates.items()
+        }
+        row = {"round": number, "seconds": time.monotonic() - began, **self._traffic, "clients": clients}
+        row |= {"missing": missing, "ended": ended, "counted": len(updates) >= self.plan.quorum}
+        with self._lock:
+            self.rows.append(row)
+        self._on_round(row)
+
+    def _average(self, survivors: list[str]) -> dict[str, Update]:
+        """Make the next model, and return the updates that went into it: those of `survivors` that are whole.
+
+        With fewer than the quorum the model stays as it is.
+        """
+        while True:
+            accepted = self.members.accepted()
+            updates = {name: accepted[name] for name in survivors if name in accepted}
+            if len(updates) < self.plan.quorum:
+                return updates
+            try:
+                average([*updates.values()], into=self.model, limits=self.rules.limits)
+                return updates
+            except (TensorwireError, OSError) as error:  # the disk: some update is not what it was when it was checked
+                self._on_note(f"round {self.round} is averaged again: {error}")
+                for name, array in self._store.model().items():
+                    self.model[name][...] = array
+                for member in self.members.everyone():
+                    member.update = None
+                self._take_up([*updates])
+                if self.members.accepted().keys() >= updates.keys():
+                    raise  # all are whole, so trying again cannot help
 
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
 
-class _Upload(Recording):
+class _Model(Recorded):
+    """The round's model on its way out. `digest` is known, also once the round's folder is gone."""
+
+    digest = ""
+
+    def __init__(self, path: str, digest: str) -> None:
+        super().__init__(path)
+        self.digest = digest
+
+    def after(self, position: Position) -> Iterator[Any]:
+        """The buffers from `position` on. Raises TransportError where the round has ended."""
+        try:
+            yield from super().after(position)
+        except FileNotFoundError:
+            raise TransportError("the round has ended") from None
+
+
+class _Upload(Bounded):
     """An update on its way in. It takes its name, and counts, once it has been checked."""
 
-    def __init__(self, server: Server, client: str, path: str, transfer: bytes) -> None:
+    def __init__(self, server: Server, member: Member, path: str, transfer: bytes) -> None:
         self._server = server
-        self._client = client
+        self._member = member
         self._round = server.round
-        super().__init__(
-            path,
-            transfer,
-            check=lambda: tensorwire.schema(server.schema).check,
-            finish=self._check_and_accept,
-            limits=server.rules.limits,
-        )
+        super().__init__(path, transfer, server.model, finish=self._check_and_accept, limits=server.rules.limits)
 
     def forget(self) -> None:
         """The journal stays as long as the round, for a client that asks once more."""
 
-    def _check_and_accept(self, part: str) -> None:
+    def steps(self) -> Generator[Any, None, None]:
+        """`Recording.steps`. Who sends other tensors than the model's would do so again."""
         try:
-            update = self._server.check(self._client, part)
-            self._server._accept(update, part, self.path, self._round)
-        except UpdateError as error:
-            self._server._out.add(self._client)
-            self.discard()
-            raise RefusedError(str(error), kind=error.reason) from error
-        except RefusedError:
-            self.discard()
+            yield from super().steps()
+        except SchemaError as error:
+            self._server.refuse(self._member, error)
             raise
+
+    def _check_and_accept(self, part: str) -> None:
+        with self._server.working(self._member):
+            try:
+                update = self._server.check(self._member.name, part)
+                self._server.accept(update, part, self.path, self._round)
+            except (UpdateError, SchemaError) as error:
+                self._server.refuse(self._member, error)
+                self.discard()
+                raise RefusedError(str(error), kind=getattr(error, "reason", "schema")) from error
+            except RefusedError:
+                self.discard()
+                raise

@@ -1,41 +1,52 @@
 """What the server must not forget: one folder, each file under its name only when complete.
 
 `model.tw` is the model that the round begins with, `round-N/broadcast.tw` that model encoded, once, to be sent to
-whoever asks. `round-N/update-CLIENT.tw` is an update that counts; `round-N/closed.json` says whose the round counts.
+whoever asks, `round-N/asked.json` whom the round asks, where that was drawn. `round-N/update-CLIENT.tw` is an update
+that counts; `round-N/closed.json` says whose the round counts. Other files are left alone.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Final
 
 import numpy.typing as npt
 
 import tensorwire
-from tensorwire.errors import SchemaError
+from tensorwire.errors import SchemaError, StorageError, TensorwireError, WireError
+from tensorwire.fl.members import NAME
 from tensorwire.storage import write_file
-from tensorwire.transfer import Recorded
+from tensorwire.transfer import Frames
 from tensorwire.updates import Terms, arrays
 
 Model = dict[str, npt.NDArray[Any]]
 
+_ROUND: Final = re.compile(r"round-(\d+)")
+_OURS: Final = re.compile(rf"broadcast\.tw|update-{NAME.pattern}\.tw|(asked|closed)\.json|\..*\.(part|done)")
+_UPDATE: Final = re.compile(rf"update-({NAME.pattern})\.tw")
+
 
 class Store:
-    """The folder of one run."""
+    """The folder of one run. `on_note`: called with a line of text for each file that is not what it should be."""
 
-    def __init__(self, folder: str | os.PathLike[str], run: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], run: str, on_note: Callable[[str], None]) -> None:
         self._folder = os.fspath(folder)
         self._run = run
+        self._on_note = on_note
         os.makedirs(self._folder, exist_ok=True)
 
     def load(self, initial: Callable[[], Mapping[str, Any]]) -> tuple[int, Model]:
         """The round that the run is in, and its model; the first time `initial()`, whose tensors become the model's.
 
-        Raises SchemaError where the folder holds another run.
+        Raises SchemaError where the folder holds another run, StorageError where it has lost its model.
         """
-        path = os.path.join(self._folder, "model.tw")
+        path = self._path("model.tw")
+        rounds = self._rounds()
         if not os.path.exists(path):
+            if rounds:
+                raise StorageError(f"{path} is gone, but a run has begun: put it back, or remove {self._folder}")
             model = arrays(initial())
             self.save(0, model)
             return 0, model
@@ -43,43 +54,99 @@ class Store:
             terms = Terms.parse(file.metadata)
         if terms.run != self._run:
             raise SchemaError(f"{self._folder} holds run {terms.run!r}, not {self._run!r}")
-        return terms.round, tensorwire.numpy.load_file(path)
+        return terms.round, self.model()
+
+    def model(self) -> Model:
+        """The model as it stands on the disk. Raises a WireError that says what to do where it is damaged."""
+        try:
+            model: Model = tensorwire.numpy.load_file(self._path("model.tw"))
+            return model
+        except WireError as error:
+            error.detail += f"; put back a copy of the model, or remove {self._folder} to begin anew"
+            raise
 
     def save(self, number: int, model: Model) -> None:
-        """Let round `number` begin with `model`, and remove what only the round before it needed."""
-        path = os.path.join(self._folder, "model.tw")
-        tensorwire.numpy.save_file(model, path, metadata=Terms(self._run, number).metadata())
-        shutil.rmtree(self._round(number - 1), ignore_errors=True)
-        os.makedirs(self._round(number), exist_ok=True)
+        """Let round `number` begin with `model`, and remove what only earlier rounds needed."""
+        tensorwire.numpy.save_file(model, self._path("model.tw"), metadata=Terms(self._run, number).metadata())
+        for other in self._rounds():
+            if other < number:
+                self._remove(f"round-{other}")
 
-    def broadcast(self, number: int) -> str:
-        """The path of the round's encoded model."""
-        return os.path.join(self._round(number), "broadcast.tw")
-
-    def broadcast_digest(self, number: int) -> str:
-        """The digest of the round's encoded model, in hexadecimal."""
-        return Recorded(self.broadcast(number)).digest
+    def broadcast(self, number: int, buffers: Callable[[], Iterable[Any]]) -> str:
+        """The path of the round's encoded model, made of `buffers()` where there is none yet, or a damaged one."""
+        os.makedirs(self._path(f"round-{number}"), exist_ok=True)
+        path = self._path(f"round-{number}", "broadcast.tw")
+        if os.path.lexists(path) and not whole(path):
+            self._on_note(f"{path} is damaged and made anew")
+            os.unlink(path)
+        if not os.path.exists(path):
+            write_file(path, buffers())
+        return path
 
     def update(self, number: int, client: str) -> str:
         """The path of a client's update."""
-        return os.path.join(self._round(number), f"update-{client}.tw")
+        return self._path(f"round-{number}", f"update-{client}.tw")
 
     def delivered(self, number: int) -> list[str]:
-        """The clients whose updates are in."""
-        names = (name for name in os.listdir(self._round(number)) if name.startswith("update-"))
-        return sorted(name.removeprefix("update-").removesuffix(".tw") for name in names)
+        """The clients whose updates are in. Says which files are none of ours."""
+        found = []
+        for name in sorted(os.listdir(self._path(f"round-{number}"))):
+            if match := _UPDATE.fullmatch(name):
+                found.append(match[1])
+            elif not _OURS.fullmatch(name):
+                self._on_note(f"{self._path(f'round-{number}', name)} is no update of this run and is left alone")
+        return found
 
-    def close(self, number: int, clients: list[str]) -> None:
-        """Write down whose updates the round counts."""
-        write_file(os.path.join(self._round(number), "closed.json"), [json.dumps(clients).encode()])
+    def drop(self, number: int, client: str, *, parts_only: bool = False) -> None:
+        """Remove a client's update and what belongs to it: notes of receipts, or just what was received in parts."""
+        folder, path = self._path(f"round-{number}"), self.update(number, client)
+        begin, end = f".{os.path.basename(path)}.", (".part",) if parts_only else (".part", ".done")
+        with suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                if name.startswith(begin) and name.endswith(end):
+                    os.unlink(os.path.join(folder, name))
+            if not parts_only:
+                os.unlink(path)
 
-    def closed(self, number: int) -> list[str] | None:
-        """Whose updates the round counts, if that has been decided."""
+    def write(self, number: int, what: str, clients: list[str]) -> None:
+        """Write down whom the round asks (`what` is "asked"), or whose updates it counts ("closed")."""
+        write_file(self._path(f"round-{number}", f"{what}.json"), [json.dumps(clients).encode()])
+
+    def read(self, number: int, what: str) -> list[str] | None:
+        """What was written down, if it was. Says so where it cannot be read, which leaves it undecided."""
+        path = self._path(f"round-{number}", f"{what}.json")
         try:
-            with open(os.path.join(self._round(number), "closed.json"), encoding="ascii") as file:
-                return [str(client) for client in json.load(file)]
+            with open(path, encoding="ascii") as file:
+                names = json.load(file)
+            if isinstance(names, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
+                return names
+            self._on_note(f"{path} is no list of clients, and is decided anew")
         except FileNotFoundError:
-            return None
+            pass
+        except (OSError, ValueError) as error:
+            self._on_note(f"{path} cannot be read ({error}), and is decided anew")
+        return None
 
-    def _round(self, number: int) -> str:
-        return os.path.join(self._folder, f"round-{number}")
+    def _remove(self, folder: str) -> None:
+        """Remove the files of a round that is over, and its folder unless there is something else in it."""
+        with suppress(OSError):
+            for name in filter(_OURS.fullmatch, os.listdir(self._path(folder))):
+                os.unlink(self._path(folder, name))
+            os.rmdir(self._path(folder))
+
+    def _rounds(self) -> list[int]:
+        return [int(match[1]) for name in os.listdir(self._folder) if (match := _ROUND.fullmatch(name))]
+
+    def _path(self, *names: str) -> str:
+        return os.path.join(self._folder, *names)
+
+
+def whole(path: str) -> bool:
+    """Whether a stream on the disk is all there, and as it was written."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for _ in Frames(file):
+                pass
+    except (OSError, TensorwireError):
+        return False
+    return True

@@ -60,6 +60,11 @@ class ErrorFeedback:
                 wanted = as_floats(sent[key_of(piece.item)].read(start, stop), piece.dtype)
                 residual[_numbers(piece.dtype, start, stop)] = wanted - as_floats(piece.data, piece.dtype)
 
+    def age(self, factor: float) -> None:
+        """Let the residual count less, after rounds in which its sender was not asked."""
+        for residual in self._residual.values():
+            residual *= factor
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the residual to a `.tw` file, which appears under its name only when complete."""
         tensorwire.numpy.save_file(self._residual, path)

@@ -1,0 +1,181 @@
+"""Who takes part in a run, what each has done in the round, and whether anybody can still deliver. Without I/O.
+
+A round waits for those whom it asks and who have not answered. An answer is an update that counts, a refusal after
+which no other is taken, "nothing this round", or leaving. Somebody who let a deadline pass, or left, is not waited for
+until heard of again, so that one who died costs one deadline and not one in every round.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tensorwire.errors import SchemaError
+from tensorwire.fl.plan import Plan
+from tensorwire.updates import Update
+
+NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
+_WHY: Final = 200  # characters of what somebody else says that are kept
+_PER_MEMBER: Final = 0.01  # seconds between two questions, so that all who wait ask a hundred times a second
+_PAUSES: Final = (0.1, 60.0)  # seconds between two questions of one member: the shortest, the longest
+
+
+@dataclass(slots=True)
+class Member:
+    """One client. `why`: it brings nothing in this round, because. `gone`: it is not waited for, because."""
+
+    name: str
+    asked: bool = False
+    update: Update | None = None
+    why: str = ""
+    gone: str = ""
+    seen: float = 0.0  # seconds since 1970
+    seconds: float = 0.0  # from the beginning of its last round to its update
+    up: int = 0  # bytes, over all rounds
+    down: int = 0
+    refused: int = 0
+    corrupt: int = 0  # broken uploads in this round
+    working: bool = False  # its update is verified or checked, during which no bytes come
+
+    @property
+    def answered(self) -> bool:
+        """Whether nothing more is to come of it in this round."""
+        return bool(self.update or self.why)
+
+    @property
+    def state(self) -> str:
+        """What it does, in a word or two."""
+        if self.update is not None:
+            return "delivered"
+        return self.gone or self.why or ("training" if self.asked else "not asked")
+
+
+class Members:
+    """The members of a run, of whom there are at most `plan.clients`, and its round."""
+
+    def __init__(self, plan: Plan, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan = plan
+        self._clock = clock
+        self._members: dict[str, Member] = {}
+        self._strangers = True  # those of whom nothing was ever heard are waited for
+        self.told: set[str] = set()  # have heard that the run is over
+        self.begin(0, None)
+
+    def begin(self, number: int, asked: Iterable[str] | None) -> None:
+        """A round begins. `asked`: whom it asks, where that was decided before; None: not yet."""
+        self.number = number
+        self.due: float | None = None
+        self._began = self._clock()
+        self._drawn = asked is not None or not self._plan.samples
+        for member in self._members.values():
+            member.asked, member.update, member.why, member.corrupt = not self._plan.samples, None, "", 0
+        for name in asked or ():
+            self.add(name).asked = True
+
+    def add(self, name: str) -> Member:
+        """The member of this name, a new one unless the run has all of its members. Raises SchemaError."""
+        if not NAME.fullmatch(name):
+            raise SchemaError("a client must be named in 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'")
+        if name not in self._members:
+            if len(self._members) >= self._plan.clients:
+                raise SchemaError(f"the run has its {self._plan.clients} clients")
+            self._members[name] = Member(name, asked=not self._plan.samples)
+        return self._members[name]
+
+    def heard(self, name: str) -> Member:
+        """Somebody has said something: it is a member, is there, and may find the round's time running. As `add`."""
+        member = self.add(name)
+        member.seen, member.gone = time.time(), ""
+        if self.due is None:
+            self.due = self._clock() + self._plan.deadline
+        return member
+
+    def everyone(self) -> list[Member]:
+        """All members, by name."""
+        return [self._members[name] for name in sorted(self._members)]
+
+    def accepted(self) -> dict[str, Update]:
+        """The updates that are in."""
+        return {member.name: member.update for member in self.everyone() if member.update is not None}
+
+    def accept(self, update: Update) -> None:
+        """An update counts."""
+        member = self.add(update.client)
+        member.update, member.why, member.seconds = update, "", self._clock() - self._began
+
+    def nothing_from(self, name: str, why: str, *, gone: bool = False) -> None:
+        """A member brings nothing in this round. `gone`: nor in others, until it is heard of again."""
+        member = self.add(name)
+        if member.update is None:
+            member.why = why[:_WHY]
+        if gone:
+            member.gone = why[:_WHY]
+
+    def wanted(self, name: str) -> bool:
+        """Whether a member is to train."""
+        member = self._members[name]
+        return self._drawn and member.asked and not member.answered
+
+    def pause(self) -> float:
+        """Seconds after which somebody who has nothing to do may ask again."""
+        return min(max(len(self._members) * _PER_MEMBER, _PAUSES[0]), _PAUSES[1])
+
+    def to_draw(self) -> bool:
+        """Whether the time has come to say whom the round asks: all have come, or the others did not in time."""
+        return not self._drawn and bool(self._present()) and (not self._missing_strangers() or self._late())
+
+    def draw(self) -> list[str]:
+        """Decide whom the round asks, of those that are there; returns their names."""
+        chosen = self._plan.draw(self.number, self._present())
+        for member in chosen:
+            member.asked = True
+        self._strangers = self._strangers and not self._late()
+        self.due, self._drawn = None, True
+        return [member.name for member in chosen]
+
+    def ended(self) -> str:
+        """Why the round is over; "" while it is not."""
+        if not self._drawn:
+            return ""
+        asked = [member for member in self._members.values() if member.asked]
+        waiting = [member for member in asked if not member.answered and not member.gone]
+        answers = any(member.answered for member in asked)
+        if answers and not waiting and not (self._missing_strangers() and not self._plan.samples):
+            return "everybody has answered" if all(member.answered for member in asked) else "nobody else is there"
+        return "the deadline" if self._late() and (answers or waiting) else ""
+
+    def close(self) -> dict[str, str]:
+        """The round is over: why each of those who were asked brought nothing."""
+        missing = {}
+        for member in self.everyone():
+            if member.asked and member.update is None:
+                if not member.why:
+                    member.gone = member.gone or "nothing came by the deadline"
+                missing[member.name] = member.why or member.gone
+        self._strangers = self._strangers and not self._late()
+        return missing
+
+    def left(self) -> float | None:
+        """Seconds until the deadline; None where there is none, or it has passed."""
+        return None if self.due is None or self._late() else self.due - self._clock()
+
+    def all_told(self) -> bool:
+        """Whether everybody who is there has heard that the run is over."""
+        return all(member.name in self.told for member in self._present() if member.seen)
+
+    def status(self) -> list[dict[str, Any]]:
+        """What a person wants to know of each member."""
+        return [
+            {name: getattr(member, name) for name in ("name", "state", "seen", "seconds", "up", "down", "refused")}
+            for member in self.everyone()
+        ]
+
+    def _present(self) -> list[Member]:
+        return [member for member in self.everyone() if not member.gone]
+
+    def _missing_strangers(self) -> bool:
+        return self._strangers and len(self._members) < self._plan.clients
+
+    def _late(self) -> bool:
+        return self.due is not None and self._clock() >= self.due

@@ -1,0 +1,686 @@
+"""The loop under ordinary life: what training gives, what disks keep, who comes, stays and goes; over real sockets."""
+
+import asyncio
+import json
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import tensorwire
+from tensorwire.errors import SchemaError, StorageError, TransportError
+from tensorwire.fl.client import Client
+from tensorwire.fl.plan import Order, Plan
+from tensorwire.fl.server import Server
+from tensorwire.fl.simulate import simulate
+from tensorwire.fl.task import Task
+from tensorwire.transfer import Offer, Recorded, RefusedError, Regenerated, greet, hear, say, send_stream, wait
+from tensorwire.transports import AsyncListener, TcpListener, TcpTransport
+from tensorwire.updates import Terms, encode, views
+
+
+def initial():
+    return {"w": np.zeros(64, np.float32)}
+
+
+def stepping(state, client, round):
+    return {name: tensor + 1 for name, tensor in state.items()}, 1, {"loss": 1.0}
+
+
+def task_of(train=stepping, start=initial):
+    return Task(start, train, lambda state: 0.0)
+
+
+def exact(**settings):
+    return Plan(**{"rounds": 1, "clients": 1, "down": "raw", "up": "raw"} | settings)
+
+
+class Loop:
+    """A server in a thread of its own, and clients that are told what became of them."""
+
+    def __init__(self, folder: Path, plan: Plan, *, start=initial, within=60.0, **listener) -> None:
+        self.rows, self.notes, self.unhandled, self.ends = [], [], [], {}
+        self.steps: dict[str, list[str]] = {}
+        self.refusals = []
+        self._folder, self._within, self._listener = folder, within, listener
+        self.server = Server(plan, start, folder / "state", on_round=self.rows.append, on_note=self.notes.append)
+        self._ready, self._clients = threading.Event(), []
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    async def _run(self):
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.unhandled.append(context))
+        async with AsyncListener(self.server.serve, **self._listener) as listener:
+            self.port = listener.port
+            self._ready.set()
+            try:
+                await asyncio.wait_for(self.server.run(), self._within)
+            except asyncio.TimeoutError:
+                self.notes.append("the run did not end in time")
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *exc):
+        for client in self._clients:
+            client.join(60)
+        self._thread.join(60)
+        assert not self._thread.is_alive() and not self.unhandled
+        assert "the run did not end in time" not in self.notes
+
+    def connect(self, **options):
+        return TcpTransport.connect("127.0.0.1", self.port, **options)
+
+    def client(self, name, task=None, *, number=0, connect=None, folder=None, **options):
+        steps = self.steps.setdefault(name, [])
+        options = {"patience": 10, "on_step": steps.append, "on_refusal": self.refusals.append, **options}
+        where = self._folder / (folder or name)
+        client = Client(name, number, task or task_of(), connect or self.connect, where, **options)
+
+        def run():
+            try:
+                client.run()
+                self.ends[name] = None
+            except BaseException as error:
+                self.ends[name] = error
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        self._clients.append(thread)
+        return thread
+
+
+# Patience, places
+
+
+def test_training_takes_as_long_as_it_takes_and_no_connection(tmp_path):
+    """Time-outs and patience are of connections: none is held while a client trains, or waits for the others."""
+    held, loop = [], Loop(tmp_path, exact(rounds=2, clients=2), timeout=0.5)
+
+    def train(state, client, round):
+        time.sleep(1.5 if client == 0 else 0)
+        held.append(loop.server.members.everyone()[client].state)
+        return stepping(state, client, round)
+
+    with loop:
+        for number in range(2):
+            loop.client(
+                f"c{number}", task_of(train), number=number, connect=lambda: loop.connect(timeout=0.5), patience=0.5
+            )
+    assert loop.ends == {"c0": None, "c1": None} and len(loop.rows) == 2
+    assert held == ["training"] * 4
+
+
+def test_more_clients_than_connections(tmp_path):
+    with Loop(tmp_path, exact(rounds=2, clients=6), connections=2) as loop:
+        for number in range(6):
+            loop.client(f"c{number}", number=number, patience=20)
+    assert set(loop.ends.values()) == {None}
+    assert [len(row["clients"]) for row in loop.rows] == [6, 6]
+
+
+def test_patience_is_counted_from_when_failing_began(tmp_path):
+    """A server that is away for less than that, after training that took longer."""
+    away = []
+
+    def connect():
+        if len(away) == 1:
+            away.append(time.monotonic())
+        if len(away) == 2 and time.monotonic() - away[1] < 0.5:
+            raise TransportError("away")
+        return loop.connect()
+
+    def train(state, client, round):
+        time.sleep(1.5)
+        away.append(0.0)
+        return stepping(state, client, round)
+
+    with Loop(tmp_path, exact()) as loop:
+        loop.client("c", task_of(train), connect=connect, patience=1)
+    assert loop.ends == {"c": None}
+
+
+# Who can still deliver
+
+
+def not_a_number(state, client, round):
+    return {name: tensor + np.float32("nan" if client == 1 else 1) for name, tensor in state.items()}, 1, {}
+
+
+@pytest.mark.parametrize("up", ["raw", "nf4", "bf16"])
+def test_nan_is_nothing_this_round_whatever_the_codec(tmp_path, up):
+    with Loop(tmp_path, exact(rounds=2, clients=2, up=up, kind="weights")) as loop:
+        for number in range(2):
+            loop.client(f"c{number}", task_of(not_a_number), number=number)
+    assert loop.ends == {"c0": None, "c1": None}
+    for row in loop.rows:
+        assert [*row["clients"]] == ["c0"] and row["counted"] and row["ended"] == "everybody has answered"
+        assert "NaN" in row["missing"]["c1"] or "nan" in row["missing"]["c1"]
+
+
+def test_a_round_of_which_nothing_can_count_leaves_the_model_as_it_is(tmp_path):
+    with Loop(tmp_path, exact(rounds=2, clients=2, quorum=2)) as loop:
+        for number in range(2):
+            loop.client(f"c{number}", task_of(not_a_number), number=number)
+    assert [row["counted"] for row in loop.rows] == [False, False]
+    assert not loop.server.model["w"].any()
+
+
+def test_a_task_that_fails_ends_its_client_and_no_round_waits_for_it(tmp_path):
+    def train(state, client, round):
+        if client == 1:
+            raise ValueError("no data")
+        return stepping(state, client, round)
+
+    with Loop(tmp_path, exact(rounds=2, clients=2)) as loop:
+        for number in range(2):
+            loop.client(f"c{number}", task_of(train), number=number)
+    assert isinstance(loop.ends["c1"], ValueError) and loop.ends["c0"] is None
+    assert loop.rows[0]["missing"] == {"c1": "left: ValueError: no data"}
+    assert [row["counted"] for row in loop.rows] == [True, True]
+
+
+def test_a_client_that_dies_without_a_word_costs_one_deadline(tmp_path):
+    with Loop(tmp_path, exact(rounds=4, clients=2, deadline=1.0)) as loop:
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "dead", "want": "task", "hold": 5}))
+            assert transport.run(hear())["task"] == "train"
+        loop.client("c")
+    assert [row["ended"] for row in loop.rows] == ["the deadline"] + ["nobody else is there"] * 3
+    assert loop.rows[0]["missing"] == {"dead": "nothing came by the deadline"}
+
+
+def test_a_round_asks_a_part_of_the_clients(tmp_path):
+    with Loop(tmp_path, exact(rounds=4, clients=4, sample=2, seed=3)) as loop:
+        for number in range(4):
+            loop.client(f"c{number}", number=number)
+    plan = loop.server.plan
+    expected = [plan.draw(number, [f"c{each}" for each in range(4)]) for number in range(4)]
+    assert [sorted(row["clients"]) for row in loop.rows] == expected
+    assert set(loop.ends.values()) == {None} and (loop.server.model["w"] == 4).all()
+
+
+# What training gives
+
+
+@pytest.mark.parametrize(
+    ("weight", "metrics", "kept"),
+    [
+        (10, {"loss": float("nan")}, {}),
+        (10, {"loss": np.float32(1.5)}, {"loss": 1.5}),
+        (10, {"loss": np.array([1.5]), "text": "x", "none": None, "list": [1], "big": 10**400}, {"loss": 1.5}),
+        (np.int64(10), {}, {}),
+        (np.array(10.0), None, {}),
+        (10, {1: True, "inf": -np.inf}, {"1": 1.0}),
+        (10, {"n" * 100: 1.0, **{f"m{number}": 2 for number in range(2000)}}, {f"m{n}": 2.0 for n in range(500)}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_numbers_of_any_library_are_numbers(tmp_path, weight, metrics, kept):
+    with Loop(tmp_path, exact()) as loop:
+        loop.client("c", task_of(lambda state, client, round: (stepping(state, client, round)[0], weight, metrics)))
+    assert loop.ends == {"c": None}
+    report = loop.rows[0]["clients"]["c"]
+    assert {name: value for name, value in report.items() if name != "norm"} == {"weight": 10.0, **kept}
+    json.dumps(loop.rows, allow_nan=False)
+    dropped = any("are not reported" in step for step in loop.steps["c"])
+    assert dropped == (len(kept) < len(metrics or {}))
+
+
+@pytest.mark.parametrize("weight", [0, np.float32(0), -1, float("nan"), float("inf")])
+def test_no_examples_is_nothing_this_round(tmp_path, weight):
+    def train(state, client, round):
+        return stepping(state, client, round)[0], weight if client == 1 else 1, {}
+
+    with Loop(tmp_path, exact(rounds=2, clients=2)) as loop:
+        for number in range(2):
+            loop.client(f"c{number}", task_of(train), number=number)
+    assert loop.ends == {"c0": None, "c1": None}
+    assert [row["missing"] for row in loop.rows] == [{"c1": f"training has the weight {weight:g}"}] * 2
+
+
+@pytest.mark.parametrize("kind", ["weights", "difference"])
+@pytest.mark.parametrize(
+    ("gives", "says"),
+    [
+        (lambda state: {"w": state["w"].astype(np.float64)}, "float64"),
+        (lambda state: {"w": state["w"][:3]}, "[3]"),
+        (lambda state: {**state, "more": state["w"]}, "which the model has not"),
+        (lambda state: {}, "which the model has"),
+        (lambda state: [state["w"]], "a mapping"),
+        (lambda state: {"w": 1.0}, "tensors"),
+    ],
+)
+def test_another_model_than_the_servers_ends_a_client_once_and_in_words(tmp_path, kind, gives, says):
+    trained = []
+
+    def train(state, client, round):
+        trained.append(round)
+        return gives(state), 1, {}
+
+    with Loop(tmp_path, exact(kind=kind)) as loop:
+        loop.client("c", task_of(train))
+    assert says in str(loop.ends["c"]) and isinstance(loop.ends["c"], tensorwire.TensorwireError)
+    assert trained == [0] and says in loop.rows[0]["missing"]["c"]
+
+
+def test_a_client_of_another_model_keeps_nothing_of_the_servers(tmp_path):
+    with Loop(tmp_path, exact()) as loop:
+        loop.client("c", task_of(start=lambda: {"other": np.zeros(3, np.float32)}))
+    assert isinstance(loop.ends["c"], SchemaError) and not [*(tmp_path / "c").iterdir()]
+
+
+def in_place(state, client, round):
+    state["w"] -= 0.5 * (state["w"] - 3)
+    return state, 1, {}
+
+
+def in_place_and_copied(state, client, round):
+    in_place(state, client, round)
+    return {"w": state["w"].copy()}, 1, {}
+
+
+@pytest.mark.parametrize("train", [in_place, in_place_and_copied])
+@pytest.mark.parametrize("kind", ["weights", "difference"])
+def test_training_in_place_learns(tmp_path, kind, train):
+    plan = exact(rounds=4, clients=2, kind=kind)
+    with Loop(tmp_path, plan) as loop:
+        for number in range(2):
+            loop.client(f"c{number}", task_of(train), number=number)
+    assert loop.server.model["w"] == pytest.approx(3 * (1 - 0.5**4))
+    assert any("in place" in step for step in loop.steps["c0"])
+    seen = []
+    task = Task(initial, train, lambda state: seen.append(state["w"].copy()) or 0.0)
+    list(simulate(task, plan))
+    assert seen[-1] == pytest.approx(3 * (1 - 0.5**4))
+
+
+def tied():
+    torch = pytest.importorskip("torch")
+    model = SimpleNamespace(embed=torch.nn.Embedding(16, 4), head=torch.nn.Linear(4, 16, bias=False))
+    model.head.weight = model.embed.weight
+    return {"embed": model.embed.weight.detach(), "norm": torch.ones(4), "head": model.head.weight.detach()}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_tied_weights_stay_tied_and_travel_once(tmp_path, apart):
+    """Also where training gives the one tensor twice, in memory of its own each time."""
+
+    def train(state, client, round):
+        assert state["embed"].data_ptr() == state["head"].data_ptr()
+        new = state["embed"] + 1
+        return {"head": new.clone() if apart else new, "embed": new, "norm": state["norm"]}, 1, {}
+
+    start = tied()
+    before = start["embed"].clone()
+    with Loop(tmp_path, exact(rounds=2), start=lambda: start) as loop:
+        loop.client("c", task_of(train, lambda: start))
+    assert loop.ends == {"c": None}
+    model = loop.server.model
+    assert np.shares_memory(model["embed"], model["head"]) and np.allclose(model["embed"], before.numpy() + 2)
+    assert len([*simulate(task_of(train, tied), exact())]) == 2
+
+
+def test_tied_weights_that_were_trained_apart_are_an_error_in_words(tmp_path):
+    def train(state, client, round):
+        return {**state, "head": state["head"] + 1}, 1, {}
+
+    start = tied()
+    with Loop(tmp_path, exact(), start=lambda: start) as loop:
+        loop.client("c", task_of(train, lambda: start))
+    assert "training gave two" in str(loop.ends["c"])
+
+
+# What disks keep
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_in_training(loop, name="c", task=None):
+    """A client that is killed, not ended: nobody is told."""
+
+    def train(state, client, round):
+        raise Killed
+
+    task = Task((task or task_of()).initial, train, lambda state: 0.0)
+    client = Client(name, 0, task, loop.connect, loop._folder / name)
+    client._leave = lambda error: None
+    with pytest.raises(Killed):
+        client.run()
+
+
+def flipped(data):
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flipped, lambda data: data[:20], lambda data: b"", lambda data: bytes(len(data) - 32) + data[-32:]],
+    ids=["a flipped bit", "cut", "empty", "zeros but for the tail"],
+)
+def test_a_damaged_model_is_fetched_again(tmp_path, damage):
+    with Loop(tmp_path, exact()) as loop:
+        killed_in_training(loop)
+        path = tmp_path / "c" / "model.tw"
+        path.write_bytes(damage(path.read_bytes()))
+        loop.client("c")
+    assert loop.ends == {"c": None} and loop.rows[0]["counted"]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda data: data[:20], lambda data: b""])
+def test_a_damaged_update_is_made_again(tmp_path, damage):
+    with Loop(tmp_path, exact(feedback=True)) as loop:
+        killed_in_training(loop)
+        (tmp_path / "c" / f"update-{loop.server.base[:16]}.tw").write_bytes(damage(bytes(1000)))
+        loop.client("c")
+    assert loop.ends == {"c": None} and "damaged" in "".join(loop.steps["c"])
+
+
+def test_a_damaged_residual_is_forgotten_with_a_word(tmp_path):
+    (tmp_path / "c").mkdir()
+    tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, tmp_path / "c" / "residual-0.tw")  # of another model
+    with Loop(tmp_path, exact(feedback=True, up="nf4")) as loop:
+        loop.client("c")
+    assert loop.ends == {"c": None} and "nothing is carried over" in "".join(loop.steps["c"])
+    (tmp_path / "c" / "residual-0.tw").write_bytes(b"damaged")
+    with Loop(tmp_path, exact(rounds=2, feedback=True, up="nf4")) as loop:
+        loop.client("c")
+    assert loop.ends == {"c": None} and "nothing is carried over" in "".join(loop.steps["c"])
+    assert [path.name for path in (tmp_path / "c").glob("residual*")] == ["residual-1.tw"]
+
+
+def test_a_folder_in_place_of_the_model_is_named(tmp_path):
+    (tmp_path / "c" / "model.tw" / "x").mkdir(parents=True)
+    with Loop(tmp_path, exact()) as loop:
+        loop.client("c")
+    assert isinstance(loop.ends["c"], StorageError) and "model.tw" in str(loop.ends["c"])
+
+
+def test_what_rounds_that_were_missed_have_left_is_removed(tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for name in ("update-0123.tw", "update-0123.tw.residual", ".model.tw.0123456789abcdef.part", "residual-7.tw"):
+        (folder / name).write_bytes(b"old")
+    (folder / "mine.txt").write_bytes(b"not ours")
+    with Loop(tmp_path, exact()) as loop:
+        loop.client("c")
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "model.tw"]
+
+
+def test_a_client_started_again_without_its_folder_may_deliver_something_else(tmp_path):
+    """The server holds the beginning of an update that nobody has any more."""
+    count = iter(range(1, 100))
+
+    def train(state, client, round):
+        return {"w": state["w"] + next(count)}, 1, {}
+
+    shape = lambda: {"w": np.zeros((1000, 1000), np.float32)}  # noqa: E731
+    with Loop(tmp_path, exact(), start=shape) as loop:
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "c", "want": "task", "hold": 5}))
+            base = transport.run(hear())["base"]
+            half = tmp_path / "half"
+            half.write_bytes(b"".join(encode(views(shape()), Terms("run", 0, base, "c", "difference"))))
+            transport.run(say({"client": "c", "want": "deliver"}))
+
+            class Half(Recorded):
+                def after(self, position):
+                    for number, buffer in enumerate(super().after(position)):
+                        if number == 20:
+                            raise KeyboardInterrupt
+                        yield buffer
+
+            with pytest.raises(KeyboardInterrupt):
+                transport.run(send_stream(Offer(base.encode(), about={"round": 0}), Half(half)))
+        loop.client("c", task_of(train, shape))
+    assert loop.ends == {"c": None} and (loop.server.model["w"] == 1).all()
+    with Loop(tmp_path / "again", exact(clients=2)) as loop:  # a second client of the same name, after the first
+        loop.client("c").join(0.5)
+        loop.client("c", folder="d").join(0.5)
+        loop.client("e")
+    assert loop.ends["e"] is None and [*loop.rows[0]["clients"]] == ["c", "e"]
+
+
+# What servers say
+
+
+class Fake:
+    """A server that says what it is told to."""
+
+    def __init__(self, *answers) -> None:
+        self._listener, self._answers = TcpListener(), answers
+        self.asked = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def connect(self):
+        return TcpTransport.connect("127.0.0.1", self._listener.port, timeout=3)
+
+    def _serve(self):
+        while True:
+            try:
+                with self._listener.accept() as transport:
+                    transport.run(greet())
+                    while True:
+                        transport.run(hear())
+                        answer = self._answers[min(self.asked, len(self._answers) - 1)]
+                        self.asked += 1
+                        transport.run(answer() if callable(answer) else say(answer))
+            except tensorwire.TensorwireError:
+                pass
+
+
+ORDER = {"task": "train", **Order.of(exact(), 0, "0" * 64).message()}
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({"task": "dance"}, "dance"),
+        ({}, "does not know"),
+        ({**ORDER, "up": "nf5"}, "nf5"),
+        ({"task": "train"}, "lacks"),
+    ],
+)
+def test_what_a_client_does_not_understand_ends_it_in_words(tmp_path, answer, says):
+    server = Fake(answer)
+    with pytest.raises(SchemaError, match=says):
+        Client("c", 0, task_of(), server.connect, tmp_path, patience=5).run()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "soon", float("nan"), 1e300, None])
+def test_a_server_that_says_wait_is_asked_again_at_a_sensible_pace(tmp_path, seconds):
+    server = Fake({"task": "wait", "seconds": seconds})
+    client = Client("c", 0, task_of(), server.connect, tmp_path, hold=0.1)
+    threading.Thread(target=client.run, daemon=True).start()
+    time.sleep(0.6)
+    assert 2 <= server.asked <= 20
+
+
+def test_a_server_that_means_harm_fills_no_disk(tmp_path):
+    """Whatever it sends, under whatever name: the client keeps none of it."""
+
+    def stream(tensors, **terms):
+        outgoing = Regenerated(lambda: tensorwire.encode(tensors, frame_size=4096, **terms))
+        return lambda: send_stream(Offer(b"any", "model"), outgoing)
+
+    for number, tensors in enumerate(({"junk": np.zeros(1 << 20, np.float32)}, {"w": np.zeros(1 << 20, np.float32)})):
+        server = Fake(ORDER, stream(tensors))
+        with pytest.raises(tensorwire.TensorwireError):
+            Client("c", 0, task_of(), server.connect, tmp_path / str(number), patience=1).run()
+        assert not [*(tmp_path / str(number)).iterdir()]
+
+
+def test_a_round_that_closes_while_its_model_is_fetched_is_the_next_round(tmp_path):
+    trained = []
+
+    def train(state, client, round):
+        trained.append((client, round))
+        return {"w": state["w"] + 1}, 1, {}
+
+    start = lambda: {"w": np.zeros(1 << 21, np.float32)}  # noqa: E731
+    slow = threading.Event()
+
+    class Slow(TcpTransport):
+        def run(self, conversation, **options):
+            result = super().run(conversation, **options)
+            if isinstance(result, tuple):  # a stream was received
+                slow.wait(30)
+            return result
+
+    with Loop(tmp_path, exact(rounds=3, clients=2, deadline=0.5), start=start) as loop:
+        loop.client("slow", task_of(train, start), number=1, connect=lambda: Slow.connect("127.0.0.1", loop.port))
+        loop.client("c", task_of(train, start))
+        while len(loop.rows) < 1:
+            time.sleep(0.01)
+        slow.set()
+    assert (1, 0) not in trained and set(loop.ends.values()) == {None}
+
+
+def test_somebody_who_delivers_nothing_does_not_keep_others_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorwire.fl.server._STALL", 0.3)
+    stop = threading.Event()
+
+    def sit():
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "mallory", "want": "deliver"}))
+            while not stop.wait(0.1):
+                transport.run(wait())
+
+    def sitting():
+        with pytest.raises(TransportError):
+            sit()
+
+    with Loop(tmp_path, exact(clients=2, deadline=5)) as loop:
+        sitters = [threading.Thread(target=sitting) for _ in range(2)]
+        for sitter in sitters:
+            sitter.start()
+        time.sleep(0.2)
+        began = time.monotonic()
+        loop.client("honest")
+        while not loop.server.members.accepted() and time.monotonic() < began + 4:
+            time.sleep(0.01)
+        assert [*loop.server.members.accepted()] == ["honest"]
+        for sitter in sitters:
+            sitter.join()
+    assert loop.ends == {"honest": None}
+
+
+def test_an_update_in_frames_of_few_elements_is_refused_before_it_costs_much(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorwire.fl.bounds._FRAME", 16384)  # our own writer makes none below what is allowed
+    start = lambda: {"w": np.zeros(1 << 18, np.float32)}  # noqa: E731
+    with Loop(tmp_path, exact(), start=start) as loop:
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "c", "want": "task", "hold": 5}))
+            base = transport.run(hear())["base"]
+            terms = Terms("run", 0, base, "c", "difference")
+            path = tmp_path / "shredded.tw"
+            path.write_bytes(b"".join(encode(views(start()), terms, frame_size=4096)))
+            transport.run(say({"client": "c", "want": "deliver"}))
+            with pytest.raises(RefusedError, match="frames of the stream"):
+                transport.run(send_stream(Offer(base.encode(), about={"round": 0}), Recorded(path)))
+        assert not [*(tmp_path / "state" / "round-0").glob(".*.part")]
+        loop.client("c", task_of(start=start))
+    assert loop.ends == {"c": None}
+
+
+# What the server's folder holds
+
+
+def closed_but_not_averaged(folder: Path, plan: Plan) -> None:
+    """The state of a server that was killed between `closed.json` and `model.tw`."""
+    loop = Loop(folder, plan, within=2.0)
+
+    def killed(survivors):
+        raise Killed
+
+    loop.server._average = killed
+
+    def run():
+        with pytest.raises(Killed):
+            asyncio.run(loop._run())
+
+    loop._thread = threading.Thread(target=run)
+    loop._thread.start()
+    assert loop._ready.wait(10)
+    for number in range(plan.clients):
+        loop.client(f"c{number}", number=number, patience=0.2)
+    loop._thread.join(30)
+    for client in loop._clients:
+        client.join(30)
+
+
+def started_again(folder: Path, plan: Plan):
+    notes, rows = [], []
+    server = Server(plan, initial, folder / "state", on_note=notes.append, on_round=rows.append)
+    asyncio.run(asyncio.wait_for(server.run(), 30))
+    return server, rows, notes
+
+
+@pytest.mark.parametrize("what", ["nothing", "stray", "link", "flipped", "gone", "closed", "broadcast", "rules"])
+def test_a_server_goes_on_from_whatever_its_folder_holds(tmp_path, what):
+    plan = exact(clients=2)
+    closed_but_not_averaged(tmp_path, plan)
+    state = tmp_path / "state" / "round-0"
+    assert (state / "closed.json").exists()
+    lost = set()
+    if what == "stray":
+        (state / "update-c0.tw.bak").write_bytes(b"of an editor")
+    elif what == "link":
+        (state / "update-c9.tw").symlink_to("nowhere")
+    elif what in ("flipped", "gone"):
+        path, lost = state / "update-c1.tw", {"c1"}
+        path.write_bytes(flipped(path.read_bytes())) if what == "flipped" else path.unlink()
+    elif what == "closed":
+        (state / "closed.json").write_text("[1")
+    elif what == "broadcast":
+        (state / "broadcast.tw").write_bytes(flipped((state / "broadcast.tw").read_bytes()))
+    elif what == "rules":
+        plan, lost = exact(clients=2, max_norm=1e-3), {"c0", "c1"}
+    server, rows, notes = started_again(tmp_path, plan)
+    assert {*rows[0]["clients"]} == {"c0", "c1"} - lost and {*rows[0]["missing"]} == lost
+    assert server.model["w"][0] == (len(lost) < 2)
+    assert bool(notes) == (what not in ("nothing", "gone"))
+    if what == "stray":
+        assert (state / "update-c0.tw.bak").read_bytes() == b"of an editor"
+
+
+def test_a_folder_that_has_lost_its_model_says_what_to_do(tmp_path):
+    closed_but_not_averaged(tmp_path, exact())
+    model = tmp_path / "state" / "model.tw"
+    kept = model.read_bytes()
+    model.write_bytes(flipped(kept))
+    with pytest.raises(tensorwire.TensorwireError, match="put back a copy"):
+        started_again(tmp_path, exact())
+    model.unlink()
+    with pytest.raises(StorageError, match="put it back"):
+        started_again(tmp_path, exact())
+    model.write_bytes(kept)
+    (tmp_path / "state" / "round-0" / "broadcast.tw").unlink()
+    started_again(tmp_path, exact())
+
+
+def test_an_update_that_rots_between_its_check_and_the_mean_is_left_out(tmp_path):
+    loop = Loop(tmp_path, exact(clients=2))
+    real = loop.server._average
+
+    def rotten(survivors):
+        path = tmp_path / "state" / "round-0" / "update-c1.tw"
+        path.write_bytes(flipped(path.read_bytes()))
+        return real(survivors)
+
+    loop.server._average = rotten
+    with loop:
+        for number in range(2):
+            loop.client(f"c{number}", number=number)
+    assert [*loop.rows[0]["clients"]] == ["c0"] and "lost" in loop.rows[0]["missing"]["c1"]
+    assert (loop.server.model["w"] == 1).all() and loop.notes
