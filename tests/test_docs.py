@@ -64,7 +64,7 @@ def test_what_is_to_be_installed_exists_and_is_installed_for_these_tests() -> No
     files = [*MARKDOWN, *RECIPES, ROOT / "CONTRIBUTING.md", *(ROOT / "tensorwire").rglob("*.py")]
     found = [words for path in files for words in re.findall(r"pip install((?: +[^\s&`,;)]+)+)", path.read_text())]
     for word in " ".join(found).replace('"', "").replace("'", "").split():
-        extra = re.fullmatch(r"\.\[(\w+)\]", word)
+        extra = re.fullmatch(r"(?:\.|tensorwire)\[(\w+)\]", word)
         assert extra[1] in extras if extra else word in packages | {".", "-e"}, word
 
 

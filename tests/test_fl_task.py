@@ -19,11 +19,11 @@ def exact(**changes):
 
 def descend():
     """A task without torch: four clients, each drawn to a point of its own, whose mean is the best."""
-    points = np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32)
+    points = np.random.default_rng(0).standard_normal((4, 20, 50)).astype(np.float32)
     best = points.mean(axis=0)
 
     def train(state, client, round):
-        assert state["x"].dtype == np.float32 and state["x"].shape == (1000,)
+        assert state["x"].dtype == np.float32 and state["x"].shape == (20, 50)
         return (
             {"x": state["x"] + np.float32(0.3) * (points[client] - state["x"]), "round": state["round"]},
             1,
@@ -31,7 +31,7 @@ def descend():
         )
 
     return Task(
-        lambda: {"x": np.zeros(1000, np.float32), "round": np.array(7)},
+        lambda: {"x": np.zeros((20, 50), np.float32), "round": np.array(7)},
         train,
         lambda state: float(np.abs(state["x"] - best).mean()),
     )
@@ -65,7 +65,7 @@ def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
     def train(state, client, round):
         return {"x": state["x"] + np.float32(2**-11)}, 1, {}  # a sixteenth of a unit in the last place
 
-    task = Task(lambda: {"x": np.ones(10_000, np.float32)}, train, lambda state: float(state["x"].mean()))
+    task = Task(lambda: {"x": np.ones((100, 100), np.float32)}, train, lambda state: float(state["x"].mean()))
     plan = exact(down="bf16", up="bf16", clients=2, rounds=16)
     ends = {
         stochastic: list(simulate(task, replace(plan, stochastic=stochastic)))[-1].loss for stochastic in (False, True)

@@ -18,6 +18,7 @@ from tensorwire.updates import (
     TrimmedMean,
     UpdateError,
     average,
+    ceilings,
     check_update,
     clipped_to_median,
     encode,
@@ -29,7 +30,6 @@ from tensorwire.updates import (
     views,
     without_outliers,
 )
-from tensorwire.updates.check import ceilings
 
 TERMS = Terms("run", 7, "ab" * 32, "c", "weights")
 

@@ -51,7 +51,7 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
-from tensorwire.updates import ErrorFeedback, Terms, encode, receive, subtract
+from tensorwire.updates import ErrorFeedback, Terms, encode, exact_vectors, receive, subtract
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
@@ -255,7 +255,7 @@ class Client:
                 sent = feedback.add(sent)
         seed = zlib.crc32(f"{order.base}{self.name}".encode()) if order.stochastic else None
         update, part = self._update(order), self._path("update.part")
-        write_file(part, encode(sent, terms, codec=order.up, stochastic=seed))
+        write_file(part, encode(sent, terms, codec=exact_vectors(order.up), stochastic=seed))
         if feedback is not None:
             with open(part, "rb", buffering=0) as file:
                 feedback.settle(sent, file)

@@ -65,6 +65,12 @@ class Plan(Answer):
     max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
     max_norm: Annotated[float | None, "the largest L2 norm of an update (any)", "X"] = None
     on_norm: Annotated[Literal["reject", "clip"], "what to do with larger updates"] = "reject"
+    keep_outliers: Annotated[bool, "count updates that stand out from the others, too"] = False
+    trim: Annotated[float | None, "the part of the values that the mean leaves out at each end (none)", "X"] = None
+    optimizer: Annotated[
+        Literal["average", "momentum", "adagrad", "adam", "yogi"], "what the server does with the mean"
+    ] = "average"
+    rate: Annotated[float, "how far the server goes towards the mean, or its learning rate", "X"] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +78,8 @@ class Plan(Answer):
         for name, value in asdict(self).items():
             if isinstance(value, (int, float)) and name != "seed" and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
+        if self.trim is not None and self.trim >= 0.5:
+            raise ValueError(f"trim must be less than 0.5, not {self.trim}")
         if self.sample is not None and self.fraction is not None:
             raise ValueError("sample and fraction say the same thing twice; leave one out")
         if self.fraction is not None and self.fraction > 1:

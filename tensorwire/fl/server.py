@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from tensorwire import Schema
 from tensorwire.errors import SchemaError, TensorwireError, TransportError, TruncatedError, WireError, show
+from tensorwire.fl.averaging import Averaging
 from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.members import Member, Members
 from tensorwire.fl.plan import Order, Plan
@@ -41,7 +42,7 @@ from tensorwire.transfer import (
     wait,
 )
 from tensorwire.transports import HANDSHAKE, AsyncTransport, speaks_for
-from tensorwire.updates import Rules, Terms, Update, UpdateError, Verdict, average, check_update, encode, views
+from tensorwire.updates import LeftOut, Terms, Update, UpdateError, Verdict, check_update, encode, views
 
 _HOLD: Final = 10.0  # seconds that somebody who would rather wait than ask again is kept at most
 _UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
@@ -73,13 +74,16 @@ class Server:
         limits: Limits = DEFAULT,
     ) -> None:
         self.plan = plan
-        self.rules = Rules(plan.max_weight, plan.max_norm, plan.on_norm, validate, limits)
+        self._averaging = Averaging(plan, validate=validate, limits=limits)
+        self.rules = self._averaging.rules
         self.members = Members(plan)
         self.rows: deque[dict[str, Any]] = deque(maxlen=_ROWS)
         self._on_round = on_round
         self._on_note = on_note
         self._store = Store(folder, plan.name, on_note)
         self.round, self.model = self._store.load(initial)
+        self._averaging.check(self.model)
+        self._load_optimizer()
         self._lock = threading.Lock()  # uploads are checked in threads
         self._open = False
         self.base = ""  # the digest of the round's encoded model, in hexadecimal
@@ -291,7 +295,7 @@ class Server:
         store, number = self._store, self.round
 
         def encoded() -> Iterator[Any]:
-            return encode(views(self.model), Terms(self.plan.name, number), codec=self.plan.down)
+            return encode(views(self.model), Terms(self.plan.name, number), codec=self._averaging.down)
 
         self._broadcast = store.broadcast(number, encoded)
         self.base, self._size = Recorded(self._broadcast).digest, os.path.getsize(self._broadcast)
@@ -333,10 +337,14 @@ class Server:
             if survivors is None:
                 survivors = sorted(self.members.accepted())
                 store.write(number, "closed", survivors)
-        updates = self._average(survivors)
+        updates, left_out = self._average(survivors)
         lost = {name: "its update was lost on the server's disk" for name in survivors if name not in updates}
+        for client, reason in left_out:
+            lost[client] = f"left out: {reason}"
+            del updates[client]
         with self._lock:
             missing = {**self.members.close(), **lost}
+        self._averaging.save(store.optimizer(number + 1))
         store.save(number + 1, self.model)
         self.round += 1
         clients = {
@@ -349,8 +357,8 @@ class Server:
             self.rows.append(row)
         self._on_round(row)
 
-    def _average(self, survivors: list[str]) -> dict[str, Update]:
-        """Make the next model, and return the updates that went into it: those of `survivors` that are whole.
+    def _average(self, survivors: list[str]) -> tuple[dict[str, Update], list[LeftOut]]:
+        """Make the next model. Returns those updates of `survivors` that are whole, and whose of them do not count.
 
         With fewer than the quorum the model stays as it is.
         """
@@ -358,19 +366,26 @@ class Server:
             accepted = self.members.accepted()
             updates = {name: accepted[name] for name in survivors if name in accepted}
             if len(updates) < self.plan.quorum:
-                return updates
+                return updates, []
             try:
-                average([*updates.values()], into=self.model, limits=self.rules.limits)
-                return updates
+                return updates, self._averaging.average([*updates.values()], self.model)
             except (TensorwireError, OSError) as error:  # the disk: some update is not what it was when it was checked
                 self._on_note(f"round {self.round} is averaged again: {error}")
                 for name, array in self._store.model().items():
                     self.model[name][...] = array
+                self._load_optimizer()
                 for member in self.members.everyone():
                     member.update = None
                 self._take_up([*updates])
                 if self.members.accepted().keys() >= updates.keys():
                     raise  # all are whole, so trying again cannot help
+
+    def _load_optimizer(self) -> None:
+        path = self._store.optimizer(self.round)
+        try:
+            self._averaging.load(path)
+        except (TensorwireError, OSError) as error:
+            self._on_note(f"the optimizer begins anew: {path}: {error}")
 
     async def _tell(self) -> None:
         async with self._changed:

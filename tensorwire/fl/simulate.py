@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from tensorwire.errors import NonFiniteError
+from tensorwire.fl.averaging import Averaging
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
 from tensorwire.fl.tensors import copies, matched, numbers, plain
 from tensorwire.storage import write_file
 from tensorwire.updates import (
     ErrorFeedback,
+    Rules,
     Terms,
     Update,
     UpdateError,
     UpdateKind,
     arrays,
-    average,
     check_update,
     encode,
+    exact_vectors,
     receive,
     subtract,
     views,
@@ -54,6 +56,8 @@ def simulate(task: Task, plan: Plan, *, down_kind: UpdateKind = "weights") -> It
     state = copies(task.initial())
     model = arrays(state)  # the same memory: averaging writes what evaluation reads
     held = copies(state)  # what the clients hold
+    averaging = Averaging(plan)
+    averaging.check(model)
     digest, total = "", 0
     yield Round(0, task.evaluate(state), 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +67,7 @@ def simulate(task: Task, plan: Plan, *, down_kind: UpdateKind = "weights") -> It
             kind: UpdateKind = down_kind if digest else "weights"
             news = views(state) if kind == "weights" else subtract(state, held)
             terms = Terms(plan.name, number, digest, kind=kind)
-            codec, seed = plan.down if kind == down_kind else "raw", _seed(plan, number, plan.clients)
+            codec, seed = averaging.down if kind == down_kind else "raw", _seed(plan, number, plan.clients)
             path = Path(folder, "broadcast.tw")
             size = write_file(path, encode(news, terms, codec=codec, stochastic=seed))
             with path.open("rb", buffering=0) as file:
@@ -72,12 +76,12 @@ def simulate(task: Task, plan: Plan, *, down_kind: UpdateKind = "weights") -> It
             updates, missing = [], []
             for client in asked:
                 try:
-                    updates.append(client.update(held, model, number, digest))
+                    updates.append(client.update(held, model, number, digest, averaging.rules))
                     total += os.path.getsize(client.path)
                 except (UpdateError, NonFiniteError) as error:
                     missing.append(f"{client.name}: {error}")
             if len(updates) >= plan.quorum:
-                average(updates, into=model)
+                missing += [f"{client}: left out: {reason}" for client, reason in averaging.average(updates, model)]
             total += size * len(asked)
             yield Round(number + 1, task.evaluate(state), total, tuple(missing))
 
@@ -94,7 +98,7 @@ class _Client:
         self._number = number
         self._last = -1  # the round that it last took part in
 
-    def update(self, held: Any, model: Any, number: int, digest: str) -> Update:
+    def update(self, held: Any, model: Any, number: int, digest: str, rules: Rules) -> Update:
         """Train and send: the client's work, and what the server makes of it. Raises UpdateError, NonFiniteError."""
         plan = self._plan
         mine = copies(held)
@@ -111,9 +115,9 @@ class _Client:
             feedback.age(plan.age ** (number - self._last - 1))
             sent = feedback.add(sent)
         seed = _seed(plan, number, self._number)
-        write_file(self.path, encode(sent, terms, codec=plan.up, stochastic=seed))
+        write_file(self.path, encode(sent, terms, codec=exact_vectors(plan.up), stochastic=seed))
         with self.path.open("rb", buffering=0) as file:
-            update = check_update(file, model, terms, recording=self.path)
+            update = check_update(file, model, terms, rules, recording=self.path)
         if feedback is not None:
             with self.path.open("rb", buffering=0) as file:
                 feedback.settle(sent, file)

@@ -71,6 +71,12 @@ class Store:
         for other in self._rounds():
             if other < number:
                 self._remove(f"round-{other}")
+        with suppress(FileNotFoundError):
+            os.unlink(self.optimizer(number - 1))
+
+    def optimizer(self, number: int) -> str:
+        """The path of what the server's optimizer remembers when round `number` begins."""
+        return self._path(f"optimizer-{number}.tw")
 
     def broadcast(self, number: int, buffers: Callable[[], Iterable[Any]]) -> str:
         """The path of the round's encoded model, made of `buffers()` where there is none yet, or a damaged one."""

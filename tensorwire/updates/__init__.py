@@ -12,11 +12,11 @@ computed when they are read, so that functions from views to views (`subtract`, 
 `stochastic_bf16`) take no memory of their own and can be put in a row.
 """
 
-from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, check_update
+from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
 from tensorwire.updates.difference import Views, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
-from tensorwire.updates.message import arrays, encode, receive
+from tensorwire.updates.message import Arrays, arrays, encode, receive
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
@@ -24,6 +24,7 @@ from tensorwire.updates.terms import Terms, UpdateKind
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
+    "Arrays",
     "ErrorFeedback",
     "LeftOut",
     "Mean",
@@ -39,6 +40,7 @@ __all__ = [
     "WeightedMean",
     "arrays",
     "average",
+    "ceilings",
     "check_update",
     "clipped_to_median",
     "encode",

@@ -1,0 +1,58 @@
+"""How the updates of a round become the next model, as a plan says: the same over sockets and in the simulator."""
+
+import os
+from collections.abc import Callable, Sequence
+
+from tensorwire import Schema
+from tensorwire.fl.plan import Plan
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.updates import (
+    Arrays,
+    LeftOut,
+    Rules,
+    ServerOptimizer,
+    TrimmedMean,
+    Update,
+    Verdict,
+    WeightedMean,
+    average,
+    ceilings,
+    exact_vectors,
+    without_outliers,
+)
+
+
+class Averaging:
+    """The mean of a plan, and what its optimizer remembers between rounds."""
+
+    def __init__(
+        self, plan: Plan, *, validate: Callable[[Update, Schema], Verdict] | None = None, limits: Limits = DEFAULT
+    ) -> None:
+        self._plan = plan
+        self.down = exact_vectors(plan.down)
+        self.rules = Rules(plan.max_weight, plan.max_norm, plan.on_norm, validate, limits, down=self.down)
+        self._optimizer = self._new_optimizer()
+
+    def check(self, model: Arrays) -> None:
+        """Raise EncodeError where the model has floats that no mean can be taken of."""
+        ceilings(model, self.down)
+
+    def average(self, updates: Sequence[Update], model: Arrays) -> list[LeftOut]:
+        """Write the mean over `model`. Returns whose updates stood out and do not count. Raises as `average`."""
+        kept, left_out = (list(updates), []) if self._plan.keep_outliers else without_outliers(updates)
+        mean = WeightedMean() if self._plan.trim is None else TrimmedMean(self._plan.trim)
+        average(kept, into=model, mean=mean, optimizer=self._optimizer, down=self.down, limits=self.rules.limits)
+        return left_out
+
+    def save(self, path: str) -> None:
+        """Keep what the optimizer remembers."""
+        self._optimizer.save(path)
+
+    def load(self, path: str) -> None:
+        """Go on from what was kept; from nothing, where there is no such file. Raises a WireError for a damaged one."""
+        self._optimizer = self._new_optimizer()
+        if os.path.exists(path):
+            self._optimizer.load(path)
+
+    def _new_optimizer(self) -> ServerOptimizer:
+        return ServerOptimizer(self._plan.optimizer, rate=self._plan.rate)
