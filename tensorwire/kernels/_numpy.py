@@ -9,7 +9,7 @@ may be shorter. Shapes, dtypes and errors are the contract of `tensorwire.kernel
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "accumulate_int8",
     "accumulate_linear",
     "blockwise_absmax",
+    "byte_histogram",
     "cast",
     "crc32c",
     "default_environment",
@@ -31,10 +32,13 @@ __all__ = [
     "dequantize_int8",
     "dequantize_linear",
     "get_threads",
+    "merge_planes",
+    "nonzero_blocks",
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
     "set_threads",
+    "split_planes",
 ]
 
 Array = npt.NDArray[Any]
@@ -594,6 +598,100 @@ def _sum(crc: Words | None, *outputs: Array) -> None:
     """Store the checksum of the outputs of an encoder, one after the other, where it is asked for."""
     if crc is not None:
         crc[0] = functools.reduce(lambda seed, output: crc32c(output, seed), outputs, 0)
+
+
+# ---- byte planes -------------------------------------------------------------------------------------------
+
+_PLANE_BLOCK: Final = 64  # elements that share a mark, and bytes that are counted together
+
+
+def nonzero_blocks(values: Array, marks: Array, *, blocksize: int) -> int:
+    """Mark the blocks that have a byte other than 0, lowest bit first; their number."""
+    blocksize = _check_blocksize(blocksize)
+    _check_array("values", values, np.uint8)
+    _check_array("marks", marks, np.uint8, output=True)
+    blocks = _blocks(values.size, blocksize)
+    _check_size("marks", marks, _blocks(blocks, 8))
+    _check_overlap({"marks": marks}, {"values": values})
+    nonzero = np.unique(np.flatnonzero(values) // blocksize)
+    bits = np.zeros(8 * marks.size, np.bool_)
+    bits[nonzero] = True
+    marks[:] = np.packbits(bits, bitorder="little")
+    return nonzero.size
+
+
+def byte_histogram(values: Array, counts: Words, *, every: int = 1) -> None:
+    """How often each byte stands in every so many blocks of 64."""
+    if operator.index(every) < 1:
+        raise ValueError(f"every: expected at least 1, got {every}")
+    _check_array("values", values, np.uint8)
+    _check_array("counts", counts, np.uint32, output=True)
+    _check_size("counts", counts, 256)
+    _check_overlap({"counts": counts}, {"values": values})
+    counted = np.arange(values.size) // _PLANE_BLOCK % every == 0
+    counts[:] = np.bincount(values[counted], minlength=256)
+
+
+def split_planes(values: Array, marks: Array, planes: Sequence[Array]) -> None:
+    """Byte p of each element, its upper 16 bits rotated left by one, to plane p; of the marked blocks."""
+    width = _check_planes(planes, output=True)
+    _check_array("values", values, np.uint8)
+    marked = _marked(marks, values.size, width)
+    for plane in planes:
+        _check_size("planes", plane, int(marked.sum()))
+    outputs = {f"planes {p}": plane for p, plane in enumerate(planes)}
+    _check_overlap(outputs, {"values": values, "marks": marks})
+    elements = values.reshape(-1, width)[marked]
+    _rotate(elements, 1)
+    for plane, column in zip(planes, elements.T, strict=True):
+        plane[:] = column
+
+
+def merge_planes(planes: Sequence[Array], marks: Array, out: Array) -> None:
+    """The elements whose bytes the planes are; a plane of one byte stands for that byte throughout."""
+    width = _check_planes(planes)
+    _check_array("out", out, np.uint8, output=True)
+    marked = _marked(marks, out.size, width)
+    for plane in planes:
+        if plane.size != 1:
+            _check_size("planes", plane, int(marked.sum()))
+    _check_overlap({"out": out}, {"marks": marks} | {f"planes {p}": plane for p, plane in enumerate(planes)})
+    elements = np.empty((int(marked.sum()), width), np.uint8)
+    for p, plane in enumerate(planes):
+        elements[:, p] = plane
+    _rotate(elements, 15)
+    whole = out.reshape(-1, width)
+    whole[~marked] = 0
+    whole[marked] = elements
+
+
+def _check_planes(planes: Sequence[Array], *, output: bool = False) -> int:
+    """The width of an element."""
+    if len(planes) not in (1, 2, 4, 8):
+        raise ValueError(f"planes: expected 1, 2, 4 or 8, got {len(planes)}")
+    for plane in planes:
+        _check_array("planes", plane, np.uint8, output=output)
+    return len(planes)
+
+
+def _marked(marks: Array, size: int, width: int) -> npt.NDArray[np.bool_]:
+    """Whether the block of each element is marked."""
+    if size % width:
+        raise ValueError(f"elements: expected a multiple of {width} bytes, got {size}")
+    blocks = _blocks(size // width, _PLANE_BLOCK)
+    _check_array("marks", marks, np.uint8)
+    _check_size("marks", marks, _blocks(blocks, 8))
+    bits = np.unpackbits(marks, bitorder="little").astype(np.bool_)
+    if bits[blocks:].any():
+        raise ValueError("marks: more than there are blocks")
+    return np.repeat(bits[:blocks], _PLANE_BLOCK)[: size // width]
+
+
+def _rotate(elements: Array, bits: int) -> None:
+    """Rotate the upper 16 bits of each element, a row of bytes, to the left."""
+    if elements.shape[1] > 1:
+        upper = np.ascontiguousarray(elements[:, -2:]).view("<u2")
+        elements[:, -2:] = (upper << bits | upper >> (16 - bits)).astype("<u2").view(np.uint8)
 
 
 def set_threads(count: int) -> None:
