@@ -620,6 +620,20 @@ void merge_planes(nb::handle planes, nb::handle marks, nb::handle out) {
     tw::kernels().merge_planes[from.width_index()](given, m.data<uint8_t>(), y.data<uint8_t>(), n);
 }
 
+size_t huffman_encode(nb::handle values, nb::handle codes) {
+    const Array x("values", values, "B", kInput), c("codes", codes, "B", kOutput);
+    c.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().huffman_encode(x.data<uint8_t>(), x.size(), c.data<uint8_t>(), c.size());
+}
+
+bool huffman_decode(nb::handle codes, nb::handle out) {
+    const Array c("codes", codes, "B", kInput), y("out", out, "B", kOutput);
+    y.expect_apart_from(c);
+    const Released released;
+    return tw::kernels().huffman_decode(c.data<uint8_t>(), c.size(), y.data<uint8_t>(), y.size());
+}
+
 std::string supported_names() {
     std::string names;
     for (const tw::Kernels* const* k = tw::supported(); *k; ++k)
@@ -695,6 +709,8 @@ NB_MODULE(_native, m) {
 
     m.def("nonzero_blocks", nonzero_blocks, "values"_a, "marks"_a, nb::kw_only(), "blocksize"_a);
     m.def("byte_histogram", byte_histogram, "values"_a, "counts"_a, nb::kw_only(), "every"_a = 1);
+    m.def("huffman_encode", huffman_encode, "values"_a, "codes"_a);
+    m.def("huffman_decode", huffman_decode, "codes"_a, "out"_a);
     m.def("split_planes", split_planes, "values"_a, "marks"_a, "planes"_a);
     m.def("merge_planes", merge_planes, "planes"_a, "marks"_a, "out"_a);
 

@@ -75,6 +75,9 @@ struct Kernels {
     size_t (*nonzero_blocks)(const uint8_t* data, size_t n, size_t blocksize, uint8_t* marks);
     // How often each byte stands in every `every`th block of 64.
     void (*byte_histogram)(const uint8_t* data, size_t n, size_t every, uint32_t* counts);
+    // Bytes to Huffman codes: how many they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
+    size_t (*huffman_encode)(const uint8_t* data, size_t n, uint8_t* out, size_t room);
+    bool (*huffman_decode)(const uint8_t* codes, size_t size, uint8_t* out, size_t n);
     // The bytes of n elements to planes and back, of the blocks of 64 whose bit in `marks` is set.
     void (*split_planes[kPlaneWidths])(const uint8_t* values, const uint8_t* marks, uint8_t* const* planes, size_t n);
     void (*merge_planes[kPlaneWidths])(const Plane* planes, const uint8_t* marks, uint8_t* out, size_t n);
@@ -90,6 +93,7 @@ struct Kernels {
     void add_int8(Kernels&);                                           \
     void add_linear(Kernels&);                                         \
     void add_planes(Kernels&);                                         \
+    void add_huffman(Kernels&);                                        \
     uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }
 

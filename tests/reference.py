@@ -475,14 +475,67 @@ class _Planes:
 
     def plane(self, count: int) -> bytes | None:
         mode = self.take(1)[0]
-        check(mode <= 2, "planes: mode")
+        check(mode <= 3, "planes: mode")
         if mode == 0:
             return self.take(count)
         if mode == 1:
             return self.take(1) * count
         size = int.from_bytes(self.take(4), "little")
         check(size + 4 < count, "planes: a frame that saves nothing")
-        return read_zstd(self.take(size), count, self.decompress)
+        if mode == 3:
+            return read_zstd(self.take(size), count, self.decompress)
+        return read_huffman(self.take(size), count)
+
+
+def read_huffman(data: bytes, count: int) -> bytes:
+    out = b""
+    while len(out) < count:
+        data, segment = read_segment(data, min(count - len(out), 1 << 17))
+        out += segment
+    check(not data, "huffman: bytes behind")
+    return out
+
+
+def read_segment(data: bytes, count: int) -> tuple[bytes, bytes]:
+    """What stands behind a segment, and what is in it."""
+    check(len(data) >= 3 and data[0] < data[1], "huffman: bytes")
+    first, last = data[0], data[1]
+    at = 2 + (last - first) // 2 + 1
+    check(len(data) >= at + 8, "huffman: cut")
+    halves = [half for byte in data[2:at] for half in (byte & 15, byte >> 4)]
+    lengths = dict(zip(range(first, last + 1), halves, strict=False))
+    check(lengths[first] and lengths[last] and not any(halves[len(lengths) :]), "huffman: ends")
+    check(max(halves) <= 11 and sum(2048 >> length for length in halves if length) == 2048, "huffman: lengths")
+    codes, code = {}, 0
+    for length in range(1, 12):
+        for byte, its in lengths.items():
+            if its == length:
+                codes[length, code] = byte
+                code += 1
+        code *= 2
+    sizes = struct.unpack_from("<4H", data, at)
+    at += 8
+    out, quarter = b"", -(-count // 4)
+    for number, size in enumerate(sizes):
+        check(at + size <= len(data), "huffman: stream cut")
+        out += read_codes(data[at : at + size], codes, max(min(quarter, count - number * quarter), 0))
+        at += size
+    return data[at:], out
+
+
+def read_codes(data: bytes, codes: dict, count: int) -> bytes:
+    bits = iter([byte >> bit & 1 for byte in data for bit in range(8)])
+    out = bytearray()
+    while len(out) < count:
+        length = code = 0
+        while (length, code) not in codes:
+            bit = next(bits, None)
+            check(bit is not None, "huffman: stream ends early")
+            length, code = length + 1, code << 1 | bit
+        out.append(codes[length, code])
+    rest = [*bits]
+    check(len(rest) < 8 and not any(rest), "huffman: bits behind")
+    return bytes(out)
 
 
 def decode_planes(

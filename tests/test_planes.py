@@ -84,10 +84,11 @@ def test_noise_hardly_grows() -> None:
         (NOISE[:50_000], 0),
         (np.full(50_000, 9, np.uint8), 1),
         (NOISE[:50_000] & 7 | 8, 2),
-        (np.where(NOISE[:50_000] < 5, NOISE[:50_000] + 1, 200).astype(np.uint8), 2),
-        (np.append(np.full(49_999, 9, np.uint8), 8).astype(np.uint8), 2),
+        (np.where(NOISE[:50_000] < 5, NOISE[:50_000] + 1, 200).astype(np.uint8), 3),
+        (np.append(np.full(49_999, 9, np.uint8), 8).astype(np.uint8), 3),
+        (np.repeat(NOISE[:500] | 1, 100), 3),
     ],
-    ids=["noise", "one byte", "few", "skewed", "one byte but one, which no sample shows"],
+    ids=["noise", "one byte", "few", "skewed", "one byte but one, which no sample shows", "runs"],
 )
 def test_a_plane_goes_the_way_that_its_bytes_ask_for(plane: np.ndarray, mode: int) -> None:
     payload = encoded(plane, dtypes.FLOAT8_E5M2)

@@ -2,9 +2,9 @@
 
 Byte p of every element is plane p. The upper 16 bits of an element are rotated by one first, so that a plane holds
 exponents alone, which take two to three bits; what mantissas hold hardly compresses, and travels as it is. Blocks that
-are all zeros, of which updates have many, are left out. Each plane is raw, one byte that stands throughout, or a zstd
-frame: of Huffman-coded bytes where there are many different ones, because matches among exponents cost more than they
-save; of matches too where one byte prevails. docs/format.md has the layout.
+are all zeros, of which updates have many, are left out. Each plane is raw, one byte that stands throughout, Huffman
+codes where some bytes are more frequent than others, or a zstd frame where there are runs: among exponents, matches
+cost more than they save. docs/format.md has the layout.
 """
 
 from dataclasses import dataclass
@@ -27,17 +27,11 @@ _MARKED: Final = 64
 # What stands of a slice: all blocks, those with marks, none.
 _ALL, _MARKS, _NOTHING = range(3)
 # How a plane stands there.
-_RAW, _CONSTANT, _ZSTD = range(3)
-_LENGTH: Final = 4  # bytes that say how long a zstd frame is
+_RAW, _CONSTANT, _HUFFMAN, _ZSTD = range(4)
+_LENGTH: Final = 4  # bytes that say how long a compressed plane is
 
 # A plane is looked at through about this many of its bytes.
 _SAMPLE: Final = 1 << 13
-# Literals with their Huffman codes: a table of 64 entries finds next to no matches of 7 bytes.
-_LITERALS: Final = zstandard.ZstdCompressionParameters(
-    strategy=zstandard.STRATEGY_FAST, target_length=0, hash_log=6, min_match=7, window_log=17, write_content_size=True
-)
-_MATCHES: Final = zstandard.ZstdCompressionParameters.from_level(1, write_content_size=True)
-
 # Bytes of a float of each dtype; complex elements have two.
 _WIDTHS: Final = {
     dtype: dtype.itemsize // (2 if dtype.name.startswith("complex") else 1)
@@ -89,7 +83,7 @@ class Planes(Packer):
         planes = [payload[place : place + count] for place in places]
         kernels.split_planes(values, marks, planes)
         for plane in planes:
-            at += _put_plane(plane, payload[at:])
+            at += _put_plane(plane, payload[at:], take)
         return Encoded(payload[:at])
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
@@ -164,40 +158,48 @@ def _marked_elements(marks: Bytes, blocks: int, elements: int) -> int:
     return blocks * _MARKED - missing
 
 
-def _put_plane(plane: Bytes, payload: Bytes) -> int:
+def _put_plane(plane: Bytes, payload: Bytes, take: Take) -> int:
     """Write a plane, which may stand in the same memory further behind; the bytes that it takes."""
     counts = np.empty(256, np.uint32)
     kernels.byte_histogram(plane, counts, every=max(plane.size // _SAMPLE, 1))
     if counts.max() == counts.sum() and (plane == plane[0]).all():
         payload[:2] = _CONSTANT, plane[0]
         return 2
-    parameters = _worth_trying(counts)
-    if parameters is not None:
-        frame = compress(plane, zstandard.ZstdCompressor(compression_params=parameters))
-        size = 1 + _LENGTH + len(frame)
-        if size < 1 + plane.size:
-            payload[0] = _ZSTD
-            payload[1 : 1 + _LENGTH] = np.frombuffer(len(frame).to_bytes(_LENGTH, "little"), np.uint8)
-            payload[1 + _LENGTH : size] = np.frombuffer(frame, np.uint8)
-            return size
+    mode, compressed = _compressed(plane, counts, take)
+    if mode != _RAW and _LENGTH + compressed.size < plane.size:
+        size = 1 + _LENGTH + compressed.size
+        payload[0] = mode
+        payload[1 : 1 + _LENGTH] = np.frombuffer(compressed.size.to_bytes(_LENGTH, "little"), np.uint8)
+        payload[1 + _LENGTH : size] = compressed
+        return size
     payload[0] = _RAW
     if payload.ctypes.data + 1 != plane.ctypes.data:
         payload[1 : 1 + plane.size] = plane
     return 1 + plane.size
 
 
-def _worth_trying(counts: Any) -> zstandard.ZstdCompressionParameters | None:
-    """How to compress a plane of which these bytes are a sample; None: it would hardly shrink.
+def _compressed(plane: Bytes, counts: Any, take: Take) -> tuple[int, Bytes]:
+    """A plane of which these bytes are a sample, and how it is compressed; itself where it would hardly shrink.
 
-    By the chance that two bytes of it are the same, in whole numbers, so that every machine decides alike. It is 1/256
-    where all bytes are as frequent; from 9/8 of that on a Huffman code saves a percent.
+    Told by how likely two bytes of it are the same, in whole numbers, so that every machine decides alike. That is
+    1/256 where all bytes are as frequent; from 9/8 of that on codes save a percent. Where neighbours are the same more
+    often than others, or nearly all bytes are, there are runs, of which zstd may make less.
     """
-    wide = counts.astype(np.uint64)
-    same, total = int((wide * (wide - np.minimum(wide, 1))).sum()), int(wide.sum())
+    wide = counts.astype(np.int64)
+    same, total = int((wide * (wide - 1)).sum()), int(wide.sum())
     pairs = total * (total - 1)
-    if 2 * same > pairs:
-        return _MATCHES
-    return _LITERALS if 8 * 256 * same > 9 * pairs else None
+    if 8 * 256 * same <= 9 * pairs:
+        return _RAW, plane
+    codes = take(plane.size)
+    size = kernels.huffman_encode(plane, codes)
+    best = (_HUFFMAN, codes[:size]) if size else (_RAW, plane)
+    sample = plane[plane.size // 2 :][:_SAMPLE]
+    neighbours = np.count_nonzero(sample[1:] == sample[:-1])
+    if 4 * neighbours * pairs > 5 * same * sample.size or 10 * same > 9 * pairs:
+        frame = np.frombuffer(compress(plane, zstandard.ZstdCompressor(level=1)), np.uint8)
+        if frame.size < best[1].size:
+            return _ZSTD, frame
+    return best
 
 
 def _take_plane(given: _Reader, count: int) -> Bytes:
@@ -210,4 +212,10 @@ def _take_plane(given: _Reader, count: int) -> Bytes:
     size = int(given.take(_LENGTH).view("<u4")[0])
     if size + _LENGTH >= count:
         raise FormatError(f"a plane of {count} bytes is compressed to {size}, which saves nothing")
-    return np.frombuffer(decompress(given.take(size).data, count, exact=True), np.uint8)
+    compressed = given.take(size)
+    if mode == _ZSTD:
+        return np.frombuffer(decompress(compressed.data, count, exact=True), np.uint8)
+    plane = np.empty(count, np.uint8)
+    if not kernels.huffman_decode(compressed, plane):
+        raise FormatError(f"{size} bytes are no Huffman codes of {count} bytes")
+    return plane

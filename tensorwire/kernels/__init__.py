@@ -40,6 +40,8 @@ __all__ = [
     "dequantize_int8",
     "dequantize_linear",
     "get_threads",
+    "huffman_decode",
+    "huffman_encode",
     "implementation",
     "isa",
     "merge_planes",
@@ -105,6 +107,8 @@ quantize_linear = _module.quantize_linear
 dequantize_linear = _module.dequantize_linear
 nonzero_blocks = _module.nonzero_blocks
 byte_histogram = _module.byte_histogram
+huffman_encode = _module.huffman_encode
+huffman_decode = _module.huffman_decode
 split_planes = _module.split_planes
 merge_planes = _module.merge_planes
 set_threads = _module.set_threads

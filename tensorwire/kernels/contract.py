@@ -140,6 +140,15 @@ class HostKernels(Kernels, Protocol):
     def byte_histogram(self, values: Bytes, counts: npt.NDArray[np.uint32], *, every: int = 1) -> None:
         """counts[b] = how often byte b stands in blocks 0, every, 2 * every, ... of 64 bytes."""
 
+    def huffman_encode(self, values: Bytes, codes: Bytes) -> int:
+        """Write `values` in Huffman codes; the bytes that they take.
+
+        0: there is no room for them and 8 bytes behind. `codes` holds anything beyond.
+        """
+
+    def huffman_decode(self, codes: Bytes, out: Bytes) -> bool:
+        """What `huffman_encode` was given, of the length of `out`; False: codes that it never makes."""
+
     def split_planes(self, values: Bytes, marks: Bytes, planes: Sequence[Bytes]) -> None:
         """The bytes of elements, one array for each, lowest first, of the blocks of 64 elements that are marked.
 

@@ -66,7 +66,7 @@ ROWS = {
     # Codecs
     41: Row("zstd: more or less than it says", "zstd-bomb zstd-content-size-* zstd-1-gib* zstd-128-mib* zstd-one-byte-* zstd-window-* planes-bomb planes-frame-short"),
     42: Row("zstd: anything but one plain frame", "zstd-skippable-* zstd-two-frames zstd-dictionary* zstd-cut* zstd-checksum zstd-garbage* zstd-reserved-* zstd-no-last-block zstd-magic-alone zstd-old-magic zstd-file-cut planes-frame-garbage planes-inside-zstd"),
-    43: Row("compressed bytes more or fewer than the frame has", "zstd-longer-than-compressors-make zstd-cut zstd-garbage-behind planes-cut planes-raw-* planes-frame-cut planes-frame-saves-nothing planes-behind* planes-longer planes-marks-* planes-mode-3 planes-first-byte-3"),
+    43: Row("compressed bytes more or fewer than the frame has", "zstd-longer-than-compressors-make zstd-cut zstd-garbage-behind planes-cut planes-raw-* planes-frame-cut planes-frame-saves-nothing planes-behind* planes-longer planes-marks-* planes-mode-4 planes-huffman-* planes-first-byte-3"),
     44: Row("count of absmax", "*-absmax-less *-absmax-more *-absmax-none *-absmax-1000 *-absmax-short *-absmax-long *-absmax-less-in-zstd *-half-of-the-codes"),
     45: Row("code tables", tests="test_handover.py::test_states_that_are_not_bitsandbytes_own_are_refused", absent="tables are constants of the format"),
     46: Row("blocksizes", "*blocksize-*"),

@@ -111,6 +111,72 @@ def test_marks_and_counts_are_equal(native: ModuleType) -> None:
             assert np.array_equal(counts.checked(), twins)
 
 
+def samples(n: int) -> list[Array]:
+    """Bytes of many kinds: even, few, skewed beyond codes of 11 bits, one, two far apart, long runs."""
+    rng = np.random.default_rng(n)
+    kinds = [rng.integers(0, 256, n), rng.normal(120, 3, n), rng.geometric(0.5, n), np.full(n, 7), np.zeros(n)]
+    kinds += [rng.integers(0, 2, n) * 255, np.minimum(rng.zipf(1.3, n), 255), np.sort(rng.geometric(0.1, n))]
+    fibonacci = np.repeat(np.arange(24), np.minimum(1.618 ** np.arange(24), 1 << 20).astype(int))
+    return [np.clip(kind, 0, 255).astype(np.uint8) for kind in [*kinds, fibonacci[:n]]]
+
+
+class TestHuffman:
+    @pytest.mark.parametrize("n", [*range(1, 20), 200, 1000, 5000, 131_072, 131_073, 300_001])
+    def test_codes_are_the_twins_and_lead_back(self, native: ModuleType, n: int) -> None:
+        for number, values in enumerate(samples(n)):
+            size = values.size + 1000
+            found, expected = Output(size, np.uint8, n % 7), np.empty(size, np.uint8)
+            made = native.huffman_encode(misaligned(values, n % 5), found.array)
+            assert made == _numpy.huffman_encode(values, expected), number
+            codes = found.checked()[:made]
+            assert np.array_equal(codes, expected[:made]), number
+            for kernels in (native, _numpy):
+                out = Output(values.size, np.uint8, n % 3)
+                assert kernels.huffman_decode(codes, out.array) is True
+                assert np.array_equal(out.checked(), values), number
+
+    def test_without_room_nothing_is_written_behind(self, kernels: ModuleType) -> None:
+        values = samples(3000)[1]
+        whole = np.empty(4000, np.uint8)
+        size = kernels.huffman_encode(values, whole)
+        for room in range(size + 20):
+            out = Output(room, np.uint8)
+            assert kernels.huffman_encode(values, out.array) == (size if room >= size + 8 else 0)
+            out.checked()
+
+    def test_codes_of_nothing(self, kernels: ModuleType) -> None:
+        nothing = np.empty(0, np.uint8)
+        assert kernels.huffman_encode(nothing, np.empty(9, np.uint8)) == 0
+        assert kernels.huffman_decode(nothing, nothing) is True
+        assert kernels.huffman_decode(np.zeros(1, np.uint8), nothing) is False
+
+    def test_damage_is_judged_alike_and_stays_inside(self, native: ModuleType) -> None:
+        rng, good = np.random.default_rng(5), 0
+        for round_ in range(600):
+            values = samples(int(rng.integers(1, 700)))[round_ % 9]
+            codes = np.empty(values.size + 200, np.uint8)
+            codes = codes[: _numpy.huffman_encode(values, codes)]
+            codes[rng.integers(0, min(codes.size, 30 if round_ % 2 else 10_000), 2)] ^= 1 << int(rng.integers(0, 8))
+            codes = codes[: codes.size - int(rng.integers(0, 2))].copy()
+            found, expected = Output(values.size, np.uint8), np.empty(values.size, np.uint8)
+            verdict = native.huffman_decode(codes, found.array)
+            assert verdict is _numpy.huffman_decode(codes, expected)
+            if verdict:
+                good += 1
+                assert np.array_equal(found.checked(), expected)
+            found.checked()
+        assert 20 < good < 580
+
+    def test_arguments(self, kernels: ModuleType) -> None:
+        values, codes = np.zeros(100, np.uint8), np.zeros(300, np.uint8)
+        for kernel, out in ((kernels.huffman_encode, "codes"), (kernels.huffman_decode, "out")):
+            refused(TypeError, out, kernel, values, codes.view(np.int8))
+            refused(ValueError, "overlaps", kernel, codes[:100], codes[99:])
+            locked = codes.copy()
+            locked.setflags(write=False)
+            refused(ValueError, out, kernel, values, locked)
+
+
 def refused(error: type[Exception], says: str, kernel: Any, *arguments: Any, **options: Any) -> None:
     with pytest.raises(error, match=says):
         kernel(*arguments, **options)
