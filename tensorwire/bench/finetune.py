@@ -26,7 +26,7 @@ _START, _END, _UNKNOWN = 101, 102, 100
 
 
 def updates(model: Model, steps: int = STEPS) -> Weights:
-    """New weights minus old ones in float32, all tensors one behind the other. Takes torch and the model's vocabulary."""
+    """New weights minus old ones in float32, one tensor behind the other. Takes torch and the model's vocabulary."""
     import torch
 
     assert model.path is not None
