@@ -510,6 +510,130 @@ bool accumulate_linear(nb::handle codes, nb::handle scales, nb::handle sums, dou
     });
 }
 
+// The planes of elements, lowest byte first.
+class Planes {
+public:
+    Planes(nb::handle planes, Access access) {
+        if (!PySequence_Check(planes.ptr())) throw nb::type_error("planes: expected a sequence of arrays");
+        count_ = nb::len(planes);
+        if (count_ != 1 && count_ != 2 && count_ != 4 && count_ != 8) {
+            throw nb::value_error(("planes: expected 1, 2, 4 or 8, got " + std::to_string(count_)).c_str());
+        }
+        for (size_t p = 0; p < count_; ++p) planes_[p].emplace("planes", planes[p], "B", access);
+    }
+
+    size_t count() const { return count_; }
+    int width_index() const { return count_ == 1 ? 0 : count_ == 2 ? 1 : count_ == 4 ? 2 : 3; }
+    const Array& operator[](size_t p) const { return *planes_[p]; }
+
+    void expect_apart_from(const Array& other) const {
+        for (size_t p = 0; p < count_; ++p) planes_[p]->expect_apart_from(other);
+    }
+    void expect_apart_from_one_another() const {
+        for (size_t p = 1; p < count_; ++p) {
+            for (size_t q = 0; q < p; ++q) planes_[p]->expect_apart_from(*planes_[q]);
+        }
+    }
+
+private:
+    size_t count_ = 0;
+    std::optional<Array> planes_[8];
+};
+
+// Elements in the blocks that are marked, of `elements`.
+size_t marked_elements(const Array& marks, size_t elements) {
+    const size_t blocks = block_count(elements, tw::kPlaneBlock);
+    marks.expect_size(block_count(blocks, 8));
+    size_t marked = 0;
+    for (size_t i = 0; i < marks.size(); ++i) {
+        for (unsigned bits = *marks.data<uint8_t>(i); bits; bits &= bits - 1) ++marked;
+    }
+    if (blocks % 8 && *marks.data<uint8_t>(marks.size() - 1) >> blocks % 8) {
+        throw nb::value_error("marks: more than there are blocks");
+    }
+    const size_t behind = blocks * tw::kPlaneBlock - elements;
+    const bool last = blocks && *marks.data<uint8_t>((blocks - 1) / 8) >> (blocks - 1) % 8 & 1;
+    return marked * tw::kPlaneBlock - (last ? behind : 0);
+}
+
+size_t elements_of(const Array& values, size_t width) {
+    if (values.size() % width) {
+        throw nb::value_error(("elements: expected a multiple of " + std::to_string(width) + " bytes, got " +
+                               std::to_string(values.size()))
+                                  .c_str());
+    }
+    return values.size() / width;
+}
+
+size_t nonzero_blocks(nb::handle values, nb::handle marks, Py_ssize_t blocksize) {
+    const size_t bs = checked_blocksize(blocksize);
+    const Array x("values", values, "B", kInput), m("marks", marks, "B", kOutput);
+    m.expect_size(block_count(block_count(x.size(), bs), 8));
+    m.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().nonzero_blocks(x.data<uint8_t>(), x.size(), bs, m.data<uint8_t>());
+}
+
+void byte_histogram(nb::handle values, nb::handle counts, Py_ssize_t every) {
+    if (every < 1) throw nb::value_error(("every: expected at least 1, got " + std::to_string(every)).c_str());
+    const Array x("values", values, "B", kInput), c("counts", counts, "I", kOutput);
+    c.expect_size(256);
+    c.expect_apart_from(x);
+    const size_t step = std::min(static_cast<size_t>(every), x.size() / tw::kPlaneBlock + 1);
+    uint32_t found[256];
+    {
+        const Released released;
+        tw::kernels().byte_histogram(x.data<uint8_t>(), x.size(), step, found);
+    }
+    memcpy(c.data<void>(), found, sizeof found);  // wherever it stands
+}
+
+void split_planes(nb::handle values, nb::handle marks, nb::handle planes) {
+    const Array x("values", values, "B", kInput), m("marks", marks, "B", kInput);
+    const Planes to(planes, kOutput);
+    const size_t n = elements_of(x, to.count()), marked = marked_elements(m, n);
+    uint8_t* bytes[8];
+    for (size_t p = 0; p < to.count(); ++p) {
+        to[p].expect_size(marked);
+        bytes[p] = to[p].data<uint8_t>();
+    }
+    to.expect_apart_from(x);
+    to.expect_apart_from(m);
+    to.expect_apart_from_one_another();
+    const Released released;
+    tw::kernels().split_planes[to.width_index()](x.data<uint8_t>(), m.data<uint8_t>(), bytes, n);
+}
+
+void merge_planes(nb::handle planes, nb::handle marks, nb::handle out) {
+    const Planes from(planes, kInput);
+    const Array m("marks", marks, "B", kInput), y("out", out, "B", kOutput);
+    const size_t n = elements_of(y, from.count()), marked = marked_elements(m, n);
+    tw::Plane given[8];
+    for (size_t p = 0; p < from.count(); ++p) {
+        const bool constant = from[p].size() == 1;
+        if (!constant) from[p].expect_size(marked);
+        given[p] = {from[p].data<uint8_t>(), constant};
+    }
+    from.expect_apart_from(y);
+    m.expect_apart_from(y);
+    const Released released;
+    tw::kernels().merge_planes[from.width_index()](given, m.data<uint8_t>(), y.data<uint8_t>(), n);
+}
+
+size_t huffman_encode(nb::handle values, nb::handle codes) {
+    const Array x("values", values, "B", kInput), c("codes", codes, "B", kOutput);
+    c.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().huffman_encode(x.data<uint8_t>(), x.size(), c.data<uint8_t>(), c.size());
+}
+
+bool huffman_decode(nb::handle codes, nb::handle out) {
+    const Array c("codes", codes, "B", kInput), y("out", out, "B", kOutput);
+    y.expect_apart_from(c);
+    const Released released;
+    return tw::kernels().huffman_decode(c.data<uint8_t>(), c.size(), y.data<uint8_t>(), y.size());
+}
+
 std::string supported_names() {
     std::string names;
     for (const tw::Kernels* const* k = tw::supported(); *k; ++k)
@@ -582,6 +706,13 @@ NB_MODULE(_native, m) {
           "blocksize"_a);
     m.def("accumulate_linear", accumulate_linear, "codes"_a, "scales"_a, "sums"_a, nb::kw_only(), "weight"_a, "dtype"_a,
           "blocksize"_a);
+
+    m.def("nonzero_blocks", nonzero_blocks, "values"_a, "marks"_a, nb::kw_only(), "blocksize"_a);
+    m.def("byte_histogram", byte_histogram, "values"_a, "counts"_a, nb::kw_only(), "every"_a = 1);
+    m.def("huffman_encode", huffman_encode, "values"_a, "codes"_a);
+    m.def("huffman_decode", huffman_decode, "codes"_a, "out"_a);
+    m.def("split_planes", split_planes, "values"_a, "marks"_a, "planes"_a);
+    m.def("merge_planes", merge_planes, "planes"_a, "marks"_a, "out"_a);
 
     nb::class_<DefaultEnvironment>(m, "default_environment",
                                    "Round to nearest even and keep subnormals within a `with` block.")

@@ -83,6 +83,8 @@ struct Cpu {
         tier::add_fourbit(k); \
         tier::add_int8(k);    \
         tier::add_linear(k);  \
+        tier::add_planes(k);  \
+        tier::add_huffman(k); \
     }
 
 struct Tiers {

@@ -19,6 +19,17 @@ namespace tw {
 enum Dtype { kFloat32, kFloat16, kBfloat16, kDtypes };
 enum QuantType { kNf4, kFp4, kQuantTypes };
 
+// Elements that have one mark, and bytes that are counted together.
+constexpr size_t kPlaneBlock = 64;
+// Widths of elements that have planes: 1, 2, 4 and 8 bytes.
+constexpr int kPlaneWidths = 4;
+
+// One byte of every element; or of all of them, if it is the same.
+struct Plane {
+    const uint8_t* bytes;
+    bool constant;
+};
+
 struct Kernels {
     const char* isa;
 
@@ -58,6 +69,18 @@ struct Kernels {
                                        size_t blocksize, bool stream);
     bool (*accumulate_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, double* sums, size_t n,
                                        size_t blocksize, double weight);
+
+    // Sets bit i of `marks` if block i has a byte that is not 0, clears the others up to the end of its byte; how many
+    // are set.
+    size_t (*nonzero_blocks)(const uint8_t* data, size_t n, size_t blocksize, uint8_t* marks);
+    // How often each byte stands in every `every`th block of 64.
+    void (*byte_histogram)(const uint8_t* data, size_t n, size_t every, uint32_t* counts);
+    // Bytes to Huffman codes: how many they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
+    size_t (*huffman_encode)(const uint8_t* data, size_t n, uint8_t* out, size_t room);
+    bool (*huffman_decode)(const uint8_t* codes, size_t size, uint8_t* out, size_t n);
+    // The bytes of n elements to planes and back, of the blocks of 64 whose bit in `marks` is set.
+    void (*split_planes[kPlaneWidths])(const uint8_t* values, const uint8_t* marks, uint8_t* const* planes, size_t n);
+    void (*merge_planes[kPlaneWidths])(const Plane* planes, const uint8_t* marks, uint8_t* out, size_t n);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
@@ -69,6 +92,8 @@ struct Kernels {
     void add_fourbit(Kernels&);                                        \
     void add_int8(Kernels&);                                           \
     void add_linear(Kernels&);                                         \
+    void add_planes(Kernels&);                                         \
+    void add_huffman(Kernels&);                                        \
     uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }
 

@@ -355,7 +355,7 @@ def read_value(data: bytes) -> Any:
 
 # --------------------------------------------------------------------------------------- 6. Codecs and DATA payloads
 
-RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, ZSTD = 1, 2, 3, 4, 5, 6, 7, 64
+RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 64
 
 
 def _floats(text: str) -> list[float]:
@@ -396,6 +396,10 @@ def check_codec(codec: Any, dtype: str) -> None:
         check(parameters == [], "codec: parameters")
         check(number == RAW or dtype == "float32", f"codec: not for {dtype}")
         return
+    if number == PLANES:
+        check(parameters == [], "codec: parameters")
+        check("float" in dtype or "complex" in dtype, f"codec: not for {dtype}")
+        return
     check(number in (INT8, INT8_LINEAR, NF4, FP4), f"codec {number}")
     check(dtype in ("float32", "float16", "bfloat16"), f"codec: not for {dtype}")
     least, most = (32, 4096) if number in (NF4, FP4) else (16, 65536)
@@ -410,12 +414,17 @@ def block_of(codec: list) -> int:
     number, *parameters = codec[0]
     if number in (RAW, FP16, BF16):
         return 1
+    if number == PLANES:
+        return 1024
     return parameters[0] * (256 if number in (NF4, FP4) and parameters[1] else 1)
 
 
-def payload_length(codec: list, width: int, count: int) -> int:
-    """Bytes of the payload of `count` elements, before zstd."""
+def payload_length(codec: list, dtype: str, width: int, count: int) -> int:
+    """Bytes of the payload of `count` elements, before zstd; of planes, the most that there can be."""
     number, *parameters = codec[0]
+    if number == PLANES:
+        width, count = floats_of(dtype, width, count)
+        return 1 + -(-count // 512) + width * (count + 1)
     if number == RAW:
         return count * width
     if number in (FP16, BF16):
@@ -429,8 +438,18 @@ def payload_length(codec: list, width: int, count: int) -> int:
     return (4 + 4 * -(-blocks // 256) + blocks if parameters[1] else 4 * blocks) + halves
 
 
-def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | None) -> bytes | None:
-    """The content of one zstd frame; what RFC 8878 says around its compressed blocks is checked here."""
+def floats_of(dtype: str, width: int, count: int) -> tuple[int, int]:
+    """Bytes and number of the floats that `count` elements are."""
+    return (width // 2, 2 * count) if dtype.startswith("complex") else (width, count)
+
+
+def read_zstd(
+    frame: bytes, length: int, decompress: Callable[[bytes], bytes] | None, *, exact: bool = True
+) -> bytes | None:
+    """The content of one zstd frame; what RFC 8878 says around its compressed blocks is checked here.
+
+    It has `length` bytes or, unless `exact`, at most so many.
+    """
     check(len(frame) >= 6 and frame[:4] == b"\x28\xb5\x2f\xfd", "zstd: magic")
     descriptor, at = frame[4], 5
     single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
@@ -445,9 +464,9 @@ def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | 
     check(size > 0 and len(frame) >= at + size, "zstd: no content size")
     content = int.from_bytes(frame[at : at + size], "little") + (256 if size == 2 else 0)
     at += size
-    check(content == length, "zstd: content size")
+    check(content == length or (content < length and not exact), "zstd: content size")
     window = content if single else window
-    check(window <= max(8 << 20, content), "zstd: window")
+    check(window <= max(8 << 20, length), "zstd: window")
     last = 0
     while not last:
         check(len(frame) >= at + 3, "zstd: runs over its end")
@@ -462,8 +481,111 @@ def read_zstd(frame: bytes, length: int, decompress: Callable[[bytes], bytes] | 
         plain = decompress(frame)
     except Exception as error:
         raise Refused("zstd: content") from error
-    check(len(plain) == length, "zstd: content")
+    check(len(plain) == content, "zstd: content")
     return plain
+
+
+class _Planes:
+    """A payload of planes, from front to back."""
+
+    def __init__(self, payload: bytes, decompress: Callable[[bytes], bytes] | None) -> None:
+        self.payload, self.at, self.decompress = payload, 0, decompress
+
+    def take(self, size: int) -> bytes:
+        check(self.at + size <= len(self.payload), "planes: end too early")
+        self.at += size
+        return self.payload[self.at - size : self.at]
+
+    def plane(self, count: int) -> bytes | None:
+        mode = self.take(1)[0]
+        check(mode <= 3, "planes: mode")
+        if mode == 0:
+            return self.take(count)
+        if mode == 1:
+            return self.take(1) * count
+        size = int.from_bytes(self.take(4), "little")
+        check(size + 4 < count, "planes: a frame that saves nothing")
+        if mode == 3:
+            return read_zstd(self.take(size), count, self.decompress)
+        return read_huffman(self.take(size), count)
+
+
+def read_huffman(data: bytes, count: int) -> bytes:
+    out = b""
+    while len(out) < count:
+        data, segment = read_segment(data, min(count - len(out), 1 << 17))
+        out += segment
+    check(not data, "huffman: bytes behind")
+    return out
+
+
+def read_segment(data: bytes, count: int) -> tuple[bytes, bytes]:
+    """What stands behind a segment, and what is in it."""
+    check(len(data) >= 3 and data[0] < data[1], "huffman: bytes")
+    first, last = data[0], data[1]
+    at = 2 + (last - first) // 2 + 1
+    check(len(data) >= at + 8, "huffman: cut")
+    halves = [half for byte in data[2:at] for half in (byte & 15, byte >> 4)]
+    lengths = dict(zip(range(first, last + 1), halves, strict=False))
+    check(lengths[first] and lengths[last] and not any(halves[len(lengths) :]), "huffman: ends")
+    check(max(halves) <= 11 and sum(2048 >> length for length in halves if length) == 2048, "huffman: lengths")
+    codes, code = {}, 0
+    for length in range(1, 12):
+        for byte, its in lengths.items():
+            if its == length:
+                codes[length, code] = byte
+                code += 1
+        code *= 2
+    sizes = struct.unpack_from("<4H", data, at)
+    at += 8
+    out, quarter = b"", -(-count // 4)
+    for number, size in enumerate(sizes):
+        check(at + size <= len(data), "huffman: stream cut")
+        out += read_codes(data[at : at + size], codes, max(min(quarter, count - number * quarter), 0))
+        at += size
+    return data[at:], out
+
+
+def read_codes(data: bytes, codes: dict, count: int) -> bytes:
+    bits = iter([byte >> bit & 1 for byte in data for bit in range(8)])
+    out = bytearray()
+    while len(out) < count:
+        length = code = 0
+        while (length, code) not in codes:
+            bit = next(bits, None)
+            check(bit is not None, "huffman: stream ends early")
+            length, code = length + 1, code << 1 | bit
+        out.append(codes[length, code])
+    rest = [*bits]
+    check(len(rest) < 8 and not any(rest), "huffman: bits behind")
+    return bytes(out)
+
+
+def decode_planes(
+    dtype: str, width: int, count: int, payload: bytes, decompress: Callable[[bytes], bytes] | None
+) -> bytes | None:
+    width, count = floats_of(dtype, width, count)
+    given = _Planes(payload, decompress)
+    form, blocks = given.take(1)[0], -(-count // 64)
+    check(form <= 2, "planes: first byte")
+    marked = [form == 0] * blocks
+    if form == 1:
+        bits = int.from_bytes(given.take(-(-blocks // 8)), "little")
+        check(0 < bits < (1 << blocks) - 1, "planes: marks")
+        marked = [bool(bits >> block & 1) for block in range(blocks)]
+    standing = [at for at in range(count) if marked[at // 64]]
+    planes = [given.plane(len(standing)) for _ in range(width if form < 2 else 0)]
+    check(given.at == len(payload), "planes: bytes behind")
+    if None in planes:
+        return None
+    out = bytearray(count * width)
+    for place, at in enumerate(standing):
+        number = int.from_bytes(bytes(plane[place] for plane in planes), "little")
+        if width > 1:
+            upper = number >> 8 * width - 16
+            number ^= (upper ^ (upper >> 1 | (upper & 1) << 15)) << 8 * width - 16
+        out[at * width : (at + 1) * width] = number.to_bytes(width, "little")
+    return bytes(out)
 
 
 def float32(value: float) -> float:
@@ -677,10 +799,12 @@ class _Reader:
         check(item.size is None or end <= item.size, "slice: past the end of the item")
         check(end <= LIMIT_STREAM, "limit: file")
         check(end % block_of(item.codec) == 0 or end == item.size, "slice: not whole blocks")
-        length = payload_length(item.codec, item.width, header.count)
+        length = payload_length(item.codec, item.dtype, item.width, header.count)
         if item.codec != [[RAW]]:
             check(max(length, header.length) <= LIMIT_DATA, "limit: data frame")
-        if len(item.codec) == 1:
+        if item.codec == [[PLANES]]:
+            check(header.length <= length, "slice: length")
+        elif len(item.codec) == 1:
             check(header.length == length, "slice: length")
         else:
             check(header.length <= length + length // 256 + 64, "zstd: longer than any compressor makes it")
@@ -688,12 +812,11 @@ class _Reader:
     def add_data(self, header: Header, payload: bytes) -> None:
         item = self.items[self.current]
         if header.count:
-            length = payload_length(item.codec, item.width, header.count)
-            plain = payload if len(item.codec) == 1 else read_zstd(payload, length, self.decompress)
-            if plain is None:
+            part = self.decoded(item, header.count, payload)
+            if part is None:
                 item.opaque = True
             else:
-                item.parts.append(decode_payload(item.codec, item.dtype, item.width, header.count, plain))
+                item.parts.append(part)
         item.done += header.count
         item.complete = item.done == item.size or header.count == 0
         if item.complete and item.kind == VALUE:
@@ -715,6 +838,17 @@ class _Reader:
             self.check_slice(whole)
             self.add_data(whole, payload[at : at + length])
             at += length
+
+    def decoded(self, item: Item, count: int, payload: bytes) -> bytes | None:
+        planes, length = item.codec[0] == [PLANES], payload_length(item.codec, item.dtype, item.width, count)
+        if len(item.codec) > 1:
+            plain = read_zstd(payload, length, self.decompress, exact=not planes)
+            if plain is None:
+                return None
+            payload = plain
+        if planes:
+            return decode_planes(item.dtype, item.width, count, payload, self.decompress)
+        return decode_payload(item.codec, item.dtype, item.width, count, payload)
 
     def build(self, item: Item) -> Any:
         """The value of `item`; both names of a tied tensor give one object."""

@@ -29,6 +29,7 @@ KEYS = {
     "speed": {"suite", "codec", "op", "impl", "threads", "size_mib", "gbps", "vs_memcpy"},
     "memory": {"suite", "mode", "codec", "model_mib", "sender_extra_mib", "receiver_extra_mib", "seconds"},
     "error": {"suite", "codec", "rel_l2", "max_abs", "sqnr_db"},
+    "lossless": {"suite", "data", "codec", "impl", "ratio", "encode_gbps", "decode_gbps"},
 }
 
 
@@ -271,10 +272,24 @@ def test_every_suite_has_a_picture(tmp_path: Path) -> None:
         *suite("error").run(Options(model="tiny", codecs=("raw", "nf4")), quiet),
         *speed_rows,
         memory_row,
+        {"suite": "lossless", "model": "tiny", "data": "bf16", "codec": "planes", "impl": "native", "ratio": 0.66},
     ]
     paths = plots.draw(rows, str(tmp_path / "new"))
     assert [path.name for path in paths] == [f"{name}.png" for name in SUITES]
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_lossless_rows_are_of_what_was_compressed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each contender, where it is installed, gives the content back, or there would be an error."""
+    assert main(["bench", "lossless", "--model", "tiny", "--codec", "planes", "zstd", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    ours = {(row["data"], row["codec"]): row["ratio"] for row in rows if row["impl"] in ("native", "numpy")}
+    assert [data for data, codec in ours if codec == "planes"] == ["bf16", "fp32", "bf16 in fp32"]
+    assert all(KEYS["lossless"] <= row.keys() for row in rows)
+    assert 0.64 < ours["bf16", "planes"] < 0.69 and 0.3 < ours["bf16 in fp32", "planes"] < 0.35
+    assert all(ours[data, "planes"] < ours[data, "raw|zstd"] for data, _ in ours)
+    assert "updates left out" in captured.err and "as planes" in captured.err
 
 
 def test_tables_align_numbers_and_leave_gaps() -> None:

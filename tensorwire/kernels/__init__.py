@@ -32,6 +32,7 @@ __all__ = [
     "accumulate_int8",
     "accumulate_linear",
     "blockwise_absmax",
+    "byte_histogram",
     "cast",
     "crc32c",
     "default_environment",
@@ -39,12 +40,17 @@ __all__ = [
     "dequantize_int8",
     "dequantize_linear",
     "get_threads",
+    "huffman_decode",
+    "huffman_encode",
     "implementation",
     "isa",
+    "merge_planes",
+    "nonzero_blocks",
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
     "set_threads",
+    "split_planes",
 ]
 
 
@@ -99,5 +105,11 @@ quantize_int8 = _module.quantize_int8
 dequantize_int8 = _module.dequantize_int8
 quantize_linear = _module.quantize_linear
 dequantize_linear = _module.dequantize_linear
+nonzero_blocks = _module.nonzero_blocks
+byte_histogram = _module.byte_histogram
+huffman_encode = _module.huffman_encode
+huffman_decode = _module.huffman_decode
+split_planes = _module.split_planes
+merge_planes = _module.merge_planes
 set_threads = _module.set_threads
 get_threads = _module.get_threads

@@ -9,7 +9,7 @@ may be shorter. Shapes, dtypes and errors are the contract of `tensorwire.kernel
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "accumulate_int8",
     "accumulate_linear",
     "blockwise_absmax",
+    "byte_histogram",
     "cast",
     "crc32c",
     "default_environment",
@@ -31,10 +32,15 @@ __all__ = [
     "dequantize_int8",
     "dequantize_linear",
     "get_threads",
+    "huffman_decode",
+    "huffman_encode",
+    "merge_planes",
+    "nonzero_blocks",
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
     "set_threads",
+    "split_planes",
 ]
 
 Array = npt.NDArray[Any]
@@ -594,6 +600,265 @@ def _sum(crc: Words | None, *outputs: Array) -> None:
     """Store the checksum of the outputs of an encoder, one after the other, where it is asked for."""
     if crc is not None:
         crc[0] = functools.reduce(lambda seed, output: crc32c(output, seed), outputs, 0)
+
+
+# ---- byte planes -------------------------------------------------------------------------------------------
+
+_PLANE_BLOCK: Final = 64  # elements that share a mark, and bytes that are counted together
+
+
+def nonzero_blocks(values: Array, marks: Array, *, blocksize: int) -> int:
+    """Mark the blocks that have a byte other than 0, lowest bit first; their number."""
+    blocksize = _check_blocksize(blocksize)
+    _check_array("values", values, np.uint8)
+    _check_array("marks", marks, np.uint8, output=True)
+    blocks = _blocks(values.size, blocksize)
+    _check_size("marks", marks, _blocks(blocks, 8))
+    _check_overlap({"marks": marks}, {"values": values})
+    nonzero = np.unique(np.flatnonzero(values) // blocksize)
+    bits = np.zeros(8 * marks.size, np.bool_)
+    bits[nonzero] = True
+    marks[:] = np.packbits(bits, bitorder="little")
+    return nonzero.size
+
+
+def byte_histogram(values: Array, counts: Words, *, every: int = 1) -> None:
+    """How often each byte stands in every so many blocks of 64."""
+    if operator.index(every) < 1:
+        raise ValueError(f"every: expected at least 1, got {every}")
+    _check_array("values", values, np.uint8)
+    _check_array("counts", counts, np.uint32, output=True)
+    _check_size("counts", counts, 256)
+    _check_overlap({"counts": counts}, {"values": values})
+    counted = np.arange(values.size) // _PLANE_BLOCK % every == 0
+    counts[:] = np.bincount(values[counted], minlength=256)
+
+
+def split_planes(values: Array, marks: Array, planes: Sequence[Array]) -> None:
+    """Byte p of each element, its upper 16 bits rotated left by one, to plane p; of the marked blocks."""
+    width = _check_planes(planes, output=True)
+    _check_array("values", values, np.uint8)
+    marked = _marked(marks, values.size, width)
+    for plane in planes:
+        _check_size("planes", plane, int(marked.sum()))
+    outputs = {f"planes {p}": plane for p, plane in enumerate(planes)}
+    _check_overlap(outputs, {"values": values, "marks": marks})
+    elements = values.reshape(-1, width)[marked]
+    _rotate(elements, 1)
+    for plane, column in zip(planes, elements.T, strict=True):
+        plane[:] = column
+
+
+def merge_planes(planes: Sequence[Array], marks: Array, out: Array) -> None:
+    """The elements whose bytes the planes are; a plane of one byte stands for that byte throughout."""
+    width = _check_planes(planes)
+    _check_array("out", out, np.uint8, output=True)
+    marked = _marked(marks, out.size, width)
+    for plane in planes:
+        if plane.size != 1:
+            _check_size("planes", plane, int(marked.sum()))
+    _check_overlap({"out": out}, {"marks": marks} | {f"planes {p}": plane for p, plane in enumerate(planes)})
+    elements = np.empty((int(marked.sum()), width), np.uint8)
+    for p, plane in enumerate(planes):
+        elements[:, p] = plane
+    _rotate(elements, 15)
+    whole = out.reshape(-1, width)
+    whole[~marked] = 0
+    whole[marked] = elements
+
+
+def _check_planes(planes: Sequence[Array], *, output: bool = False) -> int:
+    """The width of an element."""
+    if len(planes) not in (1, 2, 4, 8):
+        raise ValueError(f"planes: expected 1, 2, 4 or 8, got {len(planes)}")
+    for plane in planes:
+        _check_array("planes", plane, np.uint8, output=output)
+    return len(planes)
+
+
+def _marked(marks: Array, size: int, width: int) -> npt.NDArray[np.bool_]:
+    """Whether the block of each element is marked."""
+    if size % width:
+        raise ValueError(f"elements: expected a multiple of {width} bytes, got {size}")
+    blocks = _blocks(size // width, _PLANE_BLOCK)
+    _check_array("marks", marks, np.uint8)
+    _check_size("marks", marks, _blocks(blocks, 8))
+    bits = np.unpackbits(marks, bitorder="little").astype(np.bool_)
+    if bits[blocks:].any():
+        raise ValueError("marks: more than there are blocks")
+    return np.repeat(bits[:blocks], _PLANE_BLOCK)[: size // width]
+
+
+def _rotate(elements: Array, bits: int) -> None:
+    """Rotate the upper 16 bits of each element, a row of bytes, to the left."""
+    if elements.shape[1] > 1:
+        upper = np.ascontiguousarray(elements[:, -2:]).view("<u2")
+        elements[:, -2:] = (upper << bits | upper >> (16 - bits)).astype("<u2").view(np.uint8)
+
+
+# ---- Huffman codes -----------------------------------------------------------------------------------------
+
+# Bits of the longest code, bytes that share codes, and streams that their codes stand in (docs/format.md, section 6).
+_CODE_BITS: Final = 11
+_SEGMENT: Final = 1 << 17
+_STREAMS: Final = 4
+_BEHIND: Final = 8  # bytes that may be written behind them
+
+
+def huffman_encode(values: Array, codes: Array) -> int:
+    """Segment after segment; the bytes they take, or 0 where there is no room for them."""
+    _check_array("values", values, np.uint8)
+    _check_array("codes", codes, np.uint8, output=True)
+    _check_overlap({"codes": codes}, {"values": values})
+    at = 0
+    for start in range(0, values.size, _SEGMENT):
+        segment = values[start : start + _SEGMENT]
+        counts = np.bincount(segment, minlength=256)
+        lengths = _code_lengths(counts.tolist())
+        first, last = (int(found) for found in np.flatnonzero(lengths)[[0, -1]])
+        halves = np.append(lengths[first : last + 1], np.zeros((last - first + 1) % 2, np.int64)).reshape(-1, 2)
+        streams = [_code_stream(part, lengths) for part in _quarters(segment)]
+        sizes = np.array([stream.size for stream in streams], "<u2").view(np.uint8)
+        made = np.concatenate([[first, last], halves[:, 0] | halves[:, 1] << 4, sizes, *streams]).astype(np.uint8)
+        if made.size + _BEHIND > codes.size - at:
+            return 0
+        codes[at : at + made.size] = made
+        at += made.size
+    return at
+
+
+def huffman_decode(codes: Array, out: Array) -> bool:
+    """Segment after segment; whether an encoder writes such ones."""
+    _check_array("codes", codes, np.uint8)
+    _check_array("out", out, np.uint8, output=True)
+    _check_overlap({"out": out}, {"codes": codes})
+    at = 0
+    for start in range(0, out.size, _SEGMENT):
+        taken = _decode_segment(codes[at:], out[start : start + _SEGMENT])
+        if not taken:
+            return False
+        at += taken
+    return at == codes.size
+
+
+def _quarters(segment: Array) -> list[Array]:
+    size = _blocks(segment.size, _STREAMS)
+    return [segment[s * size : (s + 1) * size] for s in range(_STREAMS)]
+
+
+def _code_lengths(counts: list[int]) -> Array:
+    """Lengths of the codes of bytes that occur so often, 0 for those that do not."""
+    order = sorted((byte for byte in range(256) if counts[byte]), key=lambda byte: (counts[byte], byte))
+    weights = [counts[byte] for byte in order]
+    if len(order) == 1:  # there is no code without a bit: another byte gets one, too
+        order.append(0 if order[0] else 1)
+        weights *= 2
+    depths = [min(depth, _CODE_BITS) for depth in _depths(weights)]
+    whole, used = 1 << _CODE_BITS, sum(1 << _CODE_BITS - depth for depth in depths)
+    at = 0
+    while used > whole:  # the rarest get longer codes until all fit
+        if depths[at] < _CODE_BITS:
+            depths[at] += 1
+            used -= whole >> depths[at]
+        at = (at + 1) % len(depths)
+    while used < whole:  # then the most frequent shorter ones
+        for at in reversed(range(len(depths))):
+            if used + (whole >> depths[at]) <= whole:
+                used += whole >> depths[at]
+                depths[at] -= 1
+    lengths = np.zeros(256, np.int64)
+    lengths[order] = depths
+    return lengths
+
+
+def _depths(weights: list[int]) -> list[int]:
+    """Of the leaves of a Huffman tree, whose weights ascend. Of equal weights a leaf is taken first."""
+    leaves, weights = len(weights), [*weights]
+    parents = [0] * (2 * leaves - 1)
+    leaf, inner = 0, leaves
+    for node in range(leaves, 2 * leaves - 1):
+        weights.append(0)
+        for _ in range(2):
+            if leaf < leaves and (inner == node or weights[leaf] <= weights[inner]):
+                taken, leaf = leaf, leaf + 1
+            else:
+                taken, inner = inner, inner + 1
+            parents[taken] = node
+            weights[node] += weights[taken]
+    depths = [0] * (2 * leaves - 1)
+    for node in reversed(range(2 * leaves - 2)):
+        depths[node] = depths[parents[node]] + 1
+    return depths[:leaves]
+
+
+def _canonical_codes(lengths: Array) -> Array:
+    """Codes by length and then by byte, their first bit the lowest."""
+    codes, following = np.zeros(256, np.int64), 0
+    for length in range(1, _CODE_BITS + 1):
+        for byte in np.flatnonzero(lengths == length):
+            codes[byte] = int(f"{following:0{length}b}"[::-1], 2)
+            following += 1
+        following *= 2
+    return codes
+
+
+def _code_stream(values: Array, lengths: Array) -> Array:
+    """The codes of some bytes, one behind the other from the lowest bit on."""
+    codes, sizes = _canonical_codes(lengths)[values], lengths[values]
+    ends = np.cumsum(sizes)
+    bits = np.zeros(int(ends[-1]) if ends.size else 0, np.uint8)
+    for bit in range(_CODE_BITS):
+        longer = sizes > bit
+        bits[(ends - sizes + bit)[longer]] = (codes >> bit & 1)[longer]
+    return np.packbits(bits, bitorder="little")
+
+
+def _decode_segment(data: Array, out: Array) -> int:
+    """The bytes that the segment takes, 0 where no encoder writes such ones."""
+    if data.size < 3 or data[0] >= data[1]:
+        return 0
+    first, last = int(data[0]), int(data[1])
+    at = 2 + (last - first) // 2 + 1
+    halves = np.stack([data[2:at] & 15, data[2:at] >> 4], axis=1).reshape(-1)
+    if data.size < at + 2 * _STREAMS or halves[last - first + 1 :].any() or halves.max() > _CODE_BITS:
+        return 0
+    lengths = np.zeros(256, np.int64)
+    lengths[first : last + 1] = halves[: last - first + 1]
+    used = int((1 << _CODE_BITS >> lengths[lengths > 0]).sum())
+    if used != 1 << _CODE_BITS or not lengths[first] or not lengths[last]:
+        return 0
+    sizes = data[at : at + 2 * _STREAMS].view("<u2").tolist()
+    at += 2 * _STREAMS
+    if at + sum(sizes) > data.size:
+        return 0
+    good = True
+    for size, part in zip(sizes, _quarters(out), strict=True):
+        good &= _decode_stream(data[at : at + size], lengths, part)
+        at += size
+    return at if good else 0
+
+
+def _decode_stream(data: Array, lengths: Array, out: Array) -> bool:
+    """Whether the codes of so many bytes stand there, and zeros behind them."""
+    window = np.arange(1 << _CODE_BITS)
+    bytes_of, bits_of = np.zeros((2, window.size), np.int64)
+    codes = _canonical_codes(lengths)
+    for byte in np.flatnonzero(lengths):
+        mine = window & ((1 << lengths[byte]) - 1) == codes[byte]
+        bytes_of[mine], bits_of[mine] = byte, lengths[byte]
+    bits = np.append(np.unpackbits(data, bitorder="little"), np.zeros(_CODE_BITS, np.uint8)).astype(np.int64)
+    windows = np.zeros(bits.size - _CODE_BITS, np.int64)
+    for bit in range(_CODE_BITS):
+        windows |= bits[bit : bit + windows.size] << bit
+    steps, end, at = bits_of[windows].tolist(), 8 * data.size, 0
+    places = []
+    for _ in range(out.size):
+        if at >= end:
+            return False
+        places.append(at)
+        at += steps[at]
+    out[:] = bytes_of[windows[places]]
+    return _blocks(at, 8) == data.size and not bits[at:].any()
 
 
 def set_threads(count: int) -> None:

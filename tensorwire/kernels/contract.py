@@ -3,6 +3,7 @@
 The type checker holds each of the three modules against `Kernels`; tests hold their results against one another.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
@@ -132,6 +133,34 @@ class HostKernels(Kernels, Protocol):
         blocksize: int,
     ) -> bool:
         """Sums += weight * what `dequantize_linear` gives, and its verdict."""
+
+    def nonzero_blocks(self, values: Bytes, marks: Bytes, *, blocksize: int) -> int:
+        """Set bit i of `marks`, lowest first, where block i has a byte that is not 0, no other; how many are set."""
+
+    def byte_histogram(self, values: Bytes, counts: npt.NDArray[np.uint32], *, every: int = 1) -> None:
+        """counts[b] = how often byte b stands in blocks 0, every, 2 * every, ... of 64 bytes."""
+
+    def huffman_encode(self, values: Bytes, codes: Bytes) -> int:
+        """Write `values` in Huffman codes; the bytes that they take.
+
+        0: there is no room for them and 8 bytes behind. `codes` holds anything beyond.
+        """
+
+    def huffman_decode(self, codes: Bytes, out: Bytes) -> bool:
+        """What `huffman_encode` was given, of the length of `out`; False: codes that it never makes."""
+
+    def split_planes(self, values: Bytes, marks: Bytes, planes: Sequence[Bytes]) -> None:
+        """The bytes of elements, one array for each, lowest first, of the blocks of 64 elements that are marked.
+
+        The width of an element, 1, 2, 4 or 8 bytes, is the number of planes. The upper 16 bits of an element are
+        rotated left by one first: a sign stands below its exponent then.
+        """
+
+    def merge_planes(self, planes: Sequence[Bytes], marks: Bytes, out: Bytes) -> None:
+        """What `split_planes` was given, with zeros in blocks that are not marked.
+
+        A plane of one byte stands for that byte throughout.
+        """
 
     def default_environment(self) -> AbstractContextManager[Any]:
         """In it this thread rounds to nearest even and keeps subnormals, whatever the host has set."""

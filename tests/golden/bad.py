@@ -17,7 +17,7 @@ Layout = Callable[..., bytes]
 BAD: dict[str, tuple[str, str, Callable[..., bytes]]] = {}
 
 TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
-RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, ZSTD = 1, 2, 3, 4, 5, 6, 7, 64
+RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, PLANES, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 64
 BOOL, UINT8, INT64, FLOAT16, FLOAT32, FLOAT64 = 1, 2, 9, 16, 18, 19
 START = Frame(STREAM, packb({"align": 1}))
 
@@ -571,6 +571,62 @@ bad(
     "FormatError",
     "unused half",
     carried(zstd_frame(scales(ONE) + b"\x12\x34"), 3, [[NF4, 64, 0], [ZSTD]]),
+)
+
+# 200 float32: 4 blocks of 64, the last of 8. Planes of 200 bytes: three raw or constant, then the last.
+SAME = b"\x01\x07"
+HUFFMAN = b"\0" + SAME * 3 + b"\x02"
+ZEROS = [bytes(7)] * 4  # four streams of 50 codes of one bit
+
+
+def huffman(lengths: bytes, streams: list[bytes], *, cut: int = 0) -> bytes:
+    codes = lengths + struct.pack("<4H", *map(len, streams[:4])) + b"".join(streams)
+    codes = codes[: len(codes) - cut]
+    return HUFFMAN + struct.pack("<I", len(codes)) + codes
+
+
+for name, says, payload in (
+    ("first-byte-3", "what stands of a slice is 3", b"\x03" + SAME * 4),
+    ("mode-4", "mode of a plane is 4", b"\0" + SAME * 3 + b"\x04\x07"),
+    ("cut", "end after", b"\0" + SAME * 3),
+    ("raw-cut", "end after", b"\0" + SAME * 3 + b"\0" + bytes(199)),
+    ("behind", "1 bytes behind", b"\0" + SAME * 4 + b"\0"),
+    ("behind-nothing", "1 bytes behind", b"\x02\0"),
+    ("marks-none", "0 of 4 blocks", b"\x01\0" + SAME * 4),
+    ("marks-all", "4 of 4 blocks", b"\x01\x0f" + SAME * 4),
+    ("marks-beyond", "blocks of a slice", b"\x01\x11" + SAME * 4),
+    ("marks-cut", "end after", b"\x01"),
+    ("raw-of-unmarked", "64 bytes behind", b"\x01\x05" + SAME * 3 + b"\0" + bytes(192)),
+    ("frame-saves-nothing", "saves nothing", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 196) + bytes(196)),
+    ("frame-cut", "end after", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 100) + bytes(99)),
+    ("frame-garbage", "not a zstd frame", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 4) + b"zstd"),
+    ("frame-short", "must say 200", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 15) + zstd_frame(b"abc")),
+    ("huffman-empty", "no Huffman codes", HUFFMAN + struct.pack("<I", 0)),
+    ("huffman-one-code", "no Huffman codes", huffman(b"\x05\x05\x01", ZEROS)),
+    ("huffman-incomplete", "no Huffman codes", huffman(b"\x05\x06\x21", ZEROS)),
+    ("huffman-too-many", "no Huffman codes", huffman(b"\x05\x07\x11\x01", ZEROS)),
+    ("huffman-length-12", "no Huffman codes", huffman(b"\x05\x06\xc1", ZEROS)),
+    ("huffman-unused-half", "no Huffman codes", huffman(b"\x05\x07\x21\x12", ZEROS)),
+    ("huffman-first-without-code", "no Huffman codes", huffman(b"\x05\x07\x10\x01", ZEROS)),
+    ("huffman-stream-short", "no Huffman codes", huffman(b"\x05\x06\x11", [*ZEROS[:3], bytes(6)])),
+    ("huffman-stream-long", "no Huffman codes", huffman(b"\x05\x06\x11", [*ZEROS[:3], bytes(8)])),
+    ("huffman-bits-behind", "no Huffman codes", huffman(b"\x05\x06\x11", [*ZEROS[:3], b"\0\0\0\0\0\0\x80"])),
+    ("huffman-stream-cut", "no Huffman codes", huffman(b"\x05\x06\x11", ZEROS, cut=1)),
+    ("huffman-behind", "no Huffman codes", huffman(b"\x05\x06\x11", [*ZEROS, b"\0"])),
+    ("longer", "at most", bytes(2 + 4 * 201 + 1)),
+):
+    bad(f"planes-{name}", "FormatError", says, carried(payload, 200, [[PLANES]], FLOAT32))
+# A frame that says 200 bytes, of 128 KiB that repeat: never unpacked.
+RUN = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", 200) + (131_072 << 3 | 3).to_bytes(3, "little") + b"x"
+bomb = b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", len(RUN)) + RUN
+bad("planes-bomb", "FormatError", "zstd block", carried(bomb, 200, [[PLANES]], FLOAT32))
+bad("planes-of-integers", "FormatError", "cannot carry", (START, ROOT, tensor(1, ["a"], [3], INT64, [[PLANES]])))
+bad("planes-parameter", "FormatError", "0 parameters", (START, ROOT, tensor(1, ["a"], [3], FLOAT32, [[PLANES, 1]])))
+bad(
+    "planes-inside-zstd",
+    "FormatError",
+    "mode of a plane",
+    carried(zstd_frame(b"\0\x09"), 200, [[PLANES], [ZSTD]], FLOAT32),
 )
 
 

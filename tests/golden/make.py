@@ -302,6 +302,29 @@ def zstd() -> bytes:
 
 
 @golden
+def planes() -> bytes:
+    """Planes that stand raw, constant and compressed; blocks left out; all zeros; each width."""
+    values = weights(1500, "planes")
+    update = weights(1500, "update")
+    update[64:1472] = 0
+    tensors = {
+        "f16": values.astype(np.float16),
+        "bf16": bfloat16(values),
+        "f32": values,
+        "f64": values.astype(np.float64),
+        "c64": values.view(np.complex64),
+        "f8": bits(np.frombuffer(random_bytes(200, "planes f8"), np.uint8) & 0x83, "float8_e5m2"),
+        "bf16 in f32": (values.view(np.uint32) & 0xFFFF0000).view(np.float32),
+        "update": update,
+        "zeros": np.zeros(100, np.float32),
+        "special": SPECIAL,
+        "scalar": np.float64(0.1),
+        "integers": np.arange(5),
+    }
+    return tw.dumps(tensors, codec={"update": "planes|zstd", "*": "planes"})
+
+
+@golden
 def slices() -> bytes:
     tensors = {"raw": np.zeros(4049, np.uint8), "nf4": np.zeros(7169, np.float32), "text": "v" * 4048}
     tensors["raw"][-1] = tensors["nf4"][-1] = tensors["nf4"][0] = 1
