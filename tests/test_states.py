@@ -85,7 +85,7 @@ def wanted(stage: tuple, count: int, dtype: str, payload: bytes) -> bytes | None
     """What the reference reader decodes a state to; None where it refuses."""
     codec = [[*stage]]
     width = reference.DTYPES[NUMBERS[dtype]][1]
-    if reference.payload_length(codec, width, count) != len(payload):
+    if reference.payload_length(codec, dtype, width, count) != len(payload):
         return None
     try:
         return reference.decode_payload(codec, dtype, width, count, payload)
