@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Final
 
+from tensorwire.errors import ArgumentError
+
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -53,6 +55,12 @@ class Limits:
     """A whole stream on the wire: a model of two trillion parameters has 8 TiB in float32, and its optimizer twice
     that."""
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 0:
+                raise ArgumentError(f"the limit {field.name} is a whole number from 0 on, not {value!r:.40}")
+
     def __repr__(self) -> str:
         """What differs from the defaults: signatures show `Limits()`."""
         given = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
@@ -60,3 +68,9 @@ class Limits:
 
 
 DEFAULT: Final = Limits()
+
+
+def check_limits(limits: object) -> None:
+    """Raise ArgumentError for anything but `Limits`: for None, say, which does not mean that there are none."""
+    if not isinstance(limits, Limits):
+        raise ArgumentError(f"limits is a tensorwire.Limits, not {type(limits).__name__}; Limits() has the defaults")

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -319,6 +320,32 @@ def test_an_npz_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
         tensorwire.save_file(obj, tmp_path / "in.tw")
         assert run("decode", tmp_path / "in.tw", tmp_path / "out.npz") == 1
         assert not (tmp_path / "out.npz").exists()
+
+
+def test_an_archive_holds_no_paths_that_lead_out_of_it(tmp_path: Path) -> None:
+    """A name is data: neither what it was sent as, nor where an item stood, may become a place when it is unpacked."""
+    names = ["../../.ssh/keys", "/etc/cron.d/x", "C:x", "a\\..\\b", "ok", "dense/kernel:0"]
+    value = {name: np.full(3, number) for number, name in enumerate(names)} | {"m": {"w": np.ones(2)}}
+    tensorwire.save_file(value, tmp_path / "in.tw")
+    assert run("decode", tmp_path / "in.tw", tmp_path / "out.npz") == 0
+    with np.load(tmp_path / "out.npz") as got:
+        assert len(got.files) == len(names) + 1 and "dense/kernel:0" in got.files and "%2Fm/w" in got.files
+        for name in got.files:
+            assert ".." not in name.split("/") and name[0] != "/" and "\\" not in name and not name.startswith("C:")
+    tensorwire.save_file({"": np.zeros(3), "arr_0": np.ones(3)}, tmp_path / "two.tw")
+    assert run("decode", tmp_path / "two.tw", tmp_path / "two.npz") in (0, 1)
+    if (tmp_path / "two.npz").exists():
+        assert len(np.load(tmp_path / "two.npz").files) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_model_in_a_named_pipe_is_read(npz: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe.npz").write_bytes(npz.read_bytes()))
+    writer.start()
+    assert run("encode", tmp_path / "pipe.npz", tmp_path / "a.tw") == 0
+    writer.join()
+    assert tensorwire.load_file(tmp_path / "a.tw").keys() == MODEL.keys()
 
 
 def test_a_state_dict_of_a_module_is_a_model() -> None:

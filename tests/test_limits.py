@@ -12,6 +12,7 @@ import tensorwire
 import tensorwire.numpy as tw
 from tensorwire import EncodeError, LimitError, Limits
 from tensorwire.dtypes import FLOAT32
+from tensorwire.errors import ArgumentError
 from tensorwire.limits import DEFAULT, GIB, TIB
 from tensorwire.wire import TensorItem
 from tensorwire.wire.items import ItemPacker
@@ -103,3 +104,28 @@ def test_a_function_of_files_names_the_limit(tmp_path: Path):
     tw.save_file({"x": np.zeros(100)}, tmp_path / "x.tw")
     with pytest.raises(LimitError, match=r"Limits\(item="):
         tw.load_file(tmp_path / "x.tw", limits=Limits(item=100))
+
+
+@pytest.mark.parametrize("limits", [None, {}, 3, "stream=1"])
+def test_what_is_no_limits_is_refused_in_words(limits: Any):
+    for call in (lambda: tw.dumps(MODEL, limits=limits), lambda: tw.loads(tw.dumps({}), limits=limits)):
+        with pytest.raises(ArgumentError, match=r"limits is a tensorwire\.Limits, not"):
+            call()
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "1", True, None])
+def test_a_limit_is_a_whole_number(value: Any):
+    with pytest.raises(ArgumentError, match="the limit items is a whole number"):
+        Limits(items=value)
+
+
+@pytest.mark.parametrize("metadata", ["x", 3, ["a"], {"a": 1}, {"a": "\ud800"}])
+def test_metadata_that_cannot_travel_is_refused_in_words(metadata: Any):
+    with pytest.raises(EncodeError, match="metadata"):
+        tw.dumps(MODEL, metadata=metadata)
+
+
+@pytest.mark.parametrize("into", [3, "x", [ONE]])
+def test_what_is_to_be_filled_is_a_mapping(into: Any):
+    with pytest.raises(ArgumentError, match="into= maps names to tensors"):
+        list(tw.decode(tw.dumps(MODEL), into=into))

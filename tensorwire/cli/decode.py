@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -41,6 +42,7 @@ examples:
 """
 KINDS: Final = ("safetensors", "npz", "npy", "pt", "file")
 _SUFFIXES: Final = {".safetensors": "safetensors", ".npz": "npz", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
+_DRIVE: Final = re.compile("[A-Za-z]:")
 _NAMES: Final = "*.safetensors, *.npz, *.npy or *.pt"
 
 
@@ -115,11 +117,30 @@ def write(source: Iterator[bytes], path: str, kind: str, limits: Limits) -> None
 
 
 def _decode_npz(source: Iterator[bytes], path: str, limits: Limits) -> None:
+    keys: set[str] = set()
     with _file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, value in tensorwire.decode(source, limits=limits):
             _check_array(name, value, "npz")
-            with archive.open(f"{name or 'arr_0'}.npy", "w", force_zip64=True) as entry:
+            key = entry_name(name)
+            if key in keys:
+                raise SchemaError(f"two items would be {show(key)} in a .npz file; use .pt", item=name)
+            keys.add(key)
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, value, allow_pickle=False)
+
+
+def entry_name(name: str) -> str:
+    """What an item is called in a .npz file: its name, but never a path that leads out of where it is unpacked.
+
+    What would make it one is escaped as in URLs: /a/b is %2Fa/b.
+    """
+    parts = ["%2E" * len(part) if part in (".", "..") else part for part in name.replace("\\", "%5C").split("/")]
+    safe = "/".join(parts)
+    if safe.startswith("/"):
+        safe = "%2F" + safe[1:]
+    if _DRIVE.match(safe):
+        safe = safe.replace(":", "%3A", 1)
+    return safe or "arr_0"
 
 
 def _decode_npy(source: Iterator[bytes], path: str, limits: Limits) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,17 +121,22 @@ def add_kind(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Input]:
-    """What a command line names as `input`. A model on stdin, which takes seeking, waits in a temporary file."""
+    """What a command line names as `input`. A model on stdin or in a pipe, which cannot seek, is copied first."""
     path, codec, limits = arguments.input, arguments.codec, arguments.limits
     sharded = os.path.isdir(path) or path.endswith(_INDEX)
     kind = arguments.kind or ("safetensors" if sharded else _SUFFIXES.get(Path(path).suffix.lower(), "file"))
-    if path != PIPE or kind == "file":
+    seekable = path != PIPE and (os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path))
+    if seekable or kind == "file":
         yield Input(path, kind, codec, limits)
         return
     with scratch() as copy:
-        with open(copy, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK)
+        with open(copy, "wb") as file, _raw(path) as source:
+            shutil.copyfileobj(source, file, _CHUNK)
         yield Input(copy, kind, codec, limits)
+
+
+def _raw(path: str) -> AbstractContextManager[Any]:
+    return nullcontext(sys.stdin.buffer) if path == PIPE else open(path, "rb")
 
 
 def _checkpoint(path: str) -> Any:

@@ -20,7 +20,7 @@ from tensorwire import dtypes
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec, Encoded
 from tensorwire.errors import EncodeError, LimitError, NonFiniteError, WireError
-from tensorwire.limits import DEFAULT, Limits
+from tensorwire.limits import DEFAULT, Limits, check_limits
 from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, as_pair, flatten
@@ -78,10 +78,22 @@ def encode(
 
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:
     """StreamInfo in canonical form. Raises EncodeError for metadata that is not text."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise EncodeError(f"metadata must map text to text; it is a {type(metadata).__name__}")
     pairs = tuple((metadata or {}).items())
     if not all(type(key) is str and type(text) is str for key, text in pairs):
         raise EncodeError("metadata must map text to text")
+    if not all(_travels(key) and _travels(text) for key, text in pairs):
+        raise EncodeError("metadata with lone surrogates cannot be sent: it is no UTF-8")
     return StreamInfo(align=ALIGNMENT if at_rest else 1, id=stream_id, metadata=tuple(sorted(pairs)))
+
+
+def _travels(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _EncodedSlice(NamedTuple):
@@ -122,6 +134,7 @@ class Sender:
         late: Late | None = None,
         report: Report | None = None,
     ) -> None:
+        check_limits(limits)
         if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
             raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
         self._writer = Writer(crc32c, limits, index=at_rest)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tensorwire.dtypes import DType
-from tensorwire.errors import SchemaError
+from tensorwire.errors import ArgumentError, SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import FixedMemory, GrowingMemory
 from tensorwire.streams.receiver import Completed, Event, ItemStart, Piece, Receiver, check_codec, reject_files
@@ -109,6 +109,8 @@ class _Memory:
         limits: Limits,
         base: bytes | None,
     ) -> None:
+        if into is not None and not isinstance(into, Mapping):
+            raise ArgumentError(f"into= maps names to tensors to be filled; it is a {type(into).__name__}")
         self._front = front
         self._into = dict(into or {})
         self._metadata = metadata_into

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError, WireError
-from tensorwire.limits import Limits
+from tensorwire.limits import Limits, check_limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
     LEAST_BUNDLED,
@@ -135,6 +135,7 @@ class Ledger:
     )
 
     def __init__(self, limits: Limits, preamble: bytes | None, link: int) -> None:
+        check_limits(limits)
         self.limits = limits
         self.state = State.OPENING
         self.sequence = 0  # of the next frame
