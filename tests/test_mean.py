@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 import tensorwire
+from tensorwire.checksum import crc32c
+from tensorwire.dtypes import FLOAT32
 from tensorwire.errors import EncodeError, SchemaError
+from tensorwire.limits import DEFAULT
+from tensorwire.streams import stream_info
 from tensorwire.updates import (
     ErrorFeedback,
     Rules,
@@ -30,6 +34,7 @@ from tensorwire.updates import (
     views,
     without_outliers,
 )
+from tensorwire.wire import ContainerItem, Kind, TensorItem, Writer
 
 TERMS = Terms("run", 7, "ab" * 32, "c", "weights")
 
@@ -225,6 +230,19 @@ def test_what_is_accepted_can_be_sent_again(down):
         assert joined(encode(views(model), TERMS, codec=down))
 
 
+def test_an_update_in_slices_of_one_element_is_refused():
+    model = {"w": np.zeros(100_000, np.float32)}
+    writer = Writer(crc32c, DEFAULT)
+    parts = [writer.start(stream_info(replace(TERMS, kind="difference").metadata()))]
+    parts += writer.items([ContainerItem((), Kind.DICT), TensorItem(("w",), FLOAT32, (100_000,), ((1,),))])
+    for number in range(2000):
+        data = np.ones(1, np.float32).tobytes()
+        parts += [writer.data(number, 1, 4, crc32c(data)), data]
+    with pytest.raises(UpdateError, match="larger frames") as caught:
+        check_update(b"".join(parts), model, TERMS)
+    assert caught.value.reason == "cost"
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux counts them here")
 def test_files_are_open_in_turns(tmp_path):
     model, updates = {"w": np.zeros(8, np.float32)}, []
@@ -235,7 +253,7 @@ def test_files_are_open_in_turns(tmp_path):
         with path.open("rb", buffering=0) as file:
             updates.append(check_update(file, model, terms, recording=path))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
     try:
         average(updates, into=model)
     finally:

@@ -28,6 +28,7 @@ Recording = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 # Elements that are worked on at a time: float64 temporaries of this size stay in the second-level cache.
 _BLOCK: Final = 1 << 15
+_SLICE: Final = 2048  # bytes of elements that the slices of an update must have on average
 # The largest finite number of each dtype that is averaged; of complex ones, of their parts.
 _LARGEST: Final = {
     dtypes.FLOAT16: 65504.0,
@@ -47,7 +48,7 @@ _NO_NUMBERS: Final = (dtypes.FLOAT8_E8M0FNU, dtypes.FLOAT4_E2M1FN_X2)
 
 
 class UpdateError(TensorwireError, ValueError):
-    """A whole, well-formed update that must not count. `reason`: stale, client, weight, finite, norm or hook."""
+    """A whole, well-formed update that must not count. `reason`: stale, client, weight, cost, finite, norm or hook."""
 
     def __init__(self, detail: str, *, reason: str, item: object = None) -> None:
         super().__init__(detail, item=item)
@@ -154,15 +155,25 @@ def check_update(
             raise SchemaError(f"items come in another order: {name!r} was expected here")
 
     pieces = Pieces(source, open_item, limits=rules.limits)
-    energy = 0.0
+    energy, left = 0.0, _most_slices(model)
     for piece in pieces:
         assert terms is not None
+        left -= 1
+        if left < 0:
+            detail = f"the update comes in slices of less than {_SLICE} bytes on average: send it in larger frames"
+            raise UpdateError(detail, reason="cost", item=piece.item.name)
         if is_calculated(piece.dtype):
             energy += _energy(piece, place_of_piece(model, piece), terms.kind, highest[key_of(piece.item)])
     schema.check_complete()
     assert terms is not None
     update = Update(terms, source if recording is None else recording, math.sqrt(energy), pieces.digest)
     return _judged(update, rules, tensorwire.schema(model))
+
+
+def _most_slices(model: Arrays) -> int:
+    """How many slices an update may come in: each costs some 50 us, whatever is in it."""
+    size = sum(view.numel * view.dtype.itemsize for view in views(model).values())
+    return 2 * len(model) + size // _SLICE + 16
 
 
 def _blocks(

@@ -34,7 +34,7 @@ from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.reading import Float64, OpenFiles, Reader, Values
 from tensorwire.wire import TensorItem
 
-_OPEN: Final = 64
+_OPEN: Final = 16
 # Numbers that the mean is worked out for at a time: temporaries of this size stay in the second-level cache.
 _BLOCK: Final = 1 << 15
 
