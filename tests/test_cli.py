@@ -338,6 +338,13 @@ def test_an_archive_holds_no_paths_that_lead_out_of_it(tmp_path: Path) -> None:
         assert len(np.load(tmp_path / "two.npz").files) == 2
 
 
+def test_json_says_what_is_wrong_with_the_file_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path / "missing.tw", tmp_path):
+        assert run("verify", path, "--json") == 3
+        said = json.loads(capsys.readouterr().out)
+        assert said["ok"] is False and str(path) in said["error"]["detail"]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_a_model_in_a_named_pipe_is_read(npz: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npz")

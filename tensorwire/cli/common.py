@@ -284,10 +284,11 @@ def line_width(out: TextIO) -> int | None:
     return shutil.get_terminal_size().columns if out.isatty() else None
 
 
-def error_fields(error: TensorwireError) -> dict[str, object]:
+def error_fields(error: TensorwireError | OSError) -> dict[str, object]:
     """An error as JSON has it."""
-    where = {key: getattr(error, key) for key in ("frame", "item", "offset")}
-    return {"kind": type(error).__name__, "detail": error.detail, **where}
+    where = {key: getattr(error, key, None) for key in ("frame", "item", "offset")}
+    detail = error.detail if isinstance(error, TensorwireError) else str(error)
+    return {"kind": type(error).__name__, "detail": detail, **where}
 
 
 def print_json(value: object) -> None:

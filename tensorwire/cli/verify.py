@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.cli.common import PIPE, UsageError, add_limits, error_fields, print_json, read_key, reading, verb
-from tensorwire.errors import AuthError, WireError
+from tensorwire.errors import TensorwireError
 from tensorwire.files import authenticity
 
 _TEXT: Final = """\
@@ -37,14 +37,9 @@ def add_parser(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         _check_origin(arguments)
-    except AuthError as error:
-        if arguments.json:
-            print_json({"ok": False, "error": error_fields(error)})
-        raise
-    try:
         with reading(arguments.input, hashed=arguments.sha256) as source:
             verified = tensorwire.verify(source, limits=arguments.limits)
-    except WireError as error:
+    except (TensorwireError, OSError) as error:
         if arguments.json:
             print_json({"ok": False, "error": error_fields(error)})
         raise
