@@ -1,6 +1,7 @@
 """What all tests share: the package under test, how hard the property tests try, and which tests are slow."""
 
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -27,6 +28,12 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60
                           suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
 settings.register_profile("exhaustive", settings.get_profile("ci"), max_examples=600, derandomize=False)
 settings.load_profile("exhaustive" if EXHAUSTIVE else "ci")
+
+
+# Signals that whoever started the tests ignores (nohup, a shell's background) end what they start all the same.
+for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL), ("SIGTERM", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), default)
 
 
 def pytest_report_header() -> str:
