@@ -24,6 +24,8 @@ from tensorwire.files import safetensors
 
 _LOCAL: Final = ("encode", "decode", "inspect", "verify", "digest")
 HOME: Final = Path(tensorwire.__file__).parents[1]
+# As the installed command, which does not look for packages in the current folder.
+COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.cli import main; sys.exit(main())"
 MODEL: Final = {
     "w": (np.random.default_rng(1).standard_normal((64, 130)) * 0.02).astype(np.float32),
     "w.bias": np.arange(130, dtype=np.float32),
@@ -51,7 +53,7 @@ def run(*arguments: object) -> int:
 def process(*arguments: object, **options: Any) -> "subprocess.Popen[bytes]":
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {"env": {**os.environ, "PYTHONPATH": str(HOME)}}
-    return subprocess.Popen([sys.executable, "-m", "tensorwire", *map(str, arguments)], **pipes | environment | options)
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)], **pipes | environment | options)
 
 
 def contents(folder: Path) -> dict[str, str]:
