@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +72,11 @@ WRITING: Final[list[tuple[str, str, str]]] = [
     ("decode", "array.tw", "out.npy"),
     ("decode", "file.tw", "out.bin"),
 ]
-writing = pytest.mark.parametrize(("verb", "source", "target"), WRITING)
+WITHOUT_TORCH: Final = pytest.mark.skipif(find_spec("torch") is None, reason="a .pt file takes torch")
+writing = pytest.mark.parametrize(
+    ("verb", "source", "target"),
+    [pytest.param(*each, marks=[WITHOUT_TORCH] if each[2].endswith(".pt") else []) for each in WRITING],
+)
 
 
 # Names
