@@ -1,6 +1,7 @@
 """The Python snippets of README and docs run, page by page, as a reader would type them."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+import tensorwire
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
@@ -29,24 +32,30 @@ def imported(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_snippets_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_snippets(page, capsys)
+def test_snippets_run(page: Path, tmp_path: Path) -> None:
+    check_snippets(page, tmp_path)
 
 
 @pytest.mark.parametrize("page", RECIPES, ids=lambda path: path.name)
-def test_recipes_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_snippets(page, capsys)
+def test_recipes_run(page: Path, tmp_path: Path) -> None:
+    check_snippets(page, tmp_path)
 
 
-def check_snippets(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A page runs from top to bottom; a comment behind a `print` is what it prints."""
+def check_snippets(page: Path, folder: Path) -> None:
+    """A page runs from top to bottom; a comment behind a `print` is what it prints.
+
+    In a process of its own: servers of other libraries leave threads and descriptors behind, which other tests count.
+    """
     codes = snippets(page)
     for name in sorted(set().union(*map(imported, codes)) | {"torch", "safetensors"}):
         pytest.importorskip(name)
-    namespace: dict = {}
-    for code in codes:
-        exec(compile(code, str(page), "exec"), namespace)
-    printed = capsys.readouterr().out
+    script = folder / "page.py"
+    script.write_text("\n".join(codes))
+    home = Path(tensorwire.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(home)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert all(
         shown in printed for code in codes for shown in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
     )
