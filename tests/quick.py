@@ -40,6 +40,7 @@ SLOW = {
     "test_codecs.py::test_whatever_zstd_makes_is_taken": 8,
     "test_cuda.py": 20,
     "test_docs.py::test_recipes_run": 0,
+    "test_docs.py::test_snippets_run": 4,
     "test_encode_memory.py": 3,
     "test_faults.py::test_a_full_disk_in_mid_transfer": 0,
     "test_faults.py::test_every_fault_at_every_place": 8,
