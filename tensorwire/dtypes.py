@@ -18,6 +18,16 @@ class DType:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def parts(self) -> int:
+        """How many numbers an element is: two of a complex dtype, the real part first."""
+        return 2 if self.name.startswith("complex") else 1
+
+    @property
+    def part_size(self) -> int:
+        """Bytes of one of them."""
+        return self.itemsize // self.parts
+
 
 BOOL: Final = DType(1, "bool", 1)
 UINT8: Final = DType(2, "uint8", 1)

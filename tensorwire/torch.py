@@ -273,13 +273,12 @@ def _array(tensor: torch.Tensor, storage: torch.UntypedStorage) -> npt.NDArray[A
 
 def _flips(dtype: DType) -> bool:
     """Whether conjugation and negation of this dtype turn sign bits."""
-    return dtype in _FLOATS or dtype.name.startswith("complex")
+    return dtype in _FLOATS or dtype.parts == 2
 
 
 def _flip(dtype: DType, conj: bool, neg: bool) -> Callable[[npt.NDArray[Any]], None]:
     """What turns a slice of bits into its conjugate, its negative or both."""
-    parts = 2 if dtype.name.startswith("complex") else 1
-    bits = np.dtype(f"u{dtype.itemsize // parts}").type
+    bits = np.dtype(f"u{dtype.part_size}").type
     sign = bits(1 << (bits().itemsize * 8 - 1))
 
     def fix(part: npt.NDArray[Any]) -> None:

@@ -24,6 +24,7 @@ from tensorwire.transfer import (
     Offer,
     Outcome,
     Position,
+    Receipt,
     Recording,
     RefusedError,
     Regenerated,
@@ -634,20 +635,32 @@ class Flaky:
                 pass
 
 
+class Noting(Regenerated):
+    """MODEL, which notes from where on it is asked for."""
+
+    def __init__(self, offsets: list[int]) -> None:
+        super().__init__(lambda: tensorwire.encode(MODEL, frame_size=4096))
+        self._offsets = offsets
+
+    def after(self, position: Position) -> Iterator[Any]:
+        self._offsets.append(position.offset)
+        return super().after(position)
+
+
+def sent_through(flaky: Flaky, outgoing: Noting) -> Receipt:
+    receipt = send_resuming(flaky.connect, Offer(b"t"), outgoing)
+    for thread in flaky.threads:
+        thread.join(PATIENCE)
+    return receipt
+
+
 def test_a_whole_transfer_with_breaks_in_memory(tmp_path: Path) -> None:
     flaky = Flaky(tmp_path, [200_000, 400_000, 0])
     sent: list[int] = []
 
-    class Outgoing(Regenerated):
-        def after(self, position: Position) -> Iterator[Any]:
-            sent.append(position.offset)
-            return super().after(position)
-
-    outgoing = Outgoing(lambda: tensorwire.encode(MODEL, frame_size=4096))
+    outgoing = Noting(sent)
     with nothing_left(tmp_path):
-        receipt = send_resuming(flaky.connect, Offer(b"t"), outgoing)
-        for thread in flaky.threads:
-            thread.join(PATIENCE)
+        receipt = sent_through(flaky, outgoing)
     assert receipt.digest == outgoing.digest and (tmp_path / "m.tw").read_bytes()[-32:].hex() == receipt.digest
     assert len(flaky.threads) == 4 and sent == sorted(sent) and 150_000 < sent[1] <= 200_000 < sent[-1]
 
@@ -663,16 +676,9 @@ def test_the_beginning_of_another_stream_is_given_up_once(tmp_path: Path) -> Non
     flaky = Flaky(tmp_path, [1 << 40, 200_000])
     offsets: list[int] = []
 
-    class Outgoing(Regenerated):
-        def after(self, position: Position) -> Iterator[Any]:
-            offsets.append(position.offset)
-            return super().after(position)
-
-    outgoing = Outgoing(lambda: tensorwire.encode(MODEL, frame_size=4096))
+    outgoing = Noting(offsets)
     with nothing_left(tmp_path):
-        receipt = send_resuming(flaky.connect, Offer(b"t"), outgoing)
-        for thread in flaky.threads:
-            thread.join(PATIENCE)
+        receipt = sent_through(flaky, outgoing)
     assert (tmp_path / "m.tw").read_bytes()[-32:].hex() == receipt.digest == outgoing.digest
     assert offsets[:2] == [held, 0] and held > 100_000
     assert len(offsets) == 3 and 150_000 < offsets[2] <= 200_000, "begun anew once, then taken up"

@@ -34,9 +34,7 @@ _LENGTH: Final = 4  # bytes that say how long a compressed plane is
 _SAMPLE: Final = 1 << 13
 # Bytes of a float of each dtype; complex elements have two.
 _WIDTHS: Final = {
-    dtype: dtype.itemsize // (2 if dtype.name.startswith("complex") else 1)
-    for dtype in dtypes.ALL
-    if dtype.name.startswith(("float", "bfloat", "complex"))
+    dtype: dtype.part_size for dtype in dtypes.ALL if dtype.name.startswith(("float", "bfloat", "complex"))
 }
 
 

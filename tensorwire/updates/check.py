@@ -167,13 +167,12 @@ def check_update(
     schema.check_complete()
     assert terms is not None
     update = Update(terms, source if recording is None else recording, math.sqrt(energy), pieces.digest)
-    return _judged(update, rules, tensorwire.schema(model))
+    return _judged(update, rules, tensorwire.schema(schema))
 
 
 def _most_slices(model: Arrays) -> int:
     """How many slices an update may come in: each costs some 50 us, whatever is in it."""
-    size = sum(view.numel * view.dtype.itemsize for view in views(model).values())
-    return 2 * len(model) + size // _SLICE + 16
+    return 2 * len(model) + sum(array.nbytes for array in model.values()) // _SLICE + 16
 
 
 def _blocks(

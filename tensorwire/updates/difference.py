@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire.codecs import as_floats, from_floats, is_calculated
-from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
 from tensorwire.numpy import FRONT
 from tensorwire.tensor import TensorView
@@ -47,11 +46,6 @@ def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
 def key_of(item: TensorItem | FileItem) -> str:
     """The key that an item has in its mapping, which may be spelled otherwise in its name."""
     return str(item.path[0])
-
-
-def number_size(dtype: DType) -> int:
-    """Bytes of a number: an element, or half of a complex one."""
-    return dtype.itemsize // 2 if dtype.name.startswith("complex") else dtype.itemsize
 
 
 def proximal(weights: Mapping[str, Any], base: Mapping[str, Any], mu: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Pieces
 from tensorwire.tensor import TensorView
-from tensorwire.updates.difference import Bytes, Views, derived, key_of, number_size
+from tensorwire.updates.difference import Bytes, Views, derived, key_of
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -70,7 +70,7 @@ class ErrorFeedback:
         tensorwire.numpy.save_file(self._residual, path)
 
     def _of(self, name: str, view: TensorView) -> Floats:
-        dtype = np.dtype(np.float64 if number_size(view.dtype) == np.dtype(np.float64).itemsize else np.float32)
+        dtype = np.dtype(np.float64 if view.dtype.part_size == np.dtype(np.float64).itemsize else np.float32)
         count = _numbers(view.dtype, 0, view.numel).stop
         residual = self._residual.setdefault(name, np.zeros(count, dtype))
         if residual.size != count or residual.dtype != dtype:
@@ -89,5 +89,4 @@ def _sum(view: TensorView, residual: Floats) -> Callable[[int, int], Bytes]:
 
 def _numbers(dtype: DType, start: int, stop: int) -> slice:
     """Elements [start, stop) as numbers, of which a complex one has two."""
-    each = dtype.itemsize // number_size(dtype)
-    return slice(start * each, stop * each)
+    return slice(start * dtype.parts, stop * dtype.parts)

@@ -28,7 +28,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.streams import CodecChoice
 from tensorwire.updates.check import Update, ceilings
-from tensorwire.updates.difference import Bytes, key_of, number_size, views
+from tensorwire.updates.difference import Bytes, key_of, views
 from tensorwire.updates.message import Arrays, place_of
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.reading import Float64, OpenFiles, Reader, Values
@@ -163,7 +163,7 @@ def average(
             place = place_of(into, key_of(item), item.dtype, start, count)
             counted = is_calculated(item.dtype)
             if counted:
-                mean.clear(place.size // number_size(item.dtype))
+                mean.clear(place.size // item.dtype.part_size)
             for number, reader in enumerate(readers):
                 for part, values in reader.take(item, place):
                     if counted:
@@ -178,7 +178,7 @@ def _write(
     item: TensorItem, start: int, place: Bytes, mean: Mean, optimizer: ServerOptimizer | None, highest: float
 ) -> None:
     """Let the mean of the elements at `place`, from `start` on in their item, be the model's."""
-    size = number_size(item.dtype)
+    size = item.dtype.part_size
     before = start * item.dtype.itemsize // size
     for begin in range(0, place.size // size, _BLOCK):
         data = place[begin * size : (begin + _BLOCK) * size]

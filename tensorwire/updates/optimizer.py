@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire.errors import SchemaError
-from tensorwire.updates.difference import number_size
 from tensorwire.wire import TensorItem
 
 Method = Literal["average", "momentum", "adagrad", "adam", "yogi"]
@@ -86,7 +85,7 @@ class ServerOptimizer:
 
     def keep(self, item: TensorItem, start: int, target: Float64, rounded: npt.NDArray[Any]) -> None:
         """Remember what the model's dtype has dropped of where numbers were to go."""
-        if number_size(item.dtype) < _WIDE:
+        if item.dtype.part_size < _WIDE:
             self._of("dropped", item)[start : start + target.size] = target - rounded
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -101,7 +100,7 @@ class ServerOptimizer:
         self._kept = kept
 
     def _of(self, kind: str, item: TensorItem, initial: float = 0.0) -> Numbers:
-        count = item.total * item.dtype.itemsize // number_size(item.dtype)
+        count = item.total * item.dtype.parts
         numbers = self._kept[kind].setdefault(item.name, np.full(count, initial, np.float32))
         if numbers.size != count:
             raise SchemaError("the server optimizer's state is of another model", item=item.name)

@@ -16,7 +16,7 @@ from tensorwire.memory import Scratch
 from tensorwire.streams import ItemStart, Payload, Piece, Receiver
 from tensorwire.tensor import Extent, TensorView
 from tensorwire.updates.check import Update
-from tensorwire.updates.difference import Bytes, key_of, number_size
+from tensorwire.updates.difference import Bytes, key_of
 from tensorwire.wire import StreamEnd, TensorItem
 
 _CHANGED: Final = "this is not the recording that was checked"
@@ -143,7 +143,7 @@ class Reader:
 
     def take(self, item: TensorItem, base: Bytes) -> Iterator[tuple[slice, Values]]:
         """The elements of an item that belong at `base`, in parts: their numbers in it, and what they are."""
-        size, each, done = item.dtype.itemsize, number_size(item.dtype), 0
+        size, each, done = item.dtype.itemsize, item.dtype.part_size, 0
         while done < base.size:
             mine = self._next()
             if mine is None or mine.item.name != item.name:
