@@ -1,8 +1,6 @@
 """For tests of transports: certificates, listeners in a thread of their own, and what must not be left behind."""
 
 import asyncio
-import gc
-import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from leaks import open_files
 
 from tensorwire.errors import TensorwireError
 from tensorwire.transports import AsyncListener, AsyncTransport
@@ -124,17 +123,12 @@ class _Plain:
 @contextmanager
 def nothing_left(folder: Path | None = None, *, seconds: float = PATIENCE) -> Iterator[None]:
     """Descriptors and threads are as before when the block has ended, or soon after; in `folder` no part is left."""
-    descriptors, threads = _descriptors(), threading.active_count()
+    files, threads = open_files(), threading.enumerate()
     yield
     end = time.monotonic() + seconds
-    while (_descriptors() > descriptors or threading.active_count() > threads) and time.monotonic() < end:
-        gc.collect()
+    while (open_files() - files or {*threading.enumerate()} - {*threads}) and time.monotonic() < end:
         time.sleep(0.02)
-    assert threading.active_count() <= threads, [thread.name for thread in threading.enumerate()]
-    assert _descriptors() <= descriptors
+    assert [thread for thread in threading.enumerate() if thread not in threads] == []
+    assert open_files() <= files
     if folder is not None:
         assert not list(folder.glob("**/.*.part"))
-
-
-def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0

@@ -1,6 +1,5 @@
 """The proxy that the tests of transports rely on does to the bytes what it says, and leaves nothing behind."""
 
-import os
 import socket
 import threading
 import time
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from leaks import open_files
 from network import PATIENCE
 from proxy import (
     Cut,
@@ -30,15 +30,12 @@ PLACES = [0, 1, 100, len(DATA) - 1, len(DATA)]
 RANGES = [(0, 1), (0, 300), (5, 1000), (len(DATA) - 7, 7), (100, 0)]
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    before = threading.active_count(), open_files()
+    threads, files = {*threading.enumerate()}, open_files()
     yield
-    assert (threading.active_count(), open_files()) == before
+    assert {*threading.enumerate()} <= threads
+    assert open_files() <= files
 
 
 @contextmanager
