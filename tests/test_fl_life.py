@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from network import nothing_left
 
 import tensorwire
 from tensorwire.errors import SchemaError, StorageError, TransportError
@@ -20,6 +21,12 @@ from tensorwire.fl.task import Task
 from tensorwire.transfer import Offer, Recorded, RefusedError, Regenerated, greet, hear, say, send_stream, wait
 from tensorwire.transports import AsyncListener, TcpListener, TcpTransport
 from tensorwire.updates import Terms, encode, views
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    with nothing_left():
+        yield
 
 
 def initial():
@@ -453,22 +460,33 @@ def test_a_client_started_again_without_its_folder_may_deliver_something_else(tm
 
 
 class Fake:
-    """A server that says what it is told to."""
+    """A server that says what it is told to, until its block ends."""
 
     def __init__(self, *answers) -> None:
         self._listener, self._answers = TcpListener(), answers
-        self.asked = 0
-        threading.Thread(target=self._serve, daemon=True).start()
+        self.asked, self._closed = 0, False
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._closed = True
+        self.connect().close()  # so that it wakes up
+        self._thread.join(60)
+        self._listener.close()
+        assert not self._thread.is_alive()
 
     def connect(self):
         return TcpTransport.connect("127.0.0.1", self._listener.port, timeout=3)
 
     def _serve(self):
-        while True:
+        while not self._closed:
             try:
                 with self._listener.accept() as transport:
                     transport.run(greet())
-                    while True:
+                    while not self._closed:
                         transport.run(hear())
                         answer = self._answers[min(self.asked, len(self._answers) - 1)]
                         self.asked += 1
@@ -490,18 +508,25 @@ ORDER = {"task": "train", **Order.of(exact(), 0, "0" * 64).message()}
     ],
 )
 def test_what_a_client_does_not_understand_ends_it_in_words(tmp_path, answer, says):
-    server = Fake(answer)
-    with pytest.raises(SchemaError, match=says):
+    with Fake(answer) as server, pytest.raises(SchemaError, match=says):
         Client("c", 0, task_of(), server.connect, tmp_path, patience=5).run()
 
 
 @pytest.mark.parametrize("seconds", [0, -1, "soon", float("nan"), 1e300, None])
 def test_a_server_that_says_wait_is_asked_again_at_a_sensible_pace(tmp_path, seconds):
-    server = Fake({"task": "wait", "seconds": seconds})
-    client = Client("c", 0, task_of(), server.connect, tmp_path, hold=0.1)
-    threading.Thread(target=client.run, daemon=True).start()
-    time.sleep(0.6)
-    assert 2 <= server.asked <= 20
+    with Fake({"task": "wait", "seconds": seconds}) as server:
+        client = Client("c", 0, task_of(), server.connect, tmp_path, hold=0.1, patience=0.1)
+
+        def wait_until_nobody_answers():
+            with pytest.raises(tensorwire.TensorwireError):
+                client.run()
+
+        waiting = threading.Thread(target=wait_until_nobody_answers)
+        waiting.start()
+        time.sleep(0.6)
+        assert 2 <= server.asked <= 20
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_a_server_that_means_harm_fills_no_disk(tmp_path):
@@ -512,8 +537,7 @@ def test_a_server_that_means_harm_fills_no_disk(tmp_path):
         return lambda: send_stream(Offer(b"any", "model"), outgoing)
 
     for number, tensors in enumerate(({"junk": np.zeros(1 << 20, np.float32)}, {"w": np.zeros(1 << 20, np.float32)})):
-        server = Fake(ORDER, stream(tensors))
-        with pytest.raises(tensorwire.TensorwireError):
+        with Fake(ORDER, stream(tensors)) as server, pytest.raises(tensorwire.TensorwireError):
             Client("c", 0, task_of(), server.connect, tmp_path / str(number), patience=1).run()
         assert not [*(tmp_path / str(number)).iterdir()]
 
