@@ -454,6 +454,29 @@ def test_what_a_client_receives_is_what_was_broadcast():
         receive(data, {**into, "more": np.zeros(1)})
 
 
+def test_differences_are_the_same_bits_whatever_torch_was_told_of_subnormal_numbers():
+    torch = pytest.importorskip("torch")
+    base = {"w": np.linspace(1e-37, 2e-37, 4096, dtype=np.float32)}
+    model = {"w": base["w"] + np.linspace(0, 1e-38, 4096, dtype=np.float32)}  # apart by subnormal numbers
+    assert (np.abs(model["w"] - base["w"]) < np.finfo(np.float32).tiny).sum() > 1000
+
+    def made():
+        held, feedback = {"w": base["w"].copy()}, ErrorFeedback()
+        sent = feedback.add(subtract(model, held))
+        message = joined(encode(sent, Terms("run", 1, kind="difference"), codec="int8"))
+        receive(message, held)
+        feedback.settle(sent, message)
+        return message, held["w"].tobytes(), joined(encode(feedback.add(sent), Terms("run", 2)))
+
+    expected = made()
+    assert torch.set_flush_denormal(True)
+    try:
+        found = made()
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == expected
+
+
 def test_a_difference_is_added_to_what_its_receivers_hold_and_to_nothing_else():
     model = make_model()
     held = {name: np.zeros_like(array) for name, array in model.items()}
