@@ -1,6 +1,7 @@
 """Tensors and numbers on their way into and out of a task, which need not know how they travel."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -9,8 +10,10 @@ import numpy as np
 
 from tensorwire.checksum import crc32c
 from tensorwire.errors import SchemaError, show
+from tensorwire.fl.plan import Answer
+from tensorwire.storage import write_file
 from tensorwire.tensor import TensorView
-from tensorwire.updates import Views, arrays, views
+from tensorwire.updates import ErrorFeedback, Terms, Views, arrays, encode, exact_vectors, subtract, views
 
 _STEP: Final = 1 << 20  # elements that are compared at a time
 _METRICS: Final = 500  # that a client may report of a round
@@ -64,6 +67,30 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
             raise SchemaError(f"the model has one tensor for this and {show(first)}, training gave two", item=name)
         made[name] = replace(view, identity=was.identity)
     return made
+
+
+def write_update(
+    path: str | os.PathLike[str],
+    answer: Answer,
+    base: Mapping[str, Any],
+    state: Any,
+    terms: Terms,
+    feedback: ErrorFeedback | None,
+) -> None:
+    """Write the update that training answers with, having made `state` of `base`, and settle what it leaves out.
+
+    Raises what `matched` and `encode` raise.
+    """
+    sent = matched(state, base)
+    if answer.kind == "difference":
+        sent = subtract(sent, base)
+    if feedback is not None:
+        sent = feedback.add(sent)
+    seed = answer.seed_of(terms.run, terms.round, terms.client)
+    write_file(path, encode(sent, terms, codec=exact_vectors(answer.up), stochastic=seed))
+    if feedback is not None:
+        with open(path, "rb", buffering=0) as file:
+            feedback.settle(sent, file)
 
 
 def numbers(metrics: Any) -> tuple[dict[str, float], list[str]]:
