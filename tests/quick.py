@@ -89,9 +89,11 @@ SLOW = {
     "test_transports.py::test_whoever_trickles_is_given_up": 2,
     "test_updates.py::test_memory_does_not_grow_with_clients": 0,
     "test_updates.py::test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order": 10,
+    "test_updates.py::test_what_all_updates_describe_alike_is_kept_once": 0,
     "test_values.py::test_a_large_value_takes_the_bytes_of_msgpack_and_no_multiple_of_its_time": 4,
     "test_values.py::test_so_does_a_root": 3,
     "test_wire.py::test_a_hundred_thousand_tiny_frames_are_read_and_none_is_remembered": 0,
     "test_wire.py::test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole": 0,
     "test_wire.py::test_a_skipped_frame_takes_no_memory_of_its_size": 0,
+    "test_wire.py::test_readers_that_share_what_they_unpack_say_the_same_of_the_same_items": 4,
 }

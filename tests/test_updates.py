@@ -282,6 +282,25 @@ def test_memory_does_not_grow_with_clients():
     assert peaks[0] < 16 and peaks[1] < peaks[0] + 1.5, peaks
 
 
+def test_what_all_updates_describe_alike_is_kept_once():
+    """16 KiB for another client with 100 tensors; three times as much where each has items of its own."""
+    model = {f"layers.{number}.self_attn.weight": np.ones((16, 1024), np.float32) for number in range(100)}
+    changed = subtract(model, model)
+    updates = []
+    for number in range(10):
+        terms = Terms("run", 0, "", f"c{number}", "difference")
+        data = joined(encode(changed, terms, codec="nf4", frame_size=4096))  # too small for items to share a frame
+        updates.append(check_update(data, model, terms))
+    peaks = []
+    for clients in (2, 10):
+        average(updates[:clients], into=model)  # so that what is made once is there
+        tracemalloc.start()
+        average(updates[:clients], into=model)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 8 * 20 * 1024
+
+
 def test_a_recording_that_rots_after_it_was_checked_is_an_error(tmp_path):
     model = make_model()
     data, terms, _ = upload(model, 0)
