@@ -47,6 +47,7 @@ SLOW = {
     "test_faults.py::test_kill_9_on_either_side": 0,
     "test_files.py::test_a_file_behind_a_url_is_read_in_ranges_by_fsspec": 0,
     "test_files.py::test_a_slice_reads_the_frames_that_it_needs": 0,
+    "test_fl_dashboard.py::test_a_browser_shows_a_run_while_it_goes_on": 0,
     "test_fl_life.py": 0,
     "test_fl_local.py": 0,
     "test_fl_loop.py::test_a_server_that_is_started_again_goes_on_where_it_was": 0,
