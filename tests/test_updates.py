@@ -31,7 +31,10 @@ from tensorwire.updates import (
     arrays,
     average,
     check_update,
+    copies,
+    empty_like,
     encode,
+    matched,
     receive,
     stochastic_bf16,
     subtract,
@@ -455,6 +458,40 @@ def test_validate_has_the_last_word():
     for nonsense in ("clip", None):
         with pytest.raises(ValueError, match="validate"):
             check_update(data, model, terms, Rules(validate=validate(nonsense)))
+
+
+# States
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_copies_are_of_the_same_library_tied_as_they_were_and_memory_of_their_own(library):
+    make = np.arange if library == "numpy" else pytest.importorskip("torch").arange
+    one = make(6).reshape(2, 3)
+    state = {"a": one, "b": one, "strided": make(6).reshape(2, 3).T, "scalar": make(1).reshape(())}
+    made = copies(state)
+    assert same(arrays(made), {name: np.asarray(tensor) for name, tensor in state.items()})
+    assert made["a"] is made["b"] and type(made["a"]) is type(one)
+    made["a"][0, 0] = 7
+    assert one[0, 0] == 0
+    assert [tuple(tensor.shape) for tensor in empty_like(state).values()] == [(2, 3), (2, 3), (3, 2), ()]
+
+
+def test_what_training_made_comes_in_the_order_of_the_model_tied_as_it_is():
+    shared = np.ones(3, np.float32)
+    base = {"embed": shared, "head": shared, "bias": np.zeros(2, np.float32)}
+    trained = {"bias": np.ones(2, np.float32), "head": np.full(3, 2, np.float32), "embed": np.full(3, 2, np.float32)}
+    made = matched(trained, base)
+    assert [*made] == [*base] and made["embed"].identity == made["head"].identity
+    assert len(joined(encode(made, TERMS))) < len(joined(encode(views(trained), TERMS)))
+    for wrong, says in (
+        ({**trained, "head": np.zeros(3, np.float32)}, "training gave two"),
+        ({**trained, "more": shared}, "which the model has not"),
+        ({"bias": trained["bias"]}, "which the model has"),
+        ({**trained, "bias": np.ones(3, np.float32)}, "training gave float32"),
+        ([shared], "must give a mapping"),
+    ):
+        with pytest.raises(SchemaError, match=says):
+            matched(wrong, base)
 
 
 # Updates

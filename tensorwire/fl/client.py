@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from functools import partial
 from typing import Any, Final
@@ -33,7 +33,7 @@ from tensorwire.errors import (
 from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
-from tensorwire.fl.tensors import empty_like, fingerprint, numbers, plain, write_update
+from tensorwire.fl.trained import fingerprint, numbers, plain, write_update
 from tensorwire.fl.versions import stream, whole
 from tensorwire.storage import rename, write_file
 from tensorwire.storage.parts import Part
@@ -41,9 +41,9 @@ from tensorwire.streams import size_text
 from tensorwire.transfer import (
     Backoff,
     Offer,
-    Position,
     Recorded,
     RefusedError,
+    Watched,
     greet,
     hear,
     receive_stream,
@@ -51,7 +51,7 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
-from tensorwire.updates import ErrorFeedback, Terms, receive, views
+from tensorwire.updates import ErrorFeedback, Terms, empty_like, receive, views
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
@@ -285,7 +285,7 @@ class Client:
             self._on_step(f"round {order.round}: the update on the disk is damaged and made again")
             os.unlink(update)
             return False
-        size, outgoing = os.path.getsize(update), _Update(update)
+        size, outgoing = os.path.getsize(update), Watched(Recorded(update))
         # A transfer of its own for every update: of another one the server may hold the beginning.
         transfer = f"{order.base[:32]}{outgoing.digest[:32]}".encode()
         transport.run(say({"client": self.name, "want": "deliver"}))
@@ -381,17 +381,6 @@ class Client:
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
-
-
-class _Update(Recorded):
-    """An update on its way out. `reached`: bytes of it that the server had when it was last asked."""
-
-    reached = 0
-
-    def after(self, position: Position) -> Iterator[Any]:
-        """The buffers from `position` on."""
-        self.reached = position.offset
-        return super().after(position)
 
 
 def _step(order: Order, held: str) -> bytes:

@@ -25,7 +25,7 @@ from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.members import Member, Members
 from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.store import Store
-from tensorwire.fl.tensors import numbers
+from tensorwire.fl.trained import numbers
 from tensorwire.fl.versions import Versions
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import rename

@@ -15,9 +15,9 @@ from tensorwire.errors import NonFiniteError
 from tensorwire.fl.averaging import Averaging
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
-from tensorwire.fl.tensors import copies, numbers, plain, write_update
+from tensorwire.fl.trained import numbers, plain, write_update
 from tensorwire.fl.versions import Versions
-from tensorwire.updates import ErrorFeedback, Rules, Terms, Update, UpdateError, arrays, check_update, receive
+from tensorwire.updates import ErrorFeedback, Rules, Terms, Update, UpdateError, arrays, check_update, copies, receive
 
 
 @dataclass(frozen=True)
