@@ -735,6 +735,41 @@ def test_differences_over_sockets_are_those_of_the_simulator(tmp_path, settings)
         assert all(down < whole / 6 for down in later)
 
 
+def test_differences_of_tensors_of_every_kind(tmp_path):
+    """Tied ones, 16 bits, whole numbers, scalars, empty ones; after a restart, too."""
+    torch = pytest.importorskip("torch")
+
+    def start():
+        matrix = torch.arange(4096, dtype=torch.float32).reshape(64, 64) / 4096
+        return {
+            "embed": matrix,
+            "head": matrix,
+            "half": matrix.bfloat16(),
+            "many": matrix.T.contiguous().double(),
+            "count": torch.arange(5),
+            "scale": torch.tensor(0.5),
+            "none": torch.zeros(0, 3),
+        }
+
+    def train(state, client, round):
+        assert state["embed"].data_ptr() == state["head"].data_ptr()
+        changed = {name: tensor + 0.37 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        return {**changed, "head": changed["embed"]}, 1, {}
+
+    task = Task(start, train, lambda state: float(state["embed"].sum()))
+    for rounds in (2, 4):
+        with Loop(tmp_path, both_ways(clients=1, rounds=rounds), start=start) as loop:
+            loop.client("c", task)
+        assert loop.ends == {"c": None} and not loop.notes
+        assert same_files(tmp_path / "c" / "model.tw", tmp_path / "state" / f"broadcast-{rounds - 1}.tw")
+        assert [step for step in loop.steps["c"] if "received" in step and "a difference" in step]
+    model = tensorwire.torch.load_file(tmp_path / "c" / "model.tw")
+    assert model["embed"].data_ptr() == model["head"].data_ptr()
+    for name, tensor in start().items():
+        moved = 3 * 0.37 if tensor.is_floating_point() else 0
+        assert torch.allclose(model[name].double(), tensor.double() + moved, atol=0.02), name
+
+
 def test_a_client_that_comes_late_gets_a_whole_model_and_then_differences(tmp_path):
     task, loop = descending(), Loop(tmp_path, both_ways(deadline=0.3, rounds=5), start=descending().initial)
     with loop:
@@ -858,6 +893,19 @@ def test_a_difference_that_is_no_number_is_sent_whole(tmp_path):
     assert loop.ends == {"c": None} and [row["counted"] for row in loop.rows] == [True] * 3
     assert (loop.server.model["w"] == -most).all() and sum("sent whole" in note for note in loop.notes) == 2
     assert list(simulate(task, plan))[-1].loss == -most
+
+
+def test_before_the_first_round_there_is_no_model_to_be_had(tmp_path):
+    loop = Loop(tmp_path, exact())
+    loop.server._begin_round = lambda began=loop.server._begin_round: (time.sleep(0.5), began())
+    with loop:
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "c", "want": "model"}))
+            with pytest.raises(RefusedError, match="ask for its task"):
+                transport.run(receive_stream(lambda offer: Recording(tmp_path / "got.tw", b"x")))
+        loop.client("c")
+    assert loop.ends == {"c": None}
 
 
 @pytest.mark.parametrize("held", [None, 7, [1], {"a": 1}, "x" * 1000, "0" * 64])

@@ -189,7 +189,7 @@ class Client:
 
         def open_recording(offer: Offer) -> Bounded:
             nonlocal added
-            added = offer.name == "difference"
+            added = offer.name == "difference" and held != ""
             key, convert = (_step(order, held), partial(self._add, order)) if added else (order.base.encode(), None)
             recordings.append(Bounded(path, key, self._task.initial(), convert=convert))
             return recordings[0]

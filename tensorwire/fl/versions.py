@@ -74,9 +74,10 @@ class Versions:
                 write_file(path, self._encoded(views(model), Terms(self._plan.name, number)))
             else:
                 write_file(path, stream(views(self._next(number, model)), self._plan.name, number))
-        self._whole = Way("", path, os.path.getsize(path))
+        new = Way("", path, os.path.getsize(path))
+        # In this order, as clients may ask meanwhile: whoever hears of the new version finds the ways to it.
+        self._ways, self._whole = self._differences(number, new.size), new
         self.base = Recorded(path).digest
-        self._look(number)
         self._forget(number)
 
     def way(self, held: object) -> list[Way]:
@@ -111,20 +112,19 @@ class Versions:
         seed = self._plan.seed_of(terms.run, terms.round, "")
         return encode(tensors, terms, codec=self._codec, stochastic=seed)
 
-    def _look(self, number: int) -> None:
-        """Find the differences that lead to version `number`, newest first, as long as all are shorter than the whole.
+    def _differences(self, number: int, most: int) -> dict[int, Way]:
+        """Those that lead to version `number`, as many as take no more than `most` bytes.
 
-        Those that were found before are not read again.
+        Those that were found for the version before are not read again.
         """
         found: dict[int, Way] = {}
-        left = self._whole.size
         while number > 0:
             way = self._ways.get(number) or self._difference(number)
-            if way is None or way.size > left:
+            if way is None or way.size > most:
                 break
             found[number] = way
-            number, left = number - 1, left - way.size
-        self._ways = dict(sorted(found.items()))
+            number, most = number - 1, most - way.size
+        return dict(sorted(found.items()))
 
     def _difference(self, number: int) -> Way | None:
         path = self._path("difference", number)
