@@ -129,11 +129,12 @@ def run(start: str, name: str, setting: Setting, seed: int, rounds: int, pretrai
         rounds=rounds,
         clients=clients,
         down=setting.down,
+        down_kind=setting.down_kind,
         up=setting.up,
         kind=setting.up_kind,
         feedback=setting.feedback,
     )
-    curve = list(simulate(task, plan, down_kind=setting.down_kind))
+    curve = list(simulate(task, plan))
     losses, sent = [round(point.loss, 5) for point in curve], [point.bytes for point in curve]
     return {"start": start, "setting": name, "seed": seed, "losses": losses, "bytes": sent}
 

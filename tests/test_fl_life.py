@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,19 @@ from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.server import Server
 from tensorwire.fl.simulate import simulate
 from tensorwire.fl.task import Task
-from tensorwire.transfer import Offer, Recorded, RefusedError, Regenerated, greet, hear, say, send_stream, wait
+from tensorwire.transfer import (
+    Offer,
+    Recorded,
+    Recording,
+    RefusedError,
+    Regenerated,
+    greet,
+    hear,
+    receive_stream,
+    say,
+    send_stream,
+    wait,
+)
 from tensorwire.transports import AsyncListener, TcpListener, TcpTransport
 from tensorwire.updates import Terms, encode, views
 
@@ -667,7 +680,8 @@ def test_a_server_goes_on_from_whatever_its_folder_holds(tmp_path, what):
     elif what == "closed":
         (state / "closed.json").write_text("[1")
     elif what == "broadcast":
-        (state / "broadcast.tw").write_bytes(flipped((state / "broadcast.tw").read_bytes()))
+        path = tmp_path / "state" / "broadcast-0.tw"
+        path.write_bytes(flipped(path.read_bytes()))
     elif what == "rules":
         plan, lost = exact(clients=2, max_norm=1e-3), {"c0", "c1"}
     server, rows, notes = started_again(tmp_path, plan)
@@ -689,7 +703,7 @@ def test_a_folder_that_has_lost_its_model_says_what_to_do(tmp_path):
     with pytest.raises(StorageError, match="put it back"):
         started_again(tmp_path, exact())
     model.write_bytes(kept)
-    (tmp_path / "state" / "round-0" / "broadcast.tw").unlink()
+    (tmp_path / "state" / "broadcast-0.tw").unlink()
     started_again(tmp_path, exact())
 
 
@@ -708,3 +722,241 @@ def test_an_update_that_rots_between_its_check_and_the_mean_is_left_out(tmp_path
             loop.client(f"c{number}", number=number)
     assert [*loop.rows[0]["clients"]] == ["c0"] and "lost" in loop.rows[0]["missing"]["c1"]
     assert (loop.server.model["w"] == 1).all() and loop.notes
+
+
+# Differences on the way down
+
+
+def descending(trained=None):
+    """A task whose steps become smaller, so that what a codec drops shows; bigger than a stream's own bytes."""
+    goals = np.random.default_rng(5).standard_normal((3, 200, 300), np.float32)
+
+    def train(state, client, round):
+        if trained is not None:
+            trained.append((client, round))
+        return {"w": state["w"] + np.float32(0.5) * (goals[client] - state["w"]), "n": state["n"]}, 1, {}
+
+    start = lambda: {"w": np.zeros((200, 300), np.float32), "n": np.arange(3)}  # noqa: E731
+    return Task(start, train, lambda state: float(np.abs(state["w"] - goals.mean(axis=0)).mean()))
+
+
+def both_ways(**settings):
+    return Plan(**{"rounds": 4, "clients": 2, "up": "nf4", "down": "nf4", "down_kind": "difference"} | settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"down": "bf16", "stochastic": True}, {"down": "raw"}, {"feedback": True}])
+def test_differences_over_sockets_are_those_of_the_simulator(tmp_path, settings):
+    plan, task = both_ways(**settings), descending()
+    with Loop(tmp_path, plan, start=task.initial) as loop:
+        for number in range(2):
+            loop.client(f"client-{number}", task, number=number)
+    assert loop.ends == {"client-0": None, "client-1": None} and not loop.notes
+    assert task.evaluate(loop.server.model) == list(simulate(task, plan))[-1].loss
+    held = [(tmp_path / f"client-{number}" / "model.tw").read_bytes() for number in range(2)]
+    assert held[0] == held[1] == (tmp_path / "state" / "broadcast-3.tw").read_bytes()
+    if plan.down == "nf4":
+        whole, *later = [row["down"] for row in loop.rows]
+        assert all(down < whole / 6 for down in later)
+
+
+def test_differences_of_tensors_of_every_kind(tmp_path):
+    """Tied ones, 16 bits, whole numbers, scalars, empty ones; after a restart, too."""
+    torch = pytest.importorskip("torch")
+
+    def start():
+        matrix = torch.arange(4096, dtype=torch.float32).reshape(64, 64) / 4096
+        return {
+            "embed": matrix,
+            "head": matrix,
+            "half": matrix.bfloat16(),
+            "many": matrix.T.contiguous().double(),
+            "count": torch.arange(5),
+            "scale": torch.tensor(0.5),
+            "none": torch.zeros(0, 3),
+        }
+
+    def train(state, client, round):
+        assert state["embed"].data_ptr() == state["head"].data_ptr()
+        changed = {name: tensor + 0.37 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        return {**changed, "head": changed["embed"]}, 1, {}
+
+    task = Task(start, train, lambda state: float(state["embed"].sum()))
+    for rounds in (2, 4):
+        with Loop(tmp_path, both_ways(clients=1, rounds=rounds), start=start) as loop:
+            loop.client("c", task)
+        assert loop.ends == {"c": None} and not loop.notes
+        assert same_files(tmp_path / "c" / "model.tw", tmp_path / "state" / f"broadcast-{rounds - 1}.tw")
+        assert [step for step in loop.steps["c"] if "received" in step and "a difference" in step]
+    model = tensorwire.torch.load_file(tmp_path / "c" / "model.tw")
+    assert model["embed"].data_ptr() == model["head"].data_ptr()
+    for name, tensor in start().items():
+        moved = 3 * 0.37 if tensor.is_floating_point() else 0
+        assert torch.allclose(model[name].double(), tensor.double() + moved, atol=0.02), name
+
+
+def test_a_client_that_comes_late_gets_a_whole_model_and_then_differences(tmp_path):
+    task, loop = descending(), Loop(tmp_path, both_ways(deadline=0.3, rounds=5), start=descending().initial)
+    with loop:
+        loop.client("early", task)
+        while len(loop.rows) < 2:
+            time.sleep(0.01)
+        loop.client("late", task, number=1)
+    assert set(loop.ends.values()) == {None}
+    fetched = [line for line in loop.steps["late"] if "received" in line]
+    assert "the model" in fetched[0] and all("a difference" in line for line in fetched[1:])
+    assert same_files(tmp_path / "early" / "model.tw", tmp_path / "late" / "model.tw")
+
+
+def same_files(*paths):
+    return len({path.read_bytes() for path in paths}) == 1
+
+
+def test_a_client_that_has_missed_rounds_gets_one_difference_after_the_other(tmp_path):
+    """As long as all of them are shorter than a whole model."""
+    task = descending()
+    with Loop(tmp_path, both_ways(clients=1, rounds=1), start=task.initial) as loop:
+        loop.client("c", task)
+    for rounds, expected in ((5, 4), (18, 0)):
+        with Loop(tmp_path, both_ways(clients=1, rounds=rounds), start=task.initial) as loop:
+            loop.client("other", task)
+        assert len([*(tmp_path / "state").glob("difference-*")]) < 8
+        folder = tmp_path / str(rounds)
+        shutil.copytree(tmp_path / "c", folder / "c")
+        shutil.copytree(tmp_path / "state", folder / "state")
+        with Loop(folder, both_ways(clients=1, rounds=rounds + 1), start=task.initial) as loop:
+            loop.client("c", task)
+        steps = "".join(loop.steps["c"])
+        assert loop.ends == {"c": None}
+        assert steps.count("a difference") == expected + (expected > 0) and steps.count("the model") == (expected == 0)
+
+
+def test_what_a_client_holds_outlives_it_and_what_the_server_has_sent_outlives_that(tmp_path):
+    """A restart on each side is as if it had not been: the same bits, and no whole model a second time."""
+    task = descending()
+    for rounds in range(1, 4):
+        with Loop(tmp_path / "halting", both_ways(rounds=rounds), start=task.initial) as loop:
+            for number in range(2):
+                loop.client(f"c{number}", task, number=number)
+    steps = "".join(loop.steps["c0"])
+    assert "a difference" in steps and "the model" not in steps
+    with Loop(tmp_path / "calm", both_ways(rounds=3), start=task.initial) as loop:
+        for number in range(2):
+            loop.client(f"c{number}", task, number=number)
+    assert same_files(*(tmp_path / run / "state" / "model.tw" for run in ("halting", "calm")))
+    assert same_files(*(tmp_path / run / "c0" / "model.tw" for run in ("halting", "calm")))
+
+
+@pytest.mark.parametrize("lost", ["broadcast-0.tw", "difference-1.tw", "both"])
+@pytest.mark.parametrize("how", ["gone", "flipped"])
+def test_a_server_that_no_longer_knows_what_clients_hold_sends_it_whole(tmp_path, lost, how):
+    task = descending()
+    rounds = 2 if lost == "difference-1.tw" else 1
+    with Loop(tmp_path, both_ways(clients=1, rounds=rounds), start=task.initial) as loop:
+        loop.client("c", task)
+    for name in ("broadcast-1.tw", "difference-1.tw") if lost == "both" else (lost,):
+        path = tmp_path / "state" / name
+        if path.exists():
+            path.write_bytes(flipped(path.read_bytes())) if how == "flipped" else path.unlink()
+    with Loop(tmp_path, both_ways(clients=1, rounds=rounds + 1), start=task.initial) as loop:
+        loop.client("c", task)
+    assert loop.ends == {"c": None} and [row["counted"] for row in loop.rows] == [True]
+    newest = tmp_path / "state" / f"broadcast-{rounds}.tw"
+    assert same_files(tmp_path / "c" / "model.tw", newest)
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda data: data[:20], lambda data: b"", None])
+def test_a_client_whose_version_is_damaged_gets_a_whole_model(tmp_path, damage):
+    task = descending()
+    with Loop(tmp_path, both_ways(clients=1, rounds=1), start=task.initial) as loop:
+        loop.client("c", task)
+    path = tmp_path / "c" / "model.tw"
+    if damage is None:  # well-formed, but of nobody's making
+        model = tensorwire.numpy.load_file(path)
+        path.write_bytes(b"".join(encode(views({**model, "w": model["w"] + 1}), Terms("run", 0))))
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with Loop(tmp_path, both_ways(clients=1, rounds=2), start=task.initial) as loop:
+        loop.client("c", task)
+    assert loop.ends == {"c": None} and same_files(path, tmp_path / "state" / "broadcast-1.tw")
+
+
+def test_a_client_killed_while_it_adds_a_difference_adds_it_once(tmp_path, monkeypatch):
+    """Before the sum has its name, or after: what the transfer keeps of the difference is enough."""
+    task = descending()
+    for when in ("before", "after"):
+        folder = tmp_path / when
+        with Loop(folder, both_ways(clients=1, rounds=1), start=task.initial) as loop:
+            loop.client("c", task)
+        with Loop(folder, both_ways(clients=1, rounds=2), start=task.initial) as loop:
+            client = Client("c", 0, task, loop.connect, folder / "c")
+            client._leave = lambda error: None
+            add = client._add
+
+            def killed(order, difference, made, add=add, when=when):
+                if when == "after":
+                    add(order, difference, made)
+                raise Killed
+
+            client._add = killed
+            with pytest.raises(Killed):
+                client.run()
+            assert same_files(folder / "c" / "model.tw", folder / "state" / "broadcast-1.tw") is False
+            loop.client("c", task)
+        assert loop.ends == {"c": None} and same_files(folder / "c" / "model.tw", folder / "state" / "broadcast-1.tw")
+        assert not [*(folder / "c").glob(".*")]
+
+
+def test_a_difference_that_is_no_number_is_sent_whole(tmp_path):
+    """Two finite models may be farther apart than any float."""
+    most = np.float32(3e38)
+    start = lambda: {"w": np.full((200, 300), most)}  # noqa: E731
+    task = Task(start, lambda state, client, round: ({"w": -state["w"]}, 1, {}), lambda state: float(state["w"][0, 0]))
+    plan = both_ways(kind="weights", up="raw", clients=1, rounds=3)
+    with Loop(tmp_path, plan, start=start) as loop:
+        loop.client("c", task)
+    assert loop.ends == {"c": None} and [row["counted"] for row in loop.rows] == [True] * 3
+    assert (loop.server.model["w"] == -most).all() and sum("sent whole" in note for note in loop.notes) == 2
+    assert list(simulate(task, plan))[-1].loss == -most
+
+
+def test_before_the_first_round_there_is_no_model_to_be_had(tmp_path):
+    loop = Loop(tmp_path, exact())
+    loop.server._begin_round = lambda began=loop.server._begin_round: (time.sleep(0.5), began())
+    with loop:
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "c", "want": "model"}))
+            with pytest.raises(RefusedError, match="ask for its task"):
+                transport.run(receive_stream(lambda offer: Recording(tmp_path / "got.tw", b"x")))
+        loop.client("c")
+    assert loop.ends == {"c": None}
+
+
+@pytest.mark.parametrize("held", [None, 7, [1], {"a": 1}, "x" * 1000, "0" * 64])
+def test_whatever_somebody_says_to_hold_is_no_more_than_unknown(tmp_path, held):
+    with Loop(tmp_path, both_ways(clients=1, rounds=1), start=descending().initial) as loop:
+        with loop.connect() as transport:
+            transport.run(greet())
+            transport.run(say({"client": "c", "want": "task", "hold": 5}))
+            transport.run(hear())
+            transport.run(say({"client": "c", "want": "model", "held": held}))
+            offer, _, _ = transport.run(receive_stream(lambda offer: Recording(tmp_path / "got.tw", b"x")))
+            assert offer.name == "model"
+        loop.client("c", descending())
+
+
+def test_differences_that_lead_nowhere_end_a_client_in_words(tmp_path):
+    """A server that sends differences for ever, none of which leads to the model that it ordered."""
+    task, folder = descending(), tmp_path / "c"
+    folder.mkdir()
+    model = task.initial()
+    (folder / "model.tw").write_bytes(b"".join(encode(views(model), Terms("run", 0))))
+    base = Recorded(folder / "model.tw").digest
+    again = b"".join(encode(views(model), Terms("run", 0, base, kind="difference")))
+
+    def stream():
+        return send_stream(Offer(b"any", "difference"), Regenerated(lambda: [again]))
+
+    server = Fake({**ORDER, "round": 3}, stream)
+    with pytest.raises(SchemaError, match="not towards"):
+        Client("c", 0, task, server.connect, folder, patience=1).run()

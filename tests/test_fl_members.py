@@ -51,6 +51,22 @@ def test_an_answer_need_not_be_an_update(last):
     assert bool(run.ended()) == (last == "left")  # who has left is not waited for, who was refused is
 
 
+def test_who_leaves_and_comes_back_may_still_deliver():
+    run, _ = members(2)
+    run.heard("a")
+    run.heard("b")
+    run.nothing_from("b", "killed", gone=True)
+    assert not run.ended()  # a is still to come
+    run.heard("b")
+    assert run.wanted("b")
+    run.accept(update("a"))
+    assert not run.ended()
+    run.nothing_from("b", "refused: it is NaN")
+    run.nothing_from("b", "left", gone=True)
+    run.heard("b")
+    assert not run.wanted("b") and run.ended()
+
+
 def test_those_who_never_came_are_waited_for_until_a_deadline_and_then_no_more():
     run, clock = members(3)
     clock.now = 1000.0  # before anybody is there no time runs

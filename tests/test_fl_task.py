@@ -47,13 +47,13 @@ def test_federated_averaging_in_fp32_is_what_it_says(kind):
 
 
 def test_what_each_setting_does_to_a_message():
-    def ends(down_kind="weights", **plan):
-        return list(simulate(descend(), exact(clients=4, rounds=30, **plan), down_kind=down_kind))[-1]
+    def ends(**plan):
+        return list(simulate(descend(), exact(clients=4, rounds=30, **plan)))[-1]
 
     weights = ends(down="nf4", up="nf4")
     up = ends(down="nf4", up="nf4", kind="difference")
-    both = ends("difference", down="nf4", up="nf4", kind="difference")
-    fed = ends("difference", down="nf4", up="nf4", kind="difference", feedback=True)
+    both = ends(down_kind="difference", down="nf4", up="nf4", kind="difference")
+    fed = ends(down_kind="difference", down="nf4", up="nf4", kind="difference", feedback=True)
     lossless = ends()
     assert weights.bytes < lossless.bytes / 3
     # Each step of the way helps where clients pull apart; see docs/fl.md for a language model.
@@ -129,7 +129,7 @@ def test_a_round_of_the_language_model_through_every_setting(torch):
     for codec in ("raw", "bf16", "nf4"):
         for kind in ("weights", "difference"):
             plan = Plan(down=codec, up=codec, kind=kind, feedback=kind == "difference", clients=2, rounds=2)
-            losses[codec, kind] = list(simulate(task, plan, down_kind=kind))[-1].loss
+            losses[codec, kind] = list(simulate(task, replace(plan, down_kind=kind)))[-1].loss
     assert losses["bf16", "difference"] == pytest.approx(losses["raw", "weights"], abs=1e-3)
     assert losses["nf4", "difference"] == pytest.approx(losses["raw", "weights"], abs=0.02)
     assert all(loss < 5.7 for loss in losses.values()), losses

@@ -31,7 +31,10 @@ from tensorwire.updates import (
     arrays,
     average,
     check_update,
+    copies,
+    empty_like,
     encode,
+    matched,
     receive,
     stochastic_bf16,
     subtract,
@@ -282,6 +285,25 @@ def test_memory_does_not_grow_with_clients():
     assert peaks[0] < 16 and peaks[1] < peaks[0] + 1.5, peaks
 
 
+def test_what_all_updates_describe_alike_is_kept_once():
+    """16 KiB for another client with 100 tensors; three times as much where each has items of its own."""
+    model = {f"layers.{number}.self_attn.weight": np.ones((16, 1024), np.float32) for number in range(100)}
+    changed = subtract(model, model)
+    updates = []
+    for number in range(10):
+        terms = Terms("run", 0, "", f"c{number}", "difference")
+        data = joined(encode(changed, terms, codec="nf4", frame_size=4096))  # too small for items to share a frame
+        updates.append(check_update(data, model, terms))
+    peaks = []
+    for clients in (2, 10):
+        average(updates[:clients], into=model)  # so that what is made once is there
+        tracemalloc.start()
+        average(updates[:clients], into=model)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 8 * 20 * 1024
+
+
 def test_a_recording_that_rots_after_it_was_checked_is_an_error(tmp_path):
     model = make_model()
     data, terms, _ = upload(model, 0)
@@ -438,6 +460,40 @@ def test_validate_has_the_last_word():
             check_update(data, model, terms, Rules(validate=validate(nonsense)))
 
 
+# States
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_copies_are_of_the_same_library_tied_as_they_were_and_memory_of_their_own(library):
+    make = np.arange if library == "numpy" else pytest.importorskip("torch").arange
+    one = make(6).reshape(2, 3)
+    state = {"a": one, "b": one, "strided": make(6).reshape(2, 3).T, "scalar": make(1).reshape(())}
+    made = copies(state)
+    assert same(arrays(made), {name: np.asarray(tensor) for name, tensor in state.items()})
+    assert made["a"] is made["b"] and type(made["a"]) is type(one)
+    made["a"][0, 0] = 7
+    assert one[0, 0] == 0
+    assert [tuple(tensor.shape) for tensor in empty_like(state).values()] == [(2, 3), (2, 3), (3, 2), ()]
+
+
+def test_what_training_made_comes_in_the_order_of_the_model_tied_as_it_is():
+    shared = np.ones(3, np.float32)
+    base = {"embed": shared, "head": shared, "bias": np.zeros(2, np.float32)}
+    trained = {"bias": np.ones(2, np.float32), "head": np.full(3, 2, np.float32), "embed": np.full(3, 2, np.float32)}
+    made = matched(trained, base)
+    assert [*made] == [*base] and made["embed"].identity == made["head"].identity
+    assert len(joined(encode(made, TERMS))) < len(joined(encode(views(trained), TERMS)))
+    for wrong, says in (
+        ({**trained, "head": np.zeros(3, np.float32)}, "training gave two"),
+        ({**trained, "more": shared}, "which the model has not"),
+        ({"bias": trained["bias"]}, "which the model has"),
+        ({**trained, "bias": np.ones(3, np.float32)}, "training gave float32"),
+        ([shared], "must give a mapping"),
+    ):
+        with pytest.raises(SchemaError, match=says):
+            matched(wrong, base)
+
+
 # Updates
 
 
@@ -452,6 +508,29 @@ def test_what_a_client_receives_is_what_was_broadcast():
         receive(data, {"weight": into["weight"]})
     with pytest.raises(SchemaError):
         receive(data, {**into, "more": np.zeros(1)})
+
+
+def test_differences_are_the_same_bits_whatever_torch_was_told_of_subnormal_numbers():
+    torch = pytest.importorskip("torch")
+    base = {"w": np.linspace(1e-37, 2e-37, 4096, dtype=np.float32)}
+    model = {"w": base["w"] + np.linspace(0, 1e-38, 4096, dtype=np.float32)}  # apart by subnormal numbers
+    assert (np.abs(model["w"] - base["w"]) < np.finfo(np.float32).tiny).sum() > 1000
+
+    def made():
+        held, feedback = {"w": base["w"].copy()}, ErrorFeedback()
+        sent = feedback.add(subtract(model, held))
+        message = joined(encode(sent, Terms("run", 1, kind="difference"), codec="int8"))
+        receive(message, held)
+        feedback.settle(sent, message)
+        return message, held["w"].tobytes(), joined(encode(feedback.add(sent), Terms("run", 2)))
+
+    expected = made()
+    assert torch.set_flush_denormal(True)
+    try:
+        found = made()
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == expected
 
 
 def test_a_difference_is_added_to_what_its_receivers_hold_and_to_nothing_else():

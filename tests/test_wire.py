@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad import BOOL, DICT, FILE, FLOAT32, START, UINT8, VALUE, bundle, data, item, items, tensor
+from bad import BAD, BOOL, DICT, FILE, FLOAT32, START, UINT8, VALUE, bundle, data, item, items, tensor
 from frames import Frame, assemble, cut, end, take_apart
 from vectors import GOOD, stored
 
@@ -50,6 +50,7 @@ from tensorwire.wire import (
     StreamStart,
     TensorItem,
     Writer,
+    sharing,
 )
 from tensorwire.wire.drive import as_async_source, as_source, pull_async
 from tensorwire.wire.drive import pull as drive_blocking
@@ -213,6 +214,28 @@ def test_events_come_in_order_and_account_for_every_frame(name):
     assert complete == {number for number, item in described.items() if item.total != 0}
     assert last.summary.items == len(described)
     assert (last.summary.frames, last.summary.size) == (len(take_apart(stream)) - 1, len(stream) - 48 - 64)
+
+
+@pytest.mark.parametrize("name", [*GOOD, *(f"bad/{name}" for name in BAD)])
+def test_readers_that_share_what_they_unpack_say_the_same_of_the_same_items(name):
+    def told(reader: Reader) -> tuple[list[Item], str]:
+        found: list[Item] = []
+        try:
+            for event in pull(reader, stored(name)):
+                if isinstance(event, SliceStart):
+                    reader.direct(memoryview(bytearray(event.length)))
+                elif isinstance(event, ItemsStart):
+                    found += event.items
+        except WireError as error:
+            return found, repr(error)
+        return found, ""
+
+    unpack = sharing()
+    alone, verdict = told(Reader(crc32c))
+    first, *others = [told(Reader(crc32c, unpack=unpack)) for _ in range(3)]
+    assert first == (alone, verdict)
+    for found, says in others:
+        assert says == verdict and all(one is other for one, other in zip(first[0], found, strict=True))
 
 
 @pytest.mark.parametrize("name", GOOD)

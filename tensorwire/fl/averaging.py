@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from tensorwire import Schema
 from tensorwire.fl.plan import Plan
 from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams import CodecChoice
 from tensorwire.updates import (
     Arrays,
     LeftOut,
@@ -29,19 +30,20 @@ class Averaging:
         self, plan: Plan, *, validate: Callable[[Update, Schema], Verdict] | None = None, limits: Limits = DEFAULT
     ) -> None:
         self._plan = plan
-        self.down = exact_vectors(plan.down)
-        self.rules = Rules(plan.max_weight, plan.max_norm, plan.on_norm, validate, limits, down=self.down)
+        # A model that no difference can be made of is sent whole and exactly.
+        self._down: CodecChoice = exact_vectors(plan.down) if plan.down_kind == "weights" else "raw"
+        self.rules = Rules(plan.max_weight, plan.max_norm, plan.on_norm, validate, limits, down=self._down)
         self._optimizer = self._new_optimizer()
 
     def check(self, model: Arrays) -> None:
         """Raise EncodeError where the model has floats that no mean can be taken of."""
-        ceilings(model, self.down)
+        ceilings(model, self._down)
 
     def average(self, updates: Sequence[Update], model: Arrays) -> list[LeftOut]:
         """Write the mean over `model`. Returns whose updates stood out and do not count. Raises as `average`."""
         kept, left_out = (list(updates), []) if self._plan.keep_outliers else without_outliers(updates)
         mean = WeightedMean() if self._plan.trim is None else TrimmedMean(self._plan.trim)
-        average(kept, into=model, mean=mean, optimizer=self._optimizer, down=self.down, limits=self.rules.limits)
+        average(kept, into=model, mean=mean, optimizer=self._optimizer, down=self._down, limits=self.rules.limits)
         return left_out
 
     def save(self, path: str) -> None:

@@ -28,6 +28,7 @@ class Bounded(Recording):
         transfer: bytes,
         model: Mapping[str, Any],
         *,
+        convert: Callable[[str, str], None] | None = None,
         finish: Callable[[str], None] | None = None,
         limits: Limits = DEFAULT,
     ) -> None:
@@ -39,7 +40,8 @@ class Bounded(Recording):
             skippable=min(limits.skippable, _ITEM),
             metadata=min(limits.metadata, 256 * KIB),
         )
-        super().__init__(path, transfer, check=lambda: tensorwire.schema(schema).check, finish=finish, limits=limits)
+        check = lambda: tensorwire.schema(schema).check  # noqa: E731
+        super().__init__(path, transfer, check=check, convert=convert, finish=finish, limits=limits)
 
     def buffer_updated(self, size: int) -> None:
         """`Recording.buffer_updated`."""

@@ -10,9 +10,9 @@ import os
 import re
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any, Final
 
 from tensorwire.errors import (
@@ -32,18 +32,18 @@ from tensorwire.errors import (
 )
 from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.plan import Order
-from tensorwire.fl.store import whole
 from tensorwire.fl.task import Task
-from tensorwire.fl.tensors import empty_like, fingerprint, matched, numbers, plain
+from tensorwire.fl.trained import fingerprint, numbers, plain, write_update
+from tensorwire.fl.versions import stream, whole
 from tensorwire.storage import rename, write_file
 from tensorwire.storage.parts import Part
 from tensorwire.streams import size_text
 from tensorwire.transfer import (
     Backoff,
     Offer,
-    Position,
     Recorded,
     RefusedError,
+    Watched,
     greet,
     hear,
     receive_stream,
@@ -51,7 +51,7 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
-from tensorwire.updates import ErrorFeedback, Terms, encode, exact_vectors, receive, subtract
+from tensorwire.updates import ErrorFeedback, Terms, empty_like, receive, views
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
@@ -150,49 +150,74 @@ class Client:
             if task != "train":
                 raise SchemaError(f"the server says {show(task)}, which this version of the client does not know")
             order = Order.parse(answer)
-            self._tidy(order)
+            held = self._held()
+            self._tidy(order, held)
             if self._nothing is not None and self._nothing[0] == order.base:
                 self._request(transport, want="pass", round=order.round, why=self._nothing[1])
                 return _SHORTEST_WAIT
             if os.path.exists(self._update(order)):
                 if not self._deliver(transport, order):
                     return _SHORTEST_WAIT
-            elif self._has_model(order):
+            elif held == order.base:
                 return order
             else:
-                self._fetch(transport, order)
+                self._fetch(transport, order, held)
 
     def _request(self, transport: TcpTransport, **request: Any) -> dict[Any, Any]:
         transport.run(say({"client": self.name, **request}))
         return transport.run(hear())
 
-    def _has_model(self, order: Order) -> bool:
+    def _held(self) -> str:
+        """The version of the model that is here, by its digest; "" for none."""
         try:
-            return Recorded(self._path("model.tw")).digest == order.base
+            return Recorded(self._path("model.tw")).digest
         except FileNotFoundError:
-            return False
+            return ""
         except OSError as error:  # too short to be a model, or no file
             _remove(self._path("model.tw"), error)
-            return False
+            return ""
 
-    def _fetch(self, transport: TcpTransport, order: Order) -> None:
-        """Receive the model of an order: just the tensors that the task has, under a name of our own choosing."""
+    def _fetch(self, transport: TcpTransport, order: Order, held: str) -> None:
+        """Receive the model of an order, or what takes us some way there from the version that we hold.
+
+        Just the tensors that the task has, under a name of our own choosing.
+        """
         path = self._path("model.tw")
-        transport.run(say({"client": self.name, "want": "model", "base": order.base}))
+        transport.run(say({"client": self.name, "want": "model", "base": order.base, "held": held}))
         recordings: list[Bounded] = []
+        added = False
 
         def open_recording(offer: Offer) -> Bounded:
-            recordings.append(Bounded(path, order.base.encode(), self._task.initial()))
+            nonlocal added
+            added = offer.name == "difference" and held != ""
+            key, convert = (_step(order, held), partial(self._add, order)) if added else (order.base.encode(), None)
+            recordings.append(Bounded(path, key, self._task.initial(), convert=convert))
             return recordings[0]
 
         try:
-            transport.run(receive_stream(open_recording))
+            _, outcome, _ = transport.run(receive_stream(open_recording))
         finally:
             self._reached = recordings[0].position.offset if recordings else 0
         self._reached = 0
-        if not self._has_model(order):
+        what = "a difference" if added else "the model"
+        self._on_step(f"round {order.round}: received {what}, {size_text(outcome.end.offset)}")
+        if not added and self._held() != order.base:
             raise SchemaError(f"the server has sent another model than it ordered to train in round {order.round}")
-        self._on_step(f"round {order.round}: received the model, {size_text(os.path.getsize(path))}")
+
+    def _add(self, order: Order, difference: str, made: str) -> None:
+        """Make the version that a difference leads to. One that the server does not know will be asked for whole."""
+        path, model = self._path("model.tw"), empty_like(self._task.initial())
+        try:
+            with open(path, "rb", buffering=0) as file:
+                before, held = receive(file, model)
+        except (WireError, OSError) as error:
+            _remove(path, error)
+            raise
+        with open(difference, "rb", buffering=0) as file:
+            terms, _ = receive(file, model, held=held)
+        if not before.round < terms.round <= order.round:  # so that it comes to an end
+            raise SchemaError(f"a difference leads from round {before.round} to {terms.round}, not towards the order's")
+        write_file(made, stream(views(model), terms.run, terms.round))
 
     def _load(self, order: Order) -> dict[str, Any]:
         """The model of an order. Raises CorruptError or the like where it has not stayed on the disk as it came."""
@@ -242,23 +267,10 @@ class Client:
             self._add_nothing(order, f"training gave what cannot be sent as {order.up}: {error}")
 
     def _encode(self, order: Order, base: Mapping[str, Any], state: Any, terms: Terms) -> None:
-        sent = matched(state, base)
-        if order.kind == "difference":
-            sent = subtract(sent, base)
-        feedback = self._feedback(order) if order.feedback else None
-        if feedback is not None:
-            try:
-                sent = feedback.add(sent)
-            except EncodeError as error:
-                self._on_step(f"round {order.round}: nothing is carried over: {error}")
-                feedback = ErrorFeedback()
-                sent = feedback.add(sent)
-        seed = zlib.crc32(f"{order.base}{self.name}".encode()) if order.stochastic else None
+        feedback = self._feedback(order, base) if order.feedback else None
         update, part = self._update(order), self._path("update.part")
-        write_file(part, encode(sent, terms, codec=exact_vectors(order.up), stochastic=seed))
+        write_update(part, order, base, state, terms, feedback)
         if feedback is not None:
-            with open(part, "rb", buffering=0) as file:
-                feedback.settle(sent, file)
             feedback.save(f"{update}.residual")
         rename(part, update)
 
@@ -273,7 +285,7 @@ class Client:
             self._on_step(f"round {order.round}: the update on the disk is damaged and made again")
             os.unlink(update)
             return False
-        size, outgoing = os.path.getsize(update), _Update(update)
+        size, outgoing = os.path.getsize(update), Watched(Recorded(update))
         # A transfer of its own for every update: of another one the server may hold the beginning.
         transfer = f"{order.base[:32]}{outgoing.digest[:32]}".encode()
         transport.run(say({"client": self.name, "want": "deliver"}))
@@ -306,19 +318,20 @@ class Client:
         os.unlink(update)
         return counted
 
-    def _feedback(self, order: Order) -> ErrorFeedback:
+    def _feedback(self, order: Order, base: Mapping[str, Any]) -> ErrorFeedback:
         """What the last update that counted left out, less for each round since that did not ask us."""
         for number in sorted(self._residuals(), reverse=True):
             try:
                 feedback = ErrorFeedback(self._residual(number))
-            except (WireError, OSError) as error:
+                feedback.add(views(base))
+            except (WireError, EncodeError, OSError) as error:  # damaged, or of another model
                 self._on_step(f"round {order.round}: nothing is carried over: {error}")
                 break
             feedback.age(order.age ** max(order.round - number - 1, 0))
             return feedback
         return ErrorFeedback()
 
-    def _tidy(self, order: Order) -> None:
+    def _tidy(self, order: Order, held: str) -> None:
         """Remove what rounds that are over have left.
 
         Of an update whose fate we never learned nothing is carried over: what it dropped is lost, not counted twice.
@@ -327,12 +340,13 @@ class Client:
         names = os.listdir(self._folder)
         if any(name.startswith("update-") and name.endswith(".tw") and name != mine for name in names):
             self._forget_residuals()
-        with closing(Part(self._path("model.tw"), order.base.encode())) as part:
-            expected = os.path.basename(part.path).removesuffix(".part")
-        for begin, kept in (("update-", mine), (".model.tw.", expected)):
-            for name in names:
-                if name.startswith(begin) and not name.startswith(kept):
-                    os.unlink(self._path(name))
+        expected = []
+        for key in (order.base.encode(), _step(order, held)):
+            with closing(Part(self._path("model.tw"), key)) as part:
+                expected.append(os.path.basename(part.path).removesuffix(".part"))
+        for name in names:
+            if name.startswith(("update-", ".model.tw.")) and not name.startswith((mine, *expected)):
+                os.unlink(self._path(name))
 
     def _residuals(self) -> list[int]:
         """The rounds whose residuals are there; between two steps of a delivery there may be two."""
@@ -369,15 +383,9 @@ class Client:
         return os.path.join(self._folder, name)
 
 
-class _Update(Recorded):
-    """An update on its way out. `reached`: bytes of it that the server had when it was last asked."""
-
-    reached = 0
-
-    def after(self, position: Position) -> Iterator[Any]:
-        """The buffers from `position` on."""
-        self.reached = position.offset
-        return super().after(position)
+def _step(order: Order, held: str) -> bytes:
+    """The name of the transfer that takes us from the version that we hold towards that of an order."""
+    return f"{order.base[:32]}{held[:32]}".encode()
 
 
 def _remove(path: str, reason: Exception) -> None:

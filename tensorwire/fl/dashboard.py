@@ -8,23 +8,31 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from html import escape
 from typing import Any, Final
 
 from tensorwire.errors import TransportError
+from tensorwire.streams import size_text
 
 Status = dict[str, Any]
 
 _SAFE: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'", "Cache-Control": "no-store"}
 _SHOWN: Final = 50  # rounds on the page
+_GOOD: Final = ("delivered", "training", "not asked")  # states of clients that nobody need look into
+_CURVE: Final = (600, 120)  # width and height of the picture of the loss
 _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="2">
-<title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }}
+<meta name="viewport" content="width=device-width"><title>{title}</title><style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }}
+div {{ overflow-x: auto }} svg {{ max-width: 100% }} progress {{ width: 12rem }}
 table {{ border-collapse: collapse; width: 100% }} caption {{ text-align: left; font-weight: 600; margin-top: 1.5rem }}
-th, td {{ text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top }}
-</style><h1>{title}</h1><p>round {round} of {rounds}</p>{clients}{history}"""
+th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; vertical-align: top }}
+th, td {{ white-space: nowrap; font-variant-numeric: tabular-nums }}
+.number {{ text-align: right }} .text {{ white-space: normal; min-width: 16rem; width: 99% }} .bad {{ color: #c33 }}
+</style><h1>{title}</h1><p><progress value="{round}" max="{rounds}"></progress> round {round} of {rounds},
+{delivered} of {asked} clients have delivered{curve}{clients}{history}"""
 _OF_RUN: Final = (("round", "gauge"), ("rounds", "gauge"))
 _OF_CLIENTS: Final = (
     ("up", "counter"),
@@ -72,25 +80,53 @@ def dashboard(status: Callable[[], Status], host: str, port: int) -> Iterator[in
 
 def page(state: Status) -> str:
     """The page. What clients say is escaped."""
-    clients = _table(
-        "Clients",
-        ("client", "state", "last seen", "seconds to its update", "bytes up", "bytes down", "refused"),
-        [
-            (c["name"], c["state"], _ago(c["seen"]), f"{c['seconds']:.1f}", c["up"], c["down"], c["refused"])
-            for c in state["clients"]
-        ],
+    clients, rows = state["clients"], state["rows"]
+    states = [client["state"] for client in clients]
+    return _PAGE.format(
+        title=escape(f"tensorwire: {state['run']}"),
+        round=state["round"],
+        rounds=state["rounds"],
+        delivered=states.count("delivered"),
+        asked=len(states) - states.count("not asked"),
+        curve=_curve([float(loss) for row in rows if (loss := _loss(row))]),
+        clients=_table("Clients", _CLIENT, [_client(client) for client in clients]),
+        history=_table("Rounds", _ROUND, [_round(row) for row in reversed(rows[-_SHOWN:])]),
     )
-    history = _table(
-        "Rounds",
-        ("round", "loss", "updates", "seconds", "bytes up", "bytes down", "ended by", "brought nothing"),
-        [
-            (row["round"], _loss(row), len(row["clients"]) if row["counted"] else "too few", f"{row['seconds']:.1f}",
-             row["up"], row["down"], row["ended"], "; ".join(f"{name}: {why}" for name, why in row["missing"].items()))
-            for row in reversed(state["rows"][-_SHOWN:])
-        ],
-    )  # fmt: skip
-    title = escape(f"tensorwire: {state['run']}")
-    return _PAGE.format(title=title, round=state["round"], rounds=state["rounds"], clients=clients, history=history)
+
+
+# The columns of the two tables, each with the class of its cells.
+_CLIENT: Final = {
+    "client": "",
+    "state": "text",
+    "last seen": "number",
+    "seconds to its update": "number",
+    "up": "number",
+    "down": "number",
+    "refused": "number",
+}
+_ROUND: Final = {
+    "round": "number",
+    "loss": "number",
+    "updates": "number",
+    "seconds": "number",
+    "up": "number",
+    "down": "number",
+    "ended by": "",
+    "brought nothing": "text",
+}
+
+
+def _client(client: Status) -> list[str]:
+    sizes = [size_text(client[way]) for way in ("up", "down")]
+    return [client["name"], client["state"], _ago(client["seen"]), f"{client['seconds']:.1f}", *sizes,
+            str(client["refused"])]  # fmt: skip
+
+
+def _round(row: Status) -> list[str]:
+    counted = str(len(row["clients"])) if row["counted"] else "too few"
+    sizes = [size_text(row[way]) for way in ("up", "down")]
+    missing = "; ".join(f"{name}: {why}" for name, why in row["missing"].items())
+    return [str(row["round"]), _loss(row), counted, f"{row['seconds']:.1f}", *sizes, row["ended"], missing]
 
 
 def metrics(state: Status) -> str:
@@ -118,8 +154,29 @@ def _ago(seen: float) -> str:
     return f"{max(time.time() - seen, 0):.0f} s ago" if seen else "not yet"
 
 
-def _table(caption: str, head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    def line(cell: str, row: tuple[object, ...]) -> str:
-        return "<tr>" + "".join(f"<{cell}>{escape(str(each))}</{cell}>" for each in row)
+def _curve(losses: list[float]) -> str:
+    """The loss over rounds as a picture; none of a single value."""
+    if len(losses) < 2:
+        return ""
+    (width, height), low, high = _CURVE, min(losses), max(losses)
+    step, scale = width / (len(losses) - 1), (height - 4) / ((high - low) or 1.0)
+    points = " ".join(f"{step * at:.1f},{2 + scale * (high - loss):.1f}" for at, loss in enumerate(losses))
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+    picture = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">{line}</svg>'
+    return f"<p>loss {losses[0]:.4g} to {losses[-1]:.4g}<br>{picture}"
 
-    return f"<table><caption>{caption}</caption>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+
+def _table(caption: str, columns: dict[str, str], rows: list[list[str]]) -> str:
+    def line(kind: str, cells: Iterable[str]) -> str:
+        shown = zip(columns.items(), cells, strict=True)
+        return "<tr>" + "".join(
+            f'<{kind} class="{look}{_alarm(name, cell)}">{escape(cell)}</{kind}>' for (name, look), cell in shown
+        )
+
+    head, body = line("th", columns), "".join(line("td", row) for row in rows)
+    return f"<div><table><caption>{caption}</caption>{head}{body}</table></div>"
+
+
+def _alarm(column: str, cell: str) -> str:
+    """The class of a cell that somebody may want to look into."""
+    return " bad" if column == "state" and cell not in ("state", *_GOOD) else ""

@@ -231,8 +231,8 @@ def draw(rows: Sequence[Row], plan: Plan, path: Path) -> bool:
     except ImportError:
         return False
     figure = Figure(figsize=(12, 4), layout="constrained")
-    sent = "differences" if plan.kind == "difference" else plan.kind
-    figure.suptitle(f"{plan.clients} clients, {sent} up as {plan.up}, models down as {plan.down}")
+    up, down = ("differences" if kind == "difference" else kind for kind in (plan.kind, plan.down_kind))
+    figure.suptitle(f"{plan.clients} clients, {up} up as {plan.up}, {down} down as {plan.down}")
     by_round, by_bytes, memory = figure.subplots(1, 3)
     rounds, losses = [row["round"] for row in rows], [row["loss"] for row in rows]
     unit, name = (1e6, "MB") if rows[-1]["fp32_bytes"] >= 1e6 else (1e3, "kB")

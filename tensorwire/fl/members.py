@@ -86,6 +86,8 @@ class Members:
     def heard(self, name: str) -> Member:
         """Somebody has said something: it is a member, is there, and may find the round's time running. As `add`."""
         member = self.add(name)
+        if member.gone and member.why == member.gone:  # it left and is back, so the round may still have its update
+            member.why = ""
         member.seen, member.gone = time.time(), ""
         if self.due is None:
             self.due = self._clock() + self._plan.deadline
@@ -107,7 +109,7 @@ class Members:
     def nothing_from(self, name: str, why: str, *, gone: bool = False) -> None:
         """A member brings nothing in this round. `gone`: nor in others, until it is heard of again."""
         member = self.add(name)
-        if member.update is None:
+        if member.update is None and not (gone and member.why):  # what it was put out for stays
             member.why = why[:_WHY]
         if gone:
             member.gone = why[:_WHY]

@@ -7,6 +7,7 @@ that clients must know stands in `Answer`, which puts it into every order too; o
 import argparse
 import random
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import UnionType
@@ -31,6 +32,10 @@ class Answer:
     age: Annotated[float, "what is left of what was carried over, for each round that did not ask the client", "X"] = (
         0.9
     )
+
+    def seed_of(self, run: str, number: int, who: str) -> int | None:
+        """The seed with which a client, or the server ("") rounds in a round; None: it rounds to nearest."""
+        return zlib.crc32(f"{run}/{number}/{who}".encode()) if self.stochastic else None
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -61,7 +66,10 @@ class Plan(Answer):
     seed: Annotated[int, "of the draws of whom a round asks", "N"] = 0
     quorum: Annotated[int, "updates without which a round does not count", "N"] = 1
     deadline: Annotated[float, "seconds that a round may take", "S"] = 600.0
-    down: Annotated[str, "codec of the models", "SPEC"] = "bf16"
+    down: Annotated[str, "codec of the models, or of their differences", "SPEC"] = "bf16"
+    down_kind: Annotated[Literal["weights", "difference"], "what the server sends to who holds the last model"] = (
+        "weights"
+    )
     max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
     max_norm: Annotated[float | None, "the largest L2 norm of an update (any)", "X"] = None
     on_norm: Annotated[Literal["reject", "clip"], "what to do with larger updates"] = "reject"

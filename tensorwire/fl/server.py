@@ -25,7 +25,8 @@ from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.members import Member, Members
 from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.store import Store
-from tensorwire.fl.tensors import numbers
+from tensorwire.fl.trained import numbers
+from tensorwire.fl.versions import Versions
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import rename
 from tensorwire.transfer import (
@@ -42,7 +43,7 @@ from tensorwire.transfer import (
     wait,
 )
 from tensorwire.transports import HANDSHAKE, AsyncTransport, speaks_for
-from tensorwire.updates import LeftOut, Terms, Update, UpdateError, Verdict, check_update, encode, views
+from tensorwire.updates import LeftOut, Terms, Update, UpdateError, Verdict, check_update
 
 _HOLD: Final = 10.0  # seconds that somebody who would rather wait than ask again is kept at most
 _UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
@@ -81,17 +82,22 @@ class Server:
         self._on_round = on_round
         self._on_note = on_note
         self._store = Store(folder, plan.name, on_note)
+        self._versions = Versions(folder, plan, on_note)
         self.round, self.model = self._store.load(initial)
         self._averaging.check(self.model)
         self._load_optimizer()
         self._lock = threading.Lock()  # uploads are checked in threads
         self._open = False
-        self.base = ""  # the digest of the round's encoded model, in hexadecimal
         self._transfers: dict[str, bytes] = {}  # what each client was last received as
         self._traffic = {"down": 0, "up": 0}
         self._changed = asyncio.Condition()
         self._slots = asyncio.Semaphore(_UPLOADS)
         self._line = 0  # who waits for a slot
+
+    @property
+    def base(self) -> str:
+        """The digest of the round's version of the model, in hexadecimal; "" before the first."""
+        return self._versions.base
 
     async def run(self) -> None:
         """All rounds that are still to come, and then until every client that is there has heard that the run is over.
@@ -132,7 +138,7 @@ class Server:
                 if task["task"] == "stop":
                     self.members.told.add(member.name)
             elif want == "model":
-                await self._send_model(member, request.get("base", self.base), transport)
+                await self._send_model(member, request, transport)
             elif want == "deliver":
                 await self._receive_update(member, transport)
             elif want in ("pass", "leave"):
@@ -179,14 +185,16 @@ class Server:
             if gone or (self._open and request.get("round") == self.round):
                 self.members.nothing_from(member.name, why or "it gave no reason", gone=gone)
 
-    async def _send_model(self, member: Member, base: Any, transport: AsyncTransport) -> None:
-        if base != self.base:
+    async def _send_model(self, member: Member, request: Mapping[str, Any], transport: AsyncTransport) -> None:
+        """Send what takes a client on from the version that it holds: the difference to the next, or a whole one."""
+        if not self.base or request.get("base", self.base) != self.base:
             stale = RefusedError(f"the run is in round {self.round}: ask for its task", kind="stale", retryable=True)
             await transport.run(refuse(stale))
             return
-        offer, before = Offer(self.base.encode(), "model", self._size), transport.sent
+        way, before = self._versions.way(request.get("held"))[0], transport.sent
+        model = _Model(way.path)
         try:
-            await transport.run(send_stream(offer, _Model(self._broadcast, self.base)))
+            await transport.run(send_stream(Offer(model.digest.encode(), way.kind, way.size), model))
         finally:
             member.down += transport.sent - before
             self._traffic["down"] += transport.sent - before
@@ -293,12 +301,8 @@ class Server:
 
     def _begin_round(self) -> None:
         store, number = self._store, self.round
-
-        def encoded() -> Iterator[Any]:
-            return encode(views(self.model), Terms(self.plan.name, number), codec=self._averaging.down)
-
-        self._broadcast = store.broadcast(number, encoded)
-        self.base, self._size = Recorded(self._broadcast).digest, os.path.getsize(self._broadcast)
+        store.begin(number)
+        self._versions.begin(number, self.model)
         with self._lock:
             self.members.begin(number, store.read(number, "asked"))
             self._transfers, self._traffic = {}, {"down": 0, "up": 0}
@@ -393,13 +397,7 @@ class Server:
 
 
 class _Model(Recorded):
-    """The round's model on its way out. `digest` is known, also once the round's folder is gone."""
-
-    digest = ""
-
-    def __init__(self, path: str, digest: str) -> None:
-        super().__init__(path)
-        self.digest = digest
+    """A version, or what leads to it, on its way out."""
 
     def after(self, position: Position) -> Iterator[Any]:
         """The buffers from `position` on. Raises TransportError where the round has ended."""

@@ -15,23 +15,9 @@ from tensorwire.errors import NonFiniteError
 from tensorwire.fl.averaging import Averaging
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
-from tensorwire.fl.tensors import copies, matched, numbers, plain
-from tensorwire.storage import write_file
-from tensorwire.updates import (
-    ErrorFeedback,
-    Rules,
-    Terms,
-    Update,
-    UpdateError,
-    UpdateKind,
-    arrays,
-    check_update,
-    encode,
-    exact_vectors,
-    receive,
-    subtract,
-    views,
-)
+from tensorwire.fl.trained import numbers, plain, write_update
+from tensorwire.fl.versions import Versions
+from tensorwire.updates import ErrorFeedback, Rules, Terms, Update, UpdateError, arrays, check_update, copies, receive
 
 
 @dataclass(frozen=True)
@@ -47,42 +33,34 @@ class Round:
     missing: tuple[str, ...] = ()
 
 
-def simulate(task: Task, plan: Plan, *, down_kind: UpdateKind = "weights") -> Iterator[Round]:
-    """Federated averaging, round by round; the first `Round` given is the start.
-
-    `down_kind`: what travels from the server: whole weights, as between machines, or after the first round, which is
-    sent raw, the difference to what the clients hold.
-    """
+def simulate(task: Task, plan: Plan) -> Iterator[Round]:
+    """Federated averaging, round by round; the first `Round` given is the start."""
     state = copies(task.initial())
     model = arrays(state)  # the same memory: averaging writes what evaluation reads
     held = copies(state)  # what the clients hold
     averaging = Averaging(plan)
     averaging.check(model)
-    digest, total = "", 0
+    total = 0
     yield Round(0, task.evaluate(state), 0)
     with tempfile.TemporaryDirectory() as folder:
+        versions = Versions(folder, plan)
         clients = [_Client(task, plan, number, Path(folder)) for number in range(plan.clients)]
         for number in range(plan.rounds):
             # Server out, once for all clients; client in, which is the same for each.
-            kind: UpdateKind = down_kind if digest else "weights"
-            news = views(state) if kind == "weights" else subtract(state, held)
-            terms = Terms(plan.name, number, digest, kind=kind)
-            codec, seed = averaging.down if kind == down_kind else "raw", _seed(plan, number, plan.clients)
-            path = Path(folder, "broadcast.tw")
-            size = write_file(path, encode(news, terms, codec=codec, stochastic=seed))
-            with path.open("rb", buffering=0) as file:
-                _, digest = receive(file, held, held=digest)
-            asked = plan.draw(number, clients)
+            versions.begin(number, model)
+            with open(versions.way("")[0].path, "rb", buffering=0) as file:
+                receive(file, held)
             updates, missing = [], []
-            for client in asked:
+            for client in plan.draw(number, clients):
+                total += sum(way.size for way in versions.way(client.base))
+                client.base = versions.base
                 try:
-                    updates.append(client.update(held, model, number, digest, averaging.rules))
+                    updates.append(client.update(held, model, number, averaging.rules))
                     total += os.path.getsize(client.path)
                 except (UpdateError, NonFiniteError) as error:
                     missing.append(f"{client.name}: {error}")
             if len(updates) >= plan.quorum:
                 missing += [f"{client}: left out: {reason}" for client, reason in averaging.average(updates, model)]
-            total += size * len(asked)
             yield Round(number + 1, task.evaluate(state), total, tuple(missing))
 
 
@@ -92,39 +70,28 @@ class _Client:
     def __init__(self, task: Task, plan: Plan, number: int, folder: Path) -> None:
         self.name = f"client-{number}"
         self.path = folder / f"{self.name}.tw"
+        self.base = ""  # the version of the model that it holds
         self._residual = folder / f"{self.name}.residual"
         self._task = task
         self._plan = plan
         self._number = number
         self._last = -1  # the round that it last took part in
 
-    def update(self, held: Any, model: Any, number: int, digest: str, rules: Rules) -> Update:
+    def update(self, held: Any, model: Any, number: int, rules: Rules) -> Update:
         """Train and send: the client's work, and what the server makes of it. Raises UpdateError, NonFiniteError."""
         plan = self._plan
-        mine = copies(held)
-        state, weight, metrics = self._task.train(mine, self._number, number)
+        state, weight, metrics = self._task.train(copies(held), self._number, number)
         counted = plain(weight)
         if counted is None or not counted > 0:
             raise UpdateError(f"its weight is {weight!r:.40}", reason="weight")
-        terms = Terms(plan.name, number, digest, self.name, plan.kind, counted, numbers(metrics)[0])
-        sent = matched(state, held)
-        if plan.kind == "difference":
-            sent = subtract(sent, held)
+        terms = Terms(plan.name, number, self.base, self.name, plan.kind, counted, numbers(metrics)[0])
         feedback = ErrorFeedback(self._residual) if plan.feedback else None
         if feedback is not None:
             feedback.age(plan.age ** (number - self._last - 1))
-            sent = feedback.add(sent)
-        seed = _seed(plan, number, self._number)
-        write_file(self.path, encode(sent, terms, codec=exact_vectors(plan.up), stochastic=seed))
+        write_update(self.path, plan, held, state, terms, feedback)
         with self.path.open("rb", buffering=0) as file:
             update = check_update(file, model, terms, rules, recording=self.path)
         if feedback is not None:
-            with self.path.open("rb", buffering=0) as file:
-                feedback.settle(sent, file)
             feedback.save(self._residual)
             self._last = number
         return update
-
-
-def _seed(plan: Plan, number: int, place: int) -> int | None:
-    return number * (plan.clients + 1) + place if plan.stochastic else None

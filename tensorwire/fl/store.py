@@ -1,30 +1,29 @@
 """What the server must not forget: one folder, each file under its name only when complete.
 
-`model.tw` is the model that the round begins with, `round-N/broadcast.tw` that model encoded, once, to be sent to
-whoever asks, `round-N/asked.json` whom the round asks, where that was drawn. `round-N/update-CLIENT.tw` is an update
-that counts; `round-N/closed.json` says whose the round counts. Other files are left alone.
+`model.tw` is the model that the round begins with; `versions` has it encoded, for clients. `round-N/asked.json` says
+whom the round asks, where that was drawn. `round-N/update-CLIENT.tw` is an update that counts; `round-N/closed.json`
+says whose the round counts. Other files are left alone.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
 import numpy.typing as npt
 
 import tensorwire
-from tensorwire.errors import SchemaError, StorageError, TensorwireError, WireError
+from tensorwire.errors import SchemaError, StorageError, WireError
 from tensorwire.fl.members import NAME
 from tensorwire.storage import write_file
-from tensorwire.transfer import Frames
 from tensorwire.updates import Terms, arrays
 
 Model = dict[str, npt.NDArray[Any]]
 
 _ROUND: Final = re.compile(r"round-(\d+)")
-_OURS: Final = re.compile(rf"broadcast\.tw|update-{NAME.pattern}\.tw|(asked|closed)\.json|\..*\.(part|done)")
+_OURS: Final = re.compile(rf"update-{NAME.pattern}\.tw|(asked|closed)\.json|\..*\.(part|done)")
 _UPDATE: Final = re.compile(rf"update-({NAME.pattern})\.tw")
 
 
@@ -78,16 +77,9 @@ class Store:
         """The path of what the server's optimizer remembers when round `number` begins."""
         return self._path(f"optimizer-{number}.tw")
 
-    def broadcast(self, number: int, buffers: Callable[[], Iterable[Any]]) -> str:
-        """The path of the round's encoded model, made of `buffers()` where there is none yet, or a damaged one."""
+    def begin(self, number: int) -> None:
+        """Let there be a place for what belongs to a round."""
         os.makedirs(self._path(f"round-{number}"), exist_ok=True)
-        path = self._path(f"round-{number}", "broadcast.tw")
-        if os.path.lexists(path) and not whole(path):
-            self._on_note(f"{path} is damaged and made anew")
-            os.unlink(path)
-        if not os.path.exists(path):
-            write_file(path, buffers())
-        return path
 
     def update(self, number: int, client: str) -> str:
         """The path of a client's update."""
@@ -145,14 +137,3 @@ class Store:
 
     def _path(self, *names: str) -> str:
         return os.path.join(self._folder, *names)
-
-
-def whole(path: str) -> bool:
-    """Whether a stream on the disk is all there, and as it was written."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for _ in Frames(file):
-                pass
-    except (OSError, TensorwireError):
-        return False
-    return True

@@ -27,7 +27,18 @@ from tensorwire.tensor import ByteArray, Extent
 from tensorwire.wire import NEED_DATA, Bundle, ItemsStart, Slice, SlicePart, SliceStart, StreamEnd, StreamStart
 from tensorwire.wire.drive import as_async_source, as_source, may_wait, pull, pull_async
 from tensorwire.wire.frames import Header
-from tensorwire.wire.items import AliasItem, CodecSpec, ContainerItem, DataItem, FileItem, Item, TensorItem, ValueItem
+from tensorwire.wire.items import (
+    AliasItem,
+    CodecSpec,
+    ContainerItem,
+    DataItem,
+    FileItem,
+    Item,
+    TensorItem,
+    Unpack,
+    ValueItem,
+    unpack_items,
+)
 from tensorwire.wire.reader import NeedData, Reader
 from tensorwire.wire.values import unpack_value
 
@@ -129,7 +140,8 @@ class Receiver:
     other streams that are read in turns with this one; nothing is then decoded ahead. `take` gives memory for an item
     when its data begins to come, where `land` gave none: so that nothing is kept for items that may never come.
     `base`: the content digest of the version that the stream may be against; one that is against any other is refused
-    with a SchemaError.
+    with a SchemaError. `encoded`: `keep_encoded` of all items. `unpack`: `wire.sharing()`, for streams that are read
+    in turns with this one.
     """
 
     def __init__(
@@ -140,8 +152,10 @@ class Receiver:
         overlap: bool = True,
         scratch: Scratch | None = None,
         take: Take | None = None,
+        encoded: bool = False,
+        unpack: Unpack = unpack_items,
     ) -> None:
-        reader = self._reader = Reader(crc32c, limits)
+        reader = self._reader = Reader(crc32c, limits, unpack=unpack)
         self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
         self._limits = limits
         self._base = base
@@ -152,6 +166,7 @@ class Receiver:
         self._scratch = next(self._scratches)
         # What the consumer said of items that are to come, by number. There may be many: nothing else is kept of them.
         self._memory: dict[int, Memory] = {}
+        self._all_encoded = encoded
         self._encoded: set[int] = set()
         self._incoming: _Incoming | None = None
         self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
@@ -271,8 +286,8 @@ class Receiver:
 
     def _place(self, number: int, item: DataItem) -> tuple[Memory | None, bool]:
         """Where an item lands, whose data begins to come, and whether it is kept encoded."""
-        if number in self._encoded:
-            self._encoded.remove(number)
+        if self._all_encoded or number in self._encoded:
+            self._encoded.discard(number)
             return None, True
         memory = self._memory.pop(number, None)
         return self._take(number, item) if memory is None and self._take else memory, False

@@ -3,7 +3,7 @@
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position
 from tensorwire.transfer.receiving import Recording
-from tensorwire.transfer.resume import Backoff
+from tensorwire.transfer.resume import Backoff, Watched
 from tensorwire.transfer.sending import Outgoing, Recorded, Regenerated, version_of
 from tensorwire.transfer.session import (
     Conversation,
@@ -41,6 +41,7 @@ __all__ = [
     "RefusedError",
     "Regenerated",
     "Send",
+    "Watched",
     "greet",
     "hear",
     "receive_stream",

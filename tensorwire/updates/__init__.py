@@ -20,6 +20,7 @@ from tensorwire.updates.message import Arrays, arrays, encode, receive
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
+from tensorwire.updates.states import copies, empty_like, matched
 from tensorwire.updates.terms import Terms, UpdateKind
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
@@ -43,8 +44,11 @@ __all__ = [
     "ceilings",
     "check_update",
     "clipped_to_median",
+    "copies",
+    "empty_like",
     "encode",
     "exact_vectors",
+    "matched",
     "normalized",
     "proximal",
     "receive",

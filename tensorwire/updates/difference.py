@@ -10,6 +10,7 @@ import numpy.typing as npt
 import tensorwire
 from tensorwire.codecs import as_floats, from_floats, is_calculated
 from tensorwire.errors import EncodeError
+from tensorwire.kernels import default_environment
 from tensorwire.numpy import FRONT
 from tensorwire.tensor import TensorView
 from tensorwire.wire import FileItem, TensorItem
@@ -78,8 +79,10 @@ def derived(view: TensorView, read: Callable[[int, int], Bytes]) -> TensorView:
 
 def _subtraction(new: TensorView, old: TensorView) -> Callable[[int, int], Bytes]:
     def read(start: int, stop: int) -> Bytes:
-        change = as_floats(new.read(start, stop), new.dtype) - as_floats(old.read(start, stop), new.dtype)
-        data: Bytes = from_floats(change, new.dtype)
+        # Whoever encodes or checks an infinity finds the overflow.
+        with default_environment(), np.errstate(over="ignore", invalid="ignore"):
+            change = as_floats(new.read(start, stop), new.dtype) - as_floats(old.read(start, stop), new.dtype)
+            data: Bytes = from_floats(change, new.dtype)
         return data
 
     return read

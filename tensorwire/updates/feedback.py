@@ -14,6 +14,7 @@ import tensorwire
 from tensorwire.codecs import as_floats, from_floats, is_calculated
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError
+from tensorwire.kernels import default_environment
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Pieces
 from tensorwire.tensor import TensorView
@@ -58,7 +59,8 @@ class ErrorFeedback:
             if residual is not None:
                 start, stop = piece.start, piece.start + piece.data.size // piece.dtype.itemsize
                 wanted = as_floats(sent[key_of(piece.item)].read(start, stop), piece.dtype)
-                residual[_numbers(piece.dtype, start, stop)] = wanted - as_floats(piece.data, piece.dtype)
+                with default_environment():
+                    residual[_numbers(piece.dtype, start, stop)] = wanted - as_floats(piece.data, piece.dtype)
 
     def age(self, factor: float) -> None:
         """Let the residual count less, after rounds in which its sender was not asked."""
@@ -81,7 +83,8 @@ class ErrorFeedback:
 def _sum(view: TensorView, residual: Floats) -> Callable[[int, int], Bytes]:
     def read(start: int, stop: int) -> Bytes:
         kept = residual[_numbers(view.dtype, start, stop)]
-        data: Bytes = from_floats(as_floats(view.read(start, stop), view.dtype) + kept, view.dtype)
+        with default_environment():
+            data: Bytes = from_floats(as_floats(view.read(start, stop), view.dtype) + kept, view.dtype)
         return data
 
     return read

@@ -32,7 +32,7 @@ from tensorwire.updates.difference import Bytes, key_of, views
 from tensorwire.updates.message import Arrays, place_of
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.reading import Float64, OpenFiles, Reader, Values
-from tensorwire.wire import TensorItem
+from tensorwire.wire import TensorItem, sharing
 
 _OPEN: Final = 16
 # Numbers that the mean is worked out for at a time: temporaries of this size stay in the second-level cache.
@@ -156,9 +156,12 @@ def average(
     mean = mean or WeightedMean()
     mean.begin(ordered)
     highest, described = ceilings(into, down), views(into)
-    scratch, files = Scratch(), OpenFiles(_OPEN)
-    with files:
-        first, *others = readers = [Reader(update, described, files, scratch, limits) for update in ordered]
+    scratch, unpack = Scratch(), sharing()
+    with OpenFiles(_OPEN) as files:
+        readers = [
+            Reader(update, described, files, scratch=scratch, unpack=unpack, limits=limits) for update in ordered
+        ]
+        first, *others = readers
         for item, start, count in first.places():
             place = place_of(into, key_of(item), item.dtype, start, count)
             counted = is_calculated(item.dtype)

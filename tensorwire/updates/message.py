@@ -12,6 +12,7 @@ from tensorwire import streams
 from tensorwire.codecs import as_floats, from_floats, is_calculated
 from tensorwire.dtypes import DType
 from tensorwire.errors import SchemaError
+from tensorwire.kernels import default_environment
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
 from tensorwire.streams import CodecChoice, Piece, Pieces
@@ -80,7 +81,8 @@ def receive(source: Any, into: Mapping[str, Any], *, held: str = "", limits: Lim
         assert terms is not None
         place, data = place_of_piece(memory, piece), piece.data
         if terms.kind == "difference" and is_calculated(piece.dtype):
-            data = from_floats(as_floats(place, piece.dtype) + as_floats(data, piece.dtype), piece.dtype)
+            with default_environment():
+                data = from_floats(as_floats(place, piece.dtype) + as_floats(data, piece.dtype), piece.dtype)
         place[:] = data
     schema.check_complete()
     assert terms is not None

@@ -17,7 +17,7 @@ from tensorwire.streams import ItemStart, Payload, Piece, Receiver
 from tensorwire.tensor import Extent, TensorView
 from tensorwire.updates.check import Update
 from tensorwire.updates.difference import Bytes, key_of
-from tensorwire.wire import StreamEnd, TensorItem
+from tensorwire.wire import StreamEnd, TensorItem, Unpack
 
 _CHANGED: Final = "this is not the recording that was checked"
 
@@ -124,14 +124,24 @@ class _Slice(NamedTuple):
 
 
 class Reader:
-    """One update that was checked, read once more. `model`: the tensors that it must hold."""
+    """One update that was checked, read once more. `model`: the tensors that it must hold.
+
+    `files`, `scratch` and `unpack` are those of all updates that are read in turns.
+    """
 
     def __init__(
-        self, update: Update, model: Mapping[str, TensorView], files: OpenFiles, scratch: Scratch, limits: Limits
+        self,
+        update: Update,
+        model: Mapping[str, TensorView],
+        files: OpenFiles,
+        *,
+        scratch: Scratch,
+        unpack: Unpack,
+        limits: Limits,
     ) -> None:
         self._update = update
         self._model = model
-        self._receiver = Receiver(limits, scratch=scratch)
+        self._receiver = Receiver(limits, scratch=scratch, encoded=True, unpack=unpack)
         self._slices = self._read(files.source(update.recording))
         self._rest: _Slice | None = None
 
@@ -174,7 +184,6 @@ class Reader:
                 if isinstance(event, ItemStart):
                     if isinstance(event.item, TensorItem):
                         self._check(event.item)
-                        receiver.keep_encoded(event.number)
                 elif isinstance(event, Payload) and isinstance(event.item, TensorItem):
                     yield _Slice(from_stages(event.item.codec), event.data, event.item, event.start, event.count)
                 elif isinstance(event, Piece) and isinstance(event.item, TensorItem):  # of a raw item

@@ -16,7 +16,9 @@ from tensorwire.wire.items import (
     Kind,
     StreamInfo,
     TensorItem,
+    Unpack,
     ValueItem,
+    sharing,
 )
 from tensorwire.wire.ledger import Summary
 from tensorwire.wire.names import name_of, path_of
@@ -61,8 +63,10 @@ __all__ = [
     "StreamStart",
     "Summary",
     "TensorItem",
+    "Unpack",
     "ValueItem",
     "Writer",
     "name_of",
     "path_of",
+    "sharing",
 ]

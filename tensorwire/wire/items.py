@@ -9,9 +9,10 @@ and its path, so that a hundred thousand items are checked as columns and become
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from itertools import chain
 from math import prod
 from typing import Any, ClassVar, Final
@@ -259,15 +260,15 @@ def _is_map(first: bytes) -> bool:
 class Described:
     """The items of one ITEM frame, in order.
 
-    `forms`: what they are, as items at the root. `rows`: of each item the number of its form, and the keys of its path.
-    `numbers`: of each item the number of its form. `carriers`: the indexes of the items that data frames belong to.
+    `forms`: what they are, as items at the root. `numbers`: of each item the number of its form. `carriers`: the
+    indexes of the items that data frames belong to.
     """
 
-    __slots__ = ("_items", "carriers", "forms", "numbers", "rows")
+    __slots__ = ("_items", "_rows", "carriers", "forms", "numbers")
 
     def __init__(self, forms: tuple[Item, ...], rows: tuple[tuple[Any, ...], ...], numbers: list[int]) -> None:
         self.forms = forms
-        self.rows = rows
+        self._rows = rows
         self.numbers = numbers
         carry = [not isinstance(form, (AliasItem, ContainerItem)) and form.total != 0 for form in forms]
         self.carriers: Sequence[int] = (
@@ -281,25 +282,34 @@ class Described:
     def __getitem__(self, index: int) -> Item:
         if self._items is not None:
             return self._items[index]
-        row = self.rows[index]
+        row = self._rows[index]
         form: Item = self.forms[row[0]]
         return form.at(row[1:])
 
+    @property
+    def rows(self) -> Sequence[tuple[Any, ...]]:
+        """Of each item the number of its form, and the keys of its path."""
+        if self._items is None:
+            return self._rows
+        return [(number, *item.path) for number, item in zip(self.numbers, self._items, strict=True)]
+
     def items(self) -> list[Item]:
         """All of them, which are kept from now on, in place of `rows`."""
-        if self._items is not None:
-            return self._items
-        makers = [form.at for form in self.forms]
-        self._items = [makers[row[0]](row[1:]) for row in self.rows]
-        self.rows = ()
+        if self._items is None:
+            makers = [form.at for form in self.forms]
+            self._items = [makers[row[0]](row[1:]) for row in self._rows]
+            self._rows = ()
         return self._items
 
     def names(self) -> Iterator[str]:
         """Their names, where `items` was never asked for."""
         return (
             row[1] if len(row) == 2 and type(row[1]) is str and row[1][:1] not in ("", "/") else name_of(row[1:])
-            for row in self.rows
+            for row in self._rows
         )
+
+
+Unpack = Callable[[bytes | memoryview, Limits], Described]
 
 
 class ItemPacker:
@@ -390,6 +400,11 @@ def unpack_items(payload: bytes | memoryview, limits: Limits) -> Described:
     _check([*dict.fromkeys(numbers)] == [*range(len(forms))], "forms are not those of the items, in their order")
     _check(len(forms) == 1 or len({*map(_packed, forms)}) == len(forms), "a form appears twice")
     return Described(tuple(_forms(forms, rows, numbers, limits)), rows, numbers)
+
+
+def sharing() -> Unpack:
+    """An `unpack_items` for readers of streams that describe the same: their items are unpacked, and kept, once."""
+    return cache(unpack_items)
 
 
 def _forms(forms: list[Any], rows: tuple[tuple[Any, ...], ...], numbers: list[int], limits: Limits) -> Iterator[Item]:

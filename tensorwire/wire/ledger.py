@@ -35,6 +35,7 @@ from tensorwire.wire.items import (
     Kind,
     StreamInfo,
     TensorItem,
+    Unpack,
     unpack_items,
     unpack_stream,
 )
@@ -123,6 +124,7 @@ class Ledger:
         "_index_offset",
         "_is_tensor",
         "_tree",
+        "_unpack",
         "align",
         "items",
         "limits",
@@ -134,9 +136,10 @@ class Ledger:
         "state",
     )
 
-    def __init__(self, limits: Limits, preamble: bytes | None, link: int) -> None:
+    def __init__(self, limits: Limits, preamble: bytes | None, link: int, unpack: Unpack = unpack_items) -> None:
         check_limits(limits)
         self.limits = limits
+        self._unpack = unpack
         self.state = State.OPENING
         self.sequence = 0  # of the next frame
         self.link = link  # CRC of the last header, which the next frame must repeat
@@ -284,7 +287,7 @@ class Ledger:
     def read_items(self, payload: bytes | memoryview) -> Described:
         """What the verified payload of an admitted ITEM frame says, taken note of."""
         try:
-            described = unpack_items(payload, self.limits)
+            described = self._unpack(payload, self.limits)
             self.add_items(described)
         except WireError as error:
             error.frame, error.offset = self.sequence, self.offset

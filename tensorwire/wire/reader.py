@@ -36,7 +36,7 @@ from tensorwire.wire.frames import (
     check_preamble,
     unpack_header,
 )
-from tensorwire.wire.items import DataItem, Item, StreamInfo
+from tensorwire.wire.items import DataItem, Item, StreamInfo, Unpack, unpack_items
 from tensorwire.wire.ledger import Ledger, Step, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
@@ -131,11 +131,12 @@ class Reader:
     is verified until the next one is: what an event came of, and where a stream breaks.
     """
 
-    def __init__(self, checksum: Checksum, limits: Limits = DEFAULT) -> None:
+    def __init__(self, checksum: Checksum, limits: Limits = DEFAULT, *, unpack: Unpack = unpack_items) -> None:
         self.ended = False
         self.frame: tuple[Header, int] | None = None
         self._checksum = checksum
         self._limits = limits
+        self._unpack = unpack
         self._ledger: Ledger | None = None
         self._wanted = memoryview(b"")  # the part of the current buffer that is still to be filled
         self._received = 0
@@ -227,7 +228,7 @@ class Reader:
         preamble = bytearray(PREAMBLE_SIZE)
         yield from self._fill(memoryview(preamble))
         link = check_preamble(bytes(preamble), self._checksum)
-        ledger = self._ledger = Ledger(self._limits, bytes(preamble), link)
+        ledger = self._ledger = Ledger(self._limits, bytes(preamble), link, self._unpack)
         packed = bytearray(HEADER_SIZE)
         while not self.ended:
             yield from self._fill(memoryview(packed))

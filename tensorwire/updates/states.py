@@ -1,20 +1,17 @@
-"""Tensors and numbers on their way into and out of a task, which need not know how they travel."""
+"""Containers of tensors made like others: memory for them, copies of them, and what training has made of them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
-from tensorwire.checksum import crc32c
 from tensorwire.errors import SchemaError, show
 from tensorwire.tensor import TensorView
-from tensorwire.updates import Views, arrays, views
+from tensorwire.updates.difference import Views, views
+from tensorwire.updates.message import arrays
 
 _STEP: Final = 1 << 20  # elements that are compared at a time
-_METRICS: Final = 500  # that a client may report of a round
-_NAME: Final = 64  # characters of the name of one
 
 
 def empty_like(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,14 +28,6 @@ def copies(state: Mapping[str, Any]) -> dict[str, Any]:
         view = views({name: state[name]})[name]
         array.reshape(-1).view(np.uint8)[:] = np.frombuffer(view.read(0, view.numel), np.uint8)
     return made
-
-
-def fingerprint(state: Mapping[str, Any]) -> int:
-    """What changes when somebody writes to the tensors of `state`, which are contiguous and on the CPU."""
-    crc = 0
-    for array in arrays(state).values():
-        crc = crc32c(array.reshape(-1).view(np.uint8), crc)
-    return crc
 
 
 def matched(state: Any, base: Mapping[str, Any]) -> Views:
@@ -64,29 +53,6 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
             raise SchemaError(f"the model has one tensor for this and {show(first)}, training gave two", item=name)
         made[name] = replace(view, identity=was.identity)
     return made
-
-
-def numbers(metrics: Any) -> tuple[dict[str, float], list[str]]:
-    """Metrics as plain finite numbers, and the names of those that are none, or too many, or of too long a name."""
-    kept: dict[str, float] = {}
-    dropped = []
-    for name, value in dict(metrics or {}).items():
-        number = plain(value)
-        name = str(name)
-        if number is None or not math.isfinite(number) or len(kept) == _METRICS or len(name) > _NAME:
-            dropped.append(name[:_NAME])
-        else:
-            kept[name] = number
-    return kept, dropped
-
-
-def plain(value: Any) -> float | None:
-    """A number of any library, a tensor of one element too, as Python's own; None for what is no number."""
-    try:
-        value = value.item() if hasattr(value, "item") else value
-        return float(value) if isinstance(value, (bool, int, float)) else None
-    except (ValueError, TypeError, RuntimeError, OverflowError):
-        return None
 
 
 def _ties(tensors: Views) -> dict[str, object]:
