@@ -13,7 +13,7 @@ computed when they are read, so that functions from views to views (`subtract`, 
 """
 
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
-from tensorwire.updates.difference import Views, proximal, subtract, views
+from tensorwire.updates.difference import Views, added, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import Arrays, arrays, encode, receive
@@ -38,6 +38,7 @@ __all__ = [
     "Verdict",
     "Views",
     "WeightedMean",
+    "added",
     "arrays",
     "average",
     "ceilings",
