@@ -20,7 +20,7 @@ from tensorwire.updates.message import Arrays, arrays, encode, receive
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
-from tensorwire.updates.terms import Terms, UpdateKind
+from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "average",
     "ceilings",
     "check_update",
+    "check_weight",
     "clipped_to_median",
     "encode",
     "exact_vectors",
