@@ -379,7 +379,9 @@ class _Answer:
         codec = _by_role(self._asked.up)
         if base is None:
             return _record_of(_encoded(views, codec, terms))
-        change = updates.subtract(_shaped_like(views, self._bases[base]), self._bases[base])
+        old = self._bases[base]
+        views = {name: views[name] for name in old if name in views}  # in its order, which a mean relies on
+        change = updates.subtract(_shaped_like(views, old), old)
         if not (self._asked.feedback and self._metadata.message_type.startswith("train")):
             return _record_of(_encoded(change, codec, terms))
         return _record_of(self._with_feedback(base, change, codec, terms))
@@ -428,18 +430,20 @@ def _is_number(view: TensorView) -> bool:
 
 
 def _shaped_like(views: Views, base: Views) -> Views:
-    """The same tensors in the order and the dtypes of `base`, tied where it ties them and they are still the same."""
-    first: dict[object, str] = {}
+    """The same tensors in the dtypes of `base` where it has them, tied where it ties them and they are still the same.
+
+    What an aggregation or a `state_dict` has taken apart is so put together again, and sent once.
+    """
+    leaders: dict[object, str] = {}
     made: Views = {}
-    for name, old in base.items():
-        if name not in views:
+    for name, view in views.items():
+        old = base.get(name)
+        if old is None or not _comparable(view, old):
+            made[name] = replace(view, identity=None)
             continue
-        leader = name if old.identity is None else first.setdefault(old.identity, name)
-        view = _converted(views[name], old.dtype)
-        if leader in made and _same(made[leader], view):
-            made[name] = made[leader]
-        else:
-            made[name] = replace(view, identity=(id(base), name))
+        view = replace(_converted(view, old.dtype), identity=(id(base), name))
+        leader = made.get(leaders.setdefault(old.identity or name, name))
+        made[name] = leader if leader is not None and _same(leader, view) else view
     return made
 
 
@@ -469,8 +473,8 @@ class WireGrid(Grid):
     `feedback`: clients keep what `up` drops of one training for the next, in the state of their node, in memory of the
     size of the model. `poll`: seconds between two looks for replies.
 
-    Every node must run `wire_mod`; a reply without it is taken as it is. Arrays keep the dtypes that they were first
-    sent with, whatever an aggregation makes of them. Anything else is that of `grid`.
+    Every node must run `wire_mod`; a reply without it is taken as it is. Arrays keep the dtypes, and the ties,
+    that they were first sent with, whatever an aggregation makes of them. Anything else is that of `grid`.
 
         strategy.start(grid=WireGrid(grid, down="bf16", up="nf4"), initial_arrays=arrays)
     """
@@ -492,7 +496,7 @@ class WireGrid(Grid):
         self._grid = grid
         self._poll = poll
         self._sent: dict[str, _Sent] = {}
-        self._dtypes: dict[tuple[str, str], TensorView] = {}  # the first of each record's key and name
+        self._first: dict[str, Views] = {}  # what stood first under each record's key, without its values
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -578,11 +582,8 @@ class WireGrid(Grid):
         views = _sendable(key, record)
         if views is None:
             return record
-        for name, view in views.items():
-            first = self._dtypes.setdefault((key, name), replace(view, read=_never, identity=None))
-            if _comparable(view, first):
-                views[name] = _converted(view, first.dtype)
-        return _record_of(_encoded(views, _by_role(self.down), Terms(run="", round=0)))
+        first = self._first.setdefault(key, {name: replace(view, read=_never) for name, view in views.items()})
+        return _record_of(_encoded(_shaped_like(views, first), _by_role(self.down), Terms(run="", round=0)))
 
     def _received(self, reply: Message) -> Message:
         sent = self._sent.pop(reply.metadata.reply_to_message_id, None)
