@@ -101,21 +101,23 @@ def wait_for(port, seconds=60):
             time.sleep(0.2)
 
 
-def run(app, environment, *, config, result, timeout=300):
-    """Run an app to its end, and return what it has written to the file `result` as JSON.
-
-    Raises RuntimeError with the log of the run where there is none.
-    """
+def run(app, environment, *, config, timeout=300):
+    """Run an app to its end and return its log. Raises RuntimeError where that tells of an error."""
     pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-    command = [BIN / "flwr", "run", str(app), "--stream", "--run-config", pairs]
+    command = [BIN / "flwr", "run", str(app), "--stream", *(["--run-config", pairs] if config else [])]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as log:
         watch = threading.Timer(timeout, log.kill)
         watch.start()
         lines = log.communicate()[0]
         watch.cancel()
-    if not Path(result).exists():
-        raise RuntimeError(f"the run has not come to its end:\n{lines[-8000:]}")
-    return json.loads(Path(result).read_text())
+    if log.returncode or "ERROR" in lines or "and 0 failures" not in lines:
+        raise RuntimeError(f"the run has not come to a good end:\n{lines[-8000:]}")
+    return lines
+
+
+def written(folder):
+    """What the app of a run has written to `result.json`."""
+    return json.loads((Path(folder) / "result.json").read_text())
 
 
 class Peaks(threading.Thread):
@@ -133,7 +135,7 @@ class Peaks(threading.Thread):
                 if path.name.isdecimal():
                     self._look(path, held)
             for role, sizes in held.items():
-                self.most[role] = max(self.most.get(role, 0), max(sizes))
+                self.most[role] = max(self.most.get(role, 0), *sizes)
             total = sum(sum(sizes) for sizes in held.values())
             self.most["total"] = max(self.most.get("total", 0), total)
 

@@ -293,7 +293,7 @@ def _lazy_record(views: Views, origin: _Received) -> ArrayRecord:
     return record
 
 
-def _by_role(codec: str | Mapping[str, str] | CodecChoice) -> CodecChoice:
+def _by_role(codec: CodecChoice) -> CodecChoice:
     """One codec for all leaves alone what must stay exact; a choice by name or function is taken as it is."""
     return updates.exact_vectors(codec) if isinstance(codec, (str, Codec)) else codec
 
@@ -310,7 +310,7 @@ class _Asked(NamedTuple):
 
     @classmethod
     def of(cls, up: UpCodec, difference: bool, feedback: bool) -> "_Asked":
-        """Raises ArgumentError for what cannot be sent to a client, or makes no sense."""
+        """Raises ArgumentError for a choice that cannot be sent to a client."""
         if isinstance(up, Mapping):
             return cls({str(pattern): repr(parse(spec)) for pattern, spec in up.items()}, difference, feedback)
         if not isinstance(up, (str, Codec)):
@@ -326,7 +326,12 @@ class _Asked(NamedTuple):
             raise UnsupportedError(
                 f"the server speaks version {record.get('version')!r}, not 1: update tensorwire here"
             )
-        return cls(json.loads(str(record["up"])), record["difference"] is True, record["feedback"] is True)
+        try:
+            up = json.loads(str(record["up"]))
+            choice = {str(pattern): parse(spec) for pattern, spec in up.items()} if isinstance(up, dict) else parse(up)
+            return cls.of(choice, record["difference"] is True, record["feedback"] is True)
+        except (KeyError, ValueError) as error:
+            raise SchemaError(f"the server does not say how to answer: {error!r}") from None
 
 
 def wire_mod(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -491,7 +496,8 @@ class WireGrid(Grid):
     ) -> None:
         if feedback and not difference:
             raise ArgumentError("feedback= is for differences: there is nothing to add to whole weights")
-        self.down: CodecChoice = repr(parse(down)) if isinstance(down, (str, Codec)) else down
+        self.down: CodecChoice = _by_role(repr(parse(down)) if isinstance(down, (str, Codec)) else down)
+        """The codec that the model is sent with."""
         self._asked = _Asked.of(up, difference, feedback)
         self._grid = grid
         self._poll = poll
@@ -583,7 +589,7 @@ class WireGrid(Grid):
         if views is None:
             return record
         first = self._first.setdefault(key, {name: replace(view, read=_never) for name, view in views.items()})
-        return _record_of(_encoded(_shaped_like(views, first), _by_role(self.down), Terms(run="", round=0)))
+        return _record_of(_encoded(_shaped_like(views, first), self.down, Terms(run="", round=0)))
 
     def _received(self, reply: Message) -> Message:
         sent = self._sent.pop(reply.metadata.reply_to_message_id, None)
@@ -653,7 +659,7 @@ class StreamingFedAvg(FedAvg):
         """As Flower's; the arrays are what the updates of this round are added to."""
         self._base = arrays
         self._dtypes = {name: view.dtype for name, view in _record_views(arrays).items()} | dict(self._dtypes)
-        self._down = _by_role(grid.down) if isinstance(grid, WireGrid) else "raw"
+        self._down = grid.down if isinstance(grid, WireGrid) else "raw"
         return super().configure_train(server_round, arrays, config, grid)  # type: ignore[no-any-return]
 
     def aggregate_train(

@@ -4,6 +4,9 @@
 its own.
 """
 
+import os
+import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +20,7 @@ sys.path[:0] = [str(HERE.parents[1] / "bench"), str(HERE / "flower_app")]
 pytest.importorskip("flwr", reason="Flower is not installed here: tests/engines/run flower makes it an environment")
 
 import torch
-from flower_deployment import deployment, is_alone_on_loopback, run
+from flower_deployment import SETTINGS, deployment, is_alone_on_loopback, run, written
 from mixed.model import made
 
 import tensorwire
@@ -40,8 +43,8 @@ def finished(request, engine):
     """The folder that a run has left, its strategy, and what it says of itself."""
     with tempfile.TemporaryDirectory(prefix="flower-") as folder:
         config = {"folder": folder, "strategy": request.param, "width": WIDTH}
-        result = run(HERE / "flower_app", engine, config=config, result=Path(folder) / "result.json")
-        yield Path(folder), request.param, result
+        run(HERE / "flower_app", engine, config=config)
+        yield Path(folder), request.param, written(folder)
 
 
 def as_received(state, codec):
@@ -76,10 +79,9 @@ def test_the_model_is_what_numpy_makes_of_the_decoded_updates(finished):
     folder, strategy, _ = finished
     model = made(WIDTH).state_dict()
     for turn in range(1, ROUNDS + 1):
-        sent = []
+        sent, expected = [], as_received(model, DOWN)
         for node in range(NODES):
             received, trained = load(folder, f"received-{turn}-{node}"), load(folder, f"trained-{turn}-{node}")
-            expected = as_received(model, DOWN)
             assert received.keys() == expected.keys()
             # FedAvg goes on with float32 where the model has bfloat16.
             slack = 0.0 if strategy == "StreamingFedAvg" or turn == 1 else 0.01
@@ -106,3 +108,21 @@ def test_the_sockets_carry_what_encoded_size_says(finished):
     down = tensorwire.encoded_size(state, codec=DOWN, at_rest=True)
     up = tensorwire.encoded_size(state, codec=UP, at_rest=True)
     assert 1 <= result["loopback"] / (ROUNDS * (HOPS_DOWN * down + HOPS_UP * up)) < 1.03
+
+
+def test_the_app_of_the_page_runs(engine, tmp_path):
+    page = (HERE.parents[1] / "docs" / "flower.md").read_text()
+    for name, text in re.findall(r'```\w+ title="(.*?)"\n(.*?)```', page, re.DOTALL):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "quickstart" / "__init__.py").touch()
+    log = run(tmp_path, engine, config={})
+    assert float(re.search(r"loss of the last round: (\S+)", log)[1]) < 2
+
+
+def test_in_the_simulation_engine():
+    pytest.importorskip("ray", reason='needs pip install "flwr[simulation]"')
+    environment = {**os.environ, **SETTINGS, "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}"}
+    script = HERE / "flower_simulation.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -5,6 +5,7 @@ Messages go the way that they take between processes: through Flower's own `defl
 
 import itertools
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 
 import tensorwire
-from tensorwire.errors import ArgumentError, EncodeError, SchemaError, UnsupportedError
+from tensorwire.errors import ArgumentError, EncodeError, SchemaError, TensorwireError, UnsupportedError
 from tensorwire.integrations.flower import StreamingFedAvg, WireArray, WireGrid, to_record, to_state_dict, wire_mod
 from tensorwire.updates import exact_vectors, subtract
 
@@ -49,7 +50,7 @@ class FakeGrid(Grid):
         self.pushed = []
         self.damage = damage
 
-    run = None
+    run = SimpleNamespace(run_id=7)
     set_run = create_message = None
 
     def get_node_ids(self):
@@ -614,6 +615,17 @@ def test_a_later_version_is_refused_by_both():
 
 
 @pytest.mark.parametrize(
+    "terms",
+    [{}, {"up": "nf4"}, {"up": '"nf5"', "difference": True, "feedback": False}, {"up": "[1]", "difference": True}],
+)
+def test_terms_that_are_none_are_refused(terms):
+    content = RecordDict({"tensorwire": ConfigRecord({"version": 1, **terms})})
+    context = Context(run_id=7, node_id=11, node_config={}, state=RecordDict(), run_config={})
+    with pytest.raises(TensorwireError):
+        wire_mod(Message(content, dst_node_id=11, message_type="train"), context, stepping)
+
+
+@pytest.mark.parametrize(
     ("options", "error"),
     [
         ({"up": lambda name, tensor: "nf4"}, ArgumentError),
@@ -699,3 +711,37 @@ def test_subtract_of_views_is_used_as_it_is():
     for name, view in subtract({n: v + np.float32(STEP) for n, v in start.items()}, start).items():
         change = np.frombuffer(view.read(0, view.numel), np.float32).reshape(view.shape)
         assert np.array_equal(reply.content["arrays"][name].numpy(), start[name] + change)
+
+
+def test_numpy_clients_and_the_strategies_of_before():
+    """`NumPyClient` behind the mod, and a legacy strategy in a workflow over the grid."""
+    from flwr.client import NumPyClient
+    from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+    from flwr.server import LegacyContext, ServerConfig
+    from flwr.server.strategy import FedAvg as LegacyFedAvg
+    from flwr.server.workflow import DefaultWorkflow
+
+    start = [*same_start().values()]
+
+    class Client(NumPyClient):
+        def fit(self, parameters, config):
+            assert [array.shape for array in parameters] == [array.shape for array in start]
+            return [array + np.float32(STEP) for array in parameters], 3, {}
+
+        def evaluate(self, parameters, config):
+            return float(parameters[0].mean()), 3, {}
+
+    inner = FakeGrid(ClientApp(client_fn=lambda context: Client().to_client(), mods=[wire_mod]))
+    context = LegacyContext(
+        context=Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config={}),
+        config=ServerConfig(num_rounds=2),
+        strategy=LegacyFedAvg(initial_parameters=ndarrays_to_parameters(start)),
+    )
+    seen = []
+    context.strategy.evaluate_fn = lambda turn, parameters, config: seen.append(parameters)
+    DefaultWorkflow()(WireGrid(inner, poll=0), context)
+    assert len(context.history.losses_distributed) == 2
+    for array, first in zip(seen[-1], start, strict=True):
+        assert np.allclose(array, first + 2 * STEP, atol=1e-5)
+    assert all("tensorwire" in message.content for message in inner.pushed)
+    assert parameters_to_ndarrays(ndarrays_to_parameters(start))[0].shape == start[0].shape

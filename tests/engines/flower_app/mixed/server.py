@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -29,5 +28,4 @@ def main(grid, context):
     state = model.state_dict()
     to_state_dict(result.arrays, into=state)
     torch.save(state, f"{folder}/final.pt")
-    Path(f"{folder}/result.part").write_text(json.dumps({"loopback": used}))
-    os.replace(f"{folder}/result.part", f"{folder}/result.json")
+    Path(f"{folder}/result.json").write_text(json.dumps({"loopback": used}))
