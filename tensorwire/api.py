@@ -284,11 +284,12 @@ class Api:
         )
 
     def open_file(
-        self, file: files.File, *, base: bytes | None = None, device: Any = None, limits: Limits = DEFAULT
+        self, file: files.File | Buffer, *, base: bytes | None = None, device: Any = None, limits: Limits = DEFAULT
     ) -> files.TensorFile:
         """A `.tw` file as a mapping of names to values, read and verified when asked for; see `TensorFile`.
 
-        `file`: a path or a seekable binary file object. `base` and `device` as in `decode`.
+        `file`: a path, a seekable binary file object, or a buffer that holds a file. `base` and `device` as in
+        `decode`.
 
             with tensorwire.open_file("model.tw") as file:
                 bias, rows = file["layer.0.bias"], file.get_slice("layer.0.weight")[0:64]

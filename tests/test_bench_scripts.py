@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,16 @@ def test_partial_updates():
     assert all(delay > 0 for delay in row["delays_s"])
 
 
+def test_flower_round():
+    pytest.importorskip("flwr", reason="Flower is not installed here: tests/engines/run flower makes it an environment")
+    if {name for _, name in socket.if_nameindex()} != {"lo"}:
+        pytest.skip("it counts bytes in a network of its own: start pytest as the script says")
+    lines = run("flower_round.py", "--model=adapters", "--scale=0.01", "--turns=1", "--sides", "plain", "ours")
+    assert [line.split()[:2] for line in lines[2:4]] == [["plain", "1"], ["ours", "1"]]
+    assert lines[4].startswith("ours / plain")
+
+
 def test_every_script_is_run_here():
-    tested = re.findall(r'"(\w+\.py)"', Path(__file__).read_text())
-    assert {path.name for path in BENCH.glob("*.py")} == {*tested}
+    modules = {"flower_deployment.py"}  # of scripts and of tests/engines
+    tested = {*re.findall(r'"(\w+\.py)"', Path(__file__).read_text())} | modules
+    assert {path.name for path in BENCH.glob("*.py")} == tested

@@ -29,6 +29,7 @@ from tensorwire.storage.output import name_of, open_to_read, read_at, storing
 from tensorwire.wire.frames import MAGIC
 
 Path = str | os.PathLike[str]
+Memory = bytes | bytearray | memoryview
 File = Path | BinaryIO
 
 # Small reads are served from a window: of this size at first and, where they go from front to back, up to the larger.
@@ -194,8 +195,39 @@ class ObjectSource(Source):
         return done
 
 
-def source(file: File) -> Source:
-    """A path or file object, to be read at offsets. Raises EncodeError for an object that cannot seek."""
+class MemorySource(Source):
+    """A buffer that holds what a file does: nothing of it is copied."""
+
+    def __init__(self, buffer: Memory) -> None:
+        super().__init__()
+        self.name = name_of(buffer)
+        self._memory = memoryview(buffer).cast("B").toreadonly()
+        self.size = len(self._memory)
+
+    def read(self, offset: int, size: int, /) -> memoryview:
+        """`Source.read`."""
+        return self._memory[offset : offset + size]
+
+    def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
+        """`Source.map`: the memory itself or, for who may write to it, a copy."""
+        part = self._memory[offset : offset + size]
+        return part if read_only else memoryview(bytearray(part))
+
+    def close(self) -> None:
+        """Let go of the buffer."""
+        super().close()
+        self._memory = memoryview(b"")
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        part = self._memory[offset : offset + len(buffer)]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def source(file: File | Memory) -> Source:
+    """A path, file object or buffer, to be read at offsets. Raises EncodeError for an object that cannot seek."""
+    if isinstance(file, Memory):
+        return MemorySource(file)
     return PathSource(file) if is_path(file) else ObjectSource(file)
 
 

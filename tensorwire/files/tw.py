@@ -17,6 +17,7 @@ from tensorwire.files.items import read_item
 from tensorwire.files.source import (
     HEAD,
     File,
+    Memory,
     Source,
     bytes_left,
     check_writable,
@@ -32,7 +33,7 @@ from tensorwire.storage.output import file_name, name_of, write_object
 from tensorwire.streams.receiver import check_codec, check_slice, reject_files
 from tensorwire.streams.sender import Late, encode
 from tensorwire.streams.sinks import collect, decode
-from tensorwire.tensor import Buffer, Extent, Front
+from tensorwire.tensor import Buffer, ByteArray, Extent, Front, TensorView
 from tensorwire.wire import (
     AliasItem,
     Archive,
@@ -130,18 +131,22 @@ class TensorFile(Mapping[str, Any]):
             rows = file.get_slice("layer.0.weight")[0:64]
             view = file.map("layer.0.weight")
 
-    A context manager and a read-only mapping of names to tensors and values. `file`: a path, or a seekable binary
-    file object, such as fsspec gives for HTTP and S3, which stays the caller's. Nothing is mapped but by `map`. The
-    file must have an index, as `save_file` writes; a recorded stream has none. Reading every name checks all that
-    `load_file` checks, but for the digest at the end. `base`: the content digest of the version that the file may be
-    against.
+    A context manager and a read-only mapping of names to tensors and values. `file`: a path; a seekable binary file
+    object, such as fsspec gives for HTTP and S3, which stays the caller's; or a buffer that holds what a file does.
+    Nothing is mapped but by `map` and `view`. The file must have an index, as `save_file` writes; a recorded stream
+    has none. Reading every name checks all that `load_file` checks, but for the digest at the end. `base`: the content
+    digest of the version that the file may be against.
 
     Threads may share it. It pickles, by its path and these arguments (or as its file object does), and is opened again
     where it is first used. Raises a WireError that names the file; ClosedError once it is closed.
     """
 
-    def __init__(self, file: File, front: Front, *, base: bytes | None = None, limits: Limits = DEFAULT) -> None:
-        self._file: File = os.path.abspath(file_name(file)) if is_path(file) else file
+    def __init__(
+        self, file: File | Memory, front: Front, *, base: bytes | None = None, limits: Limits = DEFAULT
+    ) -> None:
+        self._file: File | Memory = file
+        if not isinstance(file, Memory) and is_path(file):
+            self._file = os.path.abspath(file_name(file))
         self._front = front
         self._base = base
         self._limits = limits
@@ -232,6 +237,46 @@ class TensorFile(Mapping[str, Any]):
         frame, and for a file object.
         """
         content = self._content()
+        item = content.find(name)[1]
+        data = self._mapped(name, content, read_only=self._front.read_only)
+        assert isinstance(item, TensorItem), "`_mapped` has seen to it"
+        with content.errors():
+            tensor = self._front.wrap(data, item.dtype, item.shape)
+        if isinstance(tensor, np.ndarray):
+            tensor.flags.writeable = False
+        return tensor
+
+    def view(self, name: str) -> TensorView:
+        """A tensor to be read a part at a time, as it is sent or calculated with: see `tensorwire.updates.Views`.
+
+        Nothing is read before. A raw tensor is then mapped where `map` can, and verified once; of others, the frames
+        that hold a part are read and verified for it. Names of one tensor are one to whoever looks for ties. Raises
+        KeyError; EncodeError for a plain value.
+        """
+        content = self._content()
+        number, item = content.find(name)
+        if not isinstance(item, TensorItem):
+            raise EncodeError("only tensors can be viewed; read a value with file[name]", item=name)
+        read = _ItemReader(self, name, item.dtype.itemsize, raw=content.codec(item).in_place)
+        return TensorView(item.dtype, item.shape, read, identity=(id(self), number))
+
+    def read_bytes(self, name: str, begin: int, end: int) -> ByteArray:
+        """The bytes of elements [begin, end) of a tensor. Raises KeyError."""
+        content = self._content()
+        number, item = content.find(name)
+        assert isinstance(item, TensorItem), "`get_slice` and `view` have seen to it"
+        with content.errors():
+            return content.read(number, item, content.codec(item), part=(begin, end))
+
+    def map_bytes(self, name: str) -> ByteArray | None:
+        """The bytes of a tensor where they stand, not to be written to; None where `map` cannot give them."""
+        content = self._content()
+        try:
+            return self._mapped(name, content, read_only=True)
+        except EncodeError:
+            return None
+
+    def _mapped(self, name: str, content: "_Opened", *, read_only: bool) -> ByteArray:
         number, item = content.find(name)
         refusal = EncodeError("only a raw tensor in one frame can be mapped; read it with file[name]", item=name)
         if not isinstance(item, TensorItem) or not content.codec(item).in_place:
@@ -244,7 +289,7 @@ class TensorFile(Mapping[str, Any]):
             return check_slice(codec, header, item, self._limits)
 
         def fetch(offset: int, size: int, extent: Extent) -> tuple[memoryview, int]:
-            data = content.source.map(offset, size, read_only=self._front.read_only)
+            data = content.source.map(offset, size, read_only=read_only)
             return data, crc32c(data, 0)
 
         data = np.empty(0, np.uint8)
@@ -255,18 +300,15 @@ class TensorFile(Mapping[str, Any]):
                 for stored, extent in content.archive.slices(number, check, fetch):
                     data = np.frombuffer(stored.payload, np.uint8)
                     codec.decode(stored.payload, extent, data)  # in place: only looks
-            tensor = self._front.wrap(data, item.dtype, item.shape)
-        if isinstance(tensor, np.ndarray):
-            tensor.flags.writeable = False
-        return tensor
+        return data
 
     def read_part(self, name: str, begin: int, end: int) -> Any:
         """Elements [begin, end) of a tensor, flat. Raises KeyError."""
+        data = self.read_bytes(name, begin, end)
         content = self._content()
-        number, item = content.find(name)
-        assert isinstance(item, TensorItem), "`get_slice` has seen to it"
+        item = content.find(name)[1]
+        assert isinstance(item, TensorItem), "`read_bytes` has seen to it"
         with content.errors():
-            data = content.read(number, item, content.codec(item), part=(begin, end))
             return self._front.wrap(data, item.dtype, (end - begin,))
 
     def _content(self) -> "_Opened":
@@ -275,6 +317,27 @@ class TensorFile(Mapping[str, Any]):
         if self._opened is None:
             self._opened = _Opened(source(self._file), self._base, self._limits)
         return self._opened
+
+
+class _ItemReader:
+    """`TensorView.read` of a tensor in a file."""
+
+    __slots__ = ("_file", "_itemsize", "_mapped", "_name", "_raw")
+
+    def __init__(self, file: TensorFile, name: str, itemsize: int, *, raw: bool) -> None:
+        self._file = file
+        self._name = name
+        self._itemsize = itemsize
+        self._raw = raw
+        self._mapped: ByteArray | None = None
+
+    def __call__(self, start: int, stop: int) -> ByteArray:
+        if self._raw and self._mapped is None:
+            self._mapped = self._file.map_bytes(self._name)
+            self._raw = self._mapped is not None
+        if self._mapped is None:
+            return self._file.read_bytes(self._name, start, stop)
+        return self._mapped[start * self._itemsize : stop * self._itemsize]
 
 
 class TensorSlice:

@@ -13,7 +13,7 @@ computed when they are read, so that functions from views to views (`subtract`, 
 """
 
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
-from tensorwire.updates.difference import Views, proximal, subtract, views
+from tensorwire.updates.difference import Views, added, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import Arrays, arrays, encode, receive
@@ -21,7 +21,7 @@ from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.states import copies, empty_like, matched
-from tensorwire.updates.terms import Terms, UpdateKind
+from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
@@ -39,10 +39,12 @@ __all__ = [
     "Verdict",
     "Views",
     "WeightedMean",
+    "added",
     "arrays",
     "average",
     "ceilings",
     "check_update",
+    "check_weight",
     "clipped_to_median",
     "copies",
     "empty_like",

@@ -44,6 +44,28 @@ def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
     return changes
 
 
+def added(change: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
+    """What `subtract` gave, put on top of `base`: tensor by tensor, in the dtype that each has in the base.
+
+    Tensors that are not floating-point are those of `change`. `base` may hold more than `change`. Raises EncodeError
+    for what is no tensor, has another shape in the base, or is floating-point in only one of the two.
+
+        trained = added(subtract(trained, base), base)
+    """
+    sums = {}
+    for name, view in views(change).items():
+        sums[name] = view
+        if is_calculated(view.dtype):
+            if name not in base:
+                raise EncodeError("the base has no tensor of this name", item=name)
+            old = view_of(name, base[name])
+            if view.shape != old.shape or view.dtype.parts != old.dtype.parts or not is_calculated(old.dtype):
+                detail = f"a change of {view.dtype} {list(view.shape)} to {old.dtype} {list(old.shape)}"
+                raise EncodeError(detail, item=name)
+            sums[name] = TensorView(old.dtype, old.shape, _addition(view, old), identity=view.identity)
+    return sums
+
+
 def key_of(item: TensorItem | FileItem) -> str:
     """The key that an item has in its mapping, which may be spelled otherwise in its name."""
     return str(item.path[0])
@@ -75,6 +97,15 @@ def view_of(name: str, tensor: Any) -> TensorView:
 def derived(view: TensorView, read: Callable[[int, int], Bytes]) -> TensorView:
     """A tensor computed from another, element by element. Tensors tied before are tied after."""
     return TensorView(view.dtype, view.shape, read, identity=view.identity)
+
+
+def _addition(change: TensorView, old: TensorView) -> Callable[[int, int], Bytes]:
+    def read(start: int, stop: int) -> Bytes:
+        total = as_floats(old.read(start, stop), old.dtype) + as_floats(change.read(start, stop), change.dtype)
+        data: Bytes = from_floats(total, old.dtype)
+        return data
+
+    return read
 
 
 def _subtraction(new: TensorView, old: TensorView) -> Callable[[int, int], Bytes]:

@@ -26,7 +26,8 @@ Floats = npt.NDArray[np.floating[Any]]
 class ErrorFeedback:
     """The residual of one sender, in float32 (of float64 tensors in float64); zeros at first.
 
-    `path`: the file that `save` wrote, to go on from it where there is one.
+    `path`: the file that `save` wrote, to go on from it where there is one. `residual`: what the attribute of that name
+    held, a flat array for each tensor, to go on from where it was kept otherwise; it is taken over.
 
         sent = feedback.add(subtract(trained, base))
         message = b"".join(encode(sent, terms, codec="nf4"))
@@ -34,10 +35,12 @@ class ErrorFeedback:
         feedback.settle(sent, message)
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self._residual: dict[str, Floats] = {}
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, residual: dict[str, Floats] | None = None
+    ) -> None:
+        self.residual: dict[str, Floats] = {} if residual is None else residual
         if path is not None and os.path.exists(path):
-            self._residual = tensorwire.numpy.load_file(path)
+            self.residual = tensorwire.numpy.load_file(path)
 
     def add(self, tensors: Views) -> Views:
         """The tensors with their residuals added; those that are not floating-point as they are.
@@ -55,7 +58,7 @@ class ErrorFeedback:
         `message`: the encoded stream, as in `tensorwire.decode`. Raises a WireError for a damaged one.
         """
         for piece in Pieces(message, lambda item: None, limits=limits):
-            residual = self._residual.get(key_of(piece.item))
+            residual = self.residual.get(key_of(piece.item))
             if residual is not None:
                 start, stop = piece.start, piece.start + piece.data.size // piece.dtype.itemsize
                 wanted = as_floats(sent[key_of(piece.item)].read(start, stop), piece.dtype)
@@ -64,17 +67,17 @@ class ErrorFeedback:
 
     def age(self, factor: float) -> None:
         """Let the residual count less, after rounds in which its sender was not asked."""
-        for residual in self._residual.values():
+        for residual in self.residual.values():
             residual *= factor
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the residual to a `.tw` file, which appears under its name only when complete."""
-        tensorwire.numpy.save_file(self._residual, path)
+        tensorwire.numpy.save_file(self.residual, path)
 
     def _of(self, name: str, view: TensorView) -> Floats:
         dtype = np.dtype(np.float64 if view.dtype.part_size == np.dtype(np.float64).itemsize else np.float32)
         count = _numbers(view.dtype, 0, view.numel).stop
-        residual = self._residual.setdefault(name, np.zeros(count, dtype))
+        residual = self.residual.setdefault(name, np.zeros(count, dtype))
         if residual.size != count or residual.dtype != dtype:
             raise EncodeError("the residual kept for error feedback is of another model", item=name)
         return residual

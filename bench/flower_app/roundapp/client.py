@@ -1,0 +1,19 @@
+import torch  # noqa: F401 - Flower makes tensors where it finds it loaded
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from tensorwire.integrations.flower import to_record, to_state_dict, wire_mod
+
+app = ClientApp(mods=[wire_mod])
+
+
+@app.train()
+def fit(message, context):
+    """A step of the same size everywhere, in place of training."""
+    arrays = message.content["arrays"]
+    ours = context.run_config["side"] == "ours"
+    state = to_state_dict(arrays) if ours else arrays.to_torch_state_dict(keep_input=False)
+    for tensor in state.values():
+        tensor += 0.5
+    record = to_record(state) if ours else ArrayRecord(state, keep_input=False)
+    return Message(RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
