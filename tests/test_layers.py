@@ -53,7 +53,7 @@ FOREIGN = {
     "updates": {"numpy"},
     "numpy": {"numpy", "ml_dtypes"},
     "torch": {"numpy", "torch"},
-    "integrations": {"numpy", "torch", "bitsandbytes"},
+    "integrations": {"numpy", "torch", "bitsandbytes", "nvflare"},
     "cli": {"numpy", "torch", "tqdm", "cryptography"},
     "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
     "fl": {"numpy", "torch", "transformers", "peft", "matplotlib", "starlette", "uvicorn"},
@@ -74,6 +74,7 @@ PUBLIC_MODULES = [
     ["files", "authenticity"],
     ["files", "examine"],
     ["integrations", "bitsandbytes"],
+    ["integrations", "nvflare"],
     ["storage", "parts"],
 ]
 

@@ -20,6 +20,7 @@ from tensorwire.updates.message import Arrays, arrays, encode, receive
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
+from tensorwire.updates.tensors import is_finite, mean_of
 from tensorwire.updates.terms import Terms, UpdateKind
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
@@ -45,6 +46,8 @@ __all__ = [
     "clipped_to_median",
     "encode",
     "exact_vectors",
+    "is_finite",
+    "mean_of",
     "normalized",
     "proximal",
     "receive",
