@@ -47,6 +47,7 @@ try:
     from nvflare.fuel.utils import fobs
     from nvflare.fuel.utils.fobs.datum import DatumManager
     from nvflare.fuel.utils.fobs.decomposers.via_downloader import ViaDownloaderDecomposer
+    from nvflare.fuel.utils.memory_utils import cleanup_memory
     from nvflare.widgets.widget import Widget
 except ImportError as error:
     raise ImportError(
@@ -57,7 +58,7 @@ except ImportError as error:
 # FLARE knows what a message holds by a number of one byte, its own being small. There is no registry of them.
 DOWNLOAD_TYPE: Final = 116
 # What FLARE asks for in one request, a round trip each; `wire_download_chunk_size` in its configuration overrides it.
-PORTION: Final = 8 << 20
+PORTION: Final = 4 << 20
 
 _KINDS: Final = (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF)
 _NUMBER, _LIBRARY = "portion", "library"  # in the state that sender and receiver tell one another
@@ -316,6 +317,7 @@ class BaseFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         """A new DXO with tensors."""
+        cleanup_memory()  # of the round before
         refs = {tensorwire.name_of(path): ref for path, ref in _leaves(dxo.data, _is_ref)}
         fl_ctx.set_prop(_BASE, {name: ref.encoded for name, ref in refs.items()}, private=True, sticky=False)
         tensors = {id(ref): ref.materialize() for ref in {id(ref): ref for ref in refs.values()}.values()}
@@ -529,6 +531,7 @@ def register(*, lazy: bool = False) -> None:
     Called by the training script where FLARE launches it as a process of its own. Raises RuntimeError where another
     decomposer has the number of ours.
     """
+    tensorwire.set_spare_memory(0)  # a model's worth that nobody uses while there is no message, in each process
     fobs.register(WireDecomposer(lazy))
     handler = fobs.get_dot_handler(DOWNLOAD_TYPE)
     if not isinstance(handler, WireDecomposer):
@@ -596,17 +599,22 @@ class WireAggregator(ModelAggregator):  # type: ignore[misc]  # FLARE has no typ
     Replies stay as they came until then, which with `lazy=True` is encoded: the memory of an encoded model each, or of
     none with FLARE's tensor disk offload. The mean is that of `tensorwire.updates.mean_of`, in the order of the
     clients' names: the same bits whoever answers first, in the dtypes that were sent, with tied tensors still tied. A
-    client counts its number of steps, times its factor in `aggregation_weights`.
+    client counts its number of steps, times its factor in `aggregation_weights`. The tensors of a mean are there until
+    the next round begins: copy what is to be kept for longer.
     """
 
     def __init__(self, aggregation_weights: dict[str, float] | None = None) -> None:
         ModelAggregator.__init__(self)
         self.aggregation_weights = aggregation_weights
         self._models: dict[str, FLModel] = {}
+        self._result: FLModel | None = None
 
     def reset_stats(self) -> None:
-        """Forget what has come."""
+        """Forget what has come, and drop the tensors of the mean before, which FLARE keeps without using them."""
         self._models = {}
+        if self._result is not None:
+            self._result.params = {}
+        cleanup_memory()
 
     def accept_model(self, model: FLModel) -> None:
         """Keep a reply. Raises SchemaError for one that does not go with those that are here, which then stay."""
@@ -634,8 +642,9 @@ class WireAggregator(ModelAggregator):  # type: ignore[misc]  # FLARE has no typ
             if key not in means:
                 means[key] = _mean(name, values, weights)
             params[name] = means[key]
-        self.reset_stats()
-        return FLModel(params=params, params_type=models[0].params_type, metrics=_metrics(models, weights))
+        self._models = {}
+        self._result = FLModel(params=params, params_type=models[0].params_type, metrics=_metrics(models, weights))
+        return self._result
 
     def _weight(self, client: str) -> float:
         steps = (self._models[client].meta or {}).get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
@@ -690,7 +699,7 @@ def add_to(
     up: CodecSpec = "nf4",
     difference: bool | None = None,
     lazy: bool | None = None,
-    tasks: Sequence[str] | None = ("train",),
+    tasks: Sequence[str] = ("train",),
 ) -> None:
     """Let a recipe's job send models under `down` and take updates under `up`.
 
@@ -698,7 +707,7 @@ def add_to(
     weights, for FLARE to add to the global model; None: where the recipe lets one choose (`params_transfer_type`), as
     those for FedAvg do. `lazy`: whether the server keeps replies encoded until they are added up, which an aggregation
     must know to `materialize`; None: where the recipe's aggregator is a `WireAggregator`. `tasks`: whose data and
-    results these are; None: all.
+    results these are.
 
         recipe = FedAvgRecipe(..., aggregator=WireAggregator())
         tensorwire.integrations.nvflare.add_to(recipe)
@@ -715,7 +724,7 @@ def add_to(
         lazy = isinstance(getattr(recipe, "aggregator", None), WireAggregator)
     job = getattr(recipe, "_job", None) or recipe.job
     job.job.set_app_packages([*job.job.app_packages, "tensorwire"])  # which sites have: no job is to bring it along
-    named = None if tasks is None else list(tasks)
+    named = list(tasks)
     recipe.add_server_output_filter(WireFilter(down), tasks=named)
     recipe.add_client_output_filter(WireFilter(up, difference), tasks=named)
     if difference:

@@ -48,9 +48,14 @@ def mean_of(tensors: Sequence[Any], weights: Sequence[float]) -> Any:
                 f"{each.dtype} {list(each.shape)} cannot be averaged with {first.dtype} {list(first.shape)}"
             )
     out, result = _result(tensors[0], first)
-    for start, count in _spans(first):
+    spans = list(_spans(first))
+    sums = np.empty(max((count for _, count in spans), default=0) * first.dtype.parts)
+    for start, count in spans:
         place = out[start * first.dtype.itemsize : (start + count) * first.dtype.itemsize]
-        _mean(inputs, weights, first.dtype, start, place)
+        if is_calculated(first.dtype):
+            _mean(inputs, weights, first.dtype, start, place, sums[: count * first.dtype.parts])
+        else:
+            _whole_mean(inputs, weights, first.dtype, start, place)
     return result
 
 
@@ -90,16 +95,26 @@ def _spans(first: EncodedTensor | TensorView) -> Iterator[tuple[int, int]]:
 
 
 def _mean(
+    inputs: Sequence[EncodedTensor | TensorView],
+    weights: Sequence[float],
+    dtype: DType,
+    start: int,
+    out: Bytes,
+    sums: npt.NDArray[np.float64],
+) -> None:
+    """Write the mean of the floats from `start` on to `out`."""
+    sums[:] = 0.0
+    with default_environment():
+        for each, weight in zip(inputs, weights, strict=True):
+            _accumulate(each, sums, weight, start, out.size // dtype.itemsize)
+        np.divide(sums, math.fsum(weights), out=sums)
+        from_floats(sums, dtype, out)
+
+
+def _whole_mean(
     inputs: Sequence[EncodedTensor | TensorView], weights: Sequence[float], dtype: DType, start: int, out: Bytes
 ) -> None:
-    """Write the mean of the elements from `start` on to `out`."""
-    if is_calculated(dtype):
-        sums = np.zeros(out.size // dtype.part_size)
-        with default_environment():
-            for each, weight in zip(inputs, weights, strict=True):
-                _accumulate(each, sums, weight, start, out.size // dtype.itemsize)
-            from_floats(sums / math.fsum(weights), dtype, out)
-        return
+    """Write the mean of the integers or bools from `start` on to `out`."""
     values = [_bytes(each, start, out.size // dtype.itemsize) for each in inputs]
     out[:] = values[0]
     differs = np.zeros(out.size // dtype.itemsize, np.bool_)

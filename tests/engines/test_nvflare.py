@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run nvflare")
+pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run_nvflare")
 torch = pytest.importorskip("torch")
 
 import tensorwire

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run nvflare")
+pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run_nvflare")
 torch = pytest.importorskip("torch")
 
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
@@ -127,7 +127,7 @@ def test_small_and_sensitive_items_are_exact_and_the_rest_is_as_the_codec_says(m
     got = sent(monkeypatch, marked)
     assert all(equal(got[name], state[name]) for name in state.keys() - {"matrix", "tied", "half"})
     assert 0 < (got["matrix"] - state["matrix"]).abs().max() < 0.6
-    marked = filtered(wire.WireFilter({"matrix": "int8", "*": "bf16"}), state).data
+    marked = filtered(wire.WireFilter({"matrix": "int8", "tied": "int8", "*": "bf16"}), state).data
     assert marked["matrix"].codec == "int8" and marked["bias"].codec == "bf16" and marked["half"].codec == "raw"
     with pytest.raises(EncodeError, match="matches no tensor"):
         filtered(wire.WireFilter({"matrixx": "int8"}), state)
