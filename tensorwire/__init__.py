@@ -55,7 +55,7 @@ from tensorwire.files import TensorFile, TensorSlice, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
-from tensorwire.streams import Report, Schema
+from tensorwire.streams import Decoder, EncodedTensor, InMemory, OnDisk, Report, Schema, gather
 from tensorwire.tensor import AnyFront
 from tensorwire.wire import name_of, path_of
 
@@ -71,12 +71,16 @@ __all__ = [
     "ClosedError",
     "Codec",
     "CorruptError",
+    "Decoder",
     "EncodeError",
+    "EncodedTensor",
     "FormatError",
+    "InMemory",
     "LimitError",
     "Limits",
     "MissingFileError",
     "NonFiniteError",
+    "OnDisk",
     "Report",
     "Schema",
     "SchemaError",
@@ -93,11 +97,13 @@ __all__ = [
     "decode",
     "decode_async",
     "decode_file",
+    "decoder",
     "dumps",
     "encode",
     "encode_async",
     "encode_file",
     "encoded_size",
+    "gather",
     "get_spare_memory",
     "get_threads",
     "inspect",
@@ -124,6 +130,7 @@ encode_async = _api.encode_async
 encoded_size = _api.encoded_size
 decode = _api.decode
 decode_async = _api.decode_async
+decoder = _api.decoder
 dumps = _api.dumps
 loads = _api.loads
 save_file = _api.save_file

@@ -5,7 +5,7 @@ from io import BytesIO
 from typing import Any, Final
 
 from tensorwire import files, streams
-from tensorwire.errors import EncodeError
+from tensorwire.errors import ArgumentError, EncodeError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import CodecChoice, Report, Schema
 from tensorwire.tensor import Buffer, Front
@@ -168,6 +168,32 @@ class Api:
         return streams.decode_async(
             source, front, into=into, expect=expect, base=base, metadata_into=metadata_into, limits=limits
         )
+
+    def decoder(
+        self,
+        *,
+        into: Mapping[str, Any] | None = None,
+        expect: Any = None,
+        base: bytes | None = None,
+        device: Any = None,
+        limits: Limits = DEFAULT,
+        keep_encoded: streams.Store | None = None,
+    ) -> streams.Decoder:
+        """A decoder that is fed, for whoever is called with bytes and cannot wait for more: see `Decoder`.
+
+        Options as `decode` has them. `keep_encoded`: where to keep payloads, `InMemory()` or `OnDisk()`. Tensors are
+        then given as `EncodedTensor`s, verified, in about the memory that they took on the wire; `into` and `device`
+        have no meaning then.
+
+            decoder = tensorwire.torch.decoder(expect=model.state_dict())
+            for message in queue:
+                for name, tensor in decoder.feed(message): ...
+            decoder.finish()
+        """
+        if keep_encoded is not None and (into is not None or device is not None):
+            raise ArgumentError("into= and device= are for decoded tensors: leave them out, or keep_encoded=")
+        front = self._front.on(device)
+        return streams.Decoder(front, into=into, expect=expect, base=base, limits=limits, keep=keep_encoded)
 
     def dumps(
         self,

@@ -158,6 +158,7 @@ encode_async = _api.encode_async
 encoded_size = _api.encoded_size
 decode = _api.decode
 decode_async = _api.decode_async
+decoder = _api.decoder
 dumps = _api.dumps
 loads = _api.loads
 save_file = _api.save_file

@@ -47,6 +47,18 @@ def verdict(stream: object, limits: Limits) -> Verdict:
         return Verdict(None, type(error).__name__, str(error), error.frame, error.offset)
 
 
+def fed(stream: bytes, limits: Limits, *, encoded: bool) -> Verdict:
+    """The verdict of a decoder that is handed a stream in two halves."""
+    decoder = tw.decoder(limits=limits, keep_encoded=tensorwire.InMemory() if encoded else None)
+    try:
+        for half in (stream[: len(stream) // 2], stream[len(stream) // 2 :]):
+            decoder.feed(half)
+        decoder.finish()
+    except WireError as error:
+        return Verdict(None, type(error).__name__, str(error), error.frame, error.offset)
+    return Verdict(None)
+
+
 def read_by_index(path: Path, limits: Limits) -> None:
     with tw.open_file(path, limits=limits) as file:
         for tensor_name in file:
@@ -67,6 +79,8 @@ def test_a_case_gets_its_error_however_it_arrives(name, tmp_path):
         again = library(bytewise, file=True) if is_file(name) else verdict(bytewise, limits)
         assert again.place == whole.place
     if not is_file(name):
+        assert fed(stream, limits, encoded=False).place == whole.place
+        assert fed(stream, limits, encoded=True).error in (error, "SchemaError")  # which takes nothing but tensors
         path = tmp_path / "x.tw"
         path.write_bytes(stream)
         with pytest.raises(WireError) as caught:

@@ -53,7 +53,7 @@ FOREIGN = {
     "updates": {"numpy"},
     "numpy": {"numpy", "ml_dtypes"},
     "torch": {"numpy", "torch"},
-    "integrations": {"numpy", "torch", "bitsandbytes", "flwr"},
+    "integrations": {"numpy", "torch", "bitsandbytes", "flwr", "nvflare"},
     "cli": {"numpy", "torch", "tqdm", "cryptography"},
     "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
     "fl": {"numpy", "torch", "transformers", "peft", "matplotlib", "starlette", "uvicorn"},
@@ -75,6 +75,7 @@ PUBLIC_MODULES = [
     ["files", "examine"],
     ["integrations", "bitsandbytes"],
     ["integrations", "flower"],
+    ["integrations", "nvflare"],
     ["storage", "parts"],
 ]
 

@@ -1,12 +1,14 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
 from tensorwire.streams.codec_choice import CodecChoice, rule
+from tensorwire.streams.decoder import Decoder
+from tensorwire.streams.encoded import EncodedTensor, InMemory, OnDisk, Store
 from tensorwire.streams.flatten import Rule, as_pair, flatten
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, ItemStart, Payload, Piece, Receiver
 from tensorwire.streams.report import Report, size_text
 from tensorwire.streams.schema import Schema
-from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, stream_info, stream_size
+from tensorwire.streams.sender import FLUSH, FRAME_SIZE, Sender, StreamSize, encode, gather, stream_info, stream_size
 from tensorwire.streams.sinks import collect, decode, decode_async
 
 __all__ = [
@@ -14,7 +16,11 @@ __all__ = [
     "FRAME_SIZE",
     "CodecChoice",
     "Completed",
+    "Decoder",
+    "EncodedTensor",
+    "InMemory",
     "ItemStart",
+    "OnDisk",
     "Payload",
     "Piece",
     "Pieces",
@@ -23,6 +29,7 @@ __all__ = [
     "Rule",
     "Schema",
     "Sender",
+    "Store",
     "StreamSize",
     "as_pair",
     "collect",
@@ -30,6 +37,7 @@ __all__ = [
     "decode_async",
     "encode",
     "flatten",
+    "gather",
     "rule",
     "size_text",
     "stream_info",

@@ -12,6 +12,7 @@ that its receiver refuses. Where that must not be (files, messages), `private` s
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec, Encoded
-from tensorwire.errors import EncodeError, LimitError, NonFiniteError, WireError
+from tensorwire.errors import ArgumentError, EncodeError, LimitError, NonFiniteError, WireError
 from tensorwire.limits import DEFAULT, Limits, check_limits
 from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
@@ -74,6 +75,31 @@ def encode(
     if isinstance(value, Iterator):
         return sender.pairs(value, front, choose)
     return sender.container(flatten(value, front, choose, limits, tie=tie))
+
+
+def gather(buffers: Iterable[Any], size: int) -> Iterator[bytes]:
+    """The bytes of a stream in portions of at most `size` bytes, for what carries messages of a limited size.
+
+    `buffers`: of `encode`, for instance. Only a buffer larger than `size` is cut, so that payloads, of which there is
+    one a frame, arrive in one portion where they fit; what is decoded need not know where the cuts are.
+
+        for message in tensorwire.gather(tensorwire.encode(weights), 4 << 20):
+            queue.put(message)
+    """
+    if size < 1:
+        raise ArgumentError(f"a portion has at least one byte, not {size!r}")
+    portion = BytesIO()
+    for buffer in buffers:
+        rest = memoryview(buffer).cast("B")
+        if portion.tell() and portion.tell() + len(rest) > size:
+            yield portion.getvalue()
+            portion = BytesIO()
+        while len(rest) > size:
+            yield bytes(rest[:size])
+            rest = rest[size:]
+        portion.write(rest)
+    if portion.tell():
+        yield portion.getvalue()
 
 
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:

@@ -31,7 +31,7 @@ def decode(
     Options as `tensorwire.decode` has them. When an error is raised, items already given are good and the rest is not
     delivered, but tensors in `into` may hold parts of what was received.
     """
-    memory = _Memory(front, into, expect, metadata_into, limits, base)
+    memory = Items(front, into, expect, limits, base, metadata_into=metadata_into)
     with memory.receiver as receiver:
         for event in receiver.events(source):
             for item, value in memory.completed(event):
@@ -50,7 +50,7 @@ async def decode_async(
     limits: Limits = DEFAULT,
 ) -> AsyncIterator[tuple[str, Any]]:
     """As `decode`; `source` may also be an asynchronous iterable of buffers, or have a coroutine `readinto`."""
-    memory = _Memory(front, into, expect, metadata_into, limits, base)
+    memory = Items(front, into, expect, limits, base, metadata_into=metadata_into)
     with memory.receiver as receiver:
         async for event in receiver.events_async(source):
             for item, value in memory.completed(event):
@@ -69,7 +69,7 @@ def collect(
     limits: Limits = DEFAULT,
 ) -> Any:
     """The whole container, once the whole stream is verified."""
-    memory, containers = _Memory(front, into, expect, metadata_into, limits, base), Unflattener()
+    memory, containers = Items(front, into, expect, limits, base, metadata_into=metadata_into), Unflattener()
     with memory.receiver as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart):
@@ -97,17 +97,19 @@ class _Taken:
         return grown
 
 
-class _Memory:
-    """Receives a stream into memory."""
+class Items:
+    """Receives a stream into memory. `overlap`: as in `Receiver`."""
 
     def __init__(
         self,
         front: Front,
         into: Mapping[str, Any] | None,
         expect: Any,
-        metadata_into: dict[str, str] | None,
         limits: Limits,
         base: bytes | None,
+        *,
+        metadata_into: dict[str, str] | None = None,
+        overlap: bool = True,
     ) -> None:
         if into is not None and not isinstance(into, Mapping):
             raise ArgumentError(f"into= maps names to tensors to be filled; it is a {type(into).__name__}")
@@ -119,7 +121,7 @@ class _Memory:
         self._targets: dict[int, Any] = {}  # those that the caller has preallocated
         self._copied: dict[int, Any] = {}  # and of those, on a device, what is copied there piece by piece
         self._taken = _Taken(self._copied, trusted=self._schema is not None)
-        self.receiver = Receiver(limits, base=base, take=self._taken)
+        self.receiver = Receiver(limits, base=base, take=self._taken, overlap=overlap)
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
         """What is complete with this event, under all of its names."""

@@ -1,5 +1,7 @@
 """Who feeds a consumer from what: blocking sources with `pull`, asynchronous ones with `pull_async`.
 
+`Push` is the third way: whoever is called with bytes, when there are some, hands them over.
+
 A source is anything with `readinto`; `as_source` and `as_async_source` make one of a buffer or of an iterable of
 buffers. A buffer or an iterable is one stream and nothing else, so bytes after the end frame are an error there; a file
 or a socket may carry on.
@@ -10,9 +12,9 @@ import os
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
 from contextlib import closing
 from inspect import isawaitable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from tensorwire.errors import ArgumentError, FormatError, TransportError
+from tensorwire.errors import ArgumentError, ClosedError, FormatError, TransportError
 from tensorwire.wire.reader import NEED_DATA, NeedData
 
 ResultT = TypeVar("ResultT")
@@ -241,3 +243,55 @@ def _feed(consumer: Consumer[Any], size: int | None) -> int:
         raise TransportError("the source is non-blocking and has nothing yet: give one that waits", retryable=False)
     consumer.buffer_updated(size)
     return size
+
+
+class Push(Generic[ResultT]):
+    """A consumer that is handed bytes as they come, in whatever portions."""
+
+    def __init__(self, consumer: Consumer[ResultT]) -> None:
+        self._consumer = consumer
+        self._steps = consumer.steps()
+        self._fed = 0
+        self._wanting = False
+        self._broken = False
+        self.ended = False  # whether the consumer has all that it wanted
+
+    def feed(self, data: Any) -> Iterator[ResultT]:
+        """What these bytes complete, which is to be iterated to the end before the next bytes are fed.
+
+        Raises what the consumer raises, FormatError for bytes after the end frame, and ClosedError once either was.
+        """
+        if self._broken:
+            raise ClosedError("the stream has failed already: begin anew with another decoder")
+        self._broken = True  # unless all of it goes well
+        yield from self._feed(_chunk(data))
+        self._broken = False
+
+    def finish(self) -> None:
+        """Say that there is no more. Raises TruncatedError where the consumer wants more."""
+        if not self.ended:
+            self._broken = True
+            self._consumer.buffer_updated(0)
+            next(self._steps)
+
+    def close(self) -> None:
+        """Let go of what the consumer holds; feed nothing afterwards."""
+        self._broken = True
+        self._steps.close()
+
+    def _feed(self, source: _Bytes) -> Iterator[ResultT]:
+        while not self.ended:
+            if self._wanting:
+                if not source.holds_more():
+                    return
+                self._fed += _feed_bytes(self._consumer, source)
+                self._wanting = False
+            step = next(self._steps, None)
+            if step is NEED_DATA:
+                self._wanting = True
+            elif step is None:
+                self.ended = True
+            else:
+                yield step
+        if source.holds_more():
+            raise FormatError("bytes after the end frame", offset=self._fed)
