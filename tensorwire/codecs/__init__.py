@@ -4,7 +4,7 @@ The contract is in stage.py, the layouts in docs/codecs.md; a file a family of s
 """
 
 from tensorwire.codecs.cast import BFloat16, Float16
-from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float
+from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float, largest
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.pipeline import Codec, Readymade
@@ -12,7 +12,8 @@ from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.registry import BUILT_IN, describe, known_ids, register, registered
-from tensorwire.codecs.spec import RAW, from_stages, parse
+from tensorwire.codecs.sparse import Selected, Sparse
+from tensorwire.codecs.spec import RAW, from_stages, parse, spelled
 from tensorwire.codecs.stage import (
     Choice,
     Compressor,
@@ -20,7 +21,9 @@ from tensorwire.codecs.stage import (
     Packer,
     Parameter,
     Range,
+    Real,
     Sizes,
+    Spelled,
     Stage,
     Take,
     Transform,
@@ -49,7 +52,11 @@ __all__ = [
     "Range",
     "Raw",
     "Readymade",
+    "Real",
+    "Selected",
     "Sizes",
+    "Sparse",
+    "Spelled",
     "Stage",
     "TableQuantizer",
     "Take",
@@ -64,9 +71,11 @@ __all__ = [
     "is_calculated",
     "is_float",
     "known_ids",
+    "largest",
     "parameter",
     "parse",
     "register",
     "registered",
+    "spelled",
     "unnest",
 ]

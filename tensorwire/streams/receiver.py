@@ -420,6 +420,8 @@ def check_slice(codec: Codec, place: SliceStart | Header, item: DataItem, limits
         raise FormatError(f"slice does not begin and end between blocks of {codec}")
     # Before zstd: a frame of a few bytes must not unpack to more than a writer may put into one.
     size = max(place.length, codec.sizes(place.count, dtype).total)
+    if codec.packer.expands:
+        size = max(size, place.count * dtype.itemsize)
     if size > limits.frame and not codec.in_place:
         raise LimitError("frame", limits.frame, size)
     return extent

@@ -436,14 +436,16 @@ def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> in
     """Elements of a full slice of `item`.
 
     As many whole blocks as fit into a frame, encoded, and into `_DECODED` frames, decoded; at least one block, or an
-    item that is smaller than one. Raises EncodeError where a frame is too small for that.
+    item that is smaller than one. Of a codec that expands, one frame must hold what is decoded, too. Raises EncodeError
+    where a frame is too small for that.
     """
     budget, dtype = frame_size - HEADER_SIZE, item.dtype
     block = codec.block(dtype)
-    count = min(codec.fit(budget, dtype), max(_DECODED * frame_size // dtype.itemsize // block, 1) * block)
+    most = frame_size // dtype.itemsize if codec.packer.expands else max(_DECODED * frame_size // dtype.itemsize, block)
+    count = min(codec.fit(budget, dtype), most // block * block)
     if count:
         return count
-    if item.total is not None and codec.sizes(item.total, dtype).total <= budget:
+    if item.total is not None and item.total <= most and codec.sizes(item.total, dtype).total <= budget:
         return item.total
     raise EncodeError(
         f"one block of {codec} ({block} elements) does not fit into a frame of {frame_size} bytes; raise frame_size",

@@ -1,0 +1,247 @@
+"""sparse: of each chunk of a tensor the few largest elements, or the few largest coefficients of its DCT.
+
+A tensor is seen as the rows of a matrix, cut into chunks of `rows` by `cols` elements. What is kept of a chunk is `k`
+positions and values of `bits` bits; the rest decodes to zeros. Payload: a float32 step, the parameter of Rice's codes
+where there are any, the codes of the positions of all chunks, their values. docs/codecs.md has the arithmetic.
+
+DeMo (Peng, Quesnelle, Kingma, arXiv:2411.19870) sends momentum this way, SparseLoCo (arXiv:2508.15706) what a worker
+changed in several steps.
+"""
+
+from dataclasses import dataclass
+from math import comb
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorwire import dtypes, kernels
+from tensorwire.codecs.floats import KERNEL_DTYPES, widen
+from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError, FormatError, NonFiniteError
+from tensorwire.kernels.tables import DCT_MOST, dct_basis
+from tensorwire.tensor import Extent
+
+MOST_CHUNK: Final = 4096
+LARGEST: Final = 2.0**100  # of a magnitude that is encoded: sums over a chunk stay finite
+_LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
+_ENUMERATED: Final = 6  # positions that have one number together
+_MOST_RICE: Final = 12
+_STEP: Final = 4
+# Of the mean magnitude: from where on values are all the same, by their bits. With 16, from the largest one on.
+_CLIP: Final = {1: 2.0, 2: 2.0, 4: 4.0, 8: 32.0}
+_WHOLE: Final = 2.0**32
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Selected(NamedTuple):
+    """What is kept of a slice: of each chunk the positions, ascending, and their elements or coefficients."""
+
+    positions: npt.NDArray[np.uint16]
+    values: Float32
+
+
+@dataclass(frozen=True, repr=False)
+class Sparse(Packer):
+    """The k largest of each chunk of float32, float16 or bfloat16, as signs and magnitudes of `bits` bits together.
+
+    `width`: columns of the matrix; a chunk is `rows` by `cols` of them, at most 4096 elements. `dct`: of the chunk's
+    two-dimensional DCT-II, which has at most 64 rows and columns.
+    """
+
+    k: int = parameter(64, Range(1, MOST_CHUNK), wire=True)
+    bits: int = parameter(1, Range(1, 16, power_of_two=True), wire=True)
+    dct: bool = parameter(False, Choice((False, True)), wire=True)
+    rows: int = parameter(1, Range(1, DCT_MOST), wire=True)
+    cols: int = parameter(MOST_CHUNK, Range(1, MOST_CHUNK), wire=True)
+    width: int = parameter(MOST_CHUNK, Range(1, 1 << 48), wire=True)
+
+    id = 10
+    name = "sparse"
+    lossless = False
+    exact_length = False
+    expands = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows * self.cols > MOST_CHUNK or self.cols > self.width or (self.dct and self.cols > DCT_MOST):
+            raise EncodeError(
+                f"chunks of {self.rows} by {self.cols} of {self.width} columns: at most {MOST_CHUNK} elements, "
+                f"with dct at most {DCT_MOST} rows and columns, and are no wider than the matrix"
+            )
+
+    def accepts(self, dtype: DType) -> bool:
+        """float32, float16, bfloat16."""
+        return dtype in KERNEL_DTYPES
+
+    def block(self, dtype: DType) -> int:
+        """A band of chunks."""
+        return self.rows * self.width
+
+    def ceiling(self, dtype: DType) -> float:
+        """2^100."""
+        return LARGEST
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        """At most: the codes, with the parameter of Rice's that is the best for positions that are as far apart."""
+        kinds = self._kinds(count)
+        index = sum(number * self._index_bits(size) for number, size in kinds)
+        kept = sum(number * min(self.k, size) for number, size in kinds)
+        return Sizes(-(-index // 8) - (-kept * self.bits // 8), self._head)
+
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        """What is selected, coded. Raises NonFiniteError for NaN, infinities and magnitudes beyond 2^100."""
+        values = widen(np.frombuffer(data, KERNEL_DTYPES[extent.dtype]))
+        kept = self._kept(values.size)
+        chosen = Selected(np.empty(kept, np.uint16), np.empty(kept, np.float32))
+        if not kernels.select_largest(values, chosen.positions, chosen.values, **self._grid, basis=self._basis):
+            index = int(np.flatnonzero(~(np.abs(values) <= np.float32(LARGEST)))[0])
+            raise NonFiniteError(f"{values[index]}, which {self.name} cannot carry", index=index)
+        return Encoded(self._pack(chosen, extent, take))
+
+    def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        """Zeros, but for what was selected. Raises FormatError."""
+        wide = extent.dtype == dtypes.FLOAT32
+        elements = out.view(np.float32) if wide else np.empty(extent.count, np.float32)
+        elements[:] = 0
+        self.add(self.selected(payload, extent), elements, 1.0)
+        if not wide:
+            kernels.cast(elements, out.view(KERNEL_DTYPES[extent.dtype]), saturate=True)
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: npt.NDArray[np.float64], weight: float) -> bool:
+        """Where something was selected; of elements that are rounded again, only once they are decoded."""
+        if extent.dtype != dtypes.FLOAT32:
+            return False
+        self.add(self.selected(payload, extent), sums, weight)
+        return True
+
+    def selected(self, payload: memoryview, extent: Extent) -> Selected:
+        """What a payload of the right length holds. Raises FormatError."""
+        data, kept = np.frombuffer(payload, np.uint8), self._kept(extent.count)
+        behind = data.size - -(-kept * self.bits // 8)
+        if behind < self._head:
+            raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
+        rice = int(data[_STEP]) if self._head > _STEP else 0
+        if rice > _MOST_RICE:
+            raise FormatError(f"the parameter of Rice's codes is {rice}, which is more than {_MOST_RICE}")
+        positions = np.empty(kept, np.uint16)
+        codes = data[self._head : behind]
+        if not kernels.decode_positions(codes, positions, elements=extent.count, rice=rice, **self._grid):
+            raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
+        with kernels.default_environment():
+            return Selected(positions, self._values(data[:_STEP], data[behind:], kept))
+
+    def add(self, chosen: Selected, sums: npt.NDArray[np.floating[Any]], weight: float) -> None:
+        """Add `weight` times each element to float32 or float64 `sums`, one rounding of theirs for product and sum."""
+        kernels.add_selected(chosen.positions, chosen.values, sums, weight=weight, **self._grid, basis=self._basis)
+
+    @property
+    def _grid(self) -> dict[str, int]:
+        return {"width": self.width, "rows": self.rows, "cols": self.cols, "k": self.k}
+
+    @property
+    def _basis(self) -> Float32 | None:
+        return dct_basis() if self.dct else None
+
+    @property
+    def _head(self) -> int:
+        return _STEP if self.k <= _ENUMERATED else _STEP + 1
+
+    def _kinds(self, count: int) -> list[tuple[int, int]]:
+        """How many chunks of how many elements there are in a slice."""
+        kinds = []
+        whole, left = divmod(count // self.width, self.rows)
+        for bands, height, across in (
+            (whole, self.rows, self.width),
+            (1, left, self.width),
+            (1, 1, count % self.width),
+        ):
+            chunks, rest = divmod(across, self.cols)
+            kinds += [(bands * chunks, height * self.cols), (bands, height * rest)]
+        return [(number, size) for number, size in kinds if number and size]
+
+    def _kept(self, count: int) -> int:
+        return sum(number * min(self.k, size) for number, size in self._kinds(count))
+
+    def _index_bits(self, size: int) -> int:
+        kept = min(self.k, size)
+        if self.k <= _ENUMERATED:
+            return (comb(size, kept) - 1).bit_length()
+        return kept * (1 + self._likely_rice) + ((size - kept) >> self._likely_rice)
+
+    @property
+    def _likely_rice(self) -> int:
+        """Of a whole chunk: how many bits the mean distance of positions has."""
+        return max((self.rows * self.cols // self.k).bit_length() - 1, 0)
+
+    def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
+        payload = take(self.sizes(extent.count, extent.dtype).total)
+        with kernels.default_environment():
+            step = self._step(chosen.values)
+            values = self._value_codes(chosen.values, step)
+        payload[:_STEP] = np.array([step], "<f4").view(np.uint8)
+        rice, codes = self._index(chosen.positions, extent.count, payload.size)
+        payload[_STEP : self._head] = rice
+        behind = self._head + codes.size
+        payload[self._head : behind] = codes
+        payload[behind : behind + values.size] = values
+        return payload[: behind + values.size]
+
+    def _index(self, positions: npt.NDArray[np.uint16], count: int, room: int) -> tuple[int, Bytes]:
+        """The shortest codes of the positions, and the parameter of Rice's; of equals the smaller."""
+        most = self._likely_rice if self._head > _STEP else 0
+        best, shortest = 0, np.empty(0, np.uint8)
+        for rice in range(max(most - 2, 0), most + 1):
+            codes = np.empty(room, np.uint8)
+            size = kernels.encode_positions(positions, codes, elements=count, rice=rice, **self._grid)
+            if size and (not shortest.size or size < shortest.size):
+                best, shortest = rice, codes[:size]
+        return best, shortest
+
+    def _step(self, values: Float32) -> float:
+        """The difference between neighbouring magnitudes. The mean is taken in whole numbers: in any order alike."""
+        magnitudes = np.abs(values).astype(np.float64)
+        top = float(magnitudes.max(initial=0))
+        if top == 0:
+            return 0.0
+        mean = int(np.rint(magnitudes / top * _WHOLE).astype(np.int64).sum()) / magnitudes.size / _WHOLE
+        most = top if self.bits > 1 else 2 * top
+        return float(np.float32(min(_CLIP.get(self.bits, np.inf) * mean * top, most) / (1 << (self.bits - 1))))
+
+    def _value_codes(self, values: Float32, step: float) -> Bytes:
+        """The sign as the highest bit, the magnitude below it, the bits of each value from its lowest on."""
+        most = (1 << (self.bits - 1)) - 1
+        codes = (values < 0).astype(np.uint16) << (self.bits - 1)
+        if most and step:
+            codes |= np.minimum(np.abs(values) / np.float32(step), np.float32(most)).astype(np.uint16)
+        if self.bits == 1:
+            return np.packbits(codes.astype(np.uint8), bitorder="little")
+        if self.bits < 8:
+            each = 8 // self.bits
+            padded = np.zeros(-(-codes.size // each) * each, np.uint8)
+            padded[: codes.size] = codes
+            shifted = padded.reshape(-1, each) << (np.arange(each, dtype=np.uint8) * np.uint8(self.bits))
+            packed: Bytes = np.bitwise_or.reduce(shifted, axis=1)
+            return packed
+        return codes.astype(f"<u{self.bits // 8}").view(np.uint8)
+
+    def _values(self, step: Bytes, packed: Bytes, kept: int) -> Float32:
+        scale = step.view("<f4")[0]
+        if not scale <= np.float32(_LARGEST_VALUE / (1 << (self.bits - 1))) or np.signbit(scale):
+            raise FormatError(f"the step of values is {scale}, which is negative, too large or NaN")
+        if self.bits < 8:
+            each = 8 // self.bits
+            parts = packed[:, None] >> (np.arange(each, dtype=np.uint8) * np.uint8(self.bits))
+            codes = (parts & np.uint8((1 << self.bits) - 1)).reshape(-1)
+            if codes[kept:].any():
+                raise FormatError("bits behind the last value are not 0")
+            codes = codes[:kept]
+        else:
+            codes = packed.view(f"<u{self.bits // 8}")
+        magnitude = (codes & ((1 << (self.bits - 1)) - 1)).astype(np.float32)
+        magnitude += np.float32(0.5)
+        magnitude *= scale
+        values: Float32 = np.where(codes >> (self.bits - 1), -magnitude, magnitude)
+        return values

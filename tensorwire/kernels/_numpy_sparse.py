@@ -1,0 +1,265 @@
+"""The kernels of the sparse codec in NumPy: what they mean, which ``_native`` equals bit for bit.
+
+The elements of a slice are the rows of a matrix of `width` columns. `rows` rows at a time are a band, the last of which
+may have fewer; what stands behind the last whole row is a band of one short row. A band is divided into chunks of
+`cols` columns from left to right, the last of which may be narrower. So chunks have an order, each has at most
+`MOST_CHUNK` elements, and the position of an element in its chunk counts row by row. Of a chunk `k` elements are kept,
+or all if it has no more, in the order of their positions.
+
+With a `basis` (tables.dct_basis) elements are coefficients of the chunk's two-dimensional DCT-II. Forward, columns come
+first: T[u, x] = sum of basis[u, i] * X[i, x] over ascending i, then C[u, v] = sum of T[u, x] * basis[v, x] over
+ascending x. Back: S[u, x] = sum of C[u, v] * basis[v, x] over ascending v, then X[i, x] = sum of basis[u, i] * S[u, x]
+over ascending u. All sums begin at +0; each product and each sum is rounded once. What is 0 may be left out, which
+changes nothing.
+"""
+
+import functools
+from collections.abc import Iterator
+from math import comb
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+MOST_CHUNK: Final = 4096
+# The largest magnitude that is taken: sums over a chunk, and what is made of them, stay finite.
+LARGEST: Final = np.float32(2.0**100)
+# As many positions are numbered together, in a word of 64 bits; more have a code each.
+ENUMERATED: Final = 6
+
+
+def select_largest(
+    values: Array,
+    positions: Array,
+    coefficients: Array,
+    *,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: Array | None = None,
+) -> bool:
+    """Positions and elements of the largest magnitudes of each chunk, of equal ones those that come first.
+
+    False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
+    """
+    if not (np.abs(values) <= LARGEST).all():
+        return False
+    at = 0
+    for start, bands, height, across in areas(values.size, width, rows):
+        area = values[start : start + bands * height * across].reshape(bands, height, across)
+        found = [_largest(_forward(part, basis), k) for part in _columns(area, cols)]
+        stop = at + sum(part.size for part, _ in found)
+        positions[at:stop] = np.concatenate([part for part, _ in found], axis=1).reshape(-1)
+        coefficients[at:stop] = np.concatenate([part for _, part in found], axis=1).reshape(-1)
+        at = stop
+    return True
+
+
+def add_selected(
+    positions: Array,
+    coefficients: Array,
+    sums: Array,
+    *,
+    weight: float,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: Array | None = None,
+) -> bool:
+    """Sums += weight * the elements that were selected, 0 elsewhere, calculated as `sums` are (float32, float64).
+
+    False, with nothing added: a position is not in its chunk.
+    """
+    places: list[tuple[Array, Array]] = []
+    at = 0
+    for start, bands, height, across in areas(sums.size, width, rows):
+        area = sums[start : start + bands * height * across].reshape(bands, height, across)
+        parts = list(_columns(area, cols))
+        kept = [part.shape[1] * min(k, part.shape[2] * part.shape[3]) for part in parts]
+        count = bands * sum(kept)
+        split = np.cumsum(kept)[:-1]
+        where = np.split(positions[at : at + count].reshape(bands, -1), split, axis=1)
+        what = np.split(coefficients[at : at + count].reshape(bands, -1), split, axis=1)
+        at += count
+        for part, position, coefficient in zip(parts, where, what, strict=True):
+            dense = np.zeros((*part.shape[:2], part.shape[2] * part.shape[3]), np.float32)
+            position = position.reshape(*part.shape[:2], -1).astype(np.int64)
+            if position.size and position.max() >= dense.shape[2]:
+                return False
+            np.put_along_axis(dense, position, coefficient.reshape(position.shape), axis=2)
+            places.append((part, _inverse(dense.reshape(part.shape), basis)))
+    factor = sums.dtype.type(weight)
+    for part, elements in places:
+        part += factor * elements.astype(sums.dtype)
+    return True
+
+
+def areas(count: int, width: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first element, number, height, width) of the bands of a slice: the whole ones, then each that is smaller."""
+    whole, left = divmod(count // width, rows)
+    start = 0
+    for bands, height, across in ((whole, rows, width), (1, left, width), (1, 1, count % width)):
+        if bands and height and across:
+            yield start, bands, height, across
+        start += bands * height * across
+
+
+def _columns(area: Array, cols: int) -> Iterator[Array]:
+    """Views of the chunks of some bands: (band, chunk, row, column)."""
+    bands, height, across = area.shape
+    whole = across // cols * cols
+    if whole:
+        yield area[:, :, :whole].reshape(bands, height, -1, cols).transpose(0, 2, 1, 3)
+    if whole < across:
+        yield area[:, None, :, whole:]
+
+
+def _largest(chunks: Array, k: int) -> tuple[Array, Array]:
+    flat = chunks.reshape(*chunks.shape[:2], -1)
+    order = np.argsort(-np.abs(flat), axis=2, kind="stable")[:, :, :k]
+    positions = np.sort(order, axis=2)
+    coefficients = np.take_along_axis(flat, positions, axis=2)
+    bands = chunks.shape[0]
+    return positions.astype(np.uint16).reshape(bands, -1), coefficients.reshape(bands, -1)
+
+
+def _of_length(basis: Array, n: int) -> Array:
+    at = (n - 1) * n * (2 * n - 1) // 6
+    return basis[at : at + n * n].reshape(n, n)
+
+
+def _forward(chunks: Array, basis: Array | None) -> Array:
+    if basis is None:
+        return chunks
+    height, across = chunks.shape[2:]
+    b, turned = _of_length(basis, height), np.zeros(chunks.shape, np.float32)
+    for i in range(height):
+        turned += b[:, i, None] * chunks[:, :, i, None, :]
+    b, out = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
+    for x in range(across):
+        out += turned[:, :, :, x, None] * b[:, x]
+    return out
+
+
+def _inverse(chunks: Array, basis: Array | None) -> Array:
+    if basis is None:
+        return chunks
+    height, across = chunks.shape[2:]
+    b, turned = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
+    for v in range(across):
+        turned += chunks[:, :, :, v, None] * b[v]
+    b, out = _of_length(basis, height), np.zeros(chunks.shape, np.float32)
+    for u in range(height):
+        out += b[u, :, None] * turned[:, :, u, None, :]
+    return out
+
+
+# ---- codes of positions ------------------------------------------------------------------------------------
+
+
+def chunk_sizes(elements: int, width: int, rows: int, cols: int) -> Array:
+    """How many elements each chunk has, in their order."""
+    sizes = []
+    for _, bands, height, across in areas(elements, width, rows):
+        band = [height * min(cols, across - left) for left in range(0, across, cols)]
+        sizes.append(np.tile(np.array(band, np.int64), bands))
+    return np.concatenate(sizes) if sizes else np.empty(0, np.int64)
+
+
+def encode_positions(
+    positions: Array, codes: Array, *, elements: int, width: int, rows: int, cols: int, k: int, rice: int = 0
+) -> int:
+    """Codes of the positions, and how many bytes they take; 0: there is no room for them.
+
+    Of up to 6 to a chunk, the positions are numbered: the sum of comb(p, i + 1) over positions p, number i in their
+    order, in as many bits as the largest such number takes. Of more, the numbers of elements that are left out before
+    each of them have a code of Rice each: the number shifted right by `rice`, as so many bits 0 and a 1, and then its
+    lower `rice` bits. Bits stand from the lowest of the first byte on, and so do those of a number.
+    """
+    sizes = chunk_sizes(elements, width, rows, cols)
+    kept = np.minimum(sizes, k)
+    starts = np.cumsum(kept) - kept
+    wide = positions.astype(np.int64)
+    if k <= ENUMERATED:
+        order = np.arange(wide.size) - np.repeat(starts, kept)
+        numbers = np.add.reduceat(_combinations()[order + 1, wide], starts) if wide.size else wide.astype(np.uint64)
+        bits = _bits_of(numbers, np.array([_enumerated_bits(int(n), k) for n in sizes]))
+    else:
+        gaps = np.diff(wide, prepend=-1) - 1
+        gaps[starts] = wide[starts]
+        bits = _rice_bits(gaps, rice)
+    made = np.packbits(bits, bitorder="little")
+    if made.size > codes.size:
+        return 0
+    codes[: made.size] = made
+    return int(made.size)
+
+
+def decode_positions(
+    codes: Array, positions: Array, *, elements: int, width: int, rows: int, cols: int, k: int, rice: int = 0
+) -> bool:
+    """What `encode_positions` was given; False: it never makes such codes."""
+    sizes = chunk_sizes(elements, width, rows, cols)
+    bits = np.unpackbits(codes, bitorder="little")
+    at = out = 0
+    ones = np.flatnonzero(bits)
+    for n in sizes.tolist():
+        if k <= ENUMERATED:
+            length = _enumerated_bits(n, k)
+            if at + length > bits.size:
+                return False
+            number = int.from_bytes(np.packbits(bits[at : at + length], bitorder="little").tobytes(), "little")
+            at += length
+            if number >= comb(n, min(k, n)):
+                return False
+            for i in reversed(range(min(k, n))):
+                place = int(np.searchsorted(_combinations()[i + 1], np.uint64(number), side="right")) - 1
+                number -= comb(place, i + 1)
+                positions[out + i] = place
+        else:
+            place = -1
+            for i in range(min(k, n)):
+                first = int(np.searchsorted(ones, at))
+                if first == ones.size or int(ones[first]) + 1 + rice > bits.size:
+                    return False
+                unary = int(ones[first]) - at
+                at = int(ones[first]) + 1 + rice
+                low = bits[at - rice : at].astype(np.int64)
+                place += 1 + (unary << rice) + int((low << np.arange(rice)).sum())
+                if place >= n:
+                    return False
+                positions[out + i] = place
+        out += min(k, n)
+    return -(-at // 8) == codes.size and not bits[at:].any()
+
+
+@functools.lru_cache(maxsize=1)
+def _combinations() -> Array:
+    """comb(p, i) at [i, p], for what fits into a word."""
+    rows = [np.ones(MOST_CHUNK, np.uint64)]
+    for _ in range(ENUMERATED):
+        rows.append(np.concatenate([np.zeros(1, np.uint64), np.cumsum(rows[-1][:-1], dtype=np.uint64)]))
+    return np.stack(rows)
+
+
+def _enumerated_bits(n: int, k: int) -> int:
+    return (comb(n, min(k, n)) - 1).bit_length()
+
+
+def _bits_of(numbers: Array, lengths: Array) -> Array:
+    """The lower bits of numbers, one behind the other."""
+    bits = np.unpackbits(numbers.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    return bits[np.arange(64) < lengths[:, None]]
+
+
+def _rice_bits(gaps: Array, rice: int) -> Array:
+    ends = np.cumsum((gaps >> rice) + 1 + rice)
+    bits = np.zeros(int(ends[-1]) if ends.size else 0, np.uint8)
+    bits[ends - rice - 1] = 1
+    for bit in range(rice):
+        bits[ends - rice + bit] = gaps >> bit & 1
+    return bits
