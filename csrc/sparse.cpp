@@ -9,6 +9,9 @@ namespace tw {
 namespace TW_TIER {
 namespace {
 
+// The position of what is kept of a chunk of zeros.
+constexpr uint16_t kNothing = 0xFFFF;
+
 constexpr size_t min_of(size_t a, size_t b) { return a < b ? a : b; }
 
 // A chunk: its first element, its rows and columns, and how far apart rows are.
@@ -148,6 +151,7 @@ public:
     }
 
     size_t groups() const { return groups_; }
+    bool nothing() const { return largest_of(largest_) == 0; }
 
 private:
     size_t size_, groups_;
@@ -186,6 +190,13 @@ bool select_largest(const float* values, uint16_t* positions, float* coefficient
         const auto row = [&](size_t i) { return basis ? made.at[i] : from + i * chunk.stride; };
         uint64_t kept[kMostChunk / kGroup];
         Selection selection(chunk, row);
+        if (selection.nothing()) {
+            for (size_t i = min_of(grid.k, chunk.size()); i > 0; --i) {
+                put(positions++, kNothing);
+                put(coefficients++, 0.0f);
+            }
+            return true;
+        }
         selection.take(grid.k, kept);
         for (size_t group = 0; group < selection.groups(); ++group) {
             if (!kept[group]) continue;
@@ -222,6 +233,7 @@ public:
         for (size_t i = 0; i < kept; ++i) {
             const size_t position = get(positions + i);
             const float coefficient = get(coefficients + i);
+            if (position == kNothing) continue;
             if (position >= chunk.size()) return false;
             const size_t u = position / chunk.width, v = position % chunk.width;
             if (coefficient == 0) continue;
@@ -259,6 +271,7 @@ bool add_selected(const uint16_t* positions, const float* coefficients, Sum* sum
         } else {
             for (size_t i = 0; i < kept; ++i) {
                 const size_t position = get(positions + i);
+                if (position == kNothing) continue;
                 if (position >= chunk.size()) return false;
                 Sum* sum = to + position / chunk.width * chunk.stride + position % chunk.width;
                 put(sum, get(sum) + factor * static_cast<Sum>(get(coefficients + i)));
@@ -386,23 +399,31 @@ private:
     size_t bits_, at_ = 0;
 };
 
+void write_rice(BitWriter& bits, size_t gap, unsigned rice) {
+    bits.zeros(gap >> rice);
+    bits.put(1 | (gap & ((size_t{1} << rice) - 1)) << 1, 1 + rice);
+}
+
 size_t encode_positions(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid,
                         unsigned rice) {
     BitWriter bits(codes, room);
     each_chunk(grid, n, [&](const Chunk& chunk) {
         const size_t kept = min_of(grid.k, chunk.size());
+        const bool nothing = get(positions) == kNothing;
         if (grid.k <= kEnumerated) {
-            uint64_t number = 0;
-            for (size_t i = 0; i < kept; ++i) number += combinations(get(positions + i), i + 1);
+            uint64_t number = nothing ? combinations(chunk.size(), kept) : 0;
+            for (size_t i = 0; i < kept && !nothing; ++i) number += combinations(get(positions + i), i + 1);
             const unsigned size = enumerated_bits(chunk.size(), kept), low = size < 32 ? size : 32;
+            if (number >> size) number = 0;
             bits.put(number & ((uint64_t{1} << low) - 1), low);
             bits.put(number >> 32, size - low);
+        } else if (nothing) {
+            write_rice(bits, chunk.size(), rice);
         } else {
             size_t next = 0;
             for (size_t i = 0; i < kept; ++i) {
                 const size_t gap = get(positions + i) - next;
-                bits.zeros(gap >> rice);
-                bits.put(1 | (gap & ((size_t{1} << rice) - 1)) << 1, 1 + rice);
+                write_rice(bits, gap, rice);
                 next += gap + 1;
             }
         }
@@ -410,6 +431,10 @@ size_t encode_positions(const uint16_t* positions, uint8_t* codes, size_t room, 
         return true;
     });
     return bits.end();
+}
+
+void nothing_of(uint16_t* positions, size_t kept) {
+    for (size_t i = 0; i < kept; ++i) put(positions + i, kNothing);
 }
 
 bool decode_positions(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid,
@@ -422,8 +447,10 @@ bool decode_positions(const uint8_t* codes, size_t size, uint16_t* positions, si
             if (!bits.has(length)) return false;
             uint64_t number = bits.get(low);
             number |= bits.get(length - low) << low % 64;
-            if (number >= combinations(chunk.size(), kept)) return false;
-            for (size_t i = kept; i > 0; --i) {
+            const uint64_t all = combinations(chunk.size(), kept);
+            if (number > all) return false;
+            if (number == all) nothing_of(positions, kept);
+            for (size_t i = number < all ? kept : 0; i > 0; --i) {
                 const size_t place = place_of(number, i, chunk.size());
                 number -= combinations(place, i);
                 put(positions + i - 1, static_cast<uint16_t>(place));
@@ -434,6 +461,10 @@ bool decode_positions(const uint8_t* codes, size_t size, uint16_t* positions, si
                 size_t high;
                 if (!bits.zeros(high) || !bits.has(rice) || high > kMostChunk) return false;
                 next += (high << rice) + bits.get(rice);
+                if (i == 0 && next == chunk.size()) {
+                    nothing_of(positions, kept);
+                    break;
+                }
                 if (next >= chunk.size()) return false;
                 put(positions + i, static_cast<uint16_t>(next++));
             }

@@ -8,7 +8,7 @@ DeMo (Peng, Quesnelle, Kingma, arXiv:2411.19870) sends momentum this way, Sparse
 changed in several steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from typing import Any, Final, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import KERNEL_DTYPES, widen
+from tensorwire.codecs.signed import Float32, checked_steps, codes_of, numbers, packed, packed_size, step_of, unpacked
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
@@ -24,20 +25,20 @@ from tensorwire.kernels.tables import DCT_MOST, dct_basis
 from tensorwire.tensor import Extent
 
 MOST_CHUNK: Final = 4096
+NOTHING: Final = 0xFFFF
 LARGEST: Final = 2.0**100  # of a magnitude that is encoded: sums over a chunk stay finite
 _LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
 _ENUMERATED: Final = 6  # positions that have one number together
 _MOST_RICE: Final = 12
+_DENSE: Final = 1 << 20  # elements of a dense tensor that are made at a time
 _STEP: Final = 4
-# Of the mean magnitude: from where on values are all the same, by their bits. With 16, from the largest one on.
-_CLIP: Final = {1: 2.0, 2: 2.0, 4: 4.0, 8: 32.0}
-_WHOLE: Final = 2.0**32
-
-Float32 = npt.NDArray[np.float32]
 
 
 class Selected(NamedTuple):
-    """What is kept of a slice: of each chunk the positions, ascending, and their elements or coefficients."""
+    """What is kept of a slice: of each chunk the positions, ascending, and their elements or coefficients.
+
+    Of a chunk of zeros all positions are `NOTHING`, and the values 0.
+    """
 
     positions: npt.NDArray[np.uint16]
     values: Float32
@@ -89,7 +90,7 @@ class Sparse(Packer):
         kinds = self._kinds(count)
         index = sum(number * self._index_bits(size) for number, size in kinds)
         kept = sum(number * min(self.k, size) for number, size in kinds)
-        return Sizes(-(-index // 8) - (-kept * self.bits // 8), self._head)
+        return Sizes(packed_size(index, 1) + packed_size(kept, self.bits), self._head)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What is selected, coded. Raises NonFiniteError for NaN, infinities and magnitudes beyond 2^100."""
@@ -120,7 +121,7 @@ class Sparse(Packer):
     def selected(self, payload: memoryview, extent: Extent) -> Selected:
         """What a payload of the right length holds. Raises FormatError."""
         data, kept = np.frombuffer(payload, np.uint8), self._kept(extent.count)
-        behind = data.size - -(-kept * self.bits // 8)
+        behind = data.size - packed_size(kept, self.bits)
         if behind < self._head:
             raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
         rice = int(data[_STEP]) if self._head > _STEP else 0
@@ -130,12 +131,36 @@ class Sparse(Packer):
         codes = data[self._head : behind]
         if not kernels.decode_positions(codes, positions, elements=extent.count, rice=rice, **self._grid):
             raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
+        step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
         with kernels.default_environment():
-            return Selected(positions, self._values(data[:_STEP], data[behind:], kept))
+            signed = unpacked(data[behind:], kept, self.bits)
+            values = numbers(signed, step, self.bits)
+        nothing = positions == NOTHING
+        if signed[nothing].any():
+            raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
+        values[nothing] = 0
+        return Selected(positions, values)
 
     def add(self, chosen: Selected, sums: npt.NDArray[np.floating[Any]], weight: float) -> None:
         """Add `weight` times each element to float32 or float64 `sums`, one rounding of theirs for product and sum."""
         kernels.add_selected(chosen.positions, chosen.values, sums, weight=weight, **self._grid, basis=self._basis)
+
+    def places(self, positions: npt.NDArray[np.uint16], count: int) -> npt.NDArray[np.int64]:
+        """Where what is selected of a slice of `count` elements stands, if its chunks stood one behind the other."""
+        sizes = self._chunk_sizes(count)
+        return np.repeat(np.cumsum(sizes) - sizes, np.minimum(sizes, self.k)) + positions.astype(np.int64)
+
+    def dense(self, chunks: Float32) -> Float32:
+        """The elements of a tensor, of which everything is given: chunk behind chunk, elements or coefficients."""
+        elements = np.zeros(chunks.size, np.float32)
+        whole, block = replace(self, k=MOST_CHUNK), self.rows * self.width
+        step = max(_DENSE // block, 1) * block
+        for start in range(0, chunks.size, step):
+            part = chunks[start : start + step]
+            sizes = self._chunk_sizes(part.size)
+            positions = np.arange(part.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            whole.add(Selected(positions.astype(np.uint16), part), elements[start : start + step], 1.0)
+        return elements
 
     @property
     def _grid(self) -> dict[str, int]:
@@ -149,18 +174,28 @@ class Sparse(Packer):
     def _head(self) -> int:
         return _STEP if self.k <= _ENUMERATED else _STEP + 1
 
+    def _areas(self, count: int) -> list[tuple[int, int, int]]:
+        """(number, height, width) of the bands of a slice: whole ones, one of the rows left, one of a row that ends."""
+        whole, left = divmod(count // self.width, self.rows)
+        areas = [(whole, self.rows, self.width), (1, left, self.width), (1, 1, count % self.width)]
+        return [area for area in areas if all(area)]
+
     def _kinds(self, count: int) -> list[tuple[int, int]]:
         """How many chunks of how many elements there are in a slice."""
         kinds = []
-        whole, left = divmod(count // self.width, self.rows)
-        for bands, height, across in (
-            (whole, self.rows, self.width),
-            (1, left, self.width),
-            (1, 1, count % self.width),
-        ):
+        for bands, height, across in self._areas(count):
             chunks, rest = divmod(across, self.cols)
             kinds += [(bands * chunks, height * self.cols), (bands, height * rest)]
-        return [(number, size) for number, size in kinds if number and size]
+        return [kind for kind in kinds if all(kind)]
+
+    def _chunk_sizes(self, count: int) -> npt.NDArray[np.int64]:
+        """How many elements each chunk of a slice has."""
+        sizes: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for bands, height, across in self._areas(count):
+            chunks, rest = divmod(across, self.cols)
+            band = np.array([height * self.cols] * chunks + [height * rest] * (rest > 0), np.int64)
+            sizes.append(np.tile(band, bands))
+        return np.concatenate(sizes)
 
     def _kept(self, count: int) -> int:
         return sum(number * min(self.k, size) for number, size in self._kinds(count))
@@ -179,8 +214,8 @@ class Sparse(Packer):
     def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
         payload = take(self.sizes(extent.count, extent.dtype).total)
         with kernels.default_environment():
-            step = self._step(chosen.values)
-            values = self._value_codes(chosen.values, step)
+            step = step_of(chosen.values, self.bits)
+            values = packed(codes_of(chosen.values, step, self.bits), self.bits)
         payload[:_STEP] = np.array([step], "<f4").view(np.uint8)
         rice, codes = self._index(chosen.positions, extent.count, payload.size)
         payload[_STEP : self._head] = rice
@@ -199,49 +234,3 @@ class Sparse(Packer):
             if size and (not shortest.size or size < shortest.size):
                 best, shortest = rice, codes[:size]
         return best, shortest
-
-    def _step(self, values: Float32) -> float:
-        """The difference between neighbouring magnitudes. The mean is taken in whole numbers: in any order alike."""
-        magnitudes = np.abs(values).astype(np.float64)
-        top = float(magnitudes.max(initial=0))
-        if top == 0:
-            return 0.0
-        mean = int(np.rint(magnitudes / top * _WHOLE).astype(np.int64).sum()) / magnitudes.size / _WHOLE
-        most = top if self.bits > 1 else 2 * top
-        return float(np.float32(min(_CLIP.get(self.bits, np.inf) * mean * top, most) / (1 << (self.bits - 1))))
-
-    def _value_codes(self, values: Float32, step: float) -> Bytes:
-        """The sign as the highest bit, the magnitude below it, the bits of each value from its lowest on."""
-        most = (1 << (self.bits - 1)) - 1
-        codes = (values < 0).astype(np.uint16) << (self.bits - 1)
-        if most and step:
-            codes |= np.minimum(np.abs(values) / np.float32(step), np.float32(most)).astype(np.uint16)
-        if self.bits == 1:
-            return np.packbits(codes.astype(np.uint8), bitorder="little")
-        if self.bits < 8:
-            each = 8 // self.bits
-            padded = np.zeros(-(-codes.size // each) * each, np.uint8)
-            padded[: codes.size] = codes
-            shifted = padded.reshape(-1, each) << (np.arange(each, dtype=np.uint8) * np.uint8(self.bits))
-            packed: Bytes = np.bitwise_or.reduce(shifted, axis=1)
-            return packed
-        return codes.astype(f"<u{self.bits // 8}").view(np.uint8)
-
-    def _values(self, step: Bytes, packed: Bytes, kept: int) -> Float32:
-        scale = step.view("<f4")[0]
-        if not scale <= np.float32(_LARGEST_VALUE / (1 << (self.bits - 1))) or np.signbit(scale):
-            raise FormatError(f"the step of values is {scale}, which is negative, too large or NaN")
-        if self.bits < 8:
-            each = 8 // self.bits
-            parts = packed[:, None] >> (np.arange(each, dtype=np.uint8) * np.uint8(self.bits))
-            codes = (parts & np.uint8((1 << self.bits) - 1)).reshape(-1)
-            if codes[kept:].any():
-                raise FormatError("bits behind the last value are not 0")
-            codes = codes[:kept]
-        else:
-            codes = packed.view(f"<u{self.bits // 8}")
-        magnitude = (codes & ((1 << (self.bits - 1)) - 1)).astype(np.float32)
-        magnitude += np.float32(0.5)
-        magnitude *= scale
-        values: Float32 = np.where(codes >> (self.bits - 1), -magnitude, magnitude)
-        return values

@@ -4,7 +4,7 @@ The elements of a slice are the rows of a matrix of `width` columns. `rows` rows
 may have fewer; what stands behind the last whole row is a band of one short row. A band is divided into chunks of
 `cols` columns from left to right, the last of which may be narrower. So chunks have an order, each has at most
 `MOST_CHUNK` elements, and the position of an element in its chunk counts row by row. Of a chunk `k` elements are kept,
-or all if it has no more, in the order of their positions.
+or all if it has no more, in the order of their positions. Where they are all 0, their positions are `NOTHING`.
 
 With a `basis` (tables.dct_basis) elements are coefficients of the chunk's two-dimensional DCT-II. Forward, columns come
 first: T[u, x] = sum of basis[u, i] * X[i, x] over ascending i, then C[u, v] = sum of T[u, x] * basis[v, x] over
@@ -13,8 +13,9 @@ over ascending u. All sums begin at +0; each product and each sum is rounded onc
 changes nothing.
 """
 
-import functools
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
 from math import comb
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ Array = npt.NDArray[Any]
 MOST_CHUNK: Final = 4096
 # The largest magnitude that is taken: sums over a chunk, and what is made of them, stay finite.
 LARGEST: Final = np.float32(2.0**100)
+NOTHING: Final = 0xFFFF
 # As many positions are numbered together, in a word of 64 bits; more have a code each.
 ENUMERATED: Final = 6
 
@@ -88,9 +90,11 @@ def add_selected(
         for part, position, coefficient in zip(parts, where, what, strict=True):
             dense = np.zeros((*part.shape[:2], part.shape[2] * part.shape[3]), np.float32)
             position = position.reshape(*part.shape[:2], -1).astype(np.int64)
-            if position.size and position.max() >= dense.shape[2]:
+            if ((position >= dense.shape[2]) & (position != NOTHING)).any():
                 return False
-            np.put_along_axis(dense, position, coefficient.reshape(position.shape), axis=2)
+            nothing = position == NOTHING
+            coefficient = np.where(nothing, 0, coefficient.reshape(position.shape))
+            np.put_along_axis(dense, np.where(nothing, 0, position), coefficient, axis=2)
             places.append((part, _inverse(dense.reshape(part.shape), basis)))
     factor = sums.dtype.type(weight)
     for part, elements in places:
@@ -123,8 +127,11 @@ def _largest(chunks: Array, k: int) -> tuple[Array, Array]:
     order = np.argsort(-np.abs(flat), axis=2, kind="stable")[:, :, :k]
     positions = np.sort(order, axis=2)
     coefficients = np.take_along_axis(flat, positions, axis=2)
+    something = (coefficients != 0).any(axis=2, keepdims=True)
+    positions = np.where(something, positions, NOTHING).astype(np.uint16)
+    coefficients = np.where(something, coefficients, np.float32(0))
     bands = chunks.shape[0]
-    return positions.astype(np.uint16).reshape(bands, -1), coefficients.reshape(bands, -1)
+    return positions.reshape(bands, -1), coefficients.reshape(bands, -1)
 
 
 def _of_length(basis: Array, n: int) -> Array:
@@ -176,23 +183,19 @@ def encode_positions(
     """Codes of the positions, and how many bytes they take; 0: there is no room for them.
 
     Of up to 6 to a chunk, the positions are numbered: the sum of comb(p, i + 1) over positions p, number i in their
-    order, in as many bits as the largest such number takes. Of more, the numbers of elements that are left out before
-    each of them have a code of Rice each: the number shifted right by `rice`, as so many bits 0 and a 1, and then its
-    lower `rice` bits. Bits stand from the lowest of the first byte on, and so do those of a number.
+    order, in as many bits as the largest such number takes. Nothing is one number more; where that takes another bit,
+    it is the positions from 0 on. Of more, the numbers of elements that are left out before each of them have a code
+    of Rice each: the number shifted right by `rice`, as so many bits 0 and a 1, and then its lower `rice` bits. For
+    nothing there is one code, of the number of all elements. Bits stand from the lowest of the first byte on, and so
+    do those of a number.
     """
-    sizes = chunk_sizes(elements, width, rows, cols)
-    kept = np.minimum(sizes, k)
-    starts = np.cumsum(kept) - kept
-    wide = positions.astype(np.int64)
-    if k <= ENUMERATED:
-        order = np.arange(wide.size) - np.repeat(starts, kept)
-        numbers = np.add.reduceat(_combinations()[order + 1, wide], starts) if wide.size else wide.astype(np.uint64)
-        bits = _bits_of(numbers, np.array([_enumerated_bits(int(n), k) for n in sizes]))
-    else:
-        gaps = np.diff(wide, prepend=-1) - 1
-        gaps[starts] = wide[starts]
-        bits = _rice_bits(gaps, rice)
-    made = np.packbits(bits, bitorder="little")
+    bits = [np.empty(0, np.uint8)]
+    at = 0
+    for size in chunk_sizes(elements, width, rows, cols).tolist():
+        kept = min(k, size)
+        bits.append(_code(positions[at : at + kept].tolist(), size, k, rice))
+        at += kept
+    made = np.packbits(np.concatenate(bits), bitorder="little")
     if made.size > codes.size:
         return 0
     codes[: made.size] = made
@@ -203,63 +206,75 @@ def decode_positions(
     codes: Array, positions: Array, *, elements: int, width: int, rows: int, cols: int, k: int, rice: int = 0
 ) -> bool:
     """What `encode_positions` was given; False: it never makes such codes."""
-    sizes = chunk_sizes(elements, width, rows, cols)
     bits = np.unpackbits(codes, bitorder="little")
-    at = out = 0
     ones = np.flatnonzero(bits)
-    for n in sizes.tolist():
+    at = out = 0
+    for size in chunk_sizes(elements, width, rows, cols).tolist():
+        kept = min(k, size)
         if k <= ENUMERATED:
-            length = _enumerated_bits(n, k)
-            if at + length > bits.size:
-                return False
-            number = int.from_bytes(np.packbits(bits[at : at + length], bitorder="little").tobytes(), "little")
-            at += length
-            if number >= comb(n, min(k, n)):
-                return False
-            for i in reversed(range(min(k, n))):
-                place = int(np.searchsorted(_combinations()[i + 1], np.uint64(number), side="right")) - 1
-                number -= comb(place, i + 1)
-                positions[out + i] = place
+            length = (comb(size, kept) - 1).bit_length()
+            number, at = _number(bits, at, length), at + length
+            found = None if number is None else _numbered(number, size, kept)
         else:
-            place = -1
-            for i in range(min(k, n)):
-                first = int(np.searchsorted(ones, at))
-                if first == ones.size or int(ones[first]) + 1 + rice > bits.size:
-                    return False
-                unary = int(ones[first]) - at
-                at = int(ones[first]) + 1 + rice
-                low = bits[at - rice : at].astype(np.int64)
-                place += 1 + (unary << rice) + int((low << np.arange(rice)).sum())
-                if place >= n:
-                    return False
-                positions[out + i] = place
-        out += min(k, n)
+            found, at = _from_rice(bits, ones, at, size, kept, rice)
+        if found is None:
+            return False
+        positions[out : out + kept] = found
+        out += kept
     return -(-at // 8) == codes.size and not bits[at:].any()
 
 
-@functools.lru_cache(maxsize=1)
-def _combinations() -> Array:
-    """comb(p, i) at [i, p], for what fits into a word."""
-    rows = [np.ones(MOST_CHUNK, np.uint64)]
-    for _ in range(ENUMERATED):
-        rows.append(np.concatenate([np.zeros(1, np.uint64), np.cumsum(rows[-1][:-1], dtype=np.uint64)]))
-    return np.stack(rows)
+def _code(positions: list[int], size: int, k: int, rice: int) -> Array:
+    """The bits of the positions in a chunk."""
+    kept, nothing = len(positions), NOTHING in positions
+    if k > ENUMERATED:
+        gaps = [after - before - 1 for before, after in pairwise([-1, *positions])]
+        return np.concatenate([_rice_code(gap, rice) for gap in ([size] if nothing else gaps)])
+    length = (comb(size, kept) - 1).bit_length()
+    number = comb(size, kept) if nothing else sum(comb(p, i + 1) for i, p in enumerate(positions))
+    return _bits(number if number < 1 << length else 0, length)
 
 
-def _enumerated_bits(n: int, k: int) -> int:
-    return (comb(n, min(k, n)) - 1).bit_length()
+def _bits(number: int, length: int) -> Array:
+    return np.array([number >> bit & 1 for bit in range(length)], np.uint8)
 
 
-def _bits_of(numbers: Array, lengths: Array) -> Array:
-    """The lower bits of numbers, one behind the other."""
-    bits = np.unpackbits(numbers.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-    return bits[np.arange(64) < lengths[:, None]]
+def _rice_code(gap: int, rice: int) -> Array:
+    return np.concatenate([np.zeros(gap >> rice, np.uint8), _bits(1 | gap << 1, 1 + rice)])
 
 
-def _rice_bits(gaps: Array, rice: int) -> Array:
-    ends = np.cumsum((gaps >> rice) + 1 + rice)
-    bits = np.zeros(int(ends[-1]) if ends.size else 0, np.uint8)
-    bits[ends - rice - 1] = 1
-    for bit in range(rice):
-        bits[ends - rice + bit] = gaps >> bit & 1
-    return bits
+def _number(bits: Array, at: int, length: int) -> int | None:
+    """The number of the next bits; None where they end before."""
+    if at + length > bits.size:
+        return None
+    return int.from_bytes(np.packbits(bits[at : at + length], bitorder="little").tobytes(), "little")
+
+
+def _numbered(number: int, size: int, kept: int) -> list[int] | None:
+    """The positions that have this number."""
+    if number >= comb(size, kept):
+        return [NOTHING] * kept if number == comb(size, kept) else None
+    found: list[int] = []
+    for i in range(kept, 0, -1):
+        place = bisect_right([comb(p, i) for p in range(size)], number) - 1
+        number -= comb(place, i)
+        found.insert(0, place)
+    return found
+
+
+def _from_rice(bits: Array, ones: Array, at: int, size: int, kept: int, rice: int) -> tuple[list[int] | None, int]:
+    """The positions whose codes stand from `at` on, and where they end."""
+    found: list[int] = []
+    for _ in range(kept):
+        first = int(np.searchsorted(ones, at))
+        high = int(ones[first]) - at if first < ones.size else 0
+        low = _number(bits, at + high + 1, rice)
+        if first == ones.size or low is None:
+            return None, at
+        at += high + 1 + rice
+        found.append((found[-1] if found else -1) + 1 + (high << rice) + low)
+        if found == [size]:
+            return [NOTHING] * kept, at
+        if found[-1] >= size:
+            return None, at
+    return found, at

@@ -13,6 +13,7 @@ computed when they are read, so that functions from views to views (`subtract`, 
 """
 
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
+from tensorwire.updates.combine import combine
 from tensorwire.updates.compressor import Compressor, Message
 from tensorwire.updates.difference import Views, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
@@ -47,6 +48,7 @@ __all__ = [
     "average",
     "ceilings",
     "check_update",
+    "combine",
     "clipped_to_median",
     "encode",
     "exact_vectors",

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire import dtypes, kernels, streams
-from tensorwire.codecs import Codec, Sparse, as_floats, from_floats, from_stages, largest
+from tensorwire.codecs import Codec, LowRank, Readymade, Sparse, as_floats, from_floats, from_stages, largest
 from tensorwire.errors import EncodeError, NonFiniteError
 from tensorwire.limits import DEFAULT
 from tensorwire.streams import ItemStart, Payload, Receiver
@@ -32,7 +32,6 @@ _TAKEN: Final = (dtypes.FLOAT32, dtypes.FLOAT16, dtypes.BFLOAT16)
 _BLOCK: Final = 1 << 16  # numbers that are worked on at a time: they stay in the second-level cache
 # Few slices: each has a header of its own, which would be as long as the payload. Decoded they are of this size.
 _FRAME: Final = DEFAULT.frame
-_LARGEST: Final = 2.0**100  # of what can be encoded
 
 
 class Message:
@@ -62,6 +61,8 @@ class Compressor:
     def __init__(self, spec: str | Method) -> None:
         self._method = method(spec)
         self._kept: dict[str, Float32] = {}
+        # The right factor of each slice of low rank, as it was sent: the next one begins with it.
+        self._factors: dict[tuple[str, int], Float32] = {}
         self._last = Message(b"", settled=True)
 
     @property
@@ -119,15 +120,21 @@ class Compressor:
         The arrays are the compressor's own: it writes to them in the next step.
         """
         pending = b"" if self._last.settled else self._last.data
-        return {"spec": repr(self._method), "kept": dict(self._kept), "pending": np.frombuffer(pending, np.uint8)}
+        return {
+            "spec": repr(self._method),
+            "kept": dict(self._kept),
+            "factors": [[name, start, factor] for (name, start), factor in self._factors.items()],
+            "pending": np.frombuffer(pending, np.uint8),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, in arrays of torch or NumPy. Raises EncodeError for another method's."""
         if state["spec"] != repr(self._method):
             raise EncodeError(f"this is the state of {state['spec']!r:.80}, not of {self._method}")
         kept = {name: np.array(array, np.float32) for name, array in state["kept"].items()}
+        factors = {(name, start): np.array(factor, np.float32) for name, start, factor in state["factors"]}
         pending = np.asarray(state["pending"], np.uint8).tobytes()
-        self._kept = kept
+        self._kept, self._factors = kept, factors
         self._last = Message(pending, settled=not pending)
 
     def _check(self, name: str, view: TensorView) -> None:
@@ -138,8 +145,9 @@ class Compressor:
         if kept is not None and kept.shape != view.shape:
             raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
         before = 0.0 if kept is None else float(np.abs(kept).max(initial=0))
-        if not largest(view) + before <= _LARGEST:
-            error = NonFiniteError("a value is not finite, or what is to be sent is beyond 2^100", index=0)
+        most = self._method.codec(view.shape).ceiling(view.dtype)
+        if not largest(view) + before <= most:
+            error = NonFiniteError(f"a value is not finite, or with what was kept of it beyond {most:g}", index=0)
             error.item = name
             raise error
 
@@ -155,27 +163,39 @@ class Compressor:
                 part += as_floats(view.read(start, start + part.size), view.dtype)
 
     def _view(self, name: str, view: TensorView) -> TensorView:
-        """What is kept of a tensor, in its dtype."""
-        kept = self._kept[name].reshape(-1)
-        return TensorView(
-            view.dtype,
-            view.shape,
-            lambda start, stop: from_floats(kept[start:stop], view.dtype),
-            identity=view.identity,
-        )
+        """What is kept of a tensor, in its dtype; of low rank, already in its factors."""
+        kept, codec = self._kept[name].reshape(-1), self._method.codec(view.shape)
+        packer = codec.packer
+
+        def read(start: int, stop: int) -> Any:
+            return from_floats(kept[start:stop], view.dtype)
+
+        if isinstance(packer, LowRank):
+            low_rank = packer
+
+            def factors(start: int, stop: int) -> Any:
+                return low_rank.factorize(kept[start:stop], self._factors.get((name, start)))
+
+            return TensorView(view.dtype, view.shape, factors, identity=view.identity, codec=Readymade(codec.pipeline))
+        return TensorView(view.dtype, view.shape, read, identity=view.identity)
 
     def _add(self, message: Message, weight: float) -> None:
         """Add what a message decodes to, times a weight, to what is kept."""
         for item, codec, payload, extent in slices(message.data):
             kept = self._kept[key_of(item)].reshape(-1)[extent.start : extent.start + extent.count]
             packer = codec.packer
-            if isinstance(packer, Sparse) and item.dtype == dtypes.FLOAT32:
+            if isinstance(packer, LowRank):
+                self._factors[key_of(item), extent.start] = packer.factors(payload, extent).right
+            if item.dtype != dtypes.FLOAT32:
+                decoded = np.empty(extent.count * item.dtype.itemsize, np.uint8)
+                codec.decode(payload, extent, decoded)
+                with kernels.default_environment():
+                    kept += np.float32(weight) * as_floats(decoded, item.dtype).astype(np.float32)
+            elif isinstance(packer, LowRank):
+                packer.add(packer.factors(payload, extent), kept, weight)
+            else:
+                assert isinstance(packer, Sparse)  # what methods choose
                 packer.add(packer.selected(payload, extent), kept, weight)
-                continue
-            decoded = np.empty(extent.count * item.dtype.itemsize, np.uint8)
-            codec.decode(payload, extent, decoded)
-            with kernels.default_environment():
-                kept += np.float32(weight) * as_floats(decoded, item.dtype).astype(np.float32)
 
 
 def slices(source: Any) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:

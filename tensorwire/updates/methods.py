@@ -7,7 +7,7 @@ topk:k=64,values=2bit          error feedback, top-k of each chunk: SparseLoCo (
 from dataclasses import dataclass
 from typing import Final
 
-from tensorwire.codecs import Choice, Codec, Range, Real, Sparse, Spelled, parameter, spelled
+from tensorwire.codecs import Choice, Codec, LowRank, Range, Real, Sparse, Spelled, parameter, spelled
 from tensorwire.errors import EncodeError
 
 _BITS: Final = {"sign": 1, "2bit": 2, "4bit": 4, "8bit": 8, "16bit": 16}
@@ -66,7 +66,25 @@ class Demo(TopK):
     name = "demo"
 
 
-METHODS: Final[dict[str, type[Method]]] = {row.name: row for row in (Demo, TopK)}
+@dataclass(frozen=True, repr=False)
+class Factors(Method):
+    """Two factors of `rank` columns for each matrix; of vectors and small matrices, the `k` largest of each chunk."""
+
+    rank: int = parameter(4, Range(1, 64))
+    bits: int = parameter(2, Range(1, 16, power_of_two=True))
+    k: int = parameter(64, Range(1, 4096))
+
+    name = "lowrank"
+
+    def codec(self, shape: tuple[int, ...]) -> Codec:
+        """The codec of a tensor of this shape."""
+        rows, width = _matrix(shape)
+        if len(shape) < 2 or self.rank * (rows + width) >= rows * width:
+            return Codec((Sparse(k=self.k, bits=self.bits),))
+        return Codec((LowRank(rank=self.rank, bits=self.bits, width=width),))
+
+
+METHODS: Final[dict[str, type[Method]]] = {row.name: row for row in (Demo, TopK, Factors)}
 
 
 def method(spec: "str | Method") -> Method:
