@@ -30,8 +30,6 @@ Float32 = npt.NDArray[np.float32]
 
 _TAKEN: Final = (dtypes.FLOAT32, dtypes.FLOAT16, dtypes.BFLOAT16)
 _BLOCK: Final = 1 << 16  # numbers that are worked on at a time: they stay in the second-level cache
-# Few slices: each has a header of its own, which would be as long as the payload. Decoded they are of this size.
-_FRAME: Final = DEFAULT.frame
 
 
 class Message:
@@ -89,7 +87,7 @@ class Compressor:
             kept,
             ViewFront(),
             codec=lambda name, view: self._method.codec(view.shape),
-            frame_size=_FRAME,
+            frame_size=self._method.frame_size,
             metadata=terms.metadata() if terms is not None else None,
         )
         self._last = Message(b"".join(buffers))
