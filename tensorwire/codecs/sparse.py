@@ -57,7 +57,7 @@ class Sparse(Packer):
     dct: bool = parameter(False, Choice((False, True)), wire=True)
     rows: int = parameter(1, Range(1, DCT_MOST), wire=True)
     cols: int = parameter(MOST_CHUNK, Range(1, MOST_CHUNK), wire=True)
-    width: int = parameter(MOST_CHUNK, Range(1, 1 << 48), wire=True)
+    width: int = parameter(MOST_CHUNK, Range(1, 1 << 32), wire=True)
 
     id = 10
     name = "sparse"
@@ -204,7 +204,7 @@ class Sparse(Packer):
         kept = min(self.k, size)
         if self.k <= _ENUMERATED:
             return (comb(size, kept) - 1).bit_length()
-        return kept * (1 + self._likely_rice) + ((size - kept) >> self._likely_rice)
+        return kept * (1 + self._likely_rice) + ((size - kept) >> self._likely_rice) + 1
 
     @property
     def _likely_rice(self) -> int:
