@@ -748,11 +748,14 @@ def decode_sparse(parameters: list, dtype: str, count: int, payload: bytes) -> b
                 ]
                 for u in range(height)
             ]
-            made = [
-                sum_of_products([down[u][i] for u in range(height)], [turned[u][x] for u in range(height)])
-                for i in range(height)
-                for x in range(across)
-            ]
+            for i in range(-(-height // 2)):
+                for x in range(across):
+                    even, odd = (
+                        sum_of_products([down[u][i] for u in kind], [turned[u][x] for u in kind])
+                        for kind in (range(0, height, 2), range(1, height, 2))
+                    )
+                    made[(height - 1 - i) * across + x] = float32(even - odd)
+                    made[i * across + x] = float32(even + odd)
         for i in range(height):
             elements[start + i * stride : start + i * stride + across] = made[i * across : (i + 1) * across]
     given.end()

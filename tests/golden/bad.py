@@ -647,7 +647,7 @@ for name, says, stages, payload in (
     ("step-negative", "a step of values", PAIRS, struct.pack("<f", -0.0) + b"\0\0"),
     ("step-nan", "a step of values", PAIRS, struct.pack("<I", 0x7FC00000) + b"\0\0"),
     ("step-large", "a step of values", PAIRS, struct.pack("<f", 2.0**111) + b"\0\0"),
-    ("rice-13", "is 13", SEVEN, ONE + b"\x0d" + FIRST_SEVEN + b"\0"),
+    ("rice-13", "no codes of 7", SEVEN, ONE + b"\x0d" + FIRST_SEVEN + b"\0"),
     ("position-16", "no codes of 7", SEVEN, ONE + b"\x03\x0c\0\0\0"),
     ("positions-cut", "no codes of 7", SEVEN, ONE + b"\x01" + FIRST_SEVEN[:1] + b"\0"),
     ("positions-none", "no codes of 7", SEVEN, ONE + b"\x01" + bytes(2) + b"\0"),
