@@ -634,6 +634,115 @@ bool huffman_decode(nb::handle codes, nb::handle out) {
     return tw::kernels().huffman_decode(c.data<uint8_t>(), c.size(), y.data<uint8_t>(), y.size());
 }
 
+// How a slice of n elements is cut, with every side at least 1, and what is kept of it.
+class CheckedGrid : public tw::Grid {
+public:
+    CheckedGrid(Py_ssize_t width, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k)
+        : tw::Grid{positive("width", width), positive("rows", rows), positive("cols", cols), positive("k", k)} {
+        if (this->cols > tw::kMostChunk || this->rows > tw::kMostChunk / this->cols) {
+            throw nb::value_error("rows, cols: expected a chunk of at most 4096 elements");
+        }
+        if (this->width > PTRDIFF_MAX / tw::kMostChunk) throw nb::value_error("width: expected less");
+    }
+
+    // Elements that are kept of n.
+    size_t kept(size_t n) const {
+        const size_t whole = n / width / rows, left = n / width % rows;
+        return whole * band(rows, width) + band(left, width) + band(1, n % width);
+    }
+
+private:
+    static size_t positive(const char* name, Py_ssize_t value) {
+        if (value >= 1) return static_cast<size_t>(value);
+        throw nb::value_error((std::string(name) + ": expected at least 1, got " + std::to_string(value)).c_str());
+    }
+    size_t band(size_t height, size_t across) const {
+        return across / cols * std::min(k, height * cols) + std::min(k, height * (across % cols));
+    }
+};
+
+// The table of the DCT, for chunks that are transformed.
+class Basis {
+public:
+    Basis(nb::handle given, const tw::Grid& grid) {
+        if (given.is_none()) return;
+        if (grid.rows > tw::kMostSide || grid.cols > tw::kMostSide) {
+            throw nb::value_error("rows, cols: expected at most 64 to be transformed");
+        }
+        table_.emplace("basis", given, "f", kInput);
+        table_->expect_size(tw::kBasisSize);
+    }
+
+    // Or null.
+    const float* data() const { return table_ ? table_->data<float>() : nullptr; }
+
+private:
+    std::optional<Array> table_;
+};
+
+size_t checked_elements(Py_ssize_t elements) {
+    if (elements >= 0) return static_cast<size_t>(elements);
+    throw nb::value_error(("elements: expected at least 0, got " + std::to_string(elements)).c_str());
+}
+
+bool select_largest(nb::handle values, nb::handle positions, nb::handle coefficients, Py_ssize_t width, Py_ssize_t rows,
+                    Py_ssize_t cols, Py_ssize_t k, nb::handle basis) {
+    const CheckedGrid grid(width, rows, cols, k);
+    const Array x("values", values, "f", kInput), p("positions", positions, "H", kOutput),
+        c("coefficients", coefficients, "f", kOutput);
+    const Basis b(basis, grid);
+    p.expect_size(grid.kept(x.size()));
+    c.expect_size(grid.kept(x.size()));
+    p.expect_apart_from(c);
+    p.expect_apart_from(x);
+    c.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().select_largest(x.data<float>(), p.data<uint16_t>(), c.data<float>(), x.size(), grid,
+                                        b.data());
+}
+
+bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums, double weight, Py_ssize_t width,
+                  Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k, nb::handle basis) {
+    const CheckedGrid grid(width, rows, cols, k);
+    const Array p("positions", positions, "H", kInput), c("coefficients", coefficients, "f", kInput),
+        s("sums", sums, "fd", kOutput);
+    const Basis b(basis, grid);
+    p.expect_size(grid.kept(s.size()));
+    c.expect_size(grid.kept(s.size()));
+    s.expect_apart_from(p);
+    s.expect_apart_from(c);
+    const Released released;
+    const tw::Kernels& kernels = tw::kernels();
+    if (s.format() == 'f') {
+        return kernels.add_to_float(p.data<uint16_t>(), c.data<float>(), s.data<float>(), s.size(), weight, grid,
+                                    b.data());
+    }
+    return kernels.add_to_double(p.data<uint16_t>(), c.data<float>(), s.data<double>(), s.size(), weight, grid,
+                                    b.data());
+}
+
+size_t encode_positions(nb::handle positions, nb::handle codes, Py_ssize_t elements, Py_ssize_t width, Py_ssize_t rows,
+                        Py_ssize_t cols, Py_ssize_t k) {
+    const CheckedGrid grid(width, rows, cols, k);
+    const size_t n = checked_elements(elements);
+    const Array p("positions", positions, "H", kInput), c("codes", codes, "B", kOutput);
+    p.expect_size(grid.kept(n));
+    c.expect_apart_from(p);
+    const Released released;
+    return tw::kernels().encode_positions(p.data<uint16_t>(), c.data<uint8_t>(), c.size(), n, grid);
+}
+
+bool decode_positions(nb::handle codes, nb::handle positions, Py_ssize_t elements, Py_ssize_t width, Py_ssize_t rows,
+                      Py_ssize_t cols, Py_ssize_t k) {
+    const CheckedGrid grid(width, rows, cols, k);
+    const size_t n = checked_elements(elements);
+    const Array c("codes", codes, "B", kInput), p("positions", positions, "H", kOutput);
+    p.expect_size(grid.kept(n));
+    p.expect_apart_from(c);
+    const Released released;
+    return tw::kernels().decode_positions(c.data<uint8_t>(), c.size(), p.data<uint16_t>(), n, grid);
+}
+
 std::string supported_names() {
     std::string names;
     for (const tw::Kernels* const* k = tw::supported(); *k; ++k)
@@ -713,6 +822,15 @@ NB_MODULE(_native, m) {
     m.def("huffman_decode", huffman_decode, "codes"_a, "out"_a);
     m.def("split_planes", split_planes, "values"_a, "marks"_a, "planes"_a);
     m.def("merge_planes", merge_planes, "planes"_a, "marks"_a, "out"_a);
+
+    m.def("select_largest", select_largest, "values"_a, "positions"_a, "coefficients"_a, nb::kw_only(), "width"_a,
+          "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
+    m.def("add_selected", add_selected, "positions"_a, "coefficients"_a, "sums"_a, nb::kw_only(), "weight"_a, "width"_a,
+          "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
+    m.def("encode_positions", encode_positions, "positions"_a, "codes"_a, nb::kw_only(), "elements"_a, "width"_a,
+          "rows"_a, "cols"_a, "k"_a);
+    m.def("decode_positions", decode_positions, "codes"_a, "positions"_a, nb::kw_only(), "elements"_a, "width"_a,
+          "rows"_a, "cols"_a, "k"_a);
 
     nb::class_<DefaultEnvironment>(m, "default_environment",
                                    "Round to nearest even and keep subnormals within a `with` block.")

@@ -30,6 +30,14 @@ struct Plane {
     bool constant;
 };
 
+// How a slice is cut into chunks, and how many elements of each are kept (tensorwire/kernels/_numpy_sparse.py).
+struct Grid {
+    size_t width, rows, cols, k;
+};
+constexpr size_t kMostChunk = 4096, kMostSide = 64, kMostRice = 12;
+// Numbers in the table of all lengths of the DCT.
+constexpr size_t kBasisSize = kMostSide * (kMostSide + 1) * (2 * kMostSide + 1) / 6;
+
 struct Kernels {
     const char* isa;
 
@@ -81,6 +89,18 @@ struct Kernels {
     // The bytes of n elements to planes and back, of the blocks of 64 whose bit in `marks` is set.
     void (*split_planes[kPlaneWidths])(const uint8_t* values, const uint8_t* marks, uint8_t* const* planes, size_t n);
     void (*merge_planes[kPlaneWidths])(const Plane* planes, const uint8_t* marks, uint8_t* out, size_t n);
+
+    // The k largest of each chunk of n elements, with `basis`, where not null, of their DCT. Whether all could be taken.
+    bool (*select_largest)(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
+                           const float* basis);
+    // Adds weight times what was selected to n sums; false, with part of them added, for a position outside its chunk.
+    bool (*add_to_float)(const uint16_t* positions, const float* coefficients, float* sums, size_t n, double weight,
+                         const Grid& grid, const float* basis);
+    bool (*add_to_double)(const uint16_t* positions, const float* coefficients, double* sums, size_t n, double weight,
+                          const Grid& grid, const float* basis);
+    // Positions to codes: the bytes that they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
+    size_t (*encode_positions)(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid);
+    bool (*decode_positions)(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
@@ -94,6 +114,7 @@ struct Kernels {
     void add_linear(Kernels&);                                         \
     void add_planes(Kernels&);                                         \
     void add_huffman(Kernels&);                                        \
+    void add_sparse(Kernels&);                                         \
     uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }
 

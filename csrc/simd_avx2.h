@@ -65,6 +65,9 @@ inline Floats load_part(const T* p, size_t n) {
 }
 inline Floats splat(float v) { return _mm256_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline void add_weighted(float* sums, Floats v, float weight) { store(sums, add(load(sums), mul(splat(weight), v))); }
 inline void add_weighted(double* sums, Floats v, double weight) {
     const __m256d w = _mm256_set1_pd(weight);
     const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));

@@ -88,6 +88,9 @@ inline Floats load_part(const Half* p, size_t n) {
 }
 inline Floats splat(float v) { return _mm512_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline void add_weighted(float* sums, Floats v, float weight) { store(sums, add(load(sums), mul(splat(weight), v))); }
 inline void add_weighted(double* sums, Floats v, double weight) {
     const __m512d w = _mm512_set1_pd(weight);
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));

@@ -38,6 +38,9 @@ inline Floats widen(T v, T) {
 
 inline Floats splat(float v) { return v; }
 inline Floats mul(Floats a, Floats b) { return a * b; }
+inline Floats add(Floats a, Floats b) { return a + b; }
+inline void store(float* p, Floats v) { put(p, v); }
+inline void add_weighted(float* sums, Floats v, float weight) { put(sums, get(sums) + weight * v); }
 inline void add_weighted(double* sums, Floats v, double weight) { put(sums, get(sums) + weight * v); }
 inline Floats clamp(Floats v, float most) { return v > most ? most : v < -most ? -most : v; }
 inline Floats select(Mask m, Floats a, Floats b) { return m ? a : b; }

@@ -4,15 +4,17 @@ The contract is in stage.py, the layouts in docs/codecs.md; a file a family of s
 """
 
 from tensorwire.codecs.cast import BFloat16, Float16
-from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float
+from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float, largest
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
+from tensorwire.codecs.lowrank import Factors, LowRank
 from tensorwire.codecs.pipeline import Codec, Readymade
 from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.registry import BUILT_IN, describe, known_ids, register, registered
-from tensorwire.codecs.spec import RAW, from_stages, parse
+from tensorwire.codecs.sparse import NOTHING, Selected, Sparse
+from tensorwire.codecs.spec import RAW, from_stages, parse, spelled
 from tensorwire.codecs.stage import (
     Choice,
     Compressor,
@@ -20,7 +22,9 @@ from tensorwire.codecs.stage import (
     Packer,
     Parameter,
     Range,
+    Real,
     Sizes,
+    Spelled,
     Stage,
     Take,
     Transform,
@@ -33,15 +37,18 @@ __all__ = [
     "FP4",
     "NESTED_BLOCKSIZE",
     "NF4",
+    "NOTHING",
     "RAW",
     "BFloat16",
     "Choice",
     "Codec",
     "Compressor",
     "Encoded",
+    "Factors",
     "Float16",
     "Int8",
     "Int8Linear",
+    "LowRank",
     "Packer",
     "Parameter",
     "Planes",
@@ -49,7 +56,11 @@ __all__ = [
     "Range",
     "Raw",
     "Readymade",
+    "Real",
+    "Selected",
     "Sizes",
+    "Sparse",
+    "Spelled",
     "Stage",
     "TableQuantizer",
     "Take",
@@ -64,9 +75,11 @@ __all__ = [
     "is_calculated",
     "is_float",
     "known_ids",
+    "largest",
     "parameter",
     "parse",
     "register",
     "registered",
+    "spelled",
     "unnest",
 ]

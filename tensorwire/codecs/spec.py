@@ -1,16 +1,21 @@
 """Spec strings, stages and wire ids to codecs."""
 
+import re
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeVar
 
 from tensorwire.codecs.pipeline import Codec
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.registry import by_id, by_name, did_you_mean
-from tensorwire.codecs.stage import Compressor, Packer, Stage, Value
+from tensorwire.codecs.stage import Compressor, Packer, Spelled, Stage, Value
 from tensorwire.errors import EncodeError, FormatError, near, show
 
 # What carries whatever nobody chose a codec for.
 RAW: Final = Codec((Raw(),))
+_REAL: Final = re.compile(r"[0-9]+\.[0-9]+|[0-9]+(\.[0-9]+)?e[-+]?[0-9]+")
+
+Row = TypeVar("Row", bound=Spelled)
 
 
 def parse(spec: str | Stage | Codec, /, **parameters: Value) -> Codec:
@@ -68,6 +73,11 @@ def from_stages(stages: tuple[tuple[int, ...], ...]) -> Codec:
 
 
 def _stage(text: str) -> Stage:
+    return spelled(text, by_name)
+
+
+def spelled(text: str, by_name: Callable[[str], type[Row]]) -> Row:
+    """What a name and its parameters mean: `"name:parameter=value,parameter=value"`. Raises EncodeError."""
     name, _, arguments = text.strip().partition(":")
     cls = by_name(name)
     values: dict[str, Value] = {}
@@ -79,7 +89,7 @@ def _stage(text: str) -> Stage:
     return _made(cls, values)
 
 
-def _made(cls: type[Stage], values: dict[str, Value]) -> Stage:
+def _made(cls: type[Row], values: dict[str, Value]) -> Row:
     """A stage with these parameters. Raises EncodeError for one that it does not have."""
     legal = [known.name for known in cls.parameters()]
     for key in values:
@@ -92,4 +102,6 @@ def _made(cls: type[Stage], values: dict[str, Value]) -> Stage:
 def _value(text: str) -> Value:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    return int(text) if text.isdecimal() else text
+    if text.isdecimal():
+        return int(text)
+    return float(text) if _REAL.fullmatch(text) else text

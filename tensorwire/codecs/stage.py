@@ -27,7 +27,7 @@ from tensorwire.tensor import Extent, TensorView
 Bytes = npt.NDArray[np.uint8]
 Sums = npt.NDArray[np.float64]
 Take = Callable[[int], Bytes]
-Value = int | bool | str
+Value = int | float | bool | str
 Row = TypeVar("Row", bound="Stage")
 
 
@@ -58,6 +58,28 @@ class Range(NamedTuple):
         return number
 
 
+class Real(NamedTuple):
+    """Numbers from `low` to `high`, both included. They stand in specs only, and in no descriptor."""
+
+    low: float
+    high: float
+
+    def allows(self, value: object) -> bool:
+        """Whether a parameter may have this value."""
+        return isinstance(value, (int, float)) and type(value) is not bool and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"a number from {self.low:g} to {self.high:g}"
+
+    def to_wire(self, value: Any) -> int:
+        """Raise EncodeError: a descriptor has whole numbers only."""
+        raise EncodeError(f"{value!r} cannot stand in a descriptor, which has whole numbers only")
+
+    def from_wire(self, number: int) -> Value:
+        """The number that stands there, for `allows` to judge."""
+        return number
+
+
 class Choice(NamedTuple):
     """One of a few values; on the wire, its place among them."""
 
@@ -85,11 +107,11 @@ class Parameter(NamedTuple):
 
     name: str
     default: Value
-    legal: Range | Choice
+    legal: Range | Choice | Real
     wire: bool
 
 
-def parameter(default: Value, legal: Range | Choice, *, wire: bool = False) -> Any:
+def parameter(default: Value, legal: Range | Choice | Real, *, wire: bool = False) -> Any:
     """A field of a stage: its default, the values it may have, and whether it stands in the descriptor."""
     return field(default=default, metadata={"default": default, "legal": legal, "wire": wire})
 
@@ -119,19 +141,11 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Stage(ABC):
-    """What transforms, packers and compressors share. The repr is the spec string that rebuilds the stage."""
+class Spelled:
+    """What a name and its parameters say. The repr is the spec string that rebuilds it."""
 
-    # On the wire: up to 32767 of this library's, from there to 65535 private (see `tensorwire.codecs.register`).
-    id: ClassVar[int]
     # In spec strings.
     name: ClassVar[str]
-    # What goes in and comes out, for people.
-    kind: ClassVar[str]
-    # Whether decoding gives back what was encoded, bit for bit.
-    lossless: ClassVar[bool]
-    # Whether the length of what comes out follows from that of what went in; else only an upper bound does.
-    exact_length: ClassVar[bool]
 
     def __post_init__(self) -> None:
         for known in self.parameters():
@@ -141,11 +155,33 @@ class Stage(ABC):
 
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
-        """The parameters, those of the descriptor in its order."""
+        """The parameters, of a stage those of the descriptor in its order."""
         for row in fields(cls):
             if not row.metadata:
                 raise EncodeError(f"{row.name} of {cls.__qualname__} must be made by parameter(...)")
         return tuple(Parameter(row.name, **row.metadata) for row in fields(cls))
+
+    def __repr__(self) -> str:
+        given = [
+            f"{known.name}={spell(getattr(self, known.name))}"
+            for known in self.parameters()
+            if getattr(self, known.name) != known.default
+        ]
+        return self.name + (":" + ",".join(given) if given else "")
+
+
+@dataclass(frozen=True, repr=False)
+class Stage(Spelled, ABC):
+    """What transforms, packers and compressors share. The repr is the spec string that rebuilds the stage."""
+
+    # On the wire: up to 32767 of this library's, from there to 65535 private (see `tensorwire.codecs.register`).
+    id: ClassVar[int]
+    # What goes in and comes out, for people.
+    kind: ClassVar[str]
+    # Whether decoding gives back what was encoded, bit for bit.
+    lossless: ClassVar[bool]
+    # Whether the length of what comes out follows from that of what went in; else only an upper bound does.
+    exact_length: ClassVar[bool]
 
     def values(self) -> dict[str, Value]:
         """The value of each parameter."""
@@ -166,14 +202,6 @@ class Stage(ABC):
             return cls(**{known.name: known.legal.from_wire(n) for known, n in zip(wire, numbers, strict=True)})
         except EncodeError as error:
             raise FormatError(error.detail) from None
-
-    def __repr__(self) -> str:
-        given = [
-            f"{known.name}={spell(getattr(self, known.name))}"
-            for known in self.parameters()
-            if getattr(self, known.name) != known.default
-        ]
-        return self.name + (":" + ",".join(given) if given else "")
 
 
 class Transform(Stage):
@@ -211,6 +239,8 @@ class Packer(Stage):
     in_place: ClassVar[bool] = False
     # Slices of tensors on a CUDA device are encoded and decoded there.
     on_device: ClassVar[bool] = False
+    # Slices become many times the bytes of their payload: decoded, too, one must be no larger than a frame may be.
+    expands: ClassVar[bool] = False
 
     @property
     def tables(self) -> tuple[npt.NDArray[np.float32], ...]:

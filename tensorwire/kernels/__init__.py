@@ -31,14 +31,17 @@ __all__ = [
     "accumulate_4bit",
     "accumulate_int8",
     "accumulate_linear",
+    "add_selected",
     "blockwise_absmax",
     "byte_histogram",
     "cast",
     "crc32c",
+    "decode_positions",
     "default_environment",
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
+    "encode_positions",
     "get_threads",
     "huffman_decode",
     "huffman_encode",
@@ -49,6 +52,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
+    "select_largest",
     "set_threads",
     "split_planes",
 ]
@@ -111,5 +115,9 @@ huffman_encode = _module.huffman_encode
 huffman_decode = _module.huffman_decode
 split_planes = _module.split_planes
 merge_planes = _module.merge_planes
+select_largest = _module.select_largest
+add_selected = _module.add_selected
+encode_positions = _module.encode_positions
+decode_positions = _module.decode_positions
 set_threads = _module.set_threads
 get_threads = _module.get_threads

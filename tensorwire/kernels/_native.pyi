@@ -39,6 +39,35 @@ def huffman_encode(values: object, codes: object) -> int: ...
 def huffman_decode(codes: object, out: object) -> bool: ...
 def split_planes(values: object, marks: object, planes: object) -> None: ...
 def merge_planes(planes: object, marks: object, out: object) -> None: ...
+def select_largest(
+    values: object,
+    positions: object,
+    coefficients: object,
+    *,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: object | None = None,
+) -> bool: ...
+def add_selected(
+    positions: object,
+    coefficients: object,
+    sums: object,
+    *,
+    weight: float,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: object | None = None,
+) -> bool: ...
+def encode_positions(
+    positions: object, codes: object, *, elements: int, width: int, rows: int, cols: int, k: int
+) -> int: ...
+def decode_positions(
+    codes: object, positions: object, *, elements: int, width: int, rows: int, cols: int, k: int
+) -> bool: ...
 
 class default_environment:  # noqa: N801 (it is used as a function is)
     """Round to nearest even and keep subnormals within a `with` block."""

@@ -17,20 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire.kernels import tables
+from tensorwire.kernels._numpy_sparse import add_selected, decode_positions, encode_positions, select_largest
 
 __all__ = [
     "accumulate",
     "accumulate_4bit",
     "accumulate_int8",
     "accumulate_linear",
+    "add_selected",
     "blockwise_absmax",
     "byte_histogram",
     "cast",
     "crc32c",
+    "decode_positions",
     "default_environment",
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
+    "encode_positions",
     "get_threads",
     "huffman_decode",
     "huffman_encode",
@@ -39,6 +43,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
+    "select_largest",
     "set_threads",
     "split_planes",
 ]

@@ -162,6 +162,64 @@ class HostKernels(Kernels, Protocol):
         A plane of one byte stands for that byte throughout.
         """
 
+    def select_largest(
+        self,
+        values: Float32,
+        positions: npt.NDArray[np.uint16],
+        coefficients: Float32,
+        *,
+        width: int,
+        rows: int,
+        cols: int,
+        k: int,
+        basis: Float32 | None = None,
+    ) -> bool:
+        """Positions and elements of the k largest magnitudes of each chunk of `rows` by `cols`, or of its DCT.
+
+        False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
+        """
+
+    def add_selected(
+        self,
+        positions: npt.NDArray[np.uint16],
+        coefficients: Float32,
+        sums: npt.NDArray[np.floating[Any]],
+        *,
+        weight: float,
+        width: int,
+        rows: int,
+        cols: int,
+        k: int,
+        basis: Float32 | None = None,
+    ) -> bool:
+        """Sums, float32 or float64, += weight * what was selected; False: a position outside its chunk."""
+
+    def encode_positions(
+        self,
+        positions: npt.NDArray[np.uint16],
+        codes: Bytes,
+        *,
+        elements: int,
+        width: int,
+        rows: int,
+        cols: int,
+        k: int,
+    ) -> int:
+        """Write the positions of a slice of `elements` in codes; the bytes that they take, 0: there is no room."""
+
+    def decode_positions(
+        self,
+        codes: Bytes,
+        positions: npt.NDArray[np.uint16],
+        *,
+        elements: int,
+        width: int,
+        rows: int,
+        cols: int,
+        k: int,
+    ) -> bool:
+        """What `encode_positions` was given; False: codes that it never makes."""
+
     def default_environment(self) -> AbstractContextManager[Any]:
         """In it this thread rounds to nearest even and keeps subnormals, whatever the host has set."""
 

@@ -7,12 +7,14 @@ array holds, in ascending order, the points where the nearest code changes. The 
 `tensorwire.kernels._numpy`.
 """
 
+import functools
 from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "DCT_MOST",
     "FP4_CODE",
     "FP4_CODE_OF_LEVEL",
     "FP4_THRESHOLDS",
@@ -20,7 +22,10 @@ __all__ = [
     "INT8_THRESHOLDS",
     "NF4_CODE",
     "NF4_THRESHOLDS",
+    "dct_basis",
 ]
+
+DCT_MOST: Final = 64  # numbers that are transformed together, in either direction
 
 T = TypeVar("T", bound=np.generic)
 
@@ -101,3 +106,21 @@ def _dynamic_code() -> npt.NDArray[np.float32]:
 
 INT8_CODE: Final = _constant(_dynamic_code())
 INT8_THRESHOLDS: Final = _constant(_midpoints(INT8_CODE))
+
+
+@functools.lru_cache(maxsize=1)
+def dct_basis() -> npt.NDArray[np.float32]:
+    """The orthonormal DCT-II of every length n from 1 to 64, one behind the other: row u of n x n has frequency u.
+
+    Element (u, x) is sqrt((2 if u else 1) / n) * cos(pi * (2 * x + 1) * u / (2 * n)), rounded to float32. None of them
+    lies so near to the middle between two float32 that an error of a few float64 units in the last place would
+    matter (tests/kernels/test_sparse_kernels.py), so that every machine has the same ones.
+    """
+    parts = []
+    for n in range(1, DCT_MOST + 1):
+        u, x = np.arange(n)[:, None], np.arange(n)
+        angle = (2 * x + 1) * u % (4 * n)  # in units of pi / (2 * n): small, so that the cosine is exact
+        basis = np.sqrt(np.where(u > 0, 2.0, 1.0) / n) * np.cos(np.pi * angle / (2 * n))
+        basis[(angle % (2 * n)) == n] = 0.0  # odd multiples of pi / 2
+        parts.append(basis.astype(np.float32).reshape(-1))
+    return _constant(np.concatenate(parts))

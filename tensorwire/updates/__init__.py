@@ -13,10 +13,13 @@ computed when they are read, so that functions from views to views (`subtract`, 
 """
 
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
+from tensorwire.updates.combine import combine
+from tensorwire.updates.compressor import Compressor, Message
 from tensorwire.updates.difference import Views, added, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import Arrays, arrays, encode, receive
+from tensorwire.updates.methods import Method
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
@@ -27,9 +30,12 @@ from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized,
 
 __all__ = [
     "Arrays",
+    "Compressor",
     "ErrorFeedback",
     "LeftOut",
     "Mean",
+    "Message",
+    "Method",
     "Rules",
     "ServerOptimizer",
     "Terms",
@@ -47,6 +53,7 @@ __all__ = [
     "check_update",
     "check_weight",
     "clipped_to_median",
+    "combine",
     "copies",
     "empty_like",
     "encode",

@@ -1,0 +1,219 @@
+"""sparse: of each chunk of a tensor the few largest elements, or the few largest coefficients of its DCT.
+
+A tensor is seen as the rows of a matrix, cut into chunks of `rows` by `cols` elements. What is kept of a chunk is `k`
+positions and values of `bits` bits; the rest decodes to zeros. Payload: a float32 step, the parameter of Rice's codes
+where there are any, the codes of the positions of all chunks, their values. docs/codecs.md has the arithmetic.
+
+DeMo (Peng, Quesnelle, Kingma, arXiv:2411.19870) sends momentum this way, SparseLoCo (arXiv:2508.15706) what a worker
+changed in several steps.
+"""
+
+from dataclasses import dataclass, replace
+from math import comb
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorwire import dtypes, kernels
+from tensorwire.codecs.floats import KERNEL_DTYPES, widen
+from tensorwire.codecs.signed import Float32, checked_steps, code_blocks, pack, packed_size, step_of, unpack
+from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
+from tensorwire.dtypes import DType
+from tensorwire.errors import EncodeError, FormatError, NonFiniteError
+from tensorwire.kernels.tables import DCT_MOST, dct_basis
+from tensorwire.tensor import Extent
+
+MOST_CHUNK: Final = 4096
+NOTHING: Final = 0xFFFF
+LARGEST: Final = 2.0**100  # of a magnitude that is encoded: sums over a chunk stay finite
+_LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
+_ENUMERATED: Final = 6  # positions that have one number together
+_DENSE: Final = 1 << 20  # elements of a dense tensor that are made at a time
+_STEP: Final = 4
+
+
+class Selected(NamedTuple):
+    """What is kept of a slice: of each chunk the positions, ascending, and their elements or coefficients.
+
+    Of a chunk of zeros all positions are `NOTHING`, and the values 0.
+    """
+
+    positions: npt.NDArray[np.uint16]
+    values: Float32
+
+
+@dataclass(frozen=True, repr=False)
+class Sparse(Packer):
+    """The k largest of each chunk of float32, float16 or bfloat16, as signs and magnitudes of `bits` bits together.
+
+    `width`: columns of the matrix; a chunk is `rows` by `cols` of them, at most 4096 elements. `dct`: of the chunk's
+    two-dimensional DCT-II, which has at most 64 rows and columns.
+    """
+
+    k: int = parameter(64, Range(1, MOST_CHUNK), wire=True)
+    bits: int = parameter(1, Range(1, 16, power_of_two=True), wire=True)
+    dct: bool = parameter(False, Choice((False, True)), wire=True)
+    rows: int = parameter(1, Range(1, DCT_MOST), wire=True)
+    cols: int = parameter(MOST_CHUNK, Range(1, MOST_CHUNK), wire=True)
+    width: int = parameter(MOST_CHUNK, Range(1, 1 << 32), wire=True)
+
+    id = 10
+    name = "sparse"
+    lossless = False
+    exact_length = False
+    expands = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows * self.cols > MOST_CHUNK or self.cols > self.width or (self.dct and self.cols > DCT_MOST):
+            raise EncodeError(
+                f"chunks of {self.rows} by {self.cols} of {self.width} columns: at most {MOST_CHUNK} elements, "
+                f"with dct at most {DCT_MOST} rows and columns, and are no wider than the matrix"
+            )
+
+    def accepts(self, dtype: DType) -> bool:
+        """float32, float16, bfloat16."""
+        return dtype in KERNEL_DTYPES
+
+    def block(self, dtype: DType) -> int:
+        """A band of chunks."""
+        return self.rows * self.width
+
+    def ceiling(self, dtype: DType) -> float:
+        """2^100."""
+        return LARGEST
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        """At most: the codes, with the parameter of Rice's that is the best for positions that are as far apart."""
+        kinds = self._kinds(count)
+        index = sum(number * self._index_bits(size) for number, size in kinds)
+        kept = sum(number * min(self.k, size) for number, size in kinds)
+        return Sizes(packed_size(index, 1) + packed_size(kept, self.bits), self._head)
+
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        """What is selected, coded. Raises NonFiniteError for NaN, infinities and magnitudes beyond 2^100."""
+        values = widen(np.frombuffer(data, KERNEL_DTYPES[extent.dtype]))
+        kept = self._kept(values.size)
+        chosen = Selected(np.empty(kept, np.uint16), np.empty(kept, np.float32))
+        if not kernels.select_largest(values, chosen.positions, chosen.values, **self._grid, basis=self._basis):
+            index = int(np.flatnonzero(~(np.abs(values) <= np.float32(LARGEST)))[0])
+            raise NonFiniteError(f"{values[index]}, which {self.name} cannot carry", index=index)
+        return Encoded(self._pack(chosen, extent, take))
+
+    def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        """Zeros, but for what was selected. Raises FormatError."""
+        wide = extent.dtype == dtypes.FLOAT32
+        elements = out.view(np.float32) if wide else np.empty(extent.count, np.float32)
+        elements[:] = 0
+        self.add(self.selected(payload, extent), elements, 1.0)
+        if not wide:
+            kernels.cast(elements, out.view(KERNEL_DTYPES[extent.dtype]), saturate=True)
+
+    def accumulate(self, payload: memoryview, extent: Extent, sums: npt.NDArray[np.float64], weight: float) -> bool:
+        """Where something was selected; of elements that are rounded again, only once they are decoded."""
+        if extent.dtype != dtypes.FLOAT32:
+            return False
+        self.add(self.selected(payload, extent), sums, weight)
+        return True
+
+    def selected(self, payload: memoryview, extent: Extent) -> Selected:
+        """What a payload of the right length holds. Raises FormatError."""
+        data, kept = np.frombuffer(payload, np.uint8), self._kept(extent.count)
+        behind = data.size - packed_size(kept, self.bits)
+        if behind < self._head:
+            raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
+        positions = np.empty(kept, np.uint16)
+        codes = data[_STEP:behind]
+        if not kernels.decode_positions(codes, positions, elements=extent.count, **self._grid):
+            raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
+        step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
+        with kernels.default_environment():
+            values = unpack(data[behind:], step, kept, self.bits)
+        nothing = positions == NOTHING
+        if nothing.any() and np.concatenate([*code_blocks(data[behind:], kept, self.bits)])[nothing].any():
+            raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
+        values[nothing] = 0
+        return Selected(positions, values)
+
+    def add(self, chosen: Selected, sums: npt.NDArray[np.floating[Any]], weight: float) -> None:
+        """Add `weight` times each element to float32 or float64 `sums`, one rounding of theirs for product and sum."""
+        kernels.add_selected(chosen.positions, chosen.values, sums, weight=weight, **self._grid, basis=self._basis)
+
+    def places(self, positions: npt.NDArray[np.uint16], count: int) -> npt.NDArray[np.int64]:
+        """Where what is selected of a slice of `count` elements stands, if its chunks stood one behind the other."""
+        sizes = self._chunk_sizes(count)
+        return np.repeat(np.cumsum(sizes) - sizes, np.minimum(sizes, self.k)) + positions.astype(np.int64)
+
+    def dense(self, chunks: Float32) -> Float32:
+        """The elements of a tensor, of which everything is given: chunk behind chunk, elements or coefficients."""
+        elements = np.zeros(chunks.size, np.float32)
+        whole, block = replace(self, k=MOST_CHUNK), self.rows * self.width
+        step = max(_DENSE // block, 1) * block
+        for start in range(0, chunks.size, step):
+            part = chunks[start : start + step]
+            sizes = self._chunk_sizes(part.size)
+            positions = np.arange(part.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            whole.add(Selected(positions.astype(np.uint16), part), elements[start : start + step], 1.0)
+        return elements
+
+    @property
+    def _grid(self) -> dict[str, int]:
+        return {"width": self.width, "rows": self.rows, "cols": self.cols, "k": self.k}
+
+    @property
+    def _basis(self) -> Float32 | None:
+        return dct_basis() if self.dct else None
+
+    @property
+    def _head(self) -> int:
+        return _STEP if self.k <= _ENUMERATED else _STEP + 1
+
+    def _areas(self, count: int) -> list[tuple[int, int, int]]:
+        """(number, height, width) of the bands of a slice: whole ones, one of the rows left, one of a row that ends."""
+        whole, left = divmod(count // self.width, self.rows)
+        areas = [(whole, self.rows, self.width), (1, left, self.width), (1, 1, count % self.width)]
+        return [area for area in areas if all(area)]
+
+    def _kinds(self, count: int) -> list[tuple[int, int]]:
+        """How many chunks of how many elements there are in a slice."""
+        kinds = []
+        for bands, height, across in self._areas(count):
+            chunks, rest = divmod(across, self.cols)
+            kinds += [(bands * chunks, height * self.cols), (bands, height * rest)]
+        return [kind for kind in kinds if all(kind)]
+
+    def _chunk_sizes(self, count: int) -> npt.NDArray[np.int64]:
+        """How many elements each chunk of a slice has."""
+        sizes: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for bands, height, across in self._areas(count):
+            chunks, rest = divmod(across, self.cols)
+            band = np.array([height * self.cols] * chunks + [height * rest] * (rest > 0), np.int64)
+            sizes.append(np.tile(band, bands))
+        return np.concatenate(sizes)
+
+    def _kept(self, count: int) -> int:
+        return sum(number * min(self.k, size) for number, size in self._kinds(count))
+
+    def _index_bits(self, size: int) -> int:
+        kept = min(self.k, size)
+        if self.k <= _ENUMERATED:
+            return (comb(size, kept) - 1).bit_length()
+        return kept * (1 + self._likely_rice) + ((size - kept) >> self._likely_rice) + 1
+
+    @property
+    def _likely_rice(self) -> int:
+        """Of a whole chunk: how many bits the mean distance of positions has."""
+        return max((self.rows * self.cols // self.k).bit_length() - 1, 0)
+
+    def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
+        payload = take(self.sizes(extent.count, extent.dtype).total)
+        with kernels.default_environment():
+            step = np.array([step_of(chosen.values, self.bits)], np.float32)
+            values = pack(chosen.values, step, self.bits)
+        payload[:_STEP] = step.astype("<f4").view(np.uint8)
+        room, behind = payload[_STEP : payload.size - values.size], _STEP
+        if room.size:
+            behind += kernels.encode_positions(chosen.positions, room, elements=extent.count, **self._grid)
+        payload[behind : behind + values.size] = values
+        return payload[: behind + values.size]

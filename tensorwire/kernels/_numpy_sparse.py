@@ -1,0 +1,310 @@
+"""The kernels of the sparse codec in NumPy: what they mean, which ``_native`` equals bit for bit.
+
+The elements of a slice are the rows of a matrix of `width` columns. `rows` rows at a time are a band, the last of which
+may have fewer; what stands behind the last whole row is a band of one short row. A band is divided into chunks of
+`cols` columns from left to right, the last of which may be narrower. So chunks have an order, each has at most
+`MOST_CHUNK` elements, and the position of an element in its chunk counts row by row. Of a chunk `k` elements are kept,
+or all if it has no more, in the order of their positions. Where they are all 0, their positions are `NOTHING`.
+
+With a `basis` (tables.dct_basis) elements are coefficients of the chunk's two-dimensional DCT-II, whose factors are the
+same at both ends of a row or column, up to the sign. Forward, columns come first: the sums of both ends for the even
+frequencies, differences for the odd ones, times basis[u, i], over ascending i up to the middle, give T[u, x]; rows of
+T likewise C[u, v]. Back: S[u, x] = sum of C[u, v] * basis[v, x] over ascending v; then even[i, x] = sum of
+basis[u, i] * S[u, x] over ascending even u, and odd[i, x] over odd u, up to the middle, of which the elements are
+even + odd, and from the end back even - odd. All sums begin at +0; each product and each sum is rounded once. What is
+0 may be left out, which changes nothing.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import pairwise
+from math import comb
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+MOST_CHUNK: Final = 4096
+# The largest magnitude that is taken: sums over a chunk, and what is made of them, stay finite.
+LARGEST: Final = np.float32(2.0**100)
+NOTHING: Final = 0xFFFF
+# As many positions are numbered together, in a word of 64 bits; more have a code each.
+ENUMERATED: Final = 6
+MOST_RICE: Final = 12
+
+
+def select_largest(
+    values: Array,
+    positions: Array,
+    coefficients: Array,
+    *,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: Array | None = None,
+) -> bool:
+    """Positions and elements of the largest magnitudes of each chunk, of equal ones those that come first.
+
+    False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
+    """
+    if not (np.abs(values) <= LARGEST).all():
+        return False
+    at = 0
+    for start, bands, height, across in areas(values.size, width, rows):
+        area = values[start : start + bands * height * across].reshape(bands, height, across)
+        found = [_largest(_forward(part, basis), k) for part in _columns(area, cols)]
+        stop = at + sum(part.size for part, _ in found)
+        positions[at:stop] = np.concatenate([part for part, _ in found], axis=1).reshape(-1)
+        coefficients[at:stop] = np.concatenate([part for _, part in found], axis=1).reshape(-1)
+        at = stop
+    return True
+
+
+def add_selected(
+    positions: Array,
+    coefficients: Array,
+    sums: Array,
+    *,
+    weight: float,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: Array | None = None,
+) -> bool:
+    """Sums += weight * the elements that were selected, 0 elsewhere, calculated as `sums` are (float32, float64).
+
+    False, with nothing added: a position is not in its chunk.
+    """
+    places: list[tuple[Array, Array]] = []
+    at = 0
+    for start, bands, height, across in areas(sums.size, width, rows):
+        area = sums[start : start + bands * height * across].reshape(bands, height, across)
+        parts = list(_columns(area, cols))
+        kept = [part.shape[1] * min(k, part.shape[2] * part.shape[3]) for part in parts]
+        count = bands * sum(kept)
+        split = np.cumsum(kept)[:-1]
+        where = np.split(positions[at : at + count].reshape(bands, -1), split, axis=1)
+        what = np.split(coefficients[at : at + count].reshape(bands, -1), split, axis=1)
+        at += count
+        for part, position, coefficient in zip(parts, where, what, strict=True):
+            dense = np.zeros((*part.shape[:2], part.shape[2] * part.shape[3]), np.float32)
+            position = position.reshape(*part.shape[:2], -1).astype(np.int64)
+            if ((position >= dense.shape[2]) & (position != NOTHING)).any():
+                return False
+            nothing = position == NOTHING
+            coefficient = np.where(nothing, 0, coefficient.reshape(position.shape))
+            np.put_along_axis(dense, np.where(nothing, 0, position), coefficient, axis=2)
+            places.append((part, _inverse(dense.reshape(part.shape), basis)))
+    factor = sums.dtype.type(weight)
+    for part, elements in places:
+        part += factor * elements.astype(sums.dtype)
+    return True
+
+
+def areas(count: int, width: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first element, number, height, width) of the bands of a slice: the whole ones, then each that is smaller."""
+    whole, left = divmod(count // width, rows)
+    start = 0
+    for bands, height, across in ((whole, rows, width), (1, left, width), (1, 1, count % width)):
+        if bands and height and across:
+            yield start, bands, height, across
+        start += bands * height * across
+
+
+def _columns(area: Array, cols: int) -> Iterator[Array]:
+    """Views of the chunks of some bands: (band, chunk, row, column)."""
+    bands, height, across = area.shape
+    whole = across // cols * cols
+    if whole:
+        yield area[:, :, :whole].reshape(bands, height, -1, cols).transpose(0, 2, 1, 3)
+    if whole < across:
+        yield area[:, None, :, whole:]
+
+
+def _largest(chunks: Array, k: int) -> tuple[Array, Array]:
+    flat = chunks.reshape(*chunks.shape[:2], -1)
+    order = np.argsort(-np.abs(flat), axis=2, kind="stable")[:, :, :k]
+    positions = np.sort(order, axis=2)
+    coefficients = np.take_along_axis(flat, positions, axis=2)
+    something = (coefficients != 0).any(axis=2, keepdims=True)
+    positions = np.where(something, positions, NOTHING).astype(np.uint16)
+    coefficients = np.where(something, coefficients, np.float32(0))
+    bands = chunks.shape[0]
+    return positions.reshape(bands, -1), coefficients.reshape(bands, -1)
+
+
+def _of_length(basis: Array, n: int) -> Array:
+    at = (n - 1) * n * (2 * n - 1) // 6
+    return basis[at : at + n * n].reshape(n, n)
+
+
+def _forward(chunks: Array, basis: Array | None) -> Array:
+    if basis is None:
+        return chunks
+    height, across = chunks.shape[2:]
+    b, turned = _of_length(basis, height), np.zeros(chunks.shape, np.float32)
+    for frequencies, ends in _folded(chunks, 2):
+        for i in range(ends.shape[2]):
+            turned[:, :, frequencies] += b[frequencies, i, None] * ends[:, :, i, None, :]
+    b, out = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
+    for frequencies, ends in _folded(turned, 3):
+        for x in range(ends.shape[3]):
+            out[:, :, :, frequencies] += ends[:, :, :, x, None] * b[frequencies, x]
+    return out
+
+
+def _folded(chunks: Array, axis: int) -> list[tuple[slice, Array]]:
+    """Both ends added, for the even frequencies, and subtracted, for the odd ones; a middle stands for itself."""
+    ends = np.flip(chunks, axis)
+    half = chunks.shape[axis] // 2
+    added, middle, _ = np.split(chunks + ends, [half, half + chunks.shape[axis] % 2], axis)
+    if middle.size:
+        middle = np.take(chunks, [half], axis)
+    subtracted = np.split(chunks - ends, [half], axis)[0]
+    return [(slice(0, None, 2), np.concatenate([added, middle], axis)), (slice(1, None, 2), subtracted)]
+
+
+def _inverse(chunks: Array, basis: Array | None) -> Array:
+    if basis is None:
+        return chunks
+    height, across = chunks.shape[2:]
+    b, turned = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
+    for v in range(across):
+        turned += chunks[:, :, :, v, None] * b[v]
+    b, half = _of_length(basis, height), -(-height // 2)
+    even, odd = np.zeros((2, *chunks.shape[:2], half, across), np.float32)
+    for u in range(height):
+        part = even if u % 2 == 0 else odd
+        part += b[u, :half, None] * turned[:, :, u, None, :]
+    return np.concatenate([even + odd, np.flip((even - odd)[:, :, : height // 2], 2)], axis=2)
+
+
+# ---- codes of positions ------------------------------------------------------------------------------------
+
+
+def chunk_sizes(elements: int, width: int, rows: int, cols: int) -> Array:
+    """How many elements each chunk has, in their order."""
+    sizes = []
+    for _, bands, height, across in areas(elements, width, rows):
+        band = [height * min(cols, across - left) for left in range(0, across, cols)]
+        sizes.append(np.tile(np.array(band, np.int64), bands))
+    return np.concatenate(sizes) if sizes else np.empty(0, np.int64)
+
+
+def encode_positions(positions: Array, codes: Array, *, elements: int, width: int, rows: int, cols: int, k: int) -> int:
+    """Codes of the positions, and how many bytes they take; 0: there is no room for them.
+
+    Of up to 6 to a chunk, the positions are numbered: the sum of comb(p, i + 1) over positions p, number i in their
+    order, in as many bits as the largest such number takes. Nothing is one number more; where that takes another bit,
+    it is the positions from 0 on. Of more, the numbers of elements that are left out before each of them have a code
+    of Rice each: the number shifted right by the parameter, as so many bits 0 and a 1, and then as many of its lower
+    bits. For nothing there is one code, of the number of all elements. The parameter is a byte before them, the one
+    that takes the fewest bits, of equal ones the smallest. Bits stand from the lowest of the first byte on, and so do
+    those of a number.
+    """
+    chunks, at = [], 0
+    for size in chunk_sizes(elements, width, rows, cols).tolist():
+        kept = min(k, size)
+        chunks.append((positions[at : at + kept].tolist(), size))
+        at += kept
+    if k <= ENUMERATED:
+        bits = [_numbering(kept, size) for kept, size in chunks]
+    else:
+        gaps = np.array([gap for kept, size in chunks for gap in _gaps(kept, size)], np.int64)
+        rice = min(range(MOST_RICE + 1), key=lambda r: int((gaps >> r).sum()) + gaps.size * (1 + r))
+        bits = [_bits(rice, 8), *(_rice_code(gap, rice) for gap in gaps.tolist())]
+    bits.append(np.empty(0, np.uint8))
+    made = np.packbits(np.concatenate(bits), bitorder="little")
+    if made.size > codes.size:
+        return 0
+    codes[: made.size] = made
+    return int(made.size)
+
+
+def decode_positions(
+    codes: Array, positions: Array, *, elements: int, width: int, rows: int, cols: int, k: int
+) -> bool:
+    """What `encode_positions` was given; False: it never makes such codes."""
+    bits = np.unpackbits(codes, bitorder="little")
+    ones = np.flatnonzero(bits)
+    at = out = rice = 0
+    if k > ENUMERATED:
+        rice, at = int(codes[0]) if codes.size else MOST_RICE + 1, 8
+        if rice > MOST_RICE:
+            return False
+    for size in chunk_sizes(elements, width, rows, cols).tolist():
+        kept = min(k, size)
+        if k <= ENUMERATED:
+            length = (comb(size, kept) - 1).bit_length()
+            number, at = _number(bits, at, length), at + length
+            found = None if number is None else _numbered(number, size, kept)
+        else:
+            found, at = _from_rice(bits, ones, at, size, kept, rice)
+        if found is None:
+            return False
+        positions[out : out + kept] = found
+        out += kept
+    return -(-at // 8) == codes.size and not bits[at:].any()
+
+
+def _numbering(positions: list[int], size: int) -> Array:
+    """The bits of the number of the positions in a chunk."""
+    length = (comb(size, len(positions)) - 1).bit_length()
+    number = comb(size, len(positions))
+    if NOTHING not in positions:
+        number = sum(comb(p, i + 1) for i, p in enumerate(positions))
+    return _bits(number if number < 1 << length else 0, length)
+
+
+def _gaps(positions: list[int], size: int) -> list[int]:
+    """How many elements are left out before each position; for nothing, all."""
+    return [size] if NOTHING in positions else [after - before - 1 for before, after in pairwise([-1, *positions])]
+
+
+def _bits(number: int, length: int) -> Array:
+    return np.array([number >> bit & 1 for bit in range(length)], np.uint8)
+
+
+def _rice_code(gap: int, rice: int) -> Array:
+    return np.concatenate([np.zeros(gap >> rice, np.uint8), _bits(1 | gap << 1, 1 + rice)])
+
+
+def _number(bits: Array, at: int, length: int) -> int | None:
+    """The number of the next bits; None where they end before."""
+    if at + length > bits.size:
+        return None
+    return int.from_bytes(np.packbits(bits[at : at + length], bitorder="little").tobytes(), "little")
+
+
+def _numbered(number: int, size: int, kept: int) -> list[int] | None:
+    """The positions that have this number."""
+    if number >= comb(size, kept):
+        return [NOTHING] * kept if number == comb(size, kept) else None
+    found: list[int] = []
+    for i in range(kept, 0, -1):
+        place = bisect_right([comb(p, i) for p in range(size)], number) - 1
+        number -= comb(place, i)
+        found.insert(0, place)
+    return found
+
+
+def _from_rice(bits: Array, ones: Array, at: int, size: int, kept: int, rice: int) -> tuple[list[int] | None, int]:
+    """The positions whose codes stand from `at` on, and where they end."""
+    found: list[int] = []
+    for _ in range(kept):
+        first = int(np.searchsorted(ones, at))
+        high = int(ones[first]) - at if first < ones.size else 0
+        low = _number(bits, at + high + 1, rice)
+        if first == ones.size or low is None:
+            return None, at
+        at += high + 1 + rice
+        found.append((found[-1] if found else -1) + 1 + (high << rice) + low)
+        if found == [size]:
+            return [NOTHING] * kept, at
+        if found[-1] >= size:
+            return None, at
+    return found, at

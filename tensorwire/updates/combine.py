@@ -1,0 +1,121 @@
+"""The messages of many senders added up, none of which is ever dense.
+
+What is sparse is added where it stands: as coefficients, if the messages hold those, which are transformed back once,
+at the end. Messages are taken in the order in which they are given, and sums are in float64, so that all who add the
+same messages in the same order get the same bits.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorwire import kernels
+from tensorwire.codecs import NOTHING, Codec, Sparse, as_floats
+from tensorwire.errors import SchemaError
+from tensorwire.tensor import Extent
+from tensorwire.updates.compressor import slices
+from tensorwire.updates.difference import key_of
+from tensorwire.wire import TensorItem
+
+How = Literal["mean", "present", "sum", "vote"]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+_HOW: Final = get_args(How)
+
+
+def combine(
+    messages: Iterable[Any], *, how: How = "mean", weights: Sequence[float] | None = None
+) -> dict[str, Float32]:
+    """What messages hold together: float32 arrays by name.
+
+    `messages`: what compressors made, as `tensorwire.decode` takes streams; all with the same tensors, encoded with the
+    same codecs. `how`: the `mean`, the `sum`, the mean of those that hold an element or a coefficient at all
+    (`present`, as DeMo has it), or the sign of what most of them have there (`vote`). `weights`: one for each message.
+    Takes memory for two or three models, whatever the number of messages. Raises a WireError for a damaged message.
+
+        for name, change in combine([mine.data, *received]).items():
+            weights[name] -= rate * np.sign(change)
+    """
+    if how not in _HOW:
+        raise ValueError(f"messages are combined by {', '.join(_HOW)}, not {how!r:.40}")
+    totals: dict[str, _Total] = {}
+    weight_sum, count = 0.0, 0
+    for number, message in enumerate(messages):
+        weight = 1.0 if weights is None else weights[number]
+        weight_sum += weight
+        count += 1
+        seen: set[str] = set()
+        for item, codec, payload, extent in slices(message):
+            name = key_of(item)
+            if number == 0 and name not in totals:
+                totals[name] = _Total(item, codec, how)
+            if name not in totals:
+                raise SchemaError("the messages before this one do not hold this tensor", item=item.name)
+            totals[name].add(item, codec, payload, extent, weight)
+            seen.add(name)
+        if len(seen) < len(totals):
+            raise SchemaError("a message lacks a tensor of the others", item=next(iter(totals.keys() - seen)))
+    if not count:
+        raise ValueError("there is no message to be combined")
+    return {name: total.result(weight_sum) for name, total in totals.items()}
+
+
+class _Total:
+    """The sum of one tensor: of its elements, or chunk after chunk of its coefficients."""
+
+    def __init__(self, item: TensorItem, codec: Codec, how: How) -> None:
+        self._item = item
+        self._codec = codec
+        self._how = how
+        self._sums = np.zeros(item.total)
+        # What the messages that hold a number weigh together.
+        self._present = np.zeros(item.total) if how == "present" else None
+
+    def add(self, item: TensorItem, codec: Codec, payload: memoryview, extent: Extent, weight: float) -> None:
+        """Add a slice of a message."""
+        if (item.dtype, item.shape, codec) != (self._item.dtype, self._item.shape, self._codec):
+            raise SchemaError(
+                f"{codec} {item.dtype} {list(item.shape)} here, in the first message {self._codec} "
+                f"{self._item.dtype} {list(self._item.shape)}",
+                item=item.name,
+            )
+        place = slice(extent.start, extent.start + extent.count)
+        sums, packer = self._sums[place], codec.packer
+        with kernels.default_environment():
+            if isinstance(packer, Sparse) and not codec.compressors:
+                chosen = packer.selected(payload, extent)
+                there = chosen.positions != NOTHING
+                where = packer.places(chosen.positions, extent.count)[there]
+                sums[where] += weight * self._counted(chosen.values[there])
+                if self._present is not None:
+                    self._present[place][where] += weight
+                return
+            if self._how == "vote":
+                data = np.empty(extent.count * item.dtype.itemsize, np.uint8)
+                codec.decode(payload, extent, data)
+                sums += weight * np.sign(as_floats(data, item.dtype)).astype(np.float64)
+            else:
+                codec.accumulate(payload, extent, sums, weight)
+            if self._present is not None:
+                self._present[place] += weight
+
+    def result(self, weight: float) -> Float32:
+        """What is made of the sums."""
+        sums = self._sums
+        with kernels.default_environment():
+            if self._how == "mean":
+                sums /= weight
+            elif self._how == "vote":
+                np.sign(sums, out=sums)
+            elif self._present is not None:
+                np.divide(sums, self._present, out=sums, where=self._present > 0)
+            made = sums.astype(np.float32)
+        if isinstance(self._codec.packer, Sparse):
+            made = self._codec.packer.dense(made)
+        return made.reshape(self._item.shape)
+
+    def _counted(self, values: Float32) -> Float64:
+        return (np.sign(values) if self._how == "vote" else values).astype(np.float64)

@@ -1,0 +1,224 @@
+"""Compressors: what a step changes in a thousandth of its bytes, and what was left out in a later step.
+
+For each tensor a compressor keeps what has not been sent yet:
+
+    kept = beta * kept + new
+    message = encode(kept)                     # with the method's codec
+    kept = kept - alpha * decode(message)      # what its receivers decode, to the bit
+
+Calculated in float32, one rounding for each product and each sum. A message is a stream like any other.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorwire import dtypes, kernels, streams
+from tensorwire.codecs import Codec, LowRank, Readymade, Sparse, as_floats, from_floats, from_stages, largest
+from tensorwire.errors import EncodeError, NonFiniteError
+from tensorwire.limits import DEFAULT
+from tensorwire.streams import ItemStart, Payload, Receiver
+from tensorwire.tensor import Extent, TensorView, ViewFront
+from tensorwire.updates.difference import Views, key_of, views
+from tensorwire.updates.methods import Method, method
+from tensorwire.updates.terms import Terms
+from tensorwire.wire import TensorItem
+
+Float32 = npt.NDArray[np.float32]
+
+_TAKEN: Final = (dtypes.FLOAT32, dtypes.FLOAT16, dtypes.BFLOAT16)
+_BLOCK: Final = 1 << 16  # numbers that are worked on at a time: they stay in the second-level cache
+
+
+class Message:
+    """What a compressor made of one step: `data`, a stream that `tensorwire.loads` and all others decode.
+
+    `settled`: whether it is known if it arrived.
+    """
+
+    __slots__ = ("data", "settled")
+
+    def __init__(self, data: bytes, *, settled: bool = False) -> None:
+        self.data = data
+        self.settled = settled
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Compressor:
+    """The compressor of one sender. `spec`: a method, as `tensorwire.updates.methods` has them.
+
+    compressor = Compressor("demo:k=4")
+    message = compressor.compress(gradients)           # every step
+    total = combine([message.data, *others])           # what every receiver makes of all messages
+    """
+
+    def __init__(self, spec: str | Method) -> None:
+        self._method = method(spec)
+        self._kept: dict[str, Float32] = {}
+        # The right factor of each slice of low rank, as it was sent: the next one begins with it.
+        self._factors: dict[tuple[str, int], Float32] = {}
+        self._last = Message(b"", settled=True)
+
+    @property
+    def method(self) -> Method:
+        """What it does; its repr is the spec."""
+        return self._method
+
+    def compress(self, state: Mapping[str, Any], *, terms: Terms | None = None) -> Message:
+        """Take in `state`, and give the message to be sent.
+
+        `state`: names to tensors of float32, float16 or bfloat16, torch or NumPy; the same names, shapes and dtypes
+        every time, or fewer of them. `terms`: what the stream says of itself. The tensors are not written to.
+        A message counts as sent, also where nobody calls `ack`. Raises EncodeError, NonFiniteError for values that
+        are not finite or beyond 2^99, with what is kept as it was.
+        """
+        tensors = views(state)
+        for name, view in tensors.items():
+            self._check(name, view)
+        owners = _owners(tensors)
+        for name in dict.fromkeys(owners.values()):
+            self._take_in(name, tensors[name])
+        kept = {name: self._view(owners[name], view) for name, view in tensors.items()}
+        buffers = streams.encode(
+            kept,
+            ViewFront(),
+            codec=lambda name, view: self._method.codec(view.shape),
+            frame_size=self._method.frame_size,
+            metadata=terms.metadata() if terms is not None else None,
+        )
+        self._last = Message(b"".join(buffers))
+        self._add(self._last, -self._method.alpha)
+        return self._last
+
+    def ack(self, message: Message | None = None) -> None:
+        """A message has arrived: the last one, if none is given. To say so again is harmless."""
+        (message or self._last).settled = True
+
+    def nack(self, message: Message | None = None) -> None:
+        """A message was lost: what it held is kept again. The last one, if none is given; once, however often said."""
+        lost = message or self._last
+        if not lost.settled:
+            lost.settled = True
+            self._add(lost, self._method.alpha)
+
+    def age(self, factor: float) -> None:
+        """Let what is kept count less, after steps in which this sender was not there."""
+        if not 0 <= factor <= 1:
+            raise ValueError(f"what is kept is multiplied by a number from 0 to 1, not {factor!r}")
+        for kept in self._kept.values():
+            kept *= np.float32(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a compressor has to know to go on, as a container that `tensorwire.save_file` takes.
+
+        The arrays are the compressor's own: it writes to them in the next step.
+        """
+        pending = b"" if self._last.settled else self._last.data
+        return {
+            "spec": repr(self._method),
+            "kept": dict(self._kept),
+            "factors": [[name, start, factor] for (name, start), factor in self._factors.items()],
+            "pending": np.frombuffer(pending, np.uint8),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, in arrays of torch or NumPy. Raises EncodeError for another method's."""
+        if state["spec"] != repr(self._method):
+            raise EncodeError(f"this is the state of {state['spec']!r:.80}, not of {self._method}")
+        kept = {name: np.array(array, np.float32) for name, array in state["kept"].items()}
+        factors = {(name, start): np.array(factor, np.float32) for name, start, factor in state["factors"]}
+        pending = np.asarray(state["pending"], np.uint8).tobytes()
+        self._kept, self._factors = kept, factors
+        self._last = Message(pending, settled=not pending)
+
+    def _check(self, name: str, view: TensorView) -> None:
+        """Raise for a tensor that cannot be taken in."""
+        if view.dtype not in _TAKEN:
+            raise EncodeError(f"compressors take float32, float16 and bfloat16, not {view.dtype}", item=name)
+        kept = self._kept.get(name)
+        if kept is not None and kept.shape != view.shape:
+            raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
+        before = 0.0 if kept is None else _largest(kept)
+        most = self._method.codec(view.shape).ceiling(view.dtype)
+        if not largest(view) + before <= most:
+            error = NonFiniteError(f"a value is not finite, or with what was kept of it beyond {most:g}", index=0)
+            error.item = name
+            raise error
+
+    def _take_in(self, name: str, view: TensorView) -> None:
+        """Kept = beta * kept + new."""
+        if name not in self._kept:
+            self._kept[name] = np.zeros(view.shape, np.float32)
+        kept, beta = self._kept[name].reshape(-1), np.float32(self._method.beta)
+        with kernels.default_environment():
+            for start in range(0, kept.size, _BLOCK):
+                part = kept[start : start + _BLOCK]
+                if beta != 1:
+                    part *= beta
+                part += as_floats(view.read(start, start + part.size), view.dtype)
+
+    def _view(self, name: str, view: TensorView) -> TensorView:
+        """What is kept of a tensor, in its dtype; of low rank, already in its factors."""
+        kept, codec = self._kept[name].reshape(-1), self._method.codec(view.shape)
+        packer = codec.packer
+
+        def read(start: int, stop: int) -> Any:
+            return from_floats(kept[start:stop], view.dtype)
+
+        if isinstance(packer, LowRank):
+            low_rank = packer
+
+            def factors(start: int, stop: int) -> Any:
+                return low_rank.factorize(kept[start:stop], self._factors.get((name, start)))
+
+            return TensorView(view.dtype, view.shape, factors, identity=view.identity, codec=Readymade(codec.pipeline))
+        return TensorView(view.dtype, view.shape, read, identity=view.identity)
+
+    def _add(self, message: Message, weight: float) -> None:
+        """Add what a message decodes to, times a weight, to what is kept."""
+        for item, codec, payload, extent in slices(message.data):
+            kept = self._kept[key_of(item)].reshape(-1)[extent.start : extent.start + extent.count]
+            packer = codec.packer
+            if isinstance(packer, LowRank):
+                self._factors[key_of(item), extent.start] = packer.factors(payload, extent).right
+            if item.dtype != dtypes.FLOAT32:
+                decoded = np.empty(extent.count * item.dtype.itemsize, np.uint8)
+                codec.decode(payload, extent, decoded)
+                with kernels.default_environment():
+                    kept += np.float32(weight) * as_floats(decoded, item.dtype).astype(np.float32)
+            elif isinstance(packer, LowRank):
+                packer.add(packer.factors(payload, extent), kept, weight)
+            else:
+                assert isinstance(packer, Sparse)  # what methods choose
+                packer.add(packer.selected(payload, extent), kept, weight)
+
+
+def _largest(kept: Float32) -> float:
+    """The largest magnitude."""
+    absmax = np.zeros(-(-kept.size // _BLOCK), np.float32)
+    kernels.blockwise_absmax(kept.reshape(-1), absmax, blocksize=_BLOCK)
+    return float(absmax.max(initial=0))
+
+
+def slices(source: Any) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:
+    """The slices of a message, verified and encoded. Raises a WireError."""
+    with Receiver(DEFAULT) as receiver:
+        for event in receiver.events(source):
+            if isinstance(event, ItemStart) and isinstance(event.item, TensorItem):
+                receiver.keep_encoded(event.number)
+            elif isinstance(event, Payload) and isinstance(event.item, TensorItem):
+                extent = Extent(event.item.dtype, event.item.shape, event.start, event.count)
+                yield event.item, from_stages(event.item.codec), event.data, extent
+
+
+def _owners(tensors: Views) -> dict[str, str]:
+    """Under which name what a tensor has left is kept: tied tensors have one."""
+    first: dict[object, str] = {}
+    return {
+        name: name if view.identity is None else first.setdefault((view.identity, view.shape), name)
+        for name, view in tensors.items()
+    }

@@ -1,0 +1,257 @@
+"""Compressors against a model of a few lines of NumPy: what they keep, what is lost, and how messages are added up."""
+
+import numpy as np
+import pytest
+
+import tensorwire
+from tensorwire import updates
+from tensorwire.errors import EncodeError, NonFiniteError, SchemaError
+from tensorwire.updates import Compressor, combine
+
+SPECS = ["demo:k=4", "demo:k=32,beta=0.9,alpha=0.2", "topk:k=64,values=4bit", "topk:k=3,values=sign", "lowrank:bits=8"]
+SHAPES = {"matrix": (70, 130), "conv": (6, 5, 3, 3), "vector": (5000,), "scalar": (), "empty": (0, 4), "thin": (300, 2)}
+
+
+def state(seed: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def kept_of(compressor: Compressor) -> dict[str, np.ndarray]:
+    return {name: array.copy() for name, array in compressor.state_dict()["kept"].items()}
+
+
+class Model:
+    """What a compressor must keep: three lines, and what was sent."""
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.beta, self.alpha = np.float32(compressor.method.beta), np.float32(compressor.method.alpha)
+        self.kept: dict[str, np.ndarray] = {}
+
+    def step(self, new: dict[str, np.ndarray], data: bytes) -> None:
+        sent = tensorwire.loads(data)
+        for name, tensor in new.items():
+            total = self.beta * self.kept.get(name, np.zeros_like(tensor, np.float32)) + tensor.astype(np.float32)
+            self.kept[name] = total - self.alpha * np.asarray(sent[name], np.float32)
+
+    def lost(self, data: bytes) -> None:
+        for name, tensor in tensorwire.loads(data).items():
+            self.kept[name] = self.kept[name] + self.alpha * tensor
+
+    def check(self, compressor: Compressor) -> None:
+        kept = kept_of(compressor)
+        assert kept.keys() == self.kept.keys()
+        for name, tensor in self.kept.items():
+            assert np.array_equal(kept[name], tensor), name
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_subtracted_is_what_receivers_decode(spec: str) -> None:
+    compressor = Compressor(spec)
+    model = Model(compressor)
+    for step in range(4):
+        given = state(step)
+        before = {name: tensor.copy() for name, tensor in given.items()}
+        model.step(given, compressor.compress(given).data)
+        model.check(compressor)
+        assert all(np.array_equal(given[name], before[name]) for name in given)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_floats_are_kept_in_float32(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    compressor, kept = Compressor("demo:k=4"), {}
+    for step in range(3):
+        given = {"w": torch.tensor(state(step)["matrix"]).to(getattr(torch, dtype))}
+        data = compressor.compress(given).data
+        sent = tensorwire.torch.loads(data)["w"]
+        assert sent.dtype == given["w"].dtype
+        kept = 0.999 * kept + given["w"].float() if step else given["w"].float()
+        kept = kept - sent.float()
+        assert np.array_equal(kept_of(compressor)["w"], kept.numpy())
+
+
+def test_a_lost_message_is_kept_again_once() -> None:
+    compressor = Compressor("topk:k=8,values=sign")
+    model = Model(compressor)
+    first = compressor.compress(state(0))
+    model.step(state(0), first.data)
+    second = compressor.compress(state(1))
+    model.step(state(1), second.data)
+    compressor.nack(first)  # it was overtaken by the second
+    model.lost(first.data)
+    compressor.nack(first)
+    compressor.ack(second)
+    compressor.nack(second)
+    compressor.nack()
+    model.check(compressor)
+
+
+def test_who_was_away_lets_what_is_kept_count_less() -> None:
+    compressor = Compressor("demo:k=8")
+    compressor.compress(state(0))
+    before = kept_of(compressor)
+    compressor.age(0.5)
+    assert all(np.array_equal(kept, before[name] * np.float32(0.5)) for name, kept in kept_of(compressor).items())
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        compressor.age(1.5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_restart_goes_on_as_if_nothing_had_been(spec: str, tmp_path) -> None:
+    through, restarted = Compressor(spec), Compressor(spec)
+    for step in range(2):
+        assert through.compress(state(step)).data == restarted.compress(state(step)).data
+    tensorwire.save_file(restarted.state_dict(), tmp_path / "state.tw")
+    restarted = Compressor(spec)
+    restarted.load_state_dict(tensorwire.load_file(tmp_path / "state.tw"))
+    for compressor in (through, restarted):
+        compressor.nack()
+    assert through.compress(state(2)).data == restarted.compress(state(2)).data
+    with pytest.raises(EncodeError, match="not of demo:k=5"):
+        Compressor("demo:k=5").load_state_dict(through.state_dict())
+
+
+def test_tied_tensors_are_sent_and_kept_once() -> None:
+    tensor = state(0)["matrix"]
+    compressor = Compressor("demo:k=4")
+    data = compressor.compress({"a": tensor, "b": tensor}).data
+    sent = tensorwire.loads(data)
+    assert sent["a"] is sent["b"]
+    assert kept_of(compressor).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"w": np.array([1, np.nan], np.float32)}, NonFiniteError, "not finite"),
+        ({"w": np.array([1, 3e38], np.float32)}, NonFiniteError, "beyond"),
+        ({"w": np.zeros(2)}, EncodeError, "float64"),
+        ({"w": np.zeros(3, np.float32)}, EncodeError, "had"),
+        ({"w": "text"}, EncodeError, "tensors"),
+    ],
+)
+def test_what_is_refused_changes_nothing(given, error, says) -> None:
+    compressor = Compressor("topk:k=1")
+    good = {"v": np.ones(5, np.float32), "w": np.array([1, 2], np.float32)}
+    compressor.compress(good)
+    before = kept_of(compressor)
+    with pytest.raises(error, match=says) as caught:
+        compressor.compress(good | given)
+    assert caught.value.item == "w"
+    assert all(np.array_equal(kept, before[name]) for name, kept in kept_of(compressor).items())
+
+
+@pytest.mark.parametrize(
+    "spec", ["demo", "demo:k=6", "topk:k=32,values=4bit,dct=true", "lowrank:rank=2", "demo:beta=0.5"]
+)
+def test_a_spec_is_rebuilt_by_its_repr(spec: str) -> None:
+    method = Compressor(spec).method
+    assert repr(method) == spec
+    assert Compressor(repr(method)).method == method
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("damo", "known: demo, topk, lowrank"),
+        ("demo:q=1", "no parameter 'q'"),
+        ("demo:k=0", "from 1"),
+        ("demo:beta=2", "0 to 1"),
+    ],
+)
+def test_specs_that_mean_nothing(spec: str, says: str) -> None:
+    with pytest.raises(EncodeError, match=says):
+        Compressor(spec)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("how", ["mean", "sum"])
+def test_the_sum_of_messages_is_that_of_what_they_decode_to(spec: str, how: str) -> None:
+    messages = [Compressor(spec).compress(state(seed)).data for seed in range(5)]
+    weights = [1.0, 2.0, 0.5, 1.0, 3.0]
+    total = combine(iter(messages), how=how, weights=weights)
+    decoded = [tensorwire.loads(message) for message in messages]
+    for name, got in total.items():
+        dense = sum(w * d[name].astype(np.float64) for w, d in zip(weights, decoded, strict=True))
+        dense = dense / sum(weights) if how == "mean" else dense
+        assert got.dtype == np.float32 and got.shape == SHAPES[name]
+        assert np.allclose(got, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_of_those_present_and_the_vote_are_of_what_was_sent() -> None:
+    a, b, c = (np.zeros(8, np.float32) for _ in range(3))
+    a[1], b[1], b[5], c[1] = 4, 2, -6, -1
+    messages = [Compressor("topk:k=2,values=16bit").compress({"w": w}).data for w in (a, b, c)]
+    sent = [tensorwire.loads(message)["w"] for message in messages]
+    held = [[0, 1], [1, 5], [0, 1]]
+    expected = np.zeros(8)
+    for at in (0, 1, 5):
+        expected[at] = np.mean([s[at] for s, h in zip(sent, held, strict=True) if at in h])
+    assert np.allclose(combine(messages, how="present")["w"], expected, rtol=1e-6)
+    assert combine(messages, how="vote")["w"].tolist() == [1, 1, 0, 0, 0, -1, 0, 0]  # a zero that is kept counts as +
+
+
+def test_coefficients_are_added_before_they_are_transformed() -> None:
+    messages = [Compressor("demo:k=4").compress({"w": state(seed)["matrix"]}).data for seed in range(3)]
+    assert np.array_equal(combine(messages)["w"], combine(messages)["w"])
+    present = combine(messages, how="present")["w"]
+    assert not np.allclose(present, combine(messages)["w"])  # few coefficients are in all three
+
+
+def test_what_cannot_be_combined_is_said() -> None:
+    one = Compressor("demo:k=4").compress({"w": state(0)["matrix"]}).data
+    other = Compressor("demo:k=5").compress({"w": state(0)["matrix"]}).data
+    more = Compressor("demo:k=4").compress({"w": state(0)["matrix"], "x": np.ones(3, np.float32)}).data
+    with pytest.raises(SchemaError, match="k=5") as caught:
+        combine([one, other])
+    assert caught.value.item == "w"
+    for pair in ([one, more], [more, one]):
+        with pytest.raises(SchemaError, match="tensor"):
+            combine(pair)
+    with pytest.raises(ValueError, match="no message"):
+        combine([])
+    with pytest.raises(ValueError, match="mean, present"):
+        combine([one], how="median")
+
+
+def test_a_server_sends_less_back_than_it_got() -> None:
+    """Both ways are small: what the server leaves out, it sends later."""
+    server, target, reached = Compressor("topk:k=16,values=16bit"), np.zeros((64, 64), np.float32), np.zeros((64, 64))
+    for step in range(400):
+        if step == 0:
+            messages = [
+                Compressor("topk:k=4096,values=16bit").compress({"w": state(s)["matrix"][:64, :64]}) for s in (1, 2)
+            ]
+            target = combine([message.data for message in messages])["w"]
+        down = server.compress({"w": target if step == 0 else np.zeros_like(target)})
+        assert len(down) < 1000
+        reached += tensorwire.loads(down.data)["w"]
+    assert np.linalg.norm(reached - target) < 1e-3 * np.linalg.norm(target)
+
+
+def test_what_nobody_expects_does_not_become_gigabytes() -> None:
+    data = Compressor("topk:k=1,values=sign").compress({"w": np.zeros((64, 64), np.float32)}).data
+    limits = tensorwire.Limits(expanded=64 * 64 * 4 - 1)
+    with pytest.raises(tensorwire.LimitError, match=r"Limits\(expanded=") as caught:
+        tensorwire.loads(data, limits=limits)
+    assert caught.value.item == "w"
+    into = {"w": np.ones((64, 64), np.float32)}
+    assert [*tensorwire.decode(data, limits=limits, into=into)] and not into["w"].any()
+    tensorwire.loads(data, limits=limits, expect=into)
+    tensorwire.loads(data)
+
+
+def test_a_slice_that_would_be_large_is_refused_before_memory() -> None:
+    data = Compressor("topk:k=1,values=sign").compress({"w": np.zeros(1 << 16, np.float32)}).data
+    with pytest.raises(tensorwire.LimitError, match="frame"):
+        tensorwire.loads(data, limits=tensorwire.Limits(frame=(1 << 16) - 1))
+
+
+def test_messages_are_streams_that_count_as_updates() -> None:
+    model = {"w": np.zeros((64, 64), np.float32)}
+    terms = updates.Terms("run", 1, client="ann", kind="difference")
+    message = Compressor("topk:k=64,values=16bit").compress({"w": np.ones((64, 64), np.float32)}, terms=terms)
+    update = updates.check_update(message.data, model, updates.Terms("run", 1, client="ann"))
+    updates.average([update], into=model)
+    assert np.array_equal(model["w"], tensorwire.loads(message.data)["w"])
