@@ -37,6 +37,12 @@ def native():
     return pytest.importorskip("tensorwire.kernels._native", reason="needs the C++ extension")
 
 
+def test_age():
+    title, _, _, _, *rows = run("age.py", "--rounds=1", "--seeds=1")
+    assert re.fullmatch(rf"clients that pull apart: fp32 ends at {NUMBER} after 1 rounds", title)
+    assert [row.split("|")[1].strip() for row in rows] == ["no feedback", "age 1", "age 0.9", "age 0.5"]
+
+
 def test_aggregate():
     lines = run("aggregate.py", 2, "nf4")
     all_match(
