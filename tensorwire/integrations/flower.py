@@ -15,6 +15,7 @@ import ctypes
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
@@ -48,6 +49,8 @@ _STYPE: Final = "tensorwire/1"
 _NUMPY: Final = "numpy.ndarray"
 _NPY: Final = b"\x93NUMPY"
 _FAILED: Final = 6  # Flower's ErrorCode.MOD_FAILED_PRECONDITION
+_COPIES: Final = 6  # chunks that are on their way; Flower sends a few at a time
+_PATIENCE: Final = 60.0  # seconds in which a chunk is sent
 _BLOCK: Final = 1 << 20  # elements that are calculated with at a time
 # What NumPy has of its own, and what the others are read as: wider numbers or, of those that are none, bits.
 _NATIVE: Final = {
@@ -258,8 +261,69 @@ def _encoded(views: Views, codec: CodecChoice, terms: Terms) -> bytes:
 
 def _record_of(data: bytes) -> ArrayRecord:
     record = ArrayRecord()
-    record[_KEY] = Array(dtype="", shape=(), stype=_STYPE, data=data)
+    record[_KEY] = _EncodedArray(dtype="", shape=(), stype=_STYPE, data=data)
     return record
+
+
+_FlowerChunk: Any = type(Array(np.zeros(1)).slice_array()[0][1])
+
+
+class _Chunk(_FlowerChunk):
+    """A part of an array that goes through a gate on its way."""
+
+    __qualname__ = _FlowerChunk.__qualname__
+    gate: "_Gate"
+
+    def deflate(self) -> bytes:
+        """The bytes that are sent."""
+        return self.gate.let(super().deflate)
+
+
+class _EncodedArray(Array):
+    """An array whose chunks are not all copied at once to be sent: Flower makes the bytes of each, and queues them."""
+
+    __qualname__ = "Array"
+
+    def slice_array(self) -> Any:
+        """Flower's chunks, which go through one gate."""
+        chunks, gate = super().slice_array(), _Gate()
+        for _, chunk in chunks:
+            if not isinstance(chunk, _Chunk):
+                chunk.__class__ = _Chunk
+                chunk.__dict__["gate"] = gate
+        return chunks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+class _Gate:
+    """Lets copies of chunks be made only while few are there: the next waits until one was sent, and dropped.
+
+    Whoever keeps them makes the next one wait in vain, once: then the gate stays open.
+    """
+
+    def __init__(self) -> None:
+        self._places = threading.Semaphore(_COPIES)
+        self._open = False
+
+    def let(self, make: Callable[[], bytes]) -> bytes:
+        """What `make` makes."""
+        if self._open or not self._places.acquire(timeout=_PATIENCE):
+            self._open = True
+            return make()
+        copied = _Copy(make())
+        copied.dropped = self._places.release
+        return copied
+
+
+class _Copy(bytes):
+    """Bytes that tell when nobody has them any more."""
+
+    dropped: Callable[[], None]
+
+    def __del__(self) -> None:
+        self.dropped()
 
 
 def _is_encoded(record: object) -> bool:

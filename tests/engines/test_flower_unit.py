@@ -3,8 +3,13 @@
 Messages go the way that they take between processes: through Flower's own `deflate` and `inflate`.
 """
 
+import gc
 import itertools
 import os
+import queue
+import threading
+import weakref
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,14 +25,16 @@ from flwr.clientapp.mod import LocalDpMod, arrays_size_mod, fixedclipping_mod, m
 from flwr.serverapp import Grid, strategy
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
 
 import tensorwire
 from tensorwire.errors import ArgumentError, EncodeError, SchemaError, TensorwireError, UnsupportedError
 from tensorwire.integrations.flower import StreamingFedAvg, WireArray, WireGrid, to_record, to_state_dict, wire_mod
 from tensorwire.updates import exact_vectors, subtract
 
-TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 3
+with suppress(ImportError):  # in whose name messages are made, since some version
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 3
 
 
 def carried(message):
@@ -745,3 +752,50 @@ def test_numpy_clients_and_the_strategies_of_before():
         assert np.allclose(array, first + 2 * STEP, atol=1e-5)
     assert all("tensorwire" in message.content for message in inner.pushed)
     assert parameters_to_ndarrays(ndarrays_to_parameters(start))[0].shape == start[0].shape
+
+
+def sealed_chunks(size):
+    """The chunks of an array as it is sent, and of a plain one of the same bytes."""
+    from tensorwire.integrations.flower import _EncodedArray
+
+    data = np.random.default_rng(1).bytes(size)
+    sealed, plain = _EncodedArray("", (), "tensorwire/1", data), Array("", (), "tensorwire/1", data)
+    return [chunk for _, chunk in sealed.slice_array()], [chunk for _, chunk in plain.slice_array()]
+
+
+def test_few_chunks_are_copied_at_a_time(monkeypatch):
+    """The next copy is made once one of those before it was dropped."""
+    from tensorwire.integrations import flower
+
+    monkeypatch.setattr(flower, "_COPIES", 2)
+    chunks, plain = sealed_chunks(26 << 20)
+    assert [chunk.object_id for chunk in chunks] == [chunk.object_id for chunk in plain]
+    made, queued = queue.Queue(), threading.Thread(target=lambda: [made.put(chunk.deflate()) for chunk in chunks])
+    queued.start()
+    for number, chunk in enumerate(plain):
+        first = made.get(timeout=60)
+        assert first == chunk.deflate()
+        assert made.qsize() <= 1, number
+        del first
+    queued.join()
+
+
+def test_whoever_keeps_all_chunks_gets_them_all(monkeypatch):
+    from tensorwire.integrations import flower
+
+    monkeypatch.setattr(flower, "_COPIES", 2)
+    monkeypatch.setattr(flower, "_PATIENCE", 0.01)
+    chunks, plain = sealed_chunks(26 << 20)
+    assert [chunk.deflate() for chunk in chunks] == [chunk.deflate() for chunk in plain]
+
+
+def test_chunks_leave_no_cycle_behind():
+    """Nothing but references keeps a message alive."""
+    chunks, _ = sealed_chunks(12 << 20)
+    gone = weakref.ref(chunks[0])
+    gc.disable()
+    try:
+        del chunks
+        assert gone() is None
+    finally:
+        gc.enable()
