@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import lru_cache
 from io import BytesIO
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -180,7 +181,8 @@ def _view(name: str, array: Array) -> TensorView:
     if dtype.hasobject:
         raise UnsupportedError("an array of Python objects cannot be sent", item=name)
     values = np.ndarray(shape, dtype, array.data, file.tell(), order="F" if columns else "C")
-    return updates.views({name: values})[name]
+    # Equal arrays of a message are one in memory once Flower has received them: that is no tie.
+    return replace(updates.views({name: values})[name], identity=None)
 
 
 def _readable(dtype: DType) -> np.dtype[Any]:
@@ -232,12 +234,14 @@ def _converted(view: TensorView, dtype: DType) -> TensorView:
 
 
 def _rounded(numbers: Numbers, dtype: np.dtype[Any]) -> Numbers:
-    """Numbers as integers or bools, to the nearest; beyond what the dtype has, its largest."""
+    """Numbers as integers or bools, to the nearest; beyond what the dtype has, near its largest; NaN as 0."""
     if numbers.dtype.kind == "f":
         numbers = np.rint(numbers)
-    if dtype.kind in "iu":
+    if dtype.kind in "iu" and numbers.dtype.kind == "f":
         limits = np.iinfo(dtype)
-        numbers = np.clip(numbers, limits.min, limits.max)
+        most = np.float64(limits.max)
+        most = most if int(most) <= limits.max else np.nextafter(most, 0)
+        numbers = np.clip(np.nan_to_num(numbers.astype(np.float64)), float(limits.min), most)
     return numbers.astype(dtype)
 
 
@@ -483,8 +487,13 @@ def _sendable(key: str, record: object) -> Views | None:
     try:
         return _record_views(record)
     except TensorwireError as error:
-        _LOG.warning("tensorwire: the record %r travels as Flower sends it: %s", key, error)
+        _say_once(f"tensorwire: the record {key!r} travels as Flower sends it: {error}")
         return None
+
+
+@lru_cache(maxsize=256)
+def _say_once(text: str) -> None:
+    _LOG.warning("%s", text)
 
 
 def _comparable(new: TensorView, old: TensorView) -> bool:
@@ -569,6 +578,8 @@ class WireGrid(Grid):
         self._first: dict[str, Views] = {}  # what stood first under each record's key, without its values
 
     def __getattr__(self, name: str) -> Any:
+        if "_grid" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
         return getattr(self._grid, name)
 
     def set_run(self, *args: Any, **options: Any) -> None:
@@ -709,7 +720,7 @@ class StreamingFedAvg(FedAvg):
     """
 
     in_place: bool = False
-    """Write the mean over the arrays that the round began with, those that `to_record` was given among them.
+    """Write the mean over the arrays that the round began with: over tensors that `to_record` was given, on the CPU.
 
     Otherwise each round makes a new model while the old one is still there."""
 

@@ -3,11 +3,14 @@
 Messages go the way that they take between processes: through Flower's own `deflate` and `inflate`.
 """
 
+import copy
 import gc
 import itertools
 import os
+import pickle
 import queue
 import threading
+import time
 import weakref
 from contextlib import suppress
 from types import SimpleNamespace
@@ -598,8 +601,6 @@ def test_a_reply_that_never_comes_is_forgotten():
     assert not grid._sent
     grid.push_messages([Message(messages_to(11)[0].content, dst_node_id=11, message_type="train", ttl=0.01)])
     assert len(grid._sent) == 1
-    import time
-
     time.sleep(0.05)
     grid.push_messages([])
     assert not grid._sent
@@ -663,9 +664,6 @@ def test_records_and_state_dicts_that_do_not_fit():
 
 
 def test_a_wire_array_pickles_as_a_plain_one():
-    import copy
-    import pickle
-
     array = to_record(make_state())["half.weight"]
     for other in (pickle.loads(pickle.dumps(array)), copy.deepcopy(array)):
         assert type(other) is Array
@@ -799,3 +797,39 @@ def test_chunks_leave_no_cycle_behind():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_equal_arrays_that_flower_made_one_are_no_tie():
+    data = Array(np.ones((64, 64), np.float32)).data
+    record = ArrayRecord()
+    for name in ("gain", "variance"):
+        record[name] = Array("float32", (64, 64), "numpy.ndarray", data)
+    seen = []
+
+    def train(message, context):
+        seen.append(to_state_dict(message.content["arrays"]))
+        return reply_of(message, None)
+
+    WireGrid(FakeGrid(app_of(train)), poll=0).send_and_receive(
+        [Message(RecordDict({"arrays": record}), dst_node_id=11, message_type="train")]
+    )
+    assert seen[0]["gain"] is not seen[0]["variance"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int8, torch.bool])
+def test_whatever_an_aggregation_makes_of_counters_is_one_again(dtype):
+    made = to_record({"n": np.array([-1e30, -0.4, 0.6, 1e30, np.nan])})
+    (count,) = to_state_dict(made, into={"n": torch.ones(5, dtype=dtype)}).values()
+    values = count.double().tolist()
+    assert values[1:3] == [0.0, 1.0]
+    if dtype != torch.bool:
+        limits = torch.iinfo(dtype)
+        assert values[0] == limits.min
+        assert limits.max * (1 - 1e-9) <= values[3] <= limits.max
+        assert values[4] == 0
+
+
+def test_a_grid_can_be_copied():
+    inner = FakeGrid(None)
+    inner.extra = 5
+    assert copy.copy(WireGrid(inner)).extra == 5
