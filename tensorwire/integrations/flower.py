@@ -715,14 +715,14 @@ class StreamingFedAvg(FedAvg):
 
     Behind another strategy it gives that its mean, where it builds on the one of `FedAvg`:
 
-        class Strategy(FedAdam, StreamingFedAvg):
-            in_place = True
+        class Strategy(FedAdam, StreamingFedAvg): ...
     """
 
     in_place: bool = False
     """Write the mean over the arrays that the round began with: over tensors that `to_record` was given, on the CPU.
 
-    Otherwise each round makes a new model while the old one is still there."""
+    Otherwise each round makes a new model while the old one is still there, as always where another strategy stands
+    before this one, which may want to compare the two."""
 
     _base: ArrayRecord | None = None
     _down: CodecChoice = "raw"
@@ -744,15 +744,16 @@ class StreamingFedAvg(FedAvg):
         if self._base is None:
             raise ArgumentError("aggregate_train is for the replies to what configure_train has sent")
         valid, _ = self._check_and_log_replies(replies, is_train=True)
-        model = _model(self._base, self._dtypes, in_place=self.in_place)
+        alone = type(self).aggregate_train is StreamingFedAvg.aggregate_train
+        model = _model(self._base, self._dtypes, in_place=self.in_place and alone)
         counted = self._checked(valid, model)
         if not counted:
             return None, None
-        average = [update for update, _ in counted]
-        updates.average(average, into=model, down=self._down)
+        # Before the model moves, which the arrays of the replies are calculated from.
+        metrics = self.train_metrics_aggr_fn([content for _, (_, content) in counted], self.weighted_by_key)
+        updates.average([update for update, _ in counted], into=model, down=self._down)
         _average_integers(model, [(update.terms.weight, record) for update, (record, _) in counted])
-        self._base = to_record(model)
-        return self._base, self.train_metrics_aggr_fn([content for _, (_, content) in counted], self.weighted_by_key)
+        return to_record(model), metrics
 
     def _checked(
         self, replies: Iterable[Message], model: dict[str, Numbers]
@@ -792,9 +793,10 @@ def _writable(array: Array, view: TensorView, in_place: bool) -> Numbers:
 def _update(record: ArrayRecord, node: int, weight: Any, model: dict[str, Numbers], down: CodecChoice) -> Update:
     """What a node has sent, checked. Raises a WireError, or ValueError for a weight that is none."""
     views = _record_views(record)
-    origins = {id(array.origin): array.origin for array in record.values() if isinstance(array, WireArray)}
-    origin = next(iter(origins.values())) if len(origins) == 1 else None
-    if origin is None or origin.views.keys() != record.keys():  # a node without the mod, or arrays that were changed
+    origin = getattr(next(iter(record.values())), "origin", None)
+    whole = origin is not None and origin.views.keys() == record.keys()
+    if not whole or any(getattr(array, "origin", None) is not origin for array in record.values()):
+        # From a node without the mod, or arrays that something on the way has changed.
         terms = Terms(run="", round=0, client=str(node))
         origin = _Received(_encoded(_shaped_like(views, updates.views(model)), "raw", terms), terms, views)
     update = updates.check_update(origin.data, model, origin.terms, Rules(down=down))

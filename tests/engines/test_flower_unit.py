@@ -286,10 +286,11 @@ def stepping(message, context):
     return reply_of(message, record_of(arrays), examples=far)
 
 
-def run_strategy(made, *, wire, train=stepping, rounds=2):
+def run_strategy(made, *, wire, train=stepping, rounds=2, live=False):
     grid = FakeGrid(app_of(train, [wire_mod] if wire else []), nodes=(11, 12, 13, 14))
     grid = WireGrid(grid, down="raw", poll=0) if wire else grid
-    return made.start(grid=grid, initial_arrays=record_of(same_start()), num_rounds=rounds).arrays
+    arrays = to_record(same_start()) if live else record_of(same_start())
+    return made.start(grid=grid, initial_arrays=arrays, num_rounds=rounds).arrays
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -322,7 +323,7 @@ def behind(base, *, in_place, **options):
 def test_behind_another_strategy_the_mean_is_the_same(name, options, in_place):
     ours = behind(getattr(strategy, name), in_place=in_place, **options)
     plain = run_strategy(STRATEGIES[name](), wire=False)
-    streamed = run_strategy(ours, wire=True)
+    streamed = run_strategy(ours, wire=True, live=True)
     for key in plain:
         assert np.allclose(plain[key].numpy(), streamed[key].numpy(), atol=1e-5)
 
@@ -833,3 +834,30 @@ def test_a_grid_can_be_copied():
     inner = FakeGrid(None)
     inner.extra = 5
     assert copy.copy(WireGrid(inner)).extra == 5
+
+
+def test_an_array_that_was_replaced_on_the_server_counts_as_it_is():
+    def clipped(replies):
+        for reply in replies:
+            reply.content["arrays"]["a"] = Array(np.zeros((32, 32), np.float32))
+            yield reply
+
+    made, grid = behind(strategy.FedAvg, in_place=False), WireGrid(FakeGrid(app_of(stepping)), down="raw", poll=0)
+    messages = made.configure_train(1, record_of(same_start()), ConfigRecord(), grid)
+    arrays, _ = made.aggregate_train(1, clipped(grid.send_and_receive(messages)))
+    assert not arrays["a"].numpy().any()
+    assert np.allclose(arrays["b"].numpy(), same_start()["b"] + (1 * 1 + 2 * 2) / 3 * STEP, atol=1e-5)
+
+
+def test_metrics_are_taken_of_the_replies_before_the_model_moves():
+    seen = []
+
+    def aggregated(contents, key):
+        seen.extend(content["arrays"]["a"].numpy() for content in contents)
+        return MetricRecord()
+
+    made = StreamingFedAvg(fraction_evaluate=0.0, train_metrics_aggr_fn=aggregated)
+    made.in_place = True
+    made.start(grid=WireGrid(FakeGrid(app_of(stepping)), poll=0), initial_arrays=to_record(same_start()), num_rounds=1)
+    for values, far in zip(seen, (1, 2), strict=True):
+        assert np.allclose(values, same_start()["a"] + far * STEP, atol=0.02)
