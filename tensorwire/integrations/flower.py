@@ -793,15 +793,18 @@ def _writable(array: Array, view: TensorView, in_place: bool) -> Numbers:
 def _update(record: ArrayRecord, node: int, weight: Any, model: dict[str, Numbers], down: CodecChoice) -> Update:
     """What a node has sent, checked. Raises a WireError, or ValueError for a weight that is none."""
     views = _record_views(record)
-    origin = getattr(next(iter(record.values())), "origin", None)
-    whole = origin is not None and origin.views.keys() == record.keys()
-    if not whole or any(getattr(array, "origin", None) is not origin for array in record.values()):
+    origin: _Received | None = getattr(next(iter(record.values())), "origin", None)
+    if origin is None or origin.views.keys() != record.keys() or not _all_of(record, origin):
         # From a node without the mod, or arrays that something on the way has changed.
         terms = Terms(run="", round=0, client=str(node))
         origin = _Received(_encoded(_shaped_like(views, updates.views(model)), "raw", terms), terms, views)
     update = updates.check_update(origin.data, model, origin.terms, Rules(down=down))
     updates.check_weight(weight)
     return replace(update, terms=replace(update.terms, client=str(node), weight=float(weight)))
+
+
+def _all_of(record: ArrayRecord, origin: _Received) -> bool:
+    return all(isinstance(array, WireArray) and array.origin is origin for array in record.values())
 
 
 def _average_integers(model: dict[str, Numbers], updates_of: list[tuple[float, ArrayRecord]]) -> None:
