@@ -422,6 +422,7 @@ def wire_mod(msg: Message, context: Context, call_next: ClientAppCallable) -> Me
     del records, record, terms
     reply = call_next(msg, context)
     if not reply.has_error():
+        _trim()
         answer = _Answer(asked, bases, msg, context)
         reply.content = RecordDict({key: answer.record(key, record) for key, record in reply.content.items()})
     return reply
