@@ -9,7 +9,8 @@ import tensorwire
 from tensorwire.errors import ArgumentError, ClosedError, CorruptError, EncodeError, TruncatedError, WireError
 from tensorwire.streams import encode
 from tensorwire.tensor import ViewFront
-from tensorwire.updates import added, subtract
+from tensorwire.updates import ErrorFeedback, Terms, added, subtract
+from tensorwire.updates import encode as encode_update
 
 
 def held(value, codec="raw"):
@@ -149,3 +150,18 @@ def test_a_change_in_another_dtype_takes_that_of_the_base():
 def test_a_change_is_to_a_base_like_it(base):
     with pytest.raises(EncodeError, match="w"):
         added({"w": np.zeros(3, np.float32)}, base)
+
+
+def test_feedback_goes_on_from_a_residual_that_was_kept_elsewhere():
+    change = subtract({"w": np.linspace(0, 1, 64, dtype=np.float32)}, {"w": np.zeros(64, np.float32)})
+    one, kept = ErrorFeedback(), {}
+    for _ in range(3):
+        sent = one.add(change)
+        message = b"".join(encode_update(sent, Terms("run", 0), codec="nf4"))
+        one.settle(sent, message)
+        other = ErrorFeedback(residual=tensorwire.loads(tensorwire.dumps(kept)))
+        again = other.add(change)
+        assert b"".join(encode_update(again, Terms("run", 0), codec="nf4")) == message
+        other.settle(again, message)
+        kept = other.residual
+    assert np.array_equal(kept["w"], one.residual["w"])

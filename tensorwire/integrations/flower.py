@@ -15,10 +15,12 @@ import ctypes
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import lru_cache
 from io import BytesIO
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -48,6 +50,8 @@ _STYPE: Final = "tensorwire/1"
 _NUMPY: Final = "numpy.ndarray"
 _NPY: Final = b"\x93NUMPY"
 _FAILED: Final = 6  # Flower's ErrorCode.MOD_FAILED_PRECONDITION
+_COPIES: Final = 6  # chunks that are on their way; Flower sends a few at a time
+_PATIENCE: Final = 60.0  # seconds in which a chunk is sent
 _BLOCK: Final = 1 << 20  # elements that are calculated with at a time
 # What NumPy has of its own, and what the others are read as: wider numbers or, of those that are none, bits.
 _NATIVE: Final = {
@@ -177,7 +181,8 @@ def _view(name: str, array: Array) -> TensorView:
     if dtype.hasobject:
         raise UnsupportedError("an array of Python objects cannot be sent", item=name)
     values = np.ndarray(shape, dtype, array.data, file.tell(), order="F" if columns else "C")
-    return updates.views({name: values})[name]
+    # Equal arrays of a message are one in memory once Flower has received them: that is no tie.
+    return replace(updates.views({name: values})[name], identity=None)
 
 
 def _readable(dtype: DType) -> np.dtype[Any]:
@@ -229,12 +234,14 @@ def _converted(view: TensorView, dtype: DType) -> TensorView:
 
 
 def _rounded(numbers: Numbers, dtype: np.dtype[Any]) -> Numbers:
-    """Numbers as integers or bools, to the nearest; beyond what the dtype has, its largest."""
+    """Numbers as integers or bools, to the nearest; beyond what the dtype has, near its largest; NaN as 0."""
     if numbers.dtype.kind == "f":
         numbers = np.rint(numbers)
-    if dtype.kind in "iu":
+    if dtype.kind in "iu" and numbers.dtype.kind == "f":
         limits = np.iinfo(dtype)
-        numbers = np.clip(numbers, limits.min, limits.max)
+        most = np.float64(limits.max)
+        most = most if int(most) <= limits.max else np.nextafter(most, 0)
+        numbers = np.clip(np.nan_to_num(numbers.astype(np.float64)), float(limits.min), most)
     return numbers.astype(dtype)
 
 
@@ -258,8 +265,69 @@ def _encoded(views: Views, codec: CodecChoice, terms: Terms) -> bytes:
 
 def _record_of(data: bytes) -> ArrayRecord:
     record = ArrayRecord()
-    record[_KEY] = Array(dtype="", shape=(), stype=_STYPE, data=data)
+    record[_KEY] = _EncodedArray(dtype="", shape=(), stype=_STYPE, data=data)
     return record
+
+
+_FlowerChunk: Any = type(Array(np.zeros(1)).slice_array()[0][1])
+
+
+class _Chunk(_FlowerChunk):
+    """A part of an array that goes through a gate on its way."""
+
+    __qualname__ = _FlowerChunk.__qualname__
+    gate: "_Gate"
+
+    def deflate(self) -> bytes:
+        """The bytes that are sent."""
+        return self.gate.let(super().deflate)
+
+
+class _EncodedArray(Array):
+    """An array whose chunks are not all copied at once to be sent: Flower makes the bytes of each, and queues them."""
+
+    __qualname__ = "Array"
+
+    def slice_array(self) -> Any:
+        """Flower's chunks, which go through one gate."""
+        chunks, gate = super().slice_array(), _Gate()
+        for _, chunk in chunks:
+            if not isinstance(chunk, _Chunk):
+                chunk.__class__ = _Chunk
+                chunk.__dict__["gate"] = gate
+        return chunks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+class _Gate:
+    """Lets copies of chunks be made only while few are there: the next waits until one was sent, and dropped.
+
+    Whoever keeps them makes the next one wait in vain, once: then the gate stays open.
+    """
+
+    def __init__(self) -> None:
+        self._places = threading.Semaphore(_COPIES)
+        self._open = False
+
+    def let(self, make: Callable[[], bytes]) -> bytes:
+        """What `make` makes."""
+        if self._open or not self._places.acquire(timeout=_PATIENCE):
+            self._open = True
+            return make()
+        copied = _Copy(make())
+        copied.dropped = self._places.release
+        return copied
+
+
+class _Copy(bytes):
+    """Bytes that tell when nobody has them any more."""
+
+    dropped: Callable[[], None]
+
+    def __del__(self) -> None:
+        self.dropped()
 
 
 def _is_encoded(record: object) -> bool:
@@ -354,6 +422,7 @@ def wire_mod(msg: Message, context: Context, call_next: ClientAppCallable) -> Me
     del records, record, terms
     reply = call_next(msg, context)
     if not reply.has_error():
+        _trim()
         answer = _Answer(asked, bases, msg, context)
         reply.content = RecordDict({key: answer.record(key, record) for key, record in reply.content.items()})
     return reply
@@ -419,8 +488,13 @@ def _sendable(key: str, record: object) -> Views | None:
     try:
         return _record_views(record)
     except TensorwireError as error:
-        _LOG.warning("tensorwire: the record %r travels as Flower sends it: %s", key, error)
+        _say_once(f"tensorwire: the record {key!r} travels as Flower sends it: {error}")
         return None
+
+
+@lru_cache(maxsize=256)
+def _say_once(text: str) -> None:
+    _LOG.warning("%s", text)
 
 
 def _comparable(new: TensorView, old: TensorView) -> bool:
@@ -505,6 +579,8 @@ class WireGrid(Grid):
         self._first: dict[str, Views] = {}  # what stood first under each record's key, without its values
 
     def __getattr__(self, name: str) -> Any:
+        if "_grid" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
         return getattr(self._grid, name)
 
     def set_run(self, *args: Any, **options: Any) -> None:
@@ -640,14 +716,14 @@ class StreamingFedAvg(FedAvg):
 
     Behind another strategy it gives that its mean, where it builds on the one of `FedAvg`:
 
-        class Strategy(FedAdam, StreamingFedAvg):
-            in_place = True
+        class Strategy(FedAdam, StreamingFedAvg): ...
     """
 
     in_place: bool = False
-    """Write the mean over the arrays that the round began with, those that `to_record` was given among them.
+    """Write the mean over the arrays that the round began with: over tensors that `to_record` was given, on the CPU.
 
-    Otherwise each round makes a new model while the old one is still there."""
+    Otherwise each round makes a new model while the old one is still there, as always where another strategy stands
+    before this one, which may want to compare the two."""
 
     _base: ArrayRecord | None = None
     _down: CodecChoice = "raw"
@@ -669,15 +745,16 @@ class StreamingFedAvg(FedAvg):
         if self._base is None:
             raise ArgumentError("aggregate_train is for the replies to what configure_train has sent")
         valid, _ = self._check_and_log_replies(replies, is_train=True)
-        model = _model(self._base, self._dtypes, in_place=self.in_place)
+        alone = type(self).aggregate_train is StreamingFedAvg.aggregate_train
+        model = _model(self._base, self._dtypes, in_place=self.in_place and alone)
         counted = self._checked(valid, model)
         if not counted:
             return None, None
-        average = [update for update, _ in counted]
-        updates.average(average, into=model, down=self._down)
+        # Before the model moves, which the arrays of the replies are calculated from.
+        metrics = self.train_metrics_aggr_fn([content for _, (_, content) in counted], self.weighted_by_key)
+        updates.average([update for update, _ in counted], into=model, down=self._down)
         _average_integers(model, [(update.terms.weight, record) for update, (record, _) in counted])
-        self._base = to_record(model)
-        return self._base, self.train_metrics_aggr_fn([content for _, (_, content) in counted], self.weighted_by_key)
+        return to_record(model), metrics
 
     def _checked(
         self, replies: Iterable[Message], model: dict[str, Numbers]
@@ -717,14 +794,18 @@ def _writable(array: Array, view: TensorView, in_place: bool) -> Numbers:
 def _update(record: ArrayRecord, node: int, weight: Any, model: dict[str, Numbers], down: CodecChoice) -> Update:
     """What a node has sent, checked. Raises a WireError, or ValueError for a weight that is none."""
     views = _record_views(record)
-    origins = {id(array.origin): array.origin for array in record.values() if isinstance(array, WireArray)}
-    origin = next(iter(origins.values())) if len(origins) == 1 else None
-    if origin is None or origin.views.keys() != record.keys():  # a node without the mod, or arrays that were changed
+    origin: _Received | None = getattr(next(iter(record.values())), "origin", None)
+    if origin is None or origin.views.keys() != record.keys() or not _all_of(record, origin):
+        # From a node without the mod, or arrays that something on the way has changed.
         terms = Terms(run="", round=0, client=str(node))
         origin = _Received(_encoded(_shaped_like(views, updates.views(model)), "raw", terms), terms, views)
     update = updates.check_update(origin.data, model, origin.terms, Rules(down=down))
     updates.check_weight(weight)
     return replace(update, terms=replace(update.terms, client=str(node), weight=float(weight)))
+
+
+def _all_of(record: ArrayRecord, origin: _Received) -> bool:
+    return all(isinstance(array, WireArray) and array.origin is origin for array in record.values())
 
 
 def _average_integers(model: dict[str, Numbers], updates_of: list[tuple[float, ArrayRecord]]) -> None:

@@ -115,7 +115,6 @@ def test_the_app_of_the_page_runs(engine, tmp_path):
     for name, text in re.findall(r'```\w+ title="(.*?)"\n(.*?)```', page, re.DOTALL):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    (tmp_path / "quickstart" / "__init__.py").touch()
     log = run(tmp_path, engine, config={})
     assert float(re.search(r"loss of the last round: (\S+)", log)[1]) < 2
 
