@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 
 import tensorwire
-from tensorwire.codecs import is_calculated
+from tensorwire.codecs import Codec, is_calculated
 from tensorwire.dtypes import FLOAT32, DType
 from tensorwire.errors import ArgumentError, EncodeError, SchemaError
 from tensorwire.streams import CodecChoice, EncodedTensor, InMemory, OnDisk, Store, encode, gather, rule
@@ -134,6 +134,11 @@ def _chooser(codec: CodecSpec) -> CodecChoice:
     return exact_vectors(codec) if isinstance(codec, str) else codec
 
 
+def _is_quantizer(codec: Codec) -> bool:
+    """Whether a codec needs less than two bytes an element, which no cast and nothing lossless promises."""
+    return codec.bound(_ELEMENTS, FLOAT32) < 2 * _ELEMENTS
+
+
 def _checked(codec: CodecSpec) -> CodecSpec:
     if not isinstance(codec, (str, dict)):
         raise ArgumentError(
@@ -186,6 +191,8 @@ def _marked(data: Any, codec: CodecSpec, ties: "_Ties", base: Mapping[str, Encod
     wires = {}
     for name, *others in ties.groups(described):
         chosen = choose(name, tensors[name], changes[name], others=others)
+        if _is_quantizer(chosen) and not is_finite(described[name]):
+            raise EncodeError(f"holds NaN or an infinity, which {chosen} cannot carry", item=name)
         wire = Wire(changes[name], repr(chosen), _library(tensors[name]), name)
         wires.update({id(tensors[each]): wire for each in (name, *others)})
     choose.finish()
@@ -288,6 +295,7 @@ class WireFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
     all, statistics of norms, scalars and vectors of up to 16,384 elements travel exactly. `difference`: of weights
     that answer a task, send what is to be added to those that a `BaseFilter` received with it. Weights and differences
     are marked, everything else stays as it is; nothing is encoded yet, and no tensor or dict of the caller's changed.
+    NaN and infinities that a quantizer cannot carry are an EncodeError here, which FLARE reports.
     """
 
     def __init__(self, codec: CodecSpec = "bf16", difference: bool = False) -> None:
@@ -737,5 +745,5 @@ def add_to(
 def _check_carries_weights(up: CodecSpec) -> None:
     for spec in [up] if isinstance(up, str) else up.values():
         codec = tensorwire.codec(spec)
-        if codec.bound(_ELEMENTS, FLOAT32) < 2 * _ELEMENTS:  # which no cast and nothing lossless promises
+        if _is_quantizer(codec):
             raise ArgumentError(f"up={spec!r} is for differences, and whole weights would travel: see difference=")

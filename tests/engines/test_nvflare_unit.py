@@ -225,7 +225,11 @@ def test_an_empty_or_foreign_message_is_refused() -> None:
 
 
 def test_what_cannot_be_quantized_is_named_as_the_model_names_it() -> None:
-    marked = filtered(wire.WireFilter("nf4"), {"matrix": torch.full((300, 300), torch.nan)}).data
+    tensor = torch.full((300, 300), 1.0)
+    marked = filtered(wire.WireFilter("nf4"), {"matrix": tensor}).data
+    tensor[:] = torch.nan
+    with pytest.raises(EncodeError, match=r"NaN.*'matrix'"):
+        filtered(wire.WireFilter("nf4"), {"matrix": tensor})
     outgoing = wire.WireDecomposer().to_downloadable({"T0": marked["matrix"]}, 50_000, {})
     with pytest.raises(NonFiniteError, match="'matrix'"):
         outgoing.produce(None, "b")
