@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 import tensorwire
 import tensorwire.torch as tw
-from tensorwire.integrations import nvflare as wire
+from tensorwire.integrations.nvflare.flare import ViaDownloaderDecomposer
 from tensorwire.updates import exact_vectors, mean_of
 
 APP = Path(__file__).parent / "nvflare_app"
@@ -114,7 +114,7 @@ def test_flares_own_average_over_lazy_replies_with_payloads_on_disk(tmp_path: Pa
 
 def test_the_module_knows_what_it_stands_on() -> None:
     """Each of FLARE's names that this rests on, beyond what the import of the module has found."""
-    handler = wire.ViaDownloaderDecomposer
+    handler = ViaDownloaderDecomposer
     for seam in ("decompose", "recompose", "process_datum", "to_downloadable", "download", "get_download_dot"):
         assert callable(getattr(handler, seam, None)), f"FLARE's ViaDownloaderDecomposer has no {seam} any more"
 
