@@ -5,8 +5,9 @@
 
 Needs Linux, root for a network of its own (`unshare -n`) in which bytes are counted, and nvflare in the environment.
 Server and two clients run in FLARE's simulator, tensors on the wire (`ExchangeFormat.PYTORCH`), FedAvg, two rounds.
-`seconds`: the second round, from where FLARE has saved a model to where it has the next one. `mb`: what the sockets
-carried in a round. `peak_mb`: of all processes together, memory of their own (RssAnon + RssShmem), in both rounds.
+`seconds`: the second round, from where FLARE has saved a model to where it has the next one. `job_cpu_seconds`:
+processor time of the whole job, start of its processes included. `mb`: what the sockets carried in a round. `peak_mb`:
+of all processes together, memory of their own (RssAnon + RssShmem), in both rounds.
 """
 
 import argparse
@@ -152,7 +153,8 @@ def measure(variant: str, size_mb: int) -> dict[str, Any]:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=workspace, env=environment)
             peak = Peak(process.pid)
             peak.start()
-            code = process.wait()
+            _, status, usage = os.wait4(process.pid, 0)
+            code = os.waitstatus_to_exitcode(status)
             log.seek(0)
             text = log.read()
         if code or "Finished FedAvg" not in text:
@@ -162,6 +164,7 @@ def measure(variant: str, size_mb: int) -> dict[str, Any]:
             "variant": variant,
             "seconds": round((again - saved).total_seconds(), 2),
             "job_seconds": round(time.time() - started, 1),
+            "job_cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "mb": round(json.loads(text.splitlines()[-1])["carried"] / ROUNDS / 1e6, 1),
             "peak_mb": round(peak.stop() / 1e6),
         }

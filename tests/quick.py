@@ -6,6 +6,7 @@ take less than a minute on two cores, to touch every room, and to reach every br
 """
 
 SLOW = {
+    "engines/test_nvflare.py": 0,
     "kernels/test_arguments.py": 8,
     "kernels/test_bitsandbytes.py": 8,
     "kernels/test_definition.py": 8,
@@ -39,6 +40,8 @@ SLOW = {
     "test_codecs.py::test_slices_decode_alone_to_what_the_whole_decodes_to": 2,
     "test_codecs.py::test_whatever_zstd_makes_is_taken": 8,
     "test_cuda.py": 20,
+    "test_decoder.py::test_fed_in_portions_a_stream_gives_what_it_gives_whole": 3,
+    "test_decoder.py::test_what_is_kept_encoded_decodes_to_what_would_have_been_given": 2,
     "test_docs.py::test_recipes_run": 0,
     "test_docs.py::test_snippets_run": 4,
     "test_encode_memory.py": 3,

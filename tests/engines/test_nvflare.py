@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 import tensorwire
 import tensorwire.torch as tw
-from tensorwire.integrations import nvflare as wire
+from tensorwire.integrations.nvflare.flare import ViaDownloaderDecomposer
 from tensorwire.updates import exact_vectors, mean_of
 
 APP = Path(__file__).parent / "nvflare_app"
@@ -113,6 +114,25 @@ def test_flares_own_average_over_lazy_replies_with_payloads_on_disk(tmp_path: Pa
 
 def test_the_module_knows_what_it_stands_on() -> None:
     """Each of FLARE's names that this rests on, beyond what the import of the module has found."""
-    handler = wire.ViaDownloaderDecomposer
+    handler = ViaDownloaderDecomposer
     for seam in ("decompose", "recompose", "process_datum", "to_downloadable", "download", "get_download_dot"):
         assert callable(getattr(handler, seam, None)), f"FLARE's ViaDownloaderDecomposer has no {seam} any more"
+
+
+def test_the_app_of_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "nvflare.md").read_text()
+    files = dict(re.findall(r'```python title="(\w+\.py)"\n(.*?)```', page, re.DOTALL))
+    assert files.keys() == {"net.py", "client.py", "job.py"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{Path(tensorwire.__file__).parents[1]}:{tmp_path}",
+        "NVFLARE_SIMULATOR_WORKSPACE_ROOT": str(tmp_path / "workspace"),
+    }
+    command = [*isolated(), sys.executable, "job.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0 and "Finished FedAvg" in log, log[-6000:]
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)$", log, re.MULTILINE)]
+    assert len(losses) == 4 and sum(losses[2:]) < sum(losses[:2])

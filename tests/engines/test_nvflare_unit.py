@@ -18,8 +18,10 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.fuel.f3.streaming.download_service import ProduceRC
 from nvflare.fuel.utils import fobs
 
+import tensorwire
 from tensorwire.errors import ArgumentError, EncodeError, NonFiniteError, SchemaError
 from tensorwire.integrations import nvflare as wire
+from tensorwire.integrations.nvflare import decomposer as messages
 
 APP = Path(__file__).parent / "nvflare_app"
 sys.path.insert(0, str(APP))
@@ -89,7 +91,7 @@ def download(monkeypatch: Any, downloadable: Any, decomposer: Any, cell: Cell | 
                 return
             state = json.loads(json.dumps(first[2]))
 
-    monkeypatch.setattr(wire, "download_object", fetch)
+    monkeypatch.setattr(messages, "download_object", fetch)
     return decomposer.download("a", "ref", 1.0, cell or Cell(), progress_cb=None)
 
 
@@ -165,9 +167,9 @@ def test_several_receivers_of_a_message_share_one_encoding(monkeypatch: Any) -> 
         num_receivers = 2
 
     encodings = []
-    plain = wire.encode
-    monkeypatch.setattr(wire, "encode", lambda *args, **options: encodings.append(1) or plain(*args, **options))
-    monkeypatch.setattr(wire.DownloadService, "get_transaction_info", lambda tx_id: Info)
+    plain = messages.encode
+    monkeypatch.setattr(messages, "encode", lambda *args, **options: encodings.append(1) or plain(*args, **options))
+    monkeypatch.setattr(messages.DownloadService, "get_transaction_info", lambda tx_id: Info)
     marked = filtered(wire.WireFilter("raw"), {"a": torch.randn(100_000)}).data
     outgoing = wire.WireDecomposer().to_downloadable({"T0": marked["a"]}, 10_000, {})
     outgoing.set_transaction("tx", "ref")
@@ -212,23 +214,28 @@ def test_a_broken_portion_is_an_error_and_gives_nothing(monkeypatch: Any, lazy: 
 
 
 def test_an_empty_or_foreign_message_is_refused() -> None:
-    consumer = wire._Incoming(None)
+    consumer = messages._Incoming(None)
     with pytest.raises(SchemaError):
         consumer.download_completed("ref")
     with pytest.raises(SchemaError, match="torch or NumPy"):
         consumer.consume("ref", {"portion": 0, "library": "os"}, b"")
     for name in ("a", "os.T0", "torch."):
         with pytest.raises(SchemaError, match="of this name"):
-            wire._Incoming(None).consume(
-                "ref", {"portion": 0, "library": "numpy"}, wire.tensorwire.dumps({name: np.zeros(1)})
+            messages._Incoming(None).consume(
+                "ref", {"portion": 0, "library": "numpy"}, tensorwire.dumps({name: np.zeros(1)})
             )
 
 
 def test_what_cannot_be_quantized_is_named_as_the_model_names_it() -> None:
-    marked = filtered(wire.WireFilter("nf4"), {"matrix": torch.full((300, 300), torch.nan)}).data
+    tensor = torch.full((300, 300), 1.0)
+    marked = filtered(wire.WireFilter("nf4"), {"matrix": tensor}).data
+    tensor[:] = torch.nan
+    with pytest.raises(EncodeError, match=r"NaN.*'matrix'"):
+        filtered(wire.WireFilter("nf4"), {"matrix": tensor})
     outgoing = wire.WireDecomposer().to_downloadable({"T0": marked["matrix"]}, 50_000, {})
-    with pytest.raises(NonFiniteError, match="'matrix'"):
-        outgoing.produce(None, "b")
+    for _ in range(2):  # whoever asks again is told again
+        with pytest.raises(NonFiniteError, match="'matrix'"):
+            outgoing.produce(None, "b")
 
 
 def test_lazy_replies_stay_encoded_in_memory_or_on_disk(monkeypatch: Any, tmp_path: Path) -> None:
@@ -321,6 +328,16 @@ def test_a_counter_that_flare_has_averaged_is_an_integer_again(monkeypatch: Any)
     assert got["count"].item() == 2 and got["mask"].tolist() == [False, False] and got["mask"].dtype == torch.bool
 
 
+def test_what_is_tied_here_and_was_not_where_it_came_from_is_two_differences(monkeypatch: Any) -> None:
+    _, context = received(monkeypatch, {"a": torch.zeros(3), "b": torch.ones(3)})
+    one = torch.full((3,), 5.0)
+    got = sent(
+        monkeypatch,
+        filtered(wire.WireFilter("raw", difference=True), {"a": one, "b": one.detach()}, context=context).data,
+    )
+    assert got["a"].tolist() == [5.0] * 3 and got["b"].tolist() == [4.0] * 3
+
+
 def test_tensors_that_were_tied_once_are_while_they_are_equal(monkeypatch: Any) -> None:
     state, one = model(), wire.WireFilter("raw")
     assert filtered(one, state).data["tied"] is not filtered(one, state).data["matrix"]
@@ -404,15 +421,19 @@ def test_a_line_behind_a_recipe_is_all_that_its_job_needs(tmp_path: Path) -> Non
     name = "tensorwire.integrations.nvflare."
     server, client = configuration(job, tmp_path, "server"), configuration(job, tmp_path, "client")
     assert [entry["filters"] for entry in server["task_data_filters"]] == [
-        [{"path": f"{name}WireFilter", "args": {"codec": "fp16"}}]
+        [{"path": f"{name}filters.WireFilter", "args": {"codec": "fp16"}}]
     ]
-    assert {"id": "tensorwire", "path": f"{name}WireRegister", "args": {"lazy": True}} in server["components"]
-    assert {"id": "tensorwire", "path": f"{name}WireRegister", "args": {"lazy": True}} in client["components"]
+    assert {"id": "tensorwire", "path": f"{name}decomposer.WireRegister", "args": {"lazy": True}} in server[
+        "components"
+    ]
+    assert {"id": "tensorwire", "path": f"{name}decomposer.WireRegister", "args": {"lazy": True}} in client[
+        "components"
+    ]
     assert [entry["filters"] for entry in client["task_result_filters"]] == [
-        [{"path": f"{name}WireFilter", "args": {"codec": {"*": "int8"}, "difference": True}}]
+        [{"path": f"{name}filters.WireFilter", "args": {"codec": {"*": "int8"}, "difference": True}}]
     ]
-    assert [entry["filters"][0]["path"] for entry in client["task_data_filters"]] == [f"{name}BaseFilter"]
-    assert f"{name}WireAggregator" in json.dumps(server) and '"site-1": 2.0' in json.dumps(server)
+    assert [entry["filters"][0]["path"] for entry in client["task_data_filters"]] == [f"{name}filters.BaseFilter"]
+    assert f"{name}aggregator.WireAggregator" in json.dumps(server) and '"site-1": 2.0' in json.dumps(server)
     assert not [*tmp_path.rglob("tensorwire")]  # which sites have, and no job brings along
 
 
@@ -434,14 +455,14 @@ def test_a_codec_that_no_configuration_can_hold_is_refused() -> None:
 
 
 def test_a_number_that_another_package_uses_is_said(monkeypatch: Any) -> None:
-    monkeypatch.setattr(wire.fobs, "get_dot_handler", lambda dot: object())
+    monkeypatch.setattr(messages.fobs, "get_dot_handler", lambda dot: object())
     with pytest.raises(RuntimeError, match="116"):
         wire.register()
 
 
 def test_registering_again_says_what_holds(monkeypatch: Any) -> None:
     wire.register(lazy=True)
-    assert wire.fobs.get_dot_handler(wire.DOWNLOAD_TYPE).lazy
+    assert fobs.get_dot_handler(wire.DOWNLOAD_TYPE).lazy
     wire.WireRegister()
-    assert not wire.fobs.get_dot_handler(wire.DOWNLOAD_TYPE).lazy
+    assert not fobs.get_dot_handler(wire.DOWNLOAD_TYPE).lazy
     assert isinstance(Shareable(), dict)
