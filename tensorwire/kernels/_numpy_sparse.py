@@ -24,6 +24,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tensorwire.kernels._numpy_checks import check_array, check_overlap, check_size
+from tensorwire.kernels.tables import DCT_MOST, dct_basis
+
 Array = npt.NDArray[Any]
 
 MOST_CHUNK: Final = 4096
@@ -50,6 +53,13 @@ def select_largest(
 
     False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
     """
+    _check_grid(width, rows, cols, k, basis)
+    check_array("values", values, np.float32)
+    check_array("positions", positions, np.uint16, output=True)
+    check_array("coefficients", coefficients, np.float32, output=True)
+    for name, array in (("positions", positions), ("coefficients", coefficients)):
+        check_size(name, array, _kept(values.size, width, rows, cols, k))
+    check_overlap({"positions": positions, "coefficients": coefficients}, {"values": values})
     if not (np.abs(values) <= LARGEST).all():
         return False
     at = 0
@@ -79,6 +89,13 @@ def add_selected(
 
     False, with nothing added: a position is not in its chunk.
     """
+    _check_grid(width, rows, cols, k, basis)
+    check_array("positions", positions, np.uint16)
+    check_array("coefficients", coefficients, np.float32)
+    check_array("sums", sums, np.float32, np.float64, output=True)
+    for name, array in (("positions", positions), ("coefficients", coefficients)):
+        check_size(name, array, _kept(sums.size, width, rows, cols, k))
+    check_overlap({"sums": sums}, {"positions": positions, "coefficients": coefficients})
     places: list[tuple[Array, Array]] = []
     at = 0
     for start, bands, height, across in areas(sums.size, width, rows):
@@ -103,6 +120,25 @@ def add_selected(
     for part, elements in places:
         part += factor * elements.astype(sums.dtype)
     return True
+
+
+def _check_grid(width: int, rows: int, cols: int, k: int, basis: Array | None = None) -> None:
+    for name, value in (("width", width), ("rows", rows), ("cols", cols), ("k", k)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if rows * cols > MOST_CHUNK:
+        raise ValueError(f"rows, cols: expected a chunk of at most {MOST_CHUNK} elements")
+    if basis is not None:
+        if max(rows, cols) > DCT_MOST:
+            raise ValueError(f"rows, cols: expected at most {DCT_MOST} to be transformed")
+        check_array("basis", basis, np.float32)
+        check_size("basis", basis, dct_basis().size)
+
+
+def _kept(elements: int, width: int, rows: int, cols: int, k: int) -> int:
+    if elements < 0:
+        raise ValueError(f"elements: expected at least 0, got {elements}")
+    return int(np.minimum(chunk_sizes(elements, width, rows, cols), k).sum())
 
 
 def areas(count: int, width: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
@@ -206,6 +242,11 @@ def encode_positions(positions: Array, codes: Array, *, elements: int, width: in
     that takes the fewest bits, of equal ones the smallest. Bits stand from the lowest of the first byte on, and so do
     those of a number.
     """
+    _check_grid(width, rows, cols, k)
+    check_array("positions", positions, np.uint16)
+    check_array("codes", codes, np.uint8, output=True)
+    check_size("positions", positions, _kept(elements, width, rows, cols, k))
+    check_overlap({"codes": codes}, {"positions": positions})
     chunks, at = [], 0
     for size in chunk_sizes(elements, width, rows, cols).tolist():
         kept = min(k, size)
@@ -229,6 +270,11 @@ def decode_positions(
     codes: Array, positions: Array, *, elements: int, width: int, rows: int, cols: int, k: int
 ) -> bool:
     """What `encode_positions` was given; False: it never makes such codes."""
+    _check_grid(width, rows, cols, k)
+    check_array("codes", codes, np.uint8)
+    check_array("positions", positions, np.uint16, output=True)
+    check_size("positions", positions, _kept(elements, width, rows, cols, k))
+    check_overlap({"positions": positions}, {"codes": codes})
     bits = np.unpackbits(codes, bitorder="little")
     ones = np.flatnonzero(bits)
     at = out = rice = 0

@@ -9,7 +9,8 @@ For each tensor a compressor keeps what has not been sent yet:
 Calculated in float32, one rounding for each product and each sum. A message is a stream like any other.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +30,8 @@ from tensorwire.wire import TensorItem
 Float32 = npt.NDArray[np.float32]
 
 _TAKEN: Final = (dtypes.FLOAT32, dtypes.FLOAT16, dtypes.BFLOAT16)
+# No element of a sparse slice is so many times as large as the largest that was given, and what is left neither.
+_DECODED: Final = 2.0**16
 _BLOCK: Final = 1 << 16  # numbers that are worked on at a time: they stay in the second-level cache
 
 
@@ -61,6 +64,8 @@ class Compressor:
         self._kept: dict[str, Float32] = {}
         # The right factor of each slice of low rank, as it was sent: the next one begins with it.
         self._factors: dict[tuple[str, int], Float32] = {}
+        # Above the magnitudes that are kept, of tensors of which such a bound is known without looking.
+        self._bounds: dict[str, float] = {}
         self._last = Message(b"", settled=True)
 
     @property
@@ -86,7 +91,7 @@ class Compressor:
         buffers = streams.encode(
             kept,
             ViewFront(),
-            codec=lambda name, view: self._method.codec(view.shape),
+            codec=_codecs(self._method),
             frame_size=self._method.frame_size,
             metadata=terms.metadata() if terms is not None else None,
         )
@@ -103,6 +108,7 @@ class Compressor:
         lost = message or self._last
         if not lost.settled:
             lost.settled = True
+            self._bounds.clear()
             self._add(lost, self._method.alpha)
 
     def age(self, factor: float) -> None:
@@ -132,7 +138,7 @@ class Compressor:
         kept = {name: np.array(array, np.float32) for name, array in state["kept"].items()}
         factors = {(name, start): np.array(factor, np.float32) for name, start, factor in state["factors"]}
         pending = np.asarray(state["pending"], np.uint8).tobytes()
-        self._kept, self._factors = kept, factors
+        self._kept, self._factors, self._bounds = kept, factors, {}
         self._last = Message(pending, settled=not pending)
 
     def _check(self, name: str, view: TensorView) -> None:
@@ -142,9 +148,12 @@ class Compressor:
         kept = self._kept.get(name)
         if kept is not None and kept.shape != view.shape:
             raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
-        before = 0.0 if kept is None else _largest(kept)
-        most = self._method.codec(view.shape).ceiling(view.dtype)
-        if not largest(view) + before <= most:
+        codec = self._method.codec(view.shape)
+        most, new = codec.ceiling(view.dtype), largest(view)
+        before = 0.0 if kept is None else self._bounds.get(name, math.inf)
+        if kept is not None and not new + before <= most:
+            before = _largest(kept)
+        if not new + before <= most:
             error = NonFiniteError(f"a value is not finite, or with what was kept of it beyond {most:g}", index=0)
             error.item = name
             raise error
@@ -154,12 +163,17 @@ class Compressor:
         if name not in self._kept:
             self._kept[name] = np.zeros(view.shape, np.float32)
         kept, beta = self._kept[name].reshape(-1), np.float32(self._method.beta)
+        top = 0.0
         with kernels.default_environment():
             for start in range(0, kept.size, _BLOCK):
                 part = kept[start : start + _BLOCK]
                 if beta != 1:
                     part *= beta
                 part += as_floats(view.read(start, start + part.size), view.dtype)
+                top = max(top, _largest(part))
+        self._bounds.pop(name, None)
+        if isinstance(self._method.codec(view.shape).packer, Sparse):
+            self._bounds[name] = _DECODED * top
 
     def _view(self, name: str, view: TensorView) -> TensorView:
         """What is kept of a tensor, in its dtype; of low rank, already in its factors."""
@@ -202,6 +216,23 @@ def _largest(kept: Float32) -> float:
     absmax = np.zeros(-(-kept.size // _BLOCK), np.float32)
     kernels.blockwise_absmax(kept.reshape(-1), absmax, blocksize=_BLOCK)
     return float(absmax.max(initial=0))
+
+
+def message_size(spec: str | Method, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The bytes of a message of float32 tensors of these shapes, with all that is around them; of Rice codes, at most.
+
+    message_size("demo:k=4", {"layer.weight": (2048, 8192)})
+    """
+    chosen = method(spec)
+    tensors = {
+        name: TensorView(dtypes.FLOAT32, tuple(shape), lambda start, stop: b"") for name, shape in shapes.items()
+    }
+    leaves = streams.flatten(tensors, ViewFront(), streams.rule(_codecs(chosen)), DEFAULT)
+    return streams.stream_size(leaves, frame_size=chosen.frame_size).total
+
+
+def _codecs(chosen: Method) -> Callable[[str, Any], Codec]:
+    return lambda name, view: chosen.codec(view.shape)
 
 
 def slices(source: Any) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:
