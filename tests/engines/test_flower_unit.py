@@ -34,6 +34,7 @@ from tensorwire.errors import ArgumentError, EncodeError, SchemaError, Tensorwir
 from tensorwire.integrations.flower import StreamingFedAvg, WireArray, WireGrid, to_record, to_state_dict, wire_mod
 from tensorwire.updates import exact_vectors, subtract
 
+torch.set_num_threads(1)  # which these sizes need, and which others on the machine do not disturb
 with suppress(ImportError):  # in whose name messages are made, since some version
     from flwr.supercore.task_identity import TaskIdentity
 
@@ -861,3 +862,63 @@ def test_metrics_are_taken_of_the_replies_before_the_model_moves():
     made.start(grid=WireGrid(FakeGrid(app_of(stepping)), poll=0), initial_arrays=to_record(same_start()), num_rounds=1)
     for values, far in zip(seen, (1, 2), strict=True):
         assert np.allclose(values, same_start()["a"] + far * STEP, atol=0.02)
+
+
+CLASSES, FEATURES, CLIENTS = 8, 16, 4
+
+
+def learner(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(FEATURES, 256), torch.nn.BatchNorm1d(256), torch.nn.ReLU(), torch.nn.Linear(256, CLASSES)
+    )
+
+
+def examples(seed, classes):
+    """Noisy patterns, one for each class."""
+    patterns = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(100))
+    labels = torch.tensor([label for label in classes for _ in range(30)])
+    noise = torch.randn(len(labels), FEATURES, generator=torch.Generator().manual_seed(seed))
+    return patterns[labels] + noise, labels
+
+
+def loss_curve(seed, *, wire, rounds=12):
+    """The loss of the global model on all classes, round by round; each client has seen two of them."""
+
+    def fit(message, context):
+        model, node = learner(0), context.node_id - 11
+        state = message.content["arrays"].to_torch_state_dict()
+        model.load_state_dict({name: tensor.to(model.state_dict()[name].dtype) for name, tensor in state.items()})
+        batch, labels = examples(seed * 10 + node, [2 * node, 2 * node + 1])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch), labels).backward()
+            optimizer.step()
+        return reply_of(message, ArrayRecord(model.state_dict()), examples=len(labels))
+
+    def evaluated(turn, arrays):
+        model, state = learner(0), to_state_dict(arrays)
+        model.load_state_dict({name: tensor.to(model.state_dict()[name].dtype) for name, tensor in state.items()})
+        batch, labels = examples(999, range(CLASSES))
+        with torch.no_grad():
+            losses.append(float(torch.nn.functional.cross_entropy(model.train()(batch), labels)))
+
+    losses = []
+    inner = FakeGrid(app_of(fit, [wire_mod] if wire else []), nodes=range(11, 11 + CLIENTS))
+    strategy.FedAvg(fraction_evaluate=0.0).start(
+        grid=WireGrid(inner, poll=0) if wire else inner,
+        initial_arrays=ArrayRecord(learner(seed).state_dict()),
+        num_rounds=rounds,
+        evaluate_fn=evaluated,
+    )
+    return losses
+
+
+def test_four_clients_of_different_classes_learn_as_they_do_without():
+    plain = np.array([loss_curve(seed, wire=False) for seed in range(3)])
+    ours = np.array([loss_curve(seed, wire=True) for seed in range(3)])
+    spread = plain.max(axis=0) - plain.min(axis=0)
+    assert plain[:, -1].mean() < 0.6 * plain[:, 0].mean()  # they learn
+    assert (np.abs(ours - plain).mean(axis=0) <= spread).all()
+    assert np.abs(ours - plain)[:, -1].max() < 0.05 * plain[:, -1].mean()
