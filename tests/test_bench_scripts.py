@@ -181,6 +181,16 @@ def test_flower_round():
     assert lines[4].startswith("ours / plain")
 
 
+def test_nvflare_round():
+    pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own")
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("needs root, for a network of its own")
+    lines = run("nvflare_round.py", "--size-mb=16", "--variants", "plain", "wire")
+    plain, wire = map(json.loads, lines[2:])
+    assert (plain["variant"], wire["variant"]) == ("plain", "wire")
+    assert 0.25 < wire["mb"] / plain["mb"] < 0.36
+
+
 def test_every_script_is_run_here():
     modules = {"flower_deployment.py"}  # of scripts and of tests/engines
     tested = {*re.findall(r'"(\w+\.py)"', Path(__file__).read_text())} | modules

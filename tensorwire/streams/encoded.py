@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import RAW, Codec, add_weighted, from_stages
+from tensorwire.codecs import Codec, add_weighted, from_stages
 from tensorwire.dtypes import DType
-from tensorwire.errors import CorruptError, SchemaError
+from tensorwire.errors import CorruptError
 from tensorwire.limits import Limits
 from tensorwire.memory import SPARE, Scratch
 from tensorwire.streams.receiver import Completed, Event, ItemStart, Payload, Piece, Receiver, reject_files
 from tensorwire.streams.schema import Schema
 from tensorwire.tensor import ByteArray, Extent, Front, TensorView
 from tensorwire.wire import AliasItem, DataItem, TensorItem, ValueItem
+from tensorwire.wire.items import CodecSpec
 
 
 class Store(Protocol):
@@ -193,6 +194,7 @@ class EncodedItems:
         self._store = store
         self._slices: list[_Slice] = []  # of the item whose data is coming
         self._nbytes = 0
+        self._codecs: dict[CodecSpec, Codec] = {}  # a few for many items
         self._trial = Scratch()
         self.receiver = Receiver(limits, base=base, scratch=Scratch())
 
@@ -221,19 +223,23 @@ class EncodedItems:
 
     def _try(self, event: Payload) -> None:
         """Decode a payload, so that what is wrong with it is found now and not when it is needed."""
-        shape = event.item.shape if isinstance(event.item, TensorItem) else ()
-        extent = Extent(event.item.dtype, shape, event.start, event.count)
+        assert isinstance(event.item, TensorItem)  # files are refused
+        extent = Extent(event.item.dtype, event.item.shape, event.start, event.count)
         out = self._trial.values(event.count * event.item.dtype.itemsize)
-        from_stages(event.item.codec).decode(event.data, extent, out)
+        self._codec(event.item).decode(event.data, extent, out)
 
     def _keep(self, start: int, count: int, data: memoryview) -> None:
         self._slices.append(_Slice(start, count, self._store.put(data)))
         self._nbytes += data.nbytes
 
     def _tensor(self, item: DataItem) -> EncodedTensor:
-        if not isinstance(item, TensorItem):
-            raise SchemaError("only tensors can be kept encoded", item=item.name)
+        assert isinstance(item, TensorItem)
         slices, self._slices = tuple(self._slices), []
         nbytes, self._nbytes = self._nbytes, 0
-        codec = RAW if from_stages(item.codec).in_place else from_stages(item.codec)
-        return EncodedTensor(self._front, self._store, item, codec, slices, nbytes)
+        return EncodedTensor(self._front, self._store, item, self._codec(item), slices, nbytes)
+
+    def _codec(self, item: TensorItem) -> Codec:
+        codec = self._codecs.get(item.codec)
+        if codec is None:
+            codec = self._codecs[item.codec] = from_stages(item.codec)
+        return codec

@@ -82,7 +82,9 @@ def _result(tensor: Any, described: EncodedTensor | TensorView) -> tuple[Bytes, 
     if isinstance(tensor, EncodedTensor):
         return tensor.empty()
     out = np.empty(size, np.uint8)
-    front = FRONT if isinstance(tensor, np.ndarray) or "torch" not in sys.modules else tensorwire.torch.FRONT
+    front = (
+        FRONT if isinstance(tensor, (np.ndarray, np.generic)) or "torch" not in sys.modules else tensorwire.torch.FRONT
+    )
     return out, front.wrap(out, described.dtype, described.shape)
 
 

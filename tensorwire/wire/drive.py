@@ -274,11 +274,6 @@ class Push(Generic[ResultT]):
             self._consumer.buffer_updated(0)
             next(self._steps)
 
-    def close(self) -> None:
-        """Let go of what the consumer holds; feed nothing afterwards."""
-        self._broken = True
-        self._steps.close()
-
     def _feed(self, source: _Bytes) -> Iterator[ResultT]:
         while not self.ended:
             if self._wanting:

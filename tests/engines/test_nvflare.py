@@ -119,12 +119,15 @@ def test_the_module_knows_what_it_stands_on() -> None:
         assert callable(getattr(handler, seam, None)), f"FLARE's ViaDownloaderDecomposer has no {seam} any more"
 
 
-def test_the_app_of_the_page_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wire_format", ["tensors", "arrays"])
+def test_the_app_of_the_page_runs(wire_format: str, tmp_path: Path) -> None:
+    """As it stands there, and with what FLARE has by default: NumPy arrays."""
     page = (Path(__file__).parents[2] / "docs" / "nvflare.md").read_text()
     files = dict(re.findall(r'```python title="(\w+\.py)"\n(.*?)```', page, re.DOTALL))
     assert files.keys() == {"net.py", "client.py", "job.py"}
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        chosen = text if wire_format == "tensors" else text.replace("ExchangeFormat.PYTORCH", "ExchangeFormat.NUMPY")
+        (tmp_path / name).write_text(chosen)
     environment = {
         **os.environ,
         "PYTHONPATH": f"{Path(tensorwire.__file__).parents[1]}:{tmp_path}",

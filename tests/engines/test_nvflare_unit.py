@@ -146,6 +146,19 @@ def test_numpy_arrives_as_numpy_also_beside_torch(monkeypatch: Any) -> None:
         assert all(type(values[name]) is type(mixed[name]) and equal(values[name], mixed[name]) for name in mixed)
 
 
+def test_numbers_of_numpy_are_arrays_without_axes(monkeypatch: Any) -> None:
+    """Which is what FLARE makes of them when it adds."""
+    state = {"count": np.int64(41), "scale": np.float32(0.5), "flag": np.bool_(True), "word": np.str_("x")}
+    marked = filtered(wire.WireFilter("raw"), state).data
+    assert marked.pop("word") == "x"
+    got = sent(monkeypatch, marked)
+    assert all(equal(got[name], np.asarray(state[name])) for name in got) and len(got) == 3
+    aggregator = wire.WireAggregator()
+    for client in "ab":
+        aggregator.accept_model(reply(client, {"count": state["count"], "scale": state["scale"]}))
+    assert aggregator.aggregate_model().params == {"count": 41, "scale": 0.5}
+
+
 def test_filters_leave_what_is_no_tensor_and_what_is_no_model(monkeypatch: Any) -> None:
     data = {"a": torch.ones(3), "words": ["x", {"deep": torch.zeros(2)}], "none": None, "number": 3}
     marked = filtered(wire.WireFilter("raw"), data).data

@@ -19,13 +19,16 @@ Path = tuple[str | int, ...]
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value of a model is one that tensorwire carries, and not FLARE itself."""
-    return isinstance(value, np.ndarray) or ("torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor))
+    """Whether a value of a model is one that tensorwire carries, and not FLARE itself.
+
+    NumPy's numbers are: that is what FLARE makes of arrays without axes when it adds them.
+    """
+    return library(value) == "torch" or isinstance(value, (np.ndarray, np.number, np.bool_))
 
 
 def library(tensor: Any) -> str:
     """Which library a tensor is of."""
-    return "numpy" if isinstance(tensor, np.ndarray) else "torch"
+    return "torch" if "torch" in sys.modules and isinstance(tensor, sys.modules["torch"].Tensor) else "numpy"
 
 
 def as_sent(library: str, tensor: Any) -> Any:
