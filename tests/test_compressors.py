@@ -74,6 +74,14 @@ def test_narrow_floats_are_kept_in_float32(dtype: str) -> None:
         assert np.array_equal(kept_of(compressor)["w"], kept.numpy())
 
 
+def test_torch_and_numpy_make_the_same_messages() -> None:
+    torch = pytest.importorskip("torch")
+    given = state(0)
+    tensors = {name: torch.tensor(tensor) for name, tensor in given.items()}
+    tensors["matrix"] = torch.tensor(given["matrix"].T.copy()).T  # not in its order in memory
+    assert Compressor("demo:k=4").compress(tensors).data == Compressor("demo:k=4").compress(given).data
+
+
 def test_a_lost_message_is_kept_again_once() -> None:
     compressor = Compressor("topk:k=8,values=sign")
     model = Model(compressor)
@@ -214,6 +222,9 @@ def test_what_cannot_be_combined_is_said() -> None:
             combine(pair)
     with pytest.raises(ValueError, match="no message"):
         combine([])
+    for weights in ([1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match=r"zip\(\)|weight"):
+            combine([one, one], weights=weights)
     with pytest.raises(ValueError, match="mean, present"):
         combine([one], how="median")
 

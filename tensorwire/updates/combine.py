@@ -6,6 +6,7 @@ same messages in the same order get the same bits.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorwire.errors import SchemaError
 from tensorwire.tensor import Extent
 from tensorwire.updates.compressor import slices
 from tensorwire.updates.difference import key_of
+from tensorwire.updates.terms import check_weight
 from tensorwire.wire import AliasItem, ContainerItem, Item, TensorItem
 
 How = Literal["mean", "present", "sum", "vote"]
@@ -32,9 +34,10 @@ def combine(
     """What messages hold together: float32 arrays by name.
 
     `messages`: what compressors made, as `tensorwire.decode` takes streams; all with the same tensors, encoded with the
-    same codecs, and nothing else. `how`: the `mean`, the `sum`, the mean of those that hold an element or a coefficient at all
-    (`present`, as DeMo has it), or the sign of what most of them have there (`vote`). `weights`: one for each message.
-    Takes memory for two or three models, whatever the number of messages. Raises a WireError for a damaged message.
+    same codecs, and nothing else. `how`: the `mean`, the `sum`, the mean of those that hold an element or a coefficient
+    at all (`present`, as DeMo has it), or the sign of what most of them have there (`vote`). `weights`: one for each
+    message. Takes memory for two or three models, whatever the number of messages. Raises a WireError for a damaged
+    message, ValueError for none, or for weights that are no positive numbers or not as many.
 
         for name, change in combine([mine.data, *received]).items():
             weights[name] -= rate * np.sign(change)
@@ -44,8 +47,8 @@ def combine(
     totals: dict[str, _Total] = {}
     names: _Names | None = None
     weight_sum = 0.0
-    for number, message in enumerate(messages):
-        weight = 1.0 if weights is None else weights[number]
+    for message, weight in zip(messages, repeat(1.0) if weights is None else weights, strict=weights is not None):
+        check_weight(weight)
         weight_sum += weight
         found = _Names()
         for item, codec, payload, extent in slices(message, found.note):
