@@ -4,6 +4,7 @@ The contract is in stage.py, the layouts in docs/codecs.md; a file a family of s
 """
 
 from tensorwire.codecs.cast import BFloat16, Float16
+from tensorwire.codecs.entropy import Entropy
 from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
@@ -19,6 +20,7 @@ from tensorwire.codecs.stage import (
     Encoded,
     Packer,
     Parameter,
+    Part,
     Range,
     Sizes,
     Stage,
@@ -39,11 +41,13 @@ __all__ = [
     "Codec",
     "Compressor",
     "Encoded",
+    "Entropy",
     "Float16",
     "Int8",
     "Int8Linear",
     "Packer",
     "Parameter",
+    "Part",
     "Planes",
     "QuantizedState",
     "Range",

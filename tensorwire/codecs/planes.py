@@ -32,6 +32,9 @@ _LENGTH: Final = 4  # bytes that say how long a compressed plane is
 
 # A plane is looked at through about this many of its bytes.
 _SAMPLE: Final = 1 << 13
+# In so many pairs of its bytes, two are the same at least once where it is worth coding: 256 if all are as frequent.
+# From twice that on, codes save some 5 %.
+_WORTH: Final = 128
 # Bytes of a float of each dtype; complex elements have two.
 _WIDTHS: Final = {
     dtype: dtype.part_size for dtype in dtypes.ALL if dtype.name.startswith(("float", "bfloat", "complex"))
@@ -75,8 +78,11 @@ def planes_bound(size: int, width: int) -> int:
     return size + 1 + _mark_bytes(size, width) + width
 
 
-def put_planes(values: Bytes, width: int, payload: Bytes, take: Take) -> int:
-    """Write elements of `width` bytes as planes, and what stands of them before; the bytes that they take."""
+def put_planes(values: Bytes, width: int, payload: Bytes, take: Take, *, worth: int = _WORTH) -> int:
+    """Write elements of `width` bytes as planes, and what stands of them before; the bytes that they take.
+
+    A plane is coded where two of its bytes are the same at least once in `worth` pairs.
+    """
     at = 1 + _mark_bytes(values.size, width)
     marks = payload[1:at]
     blocks = kernels.nonzero_blocks(values, marks, blocksize=_MARKED * width)
@@ -93,7 +99,7 @@ def put_planes(values: Bytes, width: int, payload: Bytes, take: Take) -> int:
     planes = [payload[place : place + count] for place in places]
     kernels.split_planes(values, marks, planes)
     for plane in planes:
-        at += _put_plane(plane, payload[at:], take)
+        at += _put_plane(plane, payload[at:], take, worth)
     return at
 
 
@@ -168,14 +174,14 @@ def _marked_elements(marks: Bytes, blocks: int, elements: int) -> int:
     return blocks * _MARKED - missing
 
 
-def _put_plane(plane: Bytes, payload: Bytes, take: Take) -> int:
+def _put_plane(plane: Bytes, payload: Bytes, take: Take, worth: int) -> int:
     """Write a plane, which may stand in the same memory further behind; the bytes that it takes."""
     counts = np.empty(256, np.uint32)
     kernels.byte_histogram(plane, counts, every=max(plane.size // _SAMPLE, 1))
     if counts.max() == counts.sum() and (plane == plane[0]).all():
         payload[:2] = _CONSTANT, plane[0]
         return 2
-    mode, compressed = _compressed(plane, counts, take)
+    mode, compressed = _compressed(plane, counts, take, worth)
     if mode != _RAW and _LENGTH + compressed.size < plane.size:
         size = 1 + _LENGTH + compressed.size
         payload[0] = mode
@@ -188,18 +194,17 @@ def _put_plane(plane: Bytes, payload: Bytes, take: Take) -> int:
     return 1 + plane.size
 
 
-def _compressed(plane: Bytes, counts: Any, take: Take) -> tuple[int, Bytes]:
+def _compressed(plane: Bytes, counts: Any, take: Take, worth: int) -> tuple[int, Bytes]:
     """A plane of which these bytes are a sample, and how it is compressed; itself where it would hardly shrink.
 
-    Told by how likely two bytes of it are the same, in whole numbers, so that every machine decides alike. That is
-    1/256 where all bytes are as frequent; from twice that on, codes save some 5 %, which is worth their time. Where
+    Told by how likely two bytes of it are the same, in whole numbers, so that every machine decides alike. Where
     neighbours are the same more often than others, or nearly all bytes are, there are runs, of which zstd may make
     less.
     """
     wide = counts.astype(np.int64)
     same, total = int((wide * (wide - 1)).sum()), int(wide.sum())
     pairs = total * (total - 1)
-    if 128 * same <= pairs:
+    if worth * same <= pairs:
         return _RAW, plane
     codes = take(plane.size)
     size = kernels.huffman_encode(plane, codes)
