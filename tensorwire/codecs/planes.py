@@ -98,8 +98,8 @@ def put_planes(values: Bytes, width: int, payload: Bytes, take: Take, *, worth: 
     places = [at + 1 + p * (1 + count) for p in range(width)]
     planes = [payload[place : place + count] for place in places]
     kernels.split_planes(values, marks, planes)
-    for plane in planes:
-        at += _put_plane(plane, payload[at:], take, worth)
+    for plane, place in zip(planes, places, strict=True):
+        at += _put_plane(plane, payload[at:], take, worth, in_place=at + 1 == place)
     return at
 
 
@@ -174,12 +174,13 @@ def _marked_elements(marks: Bytes, blocks: int, elements: int) -> int:
     return blocks * _MARKED - missing
 
 
-def _put_plane(plane: Bytes, payload: Bytes, take: Take, worth: int) -> int:
+def _put_plane(plane: Bytes, payload: Bytes, take: Take, worth: int, *, in_place: bool) -> int:
     """Write a plane, which may stand in the same memory further behind; the bytes that it takes."""
     counts = np.empty(256, np.uint32)
     kernels.byte_histogram(plane, counts, every=max(plane.size // _SAMPLE, 1))
-    if counts.max() == counts.sum() and (plane == plane[0]).all():
-        payload[:2] = _CONSTANT, plane[0]
+    first = plane[0]
+    if counts[first] == counts.sum() and plane.min() == plane.max():
+        payload[:2] = _CONSTANT, first
         return 2
     mode, compressed = _compressed(plane, counts, take, worth)
     if mode != _RAW and _LENGTH + compressed.size < plane.size:
@@ -189,7 +190,7 @@ def _put_plane(plane: Bytes, payload: Bytes, take: Take, worth: int) -> int:
         payload[1 + _LENGTH : size] = compressed
         return size
     payload[0] = _RAW
-    if payload.ctypes.data + 1 != plane.ctypes.data:
+    if not in_place:
         payload[1 : 1 + plane.size] = plane
     return 1 + plane.size
 
@@ -202,7 +203,8 @@ def _compressed(plane: Bytes, counts: Any, take: Take, worth: int) -> tuple[int,
     less.
     """
     wide = counts.astype(np.int64)
-    same, total = int((wide * (wide - 1)).sum()), int(wide.sum())
+    total = int(wide.sum())
+    same = int(wide @ wide) - total
     pairs = total * (total - 1)
     if worth * same <= pairs:
         return _RAW, plane
