@@ -23,14 +23,12 @@ bool marked(const uint8_t* marks, size_t block) { return marks[block / 8] >> blo
 bool any_nonzero(const uint8_t* x, size_t n) {
     uint64_t bits = 0;
     size_t i = 0;
-    while (!bits && i + 8 * sizeof bits <= n) {  // most blocks show it at once
-        for (const size_t end = i + 8 * sizeof bits; i < end; i += sizeof bits) {
-            uint64_t word;
-            memcpy(&word, x + i, sizeof word);
-            bits |= word;
-        }
+    for (; i + sizeof bits <= n; i += sizeof bits) {
+        uint64_t word;
+        memcpy(&word, x + i, sizeof word);
+        bits |= word;
     }
-    while (!bits && i < n) bits = x[i++];
+    for (; i < n; ++i) bits |= x[i];
     return bits != 0;
 }
 

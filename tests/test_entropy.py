@@ -88,7 +88,7 @@ def test_parts_add_up(packer: type[Packer]) -> None:
 
 def test_what_gains_nothing_is_one_byte_longer() -> None:
     noise = RNG.integers(0, 256, 40_000, dtype=np.uint8).view(np.float32)
-    for values in (noise, WEIGHTS[:3]):
+    for values in (noise, WEIGHTS[:3], np.zeros(63, np.float32)):
         before = encoded("raw", values)
         assert encoded("raw|entropy", values) == b"\0" + before
 

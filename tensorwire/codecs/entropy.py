@@ -19,6 +19,8 @@ from tensorwire.tensor import Extent
 _MAX_PARTS: Final = 8
 _HEAD: Final = np.dtype([("size", "<u4"), ("width", "u1"), ("fill", "u1"), ("coded", "<u4")])
 _WIDTHS: Final = (1, 2, 4, 8)
+# What has fewer bytes is not looked at: codes and what is said of them would take as many.
+_LEAST: Final = 256
 # Bytes of which two are the same once in 256 pairs are all as frequent; somewhat more often, and codes save 2 %.
 _WORTH: Final = 240
 # The most frequent byte is told from about this many of them.
@@ -42,18 +44,16 @@ class Entropy(Compressor):
     def encode_parts(self, data: Any, parts: Sequence[Part], extent: Extent) -> Bytes:
         """The planes of each part, or where these are no fewer bytes, all as it is."""
         content = np.frombuffer(data, np.uint8)
+        if content.size < _LEAST:
+            return _as_it_is(content)
         room = sum(_HEAD.itemsize + planes_bound(part.size, part.width) for part in parts)
-        payload = _array(1 + max(room, content.size))
+        payload = _array(1 + room)
         payload[0] = len(parts)
         at, start = 1, 0
         for part in parts:
             at += _put_part(content[start : start + part.size], part.width, payload[at:])
             start += part.size
-        if at > content.size:
-            payload[0] = 0
-            payload[1 : 1 + content.size] = content
-            at = 1 + content.size
-        return payload[:at]
+        return payload[:at] if at <= content.size else _as_it_is(content)
 
     def decode(self, payload: memoryview, extent: Extent, size: int, *, exact: bool) -> Bytes:
         """The parts, one behind the other. Raises FormatError."""
@@ -71,6 +71,13 @@ class Entropy(Compressor):
                 np.bitwise_xor(out, np.uint8(fill), out=out)
             start += length
         return content
+
+
+def _as_it_is(content: Bytes) -> Bytes:
+    payload = _array(1 + content.size)
+    payload[0] = 0
+    payload[1:] = content
+    return payload
 
 
 def _put_part(content: Bytes, width: int, payload: Bytes) -> int:
