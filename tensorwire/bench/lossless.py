@@ -177,7 +177,7 @@ def _is_there(name: str, note: Note) -> bool:
     try:
         importlib.import_module(name)
     except ImportError:
-        note(f"{name} left out: not installed (pip install {name.partition('.')[0]})")
+        note(f"{name} left out: not installed; the dev extra has it")
         return False
     return True
 
