@@ -10,6 +10,12 @@
 #include "floats.h"
 #include "kernels.h"
 
+#if defined(TW_AVX512)
+#include "huffman_avx512.h"
+#else
+#include "huffman_scalar.h"
+#endif
+
 namespace tw {
 namespace TW_TIER {
 namespace {
@@ -116,11 +122,6 @@ void limit(uint8_t* depths, unsigned n) {
     }
 }
 
-struct Code {
-    uint16_t bits;
-    uint8_t length;
-};
-
 // The canonical codes of these lengths, turned round: the first bit is the lowest.
 void codes_of(const uint8_t* lengths, Code* codes) {
     unsigned next = 0;
@@ -137,26 +138,24 @@ void codes_of(const uint8_t* lengths, Code* codes) {
 }
 
 // Writes whole words: up to 8 bytes behind the stream, where the next one follows.
-void encode_stream(const uint8_t* x, size_t n, const Code* codes, uint8_t* out) {
+void encode_stream(const uint8_t* x, size_t n, const Code* table, const Codes& codes, uint8_t* out) {
     uint64_t word = 0;
-    unsigned bits = 0;
-    const auto put = [&](uint8_t byte) {
-        word |= uint64_t{codes[byte].bits} << bits;
-        bits += codes[byte].length;
-    };
-    const auto flush = [&] {
+    uint64_t bits = 0;
+    const auto put = [&](uint64_t next, uint64_t length) {
+        word |= next << bits;
+        bits += length;
         store_word(out, word);
         out += bits / 8;
-        word >>= bits & ~7u;
+        word >>= bits & ~uint64_t{7};
         bits %= 8;
     };
     size_t i = 0;
-    for (; i + kCodesInWord <= n; i += kCodesInWord) {
-        for (int k = 0; k < kCodesInWord; ++k) put(x[i + k]);
-        flush();
+    for (; i + kAtOnce <= n; i += kAtOnce) {
+        Groups groups;
+        const size_t made = codes.encode(x + i, groups);
+        for (size_t k = 0; k < made; ++k) put(groups.codes[k], groups.lengths[k]);
     }
-    for (; i < n; ++i) put(x[i]);
-    flush();
+    for (; i < n; ++i) put(table[x[i]].bits, table[x[i]].length);
     store_word(out, word);
 }
 
@@ -210,13 +209,14 @@ size_t encode_segment(const uint8_t* x, size_t n, uint8_t* out, size_t room) {
     }
     if (at + sizeof(uint64_t) > room) return 0;
     memcpy(out, head, head_size);
-    Code codes[256];
-    codes_of(lengths, codes);
+    Code table[256] = {};
+    codes_of(lengths, table);
+    const Codes codes(table);
     uint8_t* to = out + head_size + kStreams * sizeof(uint16_t);
     for (size_t s = 0; s < kStreams; ++s) {
         out[head_size + 2 * s] = static_cast<uint8_t>(sizes[s]);
         out[head_size + 2 * s + 1] = static_cast<uint8_t>(sizes[s] >> 8);
-        encode_stream(x + stream_begin(n, s), stream_begin(n, s + 1) - stream_begin(n, s), codes, to);
+        encode_stream(x + stream_begin(n, s), stream_begin(n, s + 1) - stream_begin(n, s), table, codes, to);
         to += sizes[s];
     }
     return at;

@@ -355,7 +355,8 @@ def read_value(data: bytes) -> Any:
 
 # --------------------------------------------------------------------------------------- 6. Codecs and DATA payloads
 
-RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, SPARSE, LOWRANK, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 64
+RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, SPARSE, LOWRANK = 1, 2, 3, 4, 5, 6, 7, 8, 10, 11
+ZSTD, ENTROPY = 64, 65
 
 
 def _floats(text: str) -> list[float]:
@@ -391,7 +392,8 @@ def check_codec(codec: Any, dtype: str) -> None:
     check(all(type(stage) is list and len(stage) > 0 for stage in codec), "codec: stage")
     check(all(is_int(number, 0, 1 << 32) for stage in codec for number in stage), "codec: stage")
     (number, *parameters), *behind = codec
-    check(behind in ([], [[ZSTD]]), "codec: only zstd, once, stands behind another")
+    known = [stage for stage in ([ZSTD], [ENTROPY]) if stage in behind]
+    check(len(known) == len(behind), "codec: only zstd and entropy, once each, stand behind another")
     if number in (RAW, FP16, BF16):
         check(parameters == [], "codec: parameters")
         check(number == RAW or dtype == "float32", f"codec: not for {dtype}")
@@ -437,7 +439,7 @@ def block_of(codec: list) -> int:
 
 
 def payload_length(codec: list, dtype: str, width: int, count: int) -> int:
-    """Bytes of the payload of `count` elements, before zstd; of planes and sparse, the most that there can be."""
+    """Bytes of the payload of `count` elements, before zstd and entropy; of planes and sparse, the most."""
     number, *parameters = codec[0]
     if number == PLANES:
         width, count = floats_of(dtype, width, count)
@@ -511,6 +513,35 @@ def read_zstd(
         raise Refused("zstd: content") from error
     check(len(plain) == content, "zstd: content")
     return plain
+
+
+def most_behind(stage: list, length: int) -> int:
+    """The most bytes that `length` bytes become."""
+    return length + 1 if stage == [ENTROPY] else length + length // 256 + 64
+
+
+def read_entropy(
+    payload: bytes, length: int, decompress: Callable[[bytes], bytes] | None, *, exact: bool = True
+) -> bytes | None:
+    """What stands in an entropy payload: `length` bytes or, unless `exact`, at most so many."""
+    check(len(payload) > 0 and payload[0] <= 8, "entropy: number of parts")
+    if payload[0] == 0:
+        check(len(payload) - 1 == length or (len(payload) - 1 < length and not exact), "entropy: length")
+        return payload[1:]
+    at, total, parts = 1, 0, []
+    for _ in range(payload[0]):
+        check(at + 10 <= len(payload), "entropy: cut")
+        size, width, fill, coded = struct.unpack_from("<IBBI", payload, at)
+        check(size > 0 and width in (1, 2, 4, 8) and size % width == 0, "entropy: part")
+        check(at + 10 + coded <= len(payload), "entropy: part cut")
+        parts.append((width, size // width, fill, payload[at + 10 : at + 10 + coded]))
+        at, total = at + 10 + coded, total + size
+    check(total == length or (total < length and not exact), "entropy: length")
+    check(at == len(payload) <= total, "entropy: bytes behind, or none saved")
+    planes = [decode_floats(width, count, coded, decompress) for width, count, _, coded in parts]
+    if any(part is None for part in planes):
+        return None
+    return b"".join(bytes(byte ^ part[2] for byte in plane) for part, plane in zip(parts, planes, strict=True))
 
 
 class _Planes:
@@ -592,7 +623,10 @@ def read_codes(data: bytes, codes: dict, count: int) -> bytes:
 def decode_planes(
     dtype: str, width: int, count: int, payload: bytes, decompress: Callable[[bytes], bytes] | None
 ) -> bytes | None:
-    width, count = floats_of(dtype, width, count)
+    return decode_floats(*floats_of(dtype, width, count), payload, decompress)
+
+
+def decode_floats(width: int, count: int, payload: bytes, decompress: Callable[[bytes], bytes] | None) -> bytes | None:
     given = _Planes(payload, decompress)
     form, blocks = given.take(1)[0], -(-count // 64)
     check(form <= 2, "planes: first byte")
@@ -990,12 +1024,10 @@ class _Reader:
             check(max(length, header.length) <= LIMIT_DATA, "limit: data frame")
         if item.codec[0][0] in (SPARSE, LOWRANK):
             check(header.count * item.width // 4 <= LIMIT_DATA, "limit: decoded slice")
-        if len(item.codec) == 1 and item.codec[0][0] in (PLANES, SPARSE):
-            check(header.length <= length, "slice: length")
-        elif len(item.codec) == 1:
-            check(header.length == length, "slice: length")
-        else:
-            check(header.length <= length + length // 256 + 64, "zstd: longer than any compressor makes it")
+        for stage in item.codec[1:]:
+            length = most_behind(stage, length)
+        exact = len(item.codec) == 1 and item.codec[0][0] not in (PLANES, SPARSE)
+        check(header.length == length or (header.length < length and not exact), "slice: length")
 
     def add_data(self, header: Header, payload: bytes) -> None:
         item = self.items[self.current]
@@ -1029,8 +1061,14 @@ class _Reader:
 
     def decoded(self, item: Item, count: int, payload: bytes) -> bytes | None:
         (number, *parameters), length = item.codec[0], payload_length(item.codec, item.dtype, item.width, count)
-        if len(item.codec) > 1:
-            plain = read_zstd(payload, length, self.decompress, exact=number not in (PLANES, SPARSE))
+        lengths = [length]
+        for stage in item.codec[1:-1]:
+            lengths.append(most_behind(stage, lengths[-1]))
+        for place in range(len(item.codec) - 2, -1, -1):
+            read_stage = read_entropy if item.codec[place + 1] == [ENTROPY] else read_zstd
+            plain = read_stage(
+                payload, lengths[place], self.decompress, exact=place == 0 and number not in (PLANES, SPARSE)
+            )
             if plain is None:
                 return None
             payload = plain

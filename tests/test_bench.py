@@ -292,6 +292,14 @@ def test_lossless_rows_are_of_what_was_compressed(capsys: pytest.CaptureFixture[
     assert "updates left out" in captured.err and "as planes" in captured.err
 
 
+def test_what_stands_behind_a_quantizer_is_measured_as_lossless(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "lossless", "--model", "tiny", "--codec", "nf4|entropy", "bf16|entropy", "--json", "-"]
+    assert main(command) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out) if row["impl"] in ("native", "numpy")]
+    assert [row["data"] for row in rows if row["codec"] == "bf16|entropy"] == ["fp32", "bf16 in fp32"]
+    assert all(0.1 < row["ratio"] < 0.35 for row in rows)
+
+
 def test_tables_align_numbers_and_leave_gaps() -> None:
     text = render([{"a": "x", "b": 1.5}, {"a": "longer", "b": None}], [Column("a", "name"), Column("b", "n", ".2f")])
     assert text.splitlines() == [

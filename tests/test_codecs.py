@@ -49,8 +49,11 @@ SPECS = [
     "nf4:blocksize=32|zstd",
     "planes",
     "planes|zstd",
+    "bf16|entropy",
+    "nf4:double_quant=true|entropy",
+    "raw|entropy",
 ]
-LOSSY = ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "bf16|zstd"]
+LOSSY = ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "bf16|zstd", "nf4|entropy"]
 VALUES = (np.random.default_rng(3).standard_normal(70_001) * 0.02).astype(np.float32)
 
 
@@ -240,6 +243,7 @@ def test_ids_are_fixed() -> None:
         "sparse": 10,
         "lowrank": 11,
         "zstd": 64,
+        "entropy": 65,
     }
 
 
@@ -314,7 +318,7 @@ def test_stages_in_an_order_that_no_writer_makes_are_refused(stages: tuple) -> N
         from_stages(stages)
 
 
-@pytest.mark.parametrize("stages", [((0,),), ((99,),), ((1,), (65,)), ((32768,),), ((65535, 1), (64,))])
+@pytest.mark.parametrize("stages", [((0,),), ((99,),), ((1,), (66,)), ((32768,),), ((65535, 1), (64,))])
 def test_unknown_codecs_on_the_wire_are_unsupported(stages: tuple) -> None:
     with pytest.raises(UnsupportedError):
         from_stages(stages)

@@ -246,6 +246,35 @@ def test_both_read_sparse_and_low_rank_alike_or_refuse_them(spec, dtype, count, 
         assert read(parameters, dtype, count, payload) == out.tobytes()
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    spec=st.sampled_from(["raw", "nf4:blocksize=32", "fp4:double_quant=true", "int8-linear:blocksize=16", "planes"]),
+    count=st.integers(1, 900),
+    seed=st.integers(0, 2**32 - 1),
+    damage=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2),
+    cut=st.integers(-3, 3),
+)
+def test_both_unpack_entropy_alike_or_refuse_it(spec, count, seed, damage, cut):
+    codec, extent = parse(f"{spec}|entropy"), Extent.whole(dtypes.FLOAT32, (count,))
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(count).astype(np.float32)
+    values[rng.integers(0, count) :][: count // 2] = 0
+    made = codec.encode(values.view(np.uint8), extent, lambda size: np.empty(size, np.uint8), 1.0).payload
+    payload, content = bytearray(made), codec.unpack(memoryview(made), extent)
+    for at, value in damage:
+        payload[at % min(len(payload), 40)] = value
+    payload = bytes(payload[:cut] if cut < 0 else payload + bytes(cut))
+    size, exact = codec.sizes(count, dtypes.FLOAT32).total, codec.packer.exact_length
+    try:
+        unpacked = bytes(codec.unpack(memoryview(payload), extent))
+    except WireError:
+        with pytest.raises(reference.Refused):
+            reference.read_entropy(payload, size, zstd_decompress, exact=exact)
+    else:
+        assert reference.read_entropy(payload, size, zstd_decompress, exact=exact) == unpacked
+        assert damage or cut or unpacked == content
+
+
 def decode(stages: tuple, dtype: dtypes.DType, count: int, payload: np.ndarray) -> bytes:
     codec = [list(stage) for stage in stages]
     assert reference.payload_length(codec, dtype.name, dtype.itemsize, count) == payload.size

@@ -12,7 +12,7 @@ from tensorwire.cli.outputs import add_force, check_output
 
 _TEXT: Final = f"""\
 {inputs.HELP}
-codecs, with their parameters as in nf4:blocksize=128,double_quant=true; zstd may stand behind any of them:
+codecs, with their parameters as in nf4:blocksize=128,double_quant=true; zstd and entropy may stand behind any:
 {codecs.describe()}
 Tensors that a codec cannot represent (integers, for example) travel losslessly beside the others.
 Rules by name, the first that matches wins: --codec '*.bias=raw,*=nf4'

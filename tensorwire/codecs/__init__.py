@@ -4,6 +4,7 @@ The contract is in stage.py, the layouts in docs/codecs.md; a file a family of s
 """
 
 from tensorwire.codecs.cast import BFloat16, Float16
+from tensorwire.codecs.entropy import Entropy
 from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float, largest
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
@@ -21,6 +22,7 @@ from tensorwire.codecs.stage import (
     Encoded,
     Packer,
     Parameter,
+    Part,
     Range,
     Real,
     Sizes,
@@ -44,6 +46,7 @@ __all__ = [
     "Codec",
     "Compressor",
     "Encoded",
+    "Entropy",
     "Factors",
     "Float16",
     "Int8",
@@ -51,6 +54,7 @@ __all__ = [
     "LowRank",
     "Packer",
     "Parameter",
+    "Part",
     "Planes",
     "QuantizedState",
     "Range",

@@ -15,7 +15,7 @@ from tensorwire.codecs.floats import (
     largest,
     widen,
 )
-from tensorwire.codecs.stage import Choice, Encoded, Packer, Sizes, Sums, Take, parameter
+from tensorwire.codecs.stage import Choice, Encoded, Packer, Part, Sizes, Sums, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import NonFiniteError
 from tensorwire.tensor import Extent, TensorView
@@ -45,6 +45,10 @@ class Cast(Packer):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """Two bytes an element."""
         return Sizes(count * self.narrow.itemsize)
+
+    def parts(self, count: int, dtype: DType) -> tuple[Part, ...]:
+        """The narrow elements."""
+        return (Part(count * self.narrow.itemsize, self.narrow.itemsize),)
 
     def fallback(self, view: TensorView) -> str:
         """With overflow=raw, where a value is too large."""

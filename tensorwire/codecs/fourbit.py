@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tensorwire import kernels
 from tensorwire.codecs.floats import kernel_target, kernel_view, kernels_for
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax, split
-from tensorwire.codecs.stage import Bytes, Choice, Encoded, Range, Sizes, Sums, Take, parameter
+from tensorwire.codecs.stage import Bytes, Choice, Encoded, Part, Range, Sizes, Sums, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.kernels import tables
@@ -51,6 +51,13 @@ class FourBit(TableQuantizer):
 
     def _metadata(self, blocks: int) -> int:
         return _nested_head(blocks) + blocks if self.double_quant else 4 * blocks
+
+    def parts(self, count: int, dtype: DType) -> tuple[Part, ...]:
+        """The absmax, or with double_quant what is needed for their codes, and these; then the codes."""
+        if not self.double_quant:
+            return super().parts(count, dtype)
+        blocks = self.blocks(count)
+        return Part(_nested_head(blocks), 4), Part(blocks, 1), Part((count + 1) // 2, 1)
 
     def prepare(self, view: TensorView) -> float | None:
         """With double_quant the offset: the mean absmax of the tensor."""

@@ -75,10 +75,11 @@ class Int8Linear(Quantizer):
 
     id = 5
     name = "int8-linear"
+    scale_size = dtypes.BFLOAT16.itemsize
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """A byte an element, two a block."""
-        return Sizes(count, dtypes.BFLOAT16.itemsize * self.blocks(count))
+        return Sizes(count, self.scale_size * self.blocks(count))
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """The scales, then the codes. Raises NonFiniteError."""

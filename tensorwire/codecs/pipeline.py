@@ -224,9 +224,12 @@ class Codec:
             raise EncodeError(f"{error.detail}: a fault of one of its stages") from None
 
     def _compressed(self, encoded: Encoded, place: Extent) -> Encoded:
-        for compressor in self.compressors:
-            encoded = Encoded(compressor.encode(encoded.payload, place))
-        return encoded
+        first, *others = self.compressors
+        parts = self.packer.parts(place.count, place.dtype)
+        data = first.encode_parts(encoded.payload, parts, place) if parts else first.encode(encoded.payload, place)
+        for compressor in others:
+            data = compressor.encode(data, place)
+        return Encoded(data)
 
     def _places(self, extent: Extent) -> list[Extent]:
         """A slice as each transform gets it, and last as the packer does."""
@@ -264,7 +267,7 @@ class Readymade(Codec):
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """The packer's payload as it came, compressed where the codec compresses."""
-        return self._compressed(Encoded(data), extent)
+        return self._compressed(Encoded(data), extent) if self.compressors else Encoded(data)
 
 
 def _through(transform: Transform, view: TensorView) -> TensorView:

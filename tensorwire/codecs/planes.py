@@ -32,6 +32,9 @@ _LENGTH: Final = 4  # bytes that say how long a compressed plane is
 
 # A plane is looked at through about this many of its bytes.
 _SAMPLE: Final = 1 << 13
+# In so many pairs of its bytes, two are the same at least once where it is worth coding: 256 if all are as frequent.
+# From twice that on, codes save some 5 %.
+_WORTH: Final = 128
 # Bytes of a float of each dtype; complex elements have two.
 _WIDTHS: Final = {
     dtype: dtype.part_size for dtype in dtypes.ALL if dtype.name.startswith(("float", "bfloat", "complex"))
@@ -57,51 +60,66 @@ class Planes(Packer):
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """The bytes of the elements; and for what is said of the slice, its blocks and its planes."""
-        width = _WIDTHS[dtype]
         size = count * dtype.itemsize
-        return Sizes(size, 1 + _mark_bytes(size, width) + width)
+        return Sizes(size, planes_bound(size, _WIDTHS[dtype]) - size)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What stands of the slice, then its planes."""
-        values, width = np.frombuffer(data, np.uint8), _WIDTHS[extent.dtype]
         payload = take(self.sizes(extent.count, extent.dtype).total)
-        at = 1 + _mark_bytes(values.size, width)
-        marks = payload[1:at]
-        blocks = kernels.nonzero_blocks(values, marks, blocksize=_MARKED * width)
-        if blocks == 0:
-            payload[0] = _NOTHING
-            return Encoded(payload[:1])
-        everything = blocks == _blocks(values.size, width)
-        payload[0] = _ALL if everything else _MARKS
-        if everything:
-            marks, at = marks.copy(), 1
-        count = _marked_elements(marks, blocks, values.size // width)
-        # Every plane where it will stand if it is raw and those before it are: most often it need not move.
-        places = [at + 1 + p * (1 + count) for p in range(width)]
-        planes = [payload[place : place + count] for place in places]
-        kernels.split_planes(values, marks, planes)
-        for plane in planes:
-            at += _put_plane(plane, payload[at:], take)
-        return Encoded(payload[:at])
+        return Encoded(payload[: put_planes(np.frombuffer(data, np.uint8), _WIDTHS[extent.dtype], payload, take)])
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
         """The elements of the planes. Raises FormatError."""
-        width = _WIDTHS[extent.dtype]
-        given = _Reader(np.frombuffer(payload, np.uint8))
-        form = given.byte("what stands of a slice", _NOTHING)
-        if form == _NOTHING:
-            given.end()
-            out[:] = 0
-            return
-        total = _blocks(out.size, width)
-        marks = given.take(_mark_bytes(out.size, width)) if form == _MARKS else _full(total)
-        blocks = int(np.unpackbits(marks).sum())
-        if (form == _MARKS and not 0 < blocks < total) or marks[-1] & ~_full(total)[-1]:
-            raise FormatError(f"{blocks} of {total} blocks of a slice are marked")
-        count = _marked_elements(marks, blocks, out.size // width)
-        planes = [_take_plane(given, count) for _ in range(width)]
+        take_planes(np.frombuffer(payload, np.uint8), _WIDTHS[extent.dtype], out)
+
+
+def planes_bound(size: int, width: int) -> int:
+    """The most bytes that `size` bytes of elements of `width` bytes become."""
+    return size + 1 + _mark_bytes(size, width) + width
+
+
+def put_planes(values: Bytes, width: int, payload: Bytes, take: Take, *, worth: int = _WORTH) -> int:
+    """Write elements of `width` bytes as planes, and what stands of them before; the bytes that they take.
+
+    A plane is coded where two of its bytes are the same at least once in `worth` pairs.
+    """
+    at = 1 + _mark_bytes(values.size, width)
+    marks = payload[1:at]
+    blocks = kernels.nonzero_blocks(values, marks, blocksize=_MARKED * width)
+    if blocks == 0:
+        payload[0] = _NOTHING
+        return 1
+    everything = blocks == _blocks(values.size, width)
+    payload[0] = _ALL if everything else _MARKS
+    if everything:
+        marks, at = marks.copy(), 1
+    count = _marked_elements(marks, blocks, values.size // width)
+    # Every plane where it will stand if it is raw and those before it are: most often it need not move.
+    places = [at + 1 + p * (1 + count) for p in range(width)]
+    planes = [payload[place : place + count] for place in places]
+    kernels.split_planes(values, marks, planes)
+    for plane, place in zip(planes, places, strict=True):
+        at += _put_plane(plane, payload[at:], take, worth, in_place=at + 1 == place)
+    return at
+
+
+def take_planes(payload: Bytes, width: int, out: Bytes) -> None:
+    """What `put_planes` was given, of the length of `out`. Raises FormatError."""
+    given = _Reader(payload)
+    form = given.byte("what stands of a slice", _NOTHING)
+    if form == _NOTHING:
         given.end()
-        kernels.merge_planes(planes, marks, out)
+        out[:] = 0
+        return
+    total = _blocks(out.size, width)
+    marks = given.take(_mark_bytes(out.size, width)) if form == _MARKS else _full(total)
+    blocks = int(np.unpackbits(marks).sum())
+    if (form == _MARKS and not 0 < blocks < total) or marks[-1] & ~_full(total)[-1]:
+        raise FormatError(f"{blocks} of {total} blocks of a slice are marked")
+    count = _marked_elements(marks, blocks, out.size // width)
+    planes = [_take_plane(given, count) for _ in range(width)]
+    given.end()
+    kernels.merge_planes(planes, marks, out)
 
 
 class _Reader:
@@ -156,14 +174,15 @@ def _marked_elements(marks: Bytes, blocks: int, elements: int) -> int:
     return blocks * _MARKED - missing
 
 
-def _put_plane(plane: Bytes, payload: Bytes, take: Take) -> int:
+def _put_plane(plane: Bytes, payload: Bytes, take: Take, worth: int, *, in_place: bool) -> int:
     """Write a plane, which may stand in the same memory further behind; the bytes that it takes."""
     counts = np.empty(256, np.uint32)
     kernels.byte_histogram(plane, counts, every=max(plane.size // _SAMPLE, 1))
-    if counts.max() == counts.sum() and (plane == plane[0]).all():
-        payload[:2] = _CONSTANT, plane[0]
+    first = plane[0]
+    if counts[first] == counts.sum() and plane.min() == plane.max():
+        payload[:2] = _CONSTANT, first
         return 2
-    mode, compressed = _compressed(plane, counts, take)
+    mode, compressed = _compressed(plane, counts, take, worth)
     if mode != _RAW and _LENGTH + compressed.size < plane.size:
         size = 1 + _LENGTH + compressed.size
         payload[0] = mode
@@ -171,23 +190,23 @@ def _put_plane(plane: Bytes, payload: Bytes, take: Take) -> int:
         payload[1 + _LENGTH : size] = compressed
         return size
     payload[0] = _RAW
-    if payload.ctypes.data + 1 != plane.ctypes.data:
+    if not in_place:
         payload[1 : 1 + plane.size] = plane
     return 1 + plane.size
 
 
-def _compressed(plane: Bytes, counts: Any, take: Take) -> tuple[int, Bytes]:
+def _compressed(plane: Bytes, counts: Any, take: Take, worth: int) -> tuple[int, Bytes]:
     """A plane of which these bytes are a sample, and how it is compressed; itself where it would hardly shrink.
 
-    Told by how likely two bytes of it are the same, in whole numbers, so that every machine decides alike. That is
-    1/256 where all bytes are as frequent; from twice that on, codes save some 5 %, which is worth their time. Where
+    Told by how likely two bytes of it are the same, in whole numbers, so that every machine decides alike. Where
     neighbours are the same more often than others, or nearly all bytes are, there are runs, of which zstd may make
     less.
     """
     wide = counts.astype(np.int64)
-    same, total = int((wide * (wide - 1)).sum()), int(wide.sum())
+    total = int(wide.sum())
+    same = int(wide @ wide) - total
     pairs = total * (total - 1)
-    if 128 * same <= pairs:
+    if worth * same <= pairs:
         return _RAW, plane
     codes = take(plane.size)
     size = kernels.huffman_encode(plane, codes)

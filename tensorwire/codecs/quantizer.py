@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire.codecs.floats import KERNEL_DTYPES, largest, widen
-from tensorwire.codecs.stage import Bytes, Choice, Packer, Range, parameter
+from tensorwire.codecs.stage import Bytes, Choice, Packer, Part, Range, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, NonFiniteError
 from tensorwire.tensor import TensorView
@@ -30,6 +30,8 @@ class Quantizer(Packer):
     lossless = False
     exact_length = True
     on_device = True
+    # Bytes of a scale.
+    scale_size: ClassVar[int] = 4
 
     def accepts(self, dtype: DType) -> bool:
         """float32, float16, bfloat16."""
@@ -42,6 +44,11 @@ class Quantizer(Packer):
     def blocks(self, count: int) -> int:
         """Blocks in `count` elements, the last one maybe partial."""
         return -(-count // self.blocksize)
+
+    def parts(self, count: int, dtype: DType) -> tuple[Part, ...]:
+        """The scales, then the codes."""
+        sizes = self.sizes(count, dtype)
+        return Part(sizes.metadata, self.scale_size), Part(sizes.data, 1)
 
     def fallback(self, view: TensorView) -> str:
         """With nonfinite=raw, where there is a NaN or an infinity."""

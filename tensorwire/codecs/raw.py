@@ -6,7 +6,7 @@ import numpy as np
 
 from tensorwire import dtypes
 from tensorwire.codecs.floats import add_weighted
-from tensorwire.codecs.stage import Encoded, Packer, Sizes, Sums, Take
+from tensorwire.codecs.stage import Encoded, Packer, Part, Sizes, Sums, Take
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError
 from tensorwire.tensor import Extent
@@ -28,6 +28,10 @@ class Raw(Packer):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """The bytes of the elements."""
         return Sizes(count * dtype.itemsize)
+
+    def parts(self, count: int, dtype: DType) -> tuple[Part, ...]:
+        """The elements, complex ones as two numbers."""
+        return (Part(count * dtype.itemsize, dtype.part_size),)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """The memory that came in."""

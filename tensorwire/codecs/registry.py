@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import Final, TypeVar
 
 from tensorwire.codecs.cast import BFloat16, Float16
+from tensorwire.codecs.entropy import Entropy
 from tensorwire.codecs.fourbit import FP4, NF4
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.lowrank import LowRank
@@ -38,6 +39,7 @@ BUILT_IN: Final[tuple[type[Stage], ...]] = (
     Sparse,
     LowRank,
     Zstd,
+    Entropy,
 )
 _BY_ID: Final[dict[int, type[Stage]]] = {stage.id: stage for stage in BUILT_IN}
 _BY_NAME: Final[dict[str, type[Stage]]] = {stage.name: stage for stage in BUILT_IN}

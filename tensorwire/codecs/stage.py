@@ -13,7 +13,7 @@ an id names one of them for ever.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -131,6 +131,13 @@ class Sizes(NamedTuple):
     def total(self) -> int:
         """All bytes."""
         return self.data + self.metadata
+
+
+class Part(NamedTuple):
+    """Numbers that stand in a payload: bytes of all of them, and of each one: 1, 2, 4 or 8."""
+
+    size: int
+    width: int
 
 
 class Encoded(NamedTuple):
@@ -262,6 +269,10 @@ class Packer(Stage):
         Never more for several blocks than for one, times their number.
         """
 
+    def parts(self, count: int, dtype: DType) -> tuple[Part, ...]:
+        """Which numbers the payload of `count` elements consists of, in their order; nothing where it is just bytes."""
+        return ()
+
     def fallback(self, view: TensorView) -> str:
         """Why this tensor's values ask for a lossless codec instead, as a parameter's policy says; else nothing."""
         return ""
@@ -314,6 +325,10 @@ class Compressor(Stage):
     @abstractmethod
     def encode(self, data: Any, extent: Extent) -> Any:
         """The compressed payload, a buffer."""
+
+    def encode_parts(self, data: Any, parts: Sequence[Part], extent: Extent) -> Any:
+        """The same of a payload that consists of these numbers, at least one part, for whom that helps."""
+        return self.encode(data, extent)
 
     @abstractmethod
     def decode(self, payload: memoryview, extent: Extent, size: int, *, exact: bool) -> Any:

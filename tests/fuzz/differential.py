@@ -52,6 +52,8 @@ def material() -> dict[str, bytes]:
         "int8-linear:blocksize=16",
         "nf4:blocksize=32",
         "fp4|zstd",
+        "nf4|entropy",
+        "entropy",
         "nf4:double_quant=true",
         "bf16|zstd",
         "sparse:k=2,bits=2,rows=2,cols=5,width=9",

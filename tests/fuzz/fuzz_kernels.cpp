@@ -65,6 +65,8 @@ private:
     size_t size_;
 };
 
+constexpr int kFirstOfPlanes = 11, kFirstOfSparse = 17, kKernels = 19;
+
 size_t size_of(int dtype) { return dtype == tw::kFloat32 ? 4 : 2; }
 
 // What one tier made of the input: all outputs, and what it returned.
@@ -100,7 +102,116 @@ void keep_checksum(Result& result, const tw::Kernels& k, const uint32_t* crc, Bu
                         reinterpret_cast<const uint8_t*>(crc + 1));
 }
 
-constexpr int kKernels = 13;
+size_t blocks_of(size_t n, size_t size) { return n / size + (n % size != 0); }
+
+// Marks of the blocks of n elements, any of them; how many elements are in those that are marked.
+size_t fill_marks(Input& in, Buffer& marks, size_t n) {
+    in.fill(marks.data(), marks.size());
+    size_t standing = 0;
+    for (size_t i = 0; i < 8 * marks.size(); ++i) {
+        const size_t begin = i * tw::kPlaneBlock, end = begin + tw::kPlaneBlock;
+        uint8_t& bits = marks.data()[i / 8];
+        if (begin >= n) bits &= static_cast<uint8_t>(~(1u << i % 8));
+        if (bits >> i % 8 & 1) standing += (end < n ? end : n) - begin;
+    }
+    return standing;
+}
+
+// Elements to planes and back.
+void split_and_merge(Result& result, const tw::Kernels& k, Input& in, size_t n, size_t shift, int log_width) {
+    const size_t width = size_t{1} << log_width;
+    Buffer values(n * width, shift), marks(blocks_of(blocks_of(n, tw::kPlaneBlock), 8), 0),
+        merged(n * width, shift / 2);
+    const size_t standing = fill_marks(in, marks, n);
+    in.fill(values.data(), values.size());
+    std::vector<Buffer> planes;
+    uint8_t* to[8];
+    for (size_t p = 0; p < width; ++p) {
+        planes.emplace_back(standing, (shift + p) % 64);
+        to[p] = planes[p].data();
+    }
+    k.split_planes[log_width](values.data(), marks.data(), to, n);
+    tw::Plane from[8];
+    for (size_t p = 0; p < width; ++p) from[p] = {to[p], false};
+    k.merge_planes[log_width](from, marks.data(), merged.data(), n);
+    for (size_t i = 0; i < n; ++i) {
+        const size_t block = i / tw::kPlaneBlock;
+        const bool stands = marks.data()[block / 8] >> block % 8 & 1;
+        for (size_t at = i * width; at < (i + 1) * width; ++at) {
+            if (merged.data()[at] != (stands ? values.data()[at] : 0)) abort();
+        }
+    }
+    for (Buffer& plane : planes) keep(result, plane);
+}
+
+// Any planes, some of them constant, to elements.
+void merge(Result& result, const tw::Kernels& k, Input& in, size_t n, size_t shift, int log_width) {
+    const size_t width = size_t{1} << log_width;
+    Buffer marks(blocks_of(blocks_of(n, tw::kPlaneBlock), 8), 0), merged(n * width, shift);
+    const size_t standing = fill_marks(in, marks, n);
+    const uint8_t constant = in.take<uint8_t>();
+    std::vector<Buffer> planes;
+    tw::Plane from[8];
+    for (size_t p = 0; p < width; ++p) {
+        const bool one = constant >> p & 1;
+        planes.emplace_back(one ? 1 : standing, (shift + p) % 64);
+        in.fill(planes[p].data(), planes[p].size());
+        from[p] = {planes[p].data(), one};
+    }
+    k.merge_planes[log_width](from, marks.data(), merged.data(), n);
+    keep(result, merged);
+}
+
+// Bytes to codes, in room that may be too small, and back; or back with `damage`, which may do anything but harm.
+void huffman(Result& result, const tw::Kernels& k, Input& in, size_t n, size_t shift, bool damage) {
+    const uint8_t kept = in.take<uint8_t>();  // bits of the bytes: few different ones are what codes are for
+    const size_t room = damage || !(shift & 2) ? 2 * n + 1000 : in.take<uint16_t>();
+    Buffer values(n, shift), out(room, shift / 2);
+    in.fill(values.data(), n);
+    if (shift & 8) {
+        for (size_t i = 0; i < n; ++i) values.data()[i] &= kept;
+    }
+    const size_t size = k.huffman_encode(values.data(), n, out.data(), room);
+    result.returned = size;
+    if (size > room || (n && !size)) return;
+    Buffer codes(size, shift), decoded(n, shift);
+    memcpy(codes.data(), out.data(), size);
+    for (int i = 0; damage && size && i < 3; ++i) {
+        const size_t at = in.take<uint16_t>() % (shift & 1 ? size : size < 40 ? size : 40);
+        codes.data()[at] = in.take<uint8_t>();
+    }
+    result.keep = k.huffman_decode(codes.data(), size, decoded.data(), n);
+    if (!damage && (!result.keep || memcmp(decoded.data(), values.data(), n) != 0)) abort();
+    keep(result, codes);
+    keep(result, decoded);
+}
+
+Result run_planes(const tw::Kernels& k, int kernel, Input in) {
+    const int log_width = in.take<uint8_t>() % tw::kPlaneWidths;
+    const size_t shift = in.take<uint8_t>() % 64, times = in.take<uint8_t>() % 16 ? 1 : 32;  // several segments
+    const size_t n = in.take<uint16_t>() % 9000 * times;
+    Result result;
+    if (kernel == kFirstOfPlanes) {
+        const size_t blocksize = size_t{1} + in.take<uint16_t>() % 1024;
+        Buffer values(n, shift), marks(blocks_of(blocks_of(n, blocksize), 8), shift);
+        in.fill(values.data(), n);
+        result.returned = k.nonzero_blocks(values.data(), n, blocksize, marks.data());
+        keep(result, marks);
+    } else if (kernel == kFirstOfPlanes + 1) {
+        const size_t every = size_t{1} + in.take<uint8_t>();
+        Buffer values(n, shift), counts(256 * sizeof(uint32_t), 0);
+        in.fill(values.data(), n);
+        k.byte_histogram(values.data(), n, every, counts.as<uint32_t>());
+        keep(result, counts);
+    } else if (kernel == kFirstOfPlanes + 2) {
+        split_and_merge(result, k, in, n, shift, log_width);
+    } else if (kernel == kFirstOfPlanes + 3) {
+        merge(result, k, in, n, shift, log_width);
+    } else {
+        huffman(result, k, in, n, shift, kernel == kFirstOfPlanes + 5);
+    }
+    return result;
+}
 
 // Sparse slices: positions out of any codes, added; and of any values, selected and coded.
 Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
@@ -147,7 +258,8 @@ Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
 
 Result run(const tw::Kernels& k, Input in) {
     const int kernel = in.take<uint8_t>() % kKernels;
-    if (kernel >= 11) return run_sparse(k, in, kernel == 11);
+    if (kernel >= kFirstOfSparse) return run_sparse(k, in, kernel == kFirstOfSparse);
+    if (kernel >= kFirstOfPlanes) return run_planes(k, kernel, in);
     const int dtype = in.take<uint8_t>() % tw::kDtypes;
     const int type = in.take<uint8_t>() % tw::kQuantTypes;
     const bool stream = in.take<uint8_t>() & 1;

@@ -17,7 +17,8 @@ Layout = Callable[..., bytes]
 BAD: dict[str, tuple[str, str, Callable[..., bytes]]] = {}
 
 TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
-RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, PLANES, SPARSE, LOWRANK, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 64
+RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, PLANES, SPARSE, LOWRANK = 1, 2, 3, 4, 5, 6, 7, 8, 10, 11
+ZSTD, ENTROPY = 64, 65
 BOOL, UINT8, INT64, FLOAT16, FLOAT32, FLOAT64 = 1, 2, 9, 16, 18, 19
 START = Frame(STREAM, packb({"align": 1}))
 
@@ -628,6 +629,31 @@ bad(
     "mode of a plane",
     carried(zstd_frame(b"\0\x09"), 200, [[PLANES], [ZSTD]], FLOAT32),
 )
+
+# 128 elements of nf4: 2 absmax and 64 bytes of codes, 72 in all.
+ABSMAX_PART = struct.pack("<IBBI", 8, 4, 0, 1) + b"\x02"
+CODES_PART = struct.pack("<IBBI", 64, 1, 0x77, 1) + b"\x02"
+for name, says, payload in (
+    ("nine-parts", "more than 8", b"\x09" + (ABSMAX_PART + CODES_PART)),
+    ("head-cut", "said of a part", b"\x02" + ABSMAX_PART + CODES_PART[:9]),
+    ("part-cut", "ends after", b"\x02" + ABSMAX_PART + CODES_PART[:10]),
+    ("part-of-nothing", "part of 0", b"\x02" + struct.pack("<IBBI", 0, 1, 0, 1) + b"\x02" + CODES_PART),
+    ("width-3", "numbers of 3", b"\x02" + struct.pack("<IBBI", 9, 3, 0, 1) + b"\x02" + CODES_PART),
+    ("broken-numbers", "numbers of 4", b"\x02" + struct.pack("<IBBI", 10, 4, 0, 1) + b"\x02" + CODES_PART),
+    ("part-missing", "parts of 8 bytes where 72", b"\x01" + ABSMAX_PART),
+    ("parts-beyond", "parts of 80 bytes where 72", b"\x03" + ABSMAX_PART * 2 + CODES_PART),
+    ("part-of-4-gib", "parts of 4294967295", b"\x01" + struct.pack("<IBBI", 0xFFFFFFFF, 1, 0, 1) + b"\x02"),
+    ("behind", "of which 23 stand", b"\x02" + ABSMAX_PART + CODES_PART + b"\0"),
+    ("saves-nothing", "stand for 72", b"\x01" + struct.pack("<IBBI", 72, 1, 0, 62) + bytes(62)),
+    ("first-byte-of-planes", "what stands of a slice", b"\x01" + struct.pack("<IBBI", 72, 1, 0, 1) + b"\x03"),
+    ("bytes-behind-planes", "bytes behind", b"\x01" + struct.pack("<IBBI", 72, 1, 0, 2) + b"\x02\0"),
+    ("whole-short", "gives 71 bytes", b"\0" + bytes(71)),
+    ("absmax", "absmax", b"\x02" + struct.pack("<IBBI", 8, 1, 0xFF, 1) + b"\x02" + CODES_PART),
+    ("longer", "at most", bytes(74)),
+):
+    bad(f"entropy-{name}", "FormatError", says, carried(payload, 128, [[NF4, 64, 0], [ENTROPY]]))
+bad("entropy-parameter", "FormatError", "0 parameters", (START, ROOT, tensor(1, ["a"], [3], FLOAT32, [[1], [65, 1]])))
+bad("entropy-alone", "FormatError", "order", (START, ROOT, tensor(1, ["a"], [3], FLOAT32, [[ENTROPY]])))
 
 
 # Chunks of 16 elements, of which 2 are kept: 120 pairs, in 7 bits; or 7, in codes of Rice. Signs.

@@ -385,6 +385,46 @@ def lowrank() -> bytes:
 
 
 @golden
+def entropy() -> bytes:
+    """Parts of every packer, blocks of zeros left out of them, and payloads that gain nothing; with zstd around it."""
+    update = weights(9000, "entropy")
+    update[1000:6000] = 0
+    small = weights(40, "entropy small")
+    tensors = {
+        "nf4": update,
+        "nested": update,
+        "fp4": bfloat16(update),
+        "int8": update,
+        "linear": update.astype(np.float16),
+        "bf16": update,
+        "integers": np.arange(3000) // 100,
+        "complex": update[:2000].astype(np.complex128),
+        "double": update.astype(np.float64),
+        "planes": update[:3000],
+        "behind zstd": update[:3000],
+        "before zstd": update[:3000],
+        "small": small,
+        "scalar": np.float32(0.1),
+        "noise": np.frombuffer(random_bytes(300, "entropy noise"), np.uint8),
+        "text": "value",
+    }
+    codecs = {
+        "nested": "nf4:double_quant=true|entropy",
+        "fp4": "fp4|entropy",
+        "int8": "int8:blocksize=64|entropy",
+        "linear": "int8-linear|entropy",
+        "bf16": "bf16|entropy",
+        "planes": "planes|entropy",
+        "behind zstd": "nf4|zstd|entropy",
+        "before zstd": "nf4|entropy|zstd",
+        "noise": "raw|entropy",
+        "integers": "entropy",
+        "*": "nf4|entropy",
+    }
+    return tw.dumps(tensors, codec=codecs)
+
+
+@golden
 def slices() -> bytes:
     tensors = {"raw": np.zeros(4049, np.uint8), "nf4": np.zeros(7169, np.float32), "text": "v" * 4048}
     tensors["raw"][-1] = tensors["nf4"][-1] = tensors["nf4"][0] = 1
