@@ -57,51 +57,63 @@ class Planes(Packer):
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """The bytes of the elements; and for what is said of the slice, its blocks and its planes."""
-        width = _WIDTHS[dtype]
         size = count * dtype.itemsize
-        return Sizes(size, 1 + _mark_bytes(size, width) + width)
+        return Sizes(size, planes_bound(size, _WIDTHS[dtype]) - size)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What stands of the slice, then its planes."""
-        values, width = np.frombuffer(data, np.uint8), _WIDTHS[extent.dtype]
         payload = take(self.sizes(extent.count, extent.dtype).total)
-        at = 1 + _mark_bytes(values.size, width)
-        marks = payload[1:at]
-        blocks = kernels.nonzero_blocks(values, marks, blocksize=_MARKED * width)
-        if blocks == 0:
-            payload[0] = _NOTHING
-            return Encoded(payload[:1])
-        everything = blocks == _blocks(values.size, width)
-        payload[0] = _ALL if everything else _MARKS
-        if everything:
-            marks, at = marks.copy(), 1
-        count = _marked_elements(marks, blocks, values.size // width)
-        # Every plane where it will stand if it is raw and those before it are: most often it need not move.
-        places = [at + 1 + p * (1 + count) for p in range(width)]
-        planes = [payload[place : place + count] for place in places]
-        kernels.split_planes(values, marks, planes)
-        for plane in planes:
-            at += _put_plane(plane, payload[at:], take)
-        return Encoded(payload[:at])
+        return Encoded(payload[: put_planes(np.frombuffer(data, np.uint8), _WIDTHS[extent.dtype], payload, take)])
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
         """The elements of the planes. Raises FormatError."""
-        width = _WIDTHS[extent.dtype]
-        given = _Reader(np.frombuffer(payload, np.uint8))
-        form = given.byte("what stands of a slice", _NOTHING)
-        if form == _NOTHING:
-            given.end()
-            out[:] = 0
-            return
-        total = _blocks(out.size, width)
-        marks = given.take(_mark_bytes(out.size, width)) if form == _MARKS else _full(total)
-        blocks = int(np.unpackbits(marks).sum())
-        if (form == _MARKS and not 0 < blocks < total) or marks[-1] & ~_full(total)[-1]:
-            raise FormatError(f"{blocks} of {total} blocks of a slice are marked")
-        count = _marked_elements(marks, blocks, out.size // width)
-        planes = [_take_plane(given, count) for _ in range(width)]
+        take_planes(np.frombuffer(payload, np.uint8), _WIDTHS[extent.dtype], out)
+
+
+def planes_bound(size: int, width: int) -> int:
+    """The most bytes that `size` bytes of elements of `width` bytes become."""
+    return size + 1 + _mark_bytes(size, width) + width
+
+
+def put_planes(values: Bytes, width: int, payload: Bytes, take: Take) -> int:
+    """Write elements of `width` bytes as planes, and what stands of them before; the bytes that they take."""
+    at = 1 + _mark_bytes(values.size, width)
+    marks = payload[1:at]
+    blocks = kernels.nonzero_blocks(values, marks, blocksize=_MARKED * width)
+    if blocks == 0:
+        payload[0] = _NOTHING
+        return 1
+    everything = blocks == _blocks(values.size, width)
+    payload[0] = _ALL if everything else _MARKS
+    if everything:
+        marks, at = marks.copy(), 1
+    count = _marked_elements(marks, blocks, values.size // width)
+    # Every plane where it will stand if it is raw and those before it are: most often it need not move.
+    places = [at + 1 + p * (1 + count) for p in range(width)]
+    planes = [payload[place : place + count] for place in places]
+    kernels.split_planes(values, marks, planes)
+    for plane in planes:
+        at += _put_plane(plane, payload[at:], take)
+    return at
+
+
+def take_planes(payload: Bytes, width: int, out: Bytes) -> None:
+    """What `put_planes` was given, of the length of `out`. Raises FormatError."""
+    given = _Reader(payload)
+    form = given.byte("what stands of a slice", _NOTHING)
+    if form == _NOTHING:
         given.end()
-        kernels.merge_planes(planes, marks, out)
+        out[:] = 0
+        return
+    total = _blocks(out.size, width)
+    marks = given.take(_mark_bytes(out.size, width)) if form == _MARKS else _full(total)
+    blocks = int(np.unpackbits(marks).sum())
+    if (form == _MARKS and not 0 < blocks < total) or marks[-1] & ~_full(total)[-1]:
+        raise FormatError(f"{blocks} of {total} blocks of a slice are marked")
+    count = _marked_elements(marks, blocks, out.size // width)
+    planes = [_take_plane(given, count) for _ in range(width)]
+    given.end()
+    kernels.merge_planes(planes, marks, out)
 
 
 class _Reader:
