@@ -55,7 +55,7 @@ from tensorwire.files import TensorFile, TensorSlice, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
-from tensorwire.streams import Report, Schema
+from tensorwire.streams import Patch, Report, Schema
 from tensorwire.tensor import AnyFront
 from tensorwire.wire import name_of, path_of
 
@@ -77,6 +77,7 @@ __all__ = [
     "Limits",
     "MissingFileError",
     "NonFiniteError",
+    "Patch",
     "Report",
     "Schema",
     "SchemaError",
@@ -89,10 +90,12 @@ __all__ = [
     "TruncatedError",
     "UnsupportedError",
     "WireError",
+    "apply",
     "codec",
     "decode",
     "decode_async",
     "decode_file",
+    "digest",
     "dumps",
     "encode",
     "encode_async",
@@ -130,6 +133,8 @@ save_file = _api.save_file
 load_file = _api.load_file
 open_file = _api.open_file
 schema = _api.schema
+digest = _api.digest
+apply = _api.apply
 
 
 _LAZY_FUNCTIONS: Final = {"inspect": "files.examine", "verify": "files.examine"}

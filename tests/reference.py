@@ -355,7 +355,7 @@ def read_value(data: bytes) -> Any:
 
 # --------------------------------------------------------------------------------------- 6. Codecs and DATA payloads
 
-RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 64
+RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, PATCH, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 9, 64
 
 
 def _floats(text: str) -> list[float]:
@@ -392,9 +392,9 @@ def check_codec(codec: Any, dtype: str) -> None:
     check(all(is_int(number, 0, 1 << 32) for stage in codec for number in stage), "codec: stage")
     (number, *parameters), *behind = codec
     check(behind in ([], [[ZSTD]]), "codec: only zstd, once, stands behind another")
-    if number in (RAW, FP16, BF16):
+    if number in (RAW, FP16, BF16, PATCH):
         check(parameters == [], "codec: parameters")
-        check(number == RAW or dtype == "float32", f"codec: not for {dtype}")
+        check(number in (RAW, PATCH) or dtype == "float32", f"codec: not for {dtype}")
         return
     if number == PLANES:
         check(parameters == [], "codec: parameters")
@@ -414,17 +414,18 @@ def block_of(codec: list) -> int:
     number, *parameters = codec[0]
     if number in (RAW, FP16, BF16):
         return 1
-    if number == PLANES:
+    if number in (PLANES, PATCH):
         return 1024
     return parameters[0] * (256 if number in (NF4, FP4) and parameters[1] else 1)
 
 
 def payload_length(codec: list, dtype: str, width: int, count: int) -> int:
-    """Bytes of the payload of `count` elements, before zstd; of planes, the most that there can be."""
+    """Bytes of the payload of `count` elements, before zstd; of planes and patch, the most that there can be."""
     number, *parameters = codec[0]
-    if number == PLANES:
+    if number in (PLANES, PATCH):
+        around = 1 + 8 * chunks_of(count * width) if number == PATCH else 0
         width, count = floats_of(dtype, width, count)
-        return 1 + -(-count // 512) + width * (count + 1)
+        return around + 1 + -(-count // 512) + width * (count + 1)
     if number == RAW:
         return count * width
     if number in (FP16, BF16):
@@ -588,6 +589,53 @@ def decode_planes(
     return bytes(out)
 
 
+def chunks_of(size: int) -> int:
+    return -(-size // (1 << 20))
+
+
+def checksums_of(data: bytes) -> list[int]:
+    """The CRC of each MiB."""
+    return [crc32c(data[at : at + (1 << 20)]) for at in range(0, len(data), 1 << 20)]
+
+
+def decode_patch(
+    dtype: str, width: int, count: int, payload: bytes, decompress: Callable[[bytes], bytes] | None, base: bytes | None
+) -> bytes | None:
+    """The elements that a slice makes of those of its base."""
+    chunks = chunks_of(count * width)
+    check(len(payload) > 0 and payload[0] in (0, 1, 2, 4), "patch: first byte")
+    mode, at = payload[0], 1 + 4 * chunks * (1 if payload[0] in (0, 4) else 2)
+    check(len(payload) >= at, "patch: checksums")
+    sums = [*struct.unpack_from(f"<{(at - 1) // 4}I", payload, 1)]
+    made = base
+    if mode != 0:
+        check(base is not None and checksums_of(base) == sums[-chunks:], "patch: not its base")
+    if mode == 4:
+        check(len(payload) == at, "patch: bytes behind")
+    else:
+        made = decode_planes(dtype, width, count, payload[at:], decompress)
+    if made is None:
+        return None
+    if mode == 2:
+        made = add_difference(base or b"", made, *floats_of(dtype, width, count))
+    check(checksums_of(made) == sums[:chunks], "patch: not its target")
+    return made
+
+
+def add_difference(base: bytes, planes: bytes, width: int, count: int) -> bytes:
+    out = bytearray()
+    for at in range(0, width * count, width):
+        number = int.from_bytes(planes[at : at + width], "little")
+        if width > 1:
+            upper, low = number >> 8 * width - 16, number & (1 << 8 * width - 16) - 1
+            number = (upper << 1 & 0xFFFF | upper >> 15) << 8 * width - 16 | low
+        difference = number >> 1 if number % 2 == 0 else -(number >> 1) - 1
+        out += ((int.from_bytes(base[at : at + width], "little") + difference) % (1 << 8 * width)).to_bytes(
+            width, "little"
+        )
+    return bytes(out)
+
+
 def float32(value: float) -> float:
     """`value` rounded to float32. Products and sums of two float32 lose nothing by being taken in float64 first."""
     try:
@@ -684,9 +732,14 @@ LIMIT_STREAM = 64 << 40
 
 class _Reader:
     def __init__(
-        self, data: bytes, decompress: Callable[[bytes], bytes] | None = None, base: bytes | None = None
+        self,
+        data: bytes,
+        decompress: Callable[[bytes], bytes] | None = None,
+        base: bytes | None = None,
+        held: list[tuple["Item", bytes]] | None = None,
     ) -> None:
         self.data, self.decompress, self.base = data, decompress, base
+        self.held = held  # The items of the base and their bytes, by rank.
         self.at = 0
         self.items: list[Item] = []
         self.open: list[list] = []  # Paths of the containers that may still get children.
@@ -802,7 +855,7 @@ class _Reader:
         length = payload_length(item.codec, item.dtype, item.width, header.count)
         if item.codec != [[RAW]]:
             check(max(length, header.length) <= LIMIT_DATA, "limit: data frame")
-        if item.codec == [[PLANES]]:
+        if item.codec in ([[PLANES]], [[PATCH]]):
             check(header.length <= length, "slice: length")
         elif len(item.codec) == 1:
             check(header.length == length, "slice: length")
@@ -840,14 +893,22 @@ class _Reader:
             at += length
 
     def decoded(self, item: Item, count: int, payload: bytes) -> bytes | None:
-        planes, length = item.codec[0] == [PLANES], payload_length(item.codec, item.dtype, item.width, count)
+        number, length = item.codec[0][0], payload_length(item.codec, item.dtype, item.width, count)
         if len(item.codec) > 1:
-            plain = read_zstd(payload, length, self.decompress, exact=not planes)
+            plain = read_zstd(payload, length, self.decompress, exact=number not in (PLANES, PATCH))
             if plain is None:
                 return None
             payload = plain
-        if planes:
+        if number == PLANES:
             return decode_planes(item.dtype, item.width, count, payload, self.decompress)
+        if number == PATCH:
+            base = None
+            if self.held is not None:
+                check(is_int(item.path[0], 0, len(self.held) - 1), "patch: rank")
+                old, data = self.held[item.path[0]]
+                check((old.dtype, old.shape) == (item.dtype, item.shape), "patch: item")
+                base = data[item.done * item.width : (item.done + count) * item.width]
+            return decode_patch(item.dtype, item.width, count, payload, self.decompress, base)
         return decode_payload(item.codec, item.dtype, item.width, count, payload)
 
     def build(self, item: Item) -> Any:
@@ -870,3 +931,74 @@ class _Reader:
 def read(data: bytes, *, zstd_decompress: Callable[[bytes], bytes] | None = None, base: bytes | None = None) -> Stream:
     """The stream in `data`, all of it; raises Refused. `base`: the version that it may be against."""
     return _Reader(bytes(data), zstd_decompress, base).read()
+
+
+def name_of(path: list) -> str:
+    if len(path) == 1 and type(path[0]) is str and path[0] and path[0][0] != "/":
+        return path[0]
+    return "".join("/" + (str(key) if type(key) is int else _escaped(key)) for key in path)
+
+
+def _escaped(key: str) -> str:
+    digits = key.removeprefix("-")
+    number = digits.isascii() and digits.isdigit() and len(digits) <= 16 and (digits[0] != "0" or key == "0")
+    return "~2" + key if number else key.replace("~", "~0").replace("/", "~1")
+
+
+def pack(value: Any) -> bytes:
+    """Text, numbers from 0 on and lists as msgpack."""
+    if type(value) is int:
+        for tag, layout, most in ((0, ">B", 127), (0xCC, ">BB", 255), (0xCD, ">BH", 65535), (0xCE, ">BI", 2**32 - 1)):
+            if value <= most:
+                return struct.pack(layout, value) if most == 127 else struct.pack(layout, tag, value)
+        return struct.pack(">BQ", 0xCF, value)
+    data = value.encode() if type(value) is str else b"".join(map(pack, value))
+    size = len(data) if type(value) is str else len(value)
+    short, sizes = (
+        (0xA0, ((0xD9, ">BB", 255), (0xDA, ">BH", 65535))) if type(value) is str else (0x90, ((0xDC, ">BH", 65535),))
+    )
+    if size <= (31 if short == 0xA0 else 15):
+        return bytes([short | size]) + data
+    return next(struct.pack(layout, tag, size) for tag, layout, most in sizes if size <= most) + data
+
+
+def version(items: list[Item]) -> dict[str, tuple[Item, bytes]]:
+    """Tensors and values, and their bytes, in the order of their names; the place of each is its rank."""
+    found = {}
+    for item in items:
+        if item.kind in (TENSOR, VALUE, ALIAS):
+            stands = items[item.of] if item.kind == ALIAS else item
+            found[name_of(item.path)] = stands, stands.data or b""
+    return {name: found[name] for name in sorted(found, key=str.encode)}
+
+
+def digest(held: dict[str, tuple[Item, bytes]]) -> bytes:
+    """The content digest of a version."""
+    whole = hashlib.sha256()
+    numbers = {name: number for number, (name, _) in DTYPES.items()}
+    for name, (item, data) in held.items():
+        if item.kind == TENSOR:
+            said = pack([name, numbers[item.dtype], [*item.shape]])
+            said += b"".join(struct.pack("<I", crc) for crc in checksums_of(data))
+        else:
+            said = pack([name]) + data
+        whole.update(hashlib.sha256(said).digest())
+    return whole.digest()
+
+
+def apply(data: bytes, base: bytes, decompress: Callable[[bytes], bytes] | None = None) -> dict[str, bytes]:
+    """What the patch `data` makes of the container in the stream `base`: the bytes of each item, by name."""
+    before = _Reader(base, decompress)
+    before.read()
+    held = version(before.items)
+    names = [*held]
+    reader = _Reader(data, decompress, digest(held), [*held.values()])
+    stream = reader.read()
+    for item in reader.items[1:]:
+        check(len(item.path) == 1 and is_int(item.path[0], 0, len(held) - 1), "patch: rank")
+        made, name = reader.items[item.of] if item.kind == ALIAS else item, names[item.path[0]]
+        check(made.kind == held[name][0].kind, "patch: another kind")
+        check(made.kind == VALUE or made.codec == [[PATCH]], "patch: codec")
+        held[name] = held[name][0], made.data or b""
+    check(stream.target == digest(held), "patch: not its target")
+    return {name: value for name, (_, value) in held.items()}

@@ -7,6 +7,7 @@ from tensorwire.codecs.cast import BFloat16, Float16
 from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
+from tensorwire.codecs.patch import CHUNK, Binding, Checksums, Patch, binding_of, chunk_checksums, same_bytes
 from tensorwire.codecs.pipeline import Codec, Readymade
 from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax
@@ -30,11 +31,14 @@ from tensorwire.codecs.zstd import Zstd
 
 __all__ = [
     "BUILT_IN",
+    "CHUNK",
     "FP4",
     "NESTED_BLOCKSIZE",
     "NF4",
     "RAW",
     "BFloat16",
+    "Binding",
+    "Checksums",
     "Choice",
     "Codec",
     "Compressor",
@@ -44,6 +48,7 @@ __all__ = [
     "Int8Linear",
     "Packer",
     "Parameter",
+    "Patch",
     "Planes",
     "QuantizedState",
     "Range",
@@ -57,7 +62,9 @@ __all__ = [
     "Zstd",
     "add_weighted",
     "as_floats",
+    "binding_of",
     "checked_absmax",
+    "chunk_checksums",
     "describe",
     "from_floats",
     "from_stages",
@@ -68,5 +75,6 @@ __all__ = [
     "parse",
     "register",
     "registered",
+    "same_bytes",
     "unnest",
 ]

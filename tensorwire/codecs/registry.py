@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 from tensorwire.codecs.cast import BFloat16, Float16
 from tensorwire.codecs.fourbit import FP4, NF4
 from tensorwire.codecs.int8 import Int8, Int8Linear
+from tensorwire.codecs.patch import Patch
 from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.stage import Compressor, Packer, Stage, Transform, spell
@@ -24,7 +25,7 @@ PRIVATE_IDS: Final = range(1 << 15, 1 << 16)
 MAX_PARAMETERS: Final = 8  # of a stage in a descriptor
 _HELP_WIDTH: Final = 100
 
-BUILT_IN: Final[tuple[type[Stage], ...]] = (Raw, Float16, BFloat16, Int8, Int8Linear, NF4, FP4, Planes, Zstd)
+BUILT_IN: Final[tuple[type[Stage], ...]] = (Raw, Float16, BFloat16, Int8, Int8Linear, NF4, FP4, Planes, Patch, Zstd)
 _BY_ID: Final[dict[int, type[Stage]]] = {stage.id: stage for stage in BUILT_IN}
 _BY_NAME: Final[dict[str, type[Stage]]] = {stage.name: stage for stage in BUILT_IN}
 

@@ -325,6 +325,14 @@ def planes() -> bytes:
 
 
 @golden
+def patch() -> bytes:
+    """Slices that are against nothing: planes of every width, under checksums."""
+    tensors = {f"patch {name}": tensor for name, tensor in every_dtype().items()}
+    tensors |= {"f32": weights(300_000, "patch"), "empty": np.zeros(0), "zstd": np.arange(3000)}
+    return tw.dumps(tensors, codec={"zstd": "patch|zstd", "*": "patch"})
+
+
+@golden
 def slices() -> bytes:
     tensors = {"raw": np.zeros(4049, np.uint8), "nf4": np.zeros(7169, np.float32), "text": "v" * 4048}
     tensors["raw"][-1] = tensors["nf4"][-1] = tensors["nf4"][0] = 1

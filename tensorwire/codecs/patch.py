@@ -1,0 +1,185 @@
+"""patch: elements against those of a base, bound by checksums to what they are applied to and to what they make.
+
+Whoever sends a version of a model sends mostly what the other side has. A slice says which elements its base must
+have there, and becomes the least of: nothing, where it is unchanged; the differences of the bit patterns as planes;
+the new elements as planes. docs/format.md has the layout.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorwire.codecs.planes import planes_bound, put_planes, take_planes
+from tensorwire.codecs.stage import Bytes, Encoded, Packer, Sizes, Take
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError, SchemaError
+from tensorwire.kernels import crc32c
+from tensorwire.tensor import Extent
+
+CHUNK: Final = 1 << 20  # bytes of elements that have a checksum of their own
+_BLOCK: Final = 1024
+_CRC: Final = 4
+
+# What a slice is made of: itself alone; itself, in place of what its base has there; what changed; nothing new.
+_WHOLE, _REPLACED, _DIFFERENCE, _SPARSE, _UNCHANGED = range(5)
+# Differences that take more of the elements' bytes than this are held against the elements themselves.
+_WORTH_A_LOOK: Final = 8
+
+Checksums = tuple[int, ...]
+
+
+class Binding(NamedTuple):
+    """What a slice is applied to and what it makes: a CRC-32C for each MiB of its elements.
+
+    `base` is None for a slice that takes nothing of a base.
+    """
+
+    base: Checksums | None
+    target: Checksums
+
+
+@dataclass(frozen=True, repr=False)
+class Patch(Packer):
+    """Lossless, any dtype, against a base; without one, planes under checksums.
+
+    `encode` is given the base's elements of the slice as `context`, and `decode` finds them in `out`.
+    """
+
+    id = 9
+    name = "patch"
+    lossless = True
+    exact_length = False
+
+    def accepts(self, dtype: DType) -> bool:
+        """Every dtype."""
+        return True
+
+    def block(self, dtype: DType) -> int:
+        """1024 elements."""
+        return _BLOCK
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        """The bytes of the elements; and for what is said of the slice, its checksums and its planes."""
+        size = count * dtype.itemsize
+        return Sizes(size, 1 + 2 * _CRC * _chunks(size) + planes_bound(size, dtype.part_size) - size)
+
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        """What a slice makes of `context`, the elements that the base has there; of nothing where that is None."""
+        values, width = np.frombuffer(data, np.uint8), extent.dtype.part_size
+        payload = take(self.sizes(extent.count, extent.dtype).total)
+        target = chunk_checksums(values)
+        if context is None:
+            at = _bind(payload, _WHOLE, target)
+            return Encoded(payload[: at + put_planes(values, width, payload[at:], take)])
+        base = np.frombuffer(context, np.uint8)
+        bound = chunk_checksums(base)
+        if same_bytes(base, values):
+            return Encoded(payload[: _bind(payload, _UNCHANGED, target)])
+        at = _bind(payload, _DIFFERENCE, target, bound)
+        difference = take(values.size)
+        difference[:] = _difference(base, values, width)
+        size = put_planes(difference, width, payload[at:], take)
+        if _WORTH_A_LOOK * size > values.size:
+            whole = take(payload.size)
+            replaced = put_planes(values, width, whole[at:], take)
+            if replaced < size:
+                whole[:at] = payload[:at]
+                whole[0] = _REPLACED
+                return Encoded(whole[: at + replaced])
+        return Encoded(payload[: at + size])
+
+    def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        """Make the elements of those in `out`. Raises FormatError, and SchemaError where `out` is not the base."""
+        given, width = np.frombuffer(payload, np.uint8), extent.dtype.part_size
+        mode, at, binding = _unbind(given, out.size)
+        if binding.base is not None and chunk_checksums(out) != binding.base:
+            raise SchemaError("these elements are not those that the patch is against")
+        if mode == _UNCHANGED:
+            return
+        if mode == _DIFFERENCE:
+            difference = np.empty(out.size, np.uint8)
+            take_planes(given[at:], width, difference)
+            _add(out, difference, width)
+        else:
+            take_planes(given[at:], width, out)
+        if chunk_checksums(out) != binding.target:
+            raise FormatError("the patch does not make what it says")
+
+
+def binding_of(payload: Any, extent: Extent) -> Binding:
+    """What the payload of a slice is applied to and what it makes. Raises FormatError."""
+    return _unbind(np.frombuffer(payload, np.uint8), extent.count * extent.dtype.itemsize)[2]
+
+
+def chunk_checksums(values: Bytes) -> Checksums:
+    """The CRC-32C of each MiB of some elements."""
+    return tuple([crc32c(values[at : at + CHUNK]) for at in range(0, values.size, CHUNK)])
+
+
+def same_bytes(one: Bytes, other: Bytes) -> bool:
+    """Whether two arrays of one length hold the same."""
+    words = one.size - one.size % 8
+    return np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64)) and np.array_equal(
+        one[words:], other[words:]
+    )
+
+
+def _chunks(size: int) -> int:
+    return -(-size // CHUNK)
+
+
+def _bind(payload: Bytes, mode: int, target: Checksums, base: Checksums = ()) -> int:
+    """Write what stands before the coding of a slice; the bytes that it takes."""
+    checksums = np.array([*target, *base], "<u4").view(np.uint8)
+    payload[0] = mode
+    payload[1 : 1 + checksums.size] = checksums
+    return 1 + checksums.size
+
+
+def _unbind(payload: Bytes, size: int) -> tuple[int, int, Binding]:
+    """How a slice of `size` bytes is coded, where that begins, and what it is bound to. Raises FormatError."""
+    mode = int(payload[0]) if payload.size else _UNCHANGED + 1
+    if mode > _UNCHANGED:
+        raise FormatError(f"the first byte of a patch says nothing that is known: {payload[:1].tolist()}")
+    chunks = _chunks(size)
+    at = 1 + _CRC * chunks * (1 if mode in (_WHOLE, _UNCHANGED) else 2)
+    if payload.size < at or (mode == _UNCHANGED and payload.size > at):
+        raise FormatError(f"a patch has {payload.size} bytes, of which {at} say what it is bound to")
+    checksums = tuple(payload[1:at].view("<u4").tolist())
+    target = checksums[:chunks]
+    if mode == _WHOLE:
+        return mode, at, Binding(None, target)
+    return mode, at, Binding(checksums[chunks:] or target, target)
+
+
+def _difference(base: Bytes, values: Bytes, width: int) -> Bytes:
+    """The difference of each number to that of the base, as zig-zag: 0, -1, 1, -2, ... become 0, 1, 2, 3, ....
+
+    Modulo the range of unsigned integers of `width` bytes. The upper 16 bits are rotated right by one, which planes
+    undo.
+    """
+    word: Any = np.dtype(f"<u{width}").type
+    change = values.view(word) - base.view(word)
+    numbers = (change << word(1)) ^ (word(0) - (change >> word(8 * width - 1)))
+    return _rotated(numbers, width, right=True).view(np.uint8)
+
+
+def _add(out: Bytes, difference: Bytes, width: int) -> None:
+    """Make of a base, in its place, what `_difference` was taken to."""
+    word: Any = np.dtype(f"<u{width}").type
+    numbers = _rotated(difference.view(word), width, right=False)
+    out.view(word)[:] += (numbers >> word(1)) ^ (word(0) - (numbers & word(1)))
+
+
+def _rotated(numbers: npt.NDArray[Any], width: int, *, right: bool) -> npt.NDArray[Any]:
+    """The upper 16 bits of each number rotated by one."""
+    if width == 1:
+        return numbers
+    word = numbers.dtype.type
+    low = word(8 * width - 16)
+    upper, rest = numbers >> low, numbers & word((1 << int(low)) - 1)
+    turned = upper >> word(1) | upper << word(15) if right else upper << word(1) | upper >> word(15)
+    rotated: npt.NDArray[Any] = (turned & word(0xFFFF)) << low | rest
+    return rotated
