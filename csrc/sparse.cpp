@@ -153,33 +153,48 @@ struct Work {
 
 // ------------------------------------------------------------------------------------------------ Choice of groups
 
-// The least bits that so many gaps take, about, where `others` stand between them.
-uint64_t gap_bits(uint64_t listed, uint64_t others) {
-    uint64_t least = listed + others;
+// What is known of a class, or of several: its numbers; those that changed; of these, those that changed by more than
+// 1; and how far beyond 2 that is, added up.
+struct Tally {
+    uint64_t all = 0, changed = 0, larger = 0, beyond = 0;
+
+    void add(const Tally& other) {
+        all += other.all;
+        changed += other.changed;
+        larger += other.larger;
+        beyond += other.beyond;
+    }
+};
+
+// The least bits that Rice codes of `count` numbers take, about, whose sum is this.
+uint64_t rice_bits(uint64_t count, uint64_t sum) {
+    uint64_t least = count + sum;
     for (unsigned k = 1; k <= kMostRice; ++k) {
-        const uint64_t bits = listed * (k + 1) + (others >> k);
+        const uint64_t bits = count * (k + 1) + (sum >> k);
         if (bits < least) least = bits;
     }
     return least;
 }
 
-uint64_t group_bits(uint64_t all, uint64_t changed) {
-    if (changed == 0) return 5;
-    const uint64_t same = all - changed;
-    return kGroupBits + (changed > same ? gap_bits(same, changed) : gap_bits(changed, same));
+uint64_t group_bits(const Tally& t) {
+    if (t.changed == 0) return 5;
+    const uint64_t same = t.all - t.changed;
+    const uint64_t gaps = t.changed > same ? rice_bits(same, t.changed) : rice_bits(t.changed, same);
+    const uint64_t some = rice_bits(t.larger, t.changed - t.larger) + rice_bits(t.larger, t.beyond);
+    const uint64_t each = rice_bits(t.changed, t.larger + t.beyond);
+    return kGroupBits + gaps + (some < each ? some : each);
 }
 
 // Cuts classes into the groups that take the fewest bits, and gives each its part of the work space.
-void choose(const uint64_t* all, const uint64_t* changed, Work work, Groups& groups) {
+void choose(const Tally* tallies, Work work, Groups& groups) {
     uint64_t best[kClasses + 1] = {};
     unsigned from[kClasses + 1] = {};
     for (unsigned end = 1; end <= kClasses; ++end) {
-        uint64_t total = 0, differ = 0;
+        Tally tally;
         best[end] = ~uint64_t{0};
         for (unsigned begin = end; begin-- > 0;) {
-            total += all[begin];
-            differ += changed[begin];
-            const uint64_t bits = best[begin] + group_bits(total, differ);
+            tally.add(tallies[begin]);
+            const uint64_t bits = best[begin] + group_bits(tally);
             if (bits < best[end]) {
                 best[end] = bits;
                 from[end] = begin;
@@ -193,13 +208,11 @@ void choose(const uint64_t* all, const uint64_t* changed, Work work, Groups& gro
         g.first = begins[groups.count - 1 - i];
         const unsigned end = i + 1 < groups.count ? begins[groups.count - 2 - i] : kClasses;
         g.more = end - 1 - g.first;
-        uint64_t total = 0;
-        for (unsigned c = g.first; c < end; ++c) {
-            total += all[c];
-            g.changed += changed[c];
-        }
-        g.inverted = g.changed > total - g.changed;
-        g.listed = g.inverted ? total - g.changed : g.changed;
+        Tally tally;
+        for (unsigned c = g.first; c < end; ++c) tally.add(tallies[c]);
+        g.changed = tally.changed;
+        g.inverted = tally.changed > tally.all - tally.changed;
+        g.listed = g.inverted ? tally.all - tally.changed : tally.changed;
         g.gaps = work.gaps;
         g.changes = work.changes;
         work.gaps += g.changed ? g.listed : 0;
@@ -208,6 +221,12 @@ void choose(const uint64_t* all, const uint64_t* changed, Work work, Groups& gro
 }
 
 // ------------------------------------------------------------------------------------------------------------ Bits
+
+unsigned bit_length(uint64_t n) {
+    unsigned length = 0;
+    while (n >> length) ++length;
+    return length;
+}
 
 // Bits, from the lowest of the first byte on. Nothing is written past the room, and `full` says that there was none.
 class BitWriter {
@@ -225,8 +244,7 @@ public:
         }
     }
     void put_count(uint64_t n) {
-        unsigned length = 0;
-        while (n >> length) ++length;
+        const unsigned length = bit_length(n);
         put(length, 5);
         if (length > 1) put(n & ((uint64_t{1} << (length - 1)) - 1), length - 1);
     }
@@ -257,31 +275,34 @@ private:
     bool full_ = false;
 };
 
-// The parameter that gives these numbers the fewest bits, of those near the mean.
-unsigned rice_parameter(const uint32_t* x, size_t n) {
-    uint64_t sum = 0;
-    for (size_t i = 0; i < n; ++i) sum += x[i];
-    unsigned near = 0;
-    while (near < kMostRice && (sum / n + 1) >> (near + 1)) ++near;
-    unsigned best = 0;
-    uint64_t least = ~uint64_t{0};
-    for (unsigned k = near ? near - 1 : 0; k <= near + 1 && k <= kMostRice; ++k) {
-        uint64_t bits = n * (k + 1);
-        for (size_t i = 0; i < n; ++i) bits += x[i] >> k;
-        if (bits < least) {
-            least = bits;
-            best = k;
+// The parameter that gives these numbers the fewest bits, of those near the mean; and so many bits.
+struct Rice {
+    unsigned k = 0;
+    uint64_t bits = 0;
+
+    Rice(const uint32_t* x, size_t n) {
+        if (n == 0) return;
+        uint64_t sum = 0;
+        for (size_t i = 0; i < n; ++i) sum += x[i];
+        unsigned near = 0;
+        while (near < kMostRice && (sum / n + 1) >> (near + 1)) ++near;
+        bits = ~uint64_t{0};
+        for (unsigned one = near ? near - 1 : 0; one <= near + 1 && one <= kMostRice; ++one) {
+            uint64_t total = 5 + n * (one + 1);
+            for (size_t i = 0; i < n; ++i) total += x[i] >> one;
+            if (total < bits) {
+                bits = total;
+                k = one;
+            }
         }
     }
-    return best;
-}
+};
 
-void put_rice(BitWriter& out, const uint32_t* x, size_t n) {
+void put_rice(BitWriter& out, const Rice& rice, const uint32_t* x, size_t n) {
     if (n == 0) return;
-    const unsigned k = rice_parameter(x, n);
-    out.put(k, 5);
-    for (size_t i = 0; i < n; ++i) out.put(x[i] & ((uint32_t{1} << k) - 1), k);
-    for (size_t i = 0; i < n; ++i) out.put_unary(x[i] >> k);
+    out.put(rice.k, 5);
+    for (size_t i = 0; i < n; ++i) out.put(x[i] & ((uint32_t{1} << rice.k) - 1), rice.k);
+    for (size_t i = 0; i < n; ++i) out.put_unary(x[i] >> rice.k);
 }
 
 class BitReader {
@@ -362,23 +383,35 @@ private:
 
 // --------------------------------------------------------------------------------------------------------- Encoding
 
+// By how much a number changed, whatever the sign.
+uint32_t size_of(uint16_t change) { return change >> 15 ? 0x10000u - change : change; }
+
+// Fills the tallies of all classes; how many numbers changed.
 template <Dtype kDtype>
-size_t count_changes(const uint8_t* base, const uint8_t* x, size_t n, uint64_t* all, uint64_t* changed) {
+size_t count_changes(const uint8_t* base, const uint8_t* x, size_t n, Tally* tallies) {
     Tile tile;
-    size_t total = 0;
+    size_t changed = 0;
     uint32_t tables[4][256] = {};
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(base + 2 * at, n - at);
         for (size_t i = 0; i < tile.size; ++i) ++tables[i % 4][tile.classes[i]];
         for (size_t b = 0; b < tile.blocks; ++b) {
-            const size_t i = at + b * kBlock;
-            for (uint64_t bits = unequal(base + 2 * i, x + 2 * i, tile.block_size(b)); bits; bits &= bits - 1, ++total) {
-                ++changed[tile.classes[b * kBlock + lowest(bits)]];
+            const size_t begin = at + b * kBlock;
+            uint64_t differ = unequal(base + 2 * begin, x + 2 * begin, tile.block_size(b));
+            for (; differ; differ &= differ - 1, ++changed) {
+                const unsigned i = lowest(differ);
+                Tally& t = tallies[tile.classes[b * kBlock + i]];
+                const uint32_t size = size_of(static_cast<uint16_t>(number(x, begin + i) - number(base, begin + i)));
+                ++t.changed;
+                t.larger += size > 1;
+                t.beyond += size > 1 ? size - 2 : 0;
             }
         }
     }
-    for (unsigned c = 0; c < kClasses; ++c) all[c] = uint64_t{tables[0][c]} + tables[1][c] + tables[2][c] + tables[3][c];
-    return total;
+    for (unsigned c = 0; c < kClasses; ++c) {
+        tallies[c].all = uint64_t{tables[0][c]} + tables[1][c] + tables[2][c] + tables[3][c];
+    }
+    return changed;
 }
 
 void list_block(Group& g, uint64_t mine, uint64_t differ, const uint8_t* base, const uint8_t* x) {
@@ -394,31 +427,43 @@ void list_block(Group& g, uint64_t mine, uint64_t differ, const uint8_t* base, c
     }
 }
 
+// Signs; then the size of each change, or which ones are larger than 1 and by how much, whichever is shorter.
 void put_changes(BitWriter& out, const Group& g, uint32_t* work) {
-    size_t larger = 0, last = 0;
-    for (size_t i = 0; i < g.changed; ++i) out.put(g.changes[i] >> 15, 1);
-    uint32_t* const sizes = work + g.changed;
     for (size_t i = 0; i < g.changed; ++i) {
-        const uint16_t d = g.changes[i];
-        const uint32_t size = d >> 15 ? 0x10000u - d : d;
-        if (size == 1) continue;
-        work[larger] = static_cast<uint32_t>(i - last);
-        sizes[larger++] = size - 2;
+        out.put(g.changes[i] >> 15, 1);
+        work[i] = size_of(g.changes[i]) - 1;
+    }
+    const Rice each(work, g.changed);
+    size_t larger = 0, last = 0;
+    uint32_t *const gaps = work + g.changed, *const beyond = work;  // which is read before it is written
+    for (size_t i = 0; i < g.changed; ++i) {
+        if (work[i] == 0) continue;
+        gaps[larger] = static_cast<uint32_t>(i - last);
+        beyond[larger++] = work[i] - 1;
         last = i + 1;
     }
+    const Rice which(gaps, larger), some(beyond, larger);
+    const unsigned length = bit_length(larger);
+    if (each.bits <= 5 + (length ? length - 1 : 0) + which.bits + some.bits) {
+        for (size_t i = 0; i < g.changed; ++i) work[i] = size_of(g.changes[i]) - 1;
+        out.put(1, 1);
+        put_rice(out, each, work, g.changed);
+        return;
+    }
+    out.put(0, 1);
     out.put_count(larger);
-    put_rice(out, work, larger);
-    put_rice(out, sizes, larger);
+    put_rice(out, which, gaps, larger);
+    put_rice(out, some, beyond, larger);
 }
 
 template <Dtype kDtype>
 size_t sparse_encode(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* work, uint8_t* codes, size_t room) {
-    uint64_t all[kClasses] = {}, changed[kClasses] = {};
-    const size_t total = count_changes<kDtype>(base, x, n, all, changed);
-    if (total == 0 || total > n / 2) return 0;
+    Tally tallies[kClasses];
+    const size_t changed = count_changes<kDtype>(base, x, n, tallies);
+    if (changed == 0 || changed > n / 2) return 0;
     const Work parts(work, n);
     Groups groups;
-    choose(all, changed, parts, groups);
+    choose(tallies, parts, groups);
     Tile tile;
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(base + 2 * at, n - at);
@@ -451,7 +496,7 @@ size_t sparse_encode(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* 
         if (g.changed == 0) continue;
         out.put(g.inverted, 1);
         if (g.inverted) out.put_count(g.listed);
-        put_rice(out, g.gaps, g.listed);
+        put_rice(out, Rice(g.gaps, g.listed), g.gaps, g.listed);
         put_changes(out, g, parts.sizes);
     }
     return out.finish();
@@ -459,20 +504,33 @@ size_t sparse_encode(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* 
 
 // --------------------------------------------------------------------------------------------------------- Decoding
 
+// A change of this sign, 1 or 0xFFFF, by so much; whether there is one.
+bool set_size(uint16_t& change, uint32_t size) {
+    if (change == 1 && size > 0x7FFF) return false;
+    change = static_cast<uint16_t>(change == 1 ? size : 0x10000u - size);
+    return true;
+}
+
 // The signs and sizes of the changes of a group; whether they are good.
 bool take_changes(BitReader& in, Group& g, uint32_t* work) {
     for (size_t i = 0; i < g.changed; ++i) g.changes[i] = in.take(1) ? 0xFFFF : 1;
+    if (in.take(1)) {
+        in.take_rice(work, g.changed, 0x7FFF);
+        if (!in.good()) return false;
+        for (size_t i = 0; i < g.changed; ++i) {
+            if (!set_size(g.changes[i], work[i] + 1)) return false;
+        }
+        return true;
+    }
     const size_t larger = in.take_count(g.changed);
-    uint32_t* const sizes = work + larger;
+    uint32_t* const beyond = work + larger;
     in.take_rice(work, larger, g.changed);
-    in.take_rice(sizes, larger, 0x7FFE);
+    in.take_rice(beyond, larger, 0x7FFE);
     if (!in.good()) return false;
     size_t at = 0;
     for (size_t i = 0; i < larger; ++i, ++at) {
         at += work[i];
-        if (at >= g.changed || (sizes[i] == 0x7FFE && g.changes[at] == 1)) return false;
-        const uint32_t size = sizes[i] + 2;
-        g.changes[at] = static_cast<uint16_t>(g.changes[at] == 1 ? size : 0x10000u - size);
+        if (at >= g.changed || !set_size(g.changes[at], beyond[i] + 2)) return false;
     }
     return true;
 }

@@ -682,10 +682,13 @@ def change_floats(base: bytes, dtype: str, payload: bytes) -> bytes:
         inverted = bits.number(1)
         listed = {*places_of(bits.rice(bits.count(changed - 1) if inverted else changed, len(floats)))}
         signs = bits.take(changed)
-        larger = bits.count(changed)
-        which, beyond = places_of(bits.rice(larger, changed)), bits.rice(larger, 0x7FFE)
-        check(all(place < changed for place in which), "sparse: a larger change")
-        sizes = dict(zip(which, beyond, strict=True))
+        if bits.number(1):
+            sizes = dict(enumerate(size - 1 for size in bits.rice(changed, 0x7FFF)))
+        else:
+            larger = bits.count(changed)
+            which, beyond = places_of(bits.rice(larger, changed)), bits.rice(larger, 0x7FFE)
+            check(all(place < changed for place in which), "sparse: a larger change")
+            sizes = dict(zip(which, beyond, strict=True))
         mine = [place for place, number in enumerate(classes) if first <= number < end]
         check(max(listed, default=0) < max(len(mine), 1), "sparse: a place behind the last one")
         places = [place for rank, place in enumerate(mine) if (rank in listed) != inverted]

@@ -54,7 +54,7 @@ def sparse_encode(base: Array, values: Array, codes: Array) -> int:
     changed = np.count_nonzero(changes)
     if not 0 < changed <= values.size // 2:
         return 0
-    groups = _groups(np.bincount(classes, minlength=_CLASSES), np.bincount(classes[changes != 0], minlength=_CLASSES))
+    groups = _groups(_tallies(classes, changes))
     parts = [_number(sum(1 << first for first, _ in groups), 32)]
     for first, end in groups:
         mine = changes[(classes >= first) & (classes < end)]
@@ -102,13 +102,21 @@ def _classes(numbers: Array) -> Array:
     return classes
 
 
-def _groups(every: Array, changed: Array) -> list[tuple[int, int]]:
+def _tallies(classes: Array, changes: Array) -> Array:
+    """Of each class its numbers, those that changed, by more than 1, and how far beyond 2 that is, added up."""
+    sizes = abs(changes.view(np.int16).astype(np.int64))
+    rows = (np.ones(sizes.size, np.int64), sizes > 0, sizes > 1, np.maximum(sizes - 2, 0))
+    tallies: Array = np.array([np.bincount(classes, row, _CLASSES) for row in rows]).astype(np.int64).T
+    return tallies
+
+
+def _groups(tallies: Array) -> list[tuple[int, int]]:
     """The runs of classes [first, end) that take the fewest bits."""
     best, begins = [0], [0]
     for end in range(1, _CLASSES + 1):
         choices = []
         for begin in reversed(range(end)):
-            bits = _bits_of_group(int(every[begin:end].sum()), int(changed[begin:end].sum()))
+            bits = _bits_of_group(*tallies[begin:end].sum(axis=0).tolist())
             choices.append((best[begin] + bits, -begin))
         bits, begin = min(choices)
         best.append(bits)
@@ -120,11 +128,17 @@ def _groups(every: Array, changed: Array) -> list[tuple[int, int]]:
     return groups[::-1]
 
 
-def _bits_of_group(every: int, changed: int) -> int:
+def _bits_of_group(every: int, changed: int, larger: int, beyond: int) -> int:
     if changed == 0:
         return _COUNT_BITS
-    listed, others = sorted((changed, every - changed))
-    return _GROUP_BITS + min(listed * (k + 1) + (others >> k) for k in range(_MOST_RICE + 1))
+    gaps = _rice_bits(*sorted((changed, every - changed)))
+    some = _rice_bits(larger, changed - larger) + _rice_bits(larger, beyond)
+    return _GROUP_BITS + gaps + min(some, _rice_bits(changed, larger + beyond))
+
+
+def _rice_bits(count: int, total: int) -> int:
+    """The least bits that Rice codes of so many numbers take, about, whose sum is this."""
+    return min(count * (k + 1) + (total >> k) for k in range(_MOST_RICE + 1))
 
 
 def _group_bits(changes: Array) -> Iterator[Bits]:
@@ -142,9 +156,11 @@ def _group_bits(changes: Array) -> Iterator[Bits]:
     signed = changes[places].view(np.int16).astype(np.int64)
     yield (signed < 0).astype(np.uint8)
     larger = np.flatnonzero(abs(signed) > 1)
-    yield _count(larger.size)
-    yield from _rice(_gaps(larger))
-    yield from _rice(abs(signed[larger]) - 2)
+    some = [_count(larger.size), *_rice(_gaps(larger)), *_rice(abs(signed[larger]) - 2)]
+    each = [*_rice(abs(signed) - 1)]
+    shorter = sum(part.size for part in each) <= sum(part.size for part in some)
+    yield _number(int(shorter), 1)
+    yield from each if shorter else some
 
 
 def _gaps(places: Array) -> Array:
@@ -203,16 +219,22 @@ def _taken(bits: "_Reader", count: int, groups: int) -> Iterator[_Taken]:
         listed = bits.count(changed - 1) if inverted else changed
         places = np.cumsum(bits.rice(listed, count) + 1) - 1
         signs = np.where(bits.take(changed) == 1, -1, 1)
-        larger = bits.count(changed)
-        which = np.cumsum(bits.rice(larger, changed) + 1) - 1
-        sizes = np.ones(changed, np.int64)
-        beyond = bits.rice(larger, _LARGEST)
-        if larger and which[-1] >= changed:
-            raise _BadError
-        sizes[which] = beyond + 2
+        sizes = bits.rice(changed, _LARGEST + 1) + 1 if bits.number(1) else _some_larger(bits, changed)
         if (sizes * signs == 1 << 15).any():
             raise _BadError
         yield _Taken(places, inverted, (sizes * signs).astype(np.uint16))
+
+
+def _some_larger(bits: "_Reader", changed: int) -> Array:
+    """The sizes of so many changes, of which some are larger than 1."""
+    larger = bits.count(changed)
+    which = np.cumsum(bits.rice(larger, changed) + 1) - 1
+    beyond = bits.rice(larger, _LARGEST)
+    if larger and which[-1] >= changed:
+        raise _BadError
+    sizes = np.ones(changed, np.int64)
+    sizes[which] = beyond + 2
+    return sizes
 
 
 class _Reader:
