@@ -2,6 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,10 @@ import torch
 from vectors import zstd_decompress
 
 import tensorwire
-from tensorwire import EncodeError, SchemaError, WireError, dtypes
+from tensorwire import CorruptError, EncodeError, SchemaError, WireError, dtypes
+from tensorwire.cli import main
 from tensorwire.codecs import CHUNK, parse
+from tensorwire.files import versions
 from tensorwire.tensor import Extent
 
 STATE = dict[str, Any]
@@ -255,3 +260,102 @@ def test_digests_are_of_content_alone() -> None:
     assert tensorwire.digest({**state, "scale": state["scale"].reshape(1)}) != digest
     assert tensorwire.digest({**state, "step": 8}) != digest
     assert tensorwire.digest({}) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+# --------------------------------------------------------------------------------------------------------- Files
+
+
+@pytest.fixture(scope="module")
+def flat() -> list[STATE]:
+    """Three versions of tensors that a .safetensors file can hold."""
+    first = {name: tensor for name, tensor in base().items() if isinstance(tensor, torch.Tensor)}
+    second = copy.deepcopy(first)
+    second["big"].view(torch.int16).view(-1)[5::333] += 1
+    third = copy.deepcopy(second)
+    third["big"].view(torch.int16).view(-1)[7::99] -= 1
+    third["scale"] *= 2
+    return [first, second, third]
+
+
+def stored(state: STATE, path: Path) -> str:
+    """A state in a file of the kind that its name says; in two shards for a folder."""
+    if path.suffix == ".tw":
+        tensorwire.save_file(state, path, metadata={"step": "7"})
+    else:
+        options = {"max_shard_size": 1 << 21} if path.suffix == "" else {}
+        tensorwire.safetensors.decode(tensorwire.dumps(state, metadata={"step": "7"}), path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("kinds", [(".safetensors", ".safetensors"), (".tw", ".tw"), ("", ".tw"), (".tw", "")])
+def test_files_are_patched_one_after_the_other(flat: list[STATE], tmp_path: Path, kinds: tuple[str, str]) -> None:
+    source, target = kinds
+    files = [stored(state, tmp_path / f"{number}{source}") for number, state in enumerate(flat)]
+    patches = []
+    for old, new in pairwise(files):
+        patches.append(str(tmp_path / f"to{len(patches)}.tw"))
+        assert main(["diff", old, new, patches[-1]]) == 0
+    out = tmp_path / f"out{target}"
+    sharded = ["--max-shard-size", "2MB"] if target == "" else []
+    assert main(["patch", files[0], *patches, str(out), *sharded]) == 0
+    assert versions.digest(str(out)) == tensorwire.digest(flat[2]) == versions.digest(files[2])
+    assert tensorwire.patch(files[0], patches[:1], tmp_path / "one.safetensors") == tensorwire.digest(flat[1])
+
+
+def test_a_nested_file_with_values_is_patched(made: tuple[STATE, STATE, bytes], tmp_path: Path) -> None:
+    old, new, patch = made
+    tensorwire.save_file(old, tmp_path / "old.tw", codec={"big": "zstd"})
+    tensorwire.patch(tmp_path / "old.tw", [patch], tmp_path / "new.tw")
+    assert tensorwire.digest(tensorwire.load_file(tmp_path / "new.tw")) == tensorwire.digest(new)
+
+
+def test_the_wrong_file_is_left_alone_and_nothing_appears(
+    flat: list[STATE], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [stored(state, tmp_path / f"{number}.safetensors") for number, state in enumerate(flat)]
+    assert main(["diff", files[1], files[2], str(tmp_path / "patch.tw")]) == 0
+    assert main(["patch", files[0], str(tmp_path / "patch.tw"), str(tmp_path / "out.safetensors")]) == 1
+    assert "neither" in capsys.readouterr().err
+    assert main(["patch", files[1], str(tmp_path / "patch.tw"), files[1], "--force"]) == 2
+    assert main(["patch", files[1], str(tmp_path / "patch.tw"), files[0]]) == 2
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+class Changing(BytesIO):
+    """A file one byte of which is another from its third reading on."""
+
+    def __init__(self, data: bytes, place: int, reads: int) -> None:
+        super().__init__(data)
+        self.place, self.reads = place, reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        begin, data = self.tell(), bytearray(super().read(size))
+        if begin <= self.place < begin + len(data):
+            self.reads -= 1
+            data[self.place - begin] ^= self.reads < 0
+        return bytes(data)
+
+
+def test_a_file_that_changes_while_it_is_patched_makes_no_other(flat: list[STATE], tmp_path: Path) -> None:
+    old, new = (stored(state, tmp_path / f"{number}.safetensors") for number, state in enumerate(flat[:2]))
+    data = Path(old).read_bytes()
+    place = data.index(flat[0]["scale"].numpy().tobytes())
+    patch = b"".join(tensorwire.diff(old, new))
+    refused: list[type[Exception]] = []
+    for reads in range(10):
+        try:
+            tensorwire.patch(Changing(data, place, reads), [patch], tmp_path / "out.tw")
+        except WireError as error:
+            refused.append(type(error))
+            assert not (tmp_path / "out.tw").exists()
+        else:
+            assert tensorwire.digest(tensorwire.load_file(tmp_path / "out.tw")) == tensorwire.digest(flat[1])
+            break
+    assert SchemaError in refused and CorruptError in refused
+
+
+def test_content_digests_are_printed(flat: list[STATE], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [stored(flat[0], tmp_path / name) for name in ("a.tw", "a.safetensors")]
+    assert main(["digest", "--content", *files]) == 0
+    digest = tensorwire.digest(flat[0])
+    assert capsys.readouterr().out == "".join(f"{digest}  {file}\n" for file in files)
