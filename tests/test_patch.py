@@ -15,6 +15,7 @@ from vectors import zstd_decompress
 
 import tensorwire
 from tensorwire import CorruptError, EncodeError, SchemaError, WireError, dtypes
+from tensorwire.checksum import crc32c
 from tensorwire.cli import main
 from tensorwire.codecs import CHUNK, parse
 from tensorwire.files import versions
@@ -250,6 +251,19 @@ def test_blocks_of_a_large_tensor_are_applied_one_by_one() -> None:
     assert tensorwire.apply(patch, state) == (1, 2, 0) and np.array_equal(state["w"], new["w"])
 
 
+def test_a_change_that_no_checksum_sees_is_refused() -> None:
+    """A multiple of the polynomial of the CRC may be added to anything: its bits, from the highest power on."""
+    polynomial = sum(1 << power for power in (0, 6, 8, 9, 10, 11, 13, 14, 18, 19, 20, 22, 23, 25, 26, 27, 28, 32))
+    bits = np.array([polynomial >> 32 - place & 1 for place in range(33)], np.uint8)
+    old = {"w": np.arange(100, dtype=np.uint8)}
+    new = {"w": old["w"].copy()}
+    new["w"][10:15] ^= np.packbits(bits, bitorder="little")
+    assert crc32c(new["w"].tobytes()) == crc32c(old["w"].tobytes())
+    with pytest.raises(EncodeError, match="no checksum tells") as caught:
+        patch_of(new, old)
+    assert caught.value.item == "w"
+
+
 def test_digests_are_of_content_alone() -> None:
     state = base()
     digest = tensorwire.digest(state)
@@ -352,6 +366,23 @@ def test_a_file_that_changes_while_it_is_patched_makes_no_other(flat: list[STATE
             assert tensorwire.digest(tensorwire.load_file(tmp_path / "out.tw")) == tensorwire.digest(flat[1])
             break
     assert SchemaError in refused and CorruptError in refused
+
+
+def test_patches_are_verified_and_explained(
+    flat: list[STATE], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch = patch_of(flat[2], flat[1])
+    assert tensorwire.verify(patch).size == len(patch)
+    report = tensorwire.inspect(patch)
+    assert report.changed == 1_500_000 // 99 + 1 + 1 and report.ways == {"sparse": 1, "difference": 1}
+    (tmp_path / "patch.tw").write_bytes(patch)
+    assert main(["inspect", str(tmp_path / "patch.tw")]) == 0
+    shown = capsys.readouterr().out
+    assert tensorwire.digest(flat[2]) in shown and "15,153 of 1,500,001 numbers change" in shown
+    damaged = bytearray(patch)
+    damaged[-200] ^= 1
+    with pytest.raises(WireError):
+        tensorwire.verify(bytes(damaged))
 
 
 def test_content_digests_are_printed(flat: list[STATE], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from tensorwire.codecs import binding_of, from_stages
 from tensorwire.errors import WireError
 from tensorwire.files.source import opened
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams import Receiver
+from tensorwire.streams import ItemStart, Payload, Receiver
 from tensorwire.streams.patches import CODEC
 from tensorwire.tensor import Extent
 from tensorwire.transfer.frames import Frame, Frames
@@ -157,14 +157,22 @@ def _look_at(report: Inspection, frames: Frames, on_frame: Callable[[Frame], Non
 def verify(source: Any, *, limits: Limits = DEFAULT) -> Verified:
     """Check a stream as a receiver would, payloads decoded and dropped. Raises a WireError that says where it breaks.
 
-    `source`: a path, or what `decode` takes.
+    `source`: a path, or what `decode` takes. Of a patch, whose payloads mean something only with its base, all
+    checksums are checked and what each is bound to.
 
         tensorwire.verify("model.tw").digest
     """
     summary = None
     with _opened(source) as chunks:
-        for event in Receiver(limits).events(chunks):
-            if isinstance(event, StreamEnd):
+        receiver, against = Receiver(limits, any_base=True), b""
+        for event in receiver.events(chunks):
+            if isinstance(event, StreamStart):
+                against = event.info.base
+            elif isinstance(event, ItemStart) and against and _is_patched(event.item):
+                receiver.keep_encoded(event.number)
+            elif isinstance(event, Payload):
+                binding_of(event.data, Extent(event.item.dtype, (), event.start, event.count))
+            elif isinstance(event, StreamEnd):
                 summary = event.summary
     assert summary is not None  # a stream without an END frame is a TruncatedError
     # The END frame counts what came before it.
@@ -179,6 +187,10 @@ def _opened(source: Any) -> Iterator[Any]:
         return
     with opened(source) as file:
         yield iter(lambda: file.read(_CHUNK), b"")
+
+
+def _is_patched(item: Item) -> bool:
+    return isinstance(item, TensorItem) and item.codec == PATCH
 
 
 def _enter(report: Inspection, frame: Frame) -> None:
@@ -203,7 +215,7 @@ def _enter_slice(report: Inspection, part: Slice, length: int) -> None:
     item.size += part.count * (part.item.dtype.itemsize if isinstance(part.item, TensorItem) else 1)
     item.wire_size += length
     item.complete = part.last
-    if isinstance(part.item, TensorItem) and part.item.codec == PATCH and length == len(part.payload):
+    if isinstance(part.item, TensorItem) and _is_patched(part.item) and length == len(part.payload):
         binding = binding_of(part.payload, Extent(part.item.dtype, part.item.shape, part.start, part.count))
         item.changed += binding.changed or 0
         item.ways[binding.way] += 1
