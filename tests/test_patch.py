@@ -12,11 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import make
 import numpy as np
 import pytest
 import reference
 import torch
 from frames import BUNDLE, DATA, ITEM, STREAM, assemble, take_apart
+from vectors import stored as stored_vector
 from vectors import zstd_decompress
 
 import tensorwire
@@ -240,6 +242,20 @@ def test_every_dtype_is_patched(dtype: dtypes.DType, count: int) -> None:
         patch_slice(payload, extent, out)
     with pytest.raises(SchemaError, match="tensorwire.apply"):
         codec.decode(memoryview(payload), extent, old.copy())  # also where the base stands there by chance
+
+
+def test_the_stored_patch_is_what_the_page_says() -> None:
+    """The library writes it byte for byte, and both readers make the stored version of the stored base."""
+    old, new, patch = (stored_vector(f"patches/{name}") for name in ("old", "new", "to-new"))
+    assert all(recipe() == stored_vector(f"patches/{name}") for name, recipe in make.PATCHES.items())
+    reader = reference._Reader(new, zstd_decompress)
+    reader.read()
+    wanted = {name: data for name, (_, data) in reference.version(reader.items).items()}
+    assert reference.apply(patch, old, zstd_decompress) == wanted
+    state = tensorwire.torch.loads(old)
+    tensorwire.apply(patch, state)
+    assert tensorwire.digest(state) == tensorwire.digest(tensorwire.loads(new))
+    assert {*tensorwire.inspect(patch).ways} == {"sparse", "difference", "replaced"}
 
 
 def test_an_unchanged_version_is_an_empty_patch(made: tuple[STATE, STATE, bytes]) -> None:
