@@ -88,9 +88,9 @@ struct Kernels {
     // What changed of n floats: how many (`differ`), and the bytes it takes, or 0 for more than `room`, none, or over half
     // of them. Back, in place: how many changed, or 0 where no encoder writes such codes about these values. `work` has
     // 2 n elements. kFloat32 has no entry.
-    size_t (*sparse_encode[kDtypes])(const uint8_t* base, const uint8_t* values, size_t n, uint32_t* work,
-                                     uint8_t* codes, size_t room, size_t* differ);
-    size_t (*sparse_decode[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);
+    size_t (*encode_changes[kDtypes])(const uint8_t* base, const uint8_t* values, size_t n, uint32_t* work,
+                                      uint8_t* codes, size_t room, size_t* differ);
+    size_t (*decode_changes[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
@@ -104,7 +104,7 @@ struct Kernels {
     void add_linear(Kernels&);                                         \
     void add_planes(Kernels&);                                         \
     void add_huffman(Kernels&);                                        \
-    void add_sparse(Kernels&);                                         \
+    void add_changes(Kernels&);                                        \
     uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }
 

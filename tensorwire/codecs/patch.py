@@ -188,7 +188,7 @@ def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: 
     if floats is None:
         return 0, count_unequal(base, values, dtype.part_size)
     work = take(4 * values.size).view(np.uint32)
-    return kernels.sparse_encode(base.view(floats), values.view(floats), payload, work)
+    return kernels.encode_changes(base.view(floats), values.view(floats), payload, work)
 
 
 def _take_sparse(codes: Bytes, dtype: DType, out: Bytes) -> int:
@@ -196,7 +196,7 @@ def _take_sparse(codes: Bytes, dtype: DType, out: Bytes) -> int:
     floats = _SPARSE_DTYPES.get(dtype)
     if floats is None:
         raise FormatError(f"no {dtype} changes one by one")
-    changed = kernels.sparse_decode(codes, out.view(floats), np.empty(out.size, np.uint32))
+    changed = kernels.decode_changes(codes, out.view(floats), np.empty(out.size, np.uint32))
     if not changed:
         raise FormatError(f"{codes.size} bytes are no changes of {out.size} bytes of {dtype}")
     return changed

@@ -52,8 +52,8 @@ __all__ = [
     "quantize_int8",
     "quantize_linear",
     "set_threads",
-    "sparse_decode",
-    "sparse_encode",
+    "decode_changes",
+    "encode_changes",
     "split_planes",
 ]
 
@@ -117,7 +117,7 @@ split_planes = _module.split_planes
 merge_planes = _module.merge_planes
 difference = _module.difference
 add_difference = _module.add_difference
-sparse_encode = _module.sparse_encode
-sparse_decode = _module.sparse_decode
+encode_changes = _module.encode_changes
+decode_changes = _module.decode_changes
 set_threads = _module.set_threads
 get_threads = _module.get_threads

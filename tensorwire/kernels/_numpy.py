@@ -16,7 +16,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tensorwire.kernels import _numpy_sparse, tables
+from tensorwire.kernels import _numpy_changes, tables
 
 __all__ = [
     "accumulate",
@@ -42,8 +42,8 @@ __all__ = [
     "quantize_int8",
     "quantize_linear",
     "set_threads",
-    "sparse_decode",
-    "sparse_encode",
+    "decode_changes",
+    "encode_changes",
     "split_planes",
 ]
 
@@ -874,7 +874,7 @@ def difference(base: Array, values: Array, out: Array, *, width: int) -> None:
     _check_size("base", base, values.size)
     _check_size("out", out, values.size)
     _check_overlap({"out": out}, {"base": base, "values": values})
-    _numpy_sparse.difference(base, values, out, width=width)
+    _numpy_changes.difference(base, values, out, width=width)
 
 
 def add_difference(differences: Array, values: Array, *, width: int) -> None:
@@ -884,7 +884,7 @@ def add_difference(differences: Array, values: Array, *, width: int) -> None:
     _check_width(width, values)
     _check_size("differences", differences, values.size)
     _check_overlap({"values": values}, {"differences": differences})
-    _numpy_sparse.add_difference(differences, values, width=width)
+    _numpy_changes.add_difference(differences, values, width=width)
 
 
 def _check_width(width: int, values: Array) -> None:
@@ -894,7 +894,7 @@ def _check_width(width: int, values: Array) -> None:
         raise ValueError(f"elements: expected a multiple of {width} bytes, got {values.size}")
 
 
-def sparse_encode(base: Array, values: Array, codes: Array, work: Words) -> tuple[int, int]:
+def encode_changes(base: Array, values: Array, codes: Array, work: Words) -> tuple[int, int]:
     """Group after group; `work` is not used."""
     _check_array("base", base, np.float16, np.uint16)
     _check_array("values", values, np.float16, np.uint16)
@@ -904,16 +904,16 @@ def sparse_encode(base: Array, values: Array, codes: Array, work: Words) -> tupl
     _check_size("values", values, base.size)
     _check_work(work, values.size)
     _check_overlap({"codes": codes, "work": work}, {"base": base, "values": values})
-    return _numpy_sparse.sparse_encode(base, values, codes)
+    return _numpy_changes.encode_changes(base, values, codes)
 
 
-def sparse_decode(codes: Array, values: Array, work: Words) -> int:
+def decode_changes(codes: Array, values: Array, work: Words) -> int:
     """Group after group, in place; `work` is not used."""
     _check_array("codes", codes, np.uint8)
     _check_array("values", values, np.float16, np.uint16, output=True)
     _check_work(work, values.size)
     _check_overlap({"values": values, "work": work}, {"codes": codes})
-    return _numpy_sparse.sparse_decode(codes, values)
+    return _numpy_changes.decode_changes(codes, values)
 
 
 def _check_work(work: Words, count: int) -> None:

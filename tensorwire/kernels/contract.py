@@ -171,7 +171,7 @@ class HostKernels(Kernels, Protocol):
     def add_difference(self, differences: Bytes, values: Bytes, *, width: int) -> None:
         """Make of a base, in its place, the values that `difference` was taken to."""
 
-    def sparse_encode(
+    def encode_changes(
         self, base: Floats, values: Floats, codes: Bytes, work: npt.NDArray[np.uint32]
     ) -> tuple[int, int]:
         """Write which of the values, float16 or bfloat16, differ from those of a base, and how.
@@ -180,8 +180,8 @@ class HostKernels(Kernels, Protocol):
         than half of them. `work` has two elements for each value; it and the rest of `codes` then hold anything.
         """
 
-    def sparse_decode(self, codes: Bytes, values: Floats, work: npt.NDArray[np.uint32]) -> int:
-        """Make of a base, in its place, the values that `sparse_encode` was given; how many of them changed.
+    def decode_changes(self, codes: Bytes, values: Floats, work: npt.NDArray[np.uint32]) -> int:
+        """Make of a base, in its place, the values that `encode_changes` was given; how many of them changed.
 
         0: codes that it never makes of this base; `values` then hold anything. `work`: as there.
         """

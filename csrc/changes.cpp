@@ -89,8 +89,9 @@ uint64_t unequal(const uint8_t* x, const uint8_t* y, size_t n) {
 #if defined(TW_AVX512)
     if (n == kBlock) {
         bits = _mm512_cmpneq_epu16_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(y));
-        return bits | static_cast<uint64_t>(_mm512_cmpneq_epu16_mask(_mm512_loadu_si512(x + 64),
-                                                                     _mm512_loadu_si512(y + 64))) << 32;
+        return bits |
+               static_cast<uint64_t>(_mm512_cmpneq_epu16_mask(_mm512_loadu_si512(x + 64), _mm512_loadu_si512(y + 64)))
+                   << 32;
     }
 #elif defined(TW_AVX2)
     if (n == kBlock) {
@@ -457,8 +458,8 @@ void put_changes(BitWriter& out, const Group& g, uint32_t* work) {
 }
 
 template <Dtype kDtype>
-size_t sparse_encode(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* work, uint8_t* codes, size_t room,
-                     size_t* differ) {
+size_t encode_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* work, uint8_t* codes, size_t room,
+                      size_t* differ) {
     Tally tallies[kClasses];
     const size_t changed = count_changes<kDtype>(base, x, n, tallies);
     *differ = changed;
@@ -586,7 +587,7 @@ bool change_block(Group& g, uint64_t mine, uint8_t* x) {
 }
 
 template <Dtype kDtype>
-size_t sparse_decode(const uint8_t* codes, size_t size, uint8_t* x, size_t n, uint32_t* work) {
+size_t decode_changes(const uint8_t* codes, size_t size, uint8_t* x, size_t n, uint32_t* work) {
     BitReader in(codes, size);
     Groups groups;
     if (!take_groups(in, n, Work(work, n), groups)) return 0;
@@ -664,11 +665,11 @@ void add_difference(const uint8_t* differences, uint8_t* values, size_t n) {
 
 }  // namespace
 
-void add_sparse(Kernels& k) {
-    k.sparse_encode[kFloat16] = sparse_encode<kFloat16>;
-    k.sparse_encode[kBfloat16] = sparse_encode<kBfloat16>;
-    k.sparse_decode[kFloat16] = sparse_decode<kFloat16>;
-    k.sparse_decode[kBfloat16] = sparse_decode<kBfloat16>;
+void add_changes(Kernels& k) {
+    k.encode_changes[kFloat16] = encode_changes<kFloat16>;
+    k.encode_changes[kBfloat16] = encode_changes<kBfloat16>;
+    k.decode_changes[kFloat16] = decode_changes<kFloat16>;
+    k.decode_changes[kBfloat16] = decode_changes<kBfloat16>;
     k.difference[0] = difference<uint8_t>;
     k.difference[1] = difference<uint16_t>;
     k.difference[2] = difference<uint32_t>;

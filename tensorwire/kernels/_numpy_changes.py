@@ -47,7 +47,7 @@ def _turned(numbers: Array, width: int, *, right: bool) -> Array:
     return rotated
 
 
-def sparse_encode(base: Array, values: Array, codes: Array) -> tuple[int, int]:
+def encode_changes(base: Array, values: Array, codes: Array) -> tuple[int, int]:
     """Write what changed; the bytes that it takes, or 0, and how many values that is."""
     classes = _classes(base)
     changes = values.view(np.uint16) - base.view(np.uint16)
@@ -66,7 +66,7 @@ def sparse_encode(base: Array, values: Array, codes: Array) -> tuple[int, int]:
     return int(payload.size), changed
 
 
-def sparse_decode(codes: Array, values: Array) -> int:
+def decode_changes(codes: Array, values: Array) -> int:
     """Make the changes; how many there are, or 0 where no encoder writes such codes."""
     numbers, bits = values.view(np.uint16), _Reader(np.unpackbits(codes, bitorder="little"))
     try:

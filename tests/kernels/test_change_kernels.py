@@ -28,7 +28,7 @@ def pair(n: int, rate: float, dtype: Any, seed: int = 0) -> tuple[Array, Array]:
 def encode(kernels: ModuleType, base: Array, values: Array, room: int, offset: int = 0) -> Array:
     codes = Output(room, np.uint8, offset)
     work = np.empty(2 * base.size, np.uint32)
-    size, changed = kernels.sparse_encode(misaligned(base, offset), misaligned(values, offset), codes.array, work)
+    size, changed = kernels.encode_changes(misaligned(base, offset), misaligned(values, offset), codes.array, work)
     assert changed == np.count_nonzero(base.view(np.uint16) != values.view(np.uint16))
     return codes.checked()[:size].copy()
 
@@ -36,7 +36,7 @@ def encode(kernels: ModuleType, base: Array, values: Array, room: int, offset: i
 def decode(kernels: ModuleType, codes: Array, base: Array, offset: int = 0) -> Array | None:
     out = Output(base.size, base.dtype, offset)
     out.array[:] = base
-    changed = kernels.sparse_decode(misaligned(codes, offset), out.array, np.empty(2 * base.size, np.uint32))
+    changed = kernels.decode_changes(misaligned(codes, offset), out.array, np.empty(2 * base.size, np.uint32))
     made = out.checked()
     assert changed in (0, np.count_nonzero(made.view(np.uint16) != base.view(np.uint16)))
     return made if changed else None
@@ -142,7 +142,7 @@ def test_wrong_arguments_are_refused(
     base = np.zeros(4, np.uint16)
     given = {"base": base, "values": base.copy(), "codes": np.zeros(9, np.uint8), "work": np.zeros(8, np.uint32)}
     with pytest.raises(error, match=says):
-        kernels.sparse_encode(*(given | change).values())
+        kernels.encode_changes(*(given | change).values())
 
 
 def test_other_wrong_arguments_are_refused(kernels: ModuleType) -> None:
@@ -155,6 +155,6 @@ def test_other_wrong_arguments_are_refused(kernels: ModuleType) -> None:
         kernels.add_difference(bytes_, bytes_, width=2)
     floats, work = np.zeros(4, np.uint16), np.zeros(8, np.uint32)
     with pytest.raises(ValueError, match="overlaps"):
-        kernels.sparse_decode(floats.view(np.uint8), floats, work)
+        kernels.decode_changes(floats.view(np.uint8), floats, work)
     with pytest.raises(ValueError, match="work"):
-        kernels.sparse_decode(bytes_, floats, work[:5])
+        kernels.decode_changes(bytes_, floats, work[:5])
