@@ -697,8 +697,7 @@ bool select_largest(nb::handle values, nb::handle positions, nb::handle coeffici
     p.expect_apart_from(x);
     c.expect_apart_from(x);
     const Released released;
-    return tw::kernels().select_largest(x.data<float>(), p.data<uint16_t>(), c.data<float>(), x.size(), grid,
-                                        b.data());
+    return tw::kernels().select_largest(x.data<float>(), p.data<uint16_t>(), c.data<float>(), x.size(), grid, b.data());
 }
 
 bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums, double weight, Py_ssize_t width,
@@ -718,7 +717,7 @@ bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums
                                     b.data());
     }
     return kernels.add_to_double(p.data<uint16_t>(), c.data<float>(), s.data<double>(), s.size(), weight, grid,
-                                    b.data());
+                                 b.data());
 }
 
 size_t encode_positions(nb::handle positions, nb::handle codes, Py_ssize_t elements, Py_ssize_t width, Py_ssize_t rows,
@@ -741,6 +740,73 @@ bool decode_positions(nb::handle codes, nb::handle positions, Py_ssize_t element
     p.expect_apart_from(c);
     const Released released;
     return tw::kernels().decode_positions(c.data<uint8_t>(), c.size(), p.data<uint16_t>(), n, grid);
+}
+
+// The place of a width in the tables of kernels.
+size_t width_index(Py_ssize_t width) {
+    for (size_t i = 0; i < tw::kPlaneWidths; ++i) {
+        if (width == Py_ssize_t{1} << i) return i;
+    }
+    throw nb::value_error(("width: expected 1, 2, 4 or 8, got " + std::to_string(width)).c_str());
+}
+
+void difference(nb::handle base, nb::handle values, nb::handle out, Py_ssize_t width) {
+    const size_t index = width_index(width);
+    const Array b("base", base, "B", kInput), x("values", values, "B", kInput), y("out", out, "B", kOutput);
+    const size_t n = elements_of(x, static_cast<size_t>(width));
+    b.expect_size(x.size());
+    y.expect_size(x.size());
+    y.expect_apart_from(b);
+    y.expect_apart_from(x);
+    const Released released;
+    tw::kernels().difference[index](b.data<uint8_t>(), x.data<uint8_t>(), y.data<uint8_t>(), n);
+}
+
+void add_difference(nb::handle differences, nb::handle values, Py_ssize_t width) {
+    const size_t index = width_index(width);
+    const Array d("differences", differences, "B", kInput), x("values", values, "B", kOutput);
+    const size_t n = elements_of(x, static_cast<size_t>(width));
+    d.expect_size(x.size());
+    x.expect_apart_from(d);
+    const Released released;
+    tw::kernels().add_difference[index](d.data<uint8_t>(), x.data<uint8_t>(), n);
+}
+
+// Memory that sparse changes are sorted in.
+void expect_work(const Array& work, size_t n) {
+    work.expect_size(2 * n);
+    if (reinterpret_cast<uintptr_t>(work.data<void>()) % alignof(uint32_t)) throw nb::value_error("work: not aligned");
+}
+
+nb::tuple encode_changes(nb::handle base, nb::handle values, nb::handle codes, nb::handle work) {
+    const Array b("base", base, "eH", kInput), x("values", values, "eH", kInput);
+    const Array c("codes", codes, "B", kOutput), w("work", work, "I", kOutput);
+    if (b.format() != x.format()) throw nb::type_error("values: not of the type of base");
+    x.expect_size(b.size());
+    expect_work(w, x.size());
+    c.expect_apart_from(b);
+    c.expect_apart_from(x);
+    w.expect_apart_from(b);
+    w.expect_apart_from(x);
+    w.expect_apart_from(c);
+    size_t size, differ;
+    {
+        const Released released;
+        size = tw::kernels().encode_changes[x.dtype()](b.data<uint8_t>(), x.data<uint8_t>(), x.size(),
+                                                       w.data<uint32_t>(), c.data<uint8_t>(), c.size(), &differ);
+    }
+    return nb::make_tuple(size, differ);
+}
+
+size_t decode_changes(nb::handle codes, nb::handle values, nb::handle work) {
+    const Array c("codes", codes, "B", kInput), x("values", values, "eH", kOutput), w("work", work, "I", kOutput);
+    expect_work(w, x.size());
+    x.expect_apart_from(c);
+    w.expect_apart_from(c);
+    w.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().decode_changes[x.dtype()](c.data<uint8_t>(), c.size(), x.data<uint8_t>(), x.size(),
+                                                   w.data<uint32_t>());
 }
 
 std::string supported_names() {
@@ -820,6 +886,11 @@ NB_MODULE(_native, m) {
     m.def("byte_histogram", byte_histogram, "values"_a, "counts"_a, nb::kw_only(), "every"_a = 1);
     m.def("huffman_encode", huffman_encode, "values"_a, "codes"_a);
     m.def("huffman_decode", huffman_decode, "codes"_a, "out"_a);
+    m.def("difference", difference, "base"_a, "values"_a, "out"_a, nb::kw_only(), "width"_a);
+    m.def("add_difference", add_difference, "differences"_a, "values"_a, nb::kw_only(), "width"_a);
+    m.def("encode_changes", encode_changes, "base"_a, "values"_a, "codes"_a, "work"_a,
+          nb::sig("def encode_changes(base: object, values: object, codes: object, work: object) -> tuple[int, int]"));
+    m.def("decode_changes", decode_changes, "codes"_a, "values"_a, "work"_a);
     m.def("split_planes", split_planes, "values"_a, "marks"_a, "planes"_a);
     m.def("merge_planes", merge_planes, "planes"_a, "marks"_a, "out"_a);
 

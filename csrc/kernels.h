@@ -101,6 +101,15 @@ struct Kernels {
     // Positions to codes: the bytes that they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
     size_t (*encode_positions)(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid);
     bool (*decode_positions)(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid);
+    // The differences of n numbers to those of a base, as zig-zag, turned as planes turn back; and added again.
+    void (*difference[kPlaneWidths])(const uint8_t* base, const uint8_t* values, uint8_t* out, size_t n);
+    void (*add_difference[kPlaneWidths])(const uint8_t* differences, uint8_t* values, size_t n);
+    // What changed of n floats: how many (`differ`), and the bytes it takes, or 0 for more than `room`, none, or over half
+    // of them. Back, in place: how many changed, or 0 where no encoder writes such codes about these values. `work` has
+    // 2 n elements. kFloat32 has no entry.
+    size_t (*encode_changes[kDtypes])(const uint8_t* base, const uint8_t* values, size_t n, uint32_t* work,
+                                      uint8_t* codes, size_t room, size_t* differ);
+    size_t (*decode_changes[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
@@ -115,6 +124,7 @@ struct Kernels {
     void add_planes(Kernels&);                                         \
     void add_huffman(Kernels&);                                        \
     void add_sparse(Kernels&);                                         \
+    void add_changes(Kernels&);                                        \
     uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }
 

@@ -147,7 +147,8 @@ public:
         const float* down = of_length(basis_, height);
         fold_rows(chunk, from);
         multiply({down, 2 * height, rows, rows, width, turned_.at[0], 2 * kMostSide}, sums_);
-        multiply({down + height, 2 * height, height / 2, height / 2, width, turned_.at[1], 2 * kMostSide}, differences_);
+        multiply({down + height, 2 * height, height / 2, height / 2, width, turned_.at[1], 2 * kMostSide},
+                 differences_);
         across_.prepare(basis_, width);
         for (size_t u = 0; u < height; ++u) fold_row(turned_.at[u], width, sums_.at[u], differences_.at[u]);
         multiply({sums_.at[0], kMostSide, height, cols, cols, even_.at[0], kMostSide}, across_.even);
@@ -324,7 +325,8 @@ public:
     explicit Inverse(const float* basis) : basis_(basis) {}
 
     // False: a position is not in the chunk.
-    bool operator()(const Chunk& chunk, const uint16_t* positions, const float* coefficients, size_t kept, Matrix& out) {
+    bool operator()(const Chunk& chunk, const uint16_t* positions, const float* coefficients, size_t kept,
+                    Matrix& out) {
         const Matrix& b = across_.of(basis_, chunk.width);
         const size_t half = (chunk.height + 1) / 2;
         size_t last = kMostSide;
@@ -337,7 +339,8 @@ public:
             if (position >= chunk.size()) return false;
             const size_t u = position / chunk.width, v = position % chunk.width;
             if (coefficient == 0) continue;
-            if (u != last) turned = (u % 2 ? odd_ : even_).begin_row(of_length(basis_, chunk.height) + u * chunk.height, half);
+            if (u != last)
+                turned = (u % 2 ? odd_ : even_).begin_row(of_length(basis_, chunk.height) + u * chunk.height, half);
             last = u;
             for (size_t x = 0; x < kMostSide; ++x) turned[x] += coefficient * b.at[v][x];
         }
@@ -391,7 +394,8 @@ bool add_selected(const uint16_t* positions, const float* coefficients, Sum* sum
         Sum* to = sums + chunk.start;
         if (basis) {
             if (!inverse(chunk, positions, coefficients, kept, elements)) return false;
-            for (size_t i = 0; i < chunk.height; ++i) add_row(to + i * chunk.stride, elements.at[i], chunk.width, factor);
+            for (size_t i = 0; i < chunk.height; ++i)
+                add_row(to + i * chunk.stride, elements.at[i], chunk.width, factor);
         } else {
             for (size_t i = 0; i < kept; ++i) {
                 const size_t position = get(positions + i);

@@ -55,13 +55,14 @@ from tensorwire.files import TensorFile, TensorSlice, decode_file, encode_file
 from tensorwire.kernels import get_threads, set_threads
 from tensorwire.limits import Limits
 from tensorwire.memory import get_spare_memory, set_spare_memory
-from tensorwire.streams import Decoder, EncodedTensor, InMemory, OnDisk, Report, Schema, gather
+from tensorwire.streams import Decoder, EncodedTensor, InMemory, OnDisk, Patch, Report, Schema, gather
 from tensorwire.tensor import AnyFront
 from tensorwire.wire import name_of, path_of
 
 if TYPE_CHECKING:
     from tensorwire import torch as torch
     from tensorwire.files.examine import inspect, verify
+    from tensorwire.files.versions import diff, patch
 
 __version__: Final = "0.1.0"
 
@@ -81,6 +82,7 @@ __all__ = [
     "MissingFileError",
     "NonFiniteError",
     "OnDisk",
+    "Patch",
     "Report",
     "Schema",
     "SchemaError",
@@ -93,11 +95,14 @@ __all__ = [
     "TruncatedError",
     "UnsupportedError",
     "WireError",
+    "apply",
     "codec",
     "decode",
     "decode_async",
     "decode_file",
     "decoder",
+    "diff",
+    "digest",
     "dumps",
     "encode",
     "encode_async",
@@ -111,6 +116,7 @@ __all__ = [
     "loads",
     "name_of",
     "open_file",
+    "patch",
     "path_of",
     "register",
     "save_file",
@@ -137,9 +143,16 @@ save_file = _api.save_file
 load_file = _api.load_file
 open_file = _api.open_file
 schema = _api.schema
+digest = _api.digest
+apply = _api.apply
 
 
-_LAZY_FUNCTIONS: Final = {"inspect": "files.examine", "verify": "files.examine"}
+_LAZY_FUNCTIONS: Final = {
+    "diff": "files.versions",
+    "inspect": "files.examine",
+    "patch": "files.versions",
+    "verify": "files.examine",
+}
 
 
 def __getattr__(name: str) -> Any:

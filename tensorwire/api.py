@@ -28,19 +28,22 @@ class Api:
         metadata: Mapping[str, str] | None = None,
         stream_id: bytes = b"",
         tie: bool = True,
+        base: Any = None,
         limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> Iterator[Buffer]:
         """Encode a container as an iterator of buffers to be sent one after the other.
 
-        `obj`: a tensor, a plain value, or dicts, lists and tuples of them; or an iterator of (name, tensor) pairs,
-        sent as they come: all of a pair leaves before the next one is asked for, with an empty buffer behind it, at
-        which transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping
-        of name patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is
-        also the memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes
-        that bind every frame to a round or session. `tie`: send tensors that share their memory once. `limits`: what
-        a receiver with the same limits accepts; more is an EncodeError, before the first buffer where the size is known
-        then. `report`: a `tensorwire.Report` that is told what travelled how.
+        `obj`: a tensor, a plain value, or dicts, lists and tuples of them; or an iterator of (name, tensor) pairs, sent
+        as they come: all of a pair leaves before the next one is asked for, with an empty buffer behind it, at which
+        transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping of name
+        patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is also the
+        memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes that bind
+        every frame to a round or session. `tie`: send tensors that share their memory once. `base`: the version of the
+        container that the receiver has; what is sent is the patch that `apply` makes the new one with, which has a
+        coding and frames of its own (leave `codec` and `frame_size`). `limits`: what a receiver with the same limits
+        accepts; more is an EncodeError, before the first buffer where the size is known then. `report`: a
+        `tensorwire.Report` that is told what travelled how.
 
             for buffer in tensorwire.encode(model.state_dict(), codec="bf16|zstd"):
                 connection.sendall(buffer)
@@ -51,6 +54,11 @@ class Api:
         Everything but the values themselves is checked here, before the first buffer. Raises EncodeError naming
         the item; NonFiniteError, while iterating, for NaN or infinities under a quantizing codec.
         """
+        if base is not None:
+            _check_patch(codec, frame_size)
+            return streams.encode_patch(
+                obj, base, self._front, metadata=metadata, stream_id=stream_id, limits=limits, report=report
+            )
         return streams.encode(
             obj,
             self._front,
@@ -241,6 +249,33 @@ class Api:
             data, front, into=into, expect=expect, base=base, metadata_into=metadata_into, limits=limits
         )
 
+    def digest(self, obj: Any, *, limits: Limits = DEFAULT) -> str:
+        """The content digest of a container, 64 hexadecimal digits: its version.
+
+        Of names, dtypes, shapes and values alone: not of codecs, frames, files, devices, order, or which tensors are
+        tied. docs/format.md says how it is made. It tells apart what differs by accident; it is no signature. Raises
+        EncodeError as `encode` does.
+
+            assert tensorwire.digest(loaded) == tensorwire.digest(model.state_dict())
+        """
+        return streams.digest(obj, self._front, limits)
+
+    def apply(self, source: Any, state: Any, *, limits: Limits = DEFAULT) -> streams.Applied:
+        """Make of `state`, in place, the version that a patch is for: what `encode(new, base=old)` gave.
+
+        `source`: as `decode` takes it, or a `tensorwire.Patch` that was read before. `state`: contiguous writable
+        tensors, each as it is in the base or, from an earlier attempt, in the new version; nothing may write to them
+        meanwhile. Returns how many blocks were written, how many were found done, and how many values were set.
+
+            tensorwire.apply(transport.receive(), model.state_dict())
+
+        Raises a WireError for what is no whole patch, SchemaError for one that is against another version and
+        EncodeError for a state that cannot be written: nothing was written then. Whatever ends it later, to apply the
+        same patch again ends at its target.
+        """
+        patch = source if isinstance(source, streams.Patch) else streams.Patch.read(source, limits=limits)
+        return patch.apply(state, self._front, limits=limits)
+
     def save_file(
         self,
         obj: Any,
@@ -330,6 +365,12 @@ class Api:
             weights = tensorwire.loads(message, expect=tensorwire.schema(model.state_dict()))
         """
         return Schema.of(obj, self._front, codec=codec, limits=limits)
+
+
+def _check_patch(codec: CodecChoice, frame_size: int) -> None:
+    """Raise EncodeError for options that a patch does not have."""
+    if codec != "raw" or frame_size != streams.FRAME_SIZE:
+        raise EncodeError("a patch has a coding and frames of its own: with base=, leave codec= and frame_size=")
 
 
 async def _encoded(

@@ -165,3 +165,5 @@ save_file = _api.save_file
 load_file = _api.load_file
 open_file = _api.open_file
 schema = _api.schema
+digest = _api.digest
+apply = _api.apply

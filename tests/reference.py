@@ -355,7 +355,7 @@ def read_value(data: bytes) -> Any:
 
 # --------------------------------------------------------------------------------------- 6. Codecs and DATA payloads
 
-RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, SPARSE, LOWRANK = 1, 2, 3, 4, 5, 6, 7, 8, 10, 11
+RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, PATCH, SPARSE, LOWRANK = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
 ZSTD, ENTROPY = 64, 65
 
 
@@ -394,9 +394,9 @@ def check_codec(codec: Any, dtype: str) -> None:
     (number, *parameters), *behind = codec
     known = [stage for stage in ([ZSTD], [ENTROPY]) if stage in behind]
     check(len(known) == len(behind), "codec: only zstd and entropy, once each, stand behind another")
-    if number in (RAW, FP16, BF16):
+    if number in (RAW, FP16, BF16, PATCH):
         check(parameters == [], "codec: parameters")
-        check(number == RAW or dtype == "float32", f"codec: not for {dtype}")
+        check(number in (RAW, PATCH) or dtype == "float32", f"codec: not for {dtype}")
         return
     if number == PLANES:
         check(parameters == [], "codec: parameters")
@@ -429,7 +429,7 @@ def block_of(codec: list) -> int:
     number, *parameters = codec[0]
     if number in (RAW, FP16, BF16):
         return 1
-    if number == PLANES:
+    if number in (PLANES, PATCH):
         return 1024
     if number == SPARSE:
         return parameters[3] * parameters[5]
@@ -439,11 +439,12 @@ def block_of(codec: list) -> int:
 
 
 def payload_length(codec: list, dtype: str, width: int, count: int) -> int:
-    """Bytes of the payload of `count` elements, before zstd and entropy; of planes and sparse, the most."""
+    """Bytes of the payload of `count` elements, before zstd and entropy; of planes, sparse and patch, the most."""
     number, *parameters = codec[0]
-    if number == PLANES:
+    if number in (PLANES, PATCH):
+        around = 5 + 8 * mebibytes_of(count * width) if number == PATCH else 0
         width, count = floats_of(dtype, width, count)
-        return 1 + -(-count // 512) + width * (count + 1)
+        return around + 1 + -(-count // 512) + width * (count + 1)
     if number == SPARSE:
         k, bits, _, rows, cols, across = parameters
         rice = (rows * cols // k).bit_length() - 1 if k < rows * cols else 0
@@ -808,6 +809,139 @@ def decode_lowrank(parameters: list, dtype: str, count: int, payload: bytes) -> 
     )
 
 
+def mebibytes_of(size: int) -> int:
+    return -(-size // (1 << 20))
+
+
+def checksums_of(data: bytes) -> list[int]:
+    """The CRC of each MiB."""
+    return [crc32c(data[at : at + (1 << 20)]) for at in range(0, len(data), 1 << 20)]
+
+
+def decode_patch(
+    dtype: str, width: int, count: int, payload: bytes, decompress: Callable[[bytes], bytes] | None, base: bytes | None
+) -> bytes | None:
+    """The elements that a slice makes of those of its base."""
+    chunks = mebibytes_of(count * width)
+    check(len(payload) > 0 and payload[0] <= 4, "patch: first byte")
+    mode, begin = payload[0], 1 if payload[0] in (0, 4) else 5
+    at = begin + 4 * chunks * (1 if begin == 1 else 2)
+    check(len(payload) >= at, "patch: checksums")
+    sums = [*struct.unpack_from(f"<{(at - begin) // 4}I", payload, begin)]
+    made = base
+    if mode != 0:
+        check(base is not None and checksums_of(base) == sums[-chunks:], "patch: not its base")
+    if mode == 4:
+        check(len(payload) == at, "patch: bytes behind")
+    elif mode == 3:
+        made = change_floats(base or b"", dtype, payload[at:])
+    else:
+        made = decode_planes(dtype, width, count, payload[at:], decompress)
+    if made is None:
+        return None
+    if mode == 2:
+        made = add_difference(base or b"", made, *floats_of(dtype, width, count))
+    check(checksums_of(made) == sums[:chunks], "patch: not its target")
+    if begin == 5:
+        size, numbers = floats_of(dtype, width, count)
+        places = range(0, size * numbers, size)
+        changed = sum(made[at : at + size] != (base or b"")[at : at + size] for at in places)
+        check(int.from_bytes(payload[1:5], "little") == changed > 0, "patch: numbers that changed")
+    return made
+
+
+class _ChangeBits:
+    """Bits from the lowest of the first byte on."""
+
+    def __init__(self, data: bytes) -> None:
+        self.bits, self.at = [byte >> bit & 1 for byte in data for bit in range(8)], 0
+
+    def take(self, count: int) -> list[int]:
+        self.at += count
+        check(self.at <= len(self.bits), "sparse: bits end early")
+        return self.bits[self.at - count : self.at]
+
+    def number(self, count: int) -> int:
+        return sum(bit << place for place, bit in enumerate(self.take(count)))
+
+    def count(self, most: int) -> int:
+        length = self.number(5)
+        number = 1 << length - 1 | self.number(length - 1) if length else 0
+        check(number <= most, "sparse: count")
+        return number
+
+    def rice(self, count: int, most: int) -> list[int]:
+        k = self.number(5) if count else 0
+        check(k <= 24, "sparse: parameter")
+        numbers = [self.number(k) for _ in range(count)]
+        for place in range(count):
+            zeros = 0
+            while not self.number(1):
+                zeros += 1
+            numbers[place] |= zeros << k
+        check(all(number <= most for number in numbers), "sparse: number")
+        return numbers
+
+
+def places_of(gaps: list[int]) -> list[int]:
+    places, at = [], -1
+    for gap in gaps:
+        at += gap + 1
+        places.append(at)
+    return places
+
+
+def change_floats(base: bytes, dtype: str, payload: bytes) -> bytes:
+    check(dtype in ("float16", "bfloat16"), "sparse: dtype")
+    floats = [*struct.unpack(f"<{len(base) // 2}H", base)]
+    classes = [x >> 10 & 31 if dtype == "float16" else min(max((x >> 7 & 255) - 96, 0), 31) for x in floats]
+    bits = _ChangeBits(payload)
+    begins = bits.number(32)
+    check(begins & 1 == 1, "sparse: the first group")
+    firsts = [number for number in range(32) if begins >> number & 1]
+    left = len(floats) // 2
+    for first, end in zip(firsts, [*firsts[1:], 32], strict=True):
+        changed = bits.count(left)
+        left -= changed
+        if not changed:
+            continue
+        inverted = bits.number(1)
+        listed = {*places_of(bits.rice(bits.count(changed - 1) if inverted else changed, len(floats)))}
+        signs = bits.take(changed)
+        if bits.number(1):
+            sizes = dict(enumerate(size - 1 for size in bits.rice(changed, 0x7FFF)))
+        else:
+            larger = bits.count(changed)
+            which, beyond = places_of(bits.rice(larger, changed)), bits.rice(larger, 0x7FFE)
+            check(all(place < changed for place in which), "sparse: a larger change")
+            sizes = dict(zip(which, beyond, strict=True))
+        mine = [place for place, number in enumerate(classes) if first <= number < end]
+        check(max(listed, default=0) < max(len(mine), 1), "sparse: a place behind the last one")
+        places = [place for rank, place in enumerate(mine) if (rank in listed) != inverted]
+        check(len(places) == changed, "sparse: places")
+        for number, place in enumerate(places):
+            size = sizes.get(number, -1) + 2
+            check(size < 0x8000 or signs[number], "sparse: size")
+            floats[place] = (floats[place] + (-size if signs[number] else size)) % 0x10000
+    check(left < len(floats) // 2, "sparse: nothing changed")
+    check(len(bits.bits) - bits.at < 8 and not any(bits.bits[bits.at :]), "sparse: bits behind")
+    return struct.pack(f"<{len(floats)}H", *floats)
+
+
+def add_difference(base: bytes, planes: bytes, width: int, count: int) -> bytes:
+    out = bytearray()
+    for at in range(0, width * count, width):
+        number = int.from_bytes(planes[at : at + width], "little")
+        if width > 1:
+            upper, low = number >> 8 * width - 16, number & (1 << 8 * width - 16) - 1
+            number = (upper << 1 & 0xFFFF | upper >> 15) << 8 * width - 16 | low
+        difference = number >> 1 if number % 2 == 0 else -(number >> 1) - 1
+        out += ((int.from_bytes(base[at : at + width], "little") + difference) % (1 << 8 * width)).to_bytes(
+            width, "little"
+        )
+    return bytes(out)
+
+
 def float32(value: float) -> float:
     """`value` rounded to float32. Products and sums of two float32 lose nothing by being taken in float64 first."""
     try:
@@ -904,9 +1038,14 @@ LIMIT_STREAM = 64 << 40
 
 class _Reader:
     def __init__(
-        self, data: bytes, decompress: Callable[[bytes], bytes] | None = None, base: bytes | None = None
+        self,
+        data: bytes,
+        decompress: Callable[[bytes], bytes] | None = None,
+        base: bytes | None = None,
+        held: list[tuple["Item", bytes]] | None = None,
     ) -> None:
         self.data, self.decompress, self.base = data, decompress, base
+        self.held = held  # The items of the base and their bytes, by rank.
         self.at = 0
         self.items: list[Item] = []
         self.open: list[list] = []  # Paths of the containers that may still get children.
@@ -1026,7 +1165,7 @@ class _Reader:
             check(header.count * item.width // 4 <= LIMIT_DATA, "limit: decoded slice")
         for stage in item.codec[1:]:
             length = most_behind(stage, length)
-        exact = len(item.codec) == 1 and item.codec[0][0] not in (PLANES, SPARSE)
+        exact = len(item.codec) == 1 and item.codec[0][0] not in (PLANES, SPARSE, PATCH)
         check(header.length == length or (header.length < length and not exact), "slice: length")
 
     def add_data(self, header: Header, payload: bytes) -> None:
@@ -1067,13 +1206,21 @@ class _Reader:
         for place in range(len(item.codec) - 2, -1, -1):
             read_stage = read_entropy if item.codec[place + 1] == [ENTROPY] else read_zstd
             plain = read_stage(
-                payload, lengths[place], self.decompress, exact=place == 0 and number not in (PLANES, SPARSE)
+                payload, lengths[place], self.decompress, exact=place == 0 and number not in (PLANES, SPARSE, PATCH)
             )
             if plain is None:
                 return None
             payload = plain
         if number == PLANES:
             return decode_planes(item.dtype, item.width, count, payload, self.decompress)
+        if number == PATCH:
+            base = None
+            if self.held is not None:
+                check(is_int(item.path[0], 0, len(self.held) - 1), "patch: rank")
+                old, data = self.held[item.path[0]]
+                check((old.dtype, old.shape) == (item.dtype, item.shape), "patch: item")
+                base = data[item.done * item.width : (item.done + count) * item.width]
+            return decode_patch(item.dtype, item.width, count, payload, self.decompress, base)
         if number == SPARSE:
             return decode_sparse(parameters, item.dtype, count, payload)
         if number == LOWRANK:
@@ -1100,3 +1247,74 @@ class _Reader:
 def read(data: bytes, *, zstd_decompress: Callable[[bytes], bytes] | None = None, base: bytes | None = None) -> Stream:
     """The stream in `data`, all of it; raises Refused. `base`: the version that it may be against."""
     return _Reader(bytes(data), zstd_decompress, base).read()
+
+
+def name_of(path: list) -> str:
+    if len(path) == 1 and type(path[0]) is str and path[0] and path[0][0] != "/":
+        return path[0]
+    return "".join("/" + (str(key) if type(key) is int else _escaped(key)) for key in path)
+
+
+def _escaped(key: str) -> str:
+    digits = key.removeprefix("-")
+    number = digits.isascii() and digits.isdigit() and len(digits) <= 16 and (digits[0] != "0" or key == "0")
+    return "~2" + key if number else key.replace("~", "~0").replace("/", "~1")
+
+
+def pack(value: Any) -> bytes:
+    """Text, numbers from 0 on and lists as msgpack."""
+    if type(value) is int:
+        for tag, layout, most in ((0, ">B", 127), (0xCC, ">BB", 255), (0xCD, ">BH", 65535), (0xCE, ">BI", 2**32 - 1)):
+            if value <= most:
+                return struct.pack(layout, value) if most == 127 else struct.pack(layout, tag, value)
+        return struct.pack(">BQ", 0xCF, value)
+    data = value.encode() if type(value) is str else b"".join(map(pack, value))
+    size = len(data) if type(value) is str else len(value)
+    short, sizes = (
+        (0xA0, ((0xD9, ">BB", 255), (0xDA, ">BH", 65535))) if type(value) is str else (0x90, ((0xDC, ">BH", 65535),))
+    )
+    if size <= (31 if short == 0xA0 else 15):
+        return bytes([short | size]) + data
+    return next(struct.pack(layout, tag, size) for tag, layout, most in sizes if size <= most) + data
+
+
+def version(items: list[Item]) -> dict[str, tuple[Item, bytes]]:
+    """Tensors and values, and their bytes, in the order of their names; the place of each is its rank."""
+    found = {}
+    for item in items:
+        if item.kind in (TENSOR, VALUE, ALIAS):
+            stands = items[item.of] if item.kind == ALIAS else item
+            found[name_of(item.path)] = stands, stands.data or b""
+    return {name: found[name] for name in sorted(found, key=str.encode)}
+
+
+def digest(held: dict[str, tuple[Item, bytes]]) -> bytes:
+    """The content digest of a version."""
+    whole = hashlib.sha256()
+    numbers = {name: number for number, (name, _) in DTYPES.items()}
+    for name, (item, data) in held.items():
+        if item.kind == TENSOR:
+            said = pack([name, numbers[item.dtype], [*item.shape]])
+            said += b"".join(struct.pack("<I", crc) for crc in checksums_of(data))
+        else:
+            said = pack([name]) + data
+        whole.update(hashlib.sha256(said).digest())
+    return whole.digest()
+
+
+def apply(data: bytes, base: bytes, decompress: Callable[[bytes], bytes] | None = None) -> dict[str, bytes]:
+    """What the patch `data` makes of the container in the stream `base`: the bytes of each item, by name."""
+    before = _Reader(base, decompress)
+    before.read()
+    held = version(before.items)
+    names = [*held]
+    reader = _Reader(data, decompress, digest(held), [*held.values()])
+    stream = reader.read()
+    for item in reader.items[1:]:
+        check(len(item.path) == 1 and is_int(item.path[0], 0, len(held) - 1), "patch: rank")
+        made, name = reader.items[item.of] if item.kind == ALIAS else item, names[item.path[0]]
+        check(made.kind == held[name][0].kind, "patch: another kind")
+        check(made.kind == VALUE or made.codec == [[PATCH]], "patch: codec")
+        held[name] = held[name][0], made.data or b""
+    check(stream.target == digest(held), "patch: not its target")
+    return {name: value for name, (_, value) in held.items()}

@@ -29,6 +29,7 @@ KEYS = {
     "speed": {"suite", "codec", "op", "impl", "threads", "size_mib", "gbps", "vs_memcpy"},
     "memory": {"suite", "mode", "codec", "model_mib", "sender_extra_mib", "receiver_extra_mib", "seconds"},
     "error": {"suite", "codec", "rel_l2", "max_abs", "sqnr_db"},
+    "patch": {"suite", "data", "codec", "changed", "bits_per_changed", "bits_per_weight"},
     "lossless": {"suite", "data", "codec", "impl", "ratio", "encode_gbps", "decode_gbps"},
 }
 
@@ -272,6 +273,8 @@ def test_every_suite_has_a_picture(tmp_path: Path) -> None:
         *suite("error").run(Options(model="tiny", codecs=("raw", "nf4")), quiet),
         *speed_rows,
         memory_row,
+        {"suite": "patch", "model": "tiny", "data": "made up", "codec": "patch", "impl": "native", "changed": 0.1}
+        | {"bits_per_changed": 5.0},
         {"suite": "lossless", "model": "tiny", "data": "bf16", "codec": "planes", "impl": "native", "ratio": 0.66},
     ]
     paths = plots.draw(rows, str(tmp_path / "new"))
@@ -298,6 +301,20 @@ def test_what_stands_behind_a_quantizer_is_measured_as_lossless(capsys: pytest.C
     rows = [row for row in json.loads(capsys.readouterr().out) if row["impl"] in ("native", "numpy")]
     assert [row["data"] for row in rows if row["codec"] == "bf16|entropy"] == ["fp32", "bf16 in fp32"]
     assert all(0.1 < row["ratio"] < 0.35 for row in rows)
+
+
+def test_patch_rows_count_all_of_the_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    """The patch is applied, or there would be an error; others send more."""
+    assert main(["bench", "patch", "--model", "tiny", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert all(KEYS["patch"] <= row.keys() for row in rows)
+    for data in {row["data"] for row in rows}:
+        ours, *others = (row["bits_per_changed"] for row in rows if row["data"] == data)
+        assert (
+            (ours is None and not others) if data.startswith("unchanged") else len(others) == 3 and ours < min(others)
+        )
+    assert "made up" in captured.err and "bits a changed weight" in captured.err
 
 
 def test_tables_align_numbers_and_leave_gaps() -> None:

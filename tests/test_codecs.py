@@ -52,6 +52,7 @@ SPECS = [
     "bf16|entropy",
     "nf4:double_quant=true|entropy",
     "raw|entropy",
+    "patch",
 ]
 LOSSY = ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "bf16|zstd", "nf4|entropy"]
 VALUES = (np.random.default_rng(3).standard_normal(70_001) * 0.02).astype(np.float32)
@@ -170,6 +171,7 @@ def test_the_wire_carries_all_that_decoding_needs(spec: str) -> None:
         ("raw", True, True, True, False, "raw"),
         ("raw|zstd:level=9", True, False, False, False, "raw|zstd:level=9"),
         ("planes", True, False, False, False, "raw"),
+        ("patch", True, False, False, False, "raw"),
         ("bf16", False, True, False, True, "raw"),
         ("nf4:double_quant=true|zstd", False, False, False, True, "raw|zstd"),
     ],
@@ -242,6 +244,7 @@ def test_ids_are_fixed() -> None:
         "planes": 8,
         "sparse": 10,
         "lowrank": 11,
+        "patch": 9,
         "zstd": 64,
         "entropy": 65,
     }

@@ -9,6 +9,16 @@ from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_ca
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.lowrank import Factors, LowRank
+from tensorwire.codecs.patch import (
+    CHUNK,
+    Binding,
+    Checksums,
+    Patch,
+    binding_of,
+    chunk_checksums,
+    count_unequal,
+    patch_slice,
+)
 from tensorwire.codecs.pipeline import Codec, Readymade
 from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax
@@ -36,12 +46,15 @@ from tensorwire.codecs.zstd import Zstd
 
 __all__ = [
     "BUILT_IN",
+    "CHUNK",
     "FP4",
     "NESTED_BLOCKSIZE",
     "NF4",
     "NOTHING",
     "RAW",
     "BFloat16",
+    "Binding",
+    "Checksums",
     "Choice",
     "Codec",
     "Compressor",
@@ -55,6 +68,7 @@ __all__ = [
     "Packer",
     "Parameter",
     "Part",
+    "Patch",
     "Planes",
     "QuantizedState",
     "Range",
@@ -72,7 +86,10 @@ __all__ = [
     "Zstd",
     "add_weighted",
     "as_floats",
+    "binding_of",
     "checked_absmax",
+    "chunk_checksums",
+    "count_unequal",
     "describe",
     "from_floats",
     "from_stages",
@@ -82,6 +99,7 @@ __all__ = [
     "largest",
     "parameter",
     "parse",
+    "patch_slice",
     "register",
     "registered",
     "spelled",

@@ -16,6 +16,7 @@ from tensorwire.codecs.entropy import Entropy
 from tensorwire.codecs.fourbit import FP4, NF4
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.lowrank import LowRank
+from tensorwire.codecs.patch import Patch
 from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.raw import Raw
 from tensorwire.codecs.sparse import Sparse
@@ -36,6 +37,7 @@ BUILT_IN: Final[tuple[type[Stage], ...]] = (
     NF4,
     FP4,
     Planes,
+    Patch,
     Sparse,
     LowRank,
     Zstd,

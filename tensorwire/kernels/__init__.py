@@ -31,16 +31,20 @@ __all__ = [
     "accumulate_4bit",
     "accumulate_int8",
     "accumulate_linear",
+    "add_difference",
     "add_selected",
     "blockwise_absmax",
     "byte_histogram",
     "cast",
     "crc32c",
+    "decode_changes",
     "decode_positions",
     "default_environment",
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
+    "difference",
+    "encode_changes",
     "encode_positions",
     "get_threads",
     "huffman_decode",
@@ -119,5 +123,9 @@ select_largest = _module.select_largest
 add_selected = _module.add_selected
 encode_positions = _module.encode_positions
 decode_positions = _module.decode_positions
+difference = _module.difference
+add_difference = _module.add_difference
+encode_changes = _module.encode_changes
+decode_changes = _module.decode_changes
 set_threads = _module.set_threads
 get_threads = _module.get_threads

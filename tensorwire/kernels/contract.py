@@ -220,6 +220,30 @@ class HostKernels(Kernels, Protocol):
     ) -> bool:
         """What `encode_positions` was given; False: codes that it never makes."""
 
+    def difference(self, base: Bytes, values: Bytes, out: Bytes, *, width: int) -> None:
+        """The differences of unsigned numbers of `width` bytes to those of a base, as zig-zag.
+
+        0, -1, 1, -2, ... are 0, 1, 2, 3, ...; the upper 16 bits are rotated right by one, which `split_planes` undoes.
+        """
+
+    def add_difference(self, differences: Bytes, values: Bytes, *, width: int) -> None:
+        """Make of a base, in its place, the values that `difference` was taken to."""
+
+    def encode_changes(
+        self, base: Floats, values: Floats, codes: Bytes, work: npt.NDArray[np.uint32]
+    ) -> tuple[int, int]:
+        """Write which of the values, float16 or bfloat16, differ from those of a base, and how.
+
+        The bytes that it takes, and how many differ. 0 bytes: there is no room for them, or nothing differs, or more
+        than half of them. `work` has two elements for each value; it and the rest of `codes` then hold anything.
+        """
+
+    def decode_changes(self, codes: Bytes, values: Floats, work: npt.NDArray[np.uint32]) -> int:
+        """Make of a base, in its place, the values that `encode_changes` was given; how many of them changed.
+
+        0: codes that it never makes of this base; `values` then hold anything. `work`: as there.
+        """
+
     def default_environment(self) -> AbstractContextManager[Any]:
         """In it this thread rounds to nearest even and keeps subnormals, whatever the host has set."""
 

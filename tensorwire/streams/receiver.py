@@ -143,7 +143,8 @@ class Receiver:
     when its data begins to come, where `land` gave none: so that nothing is kept for items that may never come.
     `base`: the content digest of the version that the stream may be against; one that is against any other is refused
     with a SchemaError. `encoded`: `keep_encoded` of all items. `unpack`: `wire.sharing()`, for streams that are read
-    in turns with this one.
+    in turns with this one. `any_base`: the
+    consumer sees to that.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Receiver:
         limits: Limits,
         *,
         base: bytes | None = None,
+        any_base: bool = False,
         overlap: bool = True,
         scratch: Scratch | None = None,
         take: Take | None = None,
@@ -161,6 +163,7 @@ class Receiver:
         self.get_buffer, self.buffer_updated, self.lend = reader.get_buffer, reader.buffer_updated, reader.lend
         self._limits = limits
         self._base = base
+        self._any_base = any_base
         self._take = take
         self._overlap = overlap and scratch is None
         # Taken in turns by slices: one is decoded, or in the hands of the consumer, while the next one is received.
@@ -254,7 +257,8 @@ class Receiver:
                 yield from self._landed(incoming)
                 self._direct(incoming, self._landing[0] + self._landing[1].size, event.left)
             elif isinstance(event, StreamStart):
-                event.info.check_base(self._base)
+                if not self._any_base:
+                    event.info.check_base(self._base)
                 yield event
             elif isinstance(event, StreamEnd):
                 yield event

@@ -227,8 +227,8 @@ Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
         return across / grid.cols * kept(height * grid.cols) + kept(height * (across % grid.cols));
     };
     const size_t rows = n / grid.width;
-    const size_t kept = rows / grid.rows * band(grid.rows, grid.width) + band(rows % grid.rows, grid.width) +
-                        band(1, n % grid.width);
+    const size_t kept =
+        rows / grid.rows * band(grid.rows, grid.width) + band(rows % grid.rows, grid.width) + band(1, n % grid.width);
     std::vector<float> basis(tw::kBasisSize);
     for (size_t i = 0; i < basis.size(); ++i) basis[i] = static_cast<float>(i % 7) - 3.0f;
     const float* const b = transformed ? basis.data() : nullptr;
@@ -242,7 +242,8 @@ Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
     } else {
         Buffer values(n * 4, shift);
         in.fill(values.data(), values.size());
-        result.keep = k.select_largest(values.as<float>(), positions.as<uint16_t>(), coefficients.as<float>(), n, grid, b);
+        result.keep =
+            k.select_largest(values.as<float>(), positions.as<uint16_t>(), coefficients.as<float>(), n, grid, b);
         if (result.keep) {
             result.returned = k.encode_positions(positions.as<uint16_t>(), codes.data(), codes.size(), n, grid);
             result.bytes.assign(codes.data(), codes.data() + result.returned);

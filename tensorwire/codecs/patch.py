@@ -1,0 +1,220 @@
+"""patch: elements against those of a base, bound by checksums to what they are applied to and to what they make.
+
+Whoever sends a version of a model sends mostly what the other side has. A slice says which elements its base must
+have there, and becomes the least of: nothing, where it is unchanged; of floats of 16 bits, which ones changed and by
+how much; the differences of all bit patterns as planes; the new elements as planes. docs/format.md has the layout.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from tensorwire import dtypes, kernels
+from tensorwire.codecs.planes import planes_bound, put_planes, take_planes
+from tensorwire.codecs.stage import Bytes, Encoded, Packer, Sizes, Take
+from tensorwire.dtypes import DType
+from tensorwire.errors import FormatError, SchemaError
+from tensorwire.tensor import Extent
+
+CHUNK: Final = 1 << 20  # bytes of elements that have a checksum of their own
+_BLOCK: Final = 1024
+_WORD: Final = 4
+
+# What a slice is made of: itself alone; itself, in place of what its base has there; what changed; nothing new.
+_WHOLE, _REPLACED, _DIFFERENCE, _SPARSE, _UNCHANGED = range(5)
+WAYS: Final = ("whole", "replaced", "difference", "sparse", "unchanged")
+# What takes more of the elements' bytes than this is held against the next way.
+_WORTH_A_LOOK: Final = 8
+# Floats whose changes are told one by one, as kernels take them.
+_SPARSE_DTYPES: Final = {dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
+
+Checksums = tuple[int, ...]
+
+
+class Binding(NamedTuple):
+    """What a slice is applied to and what it makes: a CRC-32C for each MiB of its elements.
+
+    `way`: one of `WAYS`. `changed`: how many numbers differ from the base; of a complex element there are two. Both
+    that and `base` are None for a slice that takes nothing of a base.
+    """
+
+    way: str
+    changed: int | None
+    base: Checksums | None
+    target: Checksums
+
+
+@dataclass(frozen=True, repr=False)
+class Patch(Packer):
+    """Lossless, any dtype, against a base; without one, planes under checksums.
+
+    `encode` is given the base's elements of the slice as `context`. What it makes of them, `patch_slice` decodes, which
+    takes them as well.
+    """
+
+    id = 9
+    name = "patch"
+    lossless = True
+    exact_length = False
+
+    def accepts(self, dtype: DType) -> bool:
+        """Every dtype."""
+        return True
+
+    def block(self, dtype: DType) -> int:
+        """1024 elements."""
+        return _BLOCK
+
+    def sizes(self, count: int, dtype: DType) -> Sizes:
+        """The bytes of the elements; and for what is said of the slice, its checksums and its planes."""
+        size = count * dtype.itemsize
+        return Sizes(size, 1 + _WORD * (1 + 2 * _chunks(size)) + planes_bound(size, dtype.part_size) - size)
+
+    def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
+        """What a slice makes of `context`, the elements that the base has there; of nothing where that is None."""
+        values, width = np.frombuffer(data, np.uint8), extent.dtype.part_size
+        payload = take(self.sizes(extent.count, extent.dtype).total)
+        target = chunk_checksums(values)
+        if context is None:
+            at = _bind(payload, _WHOLE, target)
+            return Encoded(payload[: at + put_planes(values, width, payload[at:], take)])
+        base = np.frombuffer(context, np.uint8)
+        bound = chunk_checksums(base)
+        at = _bind(payload, _SPARSE, target, bound, 0)
+        size, changed = _put_sparse(base, values, extent.dtype, payload[at:], take)
+        if changed == 0:
+            return Encoded(payload[: _bind(payload, _UNCHANGED, target)])
+        _bind(payload, _SPARSE, target, bound, changed)
+        for mode in (_DIFFERENCE, _REPLACED):
+            if size and _WORTH_A_LOOK * size <= values.size:
+                break
+            other = take(payload.size)
+            made = _put_all(mode, base, values, width, other[at:], take)
+            if not size or made < size:
+                other[:at] = payload[:at]
+                payload, size = other, made
+                payload[0] = mode
+        return Encoded(payload[: at + size])
+
+    def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
+        """The elements of a slice that is against nothing. Raises FormatError, and SchemaError for any other."""
+        if binding_of(payload, extent).base is not None:
+            raise SchemaError("these elements are against a base: tensorwire.apply makes them of that")
+        patch_slice(payload, extent, out)
+
+
+def patch_slice(payload: Any, extent: Extent, out: Bytes) -> None:
+    """Make of the base's elements of a slice, in `out`, those of the target.
+
+    Raises FormatError, and SchemaError where `out` is not the base; it then holds anything.
+    """
+    given = np.frombuffer(payload, np.uint8)
+    at, binding = _unbind(given, extent)
+    if binding.base is not None and chunk_checksums(out) != binding.base:
+        raise SchemaError("these elements are not those that the patch is against")
+    if binding.way == WAYS[_UNCHANGED]:
+        return
+    changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out)
+    if chunk_checksums(out) != binding.target:
+        raise FormatError("the patch does not make what it says")
+    if binding.changed not in (None, changed):
+        raise FormatError(f"the patch changes {changed} numbers, and says {binding.changed}")
+
+
+def binding_of(payload: Any, extent: Extent) -> Binding:
+    """What the payload of a slice is applied to and what it makes. Raises FormatError."""
+    return _unbind(np.frombuffer(payload, np.uint8), extent)[1]
+
+
+def chunk_checksums(values: Bytes) -> Checksums:
+    """The CRC-32C of each MiB of some elements."""
+    return tuple([kernels.crc32c(values[at : at + CHUNK]) for at in range(0, values.size, CHUNK)])
+
+
+def count_unequal(one: Bytes, other: Bytes, width: int = 8) -> int:
+    """How many numbers of `width` bytes are not the same in both; what is left over counts as another."""
+    whole = one.size - one.size % width
+    words = f"u{width}"
+    return int(np.count_nonzero(one[:whole].view(words) != other[:whole].view(words))) + int(
+        not np.array_equal(one[whole:], other[whole:])
+    )
+
+
+def _chunks(size: int) -> int:
+    return -(-size // CHUNK)
+
+
+def _bind(payload: Bytes, mode: int, target: Checksums, base: Checksums = (), changed: int | None = None) -> int:
+    """Write what stands before the coding of a slice; the bytes that it takes."""
+    words = [*target, *base] if changed is None else [changed, *target, *base]
+    said = np.array(words, "<u4").view(np.uint8)
+    payload[0] = mode
+    payload[1 : 1 + said.size] = said
+    return 1 + said.size
+
+
+def _unbind(payload: Bytes, extent: Extent) -> tuple[int, Binding]:
+    """Where the coding of a slice begins, and what it is bound to. Raises FormatError."""
+    chunks = _chunks(extent.count * extent.dtype.itemsize)
+    mode = int(payload[0]) if payload.size else len(WAYS)
+    if mode >= len(WAYS):
+        raise FormatError(f"the first byte of a patch says nothing that is known: {payload[:1].tolist()}")
+    alone = mode in (_WHOLE, _UNCHANGED)
+    at = 1 + _WORD * (chunks if alone else 1 + 2 * chunks)
+    if payload.size < at or (mode == _UNCHANGED and payload.size > at):
+        raise FormatError(f"a patch has {payload.size} bytes, of which {at} say what it is bound to")
+    words = tuple(payload[1:at].view("<u4").tolist())
+    if alone:
+        return at, Binding(WAYS[mode], None if mode == _WHOLE else 0, None if mode == _WHOLE else words, words)
+    changed, numbers = words[0], extent.count * extent.dtype.parts
+    if not 0 < changed <= numbers:
+        raise FormatError(f"a patch says that {changed} of {numbers} numbers change")
+    return at, Binding(WAYS[mode], changed, words[1 + chunks :], words[1 : 1 + chunks])
+
+
+def _put_all(mode: int, base: Bytes, values: Bytes, width: int, payload: Bytes, take: Take) -> int:
+    """Write all elements, or their differences to the base, as planes; the bytes that they take."""
+    if mode == _DIFFERENCE:
+        differences = take(values.size)
+        kernels.difference(base, values, differences, width=width)
+        values = differences
+    return put_planes(values, width, payload, take)
+
+
+def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: Take) -> tuple[int, int]:
+    """Write which floats changed, and how; the bytes that it takes, or 0 where that is no way, and how many changed."""
+    floats = _SPARSE_DTYPES.get(dtype)
+    if floats is None:
+        return 0, count_unequal(base, values, dtype.part_size)
+    work = take(4 * values.size).view(np.uint32)
+    return kernels.encode_changes(base.view(floats), values.view(floats), payload, work)
+
+
+def _take_sparse(codes: Bytes, dtype: DType, out: Bytes) -> int:
+    """Make the changes that `_put_sparse` was given; how many there are. Raises FormatError."""
+    floats = _SPARSE_DTYPES.get(dtype)
+    if floats is None:
+        raise FormatError(f"no {dtype} changes one by one")
+    changed = kernels.decode_changes(codes, out.view(floats), np.empty(out.size, np.uint32))
+    if not changed:
+        raise FormatError(f"{codes.size} bytes are no changes of {out.size} bytes of {dtype}")
+    return changed
+
+
+def _take_difference(payload: Bytes, dtype: DType, out: Bytes) -> int:
+    """Add differences; how many there are. Raises FormatError."""
+    differences = np.empty(out.size, np.uint8)
+    take_planes(payload, dtype.part_size, differences)
+    kernels.add_difference(differences, out, width=dtype.part_size)
+    return int(np.count_nonzero(differences.view(f"u{dtype.part_size}")))
+
+
+def _take_whole(payload: Bytes, dtype: DType, out: Bytes) -> int:
+    """Replace the elements; how many numbers of them differ. Raises FormatError."""
+    before = out.copy()
+    take_planes(payload, dtype.part_size, out)
+    return count_unequal(before, out, dtype.part_size)
+
+
+_MAKERS: Final = (_take_whole, _take_whole, _take_difference, _take_sparse)

@@ -1,0 +1,123 @@
+"""Versions: what a container holds under which names, and its content digest.
+
+Two containers of the same names, dtypes, shapes and values are one version, however they travel: docs/format.md says
+what is digested. The digest tells versions apart that differ by accident; who must know whose a version is signs it
+(`tensorwire.authenticity`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import CHUNK, Checksums
+from tensorwire.errors import EncodeError
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.streams.codec_choice import rule
+from tensorwire.streams.flatten import TensorLeaf, ValueLeaf, flatten
+from tensorwire.tensor import ByteArray, Front, TensorView
+from tensorwire.wire.names import Path, name_of
+from tensorwire.wire.values import pack_plain
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What stands under one name of a version: a tensor, or where `view` is None the `data` of a value."""
+
+    path: Path
+    view: TensorView | None
+    data: bytes = b""
+
+    @property
+    def tensor(self) -> TensorView:
+        """The view of what is known to be a tensor."""
+        assert self.view is not None
+        return self.view
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor's elements."""
+        return self.tensor.numel * self.tensor.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> ByteArray:
+        """Bytes [start, stop) of the tensor's elements."""
+        width = self.tensor.dtype.itemsize
+        return np.frombuffer(self.tensor.read(start // width, stop // width), np.uint8)
+
+    def describe(self) -> str:
+        """What it is, for errors."""
+        return "a value" if self.view is None else f"{self.view.dtype} {list(self.view.shape)}"
+
+
+# By name, in the order of the names.
+Version = dict[str, Entry]
+# The checksums of each chunk of each tensor.
+Sums = dict[str, Checksums]
+
+
+def version_of(value: Any, front: Front, limits: Limits = DEFAULT) -> Version:
+    """What a container holds. Raises EncodeError as `flatten` does."""
+    found: Version = {}
+    for leaf in flatten(value, front, rule("raw"), limits, tie=False):
+        if isinstance(leaf, TensorLeaf):
+            found[name_of(leaf.item.path)] = Entry(leaf.item.path, leaf.view)
+        elif isinstance(leaf, ValueLeaf):
+            found[name_of(leaf.item.path)] = Entry(leaf.item.path, None, leaf.data)
+    return {name: found[name] for name in sorted(found)}
+
+
+def digest(value: Any, front: Front, limits: Limits = DEFAULT) -> str:
+    """The content digest of a container, as hex."""
+    version = version_of(value, front, limits)
+    return content_digest(version, checksums(version)).hex()
+
+
+def checksums(version: Version) -> Sums:
+    """The checksums of all tensors; one that stands under several names is read once."""
+    sums: Sums = {}
+    known: dict[tuple[object, ...], Checksums] = {}
+    for name, entry in version.items():
+        if entry.view is None:
+            continue
+        identity = entry.view.identity
+        found = known.get(identity) if identity is not None else None
+        if found is None:
+            with about(name):
+                found = tuple([crc32c(entry.read(*part)) for part in parts(entry.size, CHUNK)])
+        if identity is not None:
+            known[identity] = found
+        sums[name] = found
+    return sums
+
+
+def content_digest(version: Version, sums: Sums) -> bytes:
+    """The content digest of a version whose tensors have these checksums."""
+    whole = sha256()
+    for name, entry in version.items():
+        if entry.view is None:
+            said = pack_plain([name]) + entry.data
+        else:
+            described = pack_plain([name, entry.view.dtype.number, list(entry.view.shape)])
+            said = described + np.array(sums[name], "<u4").tobytes()
+        whole.update(sha256(said).digest())
+    return whole.digest()
+
+
+def parts(size: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each part of `size` bytes."""
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Errors over a tensor that is read, which say whose it is."""
+    try:
+        yield
+    except EncodeError as error:
+        error.item = name
+        raise
