@@ -634,6 +634,69 @@ bool huffman_decode(nb::handle codes, nb::handle out) {
     return tw::kernels().huffman_decode(c.data<uint8_t>(), c.size(), y.data<uint8_t>(), y.size());
 }
 
+// The place of a width in the tables of kernels.
+size_t width_index(Py_ssize_t width) {
+    for (size_t i = 0; i < tw::kPlaneWidths; ++i) {
+        if (width == Py_ssize_t{1} << i) return i;
+    }
+    throw nb::value_error(("width: expected 1, 2, 4 or 8, got " + std::to_string(width)).c_str());
+}
+
+void difference(nb::handle base, nb::handle values, nb::handle out, Py_ssize_t width) {
+    const size_t index = width_index(width);
+    const Array b("base", base, "B", kInput), x("values", values, "B", kInput), y("out", out, "B", kOutput);
+    const size_t n = elements_of(x, static_cast<size_t>(width));
+    b.expect_size(x.size());
+    y.expect_size(x.size());
+    y.expect_apart_from(b);
+    y.expect_apart_from(x);
+    const Released released;
+    tw::kernels().difference[index](b.data<uint8_t>(), x.data<uint8_t>(), y.data<uint8_t>(), n);
+}
+
+void add_difference(nb::handle differences, nb::handle values, Py_ssize_t width) {
+    const size_t index = width_index(width);
+    const Array d("differences", differences, "B", kInput), x("values", values, "B", kOutput);
+    const size_t n = elements_of(x, static_cast<size_t>(width));
+    d.expect_size(x.size());
+    x.expect_apart_from(d);
+    const Released released;
+    tw::kernels().add_difference[index](d.data<uint8_t>(), x.data<uint8_t>(), n);
+}
+
+// Memory that sparse changes are sorted in.
+void expect_work(const Array& work, size_t n) {
+    work.expect_size(2 * n);
+    if (reinterpret_cast<uintptr_t>(work.data<void>()) % alignof(uint32_t)) throw nb::value_error("work: not aligned");
+}
+
+size_t sparse_encode(nb::handle base, nb::handle values, nb::handle codes, nb::handle work) {
+    const Array b("base", base, "eH", kInput), x("values", values, "eH", kInput);
+    const Array c("codes", codes, "B", kOutput), w("work", work, "I", kOutput);
+    if (b.format() != x.format()) throw nb::type_error("values: not of the type of base");
+    x.expect_size(b.size());
+    expect_work(w, x.size());
+    c.expect_apart_from(b);
+    c.expect_apart_from(x);
+    w.expect_apart_from(b);
+    w.expect_apart_from(x);
+    w.expect_apart_from(c);
+    const Released released;
+    return tw::kernels().sparse_encode[x.dtype()](b.data<uint8_t>(), x.data<uint8_t>(), x.size(), w.data<uint32_t>(),
+                                                  c.data<uint8_t>(), c.size());
+}
+
+bool sparse_decode(nb::handle codes, nb::handle values, nb::handle work) {
+    const Array c("codes", codes, "B", kInput), x("values", values, "eH", kOutput), w("work", work, "I", kOutput);
+    expect_work(w, x.size());
+    x.expect_apart_from(c);
+    w.expect_apart_from(c);
+    w.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().sparse_decode[x.dtype()](c.data<uint8_t>(), c.size(), x.data<uint8_t>(), x.size(),
+                                                  w.data<uint32_t>());
+}
+
 std::string supported_names() {
     std::string names;
     for (const tw::Kernels* const* k = tw::supported(); *k; ++k)
@@ -711,6 +774,10 @@ NB_MODULE(_native, m) {
     m.def("byte_histogram", byte_histogram, "values"_a, "counts"_a, nb::kw_only(), "every"_a = 1);
     m.def("huffman_encode", huffman_encode, "values"_a, "codes"_a);
     m.def("huffman_decode", huffman_decode, "codes"_a, "out"_a);
+    m.def("difference", difference, "base"_a, "values"_a, "out"_a, nb::kw_only(), "width"_a);
+    m.def("add_difference", add_difference, "differences"_a, "values"_a, nb::kw_only(), "width"_a);
+    m.def("sparse_encode", sparse_encode, "base"_a, "values"_a, "codes"_a, "work"_a);
+    m.def("sparse_decode", sparse_decode, "codes"_a, "values"_a, "work"_a);
     m.def("split_planes", split_planes, "values"_a, "marks"_a, "planes"_a);
     m.def("merge_planes", merge_planes, "planes"_a, "marks"_a, "out"_a);
 

@@ -85,6 +85,7 @@ struct Cpu {
         tier::add_linear(k);  \
         tier::add_planes(k);  \
         tier::add_huffman(k); \
+        tier::add_sparse(k);  \
     }
 
 struct Tiers {

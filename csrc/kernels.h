@@ -81,6 +81,16 @@ struct Kernels {
     // The bytes of n elements to planes and back, of the blocks of 64 whose bit in `marks` is set.
     void (*split_planes[kPlaneWidths])(const uint8_t* values, const uint8_t* marks, uint8_t* const* planes, size_t n);
     void (*merge_planes[kPlaneWidths])(const Plane* planes, const uint8_t* marks, uint8_t* out, size_t n);
+
+    // The differences of n numbers to those of a base, as zig-zag, turned as planes turn back; and added again.
+    void (*difference[kPlaneWidths])(const uint8_t* base, const uint8_t* values, uint8_t* out, size_t n);
+    void (*add_difference[kPlaneWidths])(const uint8_t* differences, uint8_t* values, size_t n);
+    // What changed of n floats: the bytes that it takes, or 0 for more than `room`, for nothing and for more than half
+    // of them. Back, in place: whether an encoder writes such codes about these values. `work` has 2 n elements.
+    // kFloat32 has no entry.
+    size_t (*sparse_encode[kDtypes])(const uint8_t* base, const uint8_t* values, size_t n, uint32_t* work,
+                                     uint8_t* codes, size_t room);
+    bool (*sparse_decode[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.
@@ -94,6 +104,7 @@ struct Kernels {
     void add_linear(Kernels&);                                         \
     void add_planes(Kernels&);                                         \
     void add_huffman(Kernels&);                                        \
+    void add_sparse(Kernels&);                                         \
     uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }
 

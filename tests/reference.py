@@ -603,7 +603,7 @@ def decode_patch(
 ) -> bytes | None:
     """The elements that a slice makes of those of its base."""
     chunks = chunks_of(count * width)
-    check(len(payload) > 0 and payload[0] in (0, 1, 2, 4), "patch: first byte")
+    check(len(payload) > 0 and payload[0] <= 4, "patch: first byte")
     mode, at = payload[0], 1 + 4 * chunks * (1 if payload[0] in (0, 4) else 2)
     check(len(payload) >= at, "patch: checksums")
     sums = [*struct.unpack_from(f"<{(at - 1) // 4}I", payload, 1)]
@@ -612,6 +612,8 @@ def decode_patch(
         check(base is not None and checksums_of(base) == sums[-chunks:], "patch: not its base")
     if mode == 4:
         check(len(payload) == at, "patch: bytes behind")
+    elif mode == 3:
+        made = change_floats(base or b"", dtype, payload[at:])
     else:
         made = decode_planes(dtype, width, count, payload[at:], decompress)
     if made is None:
@@ -620,6 +622,84 @@ def decode_patch(
         made = add_difference(base or b"", made, *floats_of(dtype, width, count))
     check(checksums_of(made) == sums[:chunks], "patch: not its target")
     return made
+
+
+class _Bits:
+    """Bits from the lowest of the first byte on."""
+
+    def __init__(self, data: bytes) -> None:
+        self.bits, self.at = [byte >> bit & 1 for byte in data for bit in range(8)], 0
+
+    def take(self, count: int) -> list[int]:
+        self.at += count
+        check(self.at <= len(self.bits), "sparse: bits end early")
+        return self.bits[self.at - count : self.at]
+
+    def number(self, count: int) -> int:
+        return sum(bit << place for place, bit in enumerate(self.take(count)))
+
+    def count(self, most: int) -> int:
+        length = self.number(5)
+        number = 1 << length - 1 | self.number(length - 1) if length else 0
+        check(number <= most, "sparse: count")
+        return number
+
+    def rice(self, count: int, most: int) -> list[int]:
+        k = self.number(5) if count else 0
+        check(k <= 24, "sparse: parameter")
+        numbers = [self.number(k) for _ in range(count)]
+        for place in range(count):
+            zeros = 0
+            while not self.number(1):
+                zeros += 1
+            numbers[place] |= zeros << k
+        check(all(number <= most for number in numbers), "sparse: number")
+        return numbers
+
+
+def places_of(gaps: list[int]) -> list[int]:
+    places, at = [], -1
+    for gap in gaps:
+        at += gap + 1
+        places.append(at)
+    return places
+
+
+def change_floats(base: bytes, dtype: str, payload: bytes) -> bytes:
+    check(dtype in ("float16", "bfloat16"), "sparse: dtype")
+    floats = [*struct.unpack(f"<{len(base) // 2}H", base)]
+    classes = [x >> 10 & 31 if dtype == "float16" else min(max((x >> 7 & 255) - 96, 0), 31) for x in floats]
+    bits = _Bits(payload)
+    begins = bits.number(32)
+    check(begins & 1 == 1, "sparse: the first group")
+    firsts = [number for number in range(32) if begins >> number & 1]
+    left = len(floats) // 2
+    for first, end in zip(firsts, [*firsts[1:], 32], strict=True):
+        changed = bits.count(left)
+        left -= changed
+        if not changed:
+            continue
+        inverted = bits.number(1)
+        listed = {*places_of(bits.rice(bits.count(changed - 1) if inverted else changed, len(floats)))}
+        signs = bits.take(changed)
+        if bits.number(1):
+            sizes = dict(enumerate(size - 1 for size in bits.rice(changed, 0x7FFF)))
+        else:
+            larger = bits.count(changed)
+            which, beyond = places_of(bits.rice(larger, changed)), bits.rice(larger, 0x7FFE)
+            check(all(place < changed for place in which), "sparse: a larger change")
+            sizes = dict(zip(which, beyond, strict=True))
+        mine = [place for place, number in enumerate(classes) if first <= number < end]
+        check(max(listed, default=0) < max(len(mine), 1), "sparse: a place behind the last one")
+        places = [place for rank, place in enumerate(mine) if (rank in listed) != inverted]
+        check(len(places) == changed, "sparse: places")
+        for number, place in enumerate(places):
+            size = sizes.get(number, -1) + 2
+            check(size < 0x8000 or signs[number], "sparse: size")
+            floats[place] = (floats[place] + (-size if signs[number] else size)) % 0x10000
+    check(left < len(floats) // 2, "sparse: nothing changed")
+    check(len(bits.bits) - bits.at < 8 and not any(bits.bits[bits.at :]), "sparse: bits behind")
+    return struct.pack(f"<{len(floats)}H", *floats)
 
 
 def add_difference(base: bytes, planes: bytes, width: int, count: int) -> bytes:

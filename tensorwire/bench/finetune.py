@@ -27,29 +27,43 @@ _START, _END, _UNKNOWN = 101, 102, 100
 
 def updates(model: Model, steps: int = STEPS) -> Weights:
     """New weights minus old ones in float32, one tensor behind the other. Takes torch and the model's vocabulary."""
-    import torch
+    training = Training(model, _LEARNING_RATE)
+    old = {name: weight.detach().clone() for name, weight in training.weights.items()}
+    training.run(steps)
+    return np.concatenate([(training.weights[name].detach() - old[name]).flatten().numpy() for name in old])
 
-    assert model.path is not None
-    vocabulary = Path(model.path).with_name("vocab.txt").read_text(encoding="utf-8").splitlines()
-    pairs = _pairs({word: number for number, word in enumerate(vocabulary)})
-    torch.manual_seed(0)
-    old = {
-        name: torch.from_numpy(read_all(view).view(np.float32).reshape(view.shape))
-        for name, view in model.tensors.items()
-        if view.dtype.name == "float32"
-    }
-    new = {name: tensor.clone().requires_grad_() for name, tensor in old.items()}
-    optimizer = torch.optim.Adam(new.values(), lr=_LEARNING_RATE)
-    for _ in range(steps):
-        batch = torch.tensor([next(pairs) for _ in range(_PAIRS)])
-        embedded = _embedded(new, batch.flatten(0, 1)).unflatten(0, (_PAIRS, 2))
-        likeness = embedded[:, 0] @ embedded[:, 1].T / _TEMPERATURE
-        optimizer.zero_grad()
-        loss: Any = torch.nn.functional.cross_entropy(likeness, torch.arange(_PAIRS))
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        return np.concatenate([(new[name] - old[name]).flatten().numpy() for name in old])
+
+class Training:
+    """The model's floats under Adam, `weights` by name, as `dtype`: float32, as masters are, or bfloat16 alone."""
+
+    def __init__(self, model: Model, learning_rate: float, dtype: str = "float32") -> None:
+        import torch
+
+        assert model.path is not None
+        vocabulary = Path(model.path).with_name("vocab.txt").read_text(encoding="utf-8").splitlines()
+        self._pairs = _pairs({word: number for number, word in enumerate(vocabulary)})
+        torch.manual_seed(0)
+        self.weights: dict[str, Any] = {
+            name: torch.from_numpy(read_all(view).view(np.float32).reshape(view.shape).copy())
+            .to(getattr(torch, dtype))
+            .requires_grad_()
+            for name, view in model.tensors.items()
+            if view.dtype.name == "float32"
+        }
+        self._optimizer = torch.optim.Adam(self.weights.values(), lr=learning_rate)
+
+    def run(self, steps: int) -> None:
+        """Change the weights by so many steps."""
+        import torch
+
+        for _ in range(steps):
+            batch = torch.tensor([next(self._pairs) for _ in range(_PAIRS)])
+            embedded = _embedded(self.weights, batch.flatten(0, 1)).unflatten(0, (_PAIRS, 2))
+            likeness = embedded[:, 0] @ embedded[:, 1].T / _TEMPERATURE
+            self._optimizer.zero_grad()
+            loss: Any = torch.nn.functional.cross_entropy(likeness, torch.arange(_PAIRS))
+            loss.backward()
+            self._optimizer.step()
 
 
 def _embedded(weights: dict[str, Any], tokens: Any) -> Any:

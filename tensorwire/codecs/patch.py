@@ -1,21 +1,20 @@
 """patch: elements against those of a base, bound by checksums to what they are applied to and to what they make.
 
 Whoever sends a version of a model sends mostly what the other side has. A slice says which elements its base must
-have there, and becomes the least of: nothing, where it is unchanged; the differences of the bit patterns as planes;
-the new elements as planes. docs/format.md has the layout.
+have there, and becomes the least of: nothing, where it is unchanged; of floats of 16 bits, which ones changed and by
+how much; the differences of all bit patterns as planes; the new elements as planes. docs/format.md has the layout.
 """
 
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from tensorwire import dtypes, kernels
 from tensorwire.codecs.planes import planes_bound, put_planes, take_planes
 from tensorwire.codecs.stage import Bytes, Encoded, Packer, Sizes, Take
 from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, SchemaError
-from tensorwire.kernels import crc32c
 from tensorwire.tensor import Extent
 
 CHUNK: Final = 1 << 20  # bytes of elements that have a checksum of their own
@@ -24,8 +23,10 @@ _CRC: Final = 4
 
 # What a slice is made of: itself alone; itself, in place of what its base has there; what changed; nothing new.
 _WHOLE, _REPLACED, _DIFFERENCE, _SPARSE, _UNCHANGED = range(5)
-# Differences that take more of the elements' bytes than this are held against the elements themselves.
+# What takes more of the elements' bytes than this is held against the next way.
 _WORTH_A_LOOK: Final = 8
+# Floats whose changes are told one by one, as kernels take them.
+_SPARSE_DTYPES: Final = {dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
 
 Checksums = tuple[int, ...]
 
@@ -77,17 +78,17 @@ class Patch(Packer):
         bound = chunk_checksums(base)
         if same_bytes(base, values):
             return Encoded(payload[: _bind(payload, _UNCHANGED, target)])
-        at = _bind(payload, _DIFFERENCE, target, bound)
-        difference = take(values.size)
-        difference[:] = _difference(base, values, width)
-        size = put_planes(difference, width, payload[at:], take)
-        if _WORTH_A_LOOK * size > values.size:
-            whole = take(payload.size)
-            replaced = put_planes(values, width, whole[at:], take)
-            if replaced < size:
-                whole[:at] = payload[:at]
-                whole[0] = _REPLACED
-                return Encoded(whole[: at + replaced])
+        at = _bind(payload, _SPARSE, target, bound)
+        size = _put_sparse(base, values, extent.dtype, payload[at:], take)
+        for mode in (_DIFFERENCE, _REPLACED):
+            if size and _WORTH_A_LOOK * size <= values.size:
+                break
+            other = take(payload.size)
+            made = _put_all(mode, base, values, width, other[at:], take)
+            if not size or made < size:
+                other[:at] = payload[:at]
+                payload, size = other, made
+                payload[0] = mode
         return Encoded(payload[: at + size])
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
@@ -98,10 +99,12 @@ class Patch(Packer):
             raise SchemaError("these elements are not those that the patch is against")
         if mode == _UNCHANGED:
             return
-        if mode == _DIFFERENCE:
-            difference = np.empty(out.size, np.uint8)
-            take_planes(given[at:], width, difference)
-            _add(out, difference, width)
+        if mode == _SPARSE:
+            _take_sparse(given[at:], extent.dtype, out)
+        elif mode == _DIFFERENCE:
+            differences = np.empty(out.size, np.uint8)
+            take_planes(given[at:], width, differences)
+            kernels.add_difference(differences, out, width=width)
         else:
             take_planes(given[at:], width, out)
         if chunk_checksums(out) != binding.target:
@@ -115,7 +118,7 @@ def binding_of(payload: Any, extent: Extent) -> Binding:
 
 def chunk_checksums(values: Bytes) -> Checksums:
     """The CRC-32C of each MiB of some elements."""
-    return tuple([crc32c(values[at : at + CHUNK]) for at in range(0, values.size, CHUNK)])
+    return tuple([kernels.crc32c(values[at : at + CHUNK]) for at in range(0, values.size, CHUNK)])
 
 
 def same_bytes(one: Bytes, other: Bytes) -> bool:
@@ -154,32 +157,28 @@ def _unbind(payload: Bytes, size: int) -> tuple[int, int, Binding]:
     return mode, at, Binding(checksums[chunks:] or target, target)
 
 
-def _difference(base: Bytes, values: Bytes, width: int) -> Bytes:
-    """The difference of each number to that of the base, as zig-zag: 0, -1, 1, -2, ... become 0, 1, 2, 3, ....
-
-    Modulo the range of unsigned integers of `width` bytes. The upper 16 bits are rotated right by one, which planes
-    undo.
-    """
-    word: Any = np.dtype(f"<u{width}").type
-    change = values.view(word) - base.view(word)
-    numbers = (change << word(1)) ^ (word(0) - (change >> word(8 * width - 1)))
-    return _rotated(numbers, width, right=True).view(np.uint8)
+def _put_all(mode: int, base: Bytes, values: Bytes, width: int, payload: Bytes, take: Take) -> int:
+    """Write all elements, or their differences to the base, as planes; the bytes that they take."""
+    if mode == _DIFFERENCE:
+        differences = take(values.size)
+        kernels.difference(base, values, differences, width=width)
+        values = differences
+    return put_planes(values, width, payload, take)
 
 
-def _add(out: Bytes, difference: Bytes, width: int) -> None:
-    """Make of a base, in its place, what `_difference` was taken to."""
-    word: Any = np.dtype(f"<u{width}").type
-    numbers = _rotated(difference.view(word), width, right=False)
-    out.view(word)[:] += (numbers >> word(1)) ^ (word(0) - (numbers & word(1)))
+def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: Take) -> int:
+    """Write which floats changed, and how; the bytes that it takes, or 0 where that is no way to tell it."""
+    floats = _SPARSE_DTYPES.get(dtype)
+    if floats is None:
+        return 0
+    work = take(4 * values.size).view(np.uint32)
+    return kernels.sparse_encode(base.view(floats), values.view(floats), payload, work)
 
 
-def _rotated(numbers: npt.NDArray[Any], width: int, *, right: bool) -> npt.NDArray[Any]:
-    """The upper 16 bits of each number rotated by one."""
-    if width == 1:
-        return numbers
-    word = numbers.dtype.type
-    low = word(8 * width - 16)
-    upper, rest = numbers >> low, numbers & word((1 << int(low)) - 1)
-    turned = upper >> word(1) | upper << word(15) if right else upper << word(1) | upper >> word(15)
-    rotated: npt.NDArray[Any] = (turned & word(0xFFFF)) << low | rest
-    return rotated
+def _take_sparse(codes: Bytes, dtype: DType, out: Bytes) -> None:
+    """Make the changes that `_put_sparse` was given. Raises FormatError."""
+    floats = _SPARSE_DTYPES.get(dtype)
+    if floats is None:
+        raise FormatError(f"no {dtype} changes one by one")
+    if not kernels.sparse_decode(codes, out.view(floats), np.empty(out.size, np.uint32)):
+        raise FormatError(f"{codes.size} bytes are no changes of {out.size} bytes of {dtype}")

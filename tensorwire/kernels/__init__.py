@@ -31,6 +31,7 @@ __all__ = [
     "accumulate_4bit",
     "accumulate_int8",
     "accumulate_linear",
+    "add_difference",
     "blockwise_absmax",
     "byte_histogram",
     "cast",
@@ -39,6 +40,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
+    "difference",
     "get_threads",
     "huffman_decode",
     "huffman_encode",
@@ -50,6 +52,8 @@ __all__ = [
     "quantize_int8",
     "quantize_linear",
     "set_threads",
+    "sparse_decode",
+    "sparse_encode",
     "split_planes",
 ]
 
@@ -111,5 +115,9 @@ huffman_encode = _module.huffman_encode
 huffman_decode = _module.huffman_decode
 split_planes = _module.split_planes
 merge_planes = _module.merge_planes
+difference = _module.difference
+add_difference = _module.add_difference
+sparse_encode = _module.sparse_encode
+sparse_decode = _module.sparse_decode
 set_threads = _module.set_threads
 get_threads = _module.get_threads

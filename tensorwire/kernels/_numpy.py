@@ -16,13 +16,14 @@ from typing import Any, Final, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tensorwire.kernels import tables
+from tensorwire.kernels import _numpy_sparse, tables
 
 __all__ = [
     "accumulate",
     "accumulate_4bit",
     "accumulate_int8",
     "accumulate_linear",
+    "add_difference",
     "blockwise_absmax",
     "byte_histogram",
     "cast",
@@ -31,6 +32,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_int8",
     "dequantize_linear",
+    "difference",
     "get_threads",
     "huffman_decode",
     "huffman_encode",
@@ -40,6 +42,8 @@ __all__ = [
     "quantize_int8",
     "quantize_linear",
     "set_threads",
+    "sparse_decode",
+    "sparse_encode",
     "split_planes",
 ]
 
@@ -859,6 +863,64 @@ def _decode_stream(data: Array, lengths: Array, out: Array) -> bool:
         at += steps[at]
     out[:] = bytes_of[windows[places]]
     return _blocks(at, 8) == data.size and not bits[at:].any()
+
+
+def difference(base: Array, values: Array, out: Array, *, width: int) -> None:
+    """Differences as zig-zag, turned."""
+    _check_array("base", base, np.uint8)
+    _check_array("values", values, np.uint8)
+    _check_array("out", out, np.uint8, output=True)
+    _check_width(width, values)
+    _check_size("base", base, values.size)
+    _check_size("out", out, values.size)
+    _check_overlap({"out": out}, {"base": base, "values": values})
+    _numpy_sparse.difference(base, values, out, width=width)
+
+
+def add_difference(differences: Array, values: Array, *, width: int) -> None:
+    """Differences added, in place."""
+    _check_array("differences", differences, np.uint8)
+    _check_array("values", values, np.uint8, output=True)
+    _check_width(width, values)
+    _check_size("differences", differences, values.size)
+    _check_overlap({"values": values}, {"differences": differences})
+    _numpy_sparse.add_difference(differences, values, width=width)
+
+
+def _check_width(width: int, values: Array) -> None:
+    if width not in (1, 2, 4, 8):
+        raise ValueError(f"width: expected 1, 2, 4 or 8, got {width}")
+    if values.size % width:
+        raise ValueError(f"elements: expected a multiple of {width} bytes, got {values.size}")
+
+
+def sparse_encode(base: Array, values: Array, codes: Array, work: Words) -> int:
+    """Group after group; `work` is not used."""
+    _check_array("base", base, np.float16, np.uint16)
+    _check_array("values", values, np.float16, np.uint16)
+    _check_array("codes", codes, np.uint8, output=True)
+    if base.dtype != values.dtype:
+        raise TypeError("values: not of the type of base")
+    _check_size("values", values, base.size)
+    _check_work(work, values.size)
+    _check_overlap({"codes": codes, "work": work}, {"base": base, "values": values})
+    return _numpy_sparse.sparse_encode(base, values, codes)
+
+
+def sparse_decode(codes: Array, values: Array, work: Words) -> bool:
+    """Group after group, in place; `work` is not used."""
+    _check_array("codes", codes, np.uint8)
+    _check_array("values", values, np.float16, np.uint16, output=True)
+    _check_work(work, values.size)
+    _check_overlap({"values": values, "work": work}, {"codes": codes})
+    return _numpy_sparse.sparse_decode(codes, values)
+
+
+def _check_work(work: Words, count: int) -> None:
+    _check_array("work", work, np.uint32, output=True)
+    _check_size("work", work, 2 * count)
+    if not work.flags.aligned:
+        raise ValueError("work: not aligned")
 
 
 def set_threads(count: int) -> None:

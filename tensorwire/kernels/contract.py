@@ -162,6 +162,28 @@ class HostKernels(Kernels, Protocol):
         A plane of one byte stands for that byte throughout.
         """
 
+    def difference(self, base: Bytes, values: Bytes, out: Bytes, *, width: int) -> None:
+        """The differences of unsigned numbers of `width` bytes to those of a base, as zig-zag.
+
+        0, -1, 1, -2, ... are 0, 1, 2, 3, ...; the upper 16 bits are rotated right by one, which `split_planes` undoes.
+        """
+
+    def add_difference(self, differences: Bytes, values: Bytes, *, width: int) -> None:
+        """Make of a base, in its place, the values that `difference` was taken to."""
+
+    def sparse_encode(self, base: Floats, values: Floats, codes: Bytes, work: npt.NDArray[np.uint32]) -> int:
+        """Write which of the values, float16 or bfloat16, differ from those of a base, and how; the bytes it takes.
+
+        0: there is no room for them, or nothing differs, or more than half of them. `work` has two elements for each
+        value; it and the rest of `codes` then hold anything.
+        """
+
+    def sparse_decode(self, codes: Bytes, values: Floats, work: npt.NDArray[np.uint32]) -> bool:
+        """Make of a base, in its place, the values that `sparse_encode` was given.
+
+        False: codes that it never makes of this base; `values` then hold anything. `work`: as there.
+        """
+
     def default_environment(self) -> AbstractContextManager[Any]:
         """In it this thread rounds to nearest even and keeps subnormals, whatever the host has set."""
 
