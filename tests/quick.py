@@ -91,6 +91,8 @@ SLOW = {
     "test_updates.py::test_the_mean_is_the_plain_numpy_one_to_the_bit_whatever_the_order": 10,
     "test_values.py::test_a_large_value_takes_the_bytes_of_msgpack_and_no_multiple_of_its_time": 4,
     "test_values.py::test_so_does_a_root": 3,
+    "test_versions.py::test_a_chain_of_50_versions_with_a_publisher_at_work_and_four_followers": 0,
+    "test_versions_kills.py": 0,
     "test_wire.py::test_a_hundred_thousand_tiny_frames_are_read_and_none_is_remembered": 0,
     "test_wire.py::test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole": 0,
     "test_wire.py::test_a_skipped_frame_takes_no_memory_of_its_size": 0,

@@ -38,7 +38,9 @@ from tensorwire.versions import (
     Stored,
     Subscriber,
     Version,
+    follow,
     open_store,
+    version_in,
 )
 
 STATE = dict[str, Any]
@@ -586,6 +588,91 @@ def test_over_http(served: tuple[Path, str]) -> None:
         Publisher(url)
 
 
+class Followers:
+    """Threads that follow a store of versions of `flat`, each of which fails at anything but a whole version."""
+
+    def __init__(self, url: str, count: int) -> None:
+        self.trouble: list[BaseException] = []
+        self._url = url
+        self._count = count
+        self._numbers = {digest(flat(step)): step + 1 for step in range(count)}
+        self._over = threading.Event()
+        self._followers: list[threading.Thread] = []
+        self._readers: list[threading.Thread] = []
+
+    def keep_state(self, pause: float) -> None:
+        state, last = flat(0), 0
+        subscriber = Subscriber(self._url, have=digest(state))
+        while last < self._count and not self.trouble:
+            self._over.wait(pause)
+            staged = subscriber.fetch()
+            staged.apply(state)
+            assert staged.target.number >= last and self._numbers[digest(state)] == staged.target.number
+            last = staged.target.number
+
+    def keep_file(self, path: Path) -> None:
+        for followed in follow(self._url, path, interval=0.01, timeout=60):
+            assert self._read(path) == followed.version.number == version_in(path)
+            if followed.version.number == self._count:
+                return
+
+    def read_file(self, path: Path) -> None:
+        """Whoever knows nothing of followers."""
+        last = 0
+        while not self._over.wait(0.01):
+            if path.exists():
+                last, before = self._read(path), last
+                assert last >= before
+
+    def start(self, work: Any, *arguments: Any) -> None:
+        threads = self._readers if work == self.read_file else self._followers
+        threads.append(threading.Thread(target=self._guarded, args=(work, *arguments)))
+        threads[-1].start()
+
+    def join(self) -> None:
+        for thread in self._followers:
+            thread.join()
+        self._over.set()
+        for thread in self._readers:
+            thread.join()
+
+    def _read(self, path: Path) -> int:
+        return self._numbers[digest(tensorwire.loads(tensorwire.safetensors.encode(path)))]
+
+    def _guarded(self, work: Any, *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            self.trouble.append(error)
+
+
+def test_a_chain_of_50_versions_with_a_publisher_at_work_and_four_followers(served: tuple[Path, str]) -> None:
+    """Two keep a state, two a file: each only ever has whole versions, in their order, and ends at the last."""
+    folder, url = served
+    count = 50
+    followers = Followers(url, count)
+    with Publisher(folder, anchor_every=7, keep=2) as publisher:
+        publisher.publish(flat(0))
+        for pause in (0.0, 0.2):
+            followers.start(followers.keep_state, pause)
+        for number in range(2):
+            path = folder.parent / f"{number}.safetensors"
+            followers.start(followers.keep_file, path)
+            followers.start(followers.read_file, path)
+        for step in range(1, count):
+            publisher.publish(flat(step))
+    followers.join()
+    assert not followers.trouble, followers.trouble
+
+
+def flat(step: int) -> STATE:
+    rng = np.random.default_rng(3)
+    state = {name: rng.normal(size=(64, 64)).astype(np.float32) for name in "abc"}
+    for number in range(step):
+        state["abc"[number % 3]][number % 64] *= 1.01
+    return state
+
+
 def test_a_server_that_breaks_off_or_is_not_there_is_worth_another_try(served: tuple[Path, str]) -> None:
     folder, url = served
     published(folder, 1)
@@ -596,3 +683,53 @@ def test_a_server_that_breaks_off_or_is_not_there_is_worth_another_try(served: t
         file._left += 1  # type: ignore[attr-defined]  # as if it said so
         with pytest.raises(TransportError, match="1 bytes before"):
             file.read()
+
+
+def test_a_file_that_is_there_is_gone_on_from(tmp_path: Path) -> None:
+    store, path = tmp_path / "store", tmp_path / "model.safetensors"
+    with Publisher(store) as publisher:
+        for step in range(3):
+            publisher.publish(flat(step))
+    tensorwire.safetensors.decode(tensorwire.encode(flat(1)), path)
+    (followed,) = follow(store, path, timeout=0)
+    manifest = Subscriber(store).manifest()
+    assert followed.version == manifest.head and followed.size == manifest.head.patch.size  # type: ignore[union-attr]
+    assert version_in(path) == 3 and {"write", "apply"} <= {*followed.seconds}
+    assert [*follow(store, path, timeout=0)] == []
+    path.write_bytes(b"something else")
+    assert version_in(path) is None
+    (followed,) = follow(store, path, timeout=0)
+    assert digest(tensorwire.loads(tensorwire.safetensors.encode(path))) == digest(flat(2))
+
+
+def test_following_waits_for_what_may_come_and_says_what_it_waits_for(tmp_path: Path) -> None:
+    store, path, notes = tmp_path / "store", tmp_path / "model.safetensors", []
+
+    def on_note(note: str) -> None:
+        notes.append(note)
+        published_one(store, flat(0))
+        if "nothing is published" not in note:
+            whole = next(store.glob("*.anchor.tw"))
+            whole.write_bytes(good)
+
+    versions = follow(store, path, interval=0.01, on_note=on_note)
+    assert next(versions).version.number == 1 and len(notes) == 1 and "nothing is published" in notes[0]
+    path.unlink()
+    whole = next(store.glob("*.anchor.tw"))
+    good = whole.read_bytes()
+    whole.write_bytes(good[:-9])
+    versions = follow(store, path, interval=0.01, on_note=on_note)
+    assert next(versions).version.number == 1 and len(notes) == 2 and "version 1" in notes[1]
+    with pytest.raises(MissingFileError, match="nothing is published"):
+        next(follow(tmp_path / "nowhere", path, interval=0.01, timeout=0.05))
+    assert version_in(path) == 1
+    for options in ({"interval": 0.0}, {"timeout": -1.0}, {"timeout": float("nan")}):
+        with pytest.raises(ArgumentError):
+            follow(store, path, **options)
+
+
+def test_versions_that_such_a_file_cannot_hold_are_refused(tmp_path: Path) -> None:
+    published(tmp_path / "store", 1)
+    with pytest.raises(SchemaError, match="flat dict"):
+        next(follow(tmp_path / "store", tmp_path / "model.safetensors"))
+    assert not (tmp_path / "model.safetensors").exists()

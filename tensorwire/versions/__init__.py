@@ -10,13 +10,18 @@
 server and fsspec.
 """
 
+from tensorwire.versions.follow import INTERVAL, Followed, follow, version_in
 from tensorwire.versions.manifest import Manifest, Route, Stored, Version
-from tensorwire.versions.publisher import Published, Publisher
+from tensorwire.versions.publisher import ANCHOR_EVERY, KEEP, Published, Publisher
 from tensorwire.versions.stores import FolderStore, FsspecStore, HttpStore, Store, open_store
 from tensorwire.versions.subscriber import Staged, Subscriber
 
 __all__ = [
+    "ANCHOR_EVERY",
+    "INTERVAL",
+    "KEEP",
     "FolderStore",
+    "Followed",
     "FsspecStore",
     "HttpStore",
     "Manifest",
@@ -28,5 +33,7 @@ __all__ = [
     "Stored",
     "Subscriber",
     "Version",
+    "follow",
     "open_store",
+    "version_in",
 ]

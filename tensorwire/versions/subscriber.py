@@ -115,12 +115,17 @@ class Staged:
         self._whole: Any = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether an anchor was fetched, so that all of the version is here."""
+        return self._route.anchor is not None
+
+    @property
     def state(self) -> Any:
         """All of the version as a container of NumPy arrays, where an anchor was fetched; else SchemaError.
 
         For torch tensors, `tensorwire.torch.loads(tensorwire.encode(staged.state))`.
         """
-        if self._route.anchor is None:
+        if not self.is_whole:
             raise SchemaError("what was fetched are patches, or nothing: apply it, or fetch(whole=True)")
         return self._whole
 
@@ -135,7 +140,7 @@ class Staged:
         if not self.is_new:
             return
         began = perf_counter()
-        if self._route.anchor is not None:
+        if self.is_whole:
             overwriting = Overwriting(self._whole, state, self._limits)
             self._subscriber.have = None  # until all is written, it is no version
             overwriting.write()
@@ -157,7 +162,7 @@ class Staged:
                     self.seconds["fetch"] += file.seconds
             done += stored.size
         self.seconds["stage"] = perf_counter() - began - self.seconds["fetch"]
-        if self._route.anchor is not None:
+        if self.is_whole:
             began = perf_counter()
             self._verify()
             self.seconds["verify"] = perf_counter() - began
@@ -171,10 +176,10 @@ class Staged:
             raise SequenceError(
                 f"it is the patch from {patch.base[:12]} to {patch.target[:12]}, not the one that the manifest says"
             )
-        if self._route.anchor is None:
-            self._patches.append(patch)
-        else:
+        if self.is_whole:
             tensorwire.apply(patch, self._whole, limits=self._limits)
+        else:
+            self._patches.append(patch)
 
     def _verify(self) -> None:
         digest = tensorwire.digest(self._whole, limits=self._limits)
