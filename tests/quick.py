@@ -36,6 +36,7 @@ SLOW = {
     "test_cli_outputs.py::test_closed_and_full_streams": 0,
     "test_cli_outputs.py::test_killed_at_random_moments": 0,
     "test_cli_outputs.py::test_names_that_are_no_utf_8": 0,
+    "test_cli_versions.py::test_sigterm_ends_it_cleanly_and_its_command_too": 0,
     "test_codecs.py::test_slices_decode_alone_to_what_the_whole_decodes_to": 2,
     "test_codecs.py::test_whatever_zstd_makes_is_taken": 8,
     "test_cuda.py": 20,
