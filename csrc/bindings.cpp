@@ -686,7 +686,7 @@ size_t sparse_encode(nb::handle base, nb::handle values, nb::handle codes, nb::h
                                                   c.data<uint8_t>(), c.size());
 }
 
-bool sparse_decode(nb::handle codes, nb::handle values, nb::handle work) {
+size_t sparse_decode(nb::handle codes, nb::handle values, nb::handle work) {
     const Array c("codes", codes, "B", kInput), x("values", values, "eH", kOutput), w("work", work, "I", kOutput);
     expect_work(w, x.size());
     x.expect_apart_from(c);

@@ -86,11 +86,11 @@ struct Kernels {
     void (*difference[kPlaneWidths])(const uint8_t* base, const uint8_t* values, uint8_t* out, size_t n);
     void (*add_difference[kPlaneWidths])(const uint8_t* differences, uint8_t* values, size_t n);
     // What changed of n floats: the bytes that it takes, or 0 for more than `room`, for nothing and for more than half
-    // of them. Back, in place: whether an encoder writes such codes about these values. `work` has 2 n elements.
-    // kFloat32 has no entry.
+    // of them. Back, in place: how many changed, or 0 where no encoder writes such codes about these values. `work` has
+    // 2 n elements. kFloat32 has no entry.
     size_t (*sparse_encode[kDtypes])(const uint8_t* base, const uint8_t* values, size_t n, uint32_t* work,
                                      uint8_t* codes, size_t room);
-    bool (*sparse_decode[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);
+    size_t (*sparse_decode[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.

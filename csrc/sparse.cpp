@@ -562,7 +562,7 @@ bool take_groups(BitReader& in, size_t n, Work work, Groups& groups) {
         changed += g.changed;
         g.run = g.listed ? static_cast<int64_t>(g.gaps[0]) : INT64_MAX / 2;
     }
-    return in.finished() && changed > 0;
+    return in.finished();
 }
 
 // Applies what a group has to say of a block; whether its lists say so much.
@@ -584,10 +584,10 @@ bool change_block(Group& g, uint64_t mine, uint8_t* x) {
 }
 
 template <Dtype kDtype>
-bool sparse_decode(const uint8_t* codes, size_t size, uint8_t* x, size_t n, uint32_t* work) {
+size_t sparse_decode(const uint8_t* codes, size_t size, uint8_t* x, size_t n, uint32_t* work) {
     BitReader in(codes, size);
     Groups groups;
-    if (!take_groups(in, n, Work(work, n), groups)) return false;
+    if (!take_groups(in, n, Work(work, n), groups)) return 0;
     Tile tile;
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(x + 2 * at, n - at);
@@ -596,15 +596,17 @@ bool sparse_decode(const uint8_t* codes, size_t size, uint8_t* x, size_t n, uint
             if (g.changed == 0) continue;
             for (size_t b = 0; b < tile.blocks; ++b) {
                 const uint64_t mine = members(tile.classes + b * kBlock, g.first, g.more);
-                if (!change_block(g, mine, x + 2 * (at + b * kBlock))) return false;
+                if (!change_block(g, mine, x + 2 * (at + b * kBlock))) return 0;
             }
         }
     }
+    size_t changed = 0;
     for (size_t k = 0; k < groups.count; ++k) {
         const Group& g = groups.group[k];
-        if (g.gap != g.listed || g.change != g.changed) return false;
+        if (g.gap != g.listed || g.change != g.changed) return 0;
+        changed += g.changed;
     }
-    return true;
+    return changed;
 }
 
 // ------------------------------------------------------------------------------------------------------ Differences

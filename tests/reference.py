@@ -423,7 +423,7 @@ def payload_length(codec: list, dtype: str, width: int, count: int) -> int:
     """Bytes of the payload of `count` elements, before zstd; of planes and patch, the most that there can be."""
     number, *parameters = codec[0]
     if number in (PLANES, PATCH):
-        around = 1 + 8 * chunks_of(count * width) if number == PATCH else 0
+        around = 5 + 8 * chunks_of(count * width) if number == PATCH else 0
         width, count = floats_of(dtype, width, count)
         return around + 1 + -(-count // 512) + width * (count + 1)
     if number == RAW:
@@ -604,9 +604,10 @@ def decode_patch(
     """The elements that a slice makes of those of its base."""
     chunks = chunks_of(count * width)
     check(len(payload) > 0 and payload[0] <= 4, "patch: first byte")
-    mode, at = payload[0], 1 + 4 * chunks * (1 if payload[0] in (0, 4) else 2)
+    mode, begin = payload[0], 1 if payload[0] in (0, 4) else 5
+    at = begin + 4 * chunks * (1 if begin == 1 else 2)
     check(len(payload) >= at, "patch: checksums")
-    sums = [*struct.unpack_from(f"<{(at - 1) // 4}I", payload, 1)]
+    sums = [*struct.unpack_from(f"<{(at - begin) // 4}I", payload, begin)]
     made = base
     if mode != 0:
         check(base is not None and checksums_of(base) == sums[-chunks:], "patch: not its base")
@@ -621,6 +622,11 @@ def decode_patch(
     if mode == 2:
         made = add_difference(base or b"", made, *floats_of(dtype, width, count))
     check(checksums_of(made) == sums[:chunks], "patch: not its target")
+    if begin == 5:
+        size, numbers = floats_of(dtype, width, count)
+        places = range(0, size * numbers, size)
+        changed = sum(made[at : at + size] != (base or b"")[at : at + size] for at in places)
+        check(int.from_bytes(payload[1:5], "little") == changed > 0, "patch: numbers that changed")
     return made
 
 

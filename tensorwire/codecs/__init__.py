@@ -7,7 +7,7 @@ from tensorwire.codecs.cast import BFloat16, Float16
 from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
-from tensorwire.codecs.patch import CHUNK, Binding, Checksums, Patch, binding_of, chunk_checksums, same_bytes
+from tensorwire.codecs.patch import CHUNK, Binding, Checksums, Patch, binding_of, chunk_checksums, count_unequal
 from tensorwire.codecs.pipeline import Codec, Readymade
 from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax
@@ -65,6 +65,7 @@ __all__ = [
     "binding_of",
     "checked_absmax",
     "chunk_checksums",
+    "count_unequal",
     "describe",
     "from_floats",
     "from_stages",
@@ -75,6 +76,5 @@ __all__ = [
     "parse",
     "register",
     "registered",
-    "same_bytes",
     "unnest",
 ]

@@ -19,10 +19,11 @@ from tensorwire.tensor import Extent
 
 CHUNK: Final = 1 << 20  # bytes of elements that have a checksum of their own
 _BLOCK: Final = 1024
-_CRC: Final = 4
+_WORD: Final = 4
 
 # What a slice is made of: itself alone; itself, in place of what its base has there; what changed; nothing new.
 _WHOLE, _REPLACED, _DIFFERENCE, _SPARSE, _UNCHANGED = range(5)
+WAYS: Final = ("whole", "replaced", "difference", "sparse", "unchanged")
 # What takes more of the elements' bytes than this is held against the next way.
 _WORTH_A_LOOK: Final = 8
 # Floats whose changes are told one by one, as kernels take them.
@@ -34,9 +35,12 @@ Checksums = tuple[int, ...]
 class Binding(NamedTuple):
     """What a slice is applied to and what it makes: a CRC-32C for each MiB of its elements.
 
-    `base` is None for a slice that takes nothing of a base.
+    `way`: one of `WAYS`. `changed`: how many numbers differ from the base; of a complex element there are two. Both
+    that and `base` are None for a slice that takes nothing of a base.
     """
 
+    way: str
+    changed: int | None
     base: Checksums | None
     target: Checksums
 
@@ -64,7 +68,7 @@ class Patch(Packer):
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """The bytes of the elements; and for what is said of the slice, its checksums and its planes."""
         size = count * dtype.itemsize
-        return Sizes(size, 1 + 2 * _CRC * _chunks(size) + planes_bound(size, dtype.part_size) - size)
+        return Sizes(size, 1 + _WORD * (1 + 2 * _chunks(size)) + planes_bound(size, dtype.part_size) - size)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What a slice makes of `context`, the elements that the base has there; of nothing where that is None."""
@@ -75,10 +79,10 @@ class Patch(Packer):
             at = _bind(payload, _WHOLE, target)
             return Encoded(payload[: at + put_planes(values, width, payload[at:], take)])
         base = np.frombuffer(context, np.uint8)
-        bound = chunk_checksums(base)
-        if same_bytes(base, values):
+        changed = count_unequal(base, values, width)
+        if changed == 0:
             return Encoded(payload[: _bind(payload, _UNCHANGED, target)])
-        at = _bind(payload, _SPARSE, target, bound)
+        at = _bind(payload, _SPARSE, target, chunk_checksums(base), changed)
         size = _put_sparse(base, values, extent.dtype, payload[at:], take)
         for mode in (_DIFFERENCE, _REPLACED):
             if size and _WORTH_A_LOOK * size <= values.size:
@@ -93,27 +97,22 @@ class Patch(Packer):
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
         """Make the elements of those in `out`. Raises FormatError, and SchemaError where `out` is not the base."""
-        given, width = np.frombuffer(payload, np.uint8), extent.dtype.part_size
-        mode, at, binding = _unbind(given, out.size)
+        given = np.frombuffer(payload, np.uint8)
+        at, binding = _unbind(given, extent)
         if binding.base is not None and chunk_checksums(out) != binding.base:
             raise SchemaError("these elements are not those that the patch is against")
-        if mode == _UNCHANGED:
+        if binding.way == WAYS[_UNCHANGED]:
             return
-        if mode == _SPARSE:
-            _take_sparse(given[at:], extent.dtype, out)
-        elif mode == _DIFFERENCE:
-            differences = np.empty(out.size, np.uint8)
-            take_planes(given[at:], width, differences)
-            kernels.add_difference(differences, out, width=width)
-        else:
-            take_planes(given[at:], width, out)
+        changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out)
         if chunk_checksums(out) != binding.target:
             raise FormatError("the patch does not make what it says")
+        if binding.changed not in (None, changed):
+            raise FormatError(f"the patch changes {changed} numbers, and says {binding.changed}")
 
 
 def binding_of(payload: Any, extent: Extent) -> Binding:
     """What the payload of a slice is applied to and what it makes. Raises FormatError."""
-    return _unbind(np.frombuffer(payload, np.uint8), extent.count * extent.dtype.itemsize)[2]
+    return _unbind(np.frombuffer(payload, np.uint8), extent)[1]
 
 
 def chunk_checksums(values: Bytes) -> Checksums:
@@ -121,11 +120,12 @@ def chunk_checksums(values: Bytes) -> Checksums:
     return tuple([kernels.crc32c(values[at : at + CHUNK]) for at in range(0, values.size, CHUNK)])
 
 
-def same_bytes(one: Bytes, other: Bytes) -> bool:
-    """Whether two arrays of one length hold the same."""
-    words = one.size - one.size % 8
-    return np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64)) and np.array_equal(
-        one[words:], other[words:]
+def count_unequal(one: Bytes, other: Bytes, width: int = 8) -> int:
+    """How many numbers of `width` bytes are not the same in both; what is left over counts as another."""
+    whole = one.size - one.size % width
+    words = f"u{width}"
+    return int(np.count_nonzero(one[:whole].view(words) != other[:whole].view(words))) + int(
+        not np.array_equal(one[whole:], other[whole:])
     )
 
 
@@ -133,28 +133,32 @@ def _chunks(size: int) -> int:
     return -(-size // CHUNK)
 
 
-def _bind(payload: Bytes, mode: int, target: Checksums, base: Checksums = ()) -> int:
+def _bind(payload: Bytes, mode: int, target: Checksums, base: Checksums = (), changed: int | None = None) -> int:
     """Write what stands before the coding of a slice; the bytes that it takes."""
-    checksums = np.array([*target, *base], "<u4").view(np.uint8)
+    words = [*target, *base] if changed is None else [changed, *target, *base]
+    said = np.array(words, "<u4").view(np.uint8)
     payload[0] = mode
-    payload[1 : 1 + checksums.size] = checksums
-    return 1 + checksums.size
+    payload[1 : 1 + said.size] = said
+    return 1 + said.size
 
 
-def _unbind(payload: Bytes, size: int) -> tuple[int, int, Binding]:
-    """How a slice of `size` bytes is coded, where that begins, and what it is bound to. Raises FormatError."""
-    mode = int(payload[0]) if payload.size else _UNCHANGED + 1
-    if mode > _UNCHANGED:
+def _unbind(payload: Bytes, extent: Extent) -> tuple[int, Binding]:
+    """Where the coding of a slice begins, and what it is bound to. Raises FormatError."""
+    chunks = _chunks(extent.count * extent.dtype.itemsize)
+    mode = int(payload[0]) if payload.size else len(WAYS)
+    if mode >= len(WAYS):
         raise FormatError(f"the first byte of a patch says nothing that is known: {payload[:1].tolist()}")
-    chunks = _chunks(size)
-    at = 1 + _CRC * chunks * (1 if mode in (_WHOLE, _UNCHANGED) else 2)
+    alone = mode in (_WHOLE, _UNCHANGED)
+    at = 1 + _WORD * (chunks if alone else 1 + 2 * chunks)
     if payload.size < at or (mode == _UNCHANGED and payload.size > at):
         raise FormatError(f"a patch has {payload.size} bytes, of which {at} say what it is bound to")
-    checksums = tuple(payload[1:at].view("<u4").tolist())
-    target = checksums[:chunks]
-    if mode == _WHOLE:
-        return mode, at, Binding(None, target)
-    return mode, at, Binding(checksums[chunks:] or target, target)
+    words = tuple(payload[1:at].view("<u4").tolist())
+    if alone:
+        return at, Binding(WAYS[mode], None if mode == _WHOLE else 0, None if mode == _WHOLE else words, words)
+    changed, numbers = words[0], extent.count * extent.dtype.parts
+    if not 0 < changed <= numbers:
+        raise FormatError(f"a patch says that {changed} of {numbers} numbers change")
+    return at, Binding(WAYS[mode], changed, words[1 + chunks :], words[1 : 1 + chunks])
 
 
 def _put_all(mode: int, base: Bytes, values: Bytes, width: int, payload: Bytes, take: Take) -> int:
@@ -175,10 +179,30 @@ def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: 
     return kernels.sparse_encode(base.view(floats), values.view(floats), payload, work)
 
 
-def _take_sparse(codes: Bytes, dtype: DType, out: Bytes) -> None:
-    """Make the changes that `_put_sparse` was given. Raises FormatError."""
+def _take_sparse(codes: Bytes, dtype: DType, out: Bytes) -> int:
+    """Make the changes that `_put_sparse` was given; how many there are. Raises FormatError."""
     floats = _SPARSE_DTYPES.get(dtype)
     if floats is None:
         raise FormatError(f"no {dtype} changes one by one")
-    if not kernels.sparse_decode(codes, out.view(floats), np.empty(out.size, np.uint32)):
+    changed = kernels.sparse_decode(codes, out.view(floats), np.empty(out.size, np.uint32))
+    if not changed:
         raise FormatError(f"{codes.size} bytes are no changes of {out.size} bytes of {dtype}")
+    return changed
+
+
+def _take_difference(payload: Bytes, dtype: DType, out: Bytes) -> int:
+    """Add differences; how many there are. Raises FormatError."""
+    differences = np.empty(out.size, np.uint8)
+    take_planes(payload, dtype.part_size, differences)
+    kernels.add_difference(differences, out, width=dtype.part_size)
+    return int(np.count_nonzero(differences.view(f"u{dtype.part_size}")))
+
+
+def _take_whole(payload: Bytes, dtype: DType, out: Bytes) -> int:
+    """Replace the elements; how many numbers of them differ. Raises FormatError."""
+    before = out.copy()
+    take_planes(payload, dtype.part_size, out)
+    return count_unequal(before, out, dtype.part_size)
+
+
+_MAKERS: Final = (_take_whole, _take_whole, _take_difference, _take_sparse)

@@ -907,7 +907,7 @@ def sparse_encode(base: Array, values: Array, codes: Array, work: Words) -> int:
     return _numpy_sparse.sparse_encode(base, values, codes)
 
 
-def sparse_decode(codes: Array, values: Array, work: Words) -> bool:
+def sparse_decode(codes: Array, values: Array, work: Words) -> int:
     """Group after group, in place; `work` is not used."""
     _check_array("codes", codes, np.uint8)
     _check_array("values", values, np.float16, np.uint16, output=True)

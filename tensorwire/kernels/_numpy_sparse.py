@@ -66,31 +66,31 @@ def sparse_encode(base: Array, values: Array, codes: Array) -> int:
     return int(payload.size)
 
 
-def sparse_decode(codes: Array, values: Array) -> bool:
-    """Make the changes; whether an encoder writes such codes."""
+def sparse_decode(codes: Array, values: Array) -> int:
+    """Make the changes; how many there are, or 0 where no encoder writes such codes."""
     numbers, bits = values.view(np.uint16), _Reader(np.unpackbits(codes, bitorder="little"))
     try:
         begins = bits.number(32)
         if not begins & 1:
-            return False
+            return 0
         firsts = [number for number in range(_CLASSES) if begins >> number & 1]
         groups = list(_taken(bits, values.size, len(firsts)))
-        if not bits.finished() or not any(group.changes.size for group in groups):
-            return False
+        if not bits.finished():
+            return 0
     except _BadError:
-        return False
+        return 0
     classes = _classes(values)
     for first, end, group in zip(firsts, [*firsts[1:], _CLASSES], groups, strict=True):
         mine = np.flatnonzero((classes >= first) & (classes < end))
         if group.changes.size == 0:
             continue
         if group.listed.size and group.listed[-1] >= mine.size:
-            return False
+            return 0
         places = np.delete(mine, group.listed) if group.inverted else mine[group.listed]
         if places.size != group.changes.size:
-            return False
+            return 0
         numbers[places] += group.changes
-    return True
+    return sum(group.changes.size for group in groups)
 
 
 def _classes(numbers: Array) -> Array:

@@ -178,10 +178,10 @@ class HostKernels(Kernels, Protocol):
         value; it and the rest of `codes` then hold anything.
         """
 
-    def sparse_decode(self, codes: Bytes, values: Floats, work: npt.NDArray[np.uint32]) -> bool:
-        """Make of a base, in its place, the values that `sparse_encode` was given.
+    def sparse_decode(self, codes: Bytes, values: Floats, work: npt.NDArray[np.uint32]) -> int:
+        """Make of a base, in its place, the values that `sparse_encode` was given; how many of them changed.
 
-        False: codes that it never makes of this base; `values` then hold anything. `work`: as there.
+        0: codes that it never makes of this base; `values` then hold anything. `work`: as there.
         """
 
     def default_environment(self) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from an earlier attempt, what it makes. A block is made elsewhere, checked, and 
 at once more. So it does not matter where an attempt ended: another one ends at the target, or says why not.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,10 +20,10 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.streams.patches import CODEC
 from tensorwire.streams.receiver import Completed, ItemStart, Payload, Receiver
-from tensorwire.streams.versions import Entry, checksums, content_digest, version_of
-from tensorwire.tensor import ByteArray, Extent, Front
+from tensorwire.streams.versions import Entry, Version, checksums, content_digest, version_of
+from tensorwire.tensor import ByteArray, Extent, Front, TensorView
 from tensorwire.wire import AliasItem, DataItem, Item, Kind, StreamStart, TensorItem, ValueItem
-from tensorwire.wire.names import Path
+from tensorwire.wire.names import Path, name_of
 from tensorwire.wire.values import pack_plain
 
 
@@ -84,14 +85,33 @@ class Patch:
         Every block of it must be that of the base or, from an earlier attempt, that of the target. Raises SchemaError
         where one is neither, or an item is missing or another; nothing was written then.
         """
-        plan = _Plan(self, state, front, limits)
+        plan = _Plan(self, version_of(state, front, limits))
+        places = {name: _Place(name, plan.held[name], _at(state, plan.held[name].path), front) for name, _ in plan.todo}
+        setters = [_setter(state, plan.held[name].path, value) for name, value in plan.values.items()]
         plan.check()
         scratch = Scratch()
-        for place, block in plan.todo:
-            place.write(block, scratch)
-        for parent, key, value in plan.values:
+        for name, block in plan.todo:
+            places[name].write(block, scratch)
+        for parent, key, value in setters:
             parent[key] = value
-        return Applied(len(plan.todo), plan.skipped, len(plan.values))
+        return Applied(len(plan.todo), plan.skipped, len(setters))
+
+    def views(self, base: Any, front: Front, *, limits: Limits = DEFAULT) -> Any:
+        """The container that this makes of `base`, whose tensors are views, made block by block as they are read.
+
+        `base` is read once here, and left as it is. Raises as `apply`.
+        """
+        plan = _Plan(self, version_of(base, front, limits))
+        plan.check()
+        made: dict[str, Any] = dict(plan.values)
+        blocks: dict[str, list[_Block]] = {}
+        for name, block in plan.todo:
+            blocks.setdefault(name, []).append(block)
+        last = _Last()
+        for name, its in blocks.items():
+            view = plan.held[name].tensor
+            made[name] = TensorView(view.dtype, view.shape, _Patched(plan.held[name], its, last).read)
+        return _replaced(base, (), made)
 
 
 class _Reading:
@@ -170,18 +190,13 @@ class _Place:
 
     def write(self, block: _Block, scratch: Scratch) -> None:
         """Make a block of what it is against, and see that it is what it must be."""
-        view, size = self._entry.tensor, block.end - block.begin
-        width = view.dtype.itemsize
-        extent = Extent(view.dtype, view.shape, block.begin // width, size // width)
-        made = scratch.values(size)
+        made = scratch.values(block.end - block.begin)
         made[:] = self._entry.read(block.begin, block.end)
         try:
-            CODEC.decode(memoryview(block.payload), extent, made)
+            _decode(block, self._entry, made)
             self._put(block, made)
             if chunk_checksums(self._entry.read(block.begin, block.end)) != block.binding.target:
-                raise CorruptError(
-                    "it was changed while the patch was applied: apply it again, and write nothing meanwhile"
-                )
+                raise CorruptError("it was written to while the patch was applied")
         except TensorwireError as error:
             error.item = self.name
             raise
@@ -196,20 +211,21 @@ class _Place:
 
 
 class _Plan:
-    """What applying a patch to a state comes to. Reads all of the state, and writes nothing."""
+    """What applying a patch to a version comes to. Reads all of it, and writes nothing.
 
-    def __init__(self, patch: Patch, state: Any, front: Front, limits: Limits) -> None:
-        self.todo: list[tuple[_Place, _Block]] = []
+    `todo`: names and blocks to be made, `skipped`: how many blocks are done; `values`: those that are to be set.
+    """
+
+    def __init__(self, patch: Patch, held: Version) -> None:
+        self.held = held
+        self.todo: list[tuple[str, _Block]] = []
         self.skipped = 0
-        self.values: list[tuple[Any, Any, Any]] = []  # parent, key and new value
+        self.values: dict[str, Any] = {}
         self._patch = patch
-        self._state = state
-        self._front = front
-        self._held = version_of(state, front, limits)
-        self._names = list(self._held)
-        self._sums = checksums(self._held)
-        # What the state is when all blocks are at the base, and when all is done.
-        self._before, self._after, self._target = dict(self._sums), dict(self._sums), dict(self._held)
+        self._names = list(held)
+        self._sums = checksums(held)
+        # What the version is when all blocks are at the base, and when all is done.
+        self._before, self._after, self._target = dict(self._sums), dict(self._sums), dict(held)
         self._planned: dict[tuple[object, ...], tuple[str, Checksums]] = {}  # by memory: its first name
         for changed in patch.tensors:
             for rank in changed.ranks:
@@ -221,32 +237,33 @@ class _Plan:
         """Raise SchemaError unless this leads from the base of the patch to its target."""
         patch = self._patch
         if content_digest(self._target, self._after).hex() != patch.target or (
-            self.values and content_digest(self._held, self._before).hex() != patch.base
+            self.values and content_digest(self.held, self._before).hex() != patch.base
         ):
-            held = content_digest(self._held, self._sums).hex()
             raise SchemaError(
-                f"the state is version {held}; the patch makes {patch.target} of {patch.base}. Nothing was written"
+                f"the state is version {self._digest()}; the patch makes {patch.target} of {patch.base}. "
+                "Nothing was written"
             )
+
+    def _digest(self) -> str:
+        return content_digest(self.held, self._sums).hex()
 
     def _name(self, rank: int) -> str:
         if rank >= len(self._names):
             raise SchemaError(
-                f"the patch changes item {rank} of its base, and the state has {len(self._names)} items; it is no "
-                f"version {self._patch.base}. Nothing was written"
+                f"the patch changes item {rank} of its base, and the state has {len(self._names)} items: it is version "
+                f"{self._digest()}, and the patch for {self._patch.base}. Nothing was written"
             )
         return self._names[rank]
 
     def _add(self, name: str, changed: _Changed) -> None:
-        entry, item = self._held[name], changed.item
+        entry, item = self.held[name], changed.item
         if entry.view is None or (entry.view.dtype, entry.view.shape) != (item.dtype, item.shape):
-            described = f"{item.dtype} {list(item.shape)}"
             raise SchemaError(
-                f"the patch is for {described}, and the state has {entry.describe()} there; it is no version "
-                f"{self._patch.base}. Nothing was written",
+                f"the patch is for {item.dtype} {list(item.shape)}, and the state has {entry.describe()} there: it is "
+                f"version {self._digest()}, and the patch for {self._patch.base}. Nothing was written",
                 item=name,
             )
-        place = _Place(name, entry, _at(self._state, entry.path), self._front)
-        todo: list[tuple[_Place, _Block]] = []
+        todo: list[_Block] = []
         before: list[int] = []
         after: list[int] = []
         for block in changed.blocks:
@@ -256,12 +273,12 @@ class _Plan:
             if held not in (binding.base, binding.target):
                 self._refuse(name, block)
             if held != binding.target:
-                todo.append((place, block))
+                todo.append(block)
             before += binding.base
             after += binding.target
         self._before[name], self._after[name] = tuple(before), tuple(after)
         if not self._is_planned(name, entry, tuple(after)):
-            self.todo += todo
+            self.todo += [(name, block) for block in todo]
             self.skipped += len(changed.blocks) - len(todo)
 
     def _is_planned(self, name: str, entry: Entry, after: Checksums) -> bool:
@@ -278,25 +295,89 @@ class _Plan:
         return planned[0] != name
 
     def _refuse(self, name: str, block: _Block) -> NoReturn:
-        width = self._held[name].tensor.dtype.itemsize
-        held = content_digest(self._held, self._sums).hex()
+        width = self.held[name].tensor.dtype.itemsize
         raise SchemaError(
             f"elements {block.begin // width} to {block.end // width} are neither what the patch is against nor what "
-            f"it makes: the state is version {held}, and the patch for {self._patch.base}. Nothing was written",
+            f"it makes: the state is version {self._digest()}, and the patch for {self._patch.base}. Nothing was "
+            "written",
             item=name,
         )
 
     def _add_value(self, name: str, value: Any) -> None:
-        entry, data = self._held[name], pack_plain(value)
+        entry, data = self.held[name], pack_plain(value)
         if entry.view is not None:
             raise SchemaError("the patch has a value where the state has a tensor. Nothing was written", item=name)
         self._target[name] = replace(entry, data=data)
-        if entry.data == data:
-            return
-        parent = _at(self._state, entry.path[:-1])
-        if not entry.path or not isinstance(parent, (dict, list)):
-            raise EncodeError("a value outside of dicts and lists cannot be set in its place", item=name)
-        self.values.append((parent, entry.path[-1], value))
+        if entry.data != data:
+            self.values[name] = value
+
+
+class _Last:
+    """The block that was made last, of all tensors that are read in turns."""
+
+    def __init__(self) -> None:
+        self.key: tuple[int, int] | None = None
+        self.data: ByteArray = np.empty(0, np.uint8)
+
+
+class _Patched:
+    """A tensor whose blocks are made of those of its base as they are read."""
+
+    def __init__(self, base: Entry, blocks: list[_Block], last: _Last) -> None:
+        self._base = base
+        self._blocks = {block.begin: block for block in blocks}
+        self._begins = sorted(self._blocks)
+        self._last = last
+
+    def read(self, start: int, stop: int) -> ByteArray:
+        """Elements [start, stop)."""
+        width = self._base.tensor.dtype.itemsize
+        begin, end = start * width, stop * width
+        out = self._base.read(begin, end).copy()
+        first = max(bisect_right(self._begins, begin) - 1, 0)
+        for block in map(self._blocks.__getitem__, self._begins[first:]):
+            if block.begin >= end:
+                break
+            low, high = max(begin, block.begin), min(end, block.end)
+            if low < high:
+                out[low - begin : high - begin] = self._made(block)[low - block.begin : high - block.begin]
+        return out
+
+    def _made(self, block: _Block) -> ByteArray:
+        key = id(self), block.begin
+        if self._last.key != key:
+            data: ByteArray = self._base.read(block.begin, block.end).copy()
+            _decode(block, self._base, data)
+            self._last.key, self._last.data = key, data
+        made: ByteArray = self._last.data
+        return made
+
+
+def _decode(block: _Block, base: Entry, data: ByteArray) -> None:
+    """Make of the base's elements of a block, in `data`, those of the target."""
+    view = base.tensor
+    width = view.dtype.itemsize
+    extent = Extent(view.dtype, view.shape, block.begin // width, (block.end - block.begin) // width)
+    CODEC.decode(memoryview(block.payload), extent, data)
+
+
+def _replaced(value: Any, path: Path, made: dict[str, Any]) -> Any:
+    """A container with other tensors and values in some places."""
+    if path and name_of(path) in made:
+        return made[name_of(path)]
+    if isinstance(value, dict):
+        return {key: _replaced(child, (*path, key), made) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_replaced(child, (*path, number), made) for number, child in enumerate(value)])
+    return value
+
+
+def _setter(state: Any, path: Path, value: Any) -> tuple[Any, Any, Any]:
+    """Parent, key and value, to be set. Raises EncodeError where that cannot be."""
+    parent = _at(state, path[:-1])
+    if not path or not isinstance(parent, (dict, list)):
+        raise EncodeError("a value outside of dicts and lists cannot be set in its place", item=name_of(path))
+    return parent, path[-1], value
 
 
 def _at(state: Any, path: Path) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import CHUNK, Checksums, binding_of, parse, same_bytes
+from tensorwire.codecs import CHUNK, Checksums, binding_of, count_unequal, parse
 from tensorwire.codecs import Patch as Stage
 from tensorwire.errors import EncodeError, WireError
 from tensorwire.limits import DEFAULT, Limits, check_limits
@@ -126,11 +126,11 @@ def _compared(new: Entry, base: Entry) -> tuple[Checksums, Checksums, bool]:
     for start, stop in parts(new.size, CHUNK):
         values, before = new.read(start, stop), base.read(start, stop)
         sums.append(crc32c(values))
-        if same_bytes(values, before):
-            base_sums.append(sums[-1])
-        else:
+        if count_unequal(values, before):
             base_sums.append(crc32c(before))
             changed = True
+        else:
+            base_sums.append(sums[-1])
     return tuple(sums), tuple(base_sums), changed
 
 
