@@ -586,6 +586,8 @@ def test_over_http(served: tuple[Path, str]) -> None:
     assert seen[-1] == (staged.size, staged.size)
     with pytest.raises(StorageError, match="read only"):
         Publisher(url)
+    with pytest.raises(ArgumentError, match="headers"):
+        Subscriber(url + "?token=1")
 
 
 class Followers:
@@ -726,6 +728,18 @@ def test_following_waits_for_what_may_come_and_says_what_it_waits_for(tmp_path: 
     for options in ({"interval": 0.0}, {"timeout": -1.0}, {"timeout": float("nan")}):
         with pytest.raises(ArgumentError):
             follow(store, path, **options)
+
+
+def test_a_file_that_could_not_be_written_is_written_the_next_time(tmp_path: Path) -> None:
+    store, path = tmp_path / "store", tmp_path / "folder" / "model.safetensors"
+    published_one(store, flat(0))
+    path.parent.mkdir()
+    versions = follow(store, path, interval=0.01, timeout=0)
+    path.parent.rename(tmp_path / "elsewhere")
+    with pytest.raises(MissingFileError, match="folder"):
+        next(versions)
+    path.parent.mkdir()
+    assert next(follow(store, path, timeout=0)).version.number == 1
 
 
 def test_versions_that_such_a_file_cannot_hold_are_refused(tmp_path: Path) -> None:

@@ -85,14 +85,15 @@ def _following(
     last, noted = time.monotonic(), ""
     while True:
         trouble: TensorwireError | None = None
+        staged: Staged | None = None
         try:
-            followed = file.update()
+            staged = file.fetch()
         except _PASSING as error:
-            followed, trouble = None, error
             if isinstance(error, TransportError) and not error.retryable:
                 raise
-        if followed is not None:
-            yield followed
+            trouble = error
+        if staged is not None and staged.is_new:
+            yield file.take(staged)
             last, noted = time.monotonic(), ""
             continue
         waited = time.monotonic() - last
@@ -119,32 +120,31 @@ class _File:
         self._path = os.path.abspath(os.fspath(path))
         self._progress = progress
         self._limits = limits
-        self._state: Any = None  # what the file holds, once it was read or written
-        self._subscriber = Subscriber(store, have=self._digest(), limits=limits)
+        self._state: Any = None  # what the file holds, where that is in memory
+        self._held = self._digest()
+        self._subscriber = Subscriber(store, limits=limits)
 
-    def update(self) -> Followed | None:
-        """Bring the file to the newest version; None where it has that."""
-        staged = self._subscriber.fetch(progress=self._progress)
-        if not staged.is_new:
-            return None
+    def fetch(self) -> Staged:
+        """Fetch the newest version, if it is another than the file holds."""
+        self._subscriber.have = self._held
+        return self._subscriber.fetch(progress=self._progress)
+
+    def take(self, staged: Staged) -> Followed:
+        """Write a version to the file. What ends that early has the file read again."""
+        state, self._state = self._state, None
         if staged.is_whole:
-            self._state = staged.state
-            self._subscriber.have = staged.target.digest
+            state = staged.state
         else:
-            if self._state is None:
-                self._state = tensorwire.loads(safetensors.encode(self._path, limits=self._limits), limits=self._limits)
-            self._apply(staged)
+            if state is None:
+                state = tensorwire.loads(safetensors.encode(self._path, limits=self._limits), limits=self._limits)
+            staged.apply(state)
         began = perf_counter()
         metadata = {MARK: str(staged.target.number), "tensorwire.digest": staged.target.digest}
-        buffers = tensorwire.encode(self._state, metadata=metadata, limits=self._limits)
-        safetensors.decode(buffers, self._path, limits=self._limits)
+        safetensors.decode(
+            tensorwire.encode(state, metadata=metadata, limits=self._limits), self._path, limits=self._limits
+        )
+        self._state, self._held = state, staged.target.digest
         return Followed(staged.target, staged.size, {**staged.seconds, "write": perf_counter() - began})
-
-    def _apply(self, staged: Staged) -> None:
-        """Apply patches to what the file holds; what ends that early has the file read again."""
-        state, self._state = self._state, None
-        staged.apply(state)
-        self._state = state
 
     def _digest(self) -> str | None:
         """The content digest of the file that is there, which may be none of ours."""

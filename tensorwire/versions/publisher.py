@@ -122,7 +122,7 @@ class Publisher:
 
         `state`: what `tensorwire.encode` takes, but for iterators. `metadata`: text pairs that travel with the version.
         What is equal to the newest version is not published again. Tensors must not change meanwhile. Whatever ends
-        this early, the store stays as it was and the same call can be made again.
+        this early, the store is as it was, or has the version already, and the same call can be made again.
 
         Raises EncodeError for what cannot be encoded, StorageError and TransportError for a store that does not take
         it, SequenceError where another publisher has written to it.

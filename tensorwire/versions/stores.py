@@ -107,7 +107,10 @@ class FolderStore:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """`Store.lock`: of a hidden file, let go of by the system when the process ends, however it does."""
+        """`Store.lock`: of a hidden file, let go of by the system when the process ends, however it does.
+
+        A process that was forked meanwhile holds it as well.
+        """
         try:
             os.makedirs(self.name, exist_ok=True)
             fd = os.open(self._path(_LOCK), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -131,8 +134,9 @@ class FolderStore:
             ) from None
         except OSError as error:
             raise StorageError(f"{self.name!r} cannot be locked: {error.strerror}", errno=error.errno) from error
-        for name in filter(_PART.fullmatch, self.names()):
-            self.remove(name)
+        with suppress(OSError):  # they harm nobody
+            for name in filter(_PART.fullmatch, self.names()):
+                self.remove(name)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.name, name)
@@ -142,6 +146,8 @@ class HttpStore:
     """A folder that a web server shows, to read. `headers` go with every request; `timeout`: seconds of silence."""
 
     def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, timeout: float = TIMEOUT) -> None:
+        if "?" in url or "#" in url:
+            raise ArgumentError("the URL of a store is that of a folder; what a server wants besides goes into headers")
         self.name = url.rstrip("/")
         self._headers = {"Cache-Control": "no-cache", **(headers or {})}
         self._timeout = timeout
