@@ -62,6 +62,7 @@ from tensorwire.wire import name_of, path_of
 if TYPE_CHECKING:
     from tensorwire import torch as torch
     from tensorwire.files.examine import inspect, verify
+    from tensorwire.files.versions import diff, patch
 
 __version__: Final = "0.1.0"
 
@@ -95,6 +96,7 @@ __all__ = [
     "decode",
     "decode_async",
     "decode_file",
+    "diff",
     "digest",
     "dumps",
     "encode",
@@ -108,6 +110,7 @@ __all__ = [
     "loads",
     "name_of",
     "open_file",
+    "patch",
     "path_of",
     "register",
     "save_file",
@@ -137,7 +140,12 @@ digest = _api.digest
 apply = _api.apply
 
 
-_LAZY_FUNCTIONS: Final = {"inspect": "files.examine", "verify": "files.examine"}
+_LAZY_FUNCTIONS: Final = {
+    "diff": "files.versions",
+    "inspect": "files.examine",
+    "patch": "files.versions",
+    "verify": "files.examine",
+}
 
 
 def __getattr__(name: str) -> Any:

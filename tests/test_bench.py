@@ -29,6 +29,7 @@ KEYS = {
     "speed": {"suite", "codec", "op", "impl", "threads", "size_mib", "gbps", "vs_memcpy"},
     "memory": {"suite", "mode", "codec", "model_mib", "sender_extra_mib", "receiver_extra_mib", "seconds"},
     "error": {"suite", "codec", "rel_l2", "max_abs", "sqnr_db"},
+    "patch": {"suite", "data", "codec", "changed", "bits_per_changed", "bits_per_weight"},
     "lossless": {"suite", "data", "codec", "impl", "ratio", "encode_gbps", "decode_gbps"},
 }
 
@@ -272,6 +273,8 @@ def test_every_suite_has_a_picture(tmp_path: Path) -> None:
         *suite("error").run(Options(model="tiny", codecs=("raw", "nf4")), quiet),
         *speed_rows,
         memory_row,
+        {"suite": "patch", "model": "tiny", "data": "made up", "codec": "patch", "impl": "native", "changed": 0.1}
+        | {"bits_per_changed": 5.0},
         {"suite": "lossless", "model": "tiny", "data": "bf16", "codec": "planes", "impl": "native", "ratio": 0.66},
     ]
     paths = plots.draw(rows, str(tmp_path / "new"))
@@ -290,6 +293,18 @@ def test_lossless_rows_are_of_what_was_compressed(capsys: pytest.CaptureFixture[
     assert 0.64 < ours["bf16", "planes"] < 0.69 and 0.3 < ours["bf16 in fp32", "planes"] < 0.35
     assert all(ours[data, "planes"] < ours[data, "raw|zstd"] for data, _ in ours)
     assert "updates left out" in captured.err and "as planes" in captured.err
+
+
+def test_patch_rows_count_all_of_the_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    """The patch is applied, or there would be an error; others send more."""
+    assert main(["bench", "patch", "--model", "tiny", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert all(KEYS["patch"] <= row.keys() for row in rows)
+    for data in {row["data"] for row in rows}:
+        ours, *others = (row["bits_per_changed"] for row in rows if row["data"] == data)
+        assert len(others) == 3 and ours < min(others)
+    assert "made up" in captured.err and "bits a changed weight" in captured.err
 
 
 def test_tables_align_numbers_and_leave_gaps() -> None:

@@ -2,6 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,11 @@ import torch
 from vectors import zstd_decompress
 
 import tensorwire
-from tensorwire import EncodeError, SchemaError, WireError, dtypes
+from tensorwire import CorruptError, EncodeError, SchemaError, WireError, dtypes
+from tensorwire.checksum import crc32c
+from tensorwire.cli import main
 from tensorwire.codecs import CHUNK, parse
+from tensorwire.files import versions
 from tensorwire.tensor import Extent
 
 STATE = dict[str, Any]
@@ -245,6 +251,19 @@ def test_blocks_of_a_large_tensor_are_applied_one_by_one() -> None:
     assert tensorwire.apply(patch, state) == (1, 2, 0) and np.array_equal(state["w"], new["w"])
 
 
+def test_a_change_that_no_checksum_sees_is_refused() -> None:
+    """A multiple of the polynomial of the CRC may be added to anything: its bits, from the highest power on."""
+    polynomial = sum(1 << power for power in (0, 6, 8, 9, 10, 11, 13, 14, 18, 19, 20, 22, 23, 25, 26, 27, 28, 32))
+    bits = np.array([polynomial >> 32 - place & 1 for place in range(33)], np.uint8)
+    old = {"w": np.arange(100, dtype=np.uint8)}
+    new = {"w": old["w"].copy()}
+    new["w"][10:15] ^= np.packbits(bits, bitorder="little")
+    assert crc32c(new["w"].tobytes()) == crc32c(old["w"].tobytes())
+    with pytest.raises(EncodeError, match="no checksum tells") as caught:
+        patch_of(new, old)
+    assert caught.value.item == "w"
+
+
 def test_digests_are_of_content_alone() -> None:
     state = base()
     digest = tensorwire.digest(state)
@@ -255,3 +274,119 @@ def test_digests_are_of_content_alone() -> None:
     assert tensorwire.digest({**state, "scale": state["scale"].reshape(1)}) != digest
     assert tensorwire.digest({**state, "step": 8}) != digest
     assert tensorwire.digest({}) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+# --------------------------------------------------------------------------------------------------------- Files
+
+
+@pytest.fixture(scope="module")
+def flat() -> list[STATE]:
+    """Three versions of tensors that a .safetensors file can hold."""
+    first = {name: tensor for name, tensor in base().items() if isinstance(tensor, torch.Tensor)}
+    second = copy.deepcopy(first)
+    second["big"].view(torch.int16).view(-1)[5::333] += 1
+    third = copy.deepcopy(second)
+    third["big"].view(torch.int16).view(-1)[7::99] -= 1
+    third["scale"] *= 2
+    return [first, second, third]
+
+
+def stored(state: STATE, path: Path) -> str:
+    """A state in a file of the kind that its name says; in two shards for a folder."""
+    if path.suffix == ".tw":
+        tensorwire.save_file(state, path, metadata={"step": "7"})
+    else:
+        options = {"max_shard_size": 1 << 21} if path.suffix == "" else {}
+        tensorwire.safetensors.decode(tensorwire.dumps(state, metadata={"step": "7"}), path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("kinds", [(".safetensors", ".safetensors"), (".tw", ".tw"), ("", ".tw"), (".tw", "")])
+def test_files_are_patched_one_after_the_other(flat: list[STATE], tmp_path: Path, kinds: tuple[str, str]) -> None:
+    source, target = kinds
+    files = [stored(state, tmp_path / f"{number}{source}") for number, state in enumerate(flat)]
+    patches = []
+    for old, new in pairwise(files):
+        patches.append(str(tmp_path / f"to{len(patches)}.tw"))
+        assert main(["diff", old, new, patches[-1]]) == 0
+    out = tmp_path / f"out{target}"
+    sharded = ["--max-shard-size", "2MB"] if target == "" else []
+    assert main(["patch", files[0], *patches, str(out), *sharded]) == 0
+    assert versions.digest(str(out)) == tensorwire.digest(flat[2]) == versions.digest(files[2])
+    assert tensorwire.patch(files[0], patches[:1], tmp_path / "one.safetensors") == tensorwire.digest(flat[1])
+
+
+def test_a_nested_file_with_values_is_patched(made: tuple[STATE, STATE, bytes], tmp_path: Path) -> None:
+    old, new, patch = made
+    tensorwire.save_file(old, tmp_path / "old.tw", codec={"big": "zstd"})
+    tensorwire.patch(tmp_path / "old.tw", [patch], tmp_path / "new.tw")
+    assert tensorwire.digest(tensorwire.load_file(tmp_path / "new.tw")) == tensorwire.digest(new)
+
+
+def test_the_wrong_file_is_left_alone_and_nothing_appears(
+    flat: list[STATE], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [stored(state, tmp_path / f"{number}.safetensors") for number, state in enumerate(flat)]
+    assert main(["diff", files[1], files[2], str(tmp_path / "patch.tw")]) == 0
+    assert main(["patch", files[0], str(tmp_path / "patch.tw"), str(tmp_path / "out.safetensors")]) == 1
+    assert "neither" in capsys.readouterr().err
+    assert main(["patch", files[1], str(tmp_path / "patch.tw"), files[1], "--force"]) == 2
+    assert main(["patch", files[1], str(tmp_path / "patch.tw"), files[0]]) == 2
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+class Changing(BytesIO):
+    """A file one byte of which is another from its third reading on."""
+
+    def __init__(self, data: bytes, place: int, reads: int) -> None:
+        super().__init__(data)
+        self.place, self.reads = place, reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        begin, data = self.tell(), bytearray(super().read(size))
+        if begin <= self.place < begin + len(data):
+            self.reads -= 1
+            data[self.place - begin] ^= self.reads < 0
+        return bytes(data)
+
+
+def test_a_file_that_changes_while_it_is_patched_makes_no_other(flat: list[STATE], tmp_path: Path) -> None:
+    old, new = (stored(state, tmp_path / f"{number}.safetensors") for number, state in enumerate(flat[:2]))
+    data = Path(old).read_bytes()
+    place = data.index(flat[0]["scale"].numpy().tobytes())
+    patch = b"".join(tensorwire.diff(old, new))
+    refused: list[type[Exception]] = []
+    for reads in range(10):
+        try:
+            tensorwire.patch(Changing(data, place, reads), [patch], tmp_path / "out.tw")
+        except WireError as error:
+            refused.append(type(error))
+            assert not (tmp_path / "out.tw").exists()
+        else:
+            assert tensorwire.digest(tensorwire.load_file(tmp_path / "out.tw")) == tensorwire.digest(flat[1])
+            break
+    assert SchemaError in refused and CorruptError in refused
+
+
+def test_patches_are_verified_and_explained(
+    flat: list[STATE], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch = patch_of(flat[2], flat[1])
+    assert tensorwire.verify(patch).size == len(patch)
+    report = tensorwire.inspect(patch)
+    assert report.changed == 1_500_000 // 99 + 1 + 1 and report.ways == {"sparse": 1, "difference": 1}
+    (tmp_path / "patch.tw").write_bytes(patch)
+    assert main(["inspect", str(tmp_path / "patch.tw")]) == 0
+    shown = capsys.readouterr().out
+    assert tensorwire.digest(flat[2]) in shown and "15,153 of 1,500,001 numbers change" in shown
+    damaged = bytearray(patch)
+    damaged[-200] ^= 1
+    with pytest.raises(WireError):
+        tensorwire.verify(bytes(damaged))
+
+
+def test_content_digests_are_printed(flat: list[STATE], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [stored(flat[0], tmp_path / name) for name in ("a.tw", "a.safetensors")]
+    assert main(["digest", "--content", *files]) == 0
+    digest = tensorwire.digest(flat[0])
+    assert capsys.readouterr().out == "".join(f"{digest}  {file}\n" for file in files)

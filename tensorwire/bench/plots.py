@@ -168,6 +168,18 @@ def _lossless(rows: list[Row]) -> Figure:
     return figure
 
 
+def _patches(rows: list[Row]) -> Figure:
+    shown = [row for row in rows if row["bits_per_changed"]]
+    figure, axes = _horizontal(len(shown))
+    for place, row in enumerate(shown):
+        axes.barh(place, row["bits_per_changed"], color=_BLUE if row["impl"] in _OURS else _GREY)
+        _label(axes, row["bits_per_changed"], place, f"{row['bits_per_changed']:.1f}")
+    axes.set_yticks(range(len(shown)), [f"{row['data']}: {row['codec']}" for row in shown])
+    axes.set_xlabel("bits a changed weight (less is better)")
+    axes.set_title(f"Patches of {rows[0]['model']}", loc="left")
+    return figure
+
+
 def _near(row: Row, other: Row) -> bool:
     return bool(abs(row["bits"] - other["bits"]) < 1 and abs(row["sqnr_db"] - other["sqnr_db"]) < 2)
 
@@ -178,6 +190,7 @@ _PICTURES: Final[dict[str, Callable[[list[Row]], Figure]]] = {
     "memory": _memory,
     "error": _error,
     "lossless": _lossless,
+    "patch": _patches,
 }
 
 

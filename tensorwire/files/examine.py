@@ -5,16 +5,19 @@ O(frame) memory.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tensorwire.codecs import from_stages
+from tensorwire.codecs import binding_of, from_stages
 from tensorwire.errors import WireError
 from tensorwire.files.source import opened
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.streams import Receiver
+from tensorwire.streams import ItemStart, Payload, Receiver
+from tensorwire.streams.patches import CODEC
+from tensorwire.tensor import Extent
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.wire import (
     AliasItem,
@@ -34,6 +37,7 @@ from tensorwire.wire.items import CodecSpec
 from tensorwire.wire.ledger import END_SIZE
 
 _CHUNK: Final = 1 << 20
+PATCH: Final[CodecSpec] = CODEC.stages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class ItemReport:
     """One item: what it is, and its bytes decoded (`size`) and as they travel (`wire_size`, without headers).
 
     `dtype` and `shape` are None for anything but a tensor, `codec` for what has none, `alias_of` but for an alias.
-    `complete`: whether all of its data has come.
+    `complete`: whether all of its data has come. Of a tensor in a patch, `changed` counts the numbers that differ from
+    the base, and `ways` the slices by how they are coded (`tensorwire.codecs.WAYS`).
     """
 
     item: Item
@@ -59,6 +64,8 @@ class ItemReport:
     size: int = 0
     wire_size: int = 0
     complete: bool = False
+    changed: int = 0
+    ways: Counter[str] = field(default_factory=Counter)
 
     @property
     def dtype(self) -> str | None:
@@ -102,6 +109,16 @@ class Inspection:
         return sum(item.size for item in self.items)
 
     @property
+    def changed(self) -> int:
+        """Numbers that a patch changes."""
+        return sum(item.changed for item in self.items)
+
+    @property
+    def ways(self) -> "Counter[str]":
+        """How the slices of a patch are coded: how many of them in each way."""
+        return sum((item.ways for item in self.items), Counter())
+
+    @property
     def framing(self) -> int:
         """Bytes on the wire that are no payload of an item."""
         return self.wire_size - sum(item.wire_size for item in self.items)
@@ -140,14 +157,22 @@ def _look_at(report: Inspection, frames: Frames, on_frame: Callable[[Frame], Non
 def verify(source: Any, *, limits: Limits = DEFAULT) -> Verified:
     """Check a stream as a receiver would, payloads decoded and dropped. Raises a WireError that says where it breaks.
 
-    `source`: a path, or what `decode` takes.
+    `source`: a path, or what `decode` takes. Of a patch, whose payloads mean something only with its base, all
+    checksums are checked and what each is bound to.
 
         tensorwire.verify("model.tw").digest
     """
     summary = None
     with _opened(source) as chunks:
-        for event in Receiver(limits).events(chunks):
-            if isinstance(event, StreamEnd):
+        receiver, against = Receiver(limits, any_base=True), b""
+        for event in receiver.events(chunks):
+            if isinstance(event, StreamStart):
+                against = event.info.base
+            elif isinstance(event, ItemStart) and against and _is_patched(event.item):
+                receiver.keep_encoded(event.number)
+            elif isinstance(event, Payload):
+                binding_of(event.data, Extent(event.item.dtype, (), event.start, event.count))
+            elif isinstance(event, StreamEnd):
                 summary = event.summary
     assert summary is not None  # a stream without an END frame is a TruncatedError
     # The END frame counts what came before it.
@@ -162,6 +187,10 @@ def _opened(source: Any) -> Iterator[Any]:
         return
     with opened(source) as file:
         yield iter(lambda: file.read(_CHUNK), b"")
+
+
+def _is_patched(item: Item) -> bool:
+    return isinstance(item, TensorItem) and item.codec == PATCH
 
 
 def _enter(report: Inspection, frame: Frame) -> None:
@@ -186,6 +215,10 @@ def _enter_slice(report: Inspection, part: Slice, length: int) -> None:
     item.size += part.count * (part.item.dtype.itemsize if isinstance(part.item, TensorItem) else 1)
     item.wire_size += length
     item.complete = part.last
+    if isinstance(part.item, TensorItem) and _is_patched(part.item) and length == len(part.payload):
+        binding = binding_of(part.payload, Extent(part.item.dtype, part.item.shape, part.start, part.count))
+        item.changed += binding.changed or 0
+        item.ways[binding.way] += 1
 
 
 def _item_report(item: Item) -> ItemReport:

@@ -32,7 +32,8 @@ from tensorwire.storage.output import file_name, name_of, write_object
 from tensorwire.streams.receiver import check_codec, check_slice, reject_files
 from tensorwire.streams.sender import Late, encode
 from tensorwire.streams.sinks import collect, decode
-from tensorwire.tensor import Buffer, Extent, Front
+from tensorwire.streams.unflatten import Unflattener
+from tensorwire.tensor import Buffer, ByteArray, Extent, Front, TensorView
 from tensorwire.wire import (
     AliasItem,
     Archive,
@@ -47,6 +48,7 @@ from tensorwire.wire.frames import MAGIC
 from tensorwire.wire.items import CodecSpec
 from tensorwire.wire.values import unpack_value
 
+_STEP = 1 << 20  # bytes that are verified before the next ones are read
 # Bytes done, and bytes in all, or None where that is not known.
 Progress = Callable[[int, int | None], object]
 
@@ -260,6 +262,17 @@ class TensorFile(Mapping[str, Any]):
             tensor.flags.writeable = False
         return tensor
 
+    def views(self) -> Any:
+        """The container in the file, nested as it was, whose tensors are views that read from it.
+
+        Valid until the file is closed. A raw tensor in one frame is verified as a whole when it is first read, others
+        slice by slice.
+
+            for buffer in streams.encode(file.views(), ViewFront()): ...
+        """
+        content = self._content()
+        return content.views(self.__getitem__)
+
     def read_part(self, name: str, begin: int, end: int) -> Any:
         """Elements [begin, end) of a tensor, flat. Raises KeyError."""
         content = self._content()
@@ -381,6 +394,45 @@ class _Opened:
     ) -> npt.NDArray[np.uint8]:
         return read_item(self.archive, number, item, codec, self._limits, read_into=self.source.read_into, part=part)
 
+    def views(self, value_of: Callable[[str], Any]) -> Any:
+        """The container, its tensors as views; `value_of` gives the values."""
+        containers = Unflattener()
+        items = [self.archive.items[number] for number in range(len(self.archive.items))]
+        made: dict[int, TensorView] = {}
+        for number, item in enumerate(items):
+            containers.declare(item)
+            if isinstance(item, TensorItem):
+                made[number] = TensorView(item.dtype, item.shape, _StoredReader(self, number, item).read)
+                containers.fill(item.path, made[number])
+            elif isinstance(item, AliasItem):
+                containers.fill(item.path, made[item.of])
+            elif isinstance(item, ValueItem):
+                containers.fill(item.path, value_of(item.name))
+        return containers.result()
+
+    def whole(self, number: int, item: TensorItem) -> int | None:
+        """Where the payload of a raw tensor in one frame begins, all of it verified; None for any other."""
+        codec, total, places = self.codec(item), item.total, []
+        if not codec.in_place or self.archive.is_bundled(number):
+            return None
+
+        def check(header: Header) -> Extent | None:
+            return check_slice(codec, header, item, self._limits) if header.count == total else None
+
+        def fetch(offset: int, size: int, extent: Extent) -> tuple[memoryview, int]:
+            places.append(offset)
+            memory, crc = memoryview(bytearray(min(size, _STEP))), 0
+            for done in range(0, size, _STEP):
+                part = memory[: min(_STEP, size - done)]
+                self.source.read_into(offset + done, part)
+                codec.decode(part, extent, np.frombuffer(part, np.uint8))  # in place: only looks
+                crc = crc32c(part, crc)
+            return memory[:0], crc
+
+        for _ in self.archive.slices(number, check, fetch):
+            pass
+        return places[0] if places else None
+
     @contextmanager
     def errors(self) -> Iterator[None]:
         """WireErrors raised inside name the file, and say what it is where it is no stream."""
@@ -392,3 +444,27 @@ class _Opened:
                 head = bytes(self.source.read(0, min(HEAD, self.source.size)))
             name_error(error, self.source.name, head, MAGIC)
             raise
+
+
+class _StoredReader:
+    """`TensorView.read` of a tensor in a file."""
+
+    __slots__ = ("_item", "_number", "_opened", "_place")
+
+    def __init__(self, opened: _Opened, number: int, item: TensorItem) -> None:
+        self._opened = opened
+        self._number = number
+        self._item = item
+        self._place: int | None = -1  # not looked for yet
+
+    def read(self, start: int, stop: int) -> ByteArray:
+        """Elements [start, stop)."""
+        opened, item, number = self._opened, self._item, self._number
+        with opened.errors():
+            if self._place == -1:
+                self._place = opened.whole(number, item)
+            if self._place is None:
+                return opened.read(number, item, opened.codec(item), part=(start, stop))
+            data = np.empty((stop - start) * item.dtype.itemsize, np.uint8)
+            opened.source.read_into(self._place + start * item.dtype.itemsize, data.data)
+            return data

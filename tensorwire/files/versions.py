@@ -1,29 +1,212 @@
-"""Versions at rest: what changed between two files, and a file that is made of another one and its patches.
+"""Versions at rest: what changed between two files, and a file made of another one and its patches.
 
     for buffer in diff("old.safetensors", "new.safetensors"): ...
-    patch("old.safetensors", ["patch.tw"], "restored.safetensors")
+    patch("old.safetensors", ["first.tw", "second.tw"], "new.safetensors")
 
-Files are `.safetensors`, sharded checkpoints (their index or folder) and `.tw`. They are read block by block and never
-loaded; patches are held as they are, encoded.
+Files are `.safetensors`, sharded checkpoints (their index or folder) and `.tw`. Tensors are read block by block and
+never loaded; a patch is held as it is, encoded.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from tensorwire import streams
-from tensorwire.errors import SchemaError, WireError
+from tensorwire.checksum import crc32c
+from tensorwire.codecs import CHUNK, Checksums
+from tensorwire.errors import ArgumentError, CorruptError, TensorwireError
 from tensorwire.files import safetensors
 from tensorwire.files.checkpoint import open_checkpoint
-from tensorwire.files.source import File, is_path, opened
+from tensorwire.files.source import File, is_path, opened, source
 from tensorwire.files.tw import TensorFile, save_file
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.numpy import FRONT
 from tensorwire.storage.output import file_name
-from tensorwire.streams import Report
-from tensorwire.streams.patches import encode_patch
-from tensorwire.streams.unflatten import Unflattener
-from tensorwire.tensor import Buffer, TensorView, ViewFront
+from tensorwire.streams import Patch, Report, encode_patch
+from tensorwire.streams.applying import replaced
+from tensorwire.streams.sender import encode
+from tensorwire.streams.versions import Sums, checksums, content_digest, version_of
+from tensorwire.tensor import Buffer, ByteArray, TensorView, ViewFront
+from tensorwire.wire.frames import MAGIC
+
+_VIEWS: Final = ViewFront()
+_STEP: Final = 1 << 20  # bytes that are read of a patch at once
+
+
+class Stored(NamedTuple):
+    """The container in a file, its tensors as views, and the file's text metadata."""
+
+    container: Any
+    metadata: Mapping[str, str]
+
+
+def diff(
+    old: File,
+    new: File,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    limits: Limits = DEFAULT,
+    report: Report | None = None,
+) -> Iterator[Buffer]:
+    """The buffers of the patch that makes `new` of `old`, two files that are read as it is made.
+
+    `metadata`: of the patch. Raises EncodeError for versions that differ in more than values, and what opening a file
+    raises: before the first buffer.
+
+        transport.send(tensorwire.diff("step-100.safetensors", "step-200.safetensors"))
+    """
+    with ExitStack() as stack:
+        before, after = stack.enter_context(_Opened(old, limits)), stack.enter_context(_Opened(new, limits))
+        buffers = encode_patch(
+            after.stored.container,
+            before.stored.container,
+            _VIEWS,
+            metadata=metadata,
+            limits=limits,
+            report=report,
+        )
+        stream = _closing(stack.pop_all(), buffers)
+        next(stream)
+        return stream
+
+
+def patch(
+    base: File,
+    patches: Sequence[Any],
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | None = None,
+    limits: Limits = DEFAULT,
+) -> str:
+    """Write what patches make of `base`, one after the other, and return its content digest.
+
+    `patches`: paths, or sources as `decode` takes them, in the order of their versions. `path` becomes a `.tw` file
+    where it ends so, else `.safetensors`, with `max_shard_size` a folder of shards as `safetensors.decode` makes it; it
+    appears only when all is verified. Raises SchemaError where a patch is not for the version that those before it
+    make.
+
+        tensorwire.patch("step-100.safetensors", ["to-200.tw", "to-300.tw"], "step-300.safetensors")
+    """
+    with _Opened(base, limits) as file:
+        container, target = file.stored.container, ""
+        sums: Sums = {}
+        for given in patches:
+            read = _read(given, limits)
+            try:
+                container, sums = read.views(container, _VIEWS, limits=limits)
+            except TensorwireError as error:
+                error.file = error.file or (os.fspath(given) if isinstance(given, (str, os.PathLike)) else None)
+                raise
+            target = read.target
+        if not target:
+            raise ArgumentError("patch takes one patch or more")
+        checked = {name: _checked(name, view, sums) for name, view in _tensors(container, limits).items()}
+        _write(replaced(container, checked), file.stored.metadata, path, max_shard_size, limits)
+        return target
+
+
+def digest(file: File, *, limits: Limits = DEFAULT) -> str:
+    """The content digest of what is in a file, as `tensorwire.digest` gives it of a container."""
+    with _Opened(file, limits) as opened_file:
+        version = version_of(opened_file.stored.container, _VIEWS, limits)
+        return content_digest(version, checksums(version)).hex()
+
+
+class _Opened:
+    """A file whose content is read; a context manager."""
+
+    def __init__(self, file: File, limits: Limits) -> None:
+        self._open: Any
+        if not _is_stream(file):
+            self._open = open_checkpoint(file)
+            self.stored = Stored(dict(self._open), self._open.metadata)
+        else:
+            self._open = TensorFile(file, _VIEWS, limits=limits)
+            self.stored = Stored(self._open.views(), self._open.metadata)
+
+    def __enter__(self) -> "_Opened":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+
+def _is_stream(file: File) -> bool:
+    """Whether a file begins as a `.tw` file does."""
+    if is_path(file) and (os.path.isdir(file) or file_name(file).endswith(".json")):
+        return False
+    looked_at = source(file)
+    try:
+        return bytes(looked_at.read(0, min(looked_at.size, len(MAGIC)))) == MAGIC
+    finally:
+        looked_at.close()
+
+
+def _closing(stack: ExitStack, buffers: Iterator[Buffer]) -> Iterator[Buffer]:
+    with stack:
+        yield b""  # begun, so that the files are closed even if the stream never is
+        yield from buffers
+
+
+def _read(given: Any, limits: Limits) -> Patch:
+    if not isinstance(given, (str, os.PathLike)):
+        return Patch.read(given, limits=limits)
+    with opened(given) as file:
+        return Patch.read(iter(lambda: file.read(_STEP), b""), limits=limits)
+
+
+def _tensors(container: Any, limits: Limits) -> dict[str, TensorView]:
+    return {name: entry.view for name, entry in version_of(container, _VIEWS, limits).items() if entry.view is not None}
+
+
+def _checked(name: str, view: TensorView, sums: Sums) -> TensorView:
+    """The same tensor, whose elements are held against their checksums as they are read from front to back."""
+    return replace(view, read=_Checked(name, view, sums[name]).read)
+
+
+class _Checked:
+    """`TensorView.read` that raises where a file has changed since it was checked."""
+
+    __slots__ = ("_at", "_crc", "_name", "_sums", "_view")
+
+    def __init__(self, name: str, view: TensorView, sums: Checksums) -> None:
+        self._name = name
+        self._view = view
+        self._sums = sums
+        self._at = self._crc = 0
+
+    def read(self, start: int, stop: int) -> ByteArray:
+        """Elements [start, stop): from the first, or from where the last reading ended."""
+        width = self._view.dtype.itemsize
+        size = self._view.numel * width
+        data = np.frombuffer(self._view.read(start, stop), np.uint8)
+        if start == 0:
+            self._at = self._crc = 0
+        assert self._at == start * width, "files are written from front to back"
+        done = 0
+        while done < data.size:
+            step = min(data.size - done, CHUNK - self._at % CHUNK)
+            self._crc = crc32c(data[done : done + step], self._crc)
+            done += step
+            self._at += step
+            if self._at % CHUNK == 0 or self._at == size:
+                if self._crc != self._sums[(self._at - 1) // CHUNK]:
+                    raise CorruptError("it changed while the patch was applied", item=self._name)
+                self._crc = 0
+        return data
+
+
+def _write(
+    container: Any,
+    metadata: Mapping[str, str],
+    path: str | os.PathLike[str],
+    max_shard_size: int | None,
+    limits: Limits,
+) -> None:
+    if file_name(path).endswith(".tw") and max_shard_size is None:
+        save_file(container, path, _VIEWS, metadata=metadata, limits=limits)
+        return
+    buffers = encode(container, _VIEWS, metadata=metadata, limits=limits)
+    safetensors.decode(buffers, path, max_shard_size=max_shard_size, limits=limits)

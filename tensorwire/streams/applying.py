@@ -9,6 +9,7 @@ at once more. So it does not matter where an attempt ended: another one ends at 
 """
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,7 +21,7 @@ from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.streams.patches import CODEC
 from tensorwire.streams.receiver import Completed, ItemStart, Payload, Receiver
-from tensorwire.streams.versions import Entry, Version, checksums, content_digest, version_of
+from tensorwire.streams.versions import Entry, Sums, Version, checksums, content_digest, version_of
 from tensorwire.tensor import ByteArray, Extent, Front, TensorView
 from tensorwire.wire import AliasItem, DataItem, Item, Kind, StreamStart, TensorItem, ValueItem
 from tensorwire.wire.names import Path, name_of
@@ -51,6 +52,13 @@ class Applied(NamedTuple):
     written: int
     skipped: int
     values: int
+
+
+class Made(NamedTuple):
+    """A version that a patch makes: a container, and the checksums that its tensors must have."""
+
+    container: Any
+    sums: Sums
 
 
 class Patch:
@@ -96,8 +104,8 @@ class Patch:
             parent[key] = value
         return Applied(len(plan.todo), plan.skipped, len(setters))
 
-    def views(self, base: Any, front: Front, *, limits: Limits = DEFAULT) -> Any:
-        """The container that this makes of `base`, whose tensors are views, made block by block as they are read.
+    def views(self, base: Any, front: Front, *, limits: Limits = DEFAULT) -> "Made":
+        """The version that this makes of `base`, of views that are made block by block as they are read.
 
         `base` is read once here, and left as it is. Raises as `apply`.
         """
@@ -111,7 +119,7 @@ class Patch:
         for name, its in blocks.items():
             view = plan.held[name].tensor
             made[name] = TensorView(view.dtype, view.shape, _Patched(plan.held[name], its, last).read)
-        return _replaced(base, (), made)
+        return Made(replaced(base, made), plan.after)
 
 
 class _Reading:
@@ -213,7 +221,8 @@ class _Place:
 class _Plan:
     """What applying a patch to a version comes to. Reads all of it, and writes nothing.
 
-    `todo`: names and blocks to be made, `skipped`: how many blocks are done; `values`: those that are to be set.
+    `todo`: names and blocks to be made, `skipped`: how many blocks are done; `values`: those that are to be set;
+    `after`: the checksums of all tensors then.
     """
 
     def __init__(self, patch: Patch, held: Version) -> None:
@@ -225,7 +234,7 @@ class _Plan:
         self._names = list(held)
         self._sums = checksums(held)
         # What the version is when all blocks are at the base, and when all is done.
-        self._before, self._after, self._target = dict(self._sums), dict(self._sums), dict(held)
+        self._before, self.after, self._target = dict(self._sums), dict(self._sums), dict(held)
         self._planned: dict[tuple[object, ...], tuple[str, Checksums]] = {}  # by memory: its first name
         for changed in patch.tensors:
             for rank in changed.ranks:
@@ -236,7 +245,7 @@ class _Plan:
     def check(self) -> None:
         """Raise SchemaError unless this leads from the base of the patch to its target."""
         patch = self._patch
-        if content_digest(self._target, self._after).hex() != patch.target or (
+        if content_digest(self._target, self.after).hex() != patch.target or (
             self.values and content_digest(self.held, self._before).hex() != patch.base
         ):
             raise SchemaError(
@@ -276,7 +285,7 @@ class _Plan:
                 todo.append(block)
             before += binding.base
             after += binding.target
-        self._before[name], self._after[name] = tuple(before), tuple(after)
+        self._before[name], self.after[name] = tuple(before), tuple(after)
         if not self._is_planned(name, entry, tuple(after)):
             self.todo += [(name, block) for block in todo]
             self.skipped += len(changed.blocks) - len(todo)
@@ -333,7 +342,7 @@ class _Patched:
         """Elements [start, stop)."""
         width = self._base.tensor.dtype.itemsize
         begin, end = start * width, stop * width
-        out = self._base.read(begin, end).copy()
+        out: ByteArray = self._base.read(begin, end).copy()
         first = max(bisect_right(self._begins, begin) - 1, 0)
         for block in map(self._blocks.__getitem__, self._begins[first:]):
             if block.begin >= end:
@@ -361,14 +370,15 @@ def _decode(block: _Block, base: Entry, data: ByteArray) -> None:
     CODEC.decode(memoryview(block.payload), extent, data)
 
 
-def _replaced(value: Any, path: Path, made: dict[str, Any]) -> Any:
-    """A container with other tensors and values in some places."""
-    if path and name_of(path) in made:
-        return made[name_of(path)]
+def replaced(value: Any, made: Mapping[str, Any], path: Path = ()) -> Any:
+    """A container with others in the place of the tensors and values of these names."""
+    name = name_of(path)
+    if name in made:
+        return made[name]
     if isinstance(value, dict):
-        return {key: _replaced(child, (*path, key), made) for key, child in value.items()}
+        return {key: replaced(child, made, (*path, key)) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([_replaced(child, (*path, number), made) for number, child in enumerate(value)])
+        return type(value)([replaced(child, made, (*path, number)) for number, child in enumerate(value)])
     return value
 
 

@@ -11,7 +11,7 @@ from tensorwire.wire.drive import Consumer, Source, pull
 from tensorwire.wire.frames import HEADER_SIZE
 from tensorwire.wire.reader import NeedData
 
-_SCRATCH: Final = 1 << 20  # bytes of a payload that are held at once
+_SCRATCH: Final = 5 << 20  # more than a block of a patch takes; bytes of a payload that are held at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,6 +150,9 @@ class Items:
         self._frames.append(described)
         self._count += len(described)
 
+    def __len__(self) -> int:
+        return self._count
+
     def __getitem__(self, number: int, /) -> Item:
         number = range(self._count)[number]
         place = bisect_right(self._firsts, number) - 1

@@ -1,0 +1,43 @@
+"""`tensorwire diff`: two versions of a model to the patch from one to the other."""
+
+import argparse
+import os
+import sys
+from typing import Any, Final
+
+from tensorwire.cli import inputs
+from tensorwire.cli.common import PIPE, add_limits, tracked, verb, write_stream
+from tensorwire.cli.outputs import add_force, check_output
+from tensorwire.files import versions
+from tensorwire.streams import Report, size_text
+
+_TEXT: Final = """\
+OLD and NEW are .safetensors files, sharded checkpoints (their index or folder) or .tw files of the same tensors:
+names, dtypes and shapes. They are read block by block and never loaded.
+
+examples:
+  tensorwire diff step-100.safetensors step-200.safetensors to-200.tw
+  tensorwire diff old/ new/ - | ssh host 'cat > to-200.tw'
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to the command line."""
+    parser = verb(verbs, "diff", _run, summary="make the patch from one version of a model to another", text=_TEXT)
+    parser.add_argument("old", metavar="OLD", help="the version that the other side has")
+    parser.add_argument("new", metavar="NEW", help="the version that it is to have")
+    parser.add_argument("output", metavar="PATCH", help="a .tw file, or - for stdout")
+    add_limits(parser)
+    add_force(parser, "PATCH")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    read = [*inputs.files(arguments.old), *inputs.files(arguments.new)]
+    check_output(arguments.output, inputs=read, force=arguments.force)
+    report = Report()
+    buffers = versions.diff(arguments.old, arguments.new, limits=arguments.limits, report=report)
+    write_stream(arguments.output, tracked(buffers, None, lambda: report.bytes_in))
+    size = sum(map(os.path.getsize, inputs.files(arguments.new)))
+    written = "" if arguments.output == PIPE else f": {arguments.output}"
+    print(f"{size_text(size)} -> {size_text(report.bytes_out)}, {report.items} items changed{written}", file=sys.stderr)
+    return 0
