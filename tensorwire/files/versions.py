@@ -77,12 +77,14 @@ def patch(
     patches: Sequence[Any],
     path: str | os.PathLike[str],
     *,
+    metadata: Mapping[str, str] | None = None,
     max_shard_size: int | None = None,
     limits: Limits = DEFAULT,
 ) -> str:
     """Write what patches make of `base`, one after the other, and return its content digest.
 
-    `patches`: paths, or sources as `decode` takes them, in the order of their versions. `path` becomes a `.tw` file
+    `patches`: paths, sources as `decode` takes them, or `Patch`es that were read, in the order of their versions.
+    `metadata`: text pairs that the file has beside those of `base`. `path` becomes a `.tw` file
     where it ends so, else `.safetensors`, with `max_shard_size` a folder of shards as `safetensors.decode` makes it; it
     appears only when all is verified. Raises SchemaError where a patch is not for the version that those before it
     make.
@@ -103,7 +105,7 @@ def patch(
         if not target:
             raise ArgumentError("patch takes one patch or more")
         checked = {name: _checked(name, view, sums) for name, view in _tensors(container, limits).items()}
-        _write(replaced(container, checked), file.stored.metadata, path, max_shard_size, limits)
+        _write(replaced(container, checked), {**file.stored.metadata, **(metadata or {})}, path, max_shard_size, limits)
         return target
 
 
@@ -151,6 +153,8 @@ def _closing(stack: ExitStack, buffers: Iterator[Buffer]) -> Iterator[Buffer]:
 
 
 def _read(given: Any, limits: Limits) -> Patch:
+    if isinstance(given, Patch):
+        return given
     if not isinstance(given, (str, os.PathLike)):
         return Patch.read(given, limits=limits)
     with opened(given) as file:

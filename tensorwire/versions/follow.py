@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 import tensorwire
 from tensorwire import safetensors, streams
@@ -32,7 +32,7 @@ _PASSING: Final = (MissingFileError, TransportError, CorruptError, FormatError, 
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """A version that has been written. `size`: bytes fetched. `seconds`: by phase, those of `Staged` and "write"."""
+    """A version that has been written. `size`: bytes fetched. `seconds`: by phase, as `Staged` has them."""
 
     version: Version
     size: int
@@ -55,7 +55,8 @@ def follow(
     gone on from, where its content is a version of the store; a version that comes while the caller is at work on the
     last one is passed over for a newer one. `interval`: seconds between looks at the manifest. `timeout`: seconds
     without a new version after which this ends; None: never; 0: what is there now. `on_note`: called with a line when
-    the store does not answer or a file is damaged, which is then tried again. The model is held in memory.
+    the store does not answer or a file is damaged, which is then tried again. An anchor is held in
+    memory as a whole; patches take no memory but their own.
 
         for followed in tensorwire.versions.follow("https://host/versions", "model.safetensors"):
             print(followed.version)
@@ -64,6 +65,8 @@ def follow(
     file cannot hold, StorageError where the file cannot be written; and, at `timeout`, what the store's last answer was
     if that was an error.
     """
+    if not os.fspath(path).endswith(".safetensors"):
+        raise ArgumentError(f"{os.fspath(path)!r} is not called .safetensors, which it becomes")
     if not interval > 0 or (timeout is not None and not timeout >= 0):
         raise ArgumentError(f"interval and timeout are seconds, not {interval!r} and {timeout!r}")
     return _following(_File(store, path, progress, limits), interval, timeout, on_note or (lambda note: None))
@@ -120,7 +123,6 @@ class _File:
         self._path = os.path.abspath(os.fspath(path))
         self._progress = progress
         self._limits = limits
-        self._state: Any = None  # what the file holds, where that is in memory
         self._held = self._digest()
         self._subscriber = Subscriber(store, limits=limits)
 
@@ -130,21 +132,16 @@ class _File:
         return self._subscriber.fetch(progress=self._progress)
 
     def take(self, staged: Staged) -> Followed:
-        """Write a version to the file. What ends that early has the file read again."""
-        state, self._state = self._state, None
-        if staged.is_whole:
-            state = staged.state
-        else:
-            if state is None:
-                state = tensorwire.loads(safetensors.encode(self._path, limits=self._limits), limits=self._limits)
-            staged.apply(state)
+        """Write a version to the file."""
         began = perf_counter()
         metadata = {MARK: str(staged.target.number), "tensorwire.digest": staged.target.digest}
-        safetensors.decode(
-            tensorwire.encode(state, metadata=metadata, limits=self._limits), self._path, limits=self._limits
-        )
-        self._state, self._held = state, staged.target.digest
-        return Followed(staged.target, staged.size, {**staged.seconds, "write": perf_counter() - began})
+        if staged.is_whole:
+            buffers = tensorwire.encode(staged.state, metadata=metadata, limits=self._limits)
+            safetensors.decode(buffers, self._path, limits=self._limits)
+        else:
+            tensorwire.patch(self._path, staged.patches, self._path, metadata=metadata, limits=self._limits)
+        self._held = staged.target.digest
+        return Followed(staged.target, staged.size, {**staged.seconds, "apply": perf_counter() - began})
 
     def _digest(self) -> str | None:
         """The content digest of the file that is there, which may be none of ours."""

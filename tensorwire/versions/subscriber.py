@@ -99,7 +99,8 @@ class Staged:
     `target`: the version. `size`: bytes that were fetched. `is_new`: whether it is another than the subscriber had.
     `seconds`: by phase: "fetch" (waiting for the store), "stage" (decoding, and the checks of every file), "verify"
     (the digest of what an anchor and its patches make) and "apply". Patches take memory of their size, an anchor that
-    of the whole version. `reading`: the file that is being read, or was last.
+    of the whole version. `patches`: those that were fetched, where no anchor was. `reading`: the file that is being
+    read, or was last.
     """
 
     def __init__(self, subscriber: Subscriber, route: Route, limits: Limits) -> None:
@@ -111,7 +112,7 @@ class Staged:
         self._subscriber = subscriber
         self._route = route
         self._limits = limits
-        self._patches: list[Patch] = []
+        self.patches: list[Patch] = []
         self._whole: Any = None
 
     @property
@@ -179,7 +180,7 @@ class Staged:
         if self.is_whole:
             tensorwire.apply(patch, self._whole, limits=self._limits)
         else:
-            self._patches.append(patch)
+            self.patches.append(patch)
 
     def _verify(self) -> None:
         digest = tensorwire.digest(self._whole, limits=self._limits)
@@ -189,13 +190,13 @@ class Staged:
     def _apply_patches(self, state: Any) -> None:
         """Apply the chain, from the patch on that fits: an earlier attempt may have come further than the first."""
         refused: list[SchemaError] = []
-        for place, patch in enumerate(self._patches):
+        for place, patch in enumerate(self.patches):
             try:
                 tensorwire.apply(patch, state, limits=self._limits)
             except SchemaError as error:
                 refused.append(error)
                 continue
-            for later in self._patches[place + 1 :]:
+            for later in self.patches[place + 1 :]:
                 tensorwire.apply(later, state, limits=self._limits)
             return
         refused[0].detail = f"{self.target} cannot be applied here: {refused[0].detail}"
