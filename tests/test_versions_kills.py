@@ -1,4 +1,4 @@
-"""kill -9 at random points of fetch and apply: every element is of a version, and a second run ends at the newest.
+"""kill -9 at random points of fetch, apply and follow: only versions are left, and a second run ends at the newest.
 
 The state of the worker that is killed is a file that is mapped into memory, so that what was written stays.
 """
@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import tensorwire
-from tensorwire.versions import Subscriber
+from tensorwire.versions import Subscriber, follow
 
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 BLOCK = 1 << 20  # elements
 versions = [np.load(folder / f"{number}.npy") for number in range(3)]
 digests = [tensorwire.digest({"w": version}) for version in versions]
-file = folder / "worker.npy"
+file, out = folder / "worker.npy", folder / "out.safetensors"
 
 
 def mapped():
@@ -36,6 +36,8 @@ def mapped():
 def work():
     state = mapped()
     Subscriber(folder / "store", have=tensorwire.digest(state)).fetch().apply(state)
+    for _ in follow(folder / "store", out, timeout=0):
+        pass
 
 
 def killed_after(seconds):
@@ -71,8 +73,13 @@ for kill in range(kills):
         block = slice(start, start + BLOCK)
         torn += not any(np.array_equal(found[block], version[block]) for version in versions[first:])
     assert torn <= 1, "more than the block that was being copied"
+    if out.exists():
+        assert tensorwire.digest(tensorwire.loads(tensorwire.safetensors.encode(out))) in digests, "no whole version"
     work()
     assert tensorwire.digest(mapped()) == digests[-1]
+    out.unlink() if kill % 3 else tensorwire.safetensors.decode(tensorwire.encode({"w": versions[first]}), out)
+    for part in folder.glob(".*.part"):
+        part.unlink()
 print(untouched, done, between)
 """
 

@@ -219,6 +219,11 @@ def file_number(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def is_digest(text: str) -> bool:
+    """Whether this is a content digest."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """Metadata as a manifest holds it. Raises EncodeError."""
     pairs = dict(metadata or {})

@@ -10,6 +10,7 @@ from typing import Any, Final
 import tensorwire
 from tensorwire import Patch
 from tensorwire.errors import (
+    ArgumentError,
     CorruptError,
     FormatError,
     MissingFileError,
@@ -19,7 +20,7 @@ from tensorwire.errors import (
     WireError,
 )
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.versions.manifest import MAX_BYTES, NAME, Manifest, Route, Stored, Version
+from tensorwire.versions.manifest import MAX_BYTES, NAME, Manifest, Route, Stored, Version, is_digest
 from tensorwire.versions.stores import Store, open_store
 from tensorwire.versions.whole import Overwriting
 
@@ -45,6 +46,8 @@ class Subscriber:
     def __init__(
         self, store: str | os.PathLike[str] | Store, *, have: str | None = None, limits: Limits = DEFAULT
     ) -> None:
+        if have is not None and not (isinstance(have, str) and is_digest(have)):
+            raise ArgumentError(f"have is a content digest, as tensorwire.digest gives it, not {have!r}")
         self.have = have
         self._store = open_store(store)
         self._limits = limits
