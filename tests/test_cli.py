@@ -364,7 +364,21 @@ def test_a_state_dict_of_a_module_is_a_model() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "bench", "encode", "decode", "inspect", "verify", "digest", "send", "receive", "certificate", "fl"],
+    [
+        "",
+        "bench",
+        "encode",
+        "decode",
+        "diff",
+        "patch",
+        "inspect",
+        "verify",
+        "digest",
+        "send",
+        "receive",
+        "certificate",
+        "fl",
+    ],
 )
 def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")

@@ -1,7 +1,12 @@
 """Patches: from one version to the next in place, or nothing at all."""
 
 import copy
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +16,14 @@ import numpy as np
 import pytest
 import reference
 import torch
+from frames import BUNDLE, DATA, ITEM, STREAM, assemble, take_apart
 from vectors import zstd_decompress
 
 import tensorwire
 from tensorwire import CorruptError, EncodeError, SchemaError, WireError, dtypes
 from tensorwire.checksum import crc32c
 from tensorwire.cli import main
-from tensorwire.codecs import CHUNK, parse
+from tensorwire.codecs import CHUNK, parse, patch_slice
 from tensorwire.files import versions
 from tensorwire.tensor import Extent
 
@@ -173,6 +179,31 @@ def test_damaged_patches_are_refused_before_a_byte_is_written(made: tuple[STATE,
     assert tensorwire.digest(state) == before
 
 
+def test_mutants_whose_checksums_were_mended_are_refused_or_make_the_target(made: tuple[STATE, STATE, bytes]) -> None:
+    """What a block is bound to holds also where the checksums of frames are made to fit."""
+    old, new, patch = made
+    spread = random.Random(5)
+    before, after = tensorwire.digest(old), tensorwire.digest(new)
+    refused = 0
+    for _ in range(150):
+        frames = take_apart(patch)
+        place = spread.choice(
+            [number for number, frame in enumerate(frames) if frame.type in (STREAM, ITEM, DATA, BUNDLE)]
+        )
+        payload = bytearray(frames[place].payload or b"")
+        payload[spread.randrange(len(payload))] ^= 1 << spread.randrange(8)
+        frames[place] = replace(frames[place], payload=bytes(payload))
+        state = copy.deepcopy(old)
+        try:
+            tensorwire.apply(assemble(frames), state)
+        except (WireError, EncodeError):
+            refused += 1
+            assert tensorwire.digest(state) == before or frames[place].type in (DATA, BUNDLE)
+        else:
+            assert tensorwire.digest(state) in (before, after)
+    assert refused > 100
+
+
 def test_a_stream_that_stands_alone_is_no_patch(made: tuple[STATE, STATE, bytes]) -> None:
     with pytest.raises(SchemaError, match="no patch"):
         tensorwire.apply(tensorwire.dumps(made[1]), made[0])
@@ -202,11 +233,13 @@ def test_every_dtype_is_patched(dtype: dtypes.DType, count: int) -> None:
     payload = codec.encode(new, extent, lambda size: np.empty(size, np.uint8), old).payload
     assert len(payload) <= codec.bound(count, dtype)
     out = old.copy()
-    codec.decode(memoryview(payload), extent, out)
+    patch_slice(payload, extent, out)
     assert np.array_equal(out, new)
     out[-1] ^= 1
     with pytest.raises(SchemaError, match="against"):
-        codec.decode(memoryview(payload), extent, out)
+        patch_slice(payload, extent, out)
+    with pytest.raises(SchemaError, match="tensorwire.apply"):
+        codec.decode(memoryview(payload), extent, old.copy())  # also where the base stands there by chance
 
 
 def test_an_unchanged_version_is_an_empty_patch(made: tuple[STATE, STATE, bytes]) -> None:
@@ -390,3 +423,46 @@ def test_content_digests_are_printed(flat: list[STATE], tmp_path: Path, capsys: 
     assert main(["digest", "--content", *files]) == 0
     digest = tensorwire.digest(flat[0])
     assert capsys.readouterr().out == "".join(f"{digest}  {file}\n" for file in files)
+
+
+# --------------------------------------------------------------------------------------------------------- Kills
+
+_APPLYING = """
+import sys
+import numpy as np
+import tensorwire
+state = {"w": np.memmap(sys.argv[1], np.float16, "r+")}
+patch = tensorwire.Patch.read(open(sys.argv[2], "rb").read())
+print("ready", flush=True)
+tensorwire.apply(patch, state)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_mapped_state_is_at_its_target_or_refused_after_any_kill(tmp_path: Path) -> None:
+    """Killed anywhere: each block is old or new, but for the one being copied, which is then refused by name."""
+    drawn = np.random.default_rng(3)
+    old = drawn.normal(0, 0.05, 12 << 20).astype(np.float16)
+    new = old.copy()
+    new.view(np.uint16)[::101] += 1
+    (tmp_path / "patch.tw").write_bytes(patch_of({"w": new}, {"w": old}))
+    outcomes = set()
+    for wait in drawn.uniform(0, 0.3, 8):
+        old.tofile(tmp_path / "state")
+        command = [sys.executable, "-c", _APPLYING, str(tmp_path / "state"), str(tmp_path / "patch.tw")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None and child.stdout.readline() == "ready\n"
+            time.sleep(wait)
+            child.kill()
+        state = np.fromfile(tmp_path / "state", np.float16)
+        step = 4 << 19
+        blocks = [slice(at, at + step) for at in range(0, state.size, step)]
+        torn = [b for b in blocks if not any(np.array_equal(state[b], whole[b]) for whole in (old, new))]
+        try:
+            applied = tensorwire.apply((tmp_path / "patch.tw").read_bytes(), {"w": state})
+            assert not torn and np.array_equal(state, new)
+            outcomes.add("completed" if applied.skipped else "applied")
+        except SchemaError as error:
+            assert len(torn) == 1 and error.item == "w"
+    assert outcomes

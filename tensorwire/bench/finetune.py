@@ -27,7 +27,7 @@ _START, _END, _UNKNOWN = 101, 102, 100
 
 def updates(model: Model, steps: int = STEPS) -> Weights:
     """New weights minus old ones in float32, one tensor behind the other. Takes torch and the model's vocabulary."""
-    training = Training(model, _LEARNING_RATE)
+    training = Training(model)
     old = {name: weight.detach().clone() for name, weight in training.weights.items()}
     training.run(steps)
     return np.concatenate([(training.weights[name].detach() - old[name]).flatten().numpy() for name in old])
@@ -36,7 +36,7 @@ def updates(model: Model, steps: int = STEPS) -> Weights:
 class Training:
     """The model's floats under Adam, `weights` by name, as `dtype`: float32, as masters are, or bfloat16 alone."""
 
-    def __init__(self, model: Model, learning_rate: float, dtype: str = "float32") -> None:
+    def __init__(self, model: Model, dtype: str = "float32") -> None:
         import torch
 
         assert model.path is not None
@@ -50,12 +50,13 @@ class Training:
             for name, view in model.tensors.items()
             if view.dtype.name == "float32"
         }
-        self._optimizer = torch.optim.Adam(self.weights.values(), lr=learning_rate)
+        self._optimizer = torch.optim.Adam(self.weights.values())
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, learning_rate: float = _LEARNING_RATE) -> None:
         """Change the weights by so many steps."""
         import torch
 
+        self._optimizer.param_groups[0]["lr"] = learning_rate
         for _ in range(steps):
             batch = torch.tensor([next(self._pairs) for _ in range(_PAIRS)])
             embedded = _embedded(self.weights, batch.flatten(0, 1)).unflatten(0, (_PAIRS, 2))

@@ -7,7 +7,16 @@ from tensorwire.codecs.cast import BFloat16, Float16
 from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
-from tensorwire.codecs.patch import CHUNK, Binding, Checksums, Patch, binding_of, chunk_checksums, count_unequal
+from tensorwire.codecs.patch import (
+    CHUNK,
+    Binding,
+    Checksums,
+    Patch,
+    binding_of,
+    chunk_checksums,
+    count_unequal,
+    patch_slice,
+)
 from tensorwire.codecs.pipeline import Codec, Readymade
 from tensorwire.codecs.planes import Planes
 from tensorwire.codecs.quantizer import QuantizedState, TableQuantizer, checked_absmax
@@ -74,6 +83,7 @@ __all__ = [
     "known_ids",
     "parameter",
     "parse",
+    "patch_slice",
     "register",
     "registered",
     "unnest",

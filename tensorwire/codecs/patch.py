@@ -49,7 +49,8 @@ class Binding(NamedTuple):
 class Patch(Packer):
     """Lossless, any dtype, against a base; without one, planes under checksums.
 
-    `encode` is given the base's elements of the slice as `context`, and `decode` finds them in `out`.
+    `encode` is given the base's elements of the slice as `context`. What it makes of them, `patch_slice` decodes, which
+    takes them as well.
     """
 
     id = 9
@@ -96,18 +97,28 @@ class Patch(Packer):
         return Encoded(payload[: at + size])
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
-        """Make the elements of those in `out`. Raises FormatError, and SchemaError where `out` is not the base."""
-        given = np.frombuffer(payload, np.uint8)
-        at, binding = _unbind(given, extent)
-        if binding.base is not None and chunk_checksums(out) != binding.base:
-            raise SchemaError("these elements are not those that the patch is against")
-        if binding.way == WAYS[_UNCHANGED]:
-            return
-        changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out)
-        if chunk_checksums(out) != binding.target:
-            raise FormatError("the patch does not make what it says")
-        if binding.changed not in (None, changed):
-            raise FormatError(f"the patch changes {changed} numbers, and says {binding.changed}")
+        """The elements of a slice that is against nothing. Raises FormatError, and SchemaError for any other."""
+        if binding_of(payload, extent).base is not None:
+            raise SchemaError("these elements are against a base: tensorwire.apply makes them of that")
+        patch_slice(payload, extent, out)
+
+
+def patch_slice(payload: Any, extent: Extent, out: Bytes) -> None:
+    """Make of the base's elements of a slice, in `out`, those of the target.
+
+    Raises FormatError, and SchemaError where `out` is not the base; it then holds anything.
+    """
+    given = np.frombuffer(payload, np.uint8)
+    at, binding = _unbind(given, extent)
+    if binding.base is not None and chunk_checksums(out) != binding.base:
+        raise SchemaError("these elements are not those that the patch is against")
+    if binding.way == WAYS[_UNCHANGED]:
+        return
+    changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out)
+    if chunk_checksums(out) != binding.target:
+        raise FormatError("the patch does not make what it says")
+    if binding.changed not in (None, changed):
+        raise FormatError(f"the patch changes {changed} numbers, and says {binding.changed}")
 
 
 def binding_of(payload: Any, extent: Extent) -> Binding:

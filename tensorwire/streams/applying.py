@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from tensorwire.codecs import CHUNK, Binding, Checksums, binding_of, chunk_checksums
+from tensorwire.codecs import CHUNK, Binding, Checksums, binding_of, chunk_checksums, patch_slice
 from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
@@ -367,7 +367,7 @@ def _decode(block: _Block, base: Entry, data: ByteArray) -> None:
     view = base.tensor
     width = view.dtype.itemsize
     extent = Extent(view.dtype, view.shape, block.begin // width, (block.end - block.begin) // width)
-    CODEC.decode(memoryview(block.payload), extent, data)
+    patch_slice(block.payload, extent, data)
 
 
 def replaced(value: Any, made: Mapping[str, Any], path: Path = ()) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from frames import BUNDLE, DATA, INDEX, ITEM, STREAM, Frame, assemble, cut, end, preamble
 from msgpack import packb
+from reference import crc32c
 
 __all__ = ["BAD"]
 
@@ -17,8 +18,8 @@ Layout = Callable[..., bytes]
 BAD: dict[str, tuple[str, str, Callable[..., bytes]]] = {}
 
 TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
-RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, PLANES, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 64
-BOOL, UINT8, INT64, FLOAT16, FLOAT32, FLOAT64 = 1, 2, 9, 16, 18, 19
+RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, PLANES, PATCH, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 9, 64
+BOOL, UINT8, INT64, FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 1, 2, 9, 16, 17, 18, 19
 START = Frame(STREAM, packb({"align": 1}))
 
 
@@ -628,6 +629,23 @@ bad(
     "mode of a plane",
     carried(zstd_frame(b"\0\x09"), 200, [[PLANES], [ZSTD]], FLOAT32),
 )
+
+# 200 bfloat16 in a patch: a checksum of what is made, and of the base, which nobody here holds.
+MADE = struct.pack("<I", crc32c(bytes(400)))
+for name, error, says, payload in (
+    ("first-byte-5", "FormatError", "first byte of a patch", b"\x05" + MADE),
+    ("cut", "FormatError", "what it is bound to", b"\0" + MADE[:3]),
+    ("unchanged-longer", "FormatError", "what it is bound to", b"\x04" + MADE + b"\0"),
+    ("without-base", "SchemaError", "against", b"\x03" + struct.pack("<I", 1) + MADE * 2 + bytes(8)),
+    ("unchanged-without-base", "SchemaError", "against", b"\x04" + struct.pack("<I", 0xBADBA5E)),
+    ("of-no-change", "FormatError", "0 of 200 numbers", b"\x01" + bytes(4) + MADE * 2 + b"\x02"),
+    ("of-more-than-all", "FormatError", "201 of 200 numbers", b"\x01" + struct.pack("<I", 201) + MADE * 2 + b"\x02"),
+    ("makes-another", "FormatError", "does not make", b"\0" + struct.pack("<I", 0xBADBA5E) + b"\x02"),
+    ("planes-behind", "FormatError", "1 bytes behind", b"\0" + MADE + b"\x02\0"),
+    ("longer", "FormatError", "at most", bytes(5 + 8 + 1 + 1 + 2 * 201 + 1)),
+):
+    bad(f"patch-{name}", error, says, carried(payload, 200, [[PATCH]], BFLOAT16))
+bad("patch-parameter", "FormatError", "0 parameters", (START, ROOT, tensor(1, ["a"], [3], FLOAT32, [[PATCH, 1]])))
 
 
 # --------------------------------------------------------------------------------------------------------- Values

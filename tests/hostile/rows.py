@@ -77,7 +77,7 @@ ROWS = {
     51: Row("codec stages repeated, unknown, in another order", "stages-* stage-* item-codec-* planes-of-integers planes-parameter"),
     52: Row("a half-size payload of what is no float32", "fp16-of-* bf16-of-* item-codec-fp16-of-float64 item-codec-bf16-of-float16"),
     53: Row("zero block, single element, last block of 1", tests="kernels/test_definition.py::test_encode kernels/test_equality.py::test_every_small_length"),
-    54: Row("sparse and delta payloads", absent="there is no such codec"),
+    54: Row("sparse and delta payloads", "patch-*", "kernels/test_sparse_kernels.py::test_damaged_codes_get_one_verdict test_patch.py::test_damaged_patches_are_refused_before_a_byte_is_written"),
     # Integrity and identity
     55: Row("every substitution of a byte", tests=f"{MUTATIONS}test_every_substituted_byte_is_refused"),
     56: Row("swaps, bursts, lost sectors", tests=f"{MUTATIONS}test_every_swap_of_adjacent_bytes_is_refused {MUTATIONS}test_bursts_and_lost_sectors_are_refused"),
