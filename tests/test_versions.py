@@ -781,3 +781,17 @@ def test_versions_that_such_a_file_cannot_hold_are_refused(tmp_path: Path) -> No
     with pytest.raises(SchemaError, match="flat dict"):
         next(follow(tmp_path / "store", tmp_path / "model.safetensors"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_file_of_many_slices_is_patched_whichever_thread_reads_first(tmp_path: Path) -> None:
+    """An encoder reads slices in two threads."""
+    state = {"w": np.random.default_rng(2).normal(size=3 << 19).astype(np.float32)}
+    with Publisher(tmp_path / "store") as publisher:
+        for step in range(6):
+            state["w"][step::500] *= 1.001
+            done = publisher.publish(state)
+            (followed,) = follow(tmp_path / "store", tmp_path / "model.safetensors", timeout=0)
+            assert followed.version.digest == done.digest
+            assert (
+                digest(tensorwire.loads(tensorwire.safetensors.encode(tmp_path / "model.safetensors"))) == done.digest
+            )
