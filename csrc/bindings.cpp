@@ -670,7 +670,7 @@ void expect_work(const Array& work, size_t n) {
     if (reinterpret_cast<uintptr_t>(work.data<void>()) % alignof(uint32_t)) throw nb::value_error("work: not aligned");
 }
 
-size_t sparse_encode(nb::handle base, nb::handle values, nb::handle codes, nb::handle work) {
+nb::tuple sparse_encode(nb::handle base, nb::handle values, nb::handle codes, nb::handle work) {
     const Array b("base", base, "eH", kInput), x("values", values, "eH", kInput);
     const Array c("codes", codes, "B", kOutput), w("work", work, "I", kOutput);
     if (b.format() != x.format()) throw nb::type_error("values: not of the type of base");
@@ -681,9 +681,13 @@ size_t sparse_encode(nb::handle base, nb::handle values, nb::handle codes, nb::h
     w.expect_apart_from(b);
     w.expect_apart_from(x);
     w.expect_apart_from(c);
-    const Released released;
-    return tw::kernels().sparse_encode[x.dtype()](b.data<uint8_t>(), x.data<uint8_t>(), x.size(), w.data<uint32_t>(),
-                                                  c.data<uint8_t>(), c.size());
+    size_t size, differ;
+    {
+        const Released released;
+        size = tw::kernels().sparse_encode[x.dtype()](b.data<uint8_t>(), x.data<uint8_t>(), x.size(),
+                                                      w.data<uint32_t>(), c.data<uint8_t>(), c.size(), &differ);
+    }
+    return nb::make_tuple(size, differ);
 }
 
 size_t sparse_decode(nb::handle codes, nb::handle values, nb::handle work) {
@@ -776,7 +780,8 @@ NB_MODULE(_native, m) {
     m.def("huffman_decode", huffman_decode, "codes"_a, "out"_a);
     m.def("difference", difference, "base"_a, "values"_a, "out"_a, nb::kw_only(), "width"_a);
     m.def("add_difference", add_difference, "differences"_a, "values"_a, nb::kw_only(), "width"_a);
-    m.def("sparse_encode", sparse_encode, "base"_a, "values"_a, "codes"_a, "work"_a);
+    m.def("sparse_encode", sparse_encode, "base"_a, "values"_a, "codes"_a, "work"_a,
+          nb::sig("def sparse_encode(base: object, values: object, codes: object, work: object) -> tuple[int, int]"));
     m.def("sparse_decode", sparse_decode, "codes"_a, "values"_a, "work"_a);
     m.def("split_planes", split_planes, "values"_a, "marks"_a, "planes"_a);
     m.def("merge_planes", merge_planes, "planes"_a, "marks"_a, "out"_a);

@@ -85,11 +85,11 @@ struct Kernels {
     // The differences of n numbers to those of a base, as zig-zag, turned as planes turn back; and added again.
     void (*difference[kPlaneWidths])(const uint8_t* base, const uint8_t* values, uint8_t* out, size_t n);
     void (*add_difference[kPlaneWidths])(const uint8_t* differences, uint8_t* values, size_t n);
-    // What changed of n floats: the bytes that it takes, or 0 for more than `room`, for nothing and for more than half
+    // What changed of n floats: how many (`differ`), and the bytes it takes, or 0 for more than `room`, none, or over half
     // of them. Back, in place: how many changed, or 0 where no encoder writes such codes about these values. `work` has
     // 2 n elements. kFloat32 has no entry.
     size_t (*sparse_encode[kDtypes])(const uint8_t* base, const uint8_t* values, size_t n, uint32_t* work,
-                                     uint8_t* codes, size_t room);
+                                     uint8_t* codes, size_t room, size_t* differ);
     size_t (*sparse_decode[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);
 };
 

@@ -457,9 +457,11 @@ void put_changes(BitWriter& out, const Group& g, uint32_t* work) {
 }
 
 template <Dtype kDtype>
-size_t sparse_encode(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* work, uint8_t* codes, size_t room) {
+size_t sparse_encode(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* work, uint8_t* codes, size_t room,
+                     size_t* differ) {
     Tally tallies[kClasses];
     const size_t changed = count_changes<kDtype>(base, x, n, tallies);
+    *differ = changed;
     if (changed == 0 || changed > n / 2) return 0;
     const Work parts(work, n);
     Groups groups;
@@ -467,21 +469,21 @@ size_t sparse_encode(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* 
     Tile tile;
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(base + 2 * at, n - at);
-        uint64_t differ[kTile / kBlock];
+        uint64_t unlike[kTile / kBlock];
         for (size_t b = 0; b < tile.blocks; ++b) {
             const size_t i = at + b * kBlock;
-            differ[b] = unequal(base + 2 * i, x + 2 * i, tile.block_size(b));
+            unlike[b] = unequal(base + 2 * i, x + 2 * i, tile.block_size(b));
         }
         for (size_t k = 0; k < groups.count; ++k) {
             Group& g = groups.group[k];
             if (g.changed == 0) continue;
             for (size_t b = 0; b < tile.blocks; ++b) {
                 const uint64_t mine = members(tile.classes + b * kBlock, g.first, g.more);
-                if (!g.inverted && !(mine & differ[b])) {
+                if (!g.inverted && !(mine & unlike[b])) {
                     g.run += count_ones(mine);
                 } else {
                     const size_t i = 2 * (at + b * kBlock);
-                    list_block(g, mine, differ[b], base + i, x + i);
+                    list_block(g, mine, unlike[b], base + i, x + i);
                 }
             }
         }

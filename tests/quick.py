@@ -15,6 +15,7 @@ SLOW = {
     "test_bench.py::test_a_run_fits_a_terminal_of_80_columns_and_cuts_no_name": 0,
     "test_bench.py::test_every_suite_has_a_picture": 0,
     "test_bench.py::test_memory_of_a_tiny_model": 0,
+    "test_bench.py::test_patch_rows_count_all_of_the_stream": 0,
     "test_bench.py::test_private_codecs_are_measured_like_any_other": 0,
     "test_bench.py::test_speed_rows": 0,
     "test_bench_scripts.py": 0,

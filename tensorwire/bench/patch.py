@@ -27,7 +27,7 @@ from tensorwire.tensor import TensorView, ViewFront
 
 ROUNDS: Final = 3
 WARM_UP: Final = 20  # steps before the first version, so that Adam knows the sizes of gradients
-# Learning rate and steps between versions of one run; and those of weights that are kept in bfloat16 alone.
+# Learning rate and steps between the versions; and those of weights that are kept in bfloat16 alone.
 _MASTERS: Final = ((1e-6, 1), (3e-6, 1), (1e-5, 1), (2e-5, 12))
 _PURE: Final = ((1e-5, 1),)
 COLUMNS: Final = (
@@ -88,9 +88,9 @@ def _changes(model: Model, note: Note) -> Iterator[Change]:
 
 def _trained(model: Model) -> Iterator[Change]:
     for dtype, settings in (("float32", _MASTERS), ("bfloat16", _PURE)):
-        training = finetune.Training(model, dtype)
-        training.run(WARM_UP)
         for rate, steps in settings:
+            training = finetune.Training(model, dtype)
+            training.run(WARM_UP, rate)
             old = _bits(training.weights)
             training.run(steps, rate)
             pure = " in bf16" if dtype == "bfloat16" else ""

@@ -80,11 +80,12 @@ class Patch(Packer):
             at = _bind(payload, _WHOLE, target)
             return Encoded(payload[: at + put_planes(values, width, payload[at:], take)])
         base = np.frombuffer(context, np.uint8)
-        changed = count_unequal(base, values, width)
+        bound = chunk_checksums(base)
+        at = _bind(payload, _SPARSE, target, bound, 0)
+        size, changed = _put_sparse(base, values, extent.dtype, payload[at:], take)
         if changed == 0:
             return Encoded(payload[: _bind(payload, _UNCHANGED, target)])
-        at = _bind(payload, _SPARSE, target, chunk_checksums(base), changed)
-        size = _put_sparse(base, values, extent.dtype, payload[at:], take)
+        _bind(payload, _SPARSE, target, bound, changed)
         for mode in (_DIFFERENCE, _REPLACED):
             if size and _WORTH_A_LOOK * size <= values.size:
                 break
@@ -181,11 +182,11 @@ def _put_all(mode: int, base: Bytes, values: Bytes, width: int, payload: Bytes, 
     return put_planes(values, width, payload, take)
 
 
-def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: Take) -> int:
-    """Write which floats changed, and how; the bytes that it takes, or 0 where that is no way to tell it."""
+def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: Take) -> tuple[int, int]:
+    """Write which floats changed, and how; the bytes that it takes, or 0 where that is no way, and how many changed."""
     floats = _SPARSE_DTYPES.get(dtype)
     if floats is None:
-        return 0
+        return 0, count_unequal(base, values, dtype.part_size)
     work = take(4 * values.size).view(np.uint32)
     return kernels.sparse_encode(base.view(floats), values.view(floats), payload, work)
 

@@ -894,7 +894,7 @@ def _check_width(width: int, values: Array) -> None:
         raise ValueError(f"elements: expected a multiple of {width} bytes, got {values.size}")
 
 
-def sparse_encode(base: Array, values: Array, codes: Array, work: Words) -> int:
+def sparse_encode(base: Array, values: Array, codes: Array, work: Words) -> tuple[int, int]:
     """Group after group; `work` is not used."""
     _check_array("base", base, np.float16, np.uint16)
     _check_array("values", values, np.float16, np.uint16)

@@ -47,13 +47,13 @@ def _turned(numbers: Array, width: int, *, right: bool) -> Array:
     return rotated
 
 
-def sparse_encode(base: Array, values: Array, codes: Array) -> int:
-    """Write what changed; the bytes that it takes, or 0."""
+def sparse_encode(base: Array, values: Array, codes: Array) -> tuple[int, int]:
+    """Write what changed; the bytes that it takes, or 0, and how many values that is."""
     classes = _classes(base)
     changes = values.view(np.uint16) - base.view(np.uint16)
-    changed = np.count_nonzero(changes)
+    changed = int(np.count_nonzero(changes))
     if not 0 < changed <= values.size // 2:
-        return 0
+        return 0, changed
     groups = _groups(_tallies(classes, changes))
     parts = [_number(sum(1 << first for first, _ in groups), 32)]
     for first, end in groups:
@@ -61,9 +61,9 @@ def sparse_encode(base: Array, values: Array, codes: Array) -> int:
         parts += _group_bits(mine)
     payload = np.packbits(np.concatenate(parts), bitorder="little")
     if payload.size > codes.size:
-        return 0
+        return 0, changed
     codes[: payload.size] = payload
-    return int(payload.size)
+    return int(payload.size), changed
 
 
 def sparse_decode(codes: Array, values: Array) -> int:

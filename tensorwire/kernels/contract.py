@@ -171,11 +171,13 @@ class HostKernels(Kernels, Protocol):
     def add_difference(self, differences: Bytes, values: Bytes, *, width: int) -> None:
         """Make of a base, in its place, the values that `difference` was taken to."""
 
-    def sparse_encode(self, base: Floats, values: Floats, codes: Bytes, work: npt.NDArray[np.uint32]) -> int:
-        """Write which of the values, float16 or bfloat16, differ from those of a base, and how; the bytes it takes.
+    def sparse_encode(
+        self, base: Floats, values: Floats, codes: Bytes, work: npt.NDArray[np.uint32]
+    ) -> tuple[int, int]:
+        """Write which of the values, float16 or bfloat16, differ from those of a base, and how.
 
-        0: there is no room for them, or nothing differs, or more than half of them. `work` has two elements for each
-        value; it and the rest of `codes` then hold anything.
+        The bytes that it takes, and how many differ. 0 bytes: there is no room for them, or nothing differs, or more
+        than half of them. `work` has two elements for each value; it and the rest of `codes` then hold anything.
         """
 
     def sparse_decode(self, codes: Bytes, values: Floats, work: npt.NDArray[np.uint32]) -> int:

@@ -417,6 +417,30 @@ def future_minor() -> bytes:
     return assemble(take_apart(tw.dumps(7)), head=head + struct.pack("<I", crc32c(head)))
 
 
+def versions() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two versions: slices that are sparse, partly inverted, differences, replaced, unchanged; tied tensors; values."""
+    scales = np.float32(2.0) ** (np.arange(5000) % 9 - 6).astype(np.float32)
+    floats = weights(5000, "version") * scales
+    old = {f"dtype {name}": tensor for name, tensor in every_dtype().items()}
+    new = {name: np.concatenate([tensor[:2], tensor[:1]]).astype(tensor.dtype) for name, tensor in old.items()}
+    old |= {"bf16": bfloat16(floats), "f16": floats.astype(np.float16), "f32": floats, "same": floats[:9], "step": 1}
+    chance = np.frombuffer(random_bytes(5000, "chance"), np.uint8)
+    size = np.frombuffer(random_bytes(5000, "size"), np.uint8).astype(np.int16) % 5 - 2
+    few, often = chance < 20, (abs(floats) < 0.02) & (chance < 240)
+    brain = old["bf16"].view(np.uint16) + np.where(few | often, size, 0).astype(np.uint16)
+    half = old["f16"].view(np.uint16) + (chance < 8)
+    new |= {"bf16": bits(brain.astype(np.uint16), "bfloat16"), "f16": half.astype(np.uint16).view(np.float16)}
+    new |= {"f32": floats * np.float32(1.0001), "same": floats[:9], "step": [2, "steps"]}
+    return old | {"tied": old["bf16"]}, new | {"tied": new["bf16"]}
+
+
+PATCHES: dict[str, Callable[[], bytes]] = {
+    "old": lambda: tw.dumps(versions()[0]),
+    "new": lambda: tw.dumps(versions()[1]),
+    "to-new": lambda: join(tw.encode(versions()[1], base=versions()[0], metadata={"step": "2"})),
+}
+
+
 def expected() -> dict[str, Any]:
     """What is in each good vector, and the kind of error of each bad one, for readers in any language.
 
@@ -468,6 +492,11 @@ def main() -> None:
     (HERE / "bad").mkdir(exist_ok=True)
     for name, recipe in GOLDEN.items():
         path = HERE / f"{name}.tw"
+        if everything or not path.exists():
+            path.write_bytes(recipe())
+    (HERE / "patches").mkdir(exist_ok=True)
+    for name, recipe in PATCHES.items():
+        path = HERE / "patches" / f"{name}.tw"
         if everything or not path.exists():
             path.write_bytes(recipe())
     (HERE / "private").mkdir(exist_ok=True)

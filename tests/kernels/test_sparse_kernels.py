@@ -28,7 +28,8 @@ def pair(n: int, rate: float, dtype: Any, seed: int = 0) -> tuple[Array, Array]:
 def encode(kernels: ModuleType, base: Array, values: Array, room: int, offset: int = 0) -> Array:
     codes = Output(room, np.uint8, offset)
     work = np.empty(2 * base.size, np.uint32)
-    size = kernels.sparse_encode(misaligned(base, offset), misaligned(values, offset), codes.array, work)
+    size, changed = kernels.sparse_encode(misaligned(base, offset), misaligned(values, offset), codes.array, work)
+    assert changed == np.count_nonzero(base.view(np.uint16) != values.view(np.uint16))
     return codes.checked()[:size].copy()
 
 
