@@ -78,7 +78,10 @@ for kill in range(kills):
         assert tensorwire.digest(tensorwire.loads(tensorwire.safetensors.encode(out))) in digests, "no whole version"
     work(follows=kill % 8 == 0)
     assert tensorwire.digest(mapped()) == digests[-1]
-    out.unlink(missing_ok=True) if kill % 3 else tensorwire.safetensors.decode(tensorwire.encode({"w": versions[first]}), out)
+    if kill % 3:
+        out.unlink(missing_ok=True)
+    else:
+        tensorwire.safetensors.decode(tensorwire.encode({"w": versions[first]}), out)
     for part in folder.glob(".*.part"):
         part.unlink()
 print(untouched, done, between)

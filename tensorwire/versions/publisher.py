@@ -66,8 +66,9 @@ class Publisher:
             publisher.publish(model.state_dict())
 
     It holds a copy of the last version, in memory, and reads it from the store when it begins in one that has versions.
-    One thread uses it, and there is one publisher at a time. In a folder it holds a lock, and a second one is a StorageError at once. An object
-    store has none: whoever finds there a manifest that is not its own last one stops with a SequenceError.
+    One thread uses it, and there is one publisher at a time. In a folder it holds a lock, and a second one is a
+    StorageError at once. An object store has none: whoever finds there a manifest that is not its own last one stops
+    with a SequenceError.
     """
 
     def __init__(
