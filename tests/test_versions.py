@@ -115,7 +115,9 @@ def test_a_follower_becomes_every_version_in_place(tmp_path: Path) -> None:
     subscriber = Subscriber(tmp_path, have=digest(worker))
     with Publisher(tmp_path) as publisher:
         assert publisher.head is None
-        first = publisher.publish(state, metadata={"lr": "1e-6"})
+        seen: list[tuple[int, int]] = []
+        first = publisher.publish(state, metadata={"lr": "1e-6"}, progress=lambda *at: seen.append(at))
+        assert seen[-1][0] == first.anchor <= seen[-1][1]
         assert (first.number, first.is_new, first.patch) == (1, True, None) and first.anchor
         assert not subscriber.fetch().is_new
         for number in range(1, 4):

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.cli import inputs
-from tensorwire.cli.common import UsageError, add_limits, codec_spec, print_json, verb
+from tensorwire.cli.common import Progress, UsageError, add_limits, codec_spec, print_json, verb
 from tensorwire.streams import size_text
 from tensorwire.versions import ANCHOR_EVERY, KEEP, Published, Publisher
 
@@ -68,7 +68,9 @@ def _run(arguments: argparse.Namespace) -> int:
         codec=arguments.anchors,
         limits=arguments.limits,
     ) as publisher:
-        done = publisher.publish(state)
+        size = tensorwire.encoded_size(state, codec=arguments.anchors, limits=arguments.limits)
+        with Progress(size) as bar:
+            done = publisher.publish(state, progress=lambda written, total: bar.reach(written))
     for note in done.notes:
         print(note, file=sys.stderr)
     if arguments.json:

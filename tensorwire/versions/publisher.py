@@ -29,7 +29,7 @@ from tensorwire.versions.manifest import (
     file_number,
 )
 from tensorwire.versions.stores import Store, open_store
-from tensorwire.versions.subscriber import Subscriber, read_manifest
+from tensorwire.versions.subscriber import Progress, Subscriber, read_manifest
 
 ANCHOR_EVERY: Final = 20
 KEEP: Final = 3
@@ -118,12 +118,15 @@ class Publisher:
         """The newest version; None in an empty store."""
         return None if self._manifest is None else self._manifest.head
 
-    def publish(self, state: Any, *, metadata: Mapping[str, str] | None = None) -> Published:
+    def publish(
+        self, state: Any, *, metadata: Mapping[str, str] | None = None, progress: Progress | None = None
+    ) -> Published:
         """Publish a container as the next version: readers see it when all of it is there.
 
         `state`: what `tensorwire.encode` takes, but for iterators. `metadata`: text pairs that travel with the version.
-        What is equal to the newest version is not published again. Tensors must not change meanwhile. Whatever ends
-        this early, the store is as it was, or has the version already, and the same call can be made again.
+        `progress`: called with the bytes of an anchor that are written and their number in all, at most. What is equal
+        to the newest version is not published again. Tensors must not change meanwhile. Whatever ends this early, the
+        store is as it was, or has the version already, and the same call can be made again.
 
         Raises EncodeError for what cannot be encoded, StorageError and TransportError for a store that does not take
         it, SequenceError where another publisher has written to it.
@@ -132,7 +135,7 @@ class Publisher:
         if isinstance(state, Iterator):
             raise EncodeError("a version is a container, which is read more than once: give a dict, not an iterator")
         before = self._check_alone()
-        done = _Done()
+        done = _Done(progress)
         self._load_base(done)
         number = 1 if before is None else before.head.number + 1
         patch = self._patch(state, done)
@@ -238,7 +241,11 @@ class Publisher:
         """Of the copy, which nobody changes meanwhile."""
         began = perf_counter()
         name = file_name(number, self._id, "anchor")
-        size = self._store.write(name, tensorwire.encode(self._base, codec=self._codec, limits=self._limits))
+        buffers = tensorwire.encode(self._base, codec=self._codec, limits=self._limits)
+        if done.progress is not None:
+            total = tensorwire.encoded_size(self._base, codec=self._codec, limits=self._limits)
+            buffers = _told(buffers, total, done.progress)
+        size = self._store.write(name, buffers)
         done.count("write", began)
         return Stored(name, size), size
 
@@ -277,11 +284,21 @@ class Publisher:
 
 
 class _Done:
-    """Times and notes of one publish."""
+    """Times and notes of one publish, and whom it tells how far it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
 
     def count(self, phase: str, began: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - began
+
+
+def _told(buffers: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
+    """The same buffers; `progress` hears of each that was written."""
+    done = 0
+    for buffer in buffers:
+        yield buffer
+        done += memoryview(buffer).nbytes
+        progress(done, total)
