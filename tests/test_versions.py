@@ -797,3 +797,46 @@ def test_a_file_of_many_slices_is_patched_whichever_thread_reads_first(tmp_path:
             assert (
                 digest(tensorwire.loads(tensorwire.safetensors.encode(tmp_path / "model.safetensors"))) == done.digest
             )
+
+
+def test_patches_are_no_whole_version(tmp_path: Path) -> None:
+    published(tmp_path, 2)
+    staged = Subscriber(tmp_path, have=digest(model(0))).fetch()
+    assert not staged.is_whole and len(staged.patches) == 1
+    with pytest.raises(SchemaError, match="whole=True"):
+        _ = staged.state
+
+
+def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
+    published(tmp_path.as_uri(), 1)
+    assert isinstance(open_store(tmp_path.as_uri()), FolderStore) and len(files(tmp_path, "anchor")) == 1
+
+
+def test_what_an_object_store_does_not_take_is_removed_again(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(memory, 1)
+    store = open_store(memory)
+    before = store.names()
+
+    def broken() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.EIO, "no more")
+
+    with pytest.raises(TransportError, match="no more"):
+        store.write("000000000002-0123456789abcdef.patch.tw", broken())
+    assert store.names() == before
+    with Publisher(memory) as publisher, monkeypatch.context() as patched:
+        patched.setattr(FsspecStore, "names", lambda self: refused())
+        done = publisher.publish(model(1))
+    assert done.is_new and "could not be removed" in done.notes[0]
+
+
+def refused() -> list[str]:
+    raise TransportError("no listing here")
+
+
+def test_a_version_behind_many_damaged_files_is_given_up(tmp_path: Path) -> None:
+    published(tmp_path, 12, anchor_every=1, keep=12)
+    for path in files(tmp_path, "anchor"):
+        path.write_bytes(b"")
+    with pytest.raises(TruncatedError, match="version 12"):
+        Subscriber(tmp_path).fetch()
