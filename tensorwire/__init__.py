@@ -127,7 +127,7 @@ __all__ = [
 ]
 
 # Rooms and modules that are loaded when they are asked for.
-_LAZY: Final = ("authenticity", "integrations", "safetensors", "torch", "transfer", "transports", "updates")
+_LAZY: Final = ("authenticity", "integrations", "safetensors", "torch", "transfer", "transports", "updates", "versions")
 
 
 _api: Final = Api(AnyFront(_numpy.FRONT))

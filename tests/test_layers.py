@@ -29,7 +29,7 @@ LAYERS = [
     {"files", "transports"},
     {"api", "numpy", "torch", "safetensors", "authenticity"},
     {"__init__"},
-    {"updates"},
+    {"updates", "versions"},
     {"integrations"},
     {"bench", "cli", "fl", "__main__"},
 ]
@@ -51,6 +51,7 @@ FOREIGN = {
     "memory": {"numpy"},
     "files": {"numpy"},
     "updates": {"numpy"},
+    "versions": {"fsspec"},
     "numpy": {"numpy", "ml_dtypes"},
     "torch": {"numpy", "torch"},
     "integrations": {"numpy", "torch", "bitsandbytes", "flwr", "nvflare"},
@@ -65,7 +66,7 @@ NEEDS_EXTRA = {"torch", "integrations", "kernels/cuda.py", "bench/plots.py"}
 OUTSIDE = {"socket", "ssl", "asyncio", "multiprocessing", "subprocess"}
 THREADS = {"threading", "concurrent"}
 BARE = dict.fromkeys(("wire", "kernels", "codecs"), OUTSIDE | THREADS) | dict.fromkeys(
-    ("memory", "storage", "streams", "transfer", "files", "updates"), OUTSIDE
+    ("memory", "storage", "streams", "transfer", "files", "updates", "versions"), OUTSIDE
 )
 
 # Modules within rooms whose names are public.

@@ -14,7 +14,22 @@ from typing import Final
 
 import tensorwire
 from tensorwire.bench import BenchError
-from tensorwire.cli import bench, certificate, decode, diff, digest, encode, fl, inspect, patch, receive, send, verify
+from tensorwire.cli import (
+    bench,
+    certificate,
+    decode,
+    diff,
+    digest,
+    encode,
+    fl,
+    follow,
+    inspect,
+    patch,
+    publish,
+    receive,
+    send,
+    verify,
+)
 from tensorwire.cli.common import Parser, Run, UsageError
 from tensorwire.cli.process import Stopped, drop_output, open_streams, stoppable
 from tensorwire.errors import StorageError, TensorwireError, TransportError
@@ -28,7 +43,22 @@ FAULT: Final = 4
 SIGNALLED: Final = 128
 _TRACEBACK: Final = "TENSORWIRE_TRACEBACK"  # an environment variable
 
-_VERBS: Final = (bench, encode, decode, diff, patch, inspect, verify, digest, send, receive, certificate, fl)
+_VERBS: Final = (
+    bench,
+    encode,
+    decode,
+    diff,
+    patch,
+    inspect,
+    verify,
+    digest,
+    send,
+    receive,
+    publish,
+    follow,
+    certificate,
+    fl,
+)
 _EPILOG: Final = """\
 exit codes:
   0    done, and the stream is good

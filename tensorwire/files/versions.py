@@ -29,10 +29,11 @@ from tensorwire.streams.applying import replaced
 from tensorwire.streams.sender import encode
 from tensorwire.streams.versions import Sums, checksums, content_digest, version_of
 from tensorwire.tensor import Buffer, ByteArray, TensorView, ViewFront
-from tensorwire.wire.frames import MAGIC
+from tensorwire.wire.frames import HEADER_SIZE, MAGIC
 
 _VIEWS: Final = ViewFront()
 _STEP: Final = 1 << 20  # bytes that are read of a patch at once
+_FRAME: Final = CHUNK + HEADER_SIZE  # whose payload is a chunk
 
 
 class Stored(NamedTuple):
@@ -77,12 +78,14 @@ def patch(
     patches: Sequence[Any],
     path: str | os.PathLike[str],
     *,
+    metadata: Mapping[str, str] | None = None,
     max_shard_size: int | None = None,
     limits: Limits = DEFAULT,
 ) -> str:
     """Write what patches make of `base`, one after the other, and return its content digest.
 
-    `patches`: paths, or sources as `decode` takes them, in the order of their versions. `path` becomes a `.tw` file
+    `patches`: paths, sources as `decode` takes them, or `Patch`es that were read, in the order of their versions.
+    `metadata`: text pairs that the file has beside those of `base`. `path` becomes a `.tw` file
     where it ends so, else `.safetensors`, with `max_shard_size` a folder of shards as `safetensors.decode` makes it; it
     appears only when all is verified. Raises SchemaError where a patch is not for the version that those before it
     make.
@@ -103,7 +106,7 @@ def patch(
         if not target:
             raise ArgumentError("patch takes one patch or more")
         checked = {name: _checked(name, view, sums) for name, view in _tensors(container, limits).items()}
-        _write(replaced(container, checked), file.stored.metadata, path, max_shard_size, limits)
+        _write(replaced(container, checked), {**file.stored.metadata, **(metadata or {})}, path, max_shard_size, limits)
         return target
 
 
@@ -151,6 +154,8 @@ def _closing(stack: ExitStack, buffers: Iterator[Buffer]) -> Iterator[Buffer]:
 
 
 def _read(given: Any, limits: Limits) -> Patch:
+    if isinstance(given, Patch):
+        return given
     if not isinstance(given, (str, os.PathLike)):
         return Patch.read(given, limits=limits)
     with opened(given) as file:
@@ -162,40 +167,29 @@ def _tensors(container: Any, limits: Limits) -> dict[str, TensorView]:
 
 
 def _checked(name: str, view: TensorView, sums: Sums) -> TensorView:
-    """The same tensor, whose elements are held against their checksums as they are read from front to back."""
+    """The same tensor, whose elements are held against their checksums as they are read."""
     return replace(view, read=_Checked(name, view, sums[name]).read)
 
 
 class _Checked:
-    """`TensorView.read` that raises where a file has changed since it was checked."""
+    """`TensorView.read` that raises where a file has changed since it was checked. Slices come in any order."""
 
-    __slots__ = ("_at", "_crc", "_name", "_sums", "_view")
+    __slots__ = ("_name", "_sums", "_view")
 
     def __init__(self, name: str, view: TensorView, sums: Checksums) -> None:
         self._name = name
         self._view = view
         self._sums = sums
-        self._at = self._crc = 0
 
     def read(self, start: int, stop: int) -> ByteArray:
-        """Elements [start, stop): from the first, or from where the last reading ended."""
+        """Elements [start, stop), of whole chunks, each of which has a checksum."""
         width = self._view.dtype.itemsize
-        size = self._view.numel * width
-        data = np.frombuffer(self._view.read(start, stop), np.uint8)
-        if start == 0:
-            self._at = self._crc = 0
-        assert self._at == start * width, "files are written from front to back"
-        done = 0
-        while done < data.size:
-            step = min(data.size - done, CHUNK - self._at % CHUNK)
-            self._crc = crc32c(data[done : done + step], self._crc)
-            done += step
-            self._at += step
-            if self._at % CHUNK == 0 or self._at == size:
-                if self._crc != self._sums[(self._at - 1) // CHUNK]:
-                    raise CorruptError("it changed while the patch was applied", item=self._name)
-                self._crc = 0
-        return data
+        low, high = start * width // CHUNK * CHUNK, min(-(-stop * width // CHUNK) * CHUNK, self._view.numel * width)
+        data = np.frombuffer(self._view.read(low // width, high // width), np.uint8)
+        for place in range(low, high, CHUNK):
+            if crc32c(data[place - low : place - low + CHUNK]) != self._sums[place // CHUNK]:
+                raise CorruptError("it changed while the patch was applied", item=self._name)
+        return data[start * width - low : stop * width - low]
 
 
 def _write(
@@ -208,5 +202,5 @@ def _write(
     if file_name(path).endswith(".tw") and max_shard_size is None:
         save_file(container, path, _VIEWS, metadata=metadata, limits=limits)
         return
-    buffers = encode(container, _VIEWS, metadata=metadata, limits=limits)
+    buffers = encode(container, _VIEWS, frame_size=_FRAME, metadata=metadata, limits=limits)
     safetensors.decode(buffers, path, max_shard_size=max_shard_size, limits=limits)

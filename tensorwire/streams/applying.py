@@ -325,8 +325,7 @@ class _Last:
     """The block that was made last, of all tensors that are read in turns."""
 
     def __init__(self) -> None:
-        self.key: tuple[int, int] | None = None
-        self.data: ByteArray = np.empty(0, np.uint8)
+        self.made: tuple[tuple[int, int] | None, ByteArray] = None, np.empty(0, np.uint8)
 
 
 class _Patched:
@@ -354,12 +353,12 @@ class _Patched:
 
     def _made(self, block: _Block) -> ByteArray:
         key = id(self), block.begin
-        if self._last.key != key:
-            data: ByteArray = self._base.read(block.begin, block.end).copy()
+        last, data = self._last.made  # one look: an encoder reads slices in two threads
+        if last != key:
+            data = self._base.read(block.begin, block.end).copy()
             _decode(block, self._base, data)
-            self._last.key, self._last.data = key, data
-        made: ByteArray = self._last.data
-        return made
+            self._last.made = key, data
+        return data
 
 
 def _decode(block: _Block, base: Entry, data: ByteArray) -> None:

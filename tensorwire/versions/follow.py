@@ -1,0 +1,152 @@
+"""A file that is always a whole version: the newest of a store, whoever reads it and whenever."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+import tensorwire
+from tensorwire import safetensors, streams
+from tensorwire.errors import (
+    ArgumentError,
+    CorruptError,
+    FormatError,
+    MissingFileError,
+    TensorwireError,
+    TransportError,
+    TruncatedError,
+)
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.tensor import ViewFront
+from tensorwire.versions.manifest import Version
+from tensorwire.versions.stores import Store
+from tensorwire.versions.subscriber import Progress, Staged, Subscriber
+
+INTERVAL: Final = 1.0
+MARK: Final = "tensorwire.version"  # in the metadata of a file: the number of the version that it is
+# What may be right a moment later: the store is written to, or does not answer.
+_PASSING: Final = (MissingFileError, TransportError, CorruptError, FormatError, TruncatedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A version that has been written. `size`: bytes fetched. `seconds`: by phase, as `Staged` has them."""
+
+    version: Version
+    size: int
+    seconds: dict[str, float]
+
+
+def follow(
+    store: str | os.PathLike[str] | Store,
+    path: str | os.PathLike[str],
+    *,
+    interval: float = INTERVAL,
+    timeout: float | None = None,
+    on_note: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    limits: Limits = DEFAULT,
+) -> Iterator[Followed]:
+    """Keep a `.safetensors` file at the newest version of a store; yields each version once the file holds it.
+
+    The file is replaced by a rename, so that whoever opens it reads one version, whole. One that is there already is
+    gone on from, where its content is a version of the store; a version that comes while the caller is at work on the
+    last one is passed over for a newer one. `interval`: seconds between looks at the manifest. `timeout`: seconds
+    without a new version after which this ends; None: never; 0: what is there now. `on_note`: called with a line when
+    the store does not answer or a file is damaged, which is then tried again. An anchor is held in
+    memory as a whole; patches take no memory but their own.
+
+        for followed in tensorwire.versions.follow("https://host/versions", "model.safetensors"):
+            print(followed.version)
+
+    Raises SequenceError for a fork, an older store or a broken chain, SchemaError for versions that a `.safetensors`
+    file cannot hold, StorageError where the file cannot be written; and, at `timeout`, what the store's last answer was
+    if that was an error.
+    """
+    if not os.fspath(path).endswith(".safetensors"):
+        raise ArgumentError(f"{os.fspath(path)!r} is not called .safetensors, which it becomes")
+    if not interval > 0 or (timeout is not None and not timeout >= 0):
+        raise ArgumentError(f"interval and timeout are seconds, not {interval!r} and {timeout!r}")
+    return _following(_File(store, path, progress, limits), interval, timeout, on_note or (lambda note: None))
+
+
+def version_in(path: str | os.PathLike[str]) -> int | None:
+    """The number of the version that `follow` has written to a file; None where it is another file, or none."""
+    try:
+        with safetensors.open_checkpoint(path) as file:
+            number = file.metadata.get(MARK, "")
+    except (TensorwireError, OSError):
+        return None
+    return int(number) if number.isascii() and number.isdigit() else None
+
+
+def _following(
+    file: "_File", interval: float, timeout: float | None, on_note: Callable[[str], None]
+) -> Iterator[Followed]:
+    last, noted = time.monotonic(), ""
+    while True:
+        trouble: TensorwireError | None = None
+        staged: Staged | None = None
+        try:
+            staged = file.fetch()
+        except _PASSING as error:
+            if isinstance(error, TransportError) and not error.retryable:
+                raise
+            trouble = error
+        if staged is not None and staged.is_new:
+            yield file.take(staged)
+            last, noted = time.monotonic(), ""
+            continue
+        waited = time.monotonic() - last
+        if timeout is not None and waited >= timeout:
+            if trouble is not None:
+                raise trouble
+            return
+        if trouble is not None and str(trouble) != noted:
+            noted = str(trouble)
+            on_note(f"{noted}; trying again")
+        time.sleep(interval if timeout is None else min(interval, timeout - waited))
+
+
+class _File:
+    """The file that is kept at the newest version."""
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | Store,
+        path: str | os.PathLike[str],
+        progress: Progress | None,
+        limits: Limits,
+    ) -> None:
+        self._path = os.path.abspath(os.fspath(path))
+        self._progress = progress
+        self._limits = limits
+        self._held = self._digest()
+        self._subscriber = Subscriber(store, limits=limits)
+
+    def fetch(self) -> Staged:
+        """Fetch the newest version, if it is another than the file holds."""
+        self._subscriber.have = self._held
+        return self._subscriber.fetch(progress=self._progress)
+
+    def take(self, staged: Staged) -> Followed:
+        """Write a version to the file."""
+        began = perf_counter()
+        metadata = {MARK: str(staged.target.number), "tensorwire.digest": staged.target.digest}
+        if staged.is_whole:
+            buffers = tensorwire.encode(staged.state, metadata=metadata, limits=self._limits)
+            safetensors.decode(buffers, self._path, limits=self._limits)
+        else:
+            tensorwire.patch(self._path, staged.patches, self._path, metadata=metadata, limits=self._limits)
+        self._held = staged.target.digest
+        return Followed(staged.target, staged.size, {**staged.seconds, "apply": perf_counter() - began})
+
+    def _digest(self) -> str | None:
+        """The content digest of the file that is there, which may be none of ours."""
+        try:
+            with safetensors.open_checkpoint(self._path) as file:
+                return streams.digest(dict(file), ViewFront(), self._limits)
+        except (TensorwireError, OSError):
+            return None

@@ -1,0 +1,291 @@
+"""The manifest of a store: which versions there are, and which files lead to one. No I/O.
+
+    manifest = Manifest.parse(data)
+    route = manifest.route(have, number=None)      # the files to fetch, the fewest bytes
+    data = manifest.adding(version).dump()
+
+A version has a number, one more than the one before, and the content digest of what it holds. It can be made of its
+*anchor*, a `.tw` file of all of it, or of the version before by its *patch*. Holding a `Manifest` means that it is
+valid: numbers without a gap, each patch against the version before it, file names that are no paths.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Final
+
+from tensorwire.errors import EncodeError, FormatError, LimitError, SequenceError, UnsupportedError, show
+
+NAME: Final = "manifest.json"
+FORMAT: Final = 1
+MAX_BYTES: Final = 16 << 20  # of a manifest: some 40,000 versions, a hundred times what a store keeps
+MAX_NUMBER: Final = 10**12 - 1
+_FILE: Final = re.compile(r"([0-9]{12})-[0-9a-f]{16}\.(anchor|patch)\.tw")
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_ID: Final = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file of a store, and its size in bytes. `base`: the digest of the version that a patch is against."""
+
+    file: str
+    size: int
+    base: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version: its number, its content digest, and the files that make it, of which there is at least one.
+
+    `metadata`: text pairs that its publisher gave.
+    """
+
+    number: int
+    digest: str
+    patch: Stored | None = None
+    anchor: Stored | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[str]:
+        """The names of its files."""
+        return [stored.file for stored in (self.anchor, self.patch) if stored is not None]
+
+    def __str__(self) -> str:
+        return f"version {self.number} ({self.digest[:12]})"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a version is made: of what one has or, where it is given, of an anchor, by the patches of these versions."""
+
+    target: Version
+    anchor: Version | None
+    patches: tuple[Version, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes to be fetched."""
+        return sum(stored.size for stored, _ in self.files)
+
+    @property
+    def files(self) -> list[tuple[Stored, Version]]:
+        """What is to be fetched, in order."""
+        whole = [(self.anchor.anchor, self.anchor)] if self.anchor is not None else []
+        patches = [(version.patch, version) for version in self.patches]
+        return [(stored, version) for stored, version in whole + patches if stored is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The versions of a store, oldest first. `run`: the store's own id; `publisher`: whoever wrote it last."""
+
+    run: str
+    publisher: str
+    versions: tuple[Version, ...]
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Manifest":
+        """The manifest in these bytes. Raises a WireError for what is none."""
+        if len(data) > MAX_BYTES:
+            raise LimitError("manifest", MAX_BYTES, len(data), field=None)
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError):
+            raise FormatError("the manifest is no JSON text: look at what stands there, or ask for it again") from None
+        if not isinstance(fields, dict) or fields.get("tensorwire") != "versions":
+            raise FormatError("the manifest is none of a store of versions")
+        if fields.get("format") != FORMAT:
+            raise UnsupportedError(f"the store has format {show(fields.get('format'))}, this build reads {FORMAT}")
+        try:
+            return _manifest(fields)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SequenceError):
+                raise
+            raise FormatError(f"the manifest is broken: {show(str(error))}") from None
+
+    def dump(self) -> bytes:
+        """Its bytes: the same for the same manifest."""
+        head = {"tensorwire": "versions", "format": FORMAT, "run": self.run, "publisher": self.publisher}
+        versions = [_dumped(version) for version in self.versions]
+        return json.dumps({**head, "versions": versions}, indent=1, sort_keys=True).encode()
+
+    @property
+    def head(self) -> Version:
+        """The newest version."""
+        return self.versions[-1]
+
+    @property
+    def files(self) -> set[str]:
+        """The names of all files that it lists."""
+        return {file for version in self.versions for file in version.files}
+
+    def version(self, number: int) -> Version:
+        """The version of a number. Raises SequenceError where it is not there, or no longer."""
+        first = self.versions[0].number
+        if not first <= number <= self.head.number:
+            gone = "it was dropped" if 0 < number < first else "it was never published"
+            raise SequenceError(
+                f"there is no version {number} ({gone}): the store has {first} to {self.head.number}", item=number
+            )
+        return self.versions[number - first]
+
+    def adding(self, version: Version, publisher: str) -> "Manifest":
+        """The same with one more version, or with another entry for the head."""
+        kept = self.versions[:-1] if version.number == self.head.number else self.versions
+        return replace(self, publisher=publisher, versions=(*kept, version))
+
+    def keeping(self, anchors: int) -> "Manifest":
+        """The same without the versions before the last `anchors` ones that have an anchor."""
+        at = [place for place, version in enumerate(self.versions) if version.anchor is not None]
+        return replace(self, versions=self.versions[at[-anchors] :]) if len(at) > anchors else self
+
+    def wants_anchor(self, every: int) -> bool:
+        """Whether the next newcomer should find one at the head.
+
+        That is where it has none and is the `every`-th version since the last, or where the patches since then have
+        more bytes than that anchor has.
+        """
+        chain = 0
+        for count, version in enumerate(reversed(self.versions)):
+            if version.anchor is not None:
+                return count >= every or chain > version.anchor.size
+            chain += version.patch.size if version.patch is not None else 0
+        return True
+
+    def check_follows(self, seen: "Manifest") -> None:
+        """Raise SequenceError unless this is what became of `seen`: not another store, a fork, or an older state."""
+        if self.run != seen.run:
+            raise SequenceError(
+                f"another store stands here now: run {self.run}, not {seen.run}. Begin anew with a new Subscriber"
+            )
+        held = {version.number: version for version in seen.versions}
+        for version in self.versions:
+            if version.number in held and held[version.number].digest != version.digest:
+                raise SequenceError(
+                    f"a fork: {version} was {held[version.number].digest[:12]} before. Two publishers have written to "
+                    "this store: stop one, and begin anew with a new Subscriber",
+                    item=version.number,
+                )
+        if self.head.number < seen.head.number:
+            raise SequenceError(
+                f"the store went back from {seen.head} to {self.head}: an old copy answers, or it was restored",
+                item=seen.head.number,
+            )
+
+    def route(self, have: str | None, number: int | None = None, avoid: Collection[str] = ()) -> Route:
+        """The way to a version, the newest where no number is given, that takes the fewest bytes.
+
+        `have`: the content digest of what is there already. `avoid`: files that are known to be bad. Raises
+        SequenceError, naming the missing link, where no way is left.
+        """
+        target = self.head if number is None else self.version(number)
+        if have == target.digest:
+            return Route(target, None, ())
+        found: list[Route] = []
+        patches: tuple[Version, ...] = ()
+        broken = target
+        for version in reversed(self.versions[: target.number - self.versions[0].number + 1]):
+            if have == version.digest:
+                found.append(Route(target, None, patches))
+            if version.anchor is not None and version.anchor.file not in avoid:
+                found.append(Route(target, version, patches))
+            broken = version
+            if version.patch is None or version.patch.file in avoid:
+                break
+            patches = (version, *patches)
+            if version.number == self.versions[0].number and have == version.patch.base:
+                found.append(Route(target, None, patches))
+        if not found:
+            raise SequenceError(
+                f"{target} cannot be made: the chain of patches breaks at {broken}, and no anchor is left behind it. "
+                "Let the publisher publish a whole one",
+                item=broken.number,
+            )
+        return min(found, key=lambda route: (route.size, route.anchor is not None))
+
+
+def file_name(number: int, token: str, kind: str) -> str:
+    """What a new file is called: `kind` is "anchor" or "patch", `token` 16 hexadecimal digits of its own."""
+    return f"{number:012}-{token}.{kind}.tw"
+
+
+def file_number(name: str) -> int | None:
+    """The number of the version that a file of a store belongs to; None for what is no such file."""
+    match = _FILE.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
+def is_digest(text: str) -> bool:
+    """Whether this is a content digest."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Metadata as a manifest holds it. Raises EncodeError."""
+    pairs = dict(metadata or {})
+    if not all(type(text) is str for pair in pairs.items() for text in pair):
+        raise EncodeError("metadata are pairs of text")
+    return pairs
+
+
+def _manifest(fields: dict[str, Any]) -> Manifest:
+    """Raises KeyError, TypeError, ValueError for what is not as `Manifest.dump` makes it."""
+    versions = tuple(_version(each) for each in fields["versions"])
+    if not versions:
+        raise ValueError("no versions")
+    for before, version in pairwise(versions):
+        if version.number != before.number + 1:
+            raise SequenceError(f"the manifest has {version} after {before}: what is between is missing")
+        if version.patch is not None and version.patch.base != before.digest:
+            raise SequenceError(
+                f"a fork: the patch of {version} is against {version.patch.base[:12]}, and before it stands {before}",
+                item=version.number,
+            )
+    run, publisher = (_text(fields[key], _ID, key) for key in ("run", "publisher"))
+    return Manifest(run, publisher, versions)
+
+
+def _version(fields: dict[str, Any]) -> Version:
+    number, digest = fields["number"], _text(fields["digest"], _DIGEST, "digest")
+    if type(number) is not int or not 0 < number <= MAX_NUMBER:
+        raise ValueError(f"number {number!r}")
+    patch, anchor = (_stored(fields.get(kind), kind, number) for kind in ("patch", "anchor"))
+    if patch is None and anchor is None:
+        raise ValueError(f"version {number} has no file")
+    metadata = fields["metadata"]
+    if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
+        raise ValueError(f"metadata of version {number}")
+    return Version(number, digest, patch, anchor, metadata)
+
+
+def _stored(fields: dict[str, Any] | None, kind: str, number: int) -> Stored | None:
+    if fields is None:
+        return None
+    file, size = fields["file"], fields["size"]
+    match = _FILE.fullmatch(file)
+    if match is None or (int(match[1]), match[2]) != (number, kind) or type(size) is not int or size < 0:
+        raise ValueError(f"{kind} of version {number}")
+    return Stored(file, size, _text(fields["base"], _DIGEST, "base") if kind == "patch" else "")
+
+
+def _dumped(version: Version) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "number": version.number,
+        "digest": version.digest,
+        "metadata": dict(version.metadata),
+    }
+    if version.anchor is not None:
+        fields["anchor"] = {"file": version.anchor.file, "size": version.anchor.size}
+    if version.patch is not None:
+        fields["patch"] = {"file": version.patch.file, "size": version.patch.size, "base": version.patch.base}
+    return fields
+
+
+def _text(value: Any, pattern: re.Pattern[str], what: str) -> str:
+    if type(value) is not str or not pattern.fullmatch(value):
+        raise ValueError(f"{what} {value!r}")
+    return value

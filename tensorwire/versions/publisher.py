@@ -1,0 +1,304 @@
+"""Publishing versions: what changed since the last one as a patch, and all of it now and then as an anchor."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any, Final
+
+import tensorwire
+from tensorwire import Patch
+from tensorwire.errors import (
+    ArgumentError,
+    EncodeError,
+    MissingFileError,
+    SequenceError,
+    TensorwireError,
+    TransportError,
+)
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.versions.manifest import (
+    MAX_BYTES,
+    NAME,
+    Manifest,
+    Stored,
+    Version,
+    check_metadata,
+    file_name,
+    file_number,
+)
+from tensorwire.versions.stores import Store, open_store
+from tensorwire.versions.subscriber import Progress, Subscriber, read_manifest
+
+ANCHOR_EVERY: Final = 20
+KEEP: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What `publish` did.
+
+    `number`, `digest`: of the version. `is_new`: False for what the store had as its newest version. `patch`,
+    `anchor`: bytes that were written as either, None for what was not. `seconds`: by phase: "encode" (comparing and
+    coding, with a whole version its copy), "write", "apply" (the publisher's own copy). `notes`: what a reader of a log
+    should know.
+    """
+
+    number: int
+    digest: str
+    is_new: bool = True
+    patch: int | None = None
+    anchor: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Publisher:
+    """Publishes versions of a container into a store; a context manager.
+
+    `store`: a folder, a URL that fsspec can write to, or a `Store`. `anchor_every`: at every so many versions, and
+    wherever the patches since the last anchor have more bytes than that, all of the version is written as well.
+    `keep`: how many anchors stay, with the versions behind the first of them; what is older is removed one publish
+    later. It has to outlast a subscriber's fetch. `codec`: the lossless one of anchors.
+
+        with tensorwire.versions.Publisher("versions") as publisher:
+            publisher.publish(model.state_dict())
+
+    It holds a copy of the last version, in memory, and reads it from the store when it begins in one that has versions.
+    One thread uses it, and there is one publisher at a time. In a folder it holds a lock, and a second one is a
+    StorageError at once. An object store has none: whoever finds there a manifest that is not its own last one stops
+    with a SequenceError.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | Store,
+        *,
+        anchor_every: int = ANCHOR_EVERY,
+        keep: int = KEEP,
+        codec: str = "planes",
+        limits: Limits = DEFAULT,
+    ) -> None:
+        for name, value in (("anchor_every", anchor_every), ("keep", keep)):
+            if type(value) is not int or value < 1:
+                raise ArgumentError(f"{name} is a number of versions from 1 on, not {value!r}")
+        if not tensorwire.codec(codec).lossless:
+            raise EncodeError(f"{codec} loses bits, and a version is exact: anchors are planes, zstd or raw")
+        self._store = open_store(store)
+        self._every = anchor_every
+        self._keep = keep
+        self._codec = codec
+        self._limits = limits
+        self._id = os.urandom(8).hex()
+        self._manifest: Manifest | None = None
+        self._base: Any = None  # a copy of the version of `_base_digest`
+        self._base_digest = ""
+        self._open = ExitStack()
+        self._open.enter_context(self._store.lock())
+        try:
+            self._manifest = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Publisher":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the store, and of the copy of the last version."""
+        self._open.close()
+        self._base, self._base_digest = None, ""
+
+    @property
+    def head(self) -> Version | None:
+        """The newest version; None in an empty store."""
+        return None if self._manifest is None else self._manifest.head
+
+    def publish(
+        self, state: Any, *, metadata: Mapping[str, str] | None = None, progress: Progress | None = None
+    ) -> Published:
+        """Publish a container as the next version: readers see it when all of it is there.
+
+        `state`: what `tensorwire.encode` takes, but for iterators. `metadata`: text pairs that travel with the version.
+        `progress`: called with the bytes of an anchor that are written and their number in all, at most. What is equal
+        to the newest version is not published again. Tensors must not change meanwhile. Whatever ends this early, the
+        store is as it was, or has the version already, and the same call can be made again.
+
+        Raises EncodeError for what cannot be encoded, StorageError and TransportError for a store that does not take
+        it, SequenceError where another publisher has written to it.
+        """
+        pairs = check_metadata(metadata)
+        if isinstance(state, Iterator):
+            raise EncodeError("a version is a container, which is read more than once: give a dict, not an iterator")
+        before = self._check_alone()
+        done = _Done(progress)
+        self._load_base(done)
+        number = 1 if before is None else before.head.number + 1
+        patch = self._patch(state, done)
+        if patch is None:
+            version, size = self._write_whole(state, number, done)
+        else:
+            version, size = self._write_patch(patch, number, done)
+        if before is not None and version.digest == before.head.digest:
+            return Published(before.head.number, version.digest, is_new=False, seconds=done.seconds)
+        version = replace(version, metadata=pairs)
+        self._write_manifest(version)
+        anchor = size if patch is None else None
+        if patch is not None:
+            self._advance(patch, version.digest, done)
+            if self._manifest is not None and self._manifest.wants_anchor(self._every):
+                stored, anchor = self._write_anchor(number, done)
+                self._write_manifest(replace(version, anchor=stored))
+        self._sweep(before, done)
+        return Published(
+            number,
+            version.digest,
+            patch=None if patch is None else size,
+            anchor=anchor,
+            seconds=done.seconds,
+            notes=tuple(done.notes),
+        )
+
+    def _read(self) -> Manifest | None:
+        try:
+            return read_manifest(self._store)
+        except MissingFileError:
+            return None
+
+    def _check_alone(self) -> Manifest | None:
+        """The manifest. Raises SequenceError unless it is the one that this publisher knows."""
+        there = self._read()
+        if there is not None and there.publisher == self._id:  # an interrupt may have come behind the writing of it
+            self._manifest = there
+        if there != self._manifest:
+            what = "nothing" if there is None else f"{there.head} of publisher {there.publisher}"
+            raise SequenceError(
+                f"{self._store.name} has {what} now, which publisher {self._id} has not written: another one is at "
+                "work. Stop one of them, and begin with a new Publisher"
+            )
+        return there
+
+    def _load_base(self, done: "_Done") -> None:
+        """Read the newest version, where this publisher has not written it."""
+        head = self.head
+        if head is None or head.digest == self._base_digest:
+            return
+        self._base, self._base_digest = None, ""
+        began = perf_counter()
+        try:
+            self._base = Subscriber(self._store, limits=self._limits).fetch(whole=True).state
+            self._base_digest = head.digest
+        except TransportError:
+            raise
+        except TensorwireError as error:
+            done.notes.append(f"{head} could not be read, so that the next one is published whole: {error}")
+        done.count("read", began)
+
+    def _patch(self, state: Any, done: "_Done") -> bytes | None:
+        """The patch that makes `state` of the newest version; None where only a whole version will do."""
+        if not self._base_digest:
+            return None
+        began = perf_counter()
+        try:
+            buffers = tensorwire.encode(state, base=self._base, limits=self._limits)
+        except EncodeError as error:  # names, dtypes or shapes are others; what cannot be sent at all fails again
+            done.notes.append(f"published whole, as it is no patch of the version before: {error}")
+            return None
+        patch = b"".join(buffers)
+        done.count("encode", began)
+        return patch
+
+    def _write_patch(self, patch: bytes, number: int, done: "_Done") -> tuple[Version, int]:
+        head = Patch.read(patch, limits=self._limits)
+        if head.base == head.target:
+            return Version(number, head.target), 0
+        began = perf_counter()
+        name = file_name(number, self._id, "patch")
+        size = self._store.write(name, [patch])
+        done.count("write", began)
+        return Version(number, head.target, patch=Stored(name, size, head.base)), size
+
+    def _write_whole(self, state: Any, number: int, done: "_Done") -> tuple[Version, int]:
+        """Take a copy of `state`, and write it as an anchor."""
+        began = perf_counter()
+        self._base_digest = ""
+        self._base = tensorwire.loads(tensorwire.encode(state, limits=self._limits), limits=self._limits)
+        digest = tensorwire.digest(self._base, limits=self._limits)
+        done.count("encode", began)
+        head = self.head
+        if head is not None and head.digest == digest:
+            self._base_digest = digest
+            return Version(number, digest), 0
+        stored, size = self._write_anchor(number, done)
+        self._base_digest = digest
+        return Version(number, digest, anchor=stored), size
+
+    def _write_anchor(self, number: int, done: "_Done") -> tuple[Stored, int]:
+        """Of the copy, which nobody changes meanwhile."""
+        began = perf_counter()
+        name = file_name(number, self._id, "anchor")
+        buffers = tensorwire.encode(self._base, codec=self._codec, limits=self._limits)
+        if done.progress is not None:
+            total = tensorwire.encoded_size(self._base, codec=self._codec, limits=self._limits)
+            buffers = _told(buffers, total, done.progress)
+        size = self._store.write(name, buffers)
+        done.count("write", began)
+        return Stored(name, size), size
+
+    def _write_manifest(self, version: Version) -> None:
+        """The version is visible from here on."""
+        if self._manifest is None:
+            manifest = Manifest(os.urandom(8).hex(), self._id, (version,))
+        else:
+            manifest = self._manifest.adding(version, self._id).keeping(self._keep)
+        data = manifest.dump()
+        if len(data) > MAX_BYTES:
+            raise EncodeError(f"the manifest has become {len(data)} bytes: keep fewer versions, or less metadata")
+        self._store.replace(NAME, data)
+        self._manifest = manifest
+
+    def _advance(self, patch: bytes, digest: str, done: "_Done") -> None:
+        """Let the copy follow; what ends it in between has it read again the next time."""
+        began = perf_counter()
+        self._base_digest = ""
+        tensorwire.apply(patch, self._base, limits=self._limits)
+        self._base_digest = digest
+        done.count("apply", began)
+
+    def _sweep(self, before: Manifest | None, done: "_Done") -> None:
+        """Remove files that neither this manifest nor the one before this publish lists, and that nobody is writing."""
+        manifest = self._manifest
+        assert manifest is not None
+        listed = manifest.files | (before.files if before is not None else set())
+        try:
+            for name in self._store.names():
+                number = file_number(name)
+                if number is not None and number <= manifest.head.number and name not in listed:
+                    self._store.remove(name)
+        except OSError as error:  # the version is published all the same
+            done.notes.append(f"what was dropped could not be removed: {error}")
+
+
+class _Done:
+    """Times and notes of one publish, and whom it tells how far it is."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def count(self, phase: str, began: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - began
+
+
+def _told(buffers: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
+    """The same buffers; `progress` hears of each that was written."""
+    done = 0
+    for buffer in buffers:
+        yield buffer
+        done += memoryview(buffer).nbytes
+        progress(done, total)

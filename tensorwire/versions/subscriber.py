@@ -1,0 +1,277 @@
+"""Following versions: fetched and verified beside what one has, then applied to it."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from time import perf_counter
+from typing import Any, Final
+
+import tensorwire
+from tensorwire import Patch
+from tensorwire.errors import (
+    ArgumentError,
+    CorruptError,
+    FormatError,
+    MissingFileError,
+    SchemaError,
+    SequenceError,
+    TensorwireError,
+    WireError,
+)
+from tensorwire.limits import DEFAULT, Limits
+from tensorwire.versions.manifest import MAX_BYTES, NAME, Manifest, Route, Stored, Version, is_digest
+from tensorwire.versions.stores import Store, open_store
+from tensorwire.versions.whole import Overwriting
+
+Progress = Callable[[int, int], None]  # bytes fetched, and all that are to be
+
+_PART: Final = 1 << 16
+_ATTEMPTS: Final = 8  # files that may turn out missing or damaged in one fetch
+
+
+class Subscriber:
+    """Reads versions from a store.
+
+    `store`: a folder, a URL or a `Store`. `have`: the content digest of what is there already (`tensorwire.digest`);
+    None where nothing is.
+
+        subscriber = tensorwire.versions.Subscriber("https://host/versions", have=tensorwire.digest(weights))
+        subscriber.fetch().apply(weights)
+
+    It remembers what was applied and the manifest that it read last, and keeps nothing open in between. One thread uses
+    it at a time.
+    """
+
+    def __init__(
+        self, store: str | os.PathLike[str] | Store, *, have: str | None = None, limits: Limits = DEFAULT
+    ) -> None:
+        if have is not None and not (isinstance(have, str) and is_digest(have)):
+            raise ArgumentError(f"have is a content digest, as tensorwire.digest gives it, not {have!r}")
+        self.have = have
+        self._store = open_store(store)
+        self._limits = limits
+        self._seen: Manifest | None = None
+
+    def manifest(self) -> Manifest:
+        """The manifest as it stands in the store now.
+
+        Raises MissingFileError before the first version is published, SequenceError where it is not what became of the
+        one that was read before: a fork, another store, an older state.
+        """
+        manifest = read_manifest(self._store)
+        if self._seen is not None:
+            manifest.check_follows(self._seen)
+        self._seen = manifest
+        return manifest
+
+    def fetch(self, *, number: int | None = None, whole: bool = False, progress: Progress | None = None) -> "Staged":
+        """Fetch a version, the newest where no number is given, and verify all of it; nothing is applied.
+
+        Patches from the version that one has, or an anchor and the patches behind it, whichever are fewer bytes; with
+        `whole` always the latter. A file that is missing or damaged is done without, where another way is left. What
+        one has already costs a look at the manifest. `progress`: called with the bytes fetched and their number in all.
+
+        Raises a WireError or MissingFileError that names the version, SequenceError where the chain to it is broken;
+        StorageError and TransportError for a store that does not answer.
+        """
+        have = None if whole else self.have
+        avoid: set[str] = set()
+        first: TensorwireError | None = None
+        while True:
+            manifest = self.manifest()
+            try:
+                route = manifest.route(have, number, avoid)
+            except SequenceError as error:
+                raise first or error from None  # what is wrong with a file says more
+            staged = Staged(self, route, self._limits)
+            try:
+                staged.stage(self._store, progress)
+            except (WireError, MissingFileError) as error:
+                first = first or error
+                avoid.add(staged.reading)
+                if len(avoid) == _ATTEMPTS:
+                    raise first from None
+            else:
+                return staged
+
+
+class Staged:
+    """A version that is there as a whole, verified, beside what it will be applied to.
+
+    `target`: the version. `size`: bytes that were fetched. `is_new`: whether it is another than the subscriber had.
+    `seconds`: by phase: "fetch" (waiting for the store), "stage" (decoding, and the checks of every file), "verify"
+    (the digest of what an anchor and its patches make) and "apply". Patches take memory of their size, an anchor that
+    of the whole version. `patches`: those that were fetched, where no anchor was. `reading`: the file that is being
+    read, or was last.
+    """
+
+    def __init__(self, subscriber: Subscriber, route: Route, limits: Limits) -> None:
+        self.target = route.target
+        self.size = route.size
+        self.is_new = bool(route.files)
+        self.seconds = dict.fromkeys(("fetch", "stage", "verify", "apply"), 0.0)
+        self.reading = ""
+        self._subscriber = subscriber
+        self._route = route
+        self._limits = limits
+        self.patches: list[Patch] = []
+        self._whole: Any = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether an anchor was fetched, so that all of the version is here."""
+        return self._route.anchor is not None
+
+    @property
+    def state(self) -> Any:
+        """All of the version as a container of NumPy arrays, where an anchor was fetched; else SchemaError.
+
+        For torch tensors, `tensorwire.torch.loads(tensorwire.encode(staged.state))`.
+        """
+        if not self.is_whole:
+            raise SchemaError("what was fetched are patches, or nothing: apply it, or fetch(whole=True)")
+        return self._whole
+
+    def apply(self, state: Any) -> None:
+        """Make of `state`, in place, the version that was fetched; where that is not new, do nothing.
+
+        `state`: a container of writable tensors of the same names, dtypes and shapes, torch or NumPy. Patches take the
+        version that they are against, or what an earlier attempt has left; an anchor takes any values. What does not
+        fit is refused before anything is written: SchemaError, or EncodeError for what cannot be written. To do it
+        again is harmless, whatever ended it the first time.
+        """
+        if not self.is_new:
+            return
+        began = perf_counter()
+        if self.is_whole:
+            overwriting = Overwriting(self._whole, state, self._limits)
+            self._subscriber.have = None  # until all is written, it is no version
+            overwriting.write()
+        else:
+            self._apply_patches(state)
+        self._subscriber.have = self.target.digest
+        self.seconds["apply"] += perf_counter() - began
+
+    def stage(self, store: Store, progress: Progress | None) -> None:
+        """Read and verify all files. Raises a WireError or MissingFileError that names the version."""
+        began, done = perf_counter(), 0
+        for stored, version in self._route.files:
+            self.reading = stored.file
+            with _about(version, stored), closing(_Counted(store, stored, done, self.size, progress)) as file:
+                try:
+                    self._take(stored, version, file)
+                    file.read(1)  # there is no more
+                finally:
+                    self.seconds["fetch"] += file.seconds
+            done += stored.size
+        self.seconds["stage"] = perf_counter() - began - self.seconds["fetch"]
+        if self.is_whole:
+            began = perf_counter()
+            self._verify()
+            self.seconds["verify"] = perf_counter() - began
+
+    def _take(self, stored: Stored, version: Version, file: Any) -> None:
+        if not stored.base:
+            self._whole = tensorwire.loads(file, limits=self._limits)
+            return
+        patch = Patch.read(file, limits=self._limits)
+        if (patch.base, patch.target) != (stored.base, version.digest):
+            raise SequenceError(
+                f"it is the patch from {patch.base[:12]} to {patch.target[:12]}, not the one that the manifest says"
+            )
+        if self.is_whole:
+            tensorwire.apply(patch, self._whole, limits=self._limits)
+        else:
+            self.patches.append(patch)
+
+    def _verify(self) -> None:
+        digest = tensorwire.digest(self._whole, limits=self._limits)
+        if digest != self.target.digest:
+            raise CorruptError(f"{self.target} came out as {digest[:12]}: what the store holds is another version")
+
+    def _apply_patches(self, state: Any) -> None:
+        """Apply the chain, from the patch on that fits: an earlier attempt may have come further than the first."""
+        refused: list[SchemaError] = []
+        for place, patch in enumerate(self.patches):
+            try:
+                tensorwire.apply(patch, state, limits=self._limits)
+            except SchemaError as error:
+                refused.append(error)
+                continue
+            for later in self.patches[place + 1 :]:
+                tensorwire.apply(later, state, limits=self._limits)
+            return
+        refused[0].detail = f"{self.target} cannot be applied here: {refused[0].detail}"
+        raise refused[0]
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a store. Raises MissingFileError before the first version is published."""
+    try:
+        with closing(store.open(NAME)) as file:
+            data = bytearray()
+            while len(data) <= MAX_BYTES and (part := file.read(_PART)):
+                data += part
+    except MissingFileError as error:
+        raise MissingFileError(
+            f"nothing is published in {store.name} yet: it has no {NAME}", errno=error.errno
+        ) from None
+    with _named(f"{store.name}/{NAME}"):
+        return Manifest.parse(bytes(data))
+
+
+class _Counted(io.RawIOBase):
+    """A file of a store while it is read: how long the store took, and how far it is."""
+
+    def __init__(self, store: Store, stored: Stored, before: int, total: int, progress: Progress | None) -> None:
+        super().__init__()
+        began = perf_counter()
+        self._file = store.open(stored.file)
+        self.seconds = perf_counter() - began
+        self._size = stored.size
+        self._done = 0
+        self._before, self._total, self._progress = before, total, progress
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill `buffer` as far as one read does. Raises FormatError behind the size that the manifest says."""
+        began = perf_counter()
+        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]  # a raw file has it
+        self.seconds += perf_counter() - began
+        self._done += count
+        if self._done > self._size:
+            raise FormatError(f"it is longer than the {self._size} bytes that the manifest says")
+        if self._progress is not None:
+            self._progress(self._before + self._done, self._total)
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+@contextmanager
+def _about(version: Version, stored: Stored) -> Iterator[None]:
+    """Errors about a file of the store, which say which version it leads to."""
+    try:
+        yield
+    except TensorwireError as error:
+        error.detail = f"{version}: {error.detail}"
+        error.file = error.file or stored.file
+        raise
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Errors over a file, which name it."""
+    try:
+        yield
+    except TensorwireError as error:
+        error.file = file
+        raise

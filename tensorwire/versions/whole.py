@@ -1,0 +1,99 @@
+"""A whole version written over another one, in place."""
+
+from copy import deepcopy
+from typing import Any, Final
+
+import tensorwire
+from tensorwire import streams
+from tensorwire.errors import EncodeError, SchemaError
+from tensorwire.limits import Limits
+from tensorwire.numpy import FRONT
+from tensorwire.streams import TensorLeaf, ValueLeaf, flatten
+from tensorwire.tensor import AnyFront
+from tensorwire.wire import name_of
+
+_FRONT: Final = AnyFront(FRONT)
+_Leaves = dict[str, TensorLeaf | ValueLeaf]
+
+
+class Overwriting:
+    """What it takes to give a container the values of another of the same names, dtypes and shapes.
+
+    Making it writes nothing, and refuses what does not fit: SchemaError naming the item, EncodeError for a value that
+    cannot be set in its place. `write` does it.
+    """
+
+    def __init__(self, whole: Any, state: Any, limits: Limits) -> None:
+        self._whole = whole
+        self._limits = limits
+        self._tensors: dict[str, Any] = {}  # of `state`, by name
+        self._values: list[tuple[Any, Any, Any]] = []  # parent, key and new value
+        held, wanted = _leaves(state, limits), _leaves(whole, limits)
+        for name in sorted(held.keys() ^ wanted.keys()):
+            raise SchemaError(
+                f"the {'state' if name in wanted else 'version'} has no such item, so that it cannot be applied in "
+                "place: fetch(whole=True).state is all of it. Nothing was written",
+                item=name,
+            )
+        first: dict[tuple[object, ...], str] = {}
+        for name, leaf in wanted.items():
+            there = held[name]
+            if _described(there) != _described(leaf):
+                raise SchemaError(
+                    f"{_described(there)} in the state, {_described(leaf)} in the version. Nothing was written",
+                    item=name,
+                )
+            if isinstance(there, TensorLeaf):
+                self._add_tensor(name, there, state, first)
+            elif isinstance(leaf, ValueLeaf) and there.data != leaf.data:
+                self._add_value(name, leaf, state)
+
+    def write(self) -> None:
+        """Fill every tensor, and set every value."""
+        if self._tensors:
+            buffers = tensorwire.encode(self._whole, tie=False, limits=self._limits)
+            for _ in tensorwire.decode(buffers, into=self._tensors, limits=self._limits):
+                pass
+        for parent, key, value in self._values:
+            parent[key] = deepcopy(value)
+
+    def _add_tensor(self, name: str, there: TensorLeaf, state: Any, first: dict[tuple[object, ...], str]) -> None:
+        tensor = self._tensors[name] = _at(state, there.item.path)
+        try:
+            if _FRONT.device_target(tensor) is None:
+                _FRONT.target(tensor)
+        except EncodeError as error:
+            error.item = name
+            raise
+        if there.view.identity is None:
+            return
+        other = first.setdefault(there.view.identity, name)
+        whole = (_at(self._whole, tensorwire.path_of(each)) for each in (name, other))
+        if other != name and len({tensorwire.digest(each, limits=self._limits) for each in whole}) > 1:
+            raise SchemaError(
+                f"in the state it is one tensor with {other!r}, and the version has two. Nothing was written", item=name
+            )
+
+    def _add_value(self, name: str, leaf: ValueLeaf, state: Any) -> None:
+        path = leaf.item.path
+        parent = _at(state, path[:-1])
+        if not path or not isinstance(parent, (dict, list)):
+            raise EncodeError("a value outside of dicts and lists cannot be set in its place", item=name)
+        self._values.append((parent, path[-1], _at(self._whole, path)))
+
+
+def _leaves(value: Any, limits: Limits) -> _Leaves:
+    """Tensors and values by name, every tensor under each of its names."""
+    leaves = flatten(value, _FRONT, streams.rule("raw"), limits, tie=False)
+    return {name_of(leaf.item.path): leaf for leaf in leaves if isinstance(leaf, (TensorLeaf, ValueLeaf))}
+
+
+def _described(leaf: TensorLeaf | ValueLeaf) -> str:
+    return f"{leaf.view.dtype} {list(leaf.view.shape)}" if isinstance(leaf, TensorLeaf) else "a value"
+
+
+def _at(container: Any, path: tuple[Any, ...]) -> Any:
+    """What stands at a path of a container."""
+    for key in path:
+        container = container[key]
+    return container
