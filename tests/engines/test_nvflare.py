@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run_nvflare")
+pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run nvflare")
 torch = pytest.importorskip("torch")
 
 import tensorwire

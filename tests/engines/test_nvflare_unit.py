@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run_nvflare")
+pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own: tests/engines/run nvflare")
 torch = pytest.importorskip("torch")
 
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
