@@ -74,6 +74,7 @@ PUBLIC_MODULES = [
     ["files", "authenticity"],
     ["files", "examine"],
     ["integrations", "bitsandbytes"],
+    ["integrations", "torch_distributed"],
     ["storage", "parts"],
 ]
 

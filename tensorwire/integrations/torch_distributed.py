@@ -1,0 +1,418 @@
+"""Training over torch.distributed with compressed messages in place of whole gradients.
+
+    dist.init_process_group("gloo")
+    optimizer = DeMo(model.parameters(), lr=1e-3)          # instead of AdamW; the model is not wrapped in DDP
+    ...
+    loss.backward()
+    optimizer.step()                                       # all ranks, at the same step
+
+Ranks send one another what a `tensorwire.updates.Compressor` makes of their gradients, and each adds up the messages
+of all, in the order of ranks, so that their weights stay equal to the bit, also on processors of other kinds. A rank
+that cannot go on says so to the others, which then raise rather than wait for it.
+
+`DDPState` and `ddp_hook` put any compressor under DistributedDataParallel and an optimizer of the user's.
+"""
+
+import hashlib
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tensorwire.checksum import crc32c
+from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, TransportError
+from tensorwire.updates import Compressor, Message, Method, combine, views
+
+__all__ = ["DDPState", "DeMo", "Exchange", "ddp_hook"]
+
+# Length of the message, or _FAILED; number of the step; what is exchanged; digest of the weights, or _NO_DIGEST.
+_HEADER: Final = struct.Struct("<qqqq")
+_FAILED: Final = -1
+_NO_DIGEST: Final = -1
+_REMEMBERED: Final = 16  # steps whose longest message the next one is expected not to exceed
+_PIECE: Final = 1 << 20  # elements that are read at a time
+_OURS: Final = "tensorwire"  # where a state dict of torch's has what is ours
+
+
+class _Flight(NamedTuple):
+    """An all-gather under way."""
+
+    work: Any
+    parts: list[torch.Tensor]
+
+    def wait(self) -> list[bytes]:
+        """What each rank gave. Raises TransportError."""
+        try:
+            if self.work is not None:
+                self.work.wait()
+        except RuntimeError as error:
+            raise _connection(error) from error
+        return [part.cpu().numpy().tobytes() for part in self.parts]
+
+
+class Exchange:
+    """An all-gather of messages of different lengths, for all ranks of a group, which call it at the same steps.
+
+    `group`: a process group (the default one). `contract`: what all ranks have to agree on before any message is looked
+    at. In most steps there is one collective: messages are expected to be no longer than the longest of the last 16
+    steps, and what does not fit follows in a second one. `sent`: bytes that this rank has given to collectives.
+    """
+
+    def __init__(self, group: Any = None, *, contract: str = "") -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("there is no process group: call torch.distributed.init_process_group first")
+        self._group = group
+        self._world = dist.get_world_size(group)
+        self._contract = int.from_bytes(hashlib.blake2b(contract.encode(), digest_size=7).digest(), "little")
+        on_cuda = dist.get_backend(group) == "nccl"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        self._longest = deque([0], maxlen=_REMEMBERED)
+        self._data = b""
+        self._flight: _Flight | None = None
+        self.sent = 0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether `start` was called, and `finish` not yet."""
+        return self._flight is not None
+
+    def start(self, message: bytes | None, *, step: int, digest: int = _NO_DIGEST) -> None:
+        """Send a message, without waiting for the others; None: this rank has none, because of an error.
+
+        `digest`: of the weights, from 0 on; all ranks give theirs in the same steps. Raises TransportError.
+        """
+        length = _FAILED if message is None else len(message)
+        self._data = _HEADER.pack(length, step, self._contract, digest) + (message or b"")
+        self._flight = self._gather(self._data, _HEADER.size + max(self._longest))
+
+    def finish(self) -> list[bytes]:
+        """The messages of all ranks, in their order.
+
+        Raises, on all ranks alike and with nothing delivered: TransportError for a rank that had no message or is gone,
+        SchemaError where ranks are at different steps or exchange different things, CorruptError where they have
+        different weights.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            raise RuntimeError("nothing was started")
+        parts = flight.wait()
+        lengths = self._checked([_HEADER.unpack_from(part) for part in parts])
+        room, longest = len(parts[0]), _HEADER.size + max(lengths)
+        if longest > room:
+            rest = self._gather(self._data[room:], longest - room).wait()
+            parts = [part + more for part, more in zip(parts, rest, strict=True)]
+        self._longest.append(max(lengths))
+        return [part[_HEADER.size : _HEADER.size + length] for part, length in zip(parts, lengths, strict=True)]
+
+    def _gather(self, data: bytes, room: int) -> _Flight:
+        padded = np.zeros(room, np.uint8)
+        fits = min(len(data), room)
+        padded[:fits] = np.frombuffer(data, np.uint8, fits)
+        mine = torch.from_numpy(padded).to(self._device)
+        parts = [torch.empty(room, dtype=torch.uint8, device=self._device) for _ in range(self._world)]
+        self.sent += room
+        try:
+            return _Flight(dist.all_gather(parts, mine, group=self._group, async_op=True), parts)
+        except RuntimeError as error:
+            raise _connection(error) from error
+
+    def _checked(self, headers: list[tuple[int, ...]]) -> list[int]:
+        """The lengths of the messages. Raises as `finish`."""
+        lengths, steps, contracts, digests = (list(column) for column in zip(*headers, strict=True))
+        if _FAILED in lengths:
+            failed = _ranks(lengths, _FAILED)
+            raise TransportError(f"{failed} had nothing to send, and says why in an error of its own", retryable=False)
+        if len({*contracts}) > 1:
+            raise SchemaError(
+                f"{_parted(contracts)} do not exchange the same: give all ranks the same model, spec and options"
+            )
+        if len({*steps}) > 1:
+            at = ", ".join(f"rank {rank} at {step}" for rank, step in enumerate(steps))
+            raise SchemaError(f"ranks are at different steps ({at}): load the same checkpoint in all of them")
+        if len({*digests}) > 1:
+            raise CorruptError(
+                f"the weights of {_parted(digests)} differ before step {steps[0]}: start all ranks with the same ones "
+                "(seed them alike, load one checkpoint, or broadcast those of one rank)"
+            )
+        return lengths
+
+
+class DeMo(torch.optim.Optimizer):
+    """Decoupled momentum: an optimizer whose ranks exchange a thousandth of their gradients' bytes.
+
+    Each rank keeps the momentum of its own gradients, and sends the largest coefficients of its cosine transform, which
+    leave it; all move by `lr` along the sign of the mean of what was sent (Peng, Quesnelle, Kingma, arXiv:2411.19870).
+
+    `params`: as other optimizers take them, of float32, float16 or bfloat16; named ones are named in errors. `lr`:
+    about what AdamW would get. `spec`: a method of `tensorwire.updates` ("demo:k=32", "demo:k=4,beta=0.995,alpha=0.2").
+    `weight_decay`: as AdamW's. `group`: a process group, the default one if it is None. `check_every`: the weights of
+    all ranks are compared before the first step and then every so many; 0: never. `overlap`: messages travel while the
+    next step is calculated, and count one step late; call `flush` after the last one.
+
+    `step` raises as `Exchange.finish`, and NonFiniteError for gradients that are not finite: on all ranks, whose
+    weights then are as they were, and what was to be sent is kept for the next step.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        spec: str | Method = "demo:k=32",
+        weight_decay: float = 0.0,
+        group: Any = None,
+        check_every: int = 100,
+        overlap: bool = False,
+    ) -> None:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("check_every", check_every)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, not {value}")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._compressor = Compressor(spec)
+        self._check_every = check_every
+        self._overlap = overlap
+        described = [(name, str(p.dtype), tuple(p.shape)) for name, p, _ in self._weights()]
+        if len({name for name, _, _ in described}) < len(described):
+            raise ValueError("two parameters have the same name")
+        self._exchange = Exchange(group, contract=f"{self._compressor.method} {check_every} {overlap} {described}")
+        self._step = 0
+        self._message = Message(b"", settled=True)
+        self._arrived: list[bytes] = []  # messages of all ranks that do not count yet
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has sent so far, to be had by each of the others."""
+        return self._exchange.sent
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take in the gradients, exchange messages and move the weights. Every rank of the group calls it.
+
+        A parameter without a gradient counts as one with zeros. Gradients are not written to.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._collect()
+        self._send()
+        if not self._overlap:
+            self._collect()
+        self._move()
+        return loss
+
+    def flush(self) -> None:
+        """With `overlap`, let what is under way count, too. Every rank of the group calls it, after its last step."""
+        self._collect()
+        with torch.no_grad():
+            self._move()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As other optimizers have it; each rank has its own, and has to save it. With `overlap`, every rank calls it.
+
+        Tensors, plain values and their containers: for `torch.save` as for `tensorwire.torch.save_file`.
+        """
+        self._collect()
+        ours = {"step": self._step, "compressor": self._compressor.state_dict(), "arrived": self._arrived}
+        return {**super().state_dict(), _OURS: _tensors(ours)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave. Raises SchemaError for the state of another optimizer or method."""
+        theirs = dict(state_dict)
+        ours = theirs.pop(_OURS, None)
+        if ours is None:
+            raise SchemaError("this is the state of another optimizer than DeMo")
+        ours = _arrays(ours)
+        try:
+            self._compressor.load_state_dict(ours["compressor"])
+        except EncodeError as error:
+            raise SchemaError(error.detail) from error
+        super().load_state_dict(theirs)
+        self._step = ours["step"]
+        self._arrived = [message.tobytes() for message in ours["arrived"]]
+
+    def _weights(self) -> Iterable[tuple[str, torch.Tensor, dict[str, Any]]]:
+        """(name, parameter, its group) of all that are trained."""
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"{number}.{place}" for place in range(len(group["params"]))]
+            for name, parameter in zip(names, group["params"], strict=True):
+                if parameter.requires_grad:
+                    yield name, parameter, group
+
+    def _send(self) -> None:
+        digest = _NO_DIGEST
+        try:
+            gradients = {name: _gradient(p) for name, p, _ in self._weights()}
+            message = self._compressor.compress(gradients)
+            if self._check_every and self._step % self._check_every == 0:
+                digest = _digest({name: p.detach() for name, p, _ in self._weights()})
+        except Exception:
+            _tell_others(self._exchange, self._step)
+            raise
+        self._message = message
+        try:
+            self._exchange.start(message.data, step=self._step, digest=digest)
+        except TensorwireError:
+            self._compressor.nack(message)
+            raise
+
+    def _collect(self) -> None:
+        """Wait for the messages that are under way, if any."""
+        if not self._exchange.under_way:
+            return
+        try:
+            self._arrived = self._exchange.finish()
+        except BaseException:
+            self._compressor.nack(self._message)
+            raise
+        self._compressor.ack(self._message)
+        self._step += 1
+
+    def _move(self) -> None:
+        """Move the weights as the messages say that have arrived."""
+        if not self._arrived:
+            return
+        changes = combine(self._arrived, how="present")
+        self._arrived = []
+        for name, parameter, group in self._weights():
+            # One rounding each, whether or not a processor multiplies and adds at once: a sign times lr is exact.
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            direction = torch.from_numpy(np.sign(changes[name])).to(parameter.device)
+            parameter.add_(direction, alpha=-group["lr"])
+
+
+class DDPState:
+    """What `ddp_hook` remembers of a model: what each rank has not sent yet.
+
+    `model`: the one that DistributedDataParallel wraps, or the wrapper. `spec`: a method of `tensorwire.updates`, with
+    error feedback as a rule ("topk:k=64", "lowrank:rank=4"). `group`: the wrapper's process group.
+
+        model = DistributedDataParallel(model)
+        model.register_comm_hook(DDPState(model, "topk:k=64"), ddp_hook)
+    """
+
+    def __init__(self, model: torch.nn.Module, spec: str | Method, *, group: Any = None) -> None:
+        self.compressor = Compressor(spec)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._group = group
+        self._exchanges: dict[tuple[str, ...], Exchange] = {}
+        self._steps = 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has sent so far, to be had by each of the others."""
+        return sum(exchange.sent for exchange in self._exchanges.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has to know to go on, in tensors; each rank has its own."""
+        made: dict[str, Any] = _tensors({"steps": self._steps, "compressor": self.compressor.state_dict()})
+        return made
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave. Raises EncodeError for the state of another method."""
+        state = _arrays(state_dict)
+        self.compressor.load_state_dict(state["compressor"])
+        self._steps = state["steps"]
+
+    def exchange(self, bucket: Any) -> Any:
+        """The mean of what all ranks send of a bucket, written over its gradients."""
+        # DDP sorts its buckets anew after the first step: a gradient goes by the name of its parameter.
+        names = tuple(self._names[id(parameter)] for parameter in bucket.parameters())
+        gradients = dict(zip(names, bucket.gradients(), strict=True))
+        exchange = self._exchanges.get(names)
+        if exchange is None:
+            exchange = Exchange(self._group, contract=f"{self.compressor.method} {names}")
+            self._exchanges[names] = exchange
+        try:
+            message = self.compressor.compress(gradients)
+        except Exception:
+            _tell_others(exchange, self._steps)
+            raise
+        try:
+            exchange.start(message.data, step=self._steps)
+            means = combine(exchange.finish())
+        except BaseException:
+            self.compressor.nack(message)
+            raise
+        self.compressor.ack(message)
+        for name, gradient in gradients.items():
+            gradient.copy_(torch.from_numpy(means[name]))
+        self._steps += bucket.is_last()
+        return bucket.buffer()
+
+
+# DDP looks at the annotations, and its stubs lack the class.
+def ddp_hook(state: DDPState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    """A communication hook of DistributedDataParallel: gradients travel as `state`'s compressor makes them.
+
+    A bucket is exchanged when it is complete, before the next one goes on. Raises as `Exchange.finish`, out of
+    `backward`; what was to be sent then is kept.
+    """
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    with torch.no_grad():
+        done.set_result(state.exchange(bucket))
+    return done
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> int:
+    """CRC-32C of all elements."""
+    crc = 0
+    for view in views(tensors).values():
+        for start in range(0, view.numel, _PIECE):
+            crc = crc32c(view.read(start, min(start + _PIECE, view.numel)), crc)
+    return crc
+
+
+def _tell_others(exchange: Exchange, step: int) -> None:
+    """That this rank has no message. The error that is the reason for it is the one to be raised."""
+    try:
+        exchange.start(None, step=step)
+        exchange.finish()
+    except TensorwireError:
+        pass
+
+
+def _ranks(values: Sequence[int], value: int) -> str:
+    found = [str(rank) for rank, each in enumerate(values) if each == value]
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(found)}"
+
+
+def _parted(values: Sequence[int]) -> str:
+    """The ranks, those together that have the same value."""
+    return " and ".join(_ranks(values, value) for value in dict.fromkeys(values))
+
+
+def _connection(error: RuntimeError) -> TransportError:
+    said = str(error).strip().partition("\n")[0]
+    return TransportError(f"the process group failed ({said}): start all ranks again from their checkpoints")
+
+
+def _tensors(value: Any) -> Any:
+    """The same with tensors for arrays, over the same memory where it can be written to."""
+    if isinstance(value, dict):
+        return {key: _tensors(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_tensors(each) for each in value]
+    if isinstance(value, bytes):
+        value = np.frombuffer(value, np.uint8)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
+    return value
+
+
+def _arrays(value: Any) -> Any:
+    """The same with arrays for tensors."""
+    if isinstance(value, Mapping):
+        return {key: _arrays(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_arrays(each) for each in value]
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
