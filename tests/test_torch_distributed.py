@@ -16,7 +16,7 @@ dist = pytest.importorskip("torch.distributed")
 
 import tensorwire
 from tensorwire.errors import CorruptError, NonFiniteError, SchemaError, TensorwireError, TransportError
-from tensorwire.integrations.torch_distributed import DDPState, DeMo, ddp_hook
+from tensorwire.integrations.torch_distributed import DDPState, DeMo, DiLoCo, ddp_hook
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -215,10 +215,61 @@ def _hook_failing(rank: int, folder: Path) -> Any:
     return said(value.backward)
 
 
+def _outer(rank: int, folder: Path) -> Any:
+    """Outer steps with a method, and with a codec, through and from a state that was saved."""
+    ends = []
+    for spec in ("topk:k=8,beta=0.95", "nf4"):
+        for saved in (False, True):
+            trained = model()
+            outer = DiLoCo(trained.named_parameters(), spec=spec, every=2)
+            alone(outer, trained, rank, range(3))
+            if saved:
+                state = {"model": trained.state_dict(), "outer": outer.state_dict()}
+                tensorwire.torch.save_file(state, folder / f"outer-{rank}")
+                state, trained = tensorwire.torch.load_file(folder / f"outer-{rank}"), model(5)
+                outer = DiLoCo(trained.named_parameters(), spec=spec, every=2)
+                trained.load_state_dict(state["model"])
+                outer.load_state_dict(state["outer"])
+            alone(outer, trained, rank, range(3, 6))
+            ends.append(weights(trained))
+    return ends, outer.sent
+
+
+def _averaged(rank: int, folder: Path) -> Any:
+    """Whole differences, a rate of 1 and no momentum: the mean of the weights."""
+    trained = model()
+    outer = DiLoCo(trained.parameters(), spec="raw", every=1, rate=1.0, momentum=0.0)
+    train(torch.optim.SGD(trained.parameters(), lr=0.1), trained, rank, range(1))
+    before = weights(trained)
+    outer.step()
+    return before, weights(trained)
+
+
+def _outer_failing(rank: int, folder: Path) -> Any:
+    """A rank's weights are not finite: all say so; with error feedback nothing that the others learned is lost."""
+    trained, start = model(), weights(model())
+    outer = DiLoCo(trained.named_parameters(), spec="topk:k=4096,values=16bit", every=1, rate=1.0, momentum=0.0)
+    train(torch.optim.SGD(trained.parameters(), lr=0.1), trained, rank, range(1))
+    if rank == 1:
+        trained[0].weight.data[0, 0] = float("inf")
+    error, back = said(outer.step), weights(trained) == start
+    trained.load_state_dict(model().state_dict())
+    outer.step()
+    return error, back, weights(trained), weights(trained) != start
+
+
+def alone(outer: Any, trained: Any, rank: int, steps: range) -> None:
+    """Inner steps without a memory of their own, and outer ones."""
+    for step in steps:
+        train(torch.optim.SGD(trained.parameters(), lr=0.1), trained, rank, range(step, step + 1))
+        outer.step()
+
+
 SCENARIOS = {
     function.__name__: function
     for function in (
         _equal, _late, _restarted, _drifted, _unlike, _astray, _failing, _hooked, _whole, _hook_failing,
+        _outer, _averaged, _outer_failing,
     )
 }  # fmt: skip
 
@@ -226,7 +277,9 @@ SCENARIOS = {
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    return ranks(_scenarios, folder, 2, folder)
+    results = ranks(_scenarios, folder, 2, folder)
+    assert None not in results, "a rank failed, and says why in its standard error"
+    return results
 
 
 def test_ranks_move_alike_and_send_little(done):
@@ -282,6 +335,26 @@ def test_a_hook_that_cannot_go_on_tells_the_others(done):
     assert [each["hook_failing"][0] for each in done] == [TransportError, NonFiniteError]
 
 
+def test_outer_steps_keep_ranks_alike_over_a_restart(done):
+    (first, sent), (second, _) = (each["outer"] for each in done)
+    assert first == second
+    assert len({*first[:2]}) == len({*first[2:]}) == 1 and first[0] != first[2]
+    assert sent < len(first[0])
+
+
+def test_an_outer_step_without_options_is_the_mean_of_the_weights(done):
+    befores, afters = zip(*(each["averaged"] for each in done), strict=True)
+    mean = np.mean([np.frombuffer(before, np.float32) for before in befores], axis=0)
+    assert afters[0] == afters[1]
+    assert np.allclose(np.frombuffer(afters[0], np.float32), mean, atol=1e-6)
+
+
+def test_what_is_learned_before_an_outer_step_that_fails_goes_with_the_next(done):
+    (error, back, end, moved), (other, _, other_end, _) = (each["outer_failing"] for each in done)
+    assert error[0] is TransportError and other[0] is NonFiniteError and "0.weight" in other[1]
+    assert back and moved and end == other_end
+
+
 # ---- kills, and a thousand steps -------------------------------------------------------------------------------
 
 
@@ -332,7 +405,7 @@ def test_a_thousand_steps_on_different_instruction_sets_end_in_the_same_bits(tmp
 
 
 @pytest.fixture
-def alone(tmp_path):
+def by_itself(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -343,7 +416,7 @@ def test_without_a_process_group_it_says_what_to_call():
         DeMo(model().parameters())
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("by_itself")
 def test_options_that_mean_nothing_are_refused():
     for options in ({"lr": -1}, {"lr": float("nan")}, {"weight_decay": -1}, {"check_every": -1}):
         with pytest.raises(ValueError, match="at least 0"):
@@ -353,7 +426,19 @@ def test_options_that_mean_nothing_are_refused():
         DeMo([{"params": [both[0]]}, {"params": [both[1]]}])
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("by_itself")
+def test_outer_options_that_mean_nothing_are_refused():
+    for options in ({"every": 0}, {"rate": 0}, {"momentum": 1}):
+        with pytest.raises(ValueError, match="at least 1"):
+            DiLoCo(model().parameters(), **options)
+    with pytest.raises(tensorwire.EncodeError, match="known: demo"):
+        DiLoCo(model().parameters(), spec="nf5")
+    outer = DiLoCo(model().parameters())
+    with pytest.raises(SchemaError, match="another model"):
+        outer.load_state_dict(DiLoCo(torch.nn.Linear(2, 2).parameters()).state_dict())
+
+
+@pytest.mark.usefixtures("by_itself")
 def test_the_state_of_another_optimizer_or_method_is_refused():
     optimizer = DeMo(model().parameters())
     with pytest.raises(SchemaError, match="another optimizer"):
@@ -362,7 +447,7 @@ def test_the_state_of_another_optimizer_or_method_is_refused():
         optimizer.load_state_dict(DeMo(model().parameters(), spec="demo:k=5").state_dict())
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_has_no_gradient_stays_and_what_is_frozen_is_not_sent(dtype):
     dtype = getattr(torch, dtype)

@@ -10,7 +10,8 @@ Ranks send one another what a `tensorwire.updates.Compressor` makes of their gra
 of all, in the order of ranks, so that their weights stay equal to the bit, also on processors of other kinds. A rank
 that cannot go on says so to the others, which then raise rather than wait for it.
 
-`DDPState` and `ddp_hook` put any compressor under DistributedDataParallel and an optimizer of the user's.
+`DDPState` and `ddp_hook` put any compressor under DistributedDataParallel and an optimizer of the user's; `DiLoCo` lets
+ranks train alone for many steps, with an optimizer of the user's, and exchanges what has come of it.
 """
 
 import hashlib
@@ -20,14 +21,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+import tensorwire
 from tensorwire.checksum import crc32c
 from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, TransportError
 from tensorwire.updates import Compressor, Message, Method, combine, views
 
-__all__ = ["DDPState", "DeMo", "Exchange", "ddp_hook"]
+__all__ = ["DDPState", "DeMo", "DiLoCo", "Exchange", "ddp_hook"]
 
 # Length of the message, or _FAILED; number of the step; what is exchanged; digest of the weights, or _NO_DIGEST.
 _HEADER: Final = struct.Struct("<qqqq")
@@ -175,7 +178,7 @@ class DeMo(torch.optim.Optimizer):
         self._compressor = Compressor(spec)
         self._check_every = check_every
         self._overlap = overlap
-        described = [(name, str(p.dtype), tuple(p.shape)) for name, p, _ in self._weights()]
+        described = [(name, str(p.dtype), tuple(p.shape)) for name, p, _ in self._trained()]
         if len({name for name, _, _ in described}) < len(described):
             raise ValueError("two parameters have the same name")
         self._exchange = Exchange(group, contract=f"{self._compressor.method} {check_every} {overlap} {described}")
@@ -227,15 +230,12 @@ class DeMo(torch.optim.Optimizer):
         if ours is None:
             raise SchemaError("this is the state of another optimizer than DeMo")
         ours = _arrays(ours)
-        try:
-            self._compressor.load_state_dict(ours["compressor"])
-        except EncodeError as error:
-            raise SchemaError(error.detail) from error
+        _load(self._compressor, ours["compressor"])
         super().load_state_dict(theirs)
         self._step = ours["step"]
         self._arrived = [message.tobytes() for message in ours["arrived"]]
 
-    def _weights(self) -> Iterable[tuple[str, torch.Tensor, dict[str, Any]]]:
+    def _trained(self) -> Iterable[tuple[str, torch.Tensor, dict[str, Any]]]:
         """(name, parameter, its group) of all that are trained."""
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{number}.{place}" for place in range(len(group["params"]))]
@@ -243,13 +243,24 @@ class DeMo(torch.optim.Optimizer):
                 if parameter.requires_grad:
                     yield name, parameter, group
 
+    def _sent_together(self) -> dict[str, list[tuple[torch.Tensor, dict[str, Any]]]]:
+        """By name, the parameters that travel as one tensor: all vectors of a dtype, and each matrix by itself.
+
+        Most of a model's tensors are vectors, which are few of its bytes and would cost a header each.
+        """
+        together: dict[str, list[tuple[torch.Tensor, dict[str, Any]]]] = {}
+        for name, parameter, group in self._trained():
+            key = name if parameter.dim() > 1 else f"vectors of {parameter.dtype}"
+            together.setdefault(key, []).append((parameter, group))
+        return together
+
     def _send(self) -> None:
         digest = _NO_DIGEST
         try:
-            gradients = {name: _gradient(p) for name, p, _ in self._weights()}
+            gradients = {name: _gradient([p for p, _ in each]) for name, each in self._sent_together().items()}
             message = self._compressor.compress(gradients)
             if self._check_every and self._step % self._check_every == 0:
-                digest = _digest({name: p.detach() for name, p, _ in self._weights()})
+                digest = _digest({name: p.detach() for name, p, _ in self._trained()})
         except Exception:
             _tell_others(self._exchange, self._step)
             raise
@@ -278,12 +289,124 @@ class DeMo(torch.optim.Optimizer):
             return
         changes = combine(self._arrived, how="present")
         self._arrived = []
-        for name, parameter, group in self._weights():
-            # One rounding each, whether or not a processor multiplies and adds at once: a sign times lr is exact.
-            if group["weight_decay"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            direction = torch.from_numpy(np.sign(changes[name])).to(parameter.device)
-            parameter.add_(direction, alpha=-group["lr"])
+        for name, together in self._sent_together().items():
+            directions = torch.from_numpy(np.sign(changes[name])).reshape(-1)
+            for parameter, group in together:
+                direction, directions = directions.tensor_split([parameter.numel()])
+                # One rounding each, whether or not a processor multiplies and adds at once: a sign times lr is exact.
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction.reshape(parameter.shape).to(parameter.device), alpha=-group["lr"])
+
+
+class DiLoCo:
+    """Outer steps: ranks train alone for `every` steps, and then all go on from one place.
+
+    The mean of how far the ranks have come is the negative gradient of an outer step, SGD with Nesterov's momentum
+    (Douillard et al., arXiv:2311.08105). The inner optimizer is the user's, and stays on its rank.
+
+    `params`: of float32, float16 or bfloat16, or named ones. `spec`: a method of `tensorwire.updates`, which sends
+    later what it leaves out, or a codec, which does not ("nf4", "raw"); with "topk:k=64,beta=0.95" and momentum 0 this
+    is SparseLoCo (arXiv:2508.15706). `rate`: of the outer steps.
+
+        outer = DiLoCo(model.named_parameters(), spec="topk:k=64", every=30)
+        ...
+        inner.step()
+        outer.step()                                       # after each step of the inner optimizer
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+        *,
+        spec: str = "topk:k=64",
+        every: int = 30,
+        rate: float = 0.7,
+        momentum: float = 0.9,
+        group: Any = None,
+    ) -> None:
+        if every < 1 or not 0 < rate < float("inf") or not 0 <= momentum < 1:
+            raise ValueError("every must be at least 1, rate above 0 and finite, momentum at least 0 and less than 1")
+        named = [each if isinstance(each, tuple) else (str(place), each) for place, each in enumerate(params)]
+        self._weights = {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+        # Where the last outer step left the weights, and its momentum.
+        self._base = {name: weight.float().cpu().clone() for name, weight in self._weights.items()}
+        self._velocity = {name: torch.zeros_like(base) for name, base in self._base.items()}
+        self._compressor, self._codec = _sender(spec)
+        self._every, self._rate, self._momentum = every, rate, momentum
+        described = [(name, str(w.dtype), tuple(w.shape)) for name, w in self._weights.items()]
+        self._exchange = Exchange(group, contract=f"{spec} {every} {rate} {momentum} {described}")
+        self._steps = 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has sent so far, to be had by each of the others."""
+        return self._exchange.sent
+
+    def step(self) -> None:
+        """Count a step of the inner optimizer; after `every` of them, exchange and move. Every rank calls it.
+
+        Raises as `Exchange.finish`, and NonFiniteError for weights that are not finite; on all ranks. What a method had
+        taken in is then kept for the next outer step, and the weights are back where the last one left them.
+        """
+        if (self._steps + 1) % self._every == 0:
+            with torch.no_grad():
+                self._outer_step()
+        self._steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this rank has to know to go on beside its weights and its inner optimizer, in tensors."""
+        kept = None if self._compressor is None else self._compressor.state_dict()
+        made: dict[str, Any] = _tensors(
+            {"steps": self._steps, "base": self._base, "velocity": self._velocity, "compressor": kept}
+        )
+        return made
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave. Raises SchemaError for that of another model or method."""
+        if {name: base.shape for name, base in state_dict["base"].items()} != _shapes(self._base):
+            raise SchemaError("this is the state of another model")
+        state = _arrays(state_dict)
+        if self._compressor is not None:
+            _load(self._compressor, state["compressor"])
+        self._base = {name: torch.from_numpy(base.copy()) for name, base in state["base"].items()}
+        self._velocity = {name: torch.from_numpy(velocity.copy()) for name, velocity in state["velocity"].items()}
+        self._steps = state["steps"]
+
+    def _outer_step(self) -> None:
+        message: Message | None = None
+        try:
+            change = {name: base - self._weights[name].cpu() for name, base in self._base.items()}
+            if self._compressor is None:
+                data = tensorwire.dumps(change, codec=self._codec)
+            else:
+                message = self._compressor.compress(change)
+                data = message.data
+            digest = _digest(self._base)
+        except Exception:
+            _tell_others(self._exchange, self._steps)
+            raise
+        try:
+            self._exchange.start(data, step=self._steps, digest=digest)
+            messages = self._exchange.finish()
+            mean = _mean(messages) if self._compressor is None else combine(messages)
+        except BaseException:
+            if self._compressor is not None:
+                self._compressor.nack(message)
+                self._put_back()
+            raise
+        if self._compressor is not None:
+            self._compressor.ack(message)
+        for name, base in self._base.items():
+            gradient, velocity = torch.from_numpy(mean[name]), self._velocity[name]
+            # Products and sums one after the other, each rounded: on all processors alike.
+            velocity.mul_(self._momentum).add_(gradient)
+            base.sub_(gradient.add(velocity.mul(self._momentum)).mul_(self._rate))
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for name, base in self._base.items():
+            self._weights[name].copy_(base)
 
 
 class DDPState:
@@ -314,9 +437,9 @@ class DDPState:
         return made
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave. Raises EncodeError for the state of another method."""
+        """Go on from what `state_dict` gave. Raises SchemaError for the state of another method."""
         state = _arrays(state_dict)
-        self.compressor.load_state_dict(state["compressor"])
+        _load(self.compressor, state["compressor"])
         self._steps = state["steps"]
 
     def exchange(self, bucket: Any) -> Any:
@@ -359,8 +482,42 @@ def ddp_hook(state: DDPState, bucket: dist.GradBucket) -> torch.futures.Future[t
     return done
 
 
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def _sender(spec: str) -> tuple[Compressor | None, str]:
+    """The compressor that a spec names, or the codec if it names none. Raises EncodeError."""
+    try:
+        return Compressor(spec), ""
+    except EncodeError as error:
+        try:
+            tensorwire.codec(spec)
+        except EncodeError:
+            raise error from None
+        return None, spec
+
+
+def _load(compressor: Compressor, state: Any) -> None:
+    try:
+        compressor.load_state_dict(state)
+    except EncodeError as error:
+        raise SchemaError(error.detail) from error
+
+
+def _mean(messages: list[bytes]) -> dict[str, npt.NDArray[np.float32]]:
+    """The mean of what messages of any codec hold, added up in float64 in their order."""
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    for message in messages:
+        for name, array in tensorwire.numpy.loads(message).items():
+            sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
+    return {name: np.asarray(total / len(messages), np.float32) for name, total in sums.items()}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _gradient(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """The gradients of parameters, several of them one behind the other."""
+    found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    return found[0] if found[0].dim() > 1 else torch.cat([each.detach().reshape(-1).cpu() for each in found])
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> int:
