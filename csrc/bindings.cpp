@@ -680,11 +680,6 @@ private:
     std::optional<Array> table_;
 };
 
-unsigned checked_rice(int rice) {
-    if (rice >= 0 && rice <= static_cast<int>(tw::kMostRice)) return static_cast<unsigned>(rice);
-    throw nb::value_error(("rice: expected 0 to 12, got " + std::to_string(rice)).c_str());
-}
-
 size_t checked_elements(Py_ssize_t elements) {
     if (elements >= 0) return static_cast<size_t>(elements);
     throw nb::value_error(("elements: expected at least 0, got " + std::to_string(elements)).c_str());
@@ -727,27 +722,25 @@ bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums
 }
 
 size_t encode_positions(nb::handle positions, nb::handle codes, Py_ssize_t elements, Py_ssize_t width, Py_ssize_t rows,
-                        Py_ssize_t cols, Py_ssize_t k, int rice) {
+                        Py_ssize_t cols, Py_ssize_t k) {
     const CheckedGrid grid(width, rows, cols, k);
     const size_t n = checked_elements(elements);
-    const unsigned parameter = checked_rice(rice);
     const Array p("positions", positions, "H", kInput), c("codes", codes, "B", kOutput);
     p.expect_size(grid.kept(n));
     c.expect_apart_from(p);
     const Released released;
-    return tw::kernels().encode_positions(p.data<uint16_t>(), c.data<uint8_t>(), c.size(), n, grid, parameter);
+    return tw::kernels().encode_positions(p.data<uint16_t>(), c.data<uint8_t>(), c.size(), n, grid);
 }
 
 bool decode_positions(nb::handle codes, nb::handle positions, Py_ssize_t elements, Py_ssize_t width, Py_ssize_t rows,
-                      Py_ssize_t cols, Py_ssize_t k, int rice) {
+                      Py_ssize_t cols, Py_ssize_t k) {
     const CheckedGrid grid(width, rows, cols, k);
     const size_t n = checked_elements(elements);
-    const unsigned parameter = checked_rice(rice);
     const Array c("codes", codes, "B", kInput), p("positions", positions, "H", kOutput);
     p.expect_size(grid.kept(n));
     p.expect_apart_from(c);
     const Released released;
-    return tw::kernels().decode_positions(c.data<uint8_t>(), c.size(), p.data<uint16_t>(), n, grid, parameter);
+    return tw::kernels().decode_positions(c.data<uint8_t>(), c.size(), p.data<uint16_t>(), n, grid);
 }
 
 std::string supported_names() {
@@ -835,9 +828,9 @@ NB_MODULE(_native, m) {
     m.def("add_selected", add_selected, "positions"_a, "coefficients"_a, "sums"_a, nb::kw_only(), "weight"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
     m.def("encode_positions", encode_positions, "positions"_a, "codes"_a, nb::kw_only(), "elements"_a, "width"_a,
-          "rows"_a, "cols"_a, "k"_a, "rice"_a = 0);
+          "rows"_a, "cols"_a, "k"_a);
     m.def("decode_positions", decode_positions, "codes"_a, "positions"_a, nb::kw_only(), "elements"_a, "width"_a,
-          "rows"_a, "cols"_a, "k"_a, "rice"_a = 0);
+          "rows"_a, "cols"_a, "k"_a);
 
     nb::class_<DefaultEnvironment>(m, "default_environment",
                                    "Round to nearest even and keep subnormals within a `with` block.")

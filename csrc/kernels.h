@@ -99,10 +99,8 @@ struct Kernels {
     bool (*add_to_double)(const uint16_t* positions, const float* coefficients, double* sums, size_t n, double weight,
                           const Grid& grid, const float* basis);
     // Positions to codes: the bytes that they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
-    size_t (*encode_positions)(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid,
-                               unsigned rice);
-    bool (*decode_positions)(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid,
-                             unsigned rice);
+    size_t (*encode_positions)(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid);
+    bool (*decode_positions)(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid);
 };
 
 // Each family file is compiled once per tier, with TW_TIER naming it, and adds its entries to that tier's table.

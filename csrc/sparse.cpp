@@ -46,117 +46,227 @@ struct alignas(64) Matrix {
 
 const float* of_length(const float* basis, size_t n) { return basis + (n - 1) * n * (2 * n - 1) / 6; }
 
-constexpr size_t kVectors = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 16;
-constexpr size_t kTileRows = 4;
+// Columns that are worked on together, of all 64 or of half of them, and rows as fill the registers.
+constexpr size_t kWide = kLanes == 16 ? 4 : kLanes == 8 ? 4 : 32;
+constexpr size_t kRowsOfTile = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;
+
+// Rows of the product of two matrices: row r of `a` begins at a + r * a_stride, row r of the result at out + r * out_stride.
+struct Product {
+    const float* a;
+    size_t a_stride, rows, inner, cols;
+    float* out;
+    size_t out_stride;
+};
 
 // out[r][x] = the sum of a[r][i] * y[i][x] over ascending i, for kRows rows and kVectors vectors of columns.
-template <size_t kRows>
-void multiply_tile(const float* a, size_t a_stride, const Matrix& y, size_t inner, Matrix& out, size_t row, size_t col) {
+template <size_t kRows, size_t kVectors>
+void multiply_tile(const Product& p, const Matrix& y, size_t row, size_t col) {
     Floats sums[kRows][kVectors];
     for (size_t r = 0; r < kRows; ++r) {
         for (size_t v = 0; v < kVectors; ++v) sums[r][v] = splat(0.0f);
     }
-    for (size_t i = 0; i < inner; ++i) {
+    const float* factors = p.a + row * p.a_stride;
+    for (size_t i = 0; i < p.inner; ++i) {
         const float* from = y.at[i] + col;
         for (size_t r = 0; r < kRows; ++r) {
-            const Floats factor = splat(get(a + (row + r) * a_stride + i));
+            const Floats factor = splat(get(factors + r * p.a_stride + i));
             for (size_t v = 0; v < kVectors; ++v) {
                 sums[r][v] = add(sums[r][v], mul(factor, load(from + v * kLanes)));
             }
         }
     }
     for (size_t r = 0; r < kRows; ++r) {
-        for (size_t v = 0; v < kVectors; ++v) store(out.at[row + r] + col + v * kLanes, sums[r][v]);
+        for (size_t v = 0; v < kVectors; ++v) store(p.out + (row + r) * p.out_stride + col + v * kLanes, sums[r][v]);
     }
 }
 
-// The product of a, `rows` by `inner`, and y, `inner` by `cols`.
-void multiply(const float* a, size_t a_stride, const Matrix& y, size_t rows, size_t inner, size_t cols, Matrix& out) {
-    for (size_t col = 0; col < cols; col += kVectors * kLanes) {
+template <size_t kRows, size_t kVectors>
+void multiply_by_tiles(const Product& p, const Matrix& y) {
+    for (size_t col = 0; col < p.cols; col += kVectors * kLanes) {
         size_t row = 0;
-        for (; row + kTileRows <= rows; row += kTileRows) multiply_tile<kTileRows>(a, a_stride, y, inner, out, row, col);
-        for (; row < rows; ++row) multiply_tile<1>(a, a_stride, y, inner, out, row, col);
+        for (; row + kRows <= p.rows; row += kRows) multiply_tile<kRows, kVectors>(p, y, row, col);
+        for (; row < p.rows; ++row) multiply_tile<1, kVectors>(p, y, row, col);
     }
 }
 
-// The DCT of one length, row u for frequency u; or turned, column u. Zeros stand behind.
+// Rows of `out` are written up to the next multiple of 32 columns.
+void multiply(const Product& p, const Matrix& y) {
+    if (kLanes == 16 && p.cols <= kMostSide / 2) {
+        multiply_by_tiles<2 * kRowsOfTile, kWide / 2>(p, y);
+    } else {
+        multiply_by_tiles<kRowsOfTile, kWide>(p, y);
+    }
+}
+
+// The DCT of one length: row u for frequency u, with zeros behind.
 class Side {
 public:
-    explicit Side(bool turned) : turned_(turned) {}
-
     const Matrix& of(const float* basis, size_t n) {
-        if (n == n_) return matrix_;
-        const float* from = of_length(basis, n);
-        memset(&matrix_, 0, sizeof matrix_);
-        for (size_t u = 0; u < n; ++u) {
-            for (size_t x = 0; x < n; ++x) (turned_ ? matrix_.at[x][u] : matrix_.at[u][x]) = get(from + u * n + x);
+        if (n != n_) {
+            const float* from = of_length(basis, n);
+            memset(&matrix_, 0, sizeof matrix_);
+            for (size_t u = 0; u < n; ++u) memcpy(matrix_.at[u], from + u * n, n * sizeof(float));
+            n_ = n;
         }
-        n_ = n;
         return matrix_;
     }
 
 private:
-    bool turned_;
     size_t n_ = 0;
     Matrix matrix_;
 };
 
-// ---- selection ---------------------------------------------------------------------------------------------------
-
-constexpr size_t kGroup = 64;  // magnitudes that have one largest
-constexpr int32_t kTaken = -1;
-constexpr int32_t kLargestBits = 0x71800000;  // 2^100
-
-int32_t largest_of(const int32_t* x) {
-    int32_t largest = kTaken;
-    for (size_t i = 0; i < kGroup; ++i) largest = largest > x[i] ? largest : x[i];
-    return largest;
-}
-
-size_t first_of(const int32_t* x, int32_t wanted) {
-    size_t i = 0;
-    while (x[i] != wanted) ++i;
-    return i;
-}
-
-// The magnitudes of a chunk, of which the largest are taken one by one.
-class Selection {
+// The DCT of one length, turned: column j of `even` is frequency 2 * j, of `odd` frequency 2 * j + 1.
+class TurnedSide {
 public:
-    // `row(i)`: where the elements of a row stand.
-    template <class Row>
-    Selection(const Chunk& chunk, Row row) : size_(chunk.size()) {
-        int32_t* to = magnitudes_;
-        for (size_t i = 0; i < chunk.height; ++i) {
-            const float* from = row(i);
-            for (size_t x = 0; x < chunk.width; ++x) to[x] = static_cast<int32_t>(bits_of(get(from + x)) & ~kSignBit);
-            to += chunk.width;
+    void prepare(const float* basis, size_t n) {
+        if (n == n_) return;
+        const float* from = of_length(basis, n);
+        memset(&even, 0, sizeof even);
+        memset(&odd, 0, sizeof odd);
+        for (size_t u = 0; u < n; ++u) {
+            for (size_t x = 0; x < (n + 1) / 2; ++x) (u % 2 ? odd : even).at[x][u / 2] = get(from + u * n + x);
         }
-        groups_ = (size_ + kGroup - 1) / kGroup;
-        for (size_t i = size_; i < groups_ * kGroup; ++i) magnitudes_[i] = kTaken;
-        for (size_t g = 0; g < kMostChunk / kGroup; ++g) {
-            largest_[g] = g < groups_ ? largest_of(magnitudes_ + g * kGroup) : kTaken;
-        }
+        n_ = n;
     }
 
-    // Of equal ones those at lower positions. `kept` has a bit for each position.
-    void take(size_t k, uint64_t* kept) {
-        for (size_t g = 0; g < groups_; ++g) kept[g] = 0;
-        for (size_t left = min_of(k, size_); left > 0; --left) {
-            const size_t group = first_of(largest_, largest_of(largest_));
-            const size_t i = first_of(magnitudes_ + group * kGroup, largest_[group]);
-            magnitudes_[group * kGroup + i] = kTaken;
-            largest_[group] = largest_of(magnitudes_ + group * kGroup);
-            kept[group] |= uint64_t{1} << i;
-        }
-    }
-
-    size_t groups() const { return groups_; }
-    bool nothing() const { return largest_of(largest_) == 0; }
+    Matrix even, odd;
 
 private:
-    size_t size_, groups_;
+    size_t n_ = 0;
+};
+
+// The DCT of chunks. Both ends of a row or column are added, for even frequencies, and subtracted, for odd ones.
+class Forward {
+public:
+    explicit Forward(const float* basis) : basis_(basis) {}
+
+    // Coefficients, row by row, `chunk.width` apart.
+    void operator()(const Chunk& chunk, const float* from, float* coefficients) {
+        const size_t height = chunk.height, width = chunk.width, rows = (height + 1) / 2, cols = (width + 1) / 2;
+        const float* down = of_length(basis_, height);
+        fold_rows(chunk, from);
+        multiply({down, 2 * height, rows, rows, width, turned_.at[0], 2 * kMostSide}, sums_);
+        multiply({down + height, 2 * height, height / 2, height / 2, width, turned_.at[1], 2 * kMostSide}, differences_);
+        across_.prepare(basis_, width);
+        for (size_t u = 0; u < height; ++u) fold_row(turned_.at[u], width, sums_.at[u], differences_.at[u]);
+        multiply({sums_.at[0], kMostSide, height, cols, cols, even_.at[0], kMostSide}, across_.even);
+        multiply({differences_.at[0], kMostSide, height, width / 2, width / 2, odd_.at[0], kMostSide}, across_.odd);
+        for (size_t u = 0; u < height; ++u, coefficients += width) {
+            for (size_t j = 0; j < width / 2; ++j) {
+                coefficients[2 * j] = even_.at[u][j];
+                coefficients[2 * j + 1] = odd_.at[u][j];
+            }
+            if (width % 2) coefficients[width - 1] = even_.at[u][cols - 1];
+        }
+    }
+
+private:
+    void fold_rows(const Chunk& chunk, const float* from) {
+        for (size_t i = 0; i < chunk.height / 2; ++i) {
+            const float *top = from + i * chunk.stride, *bottom = from + (chunk.height - 1 - i) * chunk.stride;
+            for (size_t x = 0; x < chunk.width; ++x) {
+                sums_.at[i][x] = get(top + x) + get(bottom + x);
+                differences_.at[i][x] = get(top + x) - get(bottom + x);
+            }
+        }
+        if (chunk.height % 2) {
+            const size_t middle = chunk.height / 2;
+            memcpy(sums_.at[middle], from + middle * chunk.stride, chunk.width * sizeof(float));
+        }
+    }
+    static void fold_row(const float* __restrict row, size_t n, float* __restrict sums, float* __restrict differences) {
+        float back[kMostSide / 2];
+        for (size_t x = 0; x < n / 2; ++x) back[x] = row[n - 1 - x];
+        for (size_t x = 0; x < n / 2; ++x) {
+            sums[x] = row[x] + back[x];
+            differences[x] = row[x] - back[x];
+        }
+        if (n % 2) sums[n / 2] = row[n / 2];
+    }
+
+    const float* basis_;
+    TurnedSide across_;
+    Matrix sums_{}, differences_{}, turned_, even_, odd_;
+};
+
+// ---- selection ---------------------------------------------------------------------------------------------------
+
+constexpr size_t kGroup = 16;  // magnitudes that have one largest
+constexpr size_t kGroups = kMostChunk / kGroup;
+constexpr int32_t kLargestBits = 0x71800000;  // 2^100
+constexpr int kMagnitudeBits = 31;
+
+int32_t largest_of(const int32_t* group) {
+    const float* x = reinterpret_cast<const float*>(group);
+    Words largest = no_words();
+    for (size_t i = 0; i < kGroup; i += kLanes) largest = max(largest, magnitude(load(x + i)));
+    return static_cast<int32_t>(max_lane(largest));
+}
+
+// The largest number that at least k of these reach; a lower one, if no more than `enough` exceed that; 0 where there are
+// fewer than k.
+int32_t kth_largest(const int32_t* x, size_t n, size_t k, size_t enough) {
+    int32_t found = 0;
+    for (int bit = kMagnitudeBits - 1; bit >= 0; --bit) {
+        const int32_t tried = found | static_cast<int32_t>(1u << bit);
+        uint32_t reach = 0;
+        for (size_t i = 0; i < n; ++i) reach += x[i] >= tried;
+        if (reach < k) continue;
+        if (reach <= enough) return tried - 1;
+        found = tried;
+    }
+    return found;
+}
+
+// The k elements of a chunk of the largest magnitude, of equal ones those at lower positions.
+class Selection {
+public:
+    // `row(i)`: where the elements of a row stand. Writes k positions, ascending.
+    template <class Row>
+    void operator()(const Chunk& chunk, Row row, size_t k, uint16_t* positions) {
+        const size_t groups = load_magnitudes(chunk, row);
+        const int32_t low = kth_largest(largest_, kGroups, k, k + k / 4);
+        size_t found = 0;  // that may be among them: at least k
+        for (size_t group = 0; group < groups; ++group) {
+            if (largest_[group] < low) continue;
+            for (size_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
+                values_[found] = magnitudes_[i];
+                places_[found] = static_cast<uint16_t>(i);
+                found += magnitudes_[i] >= low;
+            }
+        }
+        const int32_t kth = kth_largest(values_, found, k, k);
+        size_t above = 0;
+        for (size_t i = 0; i < found; ++i) above += values_[i] > kth;
+        size_t equal = k - above;  // that are taken of those
+        for (size_t i = 0; i < found; ++i) {
+            const bool taken = values_[i] > kth || (values_[i] == kth && equal > 0);
+            equal -= values_[i] == kth && equal > 0;
+            if (taken) put(positions++, places_[i]);
+        }
+    }
+
+private:
+    template <class Row>
+    size_t load_magnitudes(const Chunk& chunk, Row row) {
+        const size_t groups = (chunk.size() + kGroup - 1) / kGroup;
+        int32_t* to = magnitudes_;
+        for (size_t i = 0; i < chunk.height; ++i, to += chunk.width) {
+            const float* from = row(i);
+            for (size_t x = 0; x < chunk.width; ++x) to[x] = static_cast<int32_t>(bits_of(get(from + x)) & ~kSignBit);
+        }
+        // What stands behind is equal at best, and comes last.
+        for (size_t i = chunk.size(); i < groups * kGroup; ++i) magnitudes_[i] = 0;
+        for (size_t group = 0; group < groups; ++group) largest_[group] = largest_of(magnitudes_ + group * kGroup);
+        for (size_t group = groups; group < kGroups; ++group) largest_[group] = 0;
+        return groups;
+    }
+
     alignas(64) int32_t magnitudes_[kMostChunk];
-    alignas(64) int32_t largest_[kMostChunk / kGroup];
+    alignas(64) int32_t largest_[kGroups];
+    alignas(64) int32_t values_[kMostChunk + 1];
+    uint16_t places_[kMostChunk + 1];
 };
 
 bool all_taken(const float* x, size_t n) {
@@ -170,43 +280,31 @@ bool all_taken(const float* x, size_t n) {
 
 bool select_largest(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
                     const float* basis) {
-    Side across(true);
-    Matrix given, turned, made;
+    Forward forward(basis);
+    Selection select;
+    alignas(64) float made[kMostChunk];
     return each_chunk(grid, n, [&](const Chunk& chunk) {
         const float* from = values + chunk.start;
         bool good = true;
         for (size_t i = 0; i < chunk.height; ++i) good &= all_taken(from + i * chunk.stride, chunk.width);
         if (!good) return false;
-        if (basis) {
-            memset(&given, 0, sizeof given);
-            for (size_t i = 0; i < chunk.height; ++i) {
-                memcpy(given.at[i], from + i * chunk.stride, chunk.width * sizeof(float));
-            }
-            const Matrix& b = across.of(basis, chunk.width);
-            multiply(of_length(basis, chunk.height), chunk.height, given, chunk.height, chunk.height, chunk.width,
-                     turned);
-            multiply(turned.at[0], kMostSide, b, chunk.height, chunk.width, chunk.width, made);
+        if (basis) forward(chunk, from, made);
+        const auto row = [&](size_t i) { return basis ? made + i * chunk.width : from + i * chunk.stride; };
+        const size_t kept = min_of(grid.k, chunk.size());
+        select(chunk, row, kept, positions);
+        bool something = false;
+        for (size_t i = 0; i < kept; ++i) {
+            const size_t position = get(positions + i);
+            const float value = get(row(position / chunk.width) + position % chunk.width);
+            put(coefficients + i, value);
+            something |= value != 0;
         }
-        const auto row = [&](size_t i) { return basis ? made.at[i] : from + i * chunk.stride; };
-        uint64_t kept[kMostChunk / kGroup];
-        Selection selection(chunk, row);
-        if (selection.nothing()) {
-            for (size_t i = min_of(grid.k, chunk.size()); i > 0; --i) {
-                put(positions++, kNothing);
-                put(coefficients++, 0.0f);
-            }
-            return true;
+        for (size_t i = 0; i < kept && !something; ++i) {
+            put(positions + i, kNothing);
+            put(coefficients + i, 0.0f);
         }
-        selection.take(grid.k, kept);
-        for (size_t group = 0; group < selection.groups(); ++group) {
-            if (!kept[group]) continue;
-            for (size_t i = 0; i < kGroup; ++i) {
-                if (!(kept[group] >> i & 1)) continue;
-                const size_t position = group * kGroup + i;
-                put(positions++, static_cast<uint16_t>(position));
-                put(coefficients++, get(row(position / chunk.width) + position % chunk.width));
-            }
-        }
+        positions += kept;
+        coefficients += kept;
         return true;
     });
 }
@@ -220,7 +318,7 @@ void add_row(Sum* sums, const float* elements, size_t n, Sum weight) {
     for (; i < n; ++i) put(sums + i, get(sums + i) + weight * static_cast<Sum>(elements[i]));
 }
 
-// What has been selected of one chunk, transformed back.
+// What has been selected of one chunk, transformed back. Rows at both ends have the same factors, up to the sign.
 class Inverse {
 public:
     explicit Inverse(const float* basis) : basis_(basis) {}
@@ -228,8 +326,10 @@ public:
     // False: a position is not in the chunk.
     bool operator()(const Chunk& chunk, const uint16_t* positions, const float* coefficients, size_t kept, Matrix& out) {
         const Matrix& b = across_.of(basis_, chunk.width);
-        const float* down = of_length(basis_, chunk.height);
-        size_t rows = 0, last = kMostSide;
+        const size_t half = (chunk.height + 1) / 2;
+        size_t last = kMostSide;
+        float* turned = nullptr;
+        even_.rows = odd_.rows = 0;
         for (size_t i = 0; i < kept; ++i) {
             const size_t position = get(positions + i);
             const float coefficient = get(coefficients + i);
@@ -237,23 +337,47 @@ public:
             if (position >= chunk.size()) return false;
             const size_t u = position / chunk.width, v = position % chunk.width;
             if (coefficient == 0) continue;
-            if (u != last) {
-                last = u;
-                for (size_t y = 0; y < chunk.height; ++y) factors_[y * kMostSide + rows] = get(down + u * chunk.height + y);
-                memset(turned_.at[rows++], 0, sizeof turned_.at[0]);
-            }
-            float* to = turned_.at[rows - 1];
-            for (size_t x = 0; x < kMostSide; ++x) to[x] += coefficient * b.at[v][x];
+            if (u != last) turned = (u % 2 ? odd_ : even_).begin_row(of_length(basis_, chunk.height) + u * chunk.height, half);
+            last = u;
+            for (size_t x = 0; x < kMostSide; ++x) turned[x] += coefficient * b.at[v][x];
         }
-        multiply(factors_, kMostSide, turned_, chunk.height, rows, chunk.width, out);
+        even_.multiply_into(half, chunk.width);
+        odd_.multiply_into(half, chunk.width);
+        for (size_t i = 0; i < half; ++i) {
+            float *top = out.at[i], *bottom = out.at[chunk.height - 1 - i];
+            for (size_t x = 0; x < kMostSide; ++x) {
+                const float even = even_.product.at[i][x], odd = odd_.product.at[i][x];
+                bottom[x] = even - odd;
+                top[x] = even + odd;  // last: the middle is both, and has nothing odd
+            }
+        }
         return true;
     }
 
 private:
+    // The frequencies of one kind that a chunk has, as rows; and what they make of its upper half.
+    struct Half {
+        // The next row, of zeros. `factors`: by which it counts in each row of the chunk.
+        float* begin_row(const float* factors, size_t half) {
+            for (size_t i = 0; i < half; ++i) factors_[i * kMostSide + rows] = get(factors + i);
+            memset(turned_.at[rows], 0, sizeof turned_.at[rows]);
+            return turned_.at[rows++];
+        }
+        void multiply_into(size_t half, size_t width) {
+            multiply({factors_, kMostSide, half, rows, width, product.at[0], kMostSide}, turned_);
+        }
+
+        size_t rows = 0;
+        Matrix product{};
+
+    private:
+        Matrix turned_;
+        float factors_[kMostSide * kMostSide / 2];
+    };
+
     const float* basis_;
-    Side across_{false};
-    Matrix turned_;
-    float factors_[kMostChunk];
+    Side across_;
+    Half even_, odd_;
 };
 
 template <class Sum>
@@ -404,9 +528,33 @@ void write_rice(BitWriter& bits, size_t gap, unsigned rice) {
     bits.put(1 | (gap & ((size_t{1} << rice) - 1)) << 1, 1 + rice);
 }
 
-size_t encode_positions(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid,
-                        unsigned rice) {
+// The parameter under which these positions take the fewest bits, of equal ones the smallest.
+unsigned best_rice(const uint16_t* positions, size_t n, const Grid& grid) {
+    uint64_t bits[kMostRice + 1] = {};
+    each_chunk(grid, n, [&](const Chunk& chunk) {
+        const size_t kept = min_of(grid.k, chunk.size());
+        const bool nothing = get(positions) == kNothing;
+        size_t next = 0;
+        for (size_t i = 0; i < (nothing ? 1 : kept); ++i) {
+            const size_t position = nothing ? chunk.size() : get(positions + i), gap = position - next;
+            for (size_t rice = 0; rice <= kMostRice; ++rice) bits[rice] += (gap >> rice) + 1 + rice;
+            next = position + 1;
+        }
+        positions += kept;
+        return true;
+    });
+    unsigned best = 0;
+    for (unsigned rice = 1; rice <= kMostRice; ++rice) best = bits[rice] < bits[best] ? rice : best;
+    return best;
+}
+
+size_t encode_positions(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid) {
     BitWriter bits(codes, room);
+    unsigned rice = 0;
+    if (grid.k > kEnumerated) {
+        rice = best_rice(positions, n, grid);
+        bits.put(rice, 8);
+    }
     each_chunk(grid, n, [&](const Chunk& chunk) {
         const size_t kept = min_of(grid.k, chunk.size());
         const bool nothing = get(positions) == kNothing;
@@ -437,9 +585,14 @@ void nothing_of(uint16_t* positions, size_t kept) {
     for (size_t i = 0; i < kept; ++i) put(positions + i, kNothing);
 }
 
-bool decode_positions(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid,
-                      unsigned rice) {
+bool decode_positions(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid) {
     BitReader bits(codes, size);
+    unsigned rice = 0;
+    if (grid.k > kEnumerated) {
+        if (!bits.has(8)) return false;
+        rice = static_cast<unsigned>(bits.get(8));
+        if (rice > kMostRice) return false;
+    }
     const bool good = each_chunk(grid, n, [&](const Chunk& chunk) {
         const size_t kept = min_of(grid.k, chunk.size());
         if (grid.k <= kEnumerated) {

@@ -49,6 +49,9 @@ class Limits:
     frame: int = 64 * MIB
     """One encoded data frame that has to be held before it can be decoded. Raw frames land in place in their tensor
     and are bounded by `item` alone."""
+    expanded: int = 1 * GIB
+    """Tensors, decoded, of codecs that make them out of a thousandth of the bytes (sparse, lowrank), in one stream. For
+    those that are expected (`expect=`, `into=`) there is no such limit: a receiver of updates knows its model."""
     skippable: int = 64 * MIB
     """A skippable frame; the index of a file with `items` items is the largest there is."""
     stream: int = 64 * TIB

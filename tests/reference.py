@@ -9,8 +9,8 @@ around the compressed blocks checked.
 
 import hashlib
 import struct
-from collections.abc import Callable
-from math import prod
+from collections.abc import Callable, Iterator
+from math import comb, cos, pi, prod, sqrt
 from typing import Any, NamedTuple
 
 __all__ = ["File", "Refused", "Stream", "Tensor", "Truncated", "crc32c", "decode_payload", "read", "unpack"]
@@ -355,7 +355,7 @@ def read_value(data: bytes) -> Any:
 
 # --------------------------------------------------------------------------------------- 6. Codecs and DATA payloads
 
-RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 64
+RAW, FP16, BF16, INT8, INT8_LINEAR, NF4, FP4, PLANES, SPARSE, LOWRANK, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 64
 
 
 def _floats(text: str) -> list[float]:
@@ -400,8 +400,21 @@ def check_codec(codec: Any, dtype: str) -> None:
         check(parameters == [], "codec: parameters")
         check("float" in dtype or "complex" in dtype, f"codec: not for {dtype}")
         return
-    check(number in (INT8, INT8_LINEAR, NF4, FP4), f"codec {number}")
+    check(number in (INT8, INT8_LINEAR, NF4, FP4, SPARSE, LOWRANK), f"codec {number}")
     check(dtype in ("float32", "float16", "bfloat16"), f"codec: not for {dtype}")
+    if number == SPARSE:
+        check(len(parameters) == 6, "codec: parameters")
+        k, bits, dct, rows, cols, width = parameters
+        check(1 <= k <= 4096 and bits in (1, 2, 4, 8, 16) and dct in (0, 1), "codec: k, bits or dct")
+        check(
+            1 <= rows <= 64 and 1 <= cols <= width and rows * cols <= 4096 and cols <= 4096 >> 6 * dct, "codec: chunk"
+        )
+        return
+    if number == LOWRANK:
+        check(len(parameters) == 3, "codec: parameters")
+        rank, bits, width = parameters
+        check(1 <= rank <= 64 and bits in (1, 2, 4, 8, 16) and rank <= width <= 1 << 17, "codec: rank, bits or width")
+        return
     least, most = (32, 4096) if number in (NF4, FP4) else (16, 65536)
     check(len(parameters) == (2 if number in (NF4, FP4) else 1), "codec: parameters")
     blocksize = parameters[0]
@@ -416,15 +429,30 @@ def block_of(codec: list) -> int:
         return 1
     if number == PLANES:
         return 1024
+    if number == SPARSE:
+        return parameters[3] * parameters[5]
+    if number == LOWRANK:
+        return parameters[2]
     return parameters[0] * (256 if number in (NF4, FP4) and parameters[1] else 1)
 
 
 def payload_length(codec: list, dtype: str, width: int, count: int) -> int:
-    """Bytes of the payload of `count` elements, before zstd; of planes, the most that there can be."""
+    """Bytes of the payload of `count` elements, before zstd; of planes and sparse, the most that there can be."""
     number, *parameters = codec[0]
     if number == PLANES:
         width, count = floats_of(dtype, width, count)
         return 1 + -(-count // 512) + width * (count + 1)
+    if number == SPARSE:
+        k, bits, _, rows, cols, across = parameters
+        rice = (rows * cols // k).bit_length() - 1 if k < rows * cols else 0
+        sizes = [height * width for _, height, width, _ in chunks_of(count, across, rows, cols)]
+        index = sum(position_bits(size, k) if k <= 6 else 0 for size in sizes)
+        index += sum(min(k, size) * (1 + rice) + (size - min(k, size) >> rice) + 1 if k > 6 else 0 for size in sizes)
+        values = sum(min(k, size) for size in sizes) * bits
+        return (4 if k <= 6 else 5) + -(-index // 8) + -(-values // 8)
+    if number == LOWRANK:
+        rank, bits, across = parameters
+        return 8 * rank + -(-(across + -(-count // across)) * rank * bits // 8)
     if number == RAW:
         return count * width
     if number in (FP16, BF16):
@@ -586,6 +614,164 @@ def decode_planes(
             number ^= (upper ^ (upper >> 1 | (upper & 1) << 15)) << 8 * width - 16
         out[at * width : (at + 1) * width] = number.to_bytes(width, "little")
     return bytes(out)
+
+
+def chunks_of(count: int, width: int, rows: int, cols: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first element, rows, columns, elements from row to row) of the chunks of a slice."""
+    start = 0
+    while start < count:
+        height, across = min(rows, (count - start) // width), width
+        if height == 0:
+            height, across = 1, count - start
+        for at in range(0, across, cols):
+            yield start + at, height, min(cols, across - at), across
+        start += height * across
+
+
+def position_bits(size: int, k: int) -> int:
+    """Bits of the number of up to 6 positions in a chunk."""
+    return (comb(size, min(k, size)) - 1).bit_length()
+
+
+class _Bits:
+    """Bits from the lowest of the first byte on."""
+
+    def __init__(self, data: bytes) -> None:
+        self.value, self.left = int.from_bytes(data, "little"), 8 * len(data)
+
+    def take(self, count: int) -> int:
+        check(count <= self.left, "bits: end too early")
+        taken = self.value & (1 << count) - 1
+        self.value, self.left = self.value >> count, self.left - count
+        return taken
+
+    def end(self) -> None:
+        check(self.left < 8 and self.value == 0, "bits: something behind")
+
+
+def signed_values(data: bytes, bits: int, steps: list[float]) -> list[float]:
+    """A number for each of `steps`: half a step more than so many, and its sign."""
+    given, values = _Bits(data), []
+    for step in steps:
+        code = given.take(bits)
+        magnitude = float32(((code & (1 << bits - 1) - 1) + 0.5) * step)
+        values.append(-magnitude if code >> bits - 1 else magnitude)
+    given.end()
+    return values
+
+
+def read_steps(data: bytes, bits: int, exponent: int) -> list[float]:
+    (*patterns,) = struct.unpack(f"<{len(data) // 4}I", data)
+    (*steps,) = struct.unpack(f"<{len(data) // 4}f", data)
+    check(all(pattern < 0x7F800000 for pattern in patterns), "payload: a step that is negative or not finite")
+    check(all(step <= 2.0 ** (exponent - bits + 1) for step in steps), "payload: a step that is too large")
+    return steps
+
+
+def read_positions(given: _Bits, size: int, k: int, rice: int) -> list[int] | None:
+    """The positions that are kept of a chunk; None: nothing is."""
+    kept = min(k, size)
+    if k <= 6:
+        number, found = given.take(position_bits(size, k)), []
+        check(number <= comb(size, kept), "sparse: number of positions")
+        if number == comb(size, kept):
+            return None
+        for i in range(kept, 0, -1):
+            place = i - 1
+            while comb(place + 1, i) <= number:
+                place += 1
+            number -= comb(place, i)
+            found.insert(0, place)
+        return found
+    found = []
+    for _ in range(kept):
+        high = 0
+        while given.take(1) == 0:
+            high += 1
+        gap = high << rice | given.take(rice)
+        found.append((found[-1] if found else -1) + 1 + gap)
+        if found == [size]:
+            return None
+        check(found[-1] < size, "sparse: position")
+    return found
+
+
+def cosines(n: int) -> list[list[float]]:
+    return [
+        [
+            float32(
+                sqrt((2 if u else 1) / n)
+                * (cos(pi * a / (2 * n)) if (a := (2 * x + 1) * u % (4 * n)) % (2 * n) != n else 0.0)
+            )
+            for x in range(n)
+        ]
+        for u in range(n)
+    ]
+
+
+def sum_of_products(left: list[float], right: list[float]) -> float:
+    """In order, each product and each sum rounded to float32."""
+    total = 0.0
+    for a, b in zip(left, right, strict=True):
+        if a and b:
+            total = float32(total + float32(a * b))
+    return total
+
+
+def decode_sparse(parameters: list, dtype: str, count: int, payload: bytes) -> bytes:
+    k, bits, dct, rows, cols, width = parameters
+    chunks = [*chunks_of(count, width, rows, cols)]
+    kept = sum(min(k, height * across) for _, height, across, _ in chunks)
+    head, behind = 4 if k <= 6 else 5, len(payload) - -(-kept * bits // 8)
+    check(behind >= head, "sparse: ends too early")
+    rice = payload[4] if k > 6 else 0
+    check(rice <= 12, "sparse: parameter of Rice's codes")
+    (step,) = read_steps(payload[:4], bits, 110)
+    values, given = signed_values(payload[behind:], bits, [step] * kept), _Bits(payload[head:behind])
+    codes, used, elements = _Bits(payload[behind:]), 0, [0.0] * count
+    for start, height, across, stride in chunks:
+        size = height * across
+        positions = read_positions(given, size, k, rice)
+        made = [0.0] * size
+        mine, used = values[used : used + min(k, size)], used + min(k, size)
+        signed = [codes.take(bits) for _ in mine]
+        if positions is None:
+            check(not any(signed), "sparse: values of nothing")
+        for position, value in zip(positions or [], mine, strict=False):
+            made[position] = value
+        if dct:
+            down, right = cosines(height), cosines(across)
+            turned = [
+                [
+                    sum_of_products(made[u * across : (u + 1) * across], [right[v][x] for v in range(across)])
+                    for x in range(across)
+                ]
+                for u in range(height)
+            ]
+            for i in range(-(-height // 2)):
+                for x in range(across):
+                    even, odd = (
+                        sum_of_products([down[u][i] for u in kind], [turned[u][x] for u in kind])
+                        for kind in (range(0, height, 2), range(1, height, 2))
+                    )
+                    made[(height - 1 - i) * across + x] = float32(even - odd)
+                    made[i * across + x] = float32(even + odd)
+        for i in range(height):
+            elements[start + i * stride : start + i * stride + across] = made[i * across : (i + 1) * across]
+    given.end()
+    return b"".join(to_dtype(element + 0.0, dtype) for element in elements)
+
+
+def decode_lowrank(parameters: list, dtype: str, count: int, payload: bytes) -> bytes:
+    rank, bits, width = parameters
+    rows = -(-count // width)
+    steps = read_steps(payload[: 8 * rank], bits, 56)
+    each = steps[:rank] * width + steps[rank:] * rows
+    values = signed_values(payload[8 * rank :], bits, each)
+    factors = [values[at : at + rank] for at in range(0, len(values), rank)]
+    return b"".join(
+        to_dtype(sum_of_products(factors[width + at // width], factors[at % width]) + 0.0, dtype) for at in range(count)
+    )
 
 
 def float32(value: float) -> float:
@@ -802,7 +988,9 @@ class _Reader:
         length = payload_length(item.codec, item.dtype, item.width, header.count)
         if item.codec != [[RAW]]:
             check(max(length, header.length) <= LIMIT_DATA, "limit: data frame")
-        if item.codec == [[PLANES]]:
+        if item.codec[0][0] in (SPARSE, LOWRANK):
+            check(header.count * item.width // 4 <= LIMIT_DATA, "limit: decoded slice")
+        if len(item.codec) == 1 and item.codec[0][0] in (PLANES, SPARSE):
             check(header.length <= length, "slice: length")
         elif len(item.codec) == 1:
             check(header.length == length, "slice: length")
@@ -840,14 +1028,18 @@ class _Reader:
             at += length
 
     def decoded(self, item: Item, count: int, payload: bytes) -> bytes | None:
-        planes, length = item.codec[0] == [PLANES], payload_length(item.codec, item.dtype, item.width, count)
+        (number, *parameters), length = item.codec[0], payload_length(item.codec, item.dtype, item.width, count)
         if len(item.codec) > 1:
-            plain = read_zstd(payload, length, self.decompress, exact=not planes)
+            plain = read_zstd(payload, length, self.decompress, exact=number not in (PLANES, SPARSE))
             if plain is None:
                 return None
             payload = plain
-        if planes:
+        if number == PLANES:
             return decode_planes(item.dtype, item.width, count, payload, self.decompress)
+        if number == SPARSE:
+            return decode_sparse(parameters, item.dtype, count, payload)
+        if number == LOWRANK:
+            return decode_lowrank(parameters, item.dtype, count, payload)
         return decode_payload(item.codec, item.dtype, item.width, count, payload)
 
     def build(self, item: Item) -> Any:

@@ -237,6 +237,8 @@ def test_ids_are_fixed() -> None:
         "nf4": 6,
         "fp4": 7,
         "planes": 8,
+        "sparse": 10,
+        "lowrank": 11,
         "zstd": 64,
     }
 

@@ -230,6 +230,24 @@ def test_a_server_sends_less_back_than_it_got() -> None:
     assert np.linalg.norm(reached - target) < 1e-3 * np.linalg.norm(target)
 
 
+def test_what_nobody_expects_does_not_become_gigabytes() -> None:
+    data = Compressor("topk:k=1,values=sign").compress({"w": np.zeros((64, 64), np.float32)}).data
+    limits = tensorwire.Limits(expanded=64 * 64 * 4 - 1)
+    with pytest.raises(tensorwire.LimitError, match=r"Limits\(expanded=") as caught:
+        tensorwire.loads(data, limits=limits)
+    assert caught.value.item == "w"
+    into = {"w": np.ones((64, 64), np.float32)}
+    assert [*tensorwire.decode(data, limits=limits, into=into)] and not into["w"].any()
+    tensorwire.loads(data, limits=limits, expect=into)
+    tensorwire.loads(data)
+
+
+def test_a_slice_that_would_be_large_is_refused_before_memory() -> None:
+    data = Compressor("topk:k=1,values=sign").compress({"w": np.zeros(1 << 16, np.float32)}).data
+    with pytest.raises(tensorwire.LimitError, match="frame"):
+        tensorwire.loads(data, limits=tensorwire.Limits(frame=(1 << 16) - 1))
+
+
 def test_messages_are_streams_that_count_as_updates() -> None:
     model = {"w": np.zeros((64, 64), np.float32)}
     terms = updates.Terms("run", 1, client="ann", kind="difference")

@@ -18,7 +18,7 @@ from vectors import read_reference, same, stored, zstd_decompress
 
 from tensorwire import dtypes
 from tensorwire.checksum import crc32c
-from tensorwire.codecs import from_stages, parse
+from tensorwire.codecs import from_floats, from_stages, parse
 from tensorwire.errors import WireError
 from tensorwire.kernels import cast, tables
 from tensorwire.limits import DEFAULT
@@ -207,6 +207,43 @@ def test_both_read_planes_alike_or_refuse_them(dtype, count, seed, damage, cut):
     else:
         assert reference.decode_planes(dtype, described.itemsize, count, payload, zstd_decompress) == out.tobytes()
         assert damage or cut or np.array_equal(out, data)
+
+
+SPARSE = ["k=1", "k=4,bits=2", "k=6,dct=true", "k=7,bits=8", "k=9,dct=true,bits=16", "k=40,bits=4"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    spec=st.sampled_from([f"sparse:{spec},rows=3,cols=7,width=11" for spec in SPARSE] + ["lowrank:width=11,rank=2"]),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    count=st.integers(1, 100),
+    seed=st.integers(0, 2**32 - 1),
+    damage=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2),
+    cut=st.sampled_from([0, 0, 0, -1, 1]),
+)
+def test_both_read_sparse_and_low_rank_alike_or_refuse_them(spec, dtype, count, seed, damage, cut):
+    described, rng, codec = dtypes.BY_NAME[dtype], np.random.default_rng(seed), parse(spec)
+    extent = Extent.whole(described, (count,))
+    values = rng.standard_normal(count).astype(np.float32) * (rng.random(count) < rng.choice([0.1, 1])) * 1e3
+    data = from_floats(values, described)
+    payload = bytearray(codec.encode(data, extent, lambda size: np.empty(size, np.uint8)).payload)
+    for at, value in damage:
+        payload[at % len(payload)] = value
+    payload = bytes(payload[:cut] if cut < 0 else payload + bytes(cut))
+    (number, *parameters) = codec.stages()[0]
+    read = reference.decode_sparse if number == reference.SPARSE else reference.decode_lowrank
+    most = reference.payload_length([[number, *parameters]], dtype, described.itemsize, count)
+    assert codec.sizes(count, described).total == most
+    out = np.empty(data.size, np.uint8)
+    try:
+        codec.check_length(len(payload), extent)
+        codec.decode(memoryview(payload), extent, out)
+    except WireError:
+        if len(payload) <= most and (number == reference.SPARSE or len(payload) == most):
+            with pytest.raises(reference.Refused):
+                read(parameters, dtype, count, payload)
+    else:
+        assert read(parameters, dtype, count, payload) == out.tobytes()
 
 
 def decode(stages: tuple, dtype: dtypes.DType, count: int, payload: np.ndarray) -> bytes:

@@ -19,16 +19,7 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import KERNEL_DTYPES, widen
-from tensorwire.codecs.signed import (
-    Float32,
-    checked_steps,
-    codes_of,
-    numbers,
-    packed,
-    packed_size,
-    step_of,
-    unpacked,
-)
+from tensorwire.codecs.signed import Float32, checked_steps, pack, packed_size, step_of, unpack
 from tensorwire.codecs.stage import Bytes, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, NonFiniteError
@@ -119,12 +110,10 @@ class LowRank(Packer):
         data, rows = np.frombuffer(payload, np.uint8), -(-extent.count // self.width)
         head = self.sizes(extent.count, extent.dtype).metadata
         steps = checked_steps(data[:head], self.bits, _LARGEST_FACTOR).reshape(2, self.rank)
-        codes = unpacked(data[head:], (self.width + rows) * self.rank, self.bits).reshape(-1, self.rank)
+        each = np.concatenate([np.tile(steps[0], self.width), np.tile(steps[1], rows)])
         with kernels.default_environment():
-            return Factors(
-                left=numbers(codes[self.width :], steps[1], self.bits),
-                right=numbers(codes[: self.width], steps[0], self.bits),
-            )
+            values = unpack(data[head:], each, each.size, self.bits).reshape(-1, self.rank)
+        return Factors(left=values[self.width :], right=values[: self.width])
 
     def factorize(self, values: Float32, right: Float32 | None = None) -> Bytes:
         """The payload of finite values. `right`: a factor to begin with, that of the step before."""
@@ -136,18 +125,24 @@ class LowRank(Packer):
                 right = np.random.default_rng(0).standard_normal((self.width, self.rank), np.float32)
                 right = matrix.T @ _orthonormal(matrix @ right)
             found = _orthonormal(matrix @ _orthonormal(right))
-            left_steps, left_codes = self._quantized(found)
-            left = numbers(left_codes, left_steps, self.bits)
+            left_steps, left_codes = self._packed(found)
+            left = unpack(left_codes, np.tile(left_steps, rows), rows * self.rank, self.bits).reshape(found.shape)
             # What fits best to the left factor as it will be decoded.
             wanted = np.linalg.lstsq(left.T @ left, left.T @ matrix, rcond=1e-6)[0].T.astype(np.float32)
-            right_steps, right_codes = self._quantized(wanted)
-        head = np.concatenate([right_steps, left_steps]).astype("<f4").view(np.uint8)
-        return np.concatenate([head, packed(np.concatenate([right_codes, left_codes]).reshape(-1), self.bits)])
+            right_steps = self._steps(wanted)
+            steps = np.concatenate([np.tile(right_steps, self.width), np.tile(left_steps, rows)])
+            codes = pack(np.concatenate([wanted, left]).reshape(-1), steps, self.bits)
+        return np.concatenate([np.concatenate([right_steps, left_steps]).astype("<f4").view(np.uint8), codes])
 
-    def _quantized(self, factor: Float32) -> tuple[Float32, npt.NDArray[np.uint16]]:
+    def _steps(self, factor: Float32) -> Float32:
+        """Of the columns."""
+        columns = np.ascontiguousarray(factor.T)
+        return np.array([step_of(column, self.bits) for column in columns], np.float32)
+
+    def _packed(self, factor: Float32) -> tuple[Float32, Bytes]:
         """Steps and codes of the columns."""
-        steps = np.array([step_of(factor[:, r], self.bits) for r in range(self.rank)], np.float32)
-        return steps, codes_of(factor, steps, self.bits)
+        steps = self._steps(factor)
+        return steps, pack(factor.reshape(-1), np.tile(steps, len(factor)), self.bits)
 
     def _product(self, factors: Factors, count: int) -> Iterator[tuple[int, Float32]]:
         """(first element, elements) of a few rows at a time, sums over ascending columns of the factors."""

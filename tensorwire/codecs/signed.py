@@ -4,7 +4,9 @@ What sparse and lowrank keep of a tensor is written this way, with one bit as si
 that is kept is worth it.
 """
 
-from typing import Any, Final
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from tensorwire.errors import FormatError
 _CLIP: Final = {1: 2.0, 2: 2.0, 4: 4.0, 8: 32.0}
 _WHOLE: Final = 2.0**32
 _BYTE: Final = 8
+_BLOCK: Final = 1 << 14  # numbers that are worked on at a time, which make whole bytes: they stay in the caches
 
 Codes = npt.NDArray[np.uint16]
 Float32 = npt.NDArray[np.float32]
@@ -32,27 +35,67 @@ def step_of(values: Float32, bits: int) -> float:
     Follows from the mean magnitude of those that are not 0, which is taken in whole numbers, so that it is the same
     in whatever order a machine adds.
     """
-    magnitudes = np.abs(values).astype(np.float64)
-    top = float(magnitudes.max(initial=0))
+    top = max((float(np.abs(part).max()) for part in _blocks(values)), default=0.0)
     if top == 0:
         return 0.0
-    mean = int(np.rint(magnitudes / top * _WHOLE).astype(np.int64).sum()) / np.count_nonzero(magnitudes) / _WHOLE * top
+    total = count = 0
+    for part in _blocks(values):
+        total += int(np.rint(np.abs(part).astype(np.float64) / top * _WHOLE).astype(np.int64).sum())
+        count += int(np.count_nonzero(part))
     most = top if bits > 1 else 2 * top
-    return float(np.float32(min(_CLIP.get(bits, np.inf) * mean, most) / (1 << (bits - 1))))
+    return float(np.float32(min(_CLIP.get(bits, np.inf) * (total / count / _WHOLE * top), most) / (1 << (bits - 1))))
 
 
-def codes_of(values: Float32, step: Any, bits: int) -> Codes:
-    """The code of each number: its sign as the highest bit, below it the magnitude. `step`: float32, one or as many."""
+def pack(values: Float32, steps: Float32, bits: int) -> Bytes:
+    """The codes of numbers, one behind the other, from the lowest bit of the first byte on. `steps`: one or as many.
+
+    The highest bit of a code is the sign, the others are the magnitude.
+    """
+    parts = [np.empty(0, np.uint8)]
+    parts += [
+        _packed(_codes_of(part, step, bits), bits) for part, step in zip(_blocks(values), _steps(steps), strict=False)
+    ]
+    return np.concatenate(parts)
+
+
+def unpack(data: Bytes, steps: Float32, count: int, bits: int) -> Float32:
+    """The numbers that `data`, of the right length, stands for. `steps`: one or `count`. Raises FormatError."""
+    values = np.empty(count, np.float32)
+    for part, codes, step in zip(_blocks(values), code_blocks(data, count, bits), _steps(steps), strict=False):
+        np.add(codes & np.uint16((1 << (bits - 1)) - 1), np.float32(0.5), out=part, dtype=np.float32)
+        part *= step
+        part[codes >> np.uint16(bits - 1) != 0] *= np.float32(-1)
+    return values
+
+
+def code_blocks(data: Bytes, count: int, bits: int) -> Iterator[Codes]:
+    """The codes in `data`, some at a time. Raises FormatError."""
+    size = packed_size(_BLOCK, bits)
+    for start in range(0, data.size, size):
+        codes = _unpacked(data[start : start + size], bits)
+        most = count - start // size * _BLOCK
+        if codes[most:].any():
+            raise FormatError("bits behind the last value are not 0")
+        yield codes[:most]
+
+
+def _blocks(values: Float32) -> Iterator[Float32]:
+    return (values[start : start + _BLOCK] for start in range(0, values.size, _BLOCK))
+
+
+def _steps(steps: Float32) -> Iterator[Float32]:
+    return repeat(steps) if steps.size == 1 else _blocks(steps)
+
+
+def _codes_of(values: Float32, step: Float32, bits: int) -> Codes:
     codes: Codes = (values < 0).astype(np.uint16) << np.uint16(bits - 1)
     if bits > 1:
-        steps = np.float32(step) + np.zeros_like(values)
-        scaled = np.divide(np.abs(values), steps, out=np.zeros_like(values), where=steps > 0)
+        scaled = np.divide(np.abs(values), step, out=np.zeros_like(values), where=step > 0)
         codes |= np.minimum(scaled, np.float32((1 << (bits - 1)) - 1)).astype(np.uint16)
     return codes
 
 
-def packed(codes: Codes, bits: int) -> Bytes:
-    """Codes one behind the other, from the lowest bit of the first byte on."""
+def _packed(codes: Codes, bits: int) -> Bytes:
     if bits >= _BYTE:
         return codes.astype(f"<u{bits // _BYTE}").view(np.uint8)
     if bits == 1:
@@ -65,27 +108,14 @@ def packed(codes: Codes, bits: int) -> Bytes:
     return joined
 
 
-def unpacked(data: Bytes, count: int, bits: int) -> Codes:
-    """The codes that `packed` was given. `data`: as many bytes as that gives. Raises FormatError."""
+def _unpacked(data: Bytes, bits: int) -> Codes:
     if bits >= _BYTE:
         return data.view(f"<u{bits // _BYTE}").astype(np.uint16)
     if bits == 1:
-        codes = np.unpackbits(data, bitorder="little")
-    else:
-        shifts = np.arange(_BYTE // bits, dtype=np.uint8) * np.uint8(bits)
-        codes = ((data[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)
-    if codes[count:].any():
-        raise FormatError("bits behind the last value are not 0")
-    return codes[:count].astype(np.uint16)
-
-
-def numbers(codes: Codes, step: Any, bits: int) -> Float32:
-    """The numbers that codes stand for. `step`: float32, one or as many."""
-    made: Float32 = (codes & np.uint16((1 << (bits - 1)) - 1)).astype(np.float32)
-    made += np.float32(0.5)
-    made *= step
-    made[codes >> np.uint16(bits - 1) != 0] *= np.float32(-1)
-    return made
+        return np.unpackbits(data, bitorder="little").astype(np.uint16)
+    shifts = np.arange(_BYTE // bits, dtype=np.uint8) * np.uint8(bits)
+    codes: Codes = ((data[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1).astype(np.uint16)
+    return codes
 
 
 def checked_steps(data: Bytes, bits: int, largest: float) -> Float32:

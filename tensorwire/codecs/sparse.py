@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import KERNEL_DTYPES, widen
-from tensorwire.codecs.signed import Float32, checked_steps, codes_of, numbers, packed, packed_size, step_of, unpacked
+from tensorwire.codecs.signed import Float32, checked_steps, code_blocks, pack, packed_size, step_of, unpack
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
@@ -29,7 +29,6 @@ NOTHING: Final = 0xFFFF
 LARGEST: Final = 2.0**100  # of a magnitude that is encoded: sums over a chunk stay finite
 _LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
 _ENUMERATED: Final = 6  # positions that have one number together
-_MOST_RICE: Final = 12
 _DENSE: Final = 1 << 20  # elements of a dense tensor that are made at a time
 _STEP: Final = 4
 
@@ -57,7 +56,7 @@ class Sparse(Packer):
     dct: bool = parameter(False, Choice((False, True)), wire=True)
     rows: int = parameter(1, Range(1, DCT_MOST), wire=True)
     cols: int = parameter(MOST_CHUNK, Range(1, MOST_CHUNK), wire=True)
-    width: int = parameter(MOST_CHUNK, Range(1, 1 << 48), wire=True)
+    width: int = parameter(MOST_CHUNK, Range(1, 1 << 32), wire=True)
 
     id = 10
     name = "sparse"
@@ -124,19 +123,15 @@ class Sparse(Packer):
         behind = data.size - packed_size(kept, self.bits)
         if behind < self._head:
             raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
-        rice = int(data[_STEP]) if self._head > _STEP else 0
-        if rice > _MOST_RICE:
-            raise FormatError(f"the parameter of Rice's codes is {rice}, which is more than {_MOST_RICE}")
         positions = np.empty(kept, np.uint16)
-        codes = data[self._head : behind]
-        if not kernels.decode_positions(codes, positions, elements=extent.count, rice=rice, **self._grid):
+        codes = data[_STEP:behind]
+        if not kernels.decode_positions(codes, positions, elements=extent.count, **self._grid):
             raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
         step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
         with kernels.default_environment():
-            signed = unpacked(data[behind:], kept, self.bits)
-            values = numbers(signed, step, self.bits)
+            values = unpack(data[behind:], step, kept, self.bits)
         nothing = positions == NOTHING
-        if signed[nothing].any():
+        if nothing.any() and np.concatenate([*code_blocks(data[behind:], kept, self.bits)])[nothing].any():
             raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
         values[nothing] = 0
         return Selected(positions, values)
@@ -204,7 +199,7 @@ class Sparse(Packer):
         kept = min(self.k, size)
         if self.k <= _ENUMERATED:
             return (comb(size, kept) - 1).bit_length()
-        return kept * (1 + self._likely_rice) + ((size - kept) >> self._likely_rice)
+        return kept * (1 + self._likely_rice) + ((size - kept) >> self._likely_rice) + 1
 
     @property
     def _likely_rice(self) -> int:
@@ -214,23 +209,11 @@ class Sparse(Packer):
     def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
         payload = take(self.sizes(extent.count, extent.dtype).total)
         with kernels.default_environment():
-            step = step_of(chosen.values, self.bits)
-            values = packed(codes_of(chosen.values, step, self.bits), self.bits)
-        payload[:_STEP] = np.array([step], "<f4").view(np.uint8)
-        rice, codes = self._index(chosen.positions, extent.count, payload.size)
-        payload[_STEP : self._head] = rice
-        behind = self._head + codes.size
-        payload[self._head : behind] = codes
+            step = np.array([step_of(chosen.values, self.bits)], np.float32)
+            values = pack(chosen.values, step, self.bits)
+        payload[:_STEP] = step.astype("<f4").view(np.uint8)
+        room, behind = payload[_STEP : payload.size - values.size], _STEP
+        if room.size:
+            behind += kernels.encode_positions(chosen.positions, room, elements=extent.count, **self._grid)
         payload[behind : behind + values.size] = values
         return payload[: behind + values.size]
-
-    def _index(self, positions: npt.NDArray[np.uint16], count: int, room: int) -> tuple[int, Bytes]:
-        """The shortest codes of the positions, and the parameter of Rice's; of equals the smaller."""
-        most = self._likely_rice if self._head > _STEP else 0
-        best, shortest = 0, np.empty(0, np.uint8)
-        for rice in range(max(most - 2, 0), most + 1):
-            codes = np.empty(room, np.uint8)
-            size = kernels.encode_positions(positions, codes, elements=count, rice=rice, **self._grid)
-            if size and (not shortest.size or size < shortest.size):
-                best, shortest = rice, codes[:size]
-        return best, shortest

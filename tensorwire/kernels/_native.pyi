@@ -63,10 +63,10 @@ def add_selected(
     basis: object | None = None,
 ) -> bool: ...
 def encode_positions(
-    positions: object, codes: object, *, elements: int, width: int, rows: int, cols: int, k: int, rice: int = 0
+    positions: object, codes: object, *, elements: int, width: int, rows: int, cols: int, k: int
 ) -> int: ...
 def decode_positions(
-    codes: object, positions: object, *, elements: int, width: int, rows: int, cols: int, k: int, rice: int = 0
+    codes: object, positions: object, *, elements: int, width: int, rows: int, cols: int, k: int
 ) -> bool: ...
 
 class default_environment:  # noqa: N801 (it is used as a function is)

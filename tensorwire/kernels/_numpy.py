@@ -17,6 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire.kernels import tables
+from tensorwire.kernels._numpy_checks import check_array as _check_array
+from tensorwire.kernels._numpy_checks import check_overlap as _check_overlap
+from tensorwire.kernels._numpy_checks import check_size as _check_size
 from tensorwire.kernels._numpy_sparse import add_selected, decode_positions, encode_positions, select_largest
 
 __all__ = [
@@ -83,34 +86,6 @@ def _quiet(kernel: Callable[P, R]) -> Callable[P, R]:
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
-
-
-def _check_array(name: str, array: Array, *dtypes: type[np.generic], output: bool = False) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
-        expected = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise TypeError(f"{name}: expected an array of {expected}, got {kind}")
-    if array.ndim != 1:
-        raise TypeError(f"{name}: expected 1 dimension, got {array.ndim}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name}: not contiguous")
-    if output and not array.flags.writeable:
-        raise ValueError(f"{name}: read-only")
-
-
-def _check_size(name: str, array: Array, expected: int) -> None:
-    if array.size != expected:
-        raise ValueError(f"{name}: expected {expected} elements, got {array.size}")
-
-
-def _check_overlap(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
-    # 1-D contiguous arrays are intervals of memory: comparing bounds is exact.
-    names = list(outputs)
-    for i, name in enumerate(names):
-        others = inputs | {other: outputs[other] for other in names[i + 1 :]}
-        for other, array in others.items():
-            if np.may_share_memory(outputs[name], array):
-                raise ValueError(f"{name} overlaps {other}")
 
 
 def _checked_crc(crc: Words | None) -> dict[str, Array]:

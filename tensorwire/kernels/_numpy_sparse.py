@@ -6,11 +6,13 @@ may have fewer; what stands behind the last whole row is a band of one short row
 `MOST_CHUNK` elements, and the position of an element in its chunk counts row by row. Of a chunk `k` elements are kept,
 or all if it has no more, in the order of their positions. Where they are all 0, their positions are `NOTHING`.
 
-With a `basis` (tables.dct_basis) elements are coefficients of the chunk's two-dimensional DCT-II. Forward, columns come
-first: T[u, x] = sum of basis[u, i] * X[i, x] over ascending i, then C[u, v] = sum of T[u, x] * basis[v, x] over
-ascending x. Back: S[u, x] = sum of C[u, v] * basis[v, x] over ascending v, then X[i, x] = sum of basis[u, i] * S[u, x]
-over ascending u. All sums begin at +0; each product and each sum is rounded once. What is 0 may be left out, which
-changes nothing.
+With a `basis` (tables.dct_basis) elements are coefficients of the chunk's two-dimensional DCT-II, whose factors are the
+same at both ends of a row or column, up to the sign. Forward, columns come first: the sums of both ends for the even
+frequencies, differences for the odd ones, times basis[u, i], over ascending i up to the middle, give T[u, x]; rows of
+T likewise C[u, v]. Back: S[u, x] = sum of C[u, v] * basis[v, x] over ascending v; then even[i, x] = sum of
+basis[u, i] * S[u, x] over ascending even u, and odd[i, x] over odd u, up to the middle, of which the elements are
+even + odd, and from the end back even - odd. All sums begin at +0; each product and each sum is rounded once. What is
+0 may be left out, which changes nothing.
 """
 
 from bisect import bisect_right
@@ -22,6 +24,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tensorwire.kernels._numpy_checks import check_array, check_overlap, check_size
+from tensorwire.kernels.tables import DCT_MOST, dct_basis
+
 Array = npt.NDArray[Any]
 
 MOST_CHUNK: Final = 4096
@@ -30,6 +35,7 @@ LARGEST: Final = np.float32(2.0**100)
 NOTHING: Final = 0xFFFF
 # As many positions are numbered together, in a word of 64 bits; more have a code each.
 ENUMERATED: Final = 6
+MOST_RICE: Final = 12
 
 
 def select_largest(
@@ -47,6 +53,13 @@ def select_largest(
 
     False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
     """
+    _check_grid(width, rows, cols, k, basis)
+    check_array("values", values, np.float32)
+    check_array("positions", positions, np.uint16, output=True)
+    check_array("coefficients", coefficients, np.float32, output=True)
+    for name, array in (("positions", positions), ("coefficients", coefficients)):
+        check_size(name, array, _kept(values.size, width, rows, cols, k))
+    check_overlap({"positions": positions, "coefficients": coefficients}, {"values": values})
     if not (np.abs(values) <= LARGEST).all():
         return False
     at = 0
@@ -76,6 +89,13 @@ def add_selected(
 
     False, with nothing added: a position is not in its chunk.
     """
+    _check_grid(width, rows, cols, k, basis)
+    check_array("positions", positions, np.uint16)
+    check_array("coefficients", coefficients, np.float32)
+    check_array("sums", sums, np.float32, np.float64, output=True)
+    for name, array in (("positions", positions), ("coefficients", coefficients)):
+        check_size(name, array, _kept(sums.size, width, rows, cols, k))
+    check_overlap({"sums": sums}, {"positions": positions, "coefficients": coefficients})
     places: list[tuple[Array, Array]] = []
     at = 0
     for start, bands, height, across in areas(sums.size, width, rows):
@@ -100,6 +120,25 @@ def add_selected(
     for part, elements in places:
         part += factor * elements.astype(sums.dtype)
     return True
+
+
+def _check_grid(width: int, rows: int, cols: int, k: int, basis: Array | None = None) -> None:
+    for name, value in (("width", width), ("rows", rows), ("cols", cols), ("k", k)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if rows * cols > MOST_CHUNK:
+        raise ValueError(f"rows, cols: expected a chunk of at most {MOST_CHUNK} elements")
+    if basis is not None:
+        if max(rows, cols) > DCT_MOST:
+            raise ValueError(f"rows, cols: expected at most {DCT_MOST} to be transformed")
+        check_array("basis", basis, np.float32)
+        check_size("basis", basis, dct_basis().size)
+
+
+def _kept(elements: int, width: int, rows: int, cols: int, k: int) -> int:
+    if elements < 0:
+        raise ValueError(f"elements: expected at least 0, got {elements}")
+    return int(np.minimum(chunk_sizes(elements, width, rows, cols), k).sum())
 
 
 def areas(count: int, width: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
@@ -144,12 +183,25 @@ def _forward(chunks: Array, basis: Array | None) -> Array:
         return chunks
     height, across = chunks.shape[2:]
     b, turned = _of_length(basis, height), np.zeros(chunks.shape, np.float32)
-    for i in range(height):
-        turned += b[:, i, None] * chunks[:, :, i, None, :]
+    for frequencies, ends in _folded(chunks, 2):
+        for i in range(ends.shape[2]):
+            turned[:, :, frequencies] += b[frequencies, i, None] * ends[:, :, i, None, :]
     b, out = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
-    for x in range(across):
-        out += turned[:, :, :, x, None] * b[:, x]
+    for frequencies, ends in _folded(turned, 3):
+        for x in range(ends.shape[3]):
+            out[:, :, :, frequencies] += ends[:, :, :, x, None] * b[frequencies, x]
     return out
+
+
+def _folded(chunks: Array, axis: int) -> list[tuple[slice, Array]]:
+    """Both ends added, for the even frequencies, and subtracted, for the odd ones; a middle stands for itself."""
+    ends = np.flip(chunks, axis)
+    half = chunks.shape[axis] // 2
+    added, middle, _ = np.split(chunks + ends, [half, half + chunks.shape[axis] % 2], axis)
+    if middle.size:
+        middle = np.take(chunks, [half], axis)
+    subtracted = np.split(chunks - ends, [half], axis)[0]
+    return [(slice(0, None, 2), np.concatenate([added, middle], axis)), (slice(1, None, 2), subtracted)]
 
 
 def _inverse(chunks: Array, basis: Array | None) -> Array:
@@ -159,10 +211,12 @@ def _inverse(chunks: Array, basis: Array | None) -> Array:
     b, turned = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
     for v in range(across):
         turned += chunks[:, :, :, v, None] * b[v]
-    b, out = _of_length(basis, height), np.zeros(chunks.shape, np.float32)
+    b, half = _of_length(basis, height), -(-height // 2)
+    even, odd = np.zeros((2, *chunks.shape[:2], half, across), np.float32)
     for u in range(height):
-        out += b[u, :, None] * turned[:, :, u, None, :]
-    return out
+        part = even if u % 2 == 0 else odd
+        part += b[u, :half, None] * turned[:, :, u, None, :]
+    return np.concatenate([even + odd, np.flip((even - odd)[:, :, : height // 2], 2)], axis=2)
 
 
 # ---- codes of positions ------------------------------------------------------------------------------------
@@ -177,24 +231,34 @@ def chunk_sizes(elements: int, width: int, rows: int, cols: int) -> Array:
     return np.concatenate(sizes) if sizes else np.empty(0, np.int64)
 
 
-def encode_positions(
-    positions: Array, codes: Array, *, elements: int, width: int, rows: int, cols: int, k: int, rice: int = 0
-) -> int:
+def encode_positions(positions: Array, codes: Array, *, elements: int, width: int, rows: int, cols: int, k: int) -> int:
     """Codes of the positions, and how many bytes they take; 0: there is no room for them.
 
     Of up to 6 to a chunk, the positions are numbered: the sum of comb(p, i + 1) over positions p, number i in their
     order, in as many bits as the largest such number takes. Nothing is one number more; where that takes another bit,
     it is the positions from 0 on. Of more, the numbers of elements that are left out before each of them have a code
-    of Rice each: the number shifted right by `rice`, as so many bits 0 and a 1, and then its lower `rice` bits. For
-    nothing there is one code, of the number of all elements. Bits stand from the lowest of the first byte on, and so
-    do those of a number.
+    of Rice each: the number shifted right by the parameter, as so many bits 0 and a 1, and then as many of its lower
+    bits. For nothing there is one code, of the number of all elements. The parameter is a byte before them, the one
+    that takes the fewest bits, of equal ones the smallest. Bits stand from the lowest of the first byte on, and so do
+    those of a number.
     """
-    bits = [np.empty(0, np.uint8)]
-    at = 0
+    _check_grid(width, rows, cols, k)
+    check_array("positions", positions, np.uint16)
+    check_array("codes", codes, np.uint8, output=True)
+    check_size("positions", positions, _kept(elements, width, rows, cols, k))
+    check_overlap({"codes": codes}, {"positions": positions})
+    chunks, at = [], 0
     for size in chunk_sizes(elements, width, rows, cols).tolist():
         kept = min(k, size)
-        bits.append(_code(positions[at : at + kept].tolist(), size, k, rice))
+        chunks.append((positions[at : at + kept].tolist(), size))
         at += kept
+    if k <= ENUMERATED:
+        bits = [_numbering(kept, size) for kept, size in chunks]
+    else:
+        gaps = np.array([gap for kept, size in chunks for gap in _gaps(kept, size)], np.int64)
+        rice = min(range(MOST_RICE + 1), key=lambda r: int((gaps >> r).sum()) + gaps.size * (1 + r))
+        bits = [_bits(rice, 8), *(_rice_code(gap, rice) for gap in gaps.tolist())]
+    bits.append(np.empty(0, np.uint8))
     made = np.packbits(np.concatenate(bits), bitorder="little")
     if made.size > codes.size:
         return 0
@@ -203,12 +267,21 @@ def encode_positions(
 
 
 def decode_positions(
-    codes: Array, positions: Array, *, elements: int, width: int, rows: int, cols: int, k: int, rice: int = 0
+    codes: Array, positions: Array, *, elements: int, width: int, rows: int, cols: int, k: int
 ) -> bool:
     """What `encode_positions` was given; False: it never makes such codes."""
+    _check_grid(width, rows, cols, k)
+    check_array("codes", codes, np.uint8)
+    check_array("positions", positions, np.uint16, output=True)
+    check_size("positions", positions, _kept(elements, width, rows, cols, k))
+    check_overlap({"positions": positions}, {"codes": codes})
     bits = np.unpackbits(codes, bitorder="little")
     ones = np.flatnonzero(bits)
-    at = out = 0
+    at = out = rice = 0
+    if k > ENUMERATED:
+        rice, at = int(codes[0]) if codes.size else MOST_RICE + 1, 8
+        if rice > MOST_RICE:
+            return False
     for size in chunk_sizes(elements, width, rows, cols).tolist():
         kept = min(k, size)
         if k <= ENUMERATED:
@@ -224,15 +297,18 @@ def decode_positions(
     return -(-at // 8) == codes.size and not bits[at:].any()
 
 
-def _code(positions: list[int], size: int, k: int, rice: int) -> Array:
-    """The bits of the positions in a chunk."""
-    kept, nothing = len(positions), NOTHING in positions
-    if k > ENUMERATED:
-        gaps = [after - before - 1 for before, after in pairwise([-1, *positions])]
-        return np.concatenate([_rice_code(gap, rice) for gap in ([size] if nothing else gaps)])
-    length = (comb(size, kept) - 1).bit_length()
-    number = comb(size, kept) if nothing else sum(comb(p, i + 1) for i, p in enumerate(positions))
+def _numbering(positions: list[int], size: int) -> Array:
+    """The bits of the number of the positions in a chunk."""
+    length = (comb(size, len(positions)) - 1).bit_length()
+    number = comb(size, len(positions))
+    if NOTHING not in positions:
+        number = sum(comb(p, i + 1) for i, p in enumerate(positions))
     return _bits(number if number < 1 << length else 0, length)
+
+
+def _gaps(positions: list[int], size: int) -> list[int]:
+    """How many elements are left out before each position; for nothing, all."""
+    return [size] if NOTHING in positions else [after - before - 1 for before, after in pairwise([-1, *positions])]
 
 
 def _bits(number: int, length: int) -> Array:

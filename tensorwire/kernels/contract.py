@@ -204,7 +204,6 @@ class HostKernels(Kernels, Protocol):
         rows: int,
         cols: int,
         k: int,
-        rice: int = 0,
     ) -> int:
         """Write the positions of a slice of `elements` in codes; the bytes that they take, 0: there is no room."""
 
@@ -218,7 +217,6 @@ class HostKernels(Kernels, Protocol):
         rows: int,
         cols: int,
         k: int,
-        rice: int = 0,
     ) -> bool:
         """What `encode_positions` was given; False: codes that it never makes."""
 

@@ -31,6 +31,8 @@ from tensorwire.wire.items import AliasItem, CodecSpec, ContainerItem, DataItem,
 from tensorwire.wire.reader import NeedData, Reader
 from tensorwire.wire.values import unpack_value
 
+# Of a codec that expands, a slice may be so many times as large, decoded, as a frame may be.
+EXPANDED: Final = 4
 # A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
 _PART: Final = 4 << 20
 _CHECKED: Final = 1024  # whole small items that are remembered: many are alike
@@ -421,7 +423,7 @@ def check_slice(codec: Codec, place: SliceStart | Header, item: DataItem, limits
     # Before zstd: a frame of a few bytes must not unpack to more than a writer may put into one.
     size = max(place.length, codec.sizes(place.count, dtype).total)
     if codec.packer.expands:
-        size = max(size, place.count * dtype.itemsize)
+        size = max(size, place.count * dtype.itemsize // EXPANDED)
     if size > limits.frame and not codec.in_place:
         raise LimitError("frame", limits.frame, size)
     return extent

@@ -25,6 +25,7 @@ from tensorwire.memory import Pool
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, as_pair, flatten
 from tensorwire.streams.overlap import in_order
+from tensorwire.streams.receiver import EXPANDED
 from tensorwire.streams.report import Report
 from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
@@ -34,11 +35,12 @@ FRAME_SIZE: Final = 1 << 20
 ALIGNMENT: Final = 64  # of payloads in a file
 _MIN_FRAME_SIZE: Final = 1 << 12
 # A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
-_DECODED: Final = 4
+_DECODED: Final = EXPANDED
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
 # Small items are sent together: with frames of their own, each costs ten times what its bytes do. But where there are
 # only a few of them, that does not matter.
 _SMALL: Final = 4 << 10  # bytes of a payload
+_SMALL_OF_LARGE: Final = 64 << 10  # where that is a hundredth of the tensor
 _BUNDLE: Final = 128 << 10  # bytes of a frame, all of which is read for any of its items
 _MANY: Final = 16  # items
 FLUSH: Final = b""
@@ -390,17 +392,18 @@ def _least_payload(leaf: TensorLeaf | ValueLeaf) -> int:
 def gathered(leaves: Iterable[Leaf], frame_size: int) -> Iterator[list[TensorLeaf | ValueLeaf]]:
     """The leaves with data, those together that travel in one bundle."""
     group: list[TensorLeaf | ValueLeaf] = []
-    left = 0
+    used = HEADER_SIZE
     for leaf in leaves:
         if isinstance(leaf, BareLeaf) or leaf.item.total == 0:
             continue
-        size = _small(leaf)
-        if not size or size > left or len(group) == MOST_BUNDLED:
+        size = _small(leaf, frame_size)
+        most = frame_size if _expands(leaf) else min(_BUNDLE, frame_size)
+        if not size or used + size > most or len(group) == MOST_BUNDLED:
             yield from _bundled(group)
-            group, left = [], min(_BUNDLE, frame_size) - HEADER_SIZE
+            group, used = [], HEADER_SIZE
         if size:
             group.append(leaf)
-            left -= size
+            used += size
         else:
             yield [leaf]
     yield from _bundled(group)
@@ -410,13 +413,21 @@ def _bundled(group: list[TensorLeaf | ValueLeaf]) -> Iterable[list[TensorLeaf | 
     return [group] if len(group) >= _MANY else [[leaf] for leaf in group]
 
 
-def _small(leaf: TensorLeaf | ValueLeaf) -> int:
+def _expands(leaf: TensorLeaf | ValueLeaf) -> bool:
+    return isinstance(leaf, TensorLeaf) and leaf.codec.packer.expands
+
+
+def _small(leaf: TensorLeaf | ValueLeaf, frame_size: int) -> int:
     """The bytes that an item takes in a bundle, at most; 0 where it has frames of its own."""
-    total = leaf.item.total
-    if total is None or total > _SMALL:  # of elements, which no codec makes smaller than half a byte
+    total, most = leaf.item.total, _SMALL
+    if total is None:
+        return 0
+    if isinstance(leaf, TensorLeaf) and leaf.codec.packer.expands:  # which lands nowhere and is never mapped
+        most = _SMALL_OF_LARGE if total * leaf.item.dtype.itemsize <= _DECODED * frame_size else 0
+    elif total > _SMALL:  # of elements, which no other codec makes smaller than half a byte
         return 0
     size = total if isinstance(leaf, ValueLeaf) else leaf.codec.bound(total, leaf.item.dtype)
-    return size + 4 if size <= _SMALL else 0
+    return size + 4 if size <= most else 0
 
 
 def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Iterator[tuple[int, int]]:
@@ -436,12 +447,14 @@ def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> in
     """Elements of a full slice of `item`.
 
     As many whole blocks as fit into a frame, encoded, and into `_DECODED` frames, decoded; at least one block, or an
-    item that is smaller than one. Of a codec that expands, one frame must hold what is decoded, too. Raises EncodeError
-    where a frame is too small for that.
+    item that is smaller than one. A codec that expands has no block that is larger, decoded. Raises EncodeError where a
+    frame is too small.
     """
     budget, dtype = frame_size - HEADER_SIZE, item.dtype
     block = codec.block(dtype)
-    most = frame_size // dtype.itemsize if codec.packer.expands else max(_DECODED * frame_size // dtype.itemsize, block)
+    most = _DECODED * frame_size // dtype.itemsize
+    if not codec.packer.expands:
+        most = max(most, block)
     count = min(codec.fit(budget, dtype), most // block * block)
     if count:
         return count

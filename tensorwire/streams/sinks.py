@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tensorwire.dtypes import DType
-from tensorwire.errors import ArgumentError, SchemaError
+from tensorwire.errors import ArgumentError, LimitError, SchemaError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import FixedMemory, GrowingMemory
 from tensorwire.streams.receiver import Completed, Event, ItemStart, Piece, Receiver, check_codec, reject_files
@@ -83,16 +83,23 @@ def collect(
 class _Taken:
     """Takes memory for tensors that the caller has not preallocated. It knows no receiver: that would be a cycle."""
 
-    __slots__ = ("_copied", "_trusted", "memory")
+    __slots__ = ("_copied", "_expanded", "_limits", "_trusted", "memory")
 
-    def __init__(self, copied: dict[int, Any], *, trusted: bool) -> None:
+    def __init__(self, copied: dict[int, Any], limits: Limits, *, trusted: bool) -> None:
         self._copied = copied
+        self._limits = limits
         self._trusted = trusted
+        self._expanded = 0
         self.memory: dict[int, GrowingMemory] = {}
 
     def __call__(self, number: int, item: DataItem) -> GrowingMemory | None:
         if not isinstance(item, TensorItem) or number in self._copied:
             return None
+        if not self._trusted and check_codec(item).packer.expands:
+            self._expanded += item.total * item.dtype.itemsize
+            if self._expanded > self._limits.expanded:
+                what = "what nobody expects of sparse and low-rank tensors"
+                raise LimitError(what, self._limits.expanded, self._expanded, field="expanded", item=item.name)
         grown = self.memory[number] = GrowingMemory(item.total * item.dtype.itemsize, trusted=self._trusted)
         return grown
 
@@ -118,7 +125,7 @@ class _Memory:
         self._filled: set[str] = set()
         self._targets: dict[int, Any] = {}  # those that the caller has preallocated
         self._copied: dict[int, Any] = {}  # and of those, on a device, what is copied there piece by piece
-        self._taken = _Taken(self._copied, trusted=self._schema is not None)
+        self._taken = _Taken(self._copied, limits, trusted=self._schema is not None)
         self.receiver = Receiver(limits, base=base, take=self._taken)
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:

@@ -30,8 +30,6 @@ Float32 = npt.NDArray[np.float32]
 
 _TAKEN: Final = (dtypes.FLOAT32, dtypes.FLOAT16, dtypes.BFLOAT16)
 _BLOCK: Final = 1 << 16  # numbers that are worked on at a time: they stay in the second-level cache
-# Few slices: each has a header of its own, which would be as long as the payload. Decoded they are of this size.
-_FRAME: Final = DEFAULT.frame
 
 
 class Message:
@@ -89,7 +87,7 @@ class Compressor:
             kept,
             ViewFront(),
             codec=lambda name, view: self._method.codec(view.shape),
-            frame_size=_FRAME,
+            frame_size=self._method.frame_size,
             metadata=terms.metadata() if terms is not None else None,
         )
         self._last = Message(b"".join(buffers))
@@ -144,7 +142,7 @@ class Compressor:
         kept = self._kept.get(name)
         if kept is not None and kept.shape != view.shape:
             raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
-        before = 0.0 if kept is None else float(np.abs(kept).max(initial=0))
+        before = 0.0 if kept is None else _largest(kept)
         most = self._method.codec(view.shape).ceiling(view.dtype)
         if not largest(view) + before <= most:
             error = NonFiniteError(f"a value is not finite, or with what was kept of it beyond {most:g}", index=0)
@@ -159,7 +157,8 @@ class Compressor:
         with kernels.default_environment():
             for start in range(0, kept.size, _BLOCK):
                 part = kept[start : start + _BLOCK]
-                part *= beta
+                if beta != 1:
+                    part *= beta
                 part += as_floats(view.read(start, start + part.size), view.dtype)
 
     def _view(self, name: str, view: TensorView) -> TensorView:
@@ -196,6 +195,13 @@ class Compressor:
             else:
                 assert isinstance(packer, Sparse)  # what methods choose
                 packer.add(packer.selected(payload, extent), kept, weight)
+
+
+def _largest(kept: Float32) -> float:
+    """The largest magnitude."""
+    absmax = np.zeros(-(-kept.size // _BLOCK), np.float32)
+    kernels.blockwise_absmax(kept.reshape(-1), absmax, blocksize=_BLOCK)
+    return float(absmax.max(initial=0))
 
 
 def slices(source: Any) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:

@@ -5,7 +5,7 @@ topk:k=64,values=2bit          error feedback, top-k of each chunk: SparseLoCo (
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from tensorwire.codecs import Choice, Codec, LowRank, Range, Real, Sparse, Spelled, parameter, spelled
 from tensorwire.errors import EncodeError
@@ -24,6 +24,9 @@ class Method(Spelled):
 
     beta: float = parameter(1.0, Real(0, 1))
     alpha: float = parameter(1.0, Real(0, 1))
+
+    # Of a message: its slices take four times as much, decoded.
+    frame_size: ClassVar[int] = 16 << 20
 
     def codec(self, shape: tuple[int, ...]) -> Codec:
         """The codec of a tensor of this shape."""
@@ -75,6 +78,7 @@ class Factors(Method):
     k: int = parameter(64, Range(1, 4096))
 
     name = "lowrank"
+    frame_size = 64 << 20  # each slice repeats a factor
 
     def codec(self, shape: tuple[int, ...]) -> Codec:
         """The codec of a tensor of this shape."""

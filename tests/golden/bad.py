@@ -17,7 +17,7 @@ Layout = Callable[..., bytes]
 BAD: dict[str, tuple[str, str, Callable[..., bytes]]] = {}
 
 TENSOR, VALUE, FILE, ALIAS, DICT, LIST, TUPLE = range(1, 8)
-RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, PLANES, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 64
+RAW, FP16, BF16, INT8, LINEAR, NF4, FP4, PLANES, SPARSE, LOWRANK, ZSTD = 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 64
 BOOL, UINT8, INT64, FLOAT16, FLOAT32, FLOAT64 = 1, 2, 9, 16, 18, 19
 START = Frame(STREAM, packb({"align": 1}))
 
@@ -628,6 +628,71 @@ bad(
     "mode of a plane",
     carried(zstd_frame(b"\0\x09"), 200, [[PLANES], [ZSTD]], FLOAT32),
 )
+
+
+# Chunks of 16 elements, of which 2 are kept: 120 pairs, in 7 bits; or 7, in codes of Rice. Signs.
+PAIRS = [[SPARSE, 2, 1, 0, 1, 16, 16]]
+SEVEN = [[SPARSE, 7, 1, 0, 1, 16, 16]]
+ONE = struct.pack("<f", 1)
+# Positions 0 to 6 under the parameter 1, which is the best for 7 of 16: a 1 for the upper bits of 0, and a 0.
+FIRST_SEVEN = (0b01010101010101).to_bytes(2, "little")
+for name, says, stages, payload in (
+    ("number", "no codes of 2 positions", PAIRS, ONE + b"\x79\0"),
+    ("bit-behind-numbers", "no codes of 2 positions", PAIRS, ONE + b"\xf7\0"),
+    ("bit-behind-values", "behind the last value", PAIRS, ONE + b"\0\x04"),
+    ("value-of-nothing", "nothing is kept", PAIRS, ONE + b"\x78\x01"),
+    ("cut", "ends before 2 values", PAIRS, ONE),
+    ("without-positions", "0 bytes are no codes", PAIRS, ONE + b"\0"),
+    ("longer", "at most 6", PAIRS, ONE + b"\0\0\0"),
+    ("step-negative", "a step of values", PAIRS, struct.pack("<f", -0.0) + b"\0\0"),
+    ("step-nan", "a step of values", PAIRS, struct.pack("<I", 0x7FC00000) + b"\0\0"),
+    ("step-large", "a step of values", PAIRS, struct.pack("<f", 2.0**111) + b"\0\0"),
+    ("rice-13", "no codes of 7", SEVEN, ONE + b"\x0d" + FIRST_SEVEN + b"\0"),
+    ("position-16", "no codes of 7", SEVEN, ONE + b"\x03\x0c\0\0\0"),
+    ("positions-cut", "no codes of 7", SEVEN, ONE + b"\x01" + FIRST_SEVEN[:1] + b"\0"),
+    ("positions-none", "no codes of 7", SEVEN, ONE + b"\x01" + bytes(2) + b"\0"),
+    ("positions-behind", "no codes of 7", SEVEN, ONE + b"\x01" + FIRST_SEVEN + b"\0\0"),
+    ("nothing-late", "no codes of 7", SEVEN, ONE + b"\x01" + (0b01_01_1 << 8 | 1).to_bytes(2, "little") + b"\0"),
+):
+    bad(f"sparse-{name}", "FormatError", says, carried(payload, 16, stages, FLOAT32))
+bad(
+    "sparse-inside-zstd",
+    "FormatError",
+    "nothing is kept",
+    carried(zstd_frame(ONE + b"\x78\x01"), 16, [*PAIRS, [ZSTD]], FLOAT32),
+)
+for name, says, codec in (
+    ("k-0", "k of sparse", [SPARSE, 0, 1, 0, 1, 16, 16]),
+    ("bits-3", "bits of sparse", [SPARSE, 2, 3, 0, 1, 16, 16]),
+    ("dct-2", "dct of sparse", [SPARSE, 2, 1, 2, 1, 16, 16]),
+    ("rows-65", "rows of sparse", [SPARSE, 2, 1, 0, 65, 16, 16]),
+    ("chunk", "at most 4096", [SPARSE, 2, 1, 0, 64, 65, 65]),
+    ("dct-cols-65", "with dct", [SPARSE, 2, 1, 1, 1, 65, 65]),
+    ("cols-beyond-width", "no wider", [SPARSE, 2, 1, 0, 1, 16, 15]),
+    ("width-0", "width of sparse", [SPARSE, 2, 1, 0, 1, 16, 0]),
+    ("parameters", "6 parameters", [SPARSE, 2, 1, 0, 1, 16]),
+):
+    bad(f"sparse-{name}", "FormatError", says, (START, ROOT, tensor(1, ["a"], [3], FLOAT32, [codec])))
+bad("sparse-of-float64", "FormatError", "cannot carry", (START, ROOT, tensor(1, ["a"], [3], FLOAT64, PAIRS)))
+# 4 rows of 4 columns as one pair of factors, in signs: a step for each, 8 bits.
+FACTORS = [[LOWRANK, 1, 1, 4]]
+for name, says, payload in (
+    ("short", "must have 9", ONE + ONE),
+    ("long", "must have 9", ONE + ONE + bytes(2)),
+    ("step-negative", "a step of values", ONE + struct.pack("<f", -1) + b"\0"),
+    ("step-large", "a step of values", struct.pack("<f", 2.0**57) + ONE + b"\0"),
+):
+    bad(f"lowrank-{name}", "FormatError", says, carried(payload, 16, FACTORS, FLOAT32))
+bad("lowrank-bit-behind", "FormatError", "behind the last value", carried(ONE + ONE + b"\x80", 12, FACTORS, FLOAT32))
+for name, says, codec in (
+    ("rank-0", "rank of lowrank", [LOWRANK, 0, 1, 4]),
+    ("rank-5", "more than the 4 columns", [LOWRANK, 5, 1, 4]),
+    ("width-large", "width of lowrank", [LOWRANK, 1, 1, (1 << 17) + 1]),
+):
+    bad(f"lowrank-{name}", "FormatError", says, (START, ROOT, tensor(1, ["a"], [3], FLOAT32, [codec])))
+# 2^17 rows of 2^17 columns from 32 KiB.
+many = (START, ROOT, tensor(1, ["a"], [1 << 17, 1 << 17], FLOAT32, [[LOWRANK, 1, 1, 1 << 17]]))
+bad("lowrank-bomb", "LimitError", "frame", (*many, data(1, ONE + ONE + bytes(32768), 1 << 34)))
 
 
 # --------------------------------------------------------------------------------------------------------- Values

@@ -26,11 +26,12 @@ from reference import crc32c
 from vectors import InMemory
 
 import tensorwire.numpy as tw
-from tensorwire import dtypes, encode_file, register
+from tensorwire import dtypes, encode_file, register, streams
 from tensorwire.checksum import crc32c as tw_crc32c
-from tensorwire.codecs import RAW, Encoded, Packer, Range, Sizes, parameter
+from tensorwire.codecs import RAW, Encoded, LowRank, Packer, Range, Readymade, Sizes, parameter
 from tensorwire.files.items import read_item
 from tensorwire.streams.receiver import check_codec
+from tensorwire.tensor import TensorView, ViewFront
 from tensorwire.wire import AliasItem, Archive, FileItem, TensorItem, ValueItem
 
 LIBZSTD = (1, 5, 7)  # of the stored vectors: another version may compress to other bytes
@@ -322,6 +323,65 @@ def planes() -> bytes:
         "integers": np.arange(5),
     }
     return tw.dumps(tensors, codec={"update": "planes|zstd", "*": "planes"})
+
+
+@golden
+def sparse() -> bytes:
+    """Positions numbered and in codes of Rice; values of each width; chunks at every edge, of zeros, transformed."""
+    values = weights((30, 25), "sparse")
+    gap = values.copy()
+    gap[:10] = 0
+    tensors = {
+        "k4": values,
+        "k6 4 bits": gap,
+        "k8": gap,
+        "k9 2 bits bf16": bfloat16(values),
+        "k40 16 bits f16": values.astype(np.float16),
+        "dct": values,
+        "dct rice": gap,
+        "vector": weights(100, "sparse vector"),
+        "all": weights(7, "sparse all"),
+        "zeros": np.zeros((4, 5), np.float32),
+        "tiny": np.array([1e-45, -1e-45, 0], np.float32),
+        "large": np.array([2.0**100, -(2.0**100), 1], np.float32),
+        "scalar": np.float32(-2),
+    }
+    chunks = "rows=8,cols=11,width=25"
+    codecs = {
+        "k4": f"sparse:k=4,{chunks}",
+        "k6 4 bits": f"sparse:k=6,bits=4,{chunks}",
+        "k8": f"sparse:k=8,{chunks}",
+        "k9 2 bits bf16": f"sparse:k=9,bits=2,{chunks}|zstd",
+        "k40 16 bits f16": f"sparse:k=40,bits=16,dct=true,{chunks}",
+        "dct": f"sparse:k=4,dct=true,{chunks}",
+        "dct rice": f"sparse:k=7,bits=8,dct=true,{chunks}",
+        "vector": "sparse:k=3,bits=2,dct=true,rows=4,cols=8,width=8",
+        "*": "sparse:k=20,bits=8",
+    }
+    return tw.dumps(tensors, codec=codecs)
+
+
+@golden
+def lowrank() -> bytes:
+    """Factors by hand, as an encoder's depend on how its machine multiplies matrices; a last row that is not whole."""
+
+    def item(shape: tuple[int, ...], dtype: dtypes.DType, codec: LowRank) -> TensorView:
+        size = codec.sizes(int(np.prod(shape)), dtype)
+        steps = np.abs(weights(size.metadata // 4, repr(codec)))
+        codes = bytearray(random_bytes(size.data, repr(codec)))
+        used = (codec.width + -(-int(np.prod(shape)) // codec.width)) * codec.rank * codec.bits % 8
+        codes[-1] &= (1 << used) - 1 if used else 0xFF
+        payload = np.frombuffer(steps.tobytes() + bytes(codes), np.uint8)
+        return TensorView(dtype, shape, lambda start, stop: payload, codec=Readymade((codec,)))
+
+    tensors = {
+        "two bits": item((6, 7), dtypes.FLOAT32, LowRank(rank=3, width=7)),
+        "signs": item((5, 9), dtypes.FLOAT32, LowRank(rank=1, bits=1, width=9)),
+        "half": item((3, 5), dtypes.FLOAT16, LowRank(rank=2, bits=8, width=5)),
+        "bfloat16": item((3, 5), dtypes.BFLOAT16, LowRank(rank=2, bits=4, width=5)),
+        "partial": item((11,), dtypes.FLOAT32, LowRank(rank=4, bits=16, width=4)),
+    }
+    return join(streams.encode(tensors, ViewFront()))
 
 
 @golden

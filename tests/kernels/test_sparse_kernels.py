@@ -1,0 +1,273 @@
+"""The kernels of sparse slices: what they do, every instruction set like the twin, and what they refuse."""
+
+import functools
+from decimal import Decimal, getcontext
+from math import comb, pi
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_samples import Array, Output, misaligned
+
+from tensorwire.kernels import _numpy, _numpy_sparse
+from tensorwire.kernels.tables import DCT_MOST, dct_basis
+
+NOTHING = 0xFFFF
+WHOLE = {"width": 64, "rows": 64, "cols": 64}
+FLAT = {"width": 4096, "rows": 1, "cols": 4096}
+GRIDS = [
+    FLAT,
+    WHOLE,
+    {"width": 130, "rows": 44, "cols": 43},
+    {"width": 7, "rows": 3, "cols": 2},
+    {"width": 65, "rows": 64, "cols": 64},
+    {"width": 1, "rows": 5, "cols": 1},
+    {"width": 33, "rows": 1, "cols": 33},
+]
+COUNTS = [1, 5, 64, 100, 4096, 5003]
+CASES = [
+    (grid, transformed) for grid in GRIDS for transformed in (False, True) if grid["cols"] <= 64 or not transformed
+]
+RNG = np.random.default_rng(40)
+NORMAL = RNG.standard_normal(20_000).astype(np.float32)
+VALUES = {
+    "normal": NORMAL,
+    "steps": np.round(NORMAL),
+    "zeros": NORMAL * (np.arange(20_000) // 1500 % 2).astype(np.float32),
+}
+
+
+def kept(count: int, k: int, **grid: int) -> int:
+    return int(np.minimum(_numpy_sparse.chunk_sizes(count, grid["width"], grid["rows"], grid["cols"]), k).sum())
+
+
+def select(kernels: ModuleType, values: Array, offset: int = 0, **options: Any) -> tuple[Array, Array]:
+    count = kept(values.size, options["k"], **{name: options[name] for name in WHOLE})
+    positions, coefficients = Output(count, np.uint16, offset), Output(count, np.float32, offset)
+    assert kernels.select_largest(misaligned(values, offset), positions.array, coefficients.array, **options)
+    return positions.checked(), coefficients.checked()
+
+
+class TestDefinition:
+    def test_of_equal_magnitudes_the_first_are_kept(self, kernels: ModuleType) -> None:
+        values = np.array([1, -2, 2, 0, -2, 3], np.float32)
+        positions, coefficients = select(kernels, values, k=3, **FLAT)
+        assert positions.tolist() == [1, 2, 5] and coefficients.tolist() == [-2, 2, 3]
+
+    def test_of_zeros_nothing_is_kept(self, kernels: ModuleType) -> None:
+        values = np.zeros(2 * 64, np.float32)
+        values[70], values[3] = 1, -0.0
+        positions, coefficients = select(kernels, values, k=2, width=64, rows=1, cols=64)
+        assert positions.tolist() == [NOTHING, NOTHING, 0, 6] and coefficients.tolist() == [0, 0, 0, 1]
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 17, 64])
+    def test_the_transform_is_the_dct(self, kernels: ModuleType, n: int) -> None:
+        values = NORMAL[: n * n]
+        _, coefficients = select(kernels, values, k=4096, width=n, rows=n, cols=n, basis=dct_basis())
+        u, x = np.arange(n)[:, None], np.arange(n)
+        matrix = np.sqrt((2 - (u == 0)) / n) * np.cos(pi * (2 * x + 1) * u / (2 * n))
+        expected = matrix @ values.reshape(n, n).astype(np.float64) @ matrix.T
+        assert np.allclose(coefficients.reshape(n, n), expected, atol=1e-5)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**101])
+    def test_what_cannot_be_taken_is_said(self, kernels: ModuleType, bad: float) -> None:
+        for at in (0, 4095, 4999):
+            values = NORMAL[:5000].copy()
+            values[at] = bad
+            out = np.empty(8, np.uint16), np.empty(8, np.float32)
+            assert not kernels.select_largest(values, *out, k=4, **FLAT)
+
+    def test_numbers_of_positions(self, kernels: ModuleType) -> None:
+        for positions in ([0, 1], [0, 2], [1, 2], [62, 63], [NOTHING] * 2):
+            codes = np.zeros(2, np.uint8)
+            assert kernels.encode_positions(np.array(positions, np.uint16), codes, elements=64, k=2, **WHOLE) == 2
+            number = sum(comb(p, i + 1) for i, p in enumerate(positions)) if NOTHING not in positions else comb(64, 2)
+            assert int.from_bytes(codes.tobytes(), "little") == number
+
+    def test_codes_of_rice(self, kernels: ModuleType) -> None:
+        codes = np.zeros(8, np.uint8)
+        positions = np.arange(7, dtype=np.uint16) * 2 + 1  # one is left out before each: 1 bit 0, a bit 1
+        assert kernels.encode_positions(positions, codes, elements=16, k=7, width=16, rows=1, cols=16) == 3
+        assert codes[:3].tolist() == [0, 0b10101010, 0b00101010]
+
+    def test_no_room(self, kernels: ModuleType) -> None:
+        positions, _ = select(kernels, NORMAL, k=7, **FLAT)
+        codes = np.zeros(4 * positions.size, np.uint8)
+        size = kernels.encode_positions(positions, codes, elements=NORMAL.size, k=7, **FLAT)
+        assert size > 1
+        assert kernels.encode_positions(positions, codes[: size - 1].copy(), elements=NORMAL.size, k=7, **FLAT) == 0
+
+    def test_a_position_outside_its_chunk(self, kernels: ModuleType) -> None:
+        for basis in (None, dct_basis()):
+            given = np.array([16], np.uint16), np.ones(1, np.float32)
+            sums = np.zeros(16)
+            assert not kernels.add_selected(*given, sums, weight=1.0, k=1, width=4, rows=4, cols=4, basis=basis)
+
+
+@pytest.mark.parametrize(("grid", "transformed"), CASES, ids=str)
+@pytest.mark.parametrize("k", [1, 4, 6, 7, 32, 4096])
+def test_every_instruction_set_is_like_the_twin(
+    kernels: ModuleType, grid: dict[str, int], k: int, transformed: bool
+) -> None:
+    options = tuple(sorted({**grid, "k": k}.items()))
+    for number, count in enumerate(COUNTS):
+        twin = of_the_twin(options, transformed, number)
+        other = results(kernels, options, transformed, number, number) if kernels is not _numpy else twin
+        for wanted, got in zip(twin, other, strict=True):
+            assert wanted.tobytes() == got.tobytes(), count
+        positions, back = twin[0], twin[-1]
+        fits = positions != NOTHING  # else what says so may have needed one bit more
+        assert np.array_equal(back[fits], positions[fits])
+
+
+@functools.cache
+def of_the_twin(options: Any, transformed: bool, number: int) -> list[Array]:
+    return results(_numpy, options, transformed, number, 0)
+
+
+def results(module: ModuleType, options: Any, transformed: bool, number: int, offset: int) -> list[Array]:
+    """All that the four kernels make of some values."""
+    grid, count, basis = dict(options), COUNTS[number], dct_basis() if transformed else None
+    values = [*VALUES.values()][number % 3][:count]
+    positions, coefficients = select(module, values, offset, basis=basis, **grid)
+    outputs = [positions, coefficients]
+    for dtype in (np.float32, np.float64):
+        sums = NORMAL[:count].astype(dtype)
+        assert module.add_selected(positions, coefficients, sums, weight=-0.3, basis=basis, **grid)
+        outputs.append(sums)
+    codes = np.zeros(4 * positions.size + 4096, np.uint8)
+    codes = codes[: module.encode_positions(positions, codes, elements=count, **grid)]
+    back = Output(positions.size, np.uint16)
+    assert module.decode_positions(codes, back.array, elements=count, **grid)
+    return [*outputs, codes, back.checked()]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6, 7, 20])
+def test_the_same_verdict_over_damaged_codes(kernels: ModuleType, k: int) -> None:
+    grid = {"width": 25, "rows": 5, "cols": 9}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        count = int(rng.integers(1, 200))
+        positions, _ = select(_numpy, NORMAL[:count] * (rng.random(count) < 0.1).astype(np.float32), k=k, **grid)
+        codes = np.zeros(4 * positions.size + 600, np.uint8)
+        codes = codes[: _numpy.encode_positions(positions, codes, elements=count, k=k, **grid)]
+        codes = np.append(codes, np.zeros(int(seed % 3 == 0), np.uint8))[: codes.size + 1 - seed % 5 // 4]
+        for at in rng.integers(0, max(codes.size, 1), seed % 4):
+            codes[at:][:1] ^= np.uint8(1 << rng.integers(8))
+        verdicts = []
+        for module in (_numpy, kernels):
+            back = Output(positions.size, np.uint16)
+            verdicts.append(
+                (bool(module.decode_positions(codes.copy(), back.array, elements=count, k=k, **grid)), back)
+            )
+        assert verdicts[0][0] == verdicts[1][0], seed
+        if verdicts[0][0]:
+            assert np.array_equal(verdicts[0][1].checked(), verdicts[1][1].checked())
+
+
+def correct(name: str) -> dict[str, Any]:
+    arrays = {
+        "values": np.ones(16, np.float32),
+        "codes": np.zeros(8, np.uint8),
+        "positions": np.zeros(2, np.uint16),
+        "coefficients": np.zeros(2, np.float32),
+        "sums": np.zeros(16),
+    }
+    taken = {
+        "select_largest": ["values", "positions", "coefficients"],
+        "add_selected": ["positions", "coefficients", "sums"],
+        "encode_positions": ["positions", "codes"],
+        "decode_positions": ["codes", "positions"],
+    }[name]
+    options: dict[str, Any] = {"width": 4, "rows": 4, "cols": 4, "k": 2}
+    if name == "add_selected":
+        options["weight"] = 1.0
+    if name.endswith("positions"):
+        options["elements"] = 16
+    return {key: arrays[key] for key in taken} | options
+
+
+def call(kernels: ModuleType, name: str, **changes: Any) -> Any:
+    arguments = correct(name) | changes
+    positional = [arguments.pop(key) for key in [*arguments] if key in {*correct(name)} - {*OPTIONS}]
+    return getattr(kernels, name)(*positional, **arguments)
+
+
+OPTIONS = ["width", "rows", "cols", "k", "weight", "elements"]
+NAMES = ["select_largest", "add_selected", "encode_positions", "decode_positions"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_argument_is_an_error(kernels: ModuleType, name: str) -> None:
+    call(kernels, name)
+    for key, value in correct(name).items():
+        if isinstance(value, np.ndarray):
+            with pytest.raises(TypeError, match=key):
+                call(kernels, name, **{key: value.astype(np.int64)})
+            with pytest.raises(TypeError, match=key):
+                call(kernels, name, **{key: value.reshape(1, -1)})
+            if key not in ("codes", "values", "sums"):
+                with pytest.raises(ValueError, match=f"{key}: expected 2"):
+                    call(kernels, name, **{key: np.append(value, value[:1])})
+    for key in ("width", "rows", "cols", "k"):
+        with pytest.raises(ValueError, match=f"{key}: expected at least 1, got 0"):
+            call(kernels, name, **{key: 0})
+    with pytest.raises(ValueError, match="at most 4096"):
+        call(kernels, name, rows=64, cols=65)
+    if "elements" in correct(name):
+        with pytest.raises(ValueError, match="elements: expected at least 0"):
+            call(kernels, name, elements=-1)
+    else:
+        with pytest.raises(ValueError, match="at most 64"):
+            call(kernels, name, cols=65, basis=dct_basis())
+        with pytest.raises(ValueError, match="basis"):
+            call(kernels, name, basis=dct_basis()[1:])
+    output = "sums" if name == "add_selected" else "codes" if name == "encode_positions" else "positions"
+    frozen = correct(name)[output]
+    frozen.setflags(write=False)
+    with pytest.raises(ValueError, match="read-only"):
+        call(kernels, name, **{output: frozen})
+
+
+def test_outputs_apart_from_inputs(kernels: ModuleType) -> None:
+    memory = np.zeros(64, np.uint8)
+    with pytest.raises(ValueError, match="overlaps"):
+        call(kernels, "decode_positions", codes=memory[:8], positions=memory[4:8].view(np.uint16))
+    with pytest.raises(ValueError, match="overlaps"):
+        call(kernels, "encode_positions", codes=memory[:8], positions=memory[4:8].view(np.uint16))
+    with pytest.raises(ValueError, match="overlaps"):
+        values = np.zeros(16, np.float32)
+        call(kernels, "select_largest", values=values, coefficients=values[:2])
+    with pytest.raises(ValueError, match="overlaps"):
+        call(kernels, "add_selected", sums=values, coefficients=values[:2])
+
+
+def test_the_cosines_are_the_same_on_every_machine() -> None:
+    """Rounded right, and so far from the middle of two float32 that an error of float64 would not matter."""
+    getcontext().prec = 40
+    half_turn = Decimal("3.141592653589793238462643383279502884197")
+
+    def cosine(x: Decimal) -> Decimal:
+        term = total = Decimal(1)
+        for n in range(1, 40):
+            term *= -x * x / ((2 * n - 1) * (2 * n))
+            total += term
+        return total
+
+    at = 0
+    for n in range(1, DCT_MOST + 1):
+        exact = [cosine(half_turn * j / (2 * n)) for j in range(n)] + [Decimal(0)]
+        scales = [(Decimal(2 if u else 1) / n).sqrt() for u in range(n)]
+        stored = dct_basis()[at : at + n * n].reshape(n, n)
+        for u in range(n):
+            for x in range(n):
+                angle = (2 * x + 1) * u % (4 * n)
+                angle = min(angle, 4 * n - angle)
+                wanted = scales[u] * (exact[angle] if angle <= n else -exact[2 * n - angle])
+                got = float(stored[u, x])
+                ulp = Decimal(float(np.spacing(np.float32(abs(got)))))
+                margin = ulp / 2 - abs(wanted - Decimal(got))
+                assert margin > abs(wanted) * Decimal(2) ** -49, (n, u, x)
+        at += n * n
+    assert at == dct_basis().size
