@@ -77,6 +77,11 @@ def _lossless(rows: Sequence[Row]) -> str:
     return f"{rows[0]['model']} takes {told} as {codec}."
 
 
+def _updates(rows: Sequence[Row]) -> str:
+    told = ", ".join(f"{row['mb_per_step']:,.3g} MB as {row['method']}" for row in rows)
+    return f"A step of {rows[0]['model']} takes {told}."
+
+
 def _told(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
     """The rows of the codecs to tell of; where none of these was measured, of the first few."""
     chosen = [row for codec in _TOLD for row in rows if row["codec"] == codec]
@@ -89,4 +94,5 @@ _LINES: Final[dict[str, Callable[[Sequence[Row]], str]]] = {
     "memory": _memory,
     "error": _error,
     "lossless": _lossless,
+    "updates": _updates,
 }
