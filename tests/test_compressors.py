@@ -1,11 +1,14 @@
 """Compressors against a model of a few lines of NumPy: what they keep, what is lost, and how messages are added up."""
 
+from math import comb, log2
+
 import numpy as np
 import pytest
 
 import tensorwire
-from tensorwire import updates
+from tensorwire import dtypes, updates
 from tensorwire.errors import EncodeError, NonFiniteError, SchemaError
+from tensorwire.tensor import Extent
 from tensorwire.updates import Compressor, combine
 
 SPECS = ["demo:k=4", "demo:k=32,beta=0.9,alpha=0.2", "topk:k=64,values=4bit", "topk:k=3,values=sign", "lowrank:bits=8"]
@@ -255,3 +258,46 @@ def test_messages_are_streams_that_count_as_updates() -> None:
     update = updates.check_update(message.data, model, updates.Terms("run", 1, client="ann"))
     updates.average([update], into=model)
     assert np.array_equal(model["w"], tensorwire.loads(message.data)["w"])
+
+
+def published() -> dict[str, tuple[int, ...]]:
+    """The 1,204,881,408 parameters of the largest public run of DeMo."""
+    d, ffn = 2048, 8192
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, d), "lm_head.weight": (32000, d)}
+    for layer in range(16):
+        head = f"model.layers.{layer}"
+        shapes |= {f"{head}.self_attn.{name}_proj.weight": (d, d) for name in "qkvo"}
+        shapes |= {f"{head}.mlp.{name}_proj.weight": (ffn, d) for name in ("gate", "up")}
+        shapes |= {f"{head}.mlp.down_proj.weight": (d, ffn)}
+        shapes |= {f"{head}.{name}_layernorm.weight": (d,) for name in ("input", "post_attention")}
+    return shapes | {"model.norm.weight": (d,)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"), [("demo:k=4", 1.78e6), ("demo:k=6", 2.55e6), ("lowrank:rank=4,bits=2", 0.84e6)]
+)
+def test_a_step_of_the_published_run_takes_no_more_than_was_aimed_for(spec: str, most: float) -> None:
+    shapes = published()
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 1_204_881_408
+    assert updates.message_size(spec, shapes) <= most
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_size_of_a_message_is_known_ahead(spec: str) -> None:
+    given = state(0)
+    size = len(Compressor(spec).compress(given))
+    ahead = updates.message_size(spec, SHAPES)
+    assert size <= ahead
+    if "k=4" in spec or "k=3" in spec:
+        assert size == ahead
+
+
+@pytest.mark.parametrize(("k", "most"), [(4, 1.015), (6, 1.015), (8, 1.025), (32, 1.025), (64, 1.025)])
+def test_codes_of_positions_are_near_what_they_must_be(k: int, most: float) -> None:
+    chunks = 64
+    values = np.random.default_rng(k).standard_normal(chunks * 4096).astype(np.float32)
+    data = tensorwire.codecs.parse(f"sparse:k={k}").encode(
+        values, Extent.whole(dtypes.FLOAT32, values.shape), lambda size: np.empty(size, np.uint8)
+    )
+    index = 8 * (len(data.payload) - 4 - (k > 6)) / chunks - k
+    assert index <= most * log2(comb(4096, k))

@@ -7,6 +7,11 @@
     update = check_update(message, model, expected)      # read through once: may it count?
     average([update, ...], into=model)                   # memory of the model, whatever the number of updates
 
+A `Compressor` sends a thousandth of that, and keeps what it left out; `combine` adds up what many of them send:
+
+    message = Compressor("demo:k=4").compress(gradients)
+    combine([message.data, *received], how="present")
+
 Models and updates are mappings of names to tensors, torch or NumPy. `Views` are the same names with tensors that are
 computed when they are read, so that functions from views to views (`subtract`, `ErrorFeedback.add`,
 `stochastic_bf16`) take no memory of their own and can be put in a row.
@@ -14,7 +19,7 @@ computed when they are read, so that functions from views to views (`subtract`, 
 
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
 from tensorwire.updates.combine import combine
-from tensorwire.updates.compressor import Compressor, Message
+from tensorwire.updates.compressor import Compressor, Message, message_size
 from tensorwire.updates.difference import Views, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
@@ -52,6 +57,7 @@ __all__ = [
     "clipped_to_median",
     "encode",
     "exact_vectors",
+    "message_size",
     "normalized",
     "proximal",
     "receive",

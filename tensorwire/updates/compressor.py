@@ -9,7 +9,7 @@ For each tensor a compressor keeps what has not been sent yet:
 Calculated in float32, one rounding for each product and each sum. A message is a stream like any other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -86,7 +86,7 @@ class Compressor:
         buffers = streams.encode(
             kept,
             ViewFront(),
-            codec=lambda name, view: self._method.codec(view.shape),
+            codec=_codecs(self._method),
             frame_size=self._method.frame_size,
             metadata=terms.metadata() if terms is not None else None,
         )
@@ -202,6 +202,23 @@ def _largest(kept: Float32) -> float:
     absmax = np.zeros(-(-kept.size // _BLOCK), np.float32)
     kernels.blockwise_absmax(kept.reshape(-1), absmax, blocksize=_BLOCK)
     return float(absmax.max(initial=0))
+
+
+def message_size(spec: str | Method, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The bytes of a message of float32 tensors of these shapes, with all that is around them; of Rice codes, at most.
+
+    message_size("demo:k=4", {"layer.weight": (2048, 8192)})
+    """
+    chosen = method(spec)
+    tensors = {
+        name: TensorView(dtypes.FLOAT32, tuple(shape), lambda start, stop: b"") for name, shape in shapes.items()
+    }
+    leaves = streams.flatten(tensors, ViewFront(), streams.rule(_codecs(chosen)), DEFAULT)
+    return streams.stream_size(leaves, frame_size=chosen.frame_size).total
+
+
+def _codecs(chosen: Method) -> Callable[[str, Any], Codec]:
+    return lambda name, view: chosen.codec(view.shape)
 
 
 def slices(source: Any) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:
