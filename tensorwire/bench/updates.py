@@ -17,7 +17,6 @@ from tensorwire.bench.models import VIEWS, Model, default, read_all, resolve
 from tensorwire.bench.options import BenchError, Note, Options
 from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import as_floats
-from tensorwire.limits import DEFAULT
 from tensorwire.tensor import TensorView
 from tensorwire.updates import Compressor, combine
 
@@ -68,14 +67,14 @@ def run(options: Options, note: Note) -> Iterator[Row]:
         yield _row(model, name, size, parameters)
     sample = _sample(tensors)
     for spec in options.methods or DEFAULT_METHODS:
-        yield _row(model, spec, message_size(tensors, spec), parameters) | _measured(sample, spec)
+        yield _row(model, spec, encoded_size(tensors, spec), parameters) | _measured(sample, spec)
 
 
-def message_size(tensors: Mapping[str, TensorView], spec: str) -> int:
+def encoded_size(tensors: Mapping[str, TensorView], spec: str) -> int:
     """Bytes of the message that a compressor makes of these tensors in its first step."""
     method = Compressor(spec).method
     buffers = streams.encode(
-        dict(tensors), VIEWS, codec=lambda name, view: method.codec(view.shape), frame_size=DEFAULT.frame
+        dict(tensors), VIEWS, codec=lambda name, view: method.codec(view.shape), frame_size=method.frame_size
     )
     return sum(memoryview(buffer).nbytes for buffer in buffers)
 
@@ -95,10 +94,11 @@ def _row(model: Model, method: str, size: float, parameters: int) -> Row:
 
 
 def _sample(tensors: Mapping[str, TensorView]) -> dict[str, Any]:
-    """One tensor of each shape, those that fit; or the smallest."""
-    shapes = {view.shape: name for name, view in reversed(tensors.items())}
-    names, left = [], _SAMPLE
-    for name in sorted(shapes.values(), key=lambda name: tensors[name].numel):
+    """The tensors that fit, one of each shape before the second of any, the smallest first; at least one."""
+    shapes = {view.shape: name for name, view in tensors.items()}
+    names: list[str] = []
+    left = _SAMPLE
+    for name in dict.fromkeys([*sorted(shapes.values(), key=lambda name: tensors[name].numel), *tensors]):
         if not names or tensors[name].numel <= left:
             names.append(name)
             left -= tensors[name].numel
