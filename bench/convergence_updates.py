@@ -234,6 +234,7 @@ def worker(rank: int, folder: str, jobs: list[tuple[str, Method, int]], steps: i
             starts[seed] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         model.load_state_dict(starts[seed])
         run = {"method": name, **method._asdict(), "seed": seed, "steps": steps}
+        method = method._replace(every=min(method.every, steps))
         run |= train(model, method, texts[rank], held_out, seed=seed, steps=steps)
         if rank == 0:
             with open(Path(folder) / "runs", "a") as file:
@@ -339,11 +340,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--tiny", action="store_true", help="two methods, two steps")
+    parser.add_argument("--tiny", action="store_true", help="three methods, four steps")
     options = parser.parse_args()
     names, steps, warm = options.methods, options.steps, _WARM[1]
     if options.tiny:
-        names, steps, warm = ["AdamW", "DeMo k=32", "SparseLoCo k=64 2bit"], 20, 1
+        names, steps, warm = ["AdamW", "DeMo k=32", "SparseLoCo k=64 2bit"], 4, 1
     runs = experiment(options.out, names, seeds=options.seeds, steps=steps, warm=warm)
     (options.out / "updates.md").write_text(table(runs))
     draw(runs, options.out / "updates.png")
