@@ -61,11 +61,12 @@ class Method(NamedTuple):
 METHODS: Final[dict[str, Method]] = {
     "AdamW": Method("adamw"),
     "DeMo k=32": Method("demo:k=32"),
+    "DeMo k=38 beta=0.99": Method("demo:k=38,beta=0.99"),
     "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
     "DiLoCo nf4": Method("nf4", every=20),
     "DeMo k=8": Method("demo:k=8"),
     "DiLoCo fp32": Method("raw", every=20),
-    "DeMo k=32 alpha=0.2": Method("demo:k=32,alpha=0.2"),
+    "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
     "DiLoCo low rank 4": Method("lowrank:rank=4", every=20),
     "AdamW lr 0.004": Method("adamw", lr=4e-3),
     "DeMo k=16": Method("demo:k=16"),

@@ -170,6 +170,22 @@ def _failing(rank: int, folder: Path) -> Any:
     return error, unmoved, weights(trained)
 
 
+def _late_failing(rank: int, folder: Path) -> Any:
+    """As before with a message under way, which counts on all ranks; the others hear of the error a step later."""
+    trained = model()
+    optimizer = DeMo(trained.named_parameters(), spec="demo:k=8", check_every=1, overlap=True)
+    train(optimizer, trained, rank, range(1))
+    if rank == 1:
+        trained[0].weight.grad[0, 0] = float("nan")
+    errors = [said(optimizer.step)]
+    if rank == 0:
+        errors.append(said(optimizer.step))
+    moved = weights(trained)
+    train(optimizer, trained, rank, range(1, 3))
+    optimizer.flush()
+    return errors, moved, weights(trained)
+
+
 def _hooked(rank: int, folder: Path) -> Any:
     """Under DDP, in several buckets, and from a state that was saved."""
     ends = []
@@ -268,7 +284,7 @@ def alone(outer: Any, trained: Any, rank: int, steps: range) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        _equal, _late, _restarted, _drifted, _unlike, _astray, _failing, _hooked, _whole, _hook_failing,
+        _equal, _late, _restarted, _drifted, _unlike, _astray, _failing, _late_failing, _hooked, _whole, _hook_failing,
         _outer, _averaged, _outer_failing,
     )
 }  # fmt: skip
@@ -320,6 +336,12 @@ def test_a_rank_that_cannot_go_on_tells_the_others(done):
     assert unmoved and other_unmoved and end == other_end
     assert error[0] is TransportError and "rank 1 had nothing to send" in error[1]
     assert other[0] is NonFiniteError and "0.weight" in other[1]
+
+
+def test_with_overlap_the_others_hear_of_it_a_step_later_and_nobody_falls_behind(done):
+    (errors, moved, end), (others, other_moved, other_end) = (each["late_failing"] for each in done)
+    assert errors[0] is None and errors[1][0] is TransportError and others[0][0] is NonFiniteError
+    assert moved == other_moved and end == other_end != moved
 
 
 def test_a_hook_of_ddp_keeps_ranks_alike_over_a_restart(done):

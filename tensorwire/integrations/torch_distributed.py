@@ -202,7 +202,11 @@ class DeMo(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._collect()
-        self._send()
+        try:
+            self._send()
+        except Exception:
+            self._move()  # as the others do, with what came of the step before
+            raise
         if not self._overlap:
             self._collect()
         self._move()
