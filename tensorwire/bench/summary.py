@@ -78,7 +78,11 @@ def _lossless(rows: Sequence[Row]) -> str:
 
 
 def _updates(rows: Sequence[Row]) -> str:
-    told = ", ".join(f"{row['mb_per_step']:,.3g} MB as {row['method']}" for row in rows)
+    told = ", ".join(
+        f"{row['mb_per_step']:,.3f} MB as {row['method']} ({row['times_bf16']:,.0f} times less than bf16)"
+        for row in rows
+        if row["compress_gbps"] is not None
+    )
     return f"A step of {rows[0]['model']} takes {told}."
 
 
