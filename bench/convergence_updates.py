@@ -260,7 +260,7 @@ def experiment(out: Path, names: list[str], *, seeds: int, steps: int, warm: int
             process.start()
         shown = 0
         while any(process.is_alive() for process in processes):
-            processes[0].join(1)
+            time.sleep(1)
             done = _read(Path(folder) / "runs")
             for run in done[shown:]:
                 print(f"{run['method']} {run['seed']}: {run['losses'][-1]}", file=sys.stderr, flush=True)

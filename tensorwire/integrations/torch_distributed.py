@@ -234,8 +234,9 @@ class DeMo(torch.optim.Optimizer):
         if ours is None:
             raise SchemaError("this is the state of another optimizer than DeMo")
         ours = _arrays(ours)
-        _load(self._compressor, ours["compressor"])
+        compressor = _loaded(self._compressor, ours["compressor"])
         super().load_state_dict(theirs)
+        self._compressor = compressor
         self._step = ours["step"]
         self._arrived = [message.tobytes() for message in ours["arrived"]]
 
@@ -372,7 +373,7 @@ class DiLoCo:
             raise SchemaError("this is the state of another model")
         state = _arrays(state_dict)
         if self._compressor is not None:
-            _load(self._compressor, state["compressor"])
+            self._compressor = _loaded(self._compressor, state["compressor"])
         self._base = {name: torch.from_numpy(base.copy()) for name, base in state["base"].items()}
         self._velocity = {name: torch.from_numpy(velocity.copy()) for name, velocity in state["velocity"].items()}
         self._steps = state["steps"]
@@ -443,7 +444,7 @@ class DDPState:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave. Raises SchemaError for the state of another method."""
         state = _arrays(state_dict)
-        _load(self.compressor, state["compressor"])
+        self.compressor = _loaded(self.compressor, state["compressor"])
         self._steps = state["steps"]
 
     def exchange(self, bucket: Any) -> Any:
@@ -498,11 +499,14 @@ def _sender(spec: str) -> tuple[Compressor | None, str]:
         return None, spec
 
 
-def _load(compressor: Compressor, state: Any) -> None:
+def _loaded(like: Compressor, state: Any) -> Compressor:
+    """A compressor as another one, in a state that was saved. Raises SchemaError for one of another method."""
+    compressor = Compressor(like.method)
     try:
         compressor.load_state_dict(state)
     except EncodeError as error:
         raise SchemaError(error.detail) from error
+    return compressor
 
 
 def _mean(messages: list[bytes]) -> dict[str, npt.NDArray[np.float32]]:
