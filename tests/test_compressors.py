@@ -288,13 +288,13 @@ def test_the_size_of_a_message_is_known_ahead(spec: str) -> None:
     size = len(Compressor(spec).compress(given))
     ahead = updates.message_size(spec, SHAPES)
     assert size <= ahead
-    if "k=4" in spec or "k=3" in spec:
+    if spec in ("demo:k=4", "topk:k=3,values=sign"):
         assert size == ahead
 
 
 @pytest.mark.parametrize(("k", "most"), [(4, 1.015), (6, 1.015), (8, 1.025), (32, 1.025), (64, 1.025)])
 def test_codes_of_positions_are_near_what_they_must_be(k: int, most: float) -> None:
-    chunks = 64
+    chunks = 1000
     values = np.random.default_rng(k).standard_normal(chunks * 4096).astype(np.float32)
     data = tensorwire.codecs.parse(f"sparse:k={k}").encode(
         values, Extent.whole(dtypes.FLOAT32, values.shape), lambda size: np.empty(size, np.uint8)

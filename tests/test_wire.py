@@ -368,6 +368,7 @@ AT_LIMIT: dict[str, tuple[bytes, int]] = {
     "composite": (tw.dumps({"a": [1, 2, 3]}), 4),
     "containers": (tw.dumps({"a": [1, [2], {"b": ()}]}), 4),
     "frame": (tw.dumps(VALUES, codec="nf4"), 2 * 4 + 50),
+    "expanded": (tw.dumps(VALUES, codec="sparse"), 400),
     "skippable": (stored("skippable"), 15),
     "stream": (stored("slices"), len(stored("slices"))),
 }

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "DCT_MOST",
     "FP4_CODE",
     "FP4_CODE_OF_LEVEL",
     "FP4_THRESHOLDS",
@@ -22,7 +21,6 @@ __all__ = [
     "INT8_THRESHOLDS",
     "NF4_CODE",
     "NF4_THRESHOLDS",
-    "dct_basis",
 ]
 
 DCT_MOST: Final = 64  # numbers that are transformed together, in either direction

@@ -9,6 +9,7 @@ For each tensor a compressor keeps what has not been sent yet:
 Calculated in float32, one rounding for each product and each sum. A message is a stream like any other.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ from tensorwire.wire import TensorItem
 Float32 = npt.NDArray[np.float32]
 
 _TAKEN: Final = (dtypes.FLOAT32, dtypes.FLOAT16, dtypes.BFLOAT16)
+# No element of a sparse slice is so many times as large as the largest that was given, and what is left neither.
+_DECODED: Final = 2.0**16
 _BLOCK: Final = 1 << 16  # numbers that are worked on at a time: they stay in the second-level cache
 
 
@@ -61,6 +64,8 @@ class Compressor:
         self._kept: dict[str, Float32] = {}
         # The right factor of each slice of low rank, as it was sent: the next one begins with it.
         self._factors: dict[tuple[str, int], Float32] = {}
+        # Above the magnitudes that are kept, of tensors of which such a bound is known without looking.
+        self._bounds: dict[str, float] = {}
         self._last = Message(b"", settled=True)
 
     @property
@@ -103,6 +108,7 @@ class Compressor:
         lost = message or self._last
         if not lost.settled:
             lost.settled = True
+            self._bounds.clear()
             self._add(lost, self._method.alpha)
 
     def age(self, factor: float) -> None:
@@ -132,7 +138,7 @@ class Compressor:
         kept = {name: np.array(array, np.float32) for name, array in state["kept"].items()}
         factors = {(name, start): np.array(factor, np.float32) for name, start, factor in state["factors"]}
         pending = np.asarray(state["pending"], np.uint8).tobytes()
-        self._kept, self._factors = kept, factors
+        self._kept, self._factors, self._bounds = kept, factors, {}
         self._last = Message(pending, settled=not pending)
 
     def _check(self, name: str, view: TensorView) -> None:
@@ -142,9 +148,12 @@ class Compressor:
         kept = self._kept.get(name)
         if kept is not None and kept.shape != view.shape:
             raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
-        before = 0.0 if kept is None else _largest(kept)
-        most = self._method.codec(view.shape).ceiling(view.dtype)
-        if not largest(view) + before <= most:
+        codec = self._method.codec(view.shape)
+        most, new = codec.ceiling(view.dtype), largest(view)
+        before = 0.0 if kept is None else self._bounds.get(name, math.inf)
+        if kept is not None and not new + before <= most:
+            before = _largest(kept)
+        if not new + before <= most:
             error = NonFiniteError(f"a value is not finite, or with what was kept of it beyond {most:g}", index=0)
             error.item = name
             raise error
@@ -154,12 +163,17 @@ class Compressor:
         if name not in self._kept:
             self._kept[name] = np.zeros(view.shape, np.float32)
         kept, beta = self._kept[name].reshape(-1), np.float32(self._method.beta)
+        top = 0.0
         with kernels.default_environment():
             for start in range(0, kept.size, _BLOCK):
                 part = kept[start : start + _BLOCK]
                 if beta != 1:
                     part *= beta
                 part += as_floats(view.read(start, start + part.size), view.dtype)
+                top = max(top, _largest(part))
+        self._bounds.pop(name, None)
+        if isinstance(self._method.codec(view.shape).packer, Sparse):
+            self._bounds[name] = _DECODED * top
 
     def _view(self, name: str, view: TensorView) -> TensorView:
         """What is kept of a tensor, in its dtype; of low rank, already in its factors."""

@@ -54,6 +54,9 @@ def material() -> dict[str, bytes]:
         "fp4|zstd",
         "nf4:double_quant=true",
         "bf16|zstd",
+        "sparse:k=2,bits=2,rows=2,cols=5,width=9",
+        "sparse:k=8,dct=true,rows=3,cols=8,width=15|zstd",
+        "lowrank:rank=2,width=9",
     ):
         values = rng.standard_normal(45).astype(np.float32)
         streams[codec] = tw.dumps({"a": values, "n": [1, (2.5, "x")], "b": values[:7].astype(np.float16)}, codec=codec)

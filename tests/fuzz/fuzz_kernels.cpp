@@ -100,8 +100,54 @@ void keep_checksum(Result& result, const tw::Kernels& k, const uint32_t* crc, Bu
                         reinterpret_cast<const uint8_t*>(crc + 1));
 }
 
+constexpr int kKernels = 13;
+
+// Sparse slices: positions out of any codes, added; and of any values, selected and coded.
+Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
+    const bool transformed = in.take<uint8_t>() & 1, few = in.take<uint8_t>() & 1;
+    tw::Grid grid{};
+    grid.rows = 1 + in.take<uint8_t>() % 64;
+    grid.cols = 1 + in.take<uint16_t>() % (transformed ? 64 : 4096 / grid.rows);
+    grid.width = grid.cols + in.take<uint16_t>() % 300;
+    grid.k = 1 + in.take<uint16_t>() % (few ? 6 : 4096);
+    const size_t n = in.take<uint16_t>() % 9000, size = in.take<uint16_t>() % 2000, shift = in.take<uint8_t>() % 16 * 4;
+    const auto band = [&](size_t height, size_t across) {
+        const auto kept = [&](size_t elements) { return elements < grid.k ? elements : grid.k; };
+        return across / grid.cols * kept(height * grid.cols) + kept(height * (across % grid.cols));
+    };
+    const size_t rows = n / grid.width;
+    const size_t kept = rows / grid.rows * band(grid.rows, grid.width) + band(rows % grid.rows, grid.width) +
+                        band(1, n % grid.width);
+    std::vector<float> basis(tw::kBasisSize);
+    for (size_t i = 0; i < basis.size(); ++i) basis[i] = static_cast<float>(i % 7) - 3.0f;
+    const float* const b = transformed ? basis.data() : nullptr;
+    Buffer positions(kept * 2, shift), coefficients(kept * 4, shift), codes(decodes ? size : 8 * kept + 64, shift + 1);
+    Result result;
+    in.fill(coefficients.data(), coefficients.size());
+    if (decodes) {
+        in.fill(codes.data(), codes.size());
+        result.keep = k.decode_positions(codes.data(), codes.size(), positions.as<uint16_t>(), n, grid);
+        for (size_t i = 0; i < kept; ++i) coefficients.as<float>()[i] = static_cast<float>(i % 5);
+    } else {
+        Buffer values(n * 4, shift);
+        in.fill(values.data(), values.size());
+        result.keep = k.select_largest(values.as<float>(), positions.as<uint16_t>(), coefficients.as<float>(), n, grid, b);
+        if (result.keep) {
+            result.returned = k.encode_positions(positions.as<uint16_t>(), codes.data(), codes.size(), n, grid);
+            result.bytes.assign(codes.data(), codes.data() + result.returned);
+        }
+    }
+    if (!result.keep) return result;
+    keep(result, positions);
+    accumulate(result, n, shift, [&](double* sums, double weight) {
+        if (!k.add_to_double(positions.as<uint16_t>(), coefficients.as<float>(), sums, n, weight, grid, b)) abort();
+    });
+    return result;
+}
+
 Result run(const tw::Kernels& k, Input in) {
-    const int kernel = in.take<uint8_t>() % 11;
+    const int kernel = in.take<uint8_t>() % kKernels;
+    if (kernel >= 11) return run_sparse(k, in, kernel == 11);
     const int dtype = in.take<uint8_t>() % tw::kDtypes;
     const int type = in.take<uint8_t>() % tw::kQuantTypes;
     const bool stream = in.take<uint8_t>() & 1;
@@ -222,7 +268,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const tw::Kernels* portable = nullptr;
     for (const tw::Kernels* const* k = tier; *k; ++k) portable = *k;
     const Result wanted = run(*portable, Input(data, size));
-    const int kernel = size > 0 ? data[0] % 11 : 0, dtype = size > 1 ? data[1] % tw::kDtypes : 0;
+    const int kernel = size > 0 ? data[0] % kKernels : 0, dtype = size > 1 ? data[1] % tw::kDtypes : 0;
     for (; *tier != portable; ++tier) {
         const Result got = run(**tier, Input(data, size));
         bool same = got.returned == wanted.returned && got.keep == wanted.keep && same_sums(got.sums, wanted.sums);
