@@ -74,6 +74,14 @@ def test_narrow_floats_are_kept_in_float32(dtype: str) -> None:
         assert np.array_equal(kept_of(compressor)["w"], kept.numpy())
 
 
+def test_torch_and_numpy_make_the_same_messages() -> None:
+    torch = pytest.importorskip("torch")
+    given = state(0)
+    tensors = {name: torch.tensor(tensor) for name, tensor in given.items()}
+    tensors["matrix"] = torch.tensor(given["matrix"].T.copy()).T  # not in its order in memory
+    assert Compressor("demo:k=4").compress(tensors).data == Compressor("demo:k=4").compress(given).data
+
+
 def test_a_lost_message_is_kept_again_once() -> None:
     compressor = Compressor("topk:k=8,values=sign")
     model = Model(compressor)
@@ -214,6 +222,9 @@ def test_what_cannot_be_combined_is_said() -> None:
             combine(pair)
     with pytest.raises(ValueError, match="no message"):
         combine([])
+    for weights in ([1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match=r"zip\(\)|weight"):
+            combine([one, one], weights=weights)
     with pytest.raises(ValueError, match="mean, present"):
         combine([one], how="median")
 
@@ -301,3 +312,55 @@ def test_codes_of_positions_are_near_what_they_must_be(k: int, most: float) -> N
     )
     index = 8 * (len(data.payload) - 4 - (k > 6)) / chunks - k
     assert index <= most * log2(comb(4096, k))
+
+
+@pytest.mark.parametrize("spec", ["sparse", "lowrank:width=10"])
+def test_codecs_alone_refuse_what_they_cannot_carry(spec: str) -> None:
+    for bad in (np.nan, -np.inf, 3e38):
+        values = np.ones(50, np.float32)
+        values[7] = bad
+        with pytest.raises(NonFiniteError, match="cannot carry") as caught:
+            tensorwire.dumps({"w": values}, codec=spec)
+        assert (caught.value.item, caught.value.index) == ("w", 7)
+
+
+@pytest.mark.parametrize("spec", ["sparse:k=9,dct=true,rows=4,cols=5,width=10", "lowrank:width=10"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_what_is_accumulated_is_what_is_decoded(spec: str, dtype: type) -> None:
+    codec = tensorwire.codec(spec)
+    values = state(0)["vector"][:75].astype(dtype)
+    extent = Extent.whole(dtypes.FLOAT32 if dtype is np.float32 else dtypes.FLOAT16, values.shape)
+    payload = codec.encode(values, extent, lambda size: np.empty(size, np.uint8)).payload.data
+    decoded, sums = np.empty_like(values), np.linspace(0, 1, 75)
+    codec.decode(payload, extent, decoded.view(np.uint8))
+    expected = sums + 0.3 * decoded.astype(np.float64)
+    codec.accumulate(payload, extent, sums, 0.3)
+    assert np.array_equal(sums, expected)
+
+
+def test_dense_items_are_voted_on_and_present_everywhere() -> None:
+    """Low rank has every element; and what travels raw is added, too."""
+    messages = [Compressor("lowrank:rank=2").compress({"w": state(seed)["matrix"]}).data for seed in range(3)]
+    dense = [tensorwire.loads(message)["w"].astype(np.float64) for message in messages]
+    assert np.array_equal(combine(messages, how="vote")["w"], np.sign(sum(np.sign(each) for each in dense)))
+    assert np.array_equal(combine(messages, how="present")["w"], combine(messages)["w"])
+    raw = [tensorwire.dumps({"w": each.astype(np.float32)}) for each in dense]
+    assert np.array_equal(combine(raw)["w"], combine(messages)["w"])
+
+
+def test_tied_and_empty_tensors_are_combined_and_others_refused() -> None:
+    tensor = state(0)["matrix"]
+    data = Compressor("demo:k=4").compress({"a": tensor, "b": tensor, "e": np.zeros((0, 4), np.float32)}).data
+    total = combine([data, data])
+    assert [*total] == ["a", "b", "e"] and total["e"].shape == (0, 4)
+    assert np.array_equal(total["a"], total["b"])
+    for other in ({"w": np.arange(3)}, {"w": 1.5}, {"w": {"x": tensor}}, [tensor, 1], tensor, 1.5):
+        with pytest.raises(SchemaError, match="added up"):
+            combine([tensorwire.dumps(other)])
+
+
+def test_a_number_that_is_not_whole_stands_in_no_descriptor() -> None:
+    share = tensorwire.codecs.Real(0, 1)
+    with pytest.raises(EncodeError, match="whole numbers only"):
+        share.to_wire(0.5)
+    assert share.from_wire(1) == 1 and not share.allows(True) and str(share) == "a number from 0 to 1"

@@ -61,22 +61,43 @@ def pack(values: Float32, steps: Float32, bits: int) -> Bytes:
 def unpack(data: Bytes, steps: Float32, count: int, bits: int) -> Float32:
     """The numbers that `data`, of the right length, stands for. `steps`: one or `count`. Raises FormatError."""
     values = np.empty(count, np.float32)
+    if steps.size == 1 and bits < _BYTE:
+        _check_end(data, count, bits)
+        # What each byte stands for.
+        table = _numbers(_unpacked(np.arange(256, dtype=np.uint8), bits), steps, bits).reshape(256, -1)
+        for part, packed in zip(_blocks(values), _packed_blocks(data, bits), strict=True):
+            part[:] = table[packed].reshape(-1)[: part.size]
+        return values
     for part, codes, step in zip(_blocks(values), code_blocks(data, count, bits), _steps(steps), strict=False):
-        np.add(codes & np.uint16((1 << (bits - 1)) - 1), np.float32(0.5), out=part, dtype=np.float32)
-        part *= step
-        part[codes >> np.uint16(bits - 1) != 0] *= np.float32(-1)
+        part[:] = _numbers(codes, step, bits)
+    return values
+
+
+def _numbers(codes: Codes, step: Float32, bits: int) -> Float32:
+    values: Float32 = (codes & np.uint16((1 << (bits - 1)) - 1)).astype(np.float32)
+    values += np.float32(0.5)
+    values *= step
+    values[codes >> np.uint16(bits - 1) != 0] *= np.float32(-1)
     return values
 
 
 def code_blocks(data: Bytes, count: int, bits: int) -> Iterator[Codes]:
     """The codes in `data`, some at a time. Raises FormatError."""
+    _check_end(data, count, bits)
+    for number, packed in enumerate(_packed_blocks(data, bits)):
+        yield _unpacked(packed, bits)[: count - number * _BLOCK]
+
+
+def _packed_blocks(data: Bytes, bits: int) -> Iterator[Bytes]:
+    """What `_blocks` are packed in."""
     size = packed_size(_BLOCK, bits)
-    for start in range(0, data.size, size):
-        codes = _unpacked(data[start : start + size], bits)
-        most = count - start // size * _BLOCK
-        if codes[most:].any():
-            raise FormatError("bits behind the last value are not 0")
-        yield codes[:most]
+    return (data[start : start + size] for start in range(0, data.size, size))
+
+
+def _check_end(data: Bytes, count: int, bits: int) -> None:
+    used = count * bits % _BYTE
+    if used and data[-1] >> used:
+        raise FormatError("bits behind the last value are not 0")
 
 
 def _blocks(values: Float32) -> Iterator[Float32]:

@@ -6,18 +6,20 @@ same messages in the same order get the same bits.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from tensorwire import kernels
-from tensorwire.codecs import NOTHING, Codec, Sparse, as_floats
+from tensorwire.codecs import NOTHING, Codec, Sparse, as_floats, is_float
 from tensorwire.errors import SchemaError
 from tensorwire.tensor import Extent
 from tensorwire.updates.compressor import slices
 from tensorwire.updates.difference import key_of
-from tensorwire.wire import TensorItem
+from tensorwire.updates.terms import check_weight
+from tensorwire.wire import AliasItem, ContainerItem, Item, TensorItem
 
 How = Literal["mean", "present", "sum", "vote"]
 Float32 = npt.NDArray[np.float32]
@@ -32,9 +34,10 @@ def combine(
     """What messages hold together: float32 arrays by name.
 
     `messages`: what compressors made, as `tensorwire.decode` takes streams; all with the same tensors, encoded with the
-    same codecs. `how`: the `mean`, the `sum`, the mean of those that hold an element or a coefficient at all
-    (`present`, as DeMo has it), or the sign of what most of them have there (`vote`). `weights`: one for each message.
-    Takes memory for two or three models, whatever the number of messages. Raises a WireError for a damaged message.
+    same codecs, and nothing else. `how`: the `mean`, the `sum`, the mean of those that hold an element or a coefficient
+    at all (`present`, as DeMo has it), or the sign of what most of them have there (`vote`). `weights`: one for each
+    message. Takes memory for two or three models, whatever the number of messages. Raises a WireError for a damaged
+    message, ValueError for none, or for weights that are no positive numbers or not as many.
 
         for name, change in combine([mine.data, *received]).items():
             weights[name] -= rate * np.sign(change)
@@ -42,25 +45,50 @@ def combine(
     if how not in _HOW:
         raise ValueError(f"messages are combined by {', '.join(_HOW)}, not {how!r:.40}")
     totals: dict[str, _Total] = {}
-    weight_sum, count = 0.0, 0
-    for number, message in enumerate(messages):
-        weight = 1.0 if weights is None else weights[number]
+    names: _Names | None = None
+    weight_sum = 0.0
+    for message, weight in zip(messages, repeat(1.0) if weights is None else weights, strict=weights is not None):
+        check_weight(weight)
         weight_sum += weight
-        count += 1
-        seen: set[str] = set()
-        for item, codec, payload, extent in slices(message):
+        found = _Names()
+        for item, codec, payload, extent in slices(message, found.note):
             name = key_of(item)
-            if number == 0 and name not in totals:
+            if names is None and name not in totals:
                 totals[name] = _Total(item, codec, how)
-            if name not in totals:
-                raise SchemaError("the messages before this one do not hold this tensor", item=item.name)
-            totals[name].add(item, codec, payload, extent, weight)
-            seen.add(name)
-        if len(seen) < len(totals):
-            raise SchemaError("a message lacks a tensor of the others", item=next(iter(totals.keys() - seen)))
-    if not count:
+            if name in totals:
+                totals[name].add(item, codec, payload, extent, weight)
+        if names is not None and found.owners != names.owners:
+            differing = next(iter(found.owners.items() ^ names.owners.items()))[0]
+            raise SchemaError("this message holds other tensors than the first one", item=differing)
+        names = found
+    if names is None:
         raise ValueError("there is no message to be combined")
-    return {name: total.result(weight_sum) for name, total in totals.items()}
+    made = {
+        name: np.zeros(shape, np.float32) for name, shape in names.shapes.items() if name not in totals
+    }  # empty ones
+    made |= {name: total.result(weight_sum) for name, total in totals.items()}
+    return {name: made[owner] for name, owner in names.owners.items()}
+
+
+class _Names:
+    """The tensors of a message; of those that are tied, under which name the elements come."""
+
+    def __init__(self) -> None:
+        self.owners: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._numbers: dict[int, str] = {}
+
+    def note(self, number: int, item: Item) -> None:
+        """There is this item. Raises SchemaError for what cannot be added up."""
+        if isinstance(item, TensorItem) and item.path:
+            if not is_float(item.dtype):
+                raise SchemaError(f"floats are added up, not {item.dtype}", item=item.name)
+            self.owners[key_of(item)] = self._numbers[number] = key_of(item)
+            self.shapes[key_of(item)] = item.shape
+        elif isinstance(item, AliasItem):
+            self.owners[str(item.path[0])] = self._numbers[item.of]
+        elif item.path or not isinstance(item, ContainerItem):
+            raise SchemaError("only tensors, in a dict, are added up", item=item.name)
 
 
 class _Total:

@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire import dtypes, kernels, streams
-from tensorwire.codecs import Codec, LowRank, Readymade, Sparse, as_floats, from_floats, from_stages, largest
+from tensorwire.codecs import RAW, Codec, LowRank, Readymade, Sparse, as_floats, from_floats, from_stages, largest
 from tensorwire.errors import EncodeError, NonFiniteError
 from tensorwire.limits import DEFAULT
-from tensorwire.streams import ItemStart, Payload, Receiver
+from tensorwire.streams import ItemStart, Payload, Piece, Receiver
 from tensorwire.tensor import Extent, TensorView, ViewFront
 from tensorwire.updates.difference import Views, key_of, views
 from tensorwire.updates.methods import Method, method
 from tensorwire.updates.terms import Terms
-from tensorwire.wire import TensorItem
+from tensorwire.wire import Item, TensorItem
 
 Float32 = npt.NDArray[np.float32]
 
@@ -235,15 +235,23 @@ def _codecs(chosen: Method) -> Callable[[str, Any], Codec]:
     return lambda name, view: chosen.codec(view.shape)
 
 
-def slices(source: Any) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:
-    """The slices of a message, verified and encoded. Raises a WireError."""
+def slices(
+    source: Any, open_item: Callable[[int, Item], None] = lambda number, item: None
+) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:
+    """The slices of a message, verified and encoded. `open_item`: told of each item. Raises a WireError."""
     with Receiver(DEFAULT) as receiver:
         for event in receiver.events(source):
-            if isinstance(event, ItemStart) and isinstance(event.item, TensorItem):
-                receiver.keep_encoded(event.number)
-            elif isinstance(event, Payload) and isinstance(event.item, TensorItem):
-                extent = Extent(event.item.dtype, event.item.shape, event.start, event.count)
-                yield event.item, from_stages(event.item.codec), event.data, extent
+            if isinstance(event, ItemStart):
+                open_item(event.number, event.item)
+                if isinstance(event.item, TensorItem):
+                    receiver.keep_encoded(event.number)
+            elif isinstance(event, (Payload, Piece)) and isinstance(event.item, TensorItem):
+                item = event.item
+                if isinstance(event, Piece):  # of a raw item
+                    codec, data, count = RAW, event.data.data, event.data.size // item.dtype.itemsize
+                else:
+                    codec, data, count = from_stages(item.codec), event.data, event.count
+                yield item, codec, data, Extent(item.dtype, item.shape, event.start, count)
 
 
 def _owners(tensors: Views) -> dict[str, str]:
