@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -393,8 +392,7 @@ class DiLoCo:
             raise
         try:
             self._exchange.start(data, step=self._steps, digest=digest)
-            messages = self._exchange.finish()
-            mean = _mean(messages) if self._compressor is None else combine(messages)
+            mean = combine(self._exchange.finish())
         except BaseException:
             if self._compressor is not None:
                 self._compressor.nack(message)
@@ -507,15 +505,6 @@ def _loaded(like: Compressor, state: Any) -> Compressor:
     except EncodeError as error:
         raise SchemaError(error.detail) from error
     return compressor
-
-
-def _mean(messages: list[bytes]) -> dict[str, npt.NDArray[np.float32]]:
-    """The mean of what messages of any codec hold, added up in float64 in their order."""
-    sums: dict[str, npt.NDArray[np.float64]] = {}
-    for message in messages:
-        for name, array in tensorwire.numpy.loads(message).items():
-            sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
-    return {name: np.asarray(total / len(messages), np.float32) for name, total in sums.items()}
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
