@@ -7,6 +7,7 @@ import pytest
 
 import tensorwire
 from tensorwire import dtypes, updates
+from tensorwire.codecs import signed
 from tensorwire.errors import EncodeError, NonFiniteError, SchemaError
 from tensorwire.tensor import Extent
 from tensorwire.updates import Compressor, combine
@@ -364,3 +365,21 @@ def test_a_number_that_is_not_whole_stands_in_no_descriptor() -> None:
     with pytest.raises(EncodeError, match="whole numbers only"):
         share.to_wire(0.5)
     assert share.from_wire(1) == 1 and not share.allows(True) and str(share) == "a number from 0 to 1"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("count", [7, 2047, 5001, 40_003])
+def test_signed_values_are_half_a_step_more_than_so_many(bits: int, count: int) -> None:
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 1 << bits, count).astype(np.int64)
+    bit_rows = codes[:, None] >> np.arange(bits) & 1
+    data = np.packbits(bit_rows.astype(np.uint8).reshape(-1), bitorder="little")
+    step = np.array([0.3], np.float32)
+    magnitudes = ((codes & (1 << bits - 1) - 1).astype(np.float32) + np.float32(0.5)) * step
+    expected = np.where(codes >> bits - 1, -magnitudes, magnitudes)
+    assert np.array_equal(signed.unpack(data, step, count, bits), expected)
+    assert np.array_equal(signed.pack(expected, step, bits), data)
+    if count * bits % 8:
+        data[-1] |= 0x80
+        with pytest.raises(tensorwire.FormatError, match="behind the last"):
+            signed.unpack(data, step, count, bits)

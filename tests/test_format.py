@@ -43,7 +43,7 @@ def test_what_the_vectors_hold_is_listed_for_readers_in_any_language():
 
 @pytest.mark.parametrize("name", GOOD)
 def test_the_library_still_writes_every_vector(name):
-    if ("zstd" in name or name == "planes") and zstandard.ZSTD_VERSION != make.LIBZSTD:
+    if ("zstd" in name or name in ("planes", "sparse")) and zstandard.ZSTD_VERSION != make.LIBZSTD:
         pytest.skip(f"libzstd {zstandard.ZSTD_VERSION}; the vectors were made with {make.LIBZSTD}")
     assert make.GOLDEN[name]() == stored(name)
 

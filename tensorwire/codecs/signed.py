@@ -18,6 +18,7 @@ from tensorwire.errors import FormatError
 _CLIP: Final = {1: 2.0, 2: 2.0, 4: 4.0, 8: 32.0}
 _WHOLE: Final = 2.0**32
 _BYTE: Final = 8
+_WORTH_A_TABLE: Final = 1 << 11  # numbers, from where on what each byte means is worked out first
 _BLOCK: Final = 1 << 14  # numbers that are worked on at a time, which make whole bytes: they stay in the caches
 
 Codes = npt.NDArray[np.uint16]
@@ -61,7 +62,7 @@ def pack(values: Float32, steps: Float32, bits: int) -> Bytes:
 def unpack(data: Bytes, steps: Float32, count: int, bits: int) -> Float32:
     """The numbers that `data`, of the right length, stands for. `steps`: one or `count`. Raises FormatError."""
     values = np.empty(count, np.float32)
-    if steps.size == 1 and bits < _BYTE:
+    if steps.size == 1 and bits < _BYTE and count >= _WORTH_A_TABLE:
         _check_end(data, count, bits)
         # What each byte stands for.
         table = _numbers(_unpacked(np.arange(256, dtype=np.uint8), bits), steps, bits).reshape(256, -1)

@@ -29,7 +29,7 @@ NOTHING: Final = 0xFFFF
 LARGEST: Final = 2.0**100  # of a magnitude that is encoded: sums over a chunk stay finite
 _LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
 _ENUMERATED: Final = 6  # positions that have one number together
-_DENSE: Final = 1 << 20  # elements of a dense tensor that are made at a time
+_DENSE: Final = 1 << 18  # elements of a dense tensor that are made at a time
 _STEP: Final = 4
 
 
@@ -150,12 +150,18 @@ class Sparse(Packer):
         elements = np.zeros(chunks.size, np.float32)
         whole, block = replace(self, k=MOST_CHUNK), self.rows * self.width
         step = max(_DENSE // block, 1) * block
+        positions = whole._all_positions(min(step, chunks.size))
         for start in range(0, chunks.size, step):
             part = chunks[start : start + step]
-            sizes = self._chunk_sizes(part.size)
-            positions = np.arange(part.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            whole.add(Selected(positions.astype(np.uint16), part), elements[start : start + step], 1.0)
+            if part.size < positions.size:
+                positions = whole._all_positions(part.size)
+            whole.add(Selected(positions, part), elements[start : start + step], 1.0)
         return elements
+
+    def _all_positions(self, count: int) -> npt.NDArray[np.uint16]:
+        """The positions of all elements of a slice, chunk after chunk."""
+        sizes = self._chunk_sizes(count)
+        return (np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)).astype(np.uint16)
 
     @property
     def _grid(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ from tensorwire.limits import DEFAULT
 from tensorwire.streams import ItemStart, Payload, Piece, Receiver
 from tensorwire.tensor import Extent, TensorView, ViewFront
 from tensorwire.updates.difference import Views, key_of, views
-from tensorwire.updates.methods import Method, method
+from tensorwire.updates.methods import Method, codec_for, method
 from tensorwire.updates.terms import Terms
 from tensorwire.wire import Item, TensorItem
 
@@ -148,7 +148,7 @@ class Compressor:
         kept = self._kept.get(name)
         if kept is not None and kept.shape != view.shape:
             raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
-        codec = self._method.codec(view.shape)
+        codec = codec_for(self._method, view.shape)
         most, new = codec.ceiling(view.dtype), largest(view)
         before = 0.0 if kept is None else self._bounds.get(name, math.inf)
         if kept is not None and not new + before <= most:
@@ -172,12 +172,12 @@ class Compressor:
                 part += as_floats(view.read(start, start + part.size), view.dtype)
                 top = max(top, _largest(part))
         self._bounds.pop(name, None)
-        if isinstance(self._method.codec(view.shape).packer, Sparse):
+        if isinstance(codec_for(self._method, view.shape).packer, Sparse):
             self._bounds[name] = _DECODED * top
 
     def _view(self, name: str, view: TensorView) -> TensorView:
         """What is kept of a tensor, in its dtype; of low rank, already in its factors."""
-        kept, codec = self._kept[name].reshape(-1), self._method.codec(view.shape)
+        kept, codec = self._kept[name].reshape(-1), codec_for(self._method, view.shape)
         packer = codec.packer
 
         def read(start: int, stop: int) -> Any:
@@ -232,7 +232,7 @@ def message_size(spec: str | Method, shapes: Mapping[str, tuple[int, ...]]) -> i
 
 
 def _codecs(chosen: Method) -> Callable[[str, Any], Codec]:
-    return lambda name, view: chosen.codec(view.shape)
+    return lambda name, view: codec_for(chosen, view.shape)
 
 
 def slices(

@@ -5,6 +5,7 @@ topk:k=64,values=2bit          error feedback, top-k of each chunk: SparseLoCo (
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Final
 
 from tensorwire.codecs import Choice, Codec, LowRank, Range, Real, Sparse, Spelled, parameter, spelled
@@ -94,6 +95,12 @@ METHODS: Final[dict[str, type[Method]]] = {row.name: row for row in (Demo, TopK,
 def method(spec: "str | Method") -> Method:
     """The method that a spec string names. Raises EncodeError."""
     return spec if isinstance(spec, Method) else spelled(spec, _by_name)
+
+
+@lru_cache(maxsize=1024)
+def codec_for(chosen: Method, shape: tuple[int, ...]) -> Codec:
+    """The codec of a tensor, worked out once for all of its shape."""
+    return chosen.codec(shape)
 
 
 def _by_name(name: str) -> type[Method]:
