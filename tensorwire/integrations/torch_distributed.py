@@ -150,7 +150,7 @@ class DeMo(torch.optim.Optimizer):
     leave it; all move by `lr` along the sign of the mean of what was sent (Peng, Quesnelle, Kingma, arXiv:2411.19870).
 
     `params`: as other optimizers take them, of float32, float16 or bfloat16; named ones are named in errors. `lr`:
-    about what AdamW would get. `spec`: a method of `tensorwire.updates` ("demo:k=32", "demo:k=4,beta=0.995,alpha=0.2").
+    about what AdamW would get. `spec`: a method of `tensorwire.updates` ("demo:k=4", "demo:k=40,beta=0.99,alpha=0.1").
     `weight_decay`: as AdamW's. `group`: a process group, the default one if it is None. `check_every`: the weights of
     all ranks are compared before the first step and then every so many; 0: never. `overlap`: messages travel while the
     next step is calculated, and count one step late; call `flush` after the last one.
