@@ -88,6 +88,8 @@ SLOW = {
     "test_storage.py::test_memory_that_runs_out_for_real": 0,
     "test_storage.py::test_short_writes_and_reads": 8,
     "test_streams.py::test_encoding_under_asyncio_gives_the_same_bytes": 0,
+    "test_torch_distributed.py::test_a_thousand_steps_on_different_instruction_sets_end_in_the_same_bits": 0,
+    "test_torch_distributed.py::test_a_worker_is_killed_and_all_go_on_from_their_checkpoints": 0,
     "test_transports.py": 3,
     "test_transports.py::test_a_crowd_costs_an_honest_peer_little": 0,
     "test_transports.py::test_a_peer_that_does_not_read_is_a_timeout_under_asyncio_and_costs_one_buffer": 0,

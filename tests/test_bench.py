@@ -20,6 +20,7 @@ from tensorwire.bench.tables import Column, render
 from tensorwire.cli import main
 from tensorwire.codecs import Transform
 from tensorwire.tensor import Extent
+from tensorwire.updates import Compressor
 
 MIB = 1 << 20
 CODECS = ("raw", "fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true")
@@ -31,6 +32,17 @@ KEYS = {
     "error": {"suite", "codec", "rel_l2", "max_abs", "sqnr_db"},
     "patch": {"suite", "data", "codec", "changed", "bits_per_changed", "bits_per_weight"},
     "lossless": {"suite", "data", "codec", "impl", "ratio", "encode_gbps", "decode_gbps"},
+    "updates": {
+        "suite",
+        "model",
+        "method",
+        "bits_per_param",
+        "mb_per_step",
+        "times_bf16",
+        "energy",
+        "compress_gbps",
+        "decompress_gbps",
+    },
 }
 
 
@@ -276,6 +288,7 @@ def test_every_suite_has_a_picture(tmp_path: Path) -> None:
         {"suite": "patch", "model": "tiny", "data": "made up", "codec": "patch", "impl": "native", "changed": 0.1}
         | {"bits_per_changed": 5.0},
         {"suite": "lossless", "model": "tiny", "data": "bf16", "codec": "planes", "impl": "native", "ratio": 0.66},
+        *suite("updates").run(Options(model="tiny", methods=("demo:k=4",)), quiet),
     ]
     paths = plots.draw(rows, str(tmp_path / "new"))
     assert [path.name for path in paths] == [f"{name}.png" for name in SUITES]
@@ -315,6 +328,42 @@ def test_patch_rows_count_all_of_the_stream(capsys: pytest.CaptureFixture[str]) 
             (ours is None and not others) if data.startswith("unchanged") else len(others) == 3 and ours < min(others)
         )
     assert "made up" in captured.err and "bits a changed weight" in captured.err
+
+
+def test_a_step_takes_what_a_compressor_sends(capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["demo:k=4", "topk:k=64,values=16bit", "lowrank:rank=2"]
+    assert main(["bench", "updates", "--model", "tiny", "--method", *methods, "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert [row["method"] for row in rows] == ["fp32 all-reduce", "bf16 all-reduce", *methods]
+    assert all(row.keys() == KEYS["updates"] for row in rows)
+    parameters = sum(int(np.prod(shape)) for shape in TINY.values())
+    assert [row["mb_per_step"] * 1e6 for row in rows[:2]] == [4 * parameters, 2 * parameters]
+    gradients = {name: view.read(0, view.numel) for name, view in models.resolve("tiny").tensors.items()}
+    gradients = {name: data.view(np.float32).reshape(TINY[name]) for name, data in gradients.items()}
+    for row in rows[2:]:
+        message = Compressor(row["method"]).compress(gradients)
+        assert row["mb_per_step"] * 1e6 == len(message)
+        assert row["bits_per_param"] == pytest.approx(8 * len(message) / parameters)
+        assert row["times_bf16"] == pytest.approx(2 * parameters / len(message))
+        sent = tensorwire.loads(message.data)
+        lost = sum(np.linalg.norm(gradients[name] - sent[name]) ** 2 for name in TINY)
+        whole = sum(np.linalg.norm(each) ** 2 for each in gradients.values())
+        assert row["energy"] == pytest.approx(1 - lost / whole, abs=1e-5)
+    assert "seeded normal numbers" in captured.err and "MB as demo:k=4" in captured.err
+
+
+def test_the_published_run_is_beside_its_model() -> None:
+    table = shapes.NAMED["llama-2-1.2b"]
+    assert sum(int(np.prod(shape)) for shape in table.values()) == 1_204_881_408
+    rows = suite("updates").run(Options(model="llama-2-1.2b"), quiet)
+    assert [next(rows)["method"] for _ in range(3)][2] == "DisTrO, published"
+
+
+def test_methods_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "updates", "--method", "demo:q=1"])
+    assert "no parameter 'q'" in capsys.readouterr().err
 
 
 def test_tables_align_numbers_and_leave_gaps() -> None:

@@ -127,6 +127,21 @@ def test_idle_connections():
     assert row["ratio"] == pytest.approx(row["crowded_s"] / row["alone_s"])
 
 
+def test_convergence_updates(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = run("convergence_updates.py", "--tiny", "--out", tmp_path)
+    row = rf"{NUMBER} \| ([+-]{NUMBER} % )?\| {NUMBER} \| \d+ \| \d+ \| {NUMBER} \|"
+    all_match(
+        lines,
+        rf"Loss at the start {NUMBER} nats a byte; 4 steps, 1 seed\(s\).",
+        "",
+        *[r"\|.*\|"] * 2,
+        *(rf"\| {name} \| {row}" for name in ("AdamW", "DeMo k=32", "SparseLoCo k=64 2bit")),
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"updates.json", "updates.md", "updates.png"}
+    assert len((tmp_path / "updates.json").read_text().splitlines()) == 3
+
+
 def test_integrity():
     figures = rf"{SECONDS} with, {SECONDS} without; pair by pair [+-]{NUMBER}%"
     lines = run("integrity.py", "--mib=2", "--turns=1")

@@ -61,6 +61,15 @@ def test_what_each_setting_does_to_a_message():
     assert lossless.loss < fed.loss / 100
 
 
+def test_sparse_updates_and_small_outer_steps_reach_what_is_left_out_by_feedback_alone():
+    """SparseLoCo's way of a round: what clients leave out waits, and the server takes smaller steps than one."""
+    plan = exact(clients=4, rounds=60, kind="difference", up="sparse:k=100,bits=8", rate=0.3)
+    fed, dropped = (list(simulate(descend(), replace(plan, feedback=each))) for each in (True, False))
+    assert fed[-1].bytes < 2 * 60 * 4 * 4000
+    assert fed[-1].loss < fed[0].loss / 4
+    assert 2 * fed[-1].loss < dropped[-1].loss
+
+
 def test_stochastic_rounding_keeps_steps_that_bf16_cannot_tell_apart():
     def train(state, client, round):
         return {"x": state["x"] + np.float32(2**-11)}, 1, {}  # a sixteenth of a unit in the last place

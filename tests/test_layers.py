@@ -77,6 +77,7 @@ PUBLIC_MODULES = [
     ["integrations", "bitsandbytes"],
     ["integrations", "flower"],
     ["integrations", "nvflare"],
+    ["integrations", "torch_distributed"],
     ["storage", "parts"],
 ]
 

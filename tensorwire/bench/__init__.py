@@ -1,4 +1,4 @@
-"""`tensorwire bench`: size, speed, memory, error, lossless compression, patches, beside what a user would else pick.
+"""`tensorwire bench`: size, speed, memory, error, lossless, patches and updates, beside what a user would else pick.
 
 Each suite is a module with a `run(options, note)` that yields rows (plain dicts, the same that `--json`
 writes), and a `title(rows)` and `COLUMNS` for their table. Rivals that are not installed are left out with a
@@ -15,7 +15,7 @@ from tensorwire.bench.tables import Row
 
 __all__ = ["BY_DEFAULT", "MODES", "SUITES", "BenchError", "Note", "Options", "Rise", "Row", "highest", "suite"]
 
-SUITES: Final = ("size", "speed", "memory", "error", "lossless", "patch")
+SUITES: Final = ("size", "speed", "memory", "error", "lossless", "patch", "updates")
 # Those that take seconds; the others run when they are named.
 BY_DEFAULT: Final = ("size", "speed", "memory", "error")
 

@@ -12,7 +12,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """`model` as in models.py, `codecs` as spec strings, `sizes_mib` in MiB of fp32."""
+    """`model` as in models.py, `codecs` and `methods` (of compressors) as spec strings, `sizes_mib` in MiB of fp32."""
 
     model: str | None = None
     codecs: tuple[str, ...] | None = None
@@ -20,6 +20,7 @@ class Options:
     sizes_mib: tuple[int, ...] | None = None
     modes: tuple[str, ...] = MODES
     repeat: int = 1
+    methods: tuple[str, ...] | None = None
 
 
 class BenchError(RuntimeError):

