@@ -4,14 +4,14 @@ import gc
 import os
 from pathlib import Path
 
+Files = set[tuple[str, str]]
 
-def open_files() -> set[tuple[str, str]]:
+
+def open_files() -> Files:
     """The descriptors of this process, each with what it names: a number that is used again is not the same one.
 
-    Empty where the system does not list them. Garbage is collected first, so that what an earlier test dropped is not
-    closed while the next one is looked at.
+    Empty where the system does not list them.
     """
-    gc.collect()
     found = set()
     folder = Path("/proc/self/fd")
     for number in os.listdir(folder) if folder.is_dir() else ():
@@ -20,3 +20,12 @@ def open_files() -> set[tuple[str, str]]:
         except FileNotFoundError:  # the one that lists them
             continue
     return found
+
+
+def left_open(before: Files) -> Files:
+    """What was opened since then and is still open, garbage aside."""
+    left = open_files() - before
+    if left:
+        gc.collect()  # which takes long where torch is loaded
+        left = open_files() - before
+    return left

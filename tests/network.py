@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from leaks import open_files
+from leaks import left_open, open_files
 
 from tensorwire.errors import TensorwireError
 from tensorwire.transports import AsyncListener, AsyncTransport
@@ -126,9 +126,9 @@ def nothing_left(folder: Path | None = None, *, seconds: float = PATIENCE) -> It
     files, threads = open_files(), threading.enumerate()
     yield
     end = time.monotonic() + seconds
-    while (open_files() - files or {*threading.enumerate()} - {*threads}) and time.monotonic() < end:
+    while (left_open(files) or {*threading.enumerate()} - {*threads}) and time.monotonic() < end:
         time.sleep(0.02)
     assert [thread for thread in threading.enumerate() if thread not in threads] == []
-    assert open_files() <= files
+    assert not left_open(files)
     if folder is not None:
         assert not list(folder.glob("**/.*.part"))

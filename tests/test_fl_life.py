@@ -957,6 +957,5 @@ def test_differences_that_lead_nowhere_end_a_client_in_words(tmp_path):
     def stream():
         return send_stream(Offer(b"any", "difference"), Regenerated(lambda: [again]))
 
-    server = Fake({**ORDER, "round": 3}, stream)
-    with pytest.raises(SchemaError, match="not towards"):
+    with Fake({**ORDER, "round": 3}, stream) as server, pytest.raises(SchemaError, match="not towards"):
         Client("c", 0, task, server.connect, folder, patience=1).run()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from leaks import open_files
+from leaks import left_open, open_files
 from network import PATIENCE
 from proxy import (
     Cut,
@@ -35,7 +35,7 @@ def _nothing_is_left() -> Iterator[None]:
     threads, files = {*threading.enumerate()}, open_files()
     yield
     assert {*threading.enumerate()} <= threads
-    assert open_files() <= files
+    assert not left_open(files)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from leaks import open_files
+from leaks import left_open, open_files
 from storage_faults import FaultyOs, Op, RecordingOs, replace_os
 
 import tensorwire
@@ -155,7 +155,7 @@ def test_every_failing_call(
         if not faulty.struck:
             break
     assert first > 1 or call == "preadv"
-    assert open_files() <= before
+    assert not left_open(before)
 
 
 @actions
@@ -182,7 +182,7 @@ def test_every_failing_allocation(
             check_refused(target, OLD)
     assert first > 1 or action is ACTIONS["encode .npz"]  # raw from memory: it takes none
     assert content(target) == good
-    assert open_files() <= before
+    assert not left_open(before)
 
 
 @actions
