@@ -15,7 +15,6 @@ import make
 import numpy as np
 import pytest
 import reference
-import torch
 from fuzz.patches import mutant, verdict
 from vectors import stored as stored_vector
 from vectors import zstd_decompress
@@ -29,6 +28,8 @@ from tensorwire.files import versions
 from tensorwire.streams import Sender, flatten, rule
 from tensorwire.tensor import Extent
 from tensorwire.wire import StreamInfo
+
+torch = pytest.importorskip("torch")
 
 STATE = dict[str, Any]
 

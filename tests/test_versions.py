@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import storage_faults
-import torch
 
 import tensorwire
 from tensorwire import (
@@ -41,6 +40,8 @@ from tensorwire.versions import (
     open_store,
     version_in,
 )
+
+torch = pytest.importorskip("torch")
 
 STATE = dict[str, Any]
 MANIFEST = "manifest.json"
