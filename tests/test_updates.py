@@ -641,3 +641,16 @@ def test_stochastic_rounding_is_right_on_average_and_the_same_for_the_same_seed(
     edge = {"a": np.array([np.finfo(np.float32).max / 2, -0.0, np.inf, np.nan], np.float32)}
     got = tensorwire.loads(joined(encode(views(edge), TERMS, codec="bf16|zstd", stochastic=1)))["a"]
     assert np.isfinite(got[:2]).all() and np.isinf(got[2]) and np.isnan(got[3])
+
+
+def test_tensors_are_equal_to_the_bit_and_in_what_they_are():
+    large = np.arange(1 << 18, dtype=np.float32)
+    other = large.copy()
+    assert tensorwire.updates.is_equal(large, other) and tensorwire.updates.is_equal(large, views({"w": other})["w"])
+    other[-1] += 1
+    assert not tensorwire.updates.is_equal(large, other)
+    assert not tensorwire.updates.is_equal(large, large.view(np.int32))
+    assert not tensorwire.updates.is_equal(large, large.reshape(512, 512))
+    assert not tensorwire.updates.is_equal(np.zeros(3), -np.zeros(3)) and tensorwire.updates.is_equal(
+        *[np.zeros((0, 2))] * 2
+    )

@@ -522,15 +522,8 @@ def _shaped_like(views: Views, base: Views) -> Views:
             continue
         view = replace(_converted(view, old.dtype), identity=(id(base), name))
         leader = made.get(leaders.setdefault(old.identity or name, name))
-        made[name] = leader if leader is not None and _same(leader, view) else view
+        made[name] = leader if leader is not None and updates.is_equal(leader, view) else view
     return made
-
-
-def _same(one: TensorView, other: TensorView) -> bool:
-    return all(
-        np.array_equal(np.frombuffer(one.read(*block), np.uint8), np.frombuffer(other.read(*block), np.uint8))
-        for block in _blocks(one.numel)
-    )
 
 
 # The server's side.

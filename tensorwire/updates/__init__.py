@@ -29,7 +29,7 @@ from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.states import copies, empty_like, matched
-from tensorwire.updates.tensors import is_finite, mean_of
+from tensorwire.updates.tensors import is_equal, is_finite, mean_of
 from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
@@ -63,6 +63,7 @@ __all__ = [
     "empty_like",
     "encode",
     "exact_vectors",
+    "is_equal",
     "is_finite",
     "matched",
     "mean_of",

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from tensorwire.errors import SchemaError, show
-from tensorwire.tensor import TensorView
 from tensorwire.updates.difference import Views, views
 from tensorwire.updates.message import arrays
-
-_STEP: Final = 1 << 20  # elements that are compared at a time
+from tensorwire.updates.tensors import is_equal
 
 
 def empty_like(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
         if (view.dtype, view.shape) != (was.dtype, was.shape):
             detail = f"training gave {view.dtype} {list(view.shape)}, the model has {was.dtype} {list(was.shape)}"
             raise SchemaError(detail, item=name)
-        if first != name and view.identity != got[first].identity and not _equal(view, got[first]):
+        if first != name and view.identity != got[first].identity and not is_equal(view, got[first]):
             raise SchemaError(f"the model has one tensor for this and {show(first)}, training gave two", item=name)
         made[name] = replace(view, identity=was.identity)
     return made
@@ -64,11 +62,3 @@ def _empty(tensor: Any) -> Any:
     if isinstance(tensor, np.ndarray):
         return np.empty(tensor.shape, tensor.dtype.newbyteorder("="))
     return tensor.new_empty(tensor.shape, device="cpu")
-
-
-def _equal(left: TensorView, right: TensorView) -> bool:
-    for start in range(0, left.numel, _STEP):
-        stop = min(start + _STEP, left.numel)
-        if bytes(left.read(start, stop)) != bytes(right.read(start, stop)):
-            return False
-    return True

@@ -76,6 +76,17 @@ def is_finite(tensor: Any) -> bool:
     return True
 
 
+def is_equal(one: Any, other: Any) -> bool:
+    """Whether two tensors (torch, NumPy or views) have the same dtype, shape and bytes; read a part at a time.
+
+    if tensorwire.updates.is_equal(update["head"], update["embedding"]): ...
+    """
+    left, right = view_of("", one), view_of("", other)
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and all(
+        np.array_equal(_bytes(left, start, count), _bytes(right, start, count)) for start, count in _spans(left)
+    )
+
+
 def _result(tensor: Any, described: EncodedTensor | TensorView) -> tuple[Bytes, Any]:
     """Bytes to be written, and a tensor of the same library over them."""
     size = described.dtype.itemsize * int(np.prod(described.shape, dtype=np.int64))

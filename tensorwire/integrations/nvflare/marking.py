@@ -11,7 +11,6 @@ from tensorwire.dtypes import FLOAT32, DType
 from tensorwire.errors import EncodeError
 from tensorwire.integrations.nvflare.decomposer import Wire
 from tensorwire.integrations.nvflare.model import (
-    ELEMENTS,
     CodecSpec,
     chooser,
     is_quantizer,
@@ -21,7 +20,7 @@ from tensorwire.integrations.nvflare.model import (
 )
 from tensorwire.streams import EncodedTensor, rule
 from tensorwire.tensor import TensorView
-from tensorwire.updates import Views, is_finite, subtract, views
+from tensorwire.updates import Views, is_equal, is_finite, subtract, views
 
 _WHOLE: Final = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
 
@@ -64,7 +63,7 @@ class Ties:
         for name, view in described.items():
             key = _identity(name, view)
             first = self._first.get(name, "")
-            if (key, id(base.get(name))) not in groups and first in described and _equal(view, described[first]):
+            if (key, id(base.get(name))) not in groups and first in described and is_equal(view, described[first]):
                 key = _identity(first, described[first])
             group = groups.setdefault((key, id(base.get(name))), [])
             if group:
@@ -76,17 +75,6 @@ class Ties:
 def _identity(name: str, view: TensorView) -> object:
     """Equal for tensors that are the same."""
     return name if view.identity is None else view.identity
-
-
-def _equal(one: TensorView, other: TensorView) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes."""
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
-        np.array_equal(_bytes(one, start), _bytes(other, start)) for start in range(0, one.numel, ELEMENTS)
-    )
-
-
-def _bytes(view: TensorView, start: int) -> Any:
-    return np.frombuffer(view.read(start, min(start + ELEMENTS, view.numel)), np.uint8)
 
 
 def _differences(new: Views, base: Mapping[str, EncodedTensor]) -> Views:
