@@ -28,6 +28,7 @@ from tensorwire.updates import (
     Rules,
     Terms,
     UpdateError,
+    added,
     arrays,
     average,
     check_update,
@@ -522,7 +523,13 @@ def test_differences_are_the_same_bits_whatever_torch_was_told_of_subnormal_numb
         message = joined(encode(sent, Terms("run", 1, kind="difference"), codec="int8"))
         receive(message, held)
         feedback.settle(sent, message)
-        return message, held["w"].tobytes(), joined(encode(feedback.add(sent), Terms("run", 2)))
+        again = added(subtract(model, base), {"w": base["w"] - base["w"]})
+        return (
+            message,
+            held["w"].tobytes(),
+            joined(encode(feedback.add(sent), Terms("run", 2))),
+            joined(encode(again, Terms("run", 3))),
+        )
 
     expected = made()
     assert torch.set_flush_denormal(True)

@@ -101,8 +101,10 @@ def derived(view: TensorView, read: Callable[[int, int], Bytes]) -> TensorView:
 
 def _addition(change: TensorView, old: TensorView) -> Callable[[int, int], Bytes]:
     def read(start: int, stop: int) -> Bytes:
-        total = as_floats(old.read(start, stop), old.dtype) + as_floats(change.read(start, stop), change.dtype)
-        data: Bytes = from_floats(total, old.dtype)
+        # Whoever encodes or checks an infinity finds the overflow.
+        with default_environment(), np.errstate(over="ignore", invalid="ignore"):
+            total = as_floats(old.read(start, stop), old.dtype) + as_floats(change.read(start, stop), change.dtype)
+            data: Bytes = from_floats(total, old.dtype)
         return data
 
     return read
@@ -110,7 +112,6 @@ def _addition(change: TensorView, old: TensorView) -> Callable[[int, int], Bytes
 
 def _subtraction(new: TensorView, old: TensorView) -> Callable[[int, int], Bytes]:
     def read(start: int, stop: int) -> Bytes:
-        # Whoever encodes or checks an infinity finds the overflow.
         with default_environment(), np.errstate(over="ignore", invalid="ignore"):
             change = as_floats(new.read(start, stop), new.dtype) - as_floats(old.read(start, stop), new.dtype)
             data: Bytes = from_floats(change, new.dtype)
