@@ -1,6 +1,6 @@
 """Containers <-> frames: where codecs and the wire format meet."""
 
-from tensorwire.streams.applying import Applied, Patch
+from tensorwire.streams.applying import Applied, Patch, setter, value_at
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.decoder import Decoder
 from tensorwire.streams.encoded import EncodedTensor, InMemory, OnDisk, Store
@@ -48,7 +48,9 @@ __all__ = [
     "flatten",
     "gather",
     "rule",
+    "setter",
     "size_text",
     "stream_info",
     "stream_size",
+    "value_at",
 ]

@@ -94,8 +94,10 @@ class Patch:
         where one is neither, or an item is missing or another; nothing was written then.
         """
         plan = _Plan(self, version_of(state, front, limits))
-        places = {name: _Place(name, plan.held[name], _at(state, plan.held[name].path), front) for name, _ in plan.todo}
-        setters = [_setter(state, plan.held[name].path, value) for name, value in plan.values.items()]
+        places = {
+            name: _Place(name, plan.held[name], value_at(state, plan.held[name].path), front) for name, _ in plan.todo
+        }
+        setters = [setter(state, plan.held[name].path, value) for name, value in plan.values.items()]
         plan.check()
         scratch = Scratch()
         for name, block in plan.todo:
@@ -381,15 +383,15 @@ def replaced(value: Any, made: Mapping[str, Any], path: Path = ()) -> Any:
     return value
 
 
-def _setter(state: Any, path: Path, value: Any) -> tuple[Any, Any, Any]:
+def setter(state: Any, path: Path, value: Any) -> tuple[Any, Any, Any]:
     """Parent, key and value, to be set. Raises EncodeError where that cannot be."""
-    parent = _at(state, path[:-1])
+    parent = value_at(state, path[:-1])
     if not path or not isinstance(parent, (dict, list)):
         raise EncodeError("a value outside of dicts and lists cannot be set in its place", item=name_of(path))
     return parent, path[-1], value
 
 
-def _at(state: Any, path: Path) -> Any:
+def value_at(state: Any, path: Path) -> Any:
     """What stands at a path of a container."""
     for key in path:
         state = state[key]

@@ -8,7 +8,7 @@ from tensorwire import streams
 from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.limits import Limits
 from tensorwire.numpy import FRONT
-from tensorwire.streams import TensorLeaf, ValueLeaf, flatten
+from tensorwire.streams import TensorLeaf, ValueLeaf, flatten, setter, value_at
 from tensorwire.tensor import AnyFront
 from tensorwire.wire import name_of
 
@@ -46,7 +46,7 @@ class Overwriting:
             if isinstance(there, TensorLeaf):
                 self._add_tensor(name, there, state, first)
             elif isinstance(leaf, ValueLeaf) and there.data != leaf.data:
-                self._add_value(name, leaf, state)
+                self._add_value(leaf, state)
 
     def write(self) -> None:
         """Fill every tensor, and set every value."""
@@ -58,7 +58,7 @@ class Overwriting:
             parent[key] = deepcopy(value)
 
     def _add_tensor(self, name: str, there: TensorLeaf, state: Any, first: dict[tuple[object, ...], str]) -> None:
-        tensor = self._tensors[name] = _at(state, there.item.path)
+        tensor = self._tensors[name] = value_at(state, there.item.path)
         try:
             if _FRONT.device_target(tensor) is None:
                 _FRONT.target(tensor)
@@ -68,18 +68,15 @@ class Overwriting:
         if there.view.identity is None:
             return
         other = first.setdefault(there.view.identity, name)
-        whole = (_at(self._whole, tensorwire.path_of(each)) for each in (name, other))
+        whole = (value_at(self._whole, tensorwire.path_of(each)) for each in (name, other))
         if other != name and len({tensorwire.digest(each, limits=self._limits) for each in whole}) > 1:
             raise SchemaError(
                 f"in the state it is one tensor with {other!r}, and the version has two. Nothing was written", item=name
             )
 
-    def _add_value(self, name: str, leaf: ValueLeaf, state: Any) -> None:
+    def _add_value(self, leaf: ValueLeaf, state: Any) -> None:
         path = leaf.item.path
-        parent = _at(state, path[:-1])
-        if not path or not isinstance(parent, (dict, list)):
-            raise EncodeError("a value outside of dicts and lists cannot be set in its place", item=name)
-        self._values.append((parent, path[-1], _at(self._whole, path)))
+        self._values.append(setter(state, path, value_at(self._whole, path)))
 
 
 def _leaves(value: Any, limits: Limits) -> _Leaves:
@@ -90,10 +87,3 @@ def _leaves(value: Any, limits: Limits) -> _Leaves:
 
 def _described(leaf: TensorLeaf | ValueLeaf) -> str:
     return f"{leaf.view.dtype} {list(leaf.view.shape)}" if isinstance(leaf, TensorLeaf) else "a value"
-
-
-def _at(container: Any, path: tuple[Any, ...]) -> Any:
-    """What stands at a path of a container."""
-    for key in path:
-        container = container[key]
-    return container
