@@ -172,7 +172,8 @@ def measure(variant: str, size_mb: int) -> dict[str, Any]:
 
 def stamp(text: str, words: str, number: int) -> datetime:
     """When a line was logged for the n-th time."""
-    return datetime.strptime(re.findall(_STAMP % words, text, re.MULTILINE)[number], "%Y-%m-%d %H:%M:%S,%f")  # noqa: DTZ007
+    stamp = re.findall(_STAMP % words, text, re.MULTILINE)[number]
+    return datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f")  # noqa: DTZ007 - taken from others of the same log only
 
 
 def main() -> None:

@@ -53,6 +53,7 @@ FLOAT8_E8M0FNU: Final = DType(36, "float8_e8m0fnu", 1)
 # Two values a byte; a shape counts bytes, as in torch.
 FLOAT4_E2M1FN_X2: Final = DType(40, "float4_e2m1fn_x2", 1)
 
+INTEGERS: Final = (UINT8, INT8, UINT16, INT16, UINT32, INT32, UINT64, INT64)
 ALL: Final[tuple[DType, ...]] = tuple(value for value in globals().values() if isinstance(value, DType))
 BY_NUMBER: Final[dict[int, DType]] = {dtype.number: dtype for dtype in ALL}
 BY_NAME: Final[dict[str, DType]] = {dtype.name: dtype for dtype in ALL}

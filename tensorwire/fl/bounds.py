@@ -40,8 +40,14 @@ class Bounded(Recording):
             skippable=min(limits.skippable, _ITEM),
             metadata=min(limits.metadata, 256 * KIB),
         )
-        check = lambda: tensorwire.schema(schema).check  # noqa: E731
-        super().__init__(path, transfer, check=check, convert=convert, finish=finish, limits=limits)
+        super().__init__(
+            path,
+            transfer,
+            check=lambda: tensorwire.schema(schema).check,
+            convert=convert,
+            finish=finish,
+            limits=limits,
+        )
 
     def buffer_updated(self, size: int) -> None:
         """`Recording.buffer_updated`."""

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -139,7 +139,7 @@ def to_state_dict(record: ArrayRecord, into: Mapping[str, Any] | None = None) ->
     if into is None:
         made: dict[object, Any] = {}
         for name, view in views.items():
-            made[name] = _once(made, view, name, lambda view=view: _torch(view))  # type: ignore[misc]
+            made[name] = _once(made, view, name, partial(_torch, view))
         return {name: made[name] for name in views}
     if views.keys() != into.keys():
         raise SchemaError(f"the record and into= differ in names, such as {sorted(views.keys() ^ into.keys())[:3]}")
@@ -591,7 +591,7 @@ class WireGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Of the grid within."""
-        return self._grid.get_node_ids()  # type: ignore[no-any-return]
+        return self._grid.get_node_ids()  # type: ignore[no-any-return]  # Flower's types are not read
 
     def get_nodes(self) -> Any:
         """Of the grid within."""
@@ -729,7 +729,7 @@ class StreamingFedAvg(FedAvg):
         self._base = arrays
         self._dtypes = {name: view.dtype for name, view in _record_views(arrays).items()} | dict(self._dtypes)
         self._down = grid.down if isinstance(grid, WireGrid) else "raw"
-        return super().configure_train(server_round, arrays, config, grid)  # type: ignore[no-any-return]
+        return super().configure_train(server_round, arrays, config, grid)  # type: ignore[no-any-return]  # Flower's types are not read
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -771,7 +771,7 @@ def _model(record: ArrayRecord, dtypes: Mapping[str, DType], *, in_place: bool) 
     model = {}
     for name, array in record.items():
         view = _converted(_view(name, array), dtypes[name])
-        model[name] = _once(made, view, name, lambda array=array, view=view: _writable(array, view, in_place))  # type: ignore[misc]
+        model[name] = _once(made, view, name, partial(_writable, array, view, in_place))
     return model
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire.codecs import add_weighted, as_floats, from_floats, is_calculated
-from tensorwire.dtypes import BOOL, DType
+from tensorwire.dtypes import BOOL, INTEGERS, DType
 from tensorwire.errors import SchemaError
 from tensorwire.kernels import default_environment
 from tensorwire.numpy import FRONT
@@ -20,7 +20,6 @@ from tensorwire.updates.difference import Bytes, view_of
 from tensorwire.updates.terms import check_weight
 
 _BLOCK: Final = 1 << 17  # elements that are added up at a time, where slices do not say
-_WHOLE: Final = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
 
 
 def mean_of(tensors: Sequence[Any], weights: Sequence[float]) -> Any:
@@ -155,7 +154,7 @@ def _write_whole(
 def _numpy_dtype(dtype: DType) -> npt.DTypeLike:
     if dtype == BOOL:
         return np.uint8
-    if dtype.name not in _WHOLE:
+    if dtype not in INTEGERS:
         raise SchemaError(f"no mean can be taken of {dtype}, unless all are equal")
     return np.dtype(dtype.name)
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from tensorwire.codecs import is_calculated
-from tensorwire.dtypes import FLOAT32, DType
+from tensorwire.dtypes import BOOL, FLOAT32, INTEGERS, DType
 from tensorwire.errors import EncodeError
 from tensorwire.integrations.nvflare.decomposer import Wire
 from tensorwire.integrations.nvflare.model import (
@@ -21,8 +21,6 @@ from tensorwire.integrations.nvflare.model import (
 from tensorwire.streams import EncodedTensor, rule
 from tensorwire.tensor import TensorView
 from tensorwire.updates import Views, is_equal, is_finite, subtract, views
-
-_WHOLE: Final = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
 
 
 def marked(data: Any, codec: CodecSpec, ties: "Ties", base: Mapping[str, EncodedTensor] | None = None) -> Any:
@@ -90,7 +88,7 @@ def _differences(new: Views, base: Mapping[str, EncodedTensor]) -> Views:
         was = _in_dtype(base[name].view(), view.dtype)
         if name in floats:
             changes[name] = subtract({name: view}, {name: was})[name]
-        elif view.dtype.name in _WHOLE:
+        elif view.dtype in INTEGERS:
             changes[name] = _whole_difference(view, was)
         elif bytes(view.read(0, view.numel)) == bytes(was.read(0, view.numel)):
             changes[name] = TensorView(view.dtype, view.shape, partial(_zeros, view.dtype), identity=view.identity)
@@ -104,7 +102,7 @@ def _differences(new: Views, base: Mapping[str, EncodedTensor]) -> Views:
 
 def _in_dtype(view: TensorView, dtype: DType) -> TensorView:
     """The base in the dtype that a client has the tensor in: FLARE makes float32 of integers that it has averaged."""
-    if view.dtype != FLOAT32 or dtype.name not in (*_WHOLE, "bool"):
+    if view.dtype != FLOAT32 or dtype not in (*INTEGERS, BOOL):
         return view
 
     def read(start: int, stop: int) -> Any:
