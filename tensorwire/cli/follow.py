@@ -16,7 +16,7 @@ from tensorwire.versions import INTERVAL, Followed, follow, version_in
 _TEXT: Final = """\
 OUT is a complete version whenever it is read: each new version replaces it by a rename. The command after --run runs
 after each, with TENSORWIRE_VERSION and TENSORWIRE_DIGEST in its environment. Of the versions published while it runs,
-only the newest is taken next. An OUT that an earlier follow wrote is continued from; any other existing file is
+only the newest is taken next. `follow` continues from an OUT that it wrote earlier; any other existing file is
 replaced only with --force.
 
 examples:

@@ -17,7 +17,7 @@ _STDOUT: Final = 1
 
 def add_force(parser: argparse.ArgumentParser, what: str = "OUT") -> None:
     """The option that allows replacing existing files."""
-    parser.add_argument("--force", action="store_true", help=f"replace {what} if it exists")
+    parser.add_argument("--force", action="store_true", help=f"replace {what} if present")
 
 
 def check_output(path: str, *, inputs: Iterable[str | None] = (), force: bool) -> None:

@@ -12,12 +12,13 @@ from tensorwire.versions import ANCHOR_EVERY, KEEP, Published, Publisher
 
 _TEXT: Final = """\
 IN, by its name or by --from: *.safetensors, *.index.json, *.npz, *.npy, *.pt or *.pth, as for encode
+
 STORE:
   a folder       created if missing; any web server can serve it to followers
   s3://... etc.  an object store, through fsspec
 
-A version becomes visible when it is complete. A model equal to the last version is not published again. Each version
-is written as a patch, and from time to time as a whole (an anchor) for new followers.
+A version becomes visible when it is complete. A model equal to the last version is not published again. Each
+further version is written as a patch, and from time to time as a whole (an anchor) for new followers.
 
 examples:
   tensorwire publish model.safetensors /srv/versions
