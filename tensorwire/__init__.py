@@ -6,9 +6,8 @@
     transport.send(tensorwire.encode(state_dict, codec="bf16|zstd"))      # O(frame) memory on both sides
     for name, tensor in tensorwire.decode(transport.receive()): ...
 
-The functions here take torch tensors and NumPy arrays and give NumPy arrays; `tensorwire.torch` and
-`tensorwire.numpy` are the same functions for one library. Importing this package loads neither torch nor
-bitsandbytes.
+The functions here take torch tensors and NumPy arrays and return NumPy arrays; `tensorwire.torch` has the same
+functions returning torch tensors. Importing this package loads neither torch nor bitsandbytes.
 """
 
 import importlib
@@ -16,13 +15,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-if sys.byteorder != "little":  # the streams are, and the kernels look at them as they are: values would come out wrong
+if sys.byteorder != "little":  # as streams are; the kernels do not swap bytes, so values would be wrong
     raise ImportError("tensorwire runs on little-endian machines only; tests/reference.py reads streams on any")
 
 try:
     from tensorwire import numpy as _numpy
 except ImportError as error:
-    # To Python a wrong variable is an ImportError; to who typed a command, one line.
+    # A bad environment variable is an ImportError in Python, but one line on the command line.
     # (-m: while Python looks for the module of `python -m tensorwire`)
     if "TENSORWIRE_" not in str(error) or os.path.basename(sys.argv[0]) not in ("-m", "tensorwire", "tensorwire.exe"):
         raise
@@ -126,7 +125,7 @@ __all__ = [
     "verify",
 ]
 
-# Rooms and modules that are loaded when they are asked for.
+# Packages and modules that are loaded on first use.
 _LAZY: Final = ("authenticity", "integrations", "safetensors", "torch", "transfer", "transports", "updates", "versions")
 
 

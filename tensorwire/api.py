@@ -14,7 +14,7 @@ _BATCH: Final = 1 << 20  # bytes that one turn in another thread makes
 
 
 class Api:
-    """What one front offers."""
+    """The public functions of one front."""
 
     def __init__(self, front: Front) -> None:
         self._front = front
@@ -32,26 +32,26 @@ class Api:
         limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> Iterator[Buffer]:
-        """Encode a container as an iterator of buffers to be sent one after the other.
+        """Encode a container as an iterator of buffers to send in order.
 
-        `obj`: a tensor, a plain value, or dicts, lists and tuples of them; or an iterator of (name, tensor) pairs, sent
-        as they come: all of a pair leaves before the next one is asked for, with an empty buffer behind it, at which
-        transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping of name
-        patterns to specs, or a function of (name, tensor). `frame_size`: bytes of a frame at most, which is also the
-        memory that encoding takes, times a small number. `metadata`: text pairs. `stream_id`: up to 64 bytes that bind
+        `obj`: a tensor, a plain value, or dicts, lists and tuples of them; or an iterator of (name, tensor) pairs. All
+        buffers of a pair are yielded before the next pair is requested, followed by an empty buffer, at which
+        transports send what they have gathered. `codec`: a spec for all tensors ("nf4", "bf16|zstd"), a mapping from
+        name patterns to specs, or a function of (name, tensor). `frame_size`: the maximum bytes of a frame; encoding
+        takes a small multiple of it in memory. `metadata`: text pairs. `stream_id`: up to 64 bytes that bind
         every frame to a round or session. `tie`: send tensors that share their memory once. `base`: the version of the
-        container that the receiver has; what is sent is the patch that `apply` makes the new one with, which has a
-        coding and frames of its own (leave `codec` and `frame_size`). `limits`: what a receiver with the same limits
-        accepts; more is an EncodeError, before the first buffer where the size is known then. `report`: a
-        `tensorwire.Report` that is told what travelled how.
+        container that the receiver has. The stream is then a patch, from which `apply` makes the new version; a patch
+        has its own encoding and frames, so leave out `codec` and `frame_size`. `limits`: the receiver's limits;
+        exceeding one raises EncodeError, before the first buffer if the size is known then. `report`: a
+        `tensorwire.Report` that records how each item was encoded.
 
             for buffer in tensorwire.encode(model.state_dict(), codec="bf16|zstd"):
                 connection.sendall(buffer)
 
-        Under "raw", buffers are the tensors' own memory, which must not be changed until they were sent: the receiver
-        would refuse the stream. To keep buffers and go on training, use `dumps`, which copies.
+        Under "raw", buffers are the tensors' own memory. Do not change the tensors until the buffers are sent, or the
+        receiver will refuse the stream. To keep buffers and continue training, use `dumps`, which copies.
 
-        Everything but the values themselves is checked here, before the first buffer. Raises EncodeError naming
+        Everything but the values themselves is checked before the first buffer. Raises EncodeError naming
         the item; NonFiniteError, while iterating, for NaN or infinities under a quantizing codec.
         """
         if base is not None:
@@ -83,11 +83,11 @@ class Api:
         limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> AsyncIterator[Buffer]:
-        """As `encode`, for `async for`: `obj` may also be an asynchronous iterator of (name, tensor) pairs.
+        """Like `encode`, for `async for`: `obj` may also be an asynchronous iterator of (name, tensor) pairs.
 
-        All work is done in other threads (`asyncio.to_thread`), from the walk over the container on, a MiB of buffers
-        at a time, so that the event loop is never held up. Do not change the tensors meanwhile. Nothing is checked
-        before the first buffer is asked for.
+        All work, including the walk over the container, is done in other threads (`asyncio.to_thread`), 1 MiB of
+        buffers at a time, so the event loop is never blocked. Do not change the tensors meanwhile. Nothing is checked
+        before the first buffer is requested.
 
             async for buffer in tensorwire.encode_async(model.state_dict(), codec="nf4"):
                 await connection.send(buffer)
@@ -107,16 +107,16 @@ class Api:
         at_rest: bool = False,
         limits: Limits = DEFAULT,
     ) -> int:
-        """The bytes that `encode` makes of a container with these options, framing included, without encoding it.
+        """The number of bytes that `encode` yields with these options, framing included, computed without encoding.
 
-        Exact where payloads have a fixed length, as all but compressed ones do; else an upper bound. `at_rest`: of the
+        Exact for codecs whose payloads have a fixed length; otherwise an upper bound. `at_rest`: the size of the
         file that `save_file` writes. Raises EncodeError as `encode` does, and for an iterator, whose size is not known
-        ahead.
+        in advance.
 
             headers = {"Content-Length": str(tensorwire.encoded_size(weights, codec="nf4"))}
         """
         if isinstance(obj, Iterator):
-            raise EncodeError("the size of an iterator of pairs is known only once it was encoded; give a container")
+            raise EncodeError("the size of an iterator of pairs is known only after encoding; pass a container")
         leaves = streams.flatten(obj, self._front, streams.rule(codec), limits, tie=tie)
         info = streams.stream_info(metadata, stream_id, at_rest=at_rest)
         return streams.stream_size(leaves, info=info, frame_size=frame_size, at_rest=at_rest, limits=limits).total
@@ -132,21 +132,21 @@ class Api:
         metadata_into: dict[str, str] | None = None,
         limits: Limits = DEFAULT,
     ) -> Iterator[tuple[str, Any]]:
-        """Decode a stream as an iterator of (name, value), each given when complete and verified.
+        """Decode a stream as an iterator of (name, value); each value is complete and verified.
 
         `source`: a buffer, an iterable of buffers, or anything with `readinto` (files, `transport.receive()`). A key of
-        the outermost dict is its own name, what is nested is called as `tensorwire.name_of` says ("/model/bias").
-        `into`: preallocated tensors by name, written in place and given back. `expect`: a schema (see `schema`) or a
-        container like the one expected; anything else is refused before memory is taken. `base`: the content digest of
-        the version that the values are to be applied to, for a stream that is against one; without it, or with another,
-        such a stream is refused. `device`: where torch tensors go. `metadata_into`: a dict that takes the stream's
-        metadata before the first value comes.
+        the outermost dict is its own name; nested items have the names that `tensorwire.name_of` defines
+        ("/model/bias"). `into`: preallocated tensors by name, which are written in place and yielded. `expect`: a
+        schema (see `schema`) or a container like the one expected; anything else is refused before memory is allocated.
+        `base`: the content digest of the version that the values will be applied to; a stream with another base, or
+        with a base when none is given, is refused. `device`: the device of torch tensors. `metadata_into`: a dict that
+        receives the stream's metadata before the first value.
 
             for name, tensor in tensorwire.torch.decode(transport.receive(), device="cuda"):
                 model.get_parameter(name).copy_(tensor)
 
-        Raises a WireError, and nothing else, for any bytes that are not a whole valid stream. What was given
-        before is good; tensors in `into` may then hold parts of an item that was not given.
+        Raises a WireError, and nothing else, for any bytes that are not a complete valid stream. Values yielded before
+        the error are good; tensors in `into` may hold parts of an item that was not yielded.
         """
         front = self._front.on(device)
         return streams.decode(
@@ -164,11 +164,11 @@ class Api:
         metadata_into: dict[str, str] | None = None,
         limits: Limits = DEFAULT,
     ) -> AsyncIterator[tuple[str, Any]]:
-        """As `decode`, for `async for`.
+        """Like `decode`, for `async for`.
 
-        `source`: an asynchronous iterable of buffers, or what has a coroutine function `readinto`, as `AsyncTransport`
-        does; also a buffer, an iterable of buffers or a plain `readinto`, none of which may wait. Slices are decoded in
-        another thread while the next one is received; the event loop waits for one to end, at most.
+        `source`: an asynchronous iterable of buffers, or an object with a coroutine function `readinto`, such as
+        `AsyncTransport`; also a buffer, an iterable of buffers or a plain `readinto`, if it never blocks. Slices are
+        decoded in another thread while the next one is received; the event loop waits for at most one of them.
 
             async for name, tensor in tensorwire.decode_async(websocket): ...
         """
@@ -187,11 +187,11 @@ class Api:
         limits: Limits = DEFAULT,
         keep_encoded: streams.Store | None = None,
     ) -> streams.Decoder:
-        """A decoder that is fed, for whoever is called with bytes and cannot wait for more: see `Decoder`.
+        """A push decoder, for callers that are handed bytes and cannot wait for more: see `Decoder`.
 
-        Options as `decode` has them. `keep_encoded`: where to keep payloads, `InMemory()` or `OnDisk()`. Tensors are
-        then given as `EncodedTensor`s, verified, in about the memory that they took on the wire; `into` and `device`
-        have no meaning then.
+        Options are those of `decode`. `keep_encoded`: where to keep payloads, `InMemory()` or `OnDisk()`. Tensors are
+        then returned as `EncodedTensor`s, verified, which take about as much memory as on the wire; `into` and `device`
+        cannot be used then.
 
             decoder = tensorwire.torch.decoder(expect=model.state_dict())
             for message in queue:
@@ -199,7 +199,7 @@ class Api:
             decoder.finish()
         """
         if keep_encoded is not None and (into is not None or device is not None):
-            raise ArgumentError("into= and device= are for decoded tensors: leave them out, or keep_encoded=")
+            raise ArgumentError("into= and device= are for decoded tensors: leave out either these or keep_encoded=")
         front = self._front.on(device)
         return streams.Decoder(front, into=into, expect=expect, base=base, limits=limits, keep=keep_encoded)
 
@@ -214,7 +214,7 @@ class Api:
     ) -> bytes:
         """A container as one message: all buffers of `encode`, joined.
 
-        It has memory of its own, and stays what it is when tensors change. `report`: as in `encode`.
+        The message is a copy and does not change when tensors do. `report`: as in `encode`.
 
             message = tensorwire.dumps({"weight": weight, "step": 7}, codec="int8")
         """
@@ -237,9 +237,9 @@ class Api:
         metadata_into: dict[str, str] | None = None,
         limits: Limits = DEFAULT,
     ) -> Any:
-        """The container in a message or any other source that `decode` takes, once all of it is verified.
+        """The container in a message, or in any other source that `decode` takes, once all of it is verified.
 
-        Options as `decode` has them.
+        Options are those of `decode`.
 
             about: dict[str, str] = {}
             weights = tensorwire.torch.loads(message, device="cuda", metadata_into=about)
@@ -250,10 +250,10 @@ class Api:
         )
 
     def digest(self, obj: Any, *, limits: Limits = DEFAULT) -> str:
-        """The content digest of a container, 64 hexadecimal digits: its version.
+        """The content digest of a container, 64 hexadecimal digits, which identifies its version.
 
-        Of names, dtypes, shapes and values alone: not of codecs, frames, files, devices, order, or which tensors are
-        tied. docs/format.md says how it is made. It tells apart what differs by accident; it is no signature. Raises
+        It depends on names, dtypes, shapes and values alone: not on codecs, frames, files, devices, order, or which
+        tensors are tied. docs/format.md defines it. It detects accidental differences; it is not a signature. Raises
         EncodeError as `encode` does.
 
             assert tensorwire.digest(loaded) == tensorwire.digest(model.state_dict())
@@ -261,17 +261,18 @@ class Api:
         return streams.digest(obj, self._front, limits)
 
     def apply(self, source: Any, state: Any, *, limits: Limits = DEFAULT) -> streams.Applied:
-        """Make of `state`, in place, the version that a patch is for: what `encode(new, base=old)` gave.
+        """Apply a patch, made by `encode(new, base=old)`, to `state` in place.
 
-        `source`: as `decode` takes it, or a `tensorwire.Patch` that was read before. `state`: contiguous writable
-        tensors, each as it is in the base or, from an earlier attempt, in the new version; nothing may write to them
-        meanwhile. Returns how many blocks were written, how many were found done, and how many values were set.
+        `source`: a source as for `decode`, or a `tensorwire.Patch` that was read before. `state`: contiguous writable
+        tensors, each as it is in the base or, after an interrupted attempt, in the new version; nothing else may write
+        to them meanwhile. Returns how many blocks were written, how many were already done, and how many values were
+        set.
 
             tensorwire.apply(transport.receive(), model.state_dict())
 
-        Raises a WireError for what is no whole patch, SchemaError for one that is against another version and
-        EncodeError for a state that cannot be written: nothing was written then. Whatever ends it later, to apply the
-        same patch again ends at its target.
+        Raises a WireError for anything but a complete patch, SchemaError for a patch against another version and
+        EncodeError for a state that cannot be written; nothing is written in these cases. If it is interrupted later,
+        applying the same patch again completes it.
         """
         patch = source if isinstance(source, streams.Patch) else streams.Patch.read(source, limits=limits)
         return patch.apply(state, self._front, limits=limits)
@@ -287,16 +288,16 @@ class Api:
         limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> int:
-        """Write a container to a `.tw` file and return its size. The name appears only when all is on disk.
+        """Write a container to a `.tw` file and return its size. The name appears only when everything is on disk.
 
-        `file`: a path, or a binary file object to write into, such as fsspec gives for S3, which has what was written
-        also where that ends in an error. `progress`: called with the bytes written and their number in all (at most,
-        where a codec compresses; None for an iterator of pairs). `report`: as in `encode`.
+        `file`: a path, or a binary file object to write into, such as fsspec's for S3; after an error, a file object
+        keeps what was written. `progress`: called with the bytes written and the total (an upper bound
+        if a codec compresses; None for an iterator of pairs). `report`: as in `encode`.
 
             tensorwire.save_file(model.state_dict(), "model.tw", codec="bf16", metadata={"step": "7"})
 
-        Other threads may change tensors meanwhile: the file is whole, and holds of each element what it was at some
-        moment. A file object cannot be written over: there, a raw tensor of more than 1 MiB that changes is an
+        Other threads may change tensors meanwhile: the file is complete, and each element has a value that it held at
+        some moment. A file object cannot be rewritten, so there a change to a raw tensor of more than 1 MiB raises
         EncodeError. Raises StorageError.
         """
         total = None
@@ -328,8 +329,8 @@ class Api:
     ) -> Any:
         """The whole container in a `.tw` file, verified. For single tensors see `open_file`.
 
-        `file`: a path, or a binary file object, read from where it stands to its end. `progress`: called with the bytes
-        read and their number in all, if known. Other options as `decode` has them.
+        `file`: a path, or a binary file object, read from its current position to its end. `progress`: called with the
+        bytes read and the total, if known. Other options are those of `decode`.
 
             model.load_state_dict(tensorwire.torch.load_file("model.tw", device="cuda"))
         """
@@ -347,7 +348,7 @@ class Api:
     def open_file(
         self, file: files.File | Buffer, *, base: bytes | None = None, device: Any = None, limits: Limits = DEFAULT
     ) -> files.TensorFile:
-        """A `.tw` file as a mapping of names to values, read and verified when asked for; see `TensorFile`.
+        """A `.tw` file as a mapping from names to values, each read and verified on access; see `TensorFile`.
 
         `file`: a path, a seekable binary file object, or a buffer that holds a file. `base` and `device` as in
         `decode`.
@@ -358,9 +359,9 @@ class Api:
         return files.TensorFile(file, self._front.on(device), base=base, limits=limits)
 
     def schema(self, obj: Any, *, codec: CodecChoice | None = None, limits: Limits = DEFAULT) -> Schema:
-        """What to `expect=`: the names, dtypes and shapes of a container like this one, and its codecs if given.
+        """A schema for `expect=`: the names, dtypes and shapes of a container like `obj`, and its codecs if given.
 
-        Its values do not matter.
+        The values of `obj` do not matter.
 
             weights = tensorwire.loads(message, expect=tensorwire.schema(model.state_dict()))
         """
@@ -370,13 +371,13 @@ class Api:
 def _check_patch(codec: CodecChoice, frame_size: int) -> None:
     """Raise EncodeError for options that a patch does not have."""
     if codec != "raw" or frame_size != streams.FRAME_SIZE:
-        raise EncodeError("a patch has a coding and frames of its own: with base=, leave codec= and frame_size=")
+        raise EncodeError("a patch has its own encoding and frames: with base=, leave out codec= and frame_size=")
 
 
 async def _encoded(
     sender: streams.Sender, obj: Any, front: Front, rule: streams.Rule, limits: Limits, *, tie: bool
 ) -> AsyncIterator[Buffer]:
-    """What `Sender` makes of a container or of pairs, made in other threads."""
+    """The buffers that `Sender` makes of a container or of pairs, made in other threads."""
     from asyncio import to_thread  # asyncio takes longer to import than all of this package
 
     if isinstance(obj, AsyncIterator):
@@ -399,7 +400,7 @@ async def _encoded(
 
 
 async def _in_threads(buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:
-    """The same buffers, a batch of them made in another thread at a time."""
+    """The same buffers, made in another thread batch by batch."""
     from asyncio import to_thread
 
     more = True
@@ -410,7 +411,7 @@ async def _in_threads(buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:
 
 
 def _batch(buffers: Iterator[Buffer]) -> tuple[list[Buffer], bool]:
-    """The next `_BATCH` bytes, or up to where they are to be flushed, and whether there may be more."""
+    """The next `_BATCH` bytes, or those up to the next flush, and whether there may be more."""
     batch: list[Buffer] = []
     size = 0
     for buffer in buffers:

@@ -1,4 +1,4 @@
-"""`tensorwire.files.authenticity` under its short name.
+"""The short name of `tensorwire.files.authenticity`.
 
 from tensorwire.authenticity import check_tag, tag
 """

@@ -1,7 +1,7 @@
-"""The errors tensorwire raises. Few kinds, each a decision the caller can take.
+"""The errors that tensorwire raises. There are few kinds; each stands for a decision that the caller can make.
 
-``WireError`` and its children blame the bytes (a peer, a disk); ``EncodeError`` blames what the caller passed in;
-``TransportError`` blames the connection. Decoders raise nothing outside this family, whatever bytes arrive.
+``WireError`` and its subclasses blame the bytes (a peer, a disk); ``EncodeError`` blames what the caller passed in;
+``TransportError`` blames the connection. Decoders raise nothing but ``WireError``, whatever bytes arrive.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,14 +12,14 @@ _Recipe: TypeAlias = "tuple[Callable[..., TensorwireError], tuple[object, ...]]"
 
 
 def show(name: object) -> str:
-    """A name as it may appear in a message or log: ASCII only, cut (names from a peer are not trusted)."""
+    """A name in a form that is safe in messages and logs: ASCII only, and cut (names from a peer are not trusted)."""
     text = ascii(name)
     return text if len(text) <= _NAME_SHOWN else text[: _NAME_SHOWN - 3] + "..."
 
 
 def near(word: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """The known names that somebody may have meant who wrote `word`, nearest first; case, `-` and `_` do not matter."""
-    from difflib import get_close_matches  # which only those load who made a mistake
+    """The known names that `word` may be a misspelling of, nearest first; case, `-` and `_` do not matter."""
+    from difflib import get_close_matches  # loaded only after a mistake
 
     plain = {_plain(name): name for name in known}
     return [plain[match] for match in get_close_matches(_plain(word), plain, most)]
@@ -30,7 +30,7 @@ def _plain(name: str) -> str:
 
 
 def _rebuild(cls: type["TensorwireError"], detail: str, state: dict[str, object]) -> "TensorwireError":
-    # Past __init__, whose arguments differ from kind to kind, so that every error can be pickled.
+    # Bypasses __init__, whose arguments differ between kinds, so that every error can be pickled.
     error = cls.__new__(cls, detail)
     error.args = (detail,)
     for name, value in state.items():
@@ -73,7 +73,7 @@ class TensorwireError(Exception):
 
 
 class EncodeError(TensorwireError, ValueError):
-    """What the caller asked to encode cannot be encoded as asked; the input is untouched."""
+    """The input cannot be encoded as requested; it is left untouched."""
 
 
 class NonFiniteError(EncodeError):
@@ -88,7 +88,7 @@ class NonFiniteError(EncodeError):
 
 
 class WireError(TensorwireError, ValueError):
-    """The bytes received are not a valid stream, or not one this receiver accepts."""
+    """The bytes received are not a valid stream, or not one that this receiver accepts."""
 
 
 class FormatError(WireError):
@@ -96,11 +96,11 @@ class FormatError(WireError):
 
 
 class CorruptError(WireError):
-    """A checksum or digest does not match: the bytes changed on the way. Ask for them again."""
+    """A checksum or digest does not match: the bytes changed in transit or at rest. Request them again."""
 
 
 class TruncatedError(WireError):
-    """The input ended before the end frame. What came before may be resumed."""
+    """The input ended before the END frame. The transfer may be resumed."""
 
 
 class SequenceError(WireError):
@@ -108,10 +108,10 @@ class SequenceError(WireError):
 
 
 class LimitError(WireError):
-    """A declared size exceeds a limit; raise that limit if the sender is right. See `tensorwire.Limits`.
+    """A size exceeds a limit; raise the limit if the size is legitimate. See `tensorwire.Limits`.
 
-    `limit` says what is too large, `allowed` and `got` by how much; `field` is the field of `Limits` that bounds it (by
-    default the same word), None where no setting does.
+    `limit` names what is too large, `allowed` is the limit and `got` the size; `field` is the field of `Limits` that
+    sets it (by default the same word), or None if no field does.
     """
 
     def __init__(
@@ -128,9 +128,7 @@ class LimitError(WireError):
         detail = f"{limit} is {got}, more than the limit of {allowed}"
         field = limit if field == "" else field
         if field is not None:
-            detail += (
-                f"; where that is right, pass limits=tensorwire.Limits({field}=...), to a command --limit {field}=..."
-            )
+            detail += f"; to allow it, pass limits=tensorwire.Limits({field}=...), or --limit {field}=... to a command"
         super().__init__(detail, frame=frame, item=item, offset=offset)
         self.limit = limit
         self.field = field
@@ -155,22 +153,22 @@ class TransportError(TensorwireError, OSError):
 
 
 class ArgumentError(TensorwireError, TypeError):
-    """What was passed is not of a kind that the function takes."""
+    """An argument has a type or value that the function does not take."""
 
 
 class ClosedError(TensorwireError, ValueError):
-    """Something was asked of a file after it was closed."""
+    """A file was used after it was closed."""
 
 
 class AuthError(TensorwireError, ValueError):
-    """A tag, key or peer identity does not check out: the bytes may be whole, but not from whom they should be."""
+    """A tag, key or peer identity does not match: the bytes may be intact, but not from the expected author."""
 
 
 class StorageError(TensorwireError, OSError):
     """A file could not be written, synced or renamed: a full disk, a quota, a missing folder.
 
-    Nothing partial stands under the final name; what was verified can be resumed where the call says so. `errno` is
-    the operating system's, or None.
+    No partial file has the final name. Verified data can be resumed where the function says so. `errno` is the
+    operating system's, or None.
     """
 
     def __init__(self, detail: str, *, errno: int | None = None) -> None:
@@ -178,9 +176,9 @@ class StorageError(TensorwireError, OSError):
         self.errno = errno
 
     def __reduce__(self) -> _Recipe:
-        # OSError keeps its errno outside of the attributes that every other error is rebuilt from.
+        # OSError keeps its errno outside __dict__, from which every other error is rebuilt.
         return _rebuild, (type(self), self.detail, {**self.__dict__, "errno": self.errno})
 
 
 class MissingFileError(StorageError, FileNotFoundError):
-    """There is no file, or no folder, of this name."""
+    """No file or folder of this name exists."""

@@ -1,8 +1,8 @@
 """NumPy arrays to and from streams and `.tw` files.
 
-Native dtypes come back as they were (big-endian ones in native order), bfloat16, float8 and complex32 as the arrays of
-ml_dtypes. float4_e2m1fn_x2, which ml_dtypes lacks, is received as bits: a void array, which nobody can take for
-numbers, whose `dtype.metadata["tensorwire"]` names the type and which can be sent on. torch tensors are sent as well
+Native dtypes come back as they were (big-endian ones in native order); bfloat16, float8 and complex32 come back as
+ml_dtypes arrays. float4_e2m1fn_x2, which ml_dtypes lacks, is received as bits: a void array, which cannot be mistaken
+for numbers. Its `dtype.metadata["tensorwire"]` names the type, and it can be sent again. torch tensors can be sent too
 and come back as arrays.
 """
 
@@ -22,10 +22,10 @@ from tensorwire.tensor import AnyFront, ByteArray, Front, TensorView, attributes
 _NATIVE: Final = {
     np.dtype(dtype.name): dtype for dtype in dtypes.ALL if dtype.name in np.sctypeDict and dtype.name != "complex32"
 }
-# Types of the same width, which stand for bits.
+# Types of the same width, used for raw bits.
 _BITS: Final = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
 _METADATA: Final = "tensorwire"
-# Whose memory is all there is to them; of a matrix, but for how it multiplies.
+# Types that carry nothing but their memory (a matrix, except for how it multiplies).
 _WHOLE: Final = (np.ndarray, np.memmap, np.matrix)
 
 Array = npt.NDArray[Any]
@@ -42,7 +42,7 @@ class NumPyFront(Front):
             return None
         dtype = _dtype(value.dtype)
         if dtype is None:
-            raise EncodeError(f"dtype {value.dtype} cannot be sent; convert with .astype() first")
+            raise EncodeError(f"dtype {value.dtype} cannot be sent; convert it with .astype() first")
         if isinstance(value, np.ndarray):
             if type(value) not in _WHOLE:
                 _check_subclass(value)
@@ -70,7 +70,7 @@ class NumPyFront(Front):
             raise EncodeError("into= takes writable C-contiguous arrays")
         if not value.dtype.isnative:
             raise EncodeError("into= takes arrays in native byte order")
-        self.view(value)  # refuses what reaches outside its memory
+        self.view(value)  # refuses an array that extends beyond its memory
         return np.asarray(value).reshape(-1).view(np.uint8).data
 
 
@@ -96,23 +96,23 @@ def _numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
 
 def _swap(dtype: np.dtype[Any]) -> Any:
-    """What turns a slice of big-endian elements, as bits, into little-endian ones: each half of a complex number."""
+    """A function that swaps big-endian elements, as bits, to little-endian; for complex dtypes, each half by itself."""
     part = f"u{dtype.itemsize // 2 if dtype.kind == 'c' else dtype.itemsize}"
     return lambda bits: bits.view(part).byteswap(inplace=True)
 
 
 def _check_subclass(array: Array) -> None:
-    """Raise EncodeError for an array of a subclass that carries more than its memory."""
+    """Raise EncodeError for an array whose subclass carries more than its memory."""
     if extra := attributes(array):
         raise EncodeError(
             f"a {type(array).__module__}.{type(array).__qualname__} carries more than its memory "
-            f"({', '.join(extra)}), which would be lost; send its parts (of a MaskedArray .filled(), or .data and "
+            f"({', '.join(extra)}), which would be lost; send its parts (for a MaskedArray, .filled(), or .data and "
             ".mask), or numpy.asarray() of it for its memory alone"
         )
 
 
 def _check_memory(array: Array) -> None:
-    """Raise EncodeError for an array that reaches outside the memory that it was made over, where that is known."""
+    """Raise EncodeError for an array that extends beyond the memory of its owner, where the owner is known."""
     owner: Any = array
     while (base := owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)) is not None:
         owner = base
@@ -128,11 +128,11 @@ def _check_memory(array: Array) -> None:
     else:
         return
     if begin < low or end > high:
-        raise EncodeError("the array reaches outside the memory that it was made over, or its file was cut short")
+        raise EncodeError("the array extends outside the memory that it was made over, or its file was truncated")
 
 
 def _span(array: Array) -> tuple[int, int]:
-    """Where the memory of an array that is not empty begins and ends."""
+    """The addresses at which the memory of a non-empty array begins and ends."""
     steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
     address = _address(array)
     return (
@@ -142,7 +142,7 @@ def _span(array: Array) -> tuple[int, int]:
 
 
 def _offset(array: Array) -> int:
-    """Where in its file the mapping of a memmap begins; 0 for others, which do not tell."""
+    """The file offset at which the mapping of a memmap begins; 0 for other arrays, which do not tell."""
     offset = array.offset if isinstance(array, np.memmap) else 0
     return int(offset - offset % mmap.ALLOCATIONGRANULARITY)
 

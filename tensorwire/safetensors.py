@@ -1,4 +1,4 @@
-"""`tensorwire.files.safetensors` under its short name.
+"""The short name of `tensorwire.files.safetensors`.
 
 from tensorwire.safetensors import decode, encode
 """

@@ -1,7 +1,7 @@
-"""torch tensors to and from streams and `.tw` files, in the manner of `safetensors.torch`.
+"""torch tensors to and from streams and `.tw` files, in the style of `safetensors.torch`.
 
 Tensors come back on the CPU, contiguous, without gradients, whatever torch's default device, dtype or mode. Tensors of
-one storage, shape and layout are tied. NumPy arrays and scalars are sent as well and come back as tensors.
+one storage, shape and layout are tied. NumPy arrays and scalars can be sent too and come back as tensors.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from tensorwire.errors import EncodeError, UnsupportedError
 from tensorwire.memory.strided import pieces, reader
 from tensorwire.tensor import AnyFront, ByteArray, Front, TensorView, attributes
 
-# Every dtype of the wire that this torch has; looked up by our own names, never by a peer's.
+# Every wire dtype that this torch has; looked up by our own names, never by a peer's.
 _TORCH: Final = {
     dtype: getattr(torch, dtype.name)
     for dtype in dtypes.ALL
     if isinstance(getattr(torch, dtype.name, None), torch.dtype)
 }
 _OURS: Final = {theirs: ours for ours, theirs in _TORCH.items()}
-# Types of the same width, which stand for bits.
+# Types of the same width, used for raw bits.
 _BITS: Final = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
 _FLOATS: Final = (dtypes.FLOAT16, dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.FLOAT64)
-# Whose memory is all there is to them.
+# Types that carry nothing but their memory.
 _WHOLE: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 _Read = Callable[[int, int], ByteArray]
@@ -37,13 +37,13 @@ _DeviceRead = Callable[[int, int], torch.Tensor]
 
 
 class TorchFront(Front):
-    """`tensorwire.tensor.Front` for torch tensors, which come on `device`."""
+    """`tensorwire.tensor.Front` for torch tensors, received on `device`."""
 
     def __init__(self, device: torch.device | str | int | None = None) -> None:
         self._device = device
 
     def on(self, device: Any) -> Front:
-        """Tensors come on `device`. Raises EncodeError for what torch does not know as one."""
+        """A front whose tensors are received on `device`. Raises EncodeError if torch does not know the device."""
         if device is None:
             return self
         try:
@@ -60,15 +60,15 @@ class TorchFront(Front):
             return _view(value)
         except EncodeError:
             raise
-        except Exception as error:  # torch has many kinds for what a tensor is not
+        except Exception as error:  # torch raises many kinds for tensors without readable memory
             raise _unreadable(value, error) from error
 
     def describe(self, value: object) -> TensorView | None:
-        """A tensor, maybe on the meta device or a fake one, which has no values."""
+        """A tensor, possibly a fake one or one on the meta device, which have no values."""
         if not isinstance(value, torch.Tensor) or not _is_skeleton(value):
             return self.view(value)
         _check_dense(value)
-        # It has no address, but a storage.
+        # It has no address, but it has a storage.
         place = (value.untyped_storage()._cdata, value.storage_offset())
         dtype, shape = _OURS[value.dtype], tuple(value.shape)
         return TensorView(dtype, shape, _no_values, identity=("meta", *place, shape, value.stride(), dtype.number))
@@ -77,7 +77,7 @@ class TorchFront(Front):
         """A tensor over `data`, or a copy of it on the front's device."""
         if dtype not in _TORCH:
             raise UnsupportedError(f"this torch ({torch.__version__}) has no {dtype}")
-        if torch.is_inference_mode_enabled():  # in which tensors are made that no gradient can ever flow through
+        if torch.is_inference_mode_enabled():  # a tensor made in this mode can never take part in autograd
             with torch.inference_mode(False):
                 return self._placed(_tensor(data, _TORCH[dtype], shape))
         return self._placed(_tensor(data, _TORCH[dtype], shape))
@@ -91,13 +91,13 @@ class TorchFront(Front):
             raise EncodeError("into= takes contiguous tensors on the CPU or a CUDA device")
         if value.is_conj() or value.is_neg():
             raise EncodeError("into= cannot write through a conjugate or negative view")
-        self.view(value)  # refuses what reaches outside its storage
+        self.view(value)  # refuses a tensor that extends beyond its storage
         if not value.numel():
             return memoryview(bytearray())
         return _array(value, value.untyped_storage()).view(np.uint8).data
 
     def device_target(self, value: object) -> torch.Tensor | None:
-        """A contiguous tensor on a CUDA device as a 1-D view of it."""
+        """A 1-D view of a contiguous tensor on a CUDA device."""
         if not isinstance(value, torch.Tensor) or not value.is_cuda or not value.is_contiguous() or value.is_conj():
             return None
         self.view(value)
@@ -109,9 +109,9 @@ def _tensor(data: ByteArray, dtype: torch.dtype, shape: tuple[int, ...]) -> torc
         if not prod(shape):
             return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
-    except Exception as error:  # as modes raise, in which torch makes no tensors with values
+    except Exception as error:  # raised in modes in which torch creates no tensors with values
         raise UnsupportedError(
-            f"torch makes no tensor here ({_said(error)}); leave its fake and tracing modes"
+            f"torch cannot create a tensor here ({_said(error)}); leave its fake and tracing modes"
         ) from error
 
 
@@ -120,7 +120,7 @@ def _is_skeleton(tensor: torch.Tensor) -> bool:
 
 
 def _unreadable(tensor: torch.Tensor, error: Exception) -> EncodeError:
-    """What torch raises over a tensor that it cannot show as memory, as an error of this library."""
+    """An error of this library for a tensor whose memory torch cannot give."""
     return EncodeError(
         f"{_kind(tensor)} has no memory that could be sent ({_said(error)}); send a plain tensor made of its values, "
         "outside of torch.func transforms and tracing"
@@ -136,7 +136,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _check(tensor: torch.Tensor) -> None:
-    """Raise EncodeError with the remedy unless the tensor is dense, strided memory and that alone."""
+    """Raise EncodeError, with the remedy, unless the tensor is dense, strided memory and nothing more."""
     if type(tensor) not in _WHOLE:
         _check_subclass(tensor)
     _check_dense(tensor)
@@ -154,27 +154,27 @@ def _check_dense(tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise EncodeError(f"a tensor of layout {tensor.layout} cannot be sent; use .to_dense()")
     if tensor.dtype not in _OURS:
-        raise EncodeError(f"{tensor.dtype} cannot be sent; convert with .to() first")
+        raise EncodeError(f"{tensor.dtype} cannot be sent; convert it with .to() first")
 
 
 def _check_subclass(tensor: torch.Tensor) -> None:
-    """Raise EncodeError for a tensor of a subclass whose memory is not all there is to it."""
+    """Raise EncodeError for a tensor whose subclass carries more than its memory."""
     kind = type(tensor)
     if hasattr(tensor, "full_tensor"):
         raise EncodeError("a DTensor cannot be sent; use .full_tensor()")
     if kind.__name__ in ("FakeTensor", "FunctionalTensor"):
         raise EncodeError("a fake tensor has no values")
     if torch.nn.parameter.is_lazy(tensor):
-        raise EncodeError(f"{_kind(tensor)} has no shape yet; run its module once before it is sent")
+        raise EncodeError(f"{_kind(tensor)} has no shape yet; run its module once before sending it")
     if kind.__module__.startswith("bitsandbytes"):
         raise EncodeError(
-            f"{_kind(tensor)} is only codes without its quantization state; send the state_dict() of its module, or "
-            "a Params4bit by tensorwire.integrations.bitsandbytes.encode"
+            f"{_kind(tensor)} holds only codes without their quantization state; send the state_dict() of its module, "
+            "or use tensorwire.integrations.bitsandbytes.encode for a Params4bit"
         )
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise EncodeError(
             f"{_kind(tensor)} is made of other tensors, which would be lost; send those, or a plain tensor of its "
-            "values (.dequantize(), .to_dense(), .get_data(), as the class has it)"
+            "values (.dequantize(), .to_dense() or .get_data(), whichever the class has)"
         )
     if extra := attributes(tensor):
         raise EncodeError(
@@ -198,8 +198,8 @@ def _view(tensor: torch.Tensor) -> TensorView:
     needed *= itemsize
     if not address or held < needed:
         raise EncodeError(
-            f"the tensor's storage holds {held if address else 0} of the {needed} bytes that it reaches to: it was "
-            "freed or resized; gather the whole parameters first (FSDP: summon_full_params), or .clone() the tensor"
+            f"the tensor's storage holds {held if address else 0} of the {needed} bytes that the tensor needs: it was "
+            "freed or resized; gather the full parameters first (FSDP: summon_full_params), or .clone() the tensor"
         )
 
     device = tensor.device
@@ -214,9 +214,9 @@ def _view(tensor: torch.Tensor) -> TensorView:
 
 
 class _Storage:
-    """Storage that is looked at before it is read: it may be freed between two slices, as sharded training does.
+    """Storage that is checked before each read: sharded training may free it between two slices.
 
-    (One object a tensor rather than functions that share variables: there may be 500,000 of them.)
+    (One object per tensor rather than closures: there may be 500,000 of them.)
     """
 
     __slots__ = ("_address", "_needed", "_storage")
@@ -227,7 +227,7 @@ class _Storage:
         self._needed = needed
 
     def check(self) -> None:
-        """Raise EncodeError unless it is where it was, and as long as it must be."""
+        """Raise EncodeError unless the storage is still at its address and long enough."""
         if self._storage.data_ptr() != self._address or self._storage.nbytes() < self._needed:
             raise EncodeError("the tensor's storage was freed or resized while it was being sent")
 
@@ -247,9 +247,9 @@ class _HostReader(_Storage):
 
 
 class _Memory:
-    """The elements of a tensor on the CPU as NumPy takes them.
+    """The elements of a tensor on the CPU, through NumPy's array interface.
 
-    `Tensor.numpy()` would do, but for ever forbids the storage to be resized, as sharded training does.
+    `Tensor.numpy()` would do too, but makes the storage non-resizable for ever, and sharded training resizes it.
     """
 
     __slots__ = ("__array_interface__", "_storage")
@@ -260,7 +260,7 @@ class _Memory:
 
 
 def _array(tensor: torch.Tensor, storage: torch.UntypedStorage) -> npt.NDArray[Any]:
-    """The elements of a tensor on the CPU, as bits, where they are: in one dimension if they are contiguous."""
+    """The elements of a tensor on the CPU, as bits, without a copy: in one dimension if they are contiguous."""
     itemsize = tensor.element_size()
     interface = {"version": 3, "typestr": _BITS[itemsize], "data": (tensor.data_ptr(), False)}
     if tensor.is_contiguous():
@@ -272,12 +272,12 @@ def _array(tensor: torch.Tensor, storage: torch.UntypedStorage) -> npt.NDArray[A
 
 
 def _flips(dtype: DType) -> bool:
-    """Whether conjugation and negation of this dtype turn sign bits."""
+    """Whether conjugation and negation of this dtype flip sign bits."""
     return dtype in _FLOATS or dtype.parts == 2
 
 
 def _flip(dtype: DType, conj: bool, neg: bool) -> Callable[[npt.NDArray[Any]], None]:
-    """What turns a slice of bits into its conjugate, its negative or both."""
+    """A function that turns a slice of bits into its conjugate, its negative or both."""
     bits = np.dtype(f"u{dtype.part_size}").type
     sign = bits(1 << (bits().itemsize * 8 - 1))
 
@@ -292,8 +292,8 @@ def _flip(dtype: DType, conj: bool, neg: bool) -> Callable[[npt.NDArray[Any]], N
 
 
 def _device_readers(tensor: torch.Tensor, check: Callable[[], None]) -> tuple[_Read, _DeviceRead]:
-    """`TensorView.read` and `device_read`: only a slice is ever copied, there as here."""
-    tensor = tensor.detach()  # no gradient is to follow the copies
+    """`TensorView.read` and `device_read`: only a slice is ever copied, on the device as on the host."""
+    tensor = tensor.detach()  # keep the copies out of autograd
     flat = tensor.reshape(-1) if tensor.is_contiguous() else None
 
     def device_read(start: int, stop: int) -> torch.Tensor:

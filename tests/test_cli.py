@@ -627,7 +627,7 @@ def test_what_appears_at_out_meanwhile_is_not_replaced(name: str, npz: Path, tmp
         host, _, port = where.rpartition(":")
         with TcpTransport.connect(host, int(port)) as transport:
             transport.run(greet())
-            with pytest.raises(RefusedError, match="exists already"):
+            with pytest.raises(RefusedError, match="already exists"):
                 transport.run(send_stream(Offer(b"t"), Regenerated(late)))
     assert (tmp_path / name).read_bytes() == b"mine"
 
@@ -639,7 +639,7 @@ def test_what_is_not_wanted_is_refused_and_the_receiver_waits_on(
     with receiving(tmp_path / "out.bin") as (process, where):
         assert run("send", npz, where) == 1
         error = capsys.readouterr().err
-        assert "a file is to be received" in error and str(tmp_path) not in error.replace(str(npz), "")
+        assert "the receiver expects a file" in error and str(tmp_path) not in error.replace(str(npz), "")
         assert run("send", tmp_path / "in.bin", where) == 0
         assert ended(process)[0] == 0
     assert (tmp_path / "out.bin").read_bytes() == b"hello"

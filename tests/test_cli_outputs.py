@@ -307,7 +307,7 @@ def test_a_fault_of_our_own_is_one_line(
 
     monkeypatch.setattr(safetensors, "encode", fault)
     assert run("encode", folder / "model.safetensors", folder / "m.tw") == 4
-    assert "a fault in tensorwire: LookupError: two lines" in capsys.readouterr().err
+    assert "a bug in tensorwire: LookupError: two lines" in capsys.readouterr().err
     monkeypatch.setenv("TENSORWIRE_TRACEBACK", "1")
     with pytest.raises(LookupError):
         run("encode", folder / "model.safetensors", folder / "m.tw")
@@ -510,7 +510,7 @@ def test_a_task_in_the_current_folder(tmp_path: Path) -> None:
     [
         (["run", "--clients", "0"], "clients must be above 0"),
         (["client", "127.0.0.1:1", "--folder", "f", "--number", "0", "--clients", "0"], "--clients (0)"),
-        (["client", "127.0.0.1:1", "--folder", "f", "--number", "4"], "--number is from 0"),
+        (["client", "127.0.0.1:1", "--folder", "f", "--number", "4"], "--number must be at least 0"),
         (["run", "--task", "nothing:here"], "no task 'nothing:here'"),
     ],
 )

@@ -228,7 +228,7 @@ def test_the_page_gives_the_default_limits():
         "text or binary value": "value", "composite value": "composite", "containers in a value": "containers",
         "data frame that is not raw, also before zstd": "frame", "skippable frame": "skippable",
         "stream, file": "stream", "pairs of stream metadata": "pairs",
-        "sparse and low-rank tensors that nobody expects, decoded": "expanded",
+        "sparse and low-rank tensors without `expect=` or `into=`, decoded": "expanded",
     }  # fmt: skip
     found = {}
     for row in rows("## 9.")[2:]:

@@ -109,13 +109,13 @@ def test_a_function_of_files_names_the_limit(tmp_path: Path):
 @pytest.mark.parametrize("limits", [None, {}, 3, "stream=1"])
 def test_what_is_no_limits_is_refused_in_words(limits: Any):
     for call in (lambda: tw.dumps(MODEL, limits=limits), lambda: tw.loads(tw.dumps({}), limits=limits)):
-        with pytest.raises(ArgumentError, match=r"limits is a tensorwire\.Limits, not"):
+        with pytest.raises(ArgumentError, match=r"limits must be a tensorwire\.Limits, not"):
             call()
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "1", True, None])
 def test_a_limit_is_a_whole_number(value: Any):
-    with pytest.raises(ArgumentError, match="the limit items is a whole number"):
+    with pytest.raises(ArgumentError, match="the limit items must be a non-negative integer"):
         Limits(items=value)
 
 

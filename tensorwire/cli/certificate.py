@@ -1,4 +1,4 @@
-"""`tensorwire certificate`: a certificate to receive with, and the authority that whoever sends is to trust."""
+"""`tensorwire certificate`: make a certificate for the receiver, and the authority that senders trust."""
 
 import argparse
 import os
@@ -12,37 +12,37 @@ from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.storage import write_file
 
 _TEXT: Final = """\
-Writes NAME.pem and NAME.key for whoever listens (--cert, --key), and authority.pem for whoever connects (--ca). NAME is
-what the sender calls this machine: a host name or an address. The authority's own key is thrown away: it signs nothing
-else. For certificates of clients, and authorities that last, see docs/transports.md.
+Writes NAME.pem and NAME.key for the receiver (--cert, --key), and authority.pem for the sender (--ca). NAME is
+the host name or address by which senders reach this machine. The authority's own key is discarded, so it can sign
+nothing else. For client certificates and lasting authorities, see docs/transports.md.
 
 examples:
   tensorwire certificate host.example
   tensorwire certificate host.example 192.0.2.7 --folder keys --days 30
 """
 _RECIPE: Final = (
-    "this takes the package cryptography (pip install cryptography). With openssl: openssl req -x509 -newkey ec "
+    "this needs the package cryptography (pip install cryptography). With openssl: openssl req -x509 -newkey ec "
     "-pkeyopt ec_paramgen_curve:P-256 -nodes -days {days} -keyout {key} -out {cert} -subj /CN={name} "
-    "-addext subjectAltName={kind}:{name} makes a pair that is its own authority: --ca {cert}"
+    "-addext subjectAltName={kind}:{name} makes a certificate that is its own authority: --ca {cert}"
 )
-_PRIVATE: Final = 0o077  # permissions that nobody else has for a key
-_COMMON_NAME: Final = 64  # characters that it may have
+_PRIVATE: Final = 0o077  # the umask for a key
+_COMMON_NAME: Final = 64  # characters at most
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
-    summary = "make a certificate to receive with, and its authority"
+    """Add this command to the command line."""
+    summary = "make a certificate for the receiver, and its authority"
     parser = verb(verbs, "certificate", _run, summary=summary, text=_TEXT)
-    parser.add_argument("names", metavar="NAME", nargs="+", help="names and addresses of whoever listens")
-    parser.add_argument("--folder", metavar="DIR", default="", help="where the files go (the current folder)")
-    parser.add_argument("--days", type=int, default=90, metavar="N", help="for how long they are good (90)")
+    parser.add_argument("names", metavar="NAME", nargs="+", help="host names and addresses of the receiver")
+    parser.add_argument("--folder", metavar="DIR", default="", help="where to write the files (the current folder)")
+    parser.add_argument("--days", type=int, default=90, metavar="N", help="days until they expire (90)")
     add_force(parser, "these files")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     name, days = arguments.names[0], arguments.days
     if days < 1 or any(not each or os.sep in each for each in arguments.names):
-        raise UsageError("certificates are for host names or addresses, and for a day at least")
+        raise UsageError("NAME must be a host name or an address, and --days at least 1")
     stem = os.path.join(arguments.folder, name)
     cert, key, authority = f"{stem}.pem", f"{stem}.key", os.path.join(arguments.folder, "authority.pem")
     for path in (cert, key, authority):

@@ -1,4 +1,4 @@
-"""What the verbs share: codec arguments, streams in and out of files and pipes, progress, JSON."""
+"""What the commands share: codec arguments, streams in and out of files and pipes, progress, JSON."""
 
 import argparse
 import json
@@ -47,14 +47,14 @@ _PROGRESS_DELAY: Final = 1.0  # seconds; what is done sooner needs no bar
 
 
 class UsageError(Exception):
-    """A command line that means nothing, found after parsing."""
+    """A command line that cannot be carried out, found after parsing."""
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line and help that fits the terminal."""
 
     def format_help(self) -> str:
-        """The help, whose epilog is filled anew where the terminal is narrower or wider than the source."""
+        """The help, with its epilog wrapped to the width of the terminal."""
         self.epilog = self.epilog and _filled(self.epilog, min(shutil.get_terminal_size().columns, _WIDEST) - 1)
         return super().format_help()
 
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 def _filled(text: str, width: int) -> str:
     """`text` in lines of at most `width`: prose, and rows of two columns, but not the commands among the examples.
 
-    A line that is indented by more than two characters goes on with the one before.
+    A line that is indented by more than two characters continues the one before.
     """
     blocks: list[str] = []
     for line in text.splitlines():
@@ -86,7 +86,7 @@ def _wrapped(block: str, width: int) -> str:
 
 
 def verb(verbs: Verbs, name: str, run: Run | None, *, summary: str, text: str) -> argparse.ArgumentParser:
-    """A parser for one verb, whose help ends with `text`. `run`: None if it has verbs of its own."""
+    """A parser for one command, whose help ends with `text`. `run`: None if it has subcommands."""
     parser = verbs.add_parser(
         name,
         help=summary,
@@ -108,18 +108,18 @@ def codec_spec(text: str) -> str:
 
 
 def codec_choice(text: str) -> CodecArgument:
-    """An argument that is a codec spec, or rules by name, PATTERN=SPEC,PATTERN=SPEC: the first that matches wins."""
+    """An argument that is a codec spec, or rules by name, PATTERN=SPEC,PATTERN=SPEC; the first match wins."""
     if not _RULE.match(text):
         return codec_spec(text)
     rules: dict[str, str] = {}
     pattern = ""
     for part in text.split(","):
         name, equals, spec = part.partition("=")
-        # A comma also parts the parameters of a spec, which have plain names and values that are no codecs.
+        # A comma also separates the parameters of a spec, which have plain names and values that are not codecs.
         if rules and ":" in rules[pattern] and name.isidentifier() and not _names_codec(spec):
             rules[pattern] += f",{part}"
         elif not (name and equals):
-            raise argparse.ArgumentTypeError(f"{part!r} is no rule PATTERN=SPEC")
+            raise argparse.ArgumentTypeError(f"{part!r} is not a rule PATTERN=SPEC")
         elif name in rules:
             raise argparse.ArgumentTypeError(f"there are two rules for {name!r}")
         else:
@@ -133,9 +133,9 @@ def _names_codec(spec: str) -> bool:
 
 
 class Chunks:
-    """A stream as it is read, in chunks, with progress; an iterable, so that bytes after its end are an error.
+    """A stream read in chunks, with progress; an iterable, so that bytes after its end are an error.
 
-    `size`: bytes that were read. `sha256`: the digest of all of them, or None where it was not asked for.
+    `size`: bytes read. `sha256`: the digest of all of them, or None if it was not requested.
     """
 
     def __init__(self, read: Callable[[], bytes], total: int | None, *, hashed: bool) -> None:
@@ -160,7 +160,7 @@ class Chunks:
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
-    """The option that raises or lowers what is accepted."""
+    """The option that changes a limit."""
     names = ", ".join(each.name for each in fields(Limits))
     parser.add_argument(
         "--limit",
@@ -169,7 +169,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         action=_AddLimit,
         default=DEFAULT,
         metavar="NAME=VALUE",
-        help=f"another limit than the default, as in stream=2TiB; of {names}",
+        help=f"change a default limit, as in stream=2TiB; one of {names}",
     )
 
 
@@ -191,19 +191,19 @@ def _limit(text: str) -> tuple[str, int]:
 
 
 def byte_size(text: str) -> int:
-    """An argument that is a number, of bytes for the most part."""
+    """An argument that is a number, usually of bytes."""
     number = _NUMBER.fullmatch(text)
     if number is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: 4096, 64KiB, 20GiB, 2TiB, 5GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4096, 64KiB, 20GiB, 2TiB or 5GB")
     return int(number[1]) * _POWERS[number[2]]
 
 
 @contextmanager
 def reading(path: str, *, hashed: bool = False) -> Iterator[Chunks]:
-    """The bytes of a file, which WireErrors name, or of stdin."""
+    """The bytes of a file, which WireErrors then name, or of stdin."""
     if path == PIPE:
         stdin = sys.stdin.buffer
-        # read1: what a pipe has is passed on at once.
+        # read1 passes on what a pipe has at once.
         yield Chunks(lambda: stdin.read1(_CHUNK), None, hashed=hashed)  # type: ignore[union-attr]  # BufferedReader
         return
     with opened(path) as file:
@@ -211,11 +211,11 @@ def reading(path: str, *, hashed: bool = False) -> Iterator[Chunks]:
 
 
 def read_key(path: str) -> bytes:
-    """The key in a file: all of its bytes. Raises AuthError for what cannot be meant as one."""
+    """The key in a file: all of its bytes. Raises AuthError for a file too large to be a key."""
     with open(path, "rb") as file:
         key = file.read(_MAX_KEY + 1)
     if len(key) > _MAX_KEY:
-        raise AuthError(f"{path} has more than {_MAX_KEY} bytes: that is no key")
+        raise AuthError(f"{path} has more than {_MAX_KEY} bytes, too many for a key")
     return key
 
 
@@ -231,9 +231,9 @@ def write_stream(path: str, buffers: Iterable["ReadableBuffer"]) -> None:
 
 
 def binary_stdout() -> BinaryIO:
-    """Stdout for bytes. Raises UsageError where they would land on a terminal."""
+    """Stdout for bytes. Raises UsageError if it is a terminal."""
     if sys.stdout.isatty():
-        raise UsageError("binary output to a terminal; redirect it")
+        raise UsageError("cannot write binary output to a terminal; redirect it")
     return sys.stdout.buffer
 
 
@@ -246,7 +246,7 @@ def tracked(buffers: Iterable[_Buffer], total: int | None, done: Callable[[], in
 
 
 class Progress:
-    """A bar of bytes on stderr, where that is a terminal and tqdm is installed. `begin`: bytes already there."""
+    """A bar of bytes on stderr, if that is a terminal and tqdm is installed. `begin`: bytes already there."""
 
     def __init__(self, total: int | None, begin: int = 0) -> None:
         self._bar: tqdm.tqdm[NoReturn] | None = None
@@ -267,7 +267,7 @@ class Progress:
         )
 
     def reach(self, done: int) -> None:
-        """So many bytes are through in all."""
+        """Show that `done` bytes in total are finished."""
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
 
@@ -278,24 +278,24 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def line_width(out: TextIO) -> int | None:
-    """Characters of a line of the terminal that `out` is; None for a pipe or a file, which take all."""
+    """The width of the terminal that `out` is; None for a pipe or a file, which have no limit."""
     return shutil.get_terminal_size().columns if out.isatty() else None
 
 
 def error_fields(error: TensorwireError | OSError) -> dict[str, object]:
-    """An error as JSON has it."""
+    """An error as JSON fields."""
     where = {key: getattr(error, key, None) for key in ("frame", "item", "offset")}
     detail = error.detail if isinstance(error, TensorwireError) else str(error)
     return {"kind": type(error).__name__, "detail": detail, **where}
 
 
 def print_json(value: object) -> None:
-    """`value` on stdout."""
+    """Print `value` on stdout."""
     json.dump(value, sys.stdout, indent=1)
     print()

@@ -1,4 +1,4 @@
-"""`tensorwire decode`: a stream to a model or to the file it carries."""
+"""`tensorwire decode`: decode a stream to a model or to the file that it carries."""
 
 import argparse
 import io
@@ -24,14 +24,14 @@ from tensorwire.storage.parts import scratch
 from tensorwire.streams import size_text
 
 _TEXT: Final = """\
-what OUT becomes:
+OUT, by its name or by --to:
   *.safetensors  all tensors, written slice by slice; the model is never loaded
   *.npz          all tensors, one in memory at a time
-  *.npy          the one array that the stream is
-  *.pt, *.pth    everything, nested as it was, as a checkpoint that torch loads with weights_only=True
+  *.npy          the array, of a stream that is a single array
+  *.pt, *.pth    everything, with its nesting, as a checkpoint that torch loads with weights_only=True
   any other      the file that the stream carries, under the name you give
---to says so where the name does not. OUT appears only when the whole stream is verified, and nothing is
-written to a pipe before that either: on its way to - the result waits in a temporary file.
+OUT appears only when the whole stream is verified. Nothing is written to a pipe before that either: with -,
+the result is kept in a temporary file until then.
 
 examples:
   tensorwire decode model.tw restored.safetensors
@@ -47,13 +47,16 @@ _NAMES: Final = "*.safetensors, *.npz, *.npy or *.pt"
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "decode", _run, summary="decode a stream to a model or a file", text=_TEXT)
     parser.add_argument("input", metavar="IN", help="a .tw file, or - for stdin")
     parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
-    parser.add_argument("--to", choices=KINDS, help="what OUT becomes, whatever its name")
+    parser.add_argument("--to", choices=KINDS, help="the kind of OUT, whatever its name")
     parser.add_argument(
-        "--max-shard-size", type=byte_size, metavar="SIZE", help="OUT is a folder of shards of at most, say, 5GB"
+        "--max-shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="make OUT a folder of shards of at most SIZE, such as 5GB",
     )
     add_force(parser)
     add_limits(parser)
@@ -83,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _decode_shards(arguments: argparse.Namespace) -> int:
     output = arguments.output
     if output == PIPE or arguments.to not in (None, "safetensors"):
-        raise UsageError("--max-shard-size makes a folder of .safetensors files")
+        raise UsageError("--max-shard-size makes a folder of .safetensors files: give its name as OUT, without --to")
     with reading(arguments.input) as source:
         tensorwire.safetensors.decode(
             iter(source), output, max_shard_size=arguments.max_shard_size, limits=arguments.limits
@@ -94,12 +97,12 @@ def _decode_shards(arguments: argparse.Namespace) -> int:
 
 
 def kind_of(output: str) -> str:
-    """What a stream becomes in a file of this name: one of `KINDS`."""
+    """The kind of file that this name stands for: one of `KINDS`."""
     return _SUFFIXES.get(Path(output).suffix.lower(), "file")
 
 
 def write(source: Iterator[bytes], path: str, kind: str, limits: Limits) -> None:
-    """Decode a stream into a file, which appears only when all is verified."""
+    """Decode a stream into a file, which appears only when everything is verified."""
     if kind == "safetensors":
         tensorwire.safetensors.decode(source, path, limits=limits)
     elif kind == "npz":
@@ -113,7 +116,7 @@ def write(source: Iterator[bytes], path: str, kind: str, limits: Limits) -> None
             tensorwire.decode_file(source, path, limits=limits)
         except SchemaError as error:
             what = error.detail.partition(";")[0]
-            raise SchemaError(f"{what}: call OUT {_NAMES}, or say --to", item=error.item) from None
+            raise SchemaError(f"{what}: name OUT {_NAMES}, or use --to", item=error.item) from None
 
 
 def _decode_npz(source: Iterator[bytes], path: str, limits: Limits) -> None:
@@ -123,16 +126,16 @@ def _decode_npz(source: Iterator[bytes], path: str, limits: Limits) -> None:
             _check_array(name, value, "npz")
             key = entry_name(name)
             if key in keys:
-                raise SchemaError(f"two items would be {show(key)} in a .npz file; use .pt", item=name)
+                raise SchemaError(f"two items would be named {show(key)} in a .npz file; use .pt", item=name)
             keys.add(key)
             with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, value, allow_pickle=False)
 
 
 def entry_name(name: str) -> str:
-    """What an item is called in a .npz file: its name, but never a path that leads out of where it is unpacked.
+    """The name of an item in a .npz file, which is never a path that leads outside the folder it is unpacked in.
 
-    What would make it one is escaped as in URLs: /a/b is %2Fa/b.
+    Characters that would make it one are escaped as in URLs: /a/b is %2Fa/b.
     """
     parts = ["%2E" * len(part) if part in (".", "..") else part for part in name.replace("\\", "%5C").split("/")]
     safe = "/".join(parts)
@@ -146,7 +149,7 @@ def entry_name(name: str) -> str:
 def _decode_npy(source: Iterator[bytes], path: str, limits: Limits) -> None:
     value = tensorwire.loads(source, limits=limits)
     if isinstance(value, (dict, list, tuple)):
-        raise SchemaError(f"a .npy file holds one array, the stream is a {type(value).__name__}; use .npz or .pt")
+        raise SchemaError(f"a .npy file holds one array, but the stream is a {type(value).__name__}; use .npz or .pt")
     _check_array("", value, "npy")
     with _file(path) as file:
         np.lib.format.write_array(file, value, allow_pickle=False)
@@ -156,7 +159,7 @@ def _decode_pt(source: Iterator[bytes], path: str, limits: Limits) -> None:
     try:
         import torch
     except ImportError:
-        raise UsageError("writing a torch checkpoint takes torch: pip install torch") from None
+        raise UsageError("writing a torch checkpoint needs torch: pip install torch") from None
     value = tensorwire.torch.loads(source, limits=limits)
     with _file(path) as file:
         torch.save(value, file)
@@ -164,16 +167,16 @@ def _decode_pt(source: Iterator[bytes], path: str, limits: Limits) -> None:
 
 @contextmanager
 def _file(path: str) -> Iterator[BinaryIO]:
-    """A file to be written that appears under its name when the block ends well."""
+    """A file to write, which appears under its name when the block ends without an error."""
     with replacing(path) as fd, io.BufferedWriter(OutputFile(Output(fd, path))) as file:
         yield file
 
 
 def _check_array(name: str, value: Any, kind: str) -> None:
-    """Raise SchemaError for what a NumPy file cannot hold."""
+    """Raise SchemaError for a value that a NumPy file cannot hold."""
     if not isinstance(value, np.ndarray):
         raise SchemaError(f"a .{kind} file holds arrays only, not a {type(value).__name__}; use .pt", item=name)
-    # bfloat16 and the like, whether ml_dtypes knows them here or not: .npy has no name for them.
+    # .npy has no name for bfloat16 and the like, whether ml_dtypes knows them or not.
     if value.dtype.isbuiltin != 1 or value.dtype.metadata:
         dtype = show(value.dtype.name)
         raise SchemaError(f"a .{kind} file cannot hold {dtype}; use .safetensors or .pt", item=name)

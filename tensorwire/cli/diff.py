@@ -1,4 +1,4 @@
-"""`tensorwire diff`: two versions of a model to the patch from one to the other."""
+"""`tensorwire diff`: make the patch from one version of a model to another."""
 
 import argparse
 import os
@@ -12,8 +12,8 @@ from tensorwire.files import versions
 from tensorwire.streams import Report, size_text
 
 _TEXT: Final = """\
-OLD and NEW are .safetensors files, sharded checkpoints (their index or folder) or .tw files of the same tensors:
-names, dtypes and shapes. They are read block by block and never loaded.
+OLD and NEW are .safetensors files, sharded checkpoints (their index or folder) or .tw files. Their tensors have the
+same names, dtypes and shapes. Both are read block by block and never loaded.
 
 examples:
   tensorwire diff step-100.safetensors step-200.safetensors to-200.tw
@@ -22,10 +22,10 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "diff", _run, summary="make the patch from one version of a model to another", text=_TEXT)
     parser.add_argument("old", metavar="OLD", help="the version that the other side has")
-    parser.add_argument("new", metavar="NEW", help="the version that it is to have")
+    parser.add_argument("new", metavar="NEW", help="the version that it will get")
     parser.add_argument("output", metavar="PATCH", help="a .tw file, or - for stdout")
     add_limits(parser)
     add_force(parser, "PATCH")

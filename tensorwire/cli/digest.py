@@ -1,4 +1,4 @@
-"""`tensorwire digest`: what to publish beside a file, so that others can tell whose it is."""
+"""`tensorwire digest`: print what to publish beside a file, so that others can check who made it."""
 
 import argparse
 import sys
@@ -8,10 +8,10 @@ from tensorwire.cli.common import PIPE, UsageError, read_key, verb
 from tensorwire.files import authenticity, versions
 
 _TEXT: Final = """\
-Prints a line a file, as sha256sum does: its SHA-256 or, with --key-file, its HMAC-SHA256. With --manifest: an
-in-toto statement of all files instead, as JSON, to be signed by cosign, gpg, openssl or the like. With --content: of
-models, the digest of names, dtypes, shapes and values, the same in whatever file they stand: their version.
-A key file is used as it stands, every byte of it: openssl rand -out key 32
+Prints one line per file, as sha256sum does: its SHA-256 or, with --key-file, its HMAC-SHA256. With --manifest, prints
+an in-toto statement of all files instead, as JSON, for cosign, gpg, openssl or the like to sign. With --content, prints
+the content digest of each model, of its names, dtypes, shapes and values alone, whatever the file: its version.
+The key is every byte of the key file: openssl rand -out key 32
 
 examples:
   tensorwire digest model.tw
@@ -22,12 +22,12 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "digest", _run, summary="print digests, keyed digests or a manifest of files", text=_TEXT)
     parser.add_argument("files", metavar="FILE", nargs="+", help="a file, or - for stdin")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--key-file", metavar="KEY", help="a file with the key: at least 16 bytes")
-    how.add_argument("--content", action="store_true", help="content digests of models, as patches name versions")
+    how.add_argument("--key-file", metavar="KEY", help="a file that holds the key, at least 16 bytes")
+    how.add_argument("--content", action="store_true", help="content digests of models, which identify versions")
     how.add_argument("--manifest", action="store_true", help="an in-toto statement on stdout")
 
 

@@ -1,4 +1,4 @@
-"""`tensorwire encode`: a model or any file to a stream."""
+"""`tensorwire encode`: encode a model or any file as a stream."""
 
 import argparse
 import sys
@@ -12,10 +12,10 @@ from tensorwire.cli.outputs import add_force, check_output
 
 _TEXT: Final = f"""\
 {inputs.HELP}
-codecs, with their parameters as in nf4:blocksize=128,double_quant=true; zstd and entropy may stand behind any:
+codecs, with parameters as in nf4:blocksize=128,double_quant=true; zstd and entropy may follow any of them:
 {codecs.describe()}
-Tensors that a codec cannot represent (integers, for example) travel losslessly beside the others.
-Rules by name, the first that matches wins: --codec '*.bias=raw,*=nf4'
+Tensors that a codec cannot represent (integers, for example) are sent losslessly.
+Rules by name, of which the first match wins: --codec '*.bias=raw,*=nf4'
 
 examples:
   tensorwire encode model.safetensors model.tw --codec nf4:double_quant=true
@@ -26,11 +26,13 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "encode", _run, summary="encode a model or a file as a stream", text=_TEXT)
     parser.add_argument("input", metavar="IN", help="a file, or - for stdin")
     parser.add_argument("output", metavar="OUT", help="a .tw file, or - for stdout")
-    parser.add_argument("--codec", type=codec_choice, default="raw", metavar="SPEC", help="how to encode (raw)")
+    parser.add_argument(
+        "--codec", type=codec_choice, default="raw", metavar="SPEC", help="codec, or rules by name (raw)"
+    )
     inputs.add_kind(parser)
     add_limits(parser)
     add_force(parser)

@@ -1,4 +1,4 @@
-"""`tensorwire fl`: the reference learning loop, all of it on this machine or its parts on several."""
+"""`tensorwire fl`: the reference federated-learning loop, on this machine or with its parts on several."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from tensorwire.streams import size_text
 
 _TEXT: Final = f"""\
 A task is a function "module:function" that returns a `tensorwire.fl.task.Task`; --set NAME=VALUE passes parameters
-to it. The default is a small language model that learns the Python standard library (the extra `fl`).
+to it. The default trains a small language model on the Python standard library (needs the extra `fl`).
 
 {SECURITY}
 examples:
@@ -38,16 +38,16 @@ _TASK: Final = "tensorwire.fl.task:language_model"
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
-    parser = verb(verbs, "fl", None, summary="learn together: the reference federated loop", text=_TEXT)
+    """Add this command to the command line."""
+    parser = verb(verbs, "fl", None, summary="run the reference federated-learning loop", text=_TEXT)
     parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
 
     run = parts.add_parser("run", help="a server and its clients on this machine; curves and rows under --out")
     add_arguments(run)
     _add_task(run)
     run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")
-    run.add_argument("--json", action="store_true", help="the rows as JSON on stdout too")
-    add_force(run, "what a run has left in DIR")
+    run.add_argument("--json", action="store_true", help="also print the rows as JSON on stdout")
+    add_force(run, "the files of an earlier run in DIR")
     run.set_defaults(run=_run)
 
     server = parts.add_parser("server", help="the server; a row of JSON on stdout for each round")
@@ -61,11 +61,13 @@ def add_parser(verbs: Any) -> None:
         help=f"address to listen on (127.0.0.1:{PORT})",
     )
     server.add_argument(
-        "--state", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
+        "--state", metavar="DIR", required=True, help="folder for persistent state, from which a restart continues"
     )
-    server.add_argument("--initial", metavar="FILE", help="a .tw file to start from instead of what the task gives")
     server.add_argument(
-        "--dashboard", metavar="HOST:PORT", type=address, help="serve a page and figures of the run there, read-only"
+        "--initial", metavar="FILE", help="a .tw file to start from instead of the task's initial model"
+    )
+    server.add_argument(
+        "--dashboard", metavar="HOST:PORT", type=address, help="serve a read-only page with figures of the run there"
     )
     add_security(server, listens=True)
     server.set_defaults(run=_server)
@@ -73,13 +75,13 @@ def add_parser(verbs: Any) -> None:
     client = parts.add_parser("client", help="one client")
     _add_task(client)
     client.add_argument("address", metavar="HOST:PORT", type=address, help="where the server listens")
-    client.add_argument("--number", type=int, required=True, help="which share of the data is this client's: 0, 1, ...")
-    client.add_argument("--clients", type=int, default=4, help="how many shares there are (4)")
-    client.add_argument("--name", help="of this client; as in its certificate where it has one (client-NUMBER)")
+    client.add_argument("--number", type=int, required=True, help="this client's share of the data: 0, 1, ...")
+    client.add_argument("--clients", type=int, default=4, help="number of shares (4)")
+    client.add_argument("--name", help="name of this client; as in its certificate, if it has one (client-NUMBER)")
     client.add_argument(
-        "--folder", metavar="DIR", required=True, help="folder of what must outlive this process, which goes on from it"
+        "--folder", metavar="DIR", required=True, help="folder for persistent state, from which a restart continues"
     )
-    client.add_argument("--evaluate", action="store_true", help="report the loss of each model that comes, too")
+    client.add_argument("--evaluate", action="store_true", help="also report the loss of each model received")
     client.add_argument(
         "--patience", type=float, default=60, metavar="S", help="give up after S s without success (60)"
     )
@@ -89,7 +91,7 @@ def add_parser(verbs: Any) -> None:
 
 def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--task", default=_TASK, metavar="MODULE:FUNCTION", help="what is learned (a small language model)"
+        "--task", default=_TASK, metavar="MODULE:FUNCTION", help="what to train (a small language model)"
     )
     parser.add_argument(
         "--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the task"
@@ -147,7 +149,7 @@ def _open_dashboard(stack: ExitStack, server: Any, host: str, port: int) -> None
     try:
         port = stack.enter_context(dashboard(server.status, host, port))
     except ImportError as error:
-        raise UsageError(f"the dashboard takes {error.name}: pip install 'tensorwire[dashboard]'") from None
+        raise UsageError(f"the dashboard needs {error.name}: pip install 'tensorwire[dashboard]'") from None
     _say(f"dashboard on http://{show_address(host, port)}/")
 
 
@@ -167,7 +169,9 @@ def _client(arguments: argparse.Namespace) -> int:
 
     host, port = arguments.address
     if not 0 <= arguments.number < arguments.clients:
-        raise UsageError(f"--number is from 0 to one less than --clients ({arguments.clients}), not {arguments.number}")
+        raise UsageError(
+            f"--number must be at least 0 and less than --clients ({arguments.clients}), not {arguments.number}"
+        )
     tls = connection_tls(arguments, host)
     task = _task(arguments)
     if arguments.evaluate:
@@ -186,7 +190,7 @@ def _client(arguments: argparse.Namespace) -> int:
 
 
 def _evaluating(task: Any) -> Any:
-    """The same task, reporting the loss of what it is given."""
+    """The same task, which also reports the loss of each model that it gets."""
     from tensorwire.fl.task import Task
 
     def train(state: Any, client: int, round: int) -> Any:

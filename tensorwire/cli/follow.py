@@ -1,4 +1,4 @@
-"""`tensorwire follow`: a file that is always the newest version of a store, and a command after each."""
+"""`tensorwire follow`: keep a file at the newest version of a store, and run a command after each."""
 
 import argparse
 import json
@@ -14,9 +14,10 @@ from tensorwire.streams import size_text
 from tensorwire.versions import INTERVAL, Followed, follow, version_in
 
 _TEXT: Final = """\
-OUT is a whole version whenever it is read: a new one replaces it by a rename. The command behind --run runs after
-each, with TENSORWIRE_VERSION and TENSORWIRE_DIGEST in its environment; of the versions that come meanwhile the newest
-is next. An OUT that an earlier follow has written is gone on from; any other that exists is replaced with --force only.
+OUT is a complete version whenever it is read: each new version replaces it by a rename. The command after --run runs
+after each, with TENSORWIRE_VERSION and TENSORWIRE_DIGEST in its environment. Of the versions published while it runs,
+only the newest is taken next. `follow` continues from an OUT that it wrote earlier; any other existing file is
+replaced only with --force.
 
 examples:
   tensorwire follow https://host/versions model.safetensors
@@ -24,22 +25,22 @@ examples:
   tensorwire follow s3://bucket/versions model.safetensors --run curl -X POST http://localhost:8000/reload
 """
 _SUFFIX: Final = ".safetensors"
-_GRACE: Final = 10.0  # seconds that a command has to end
+_GRACE: Final = 10.0  # seconds for a command to end
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "follow", _run, summary="keep a file at the newest version of a store", text=_TEXT)
     parser.add_argument("store", metavar="STORE", help="a folder, or an http(s) or fsspec URL")
     parser.add_argument("output", metavar="OUT", help="a .safetensors file")
     parser.add_argument(
-        "--interval", type=_seconds, default=INTERVAL, metavar="S", help=f"look every S s ({INTERVAL:g})"
+        "--interval", type=_seconds, default=INTERVAL, metavar="S", help=f"read the manifest every S s ({INTERVAL:g})"
     )
     parser.add_argument(
         "--timeout",
         type=_seconds,
         metavar="S",
-        help="end after S s without a new version (never); 0: take what is there",
+        help="exit after S s without a new version (never); 0: take what is there and exit",
     )
     parser.add_argument("--json", action="store_true", help="a line of JSON on stdout for each version")
     add_force(parser)
@@ -50,7 +51,7 @@ def add_parser(verbs: Any) -> None:
         default=[],
         dest="command",
         metavar="COMMAND",
-        help="what to run after each version: the rest of the line",
+        help="the rest of the line: a command to run after each version",
     )
 
 
@@ -59,15 +60,15 @@ def _seconds(text: str) -> float:
         seconds = float(text)
         if 0 <= seconds < 1e9:
             return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
     if not output.endswith(_SUFFIX):
-        raise UsageError(f"OUT is a {_SUFFIX} file, and {output!r} is not called so")
+        raise UsageError(f"OUT must be named *{_SUFFIX}, not {output!r}")
     if arguments.interval == 0:
-        raise UsageError("--interval is more than 0")
+        raise UsageError("--interval must be more than 0")
     check_output(output, force=arguments.force or version_in(output) is not None)
     versions = follow(
         arguments.store,
@@ -90,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 class _Bars:
-    """A bar for each fetch."""
+    """A progress bar for each fetch."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -105,7 +106,7 @@ class _Bars:
 
 
 def _command(command: list[str], followed: Followed, *, quiet: bool) -> int:
-    """Run the command to its end; what ends us ends it too. `quiet`: its output goes to stderr."""
+    """Run the command to its end; a signal that ends us ends it too. `quiet`: its output goes to stderr."""
     version = followed.version
     environment = {**os.environ, "TENSORWIRE_VERSION": str(version.number), "TENSORWIRE_DIGEST": version.digest}
     try:

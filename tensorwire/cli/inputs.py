@@ -1,4 +1,4 @@
-"""What a command reads: a model or any file, told by its name or by --from, as a container and as a stream."""
+"""What a command reads: a model or any file, identified by its name or by --from, as a container and as a stream."""
 
 import argparse
 import os
@@ -26,9 +26,9 @@ from tensorwire.tensor import ViewFront
 
 KINDS: Final = ("safetensors", "npz", "npy", "pt", "file")
 HELP: Final = """\
-what IN is, by its name or by --from:
+IN, by its name or by --from:
   *.safetensors    tensors, read piece by piece; the model is never loaded
-  *.index.json     a sharded checkpoint, by its index or by its folder: one model
+  *.index.json     a sharded checkpoint, given by its index or its folder, as one model
   *.npz, *.npy     arrays
   *.pt, *.pth      a torch checkpoint that loads with weights_only=True
   any other, or -  a file, sent in chunks; codec raw or zstd
@@ -38,17 +38,17 @@ _INDEX: Final = ".index.json"
 _CHUNK: Final = 1 << 20
 _HEAD: Final = 64
 _REASON: Final = 160  # characters of another library's error
-# How files begin that stand where another was meant to be.
+# The first bytes of files that are often found in place of a model.
 _MISTAKEN: Final = {
-    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer, which stands for the file; run `git lfs pull`",
-    b"<!doctype html": "a web page, not what was to be downloaded",
-    b"<html": "a web page, not what was to be downloaded",
+    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer to the file; run `git lfs pull`",
+    b"<!doctype html": "a web page, not the file to be downloaded",
+    b"<html": "a web page, not the file to be downloaded",
 }
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or stdin, what it is (one of `KINDS`), and how its tensors are to be encoded. Raises EncodeError."""
+    """A file or stdin, its kind (one of `KINDS`), and the codec of its tensors. Raises EncodeError."""
 
     path: str
     kind: str
@@ -57,17 +57,17 @@ class Input:
 
     @property
     def name(self) -> str:
-        """What a receiver is told: the file's name, which the system may have in other bytes than UTF-8."""
+        """The file's name for the receiver, as text even if the system's name is not UTF-8."""
         return os.fsencode(os.path.basename(self.path)).decode("utf-8", "replace")
 
     @property
     def loads(self) -> bool:
-        """Whether it is in memory as a whole when it is encoded."""
+        """Whether the whole of it is loaded into memory to be encoded."""
         return self.kind in ("npz", "npy", "pt")
 
     @cached_property
     def container(self) -> Any:
-        """What is in a file that `loads`. Raises EncodeError for what is broken or would need pickle."""
+        """The content of a file that `loads`. Raises EncodeError if it is broken or would need pickle."""
         if self.kind == "pt":
             return _checkpoint(self.path)
         with _reading(self.path, f"a .{self.kind} file"):
@@ -78,13 +78,13 @@ class Input:
                 return dict(loaded)
 
     def stream(self, *, at_rest: bool = False, report: Report | None = None) -> Iterator[Any]:
-        """The stream that it becomes. `at_rest`: of a .safetensors file, laid out as `save_file` does."""
+        """The encoded stream. `at_rest`: for a .safetensors file, in the layout of `save_file`."""
         if self.loads:
             return tensorwire.encode(self.container, codec=self.codec, limits=self.limits, report=report)
         if self.kind == "safetensors":
             return safetensors.encode(self.path, codec=self.codec, at_rest=at_rest, limits=self.limits, report=report)
         if not isinstance(self.codec, str):
-            raise UsageError(f"{self.path!r} is sent as a file, which takes one codec: raw or zstd")
+            raise UsageError(f"{self.path!r} is sent as a file, which takes a single codec: raw or zstd")
         file = sys.stdin.buffer if self.path == PIPE else self.path
         return tensorwire.encode_file(file, codec=self.codec, name=self.name, limits=self.limits, report=report)
 
@@ -115,13 +115,13 @@ def files(path: str) -> list[str]:
 
 
 def add_kind(parser: argparse.ArgumentParser) -> None:
-    """The option that says what the name does not."""
-    parser.add_argument("--from", dest="kind", choices=KINDS, help="what IN is, whatever its name")
+    """The option that gives the kind of the input."""
+    parser.add_argument("--from", dest="kind", choices=KINDS, help="the kind of IN, whatever its name")
 
 
 @contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Input]:
-    """What a command line names as `input`. A model on stdin or in a pipe, which cannot seek, is copied first."""
+    """The `input` of a command line. A model on stdin or in a pipe, which cannot seek, is copied first."""
     path, codec, limits = arguments.input, arguments.codec, arguments.limits
     sharded = os.path.isdir(path) or path.endswith(_INDEX)
     kind = arguments.kind or ("safetensors" if sharded else _SUFFIXES.get(Path(path).suffix.lower(), "file"))
@@ -143,17 +143,17 @@ def _checkpoint(path: str) -> Any:
     try:
         import torch
     except ImportError:
-        raise UsageError("reading a torch checkpoint takes torch: pip install torch") from None
+        raise UsageError("reading a torch checkpoint needs torch: pip install torch") from None
     with _reading(path, "a torch checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager
 def _reading(path: str, what: str) -> Iterator[None]:
-    """Errors of others' readers blame the file: which ones they raise for a broken file is written down nowhere."""
+    """Turn other libraries' errors, which are undocumented for broken files, into an EncodeError about the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong comes as an error
+            warnings.simplefilter("ignore")  # faults are reported as errors
             yield
     except TensorwireError:
         raise
@@ -167,14 +167,14 @@ def _reading(path: str, what: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        return "it holds objects that weights_only=True does not load, as they may run any code; save its state_dict()"
+        return "it holds objects that weights_only=True refuses because they can run code; save its state_dict()"
     reason = str(error).partition("\n")[0]
-    # A bare word, the key of a KeyError for one, explains nothing.
-    return reason[:_REASON] if " " in reason else f"it is none, or broken ({type(error).__name__})"
+    # A bare word, such as the key of a KeyError, explains nothing.
+    return reason[:_REASON] if " " in reason else f"it is another kind of file, or broken ({type(error).__name__})"
 
 
 def _mistaken(path: str) -> str | None:
-    """What a file is that is not what its name says."""
+    """What a file really is, if it is one of the common mistakes."""
     if os.path.getsize(path) == 0:
         return "it is empty"
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""`tensorwire inspect`: what a stream holds, as a summary or frame by frame, and where it breaks."""
+"""`tensorwire inspect`: show what a stream holds, as a summary or frame by frame, and where it is broken."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ from tensorwire.wire import (
 )
 
 _TEXT: Final = """\
-The whole stream is read and its checksums are checked, but payloads are not decoded; `verify` does that too.
+Reads the whole stream and checks its checksums, but does not decode payloads; `verify` does that too.
 
 examples:
   tensorwire inspect model.tw
@@ -45,10 +45,10 @@ _COLUMNS: Final = (
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
-    parser = verb(verbs, "inspect", _run, summary="explain a stream: items, or frame by frame", text=_TEXT)
+    """Add this command to the command line."""
+    parser = verb(verbs, "inspect", _run, summary="show a stream item by item or frame by frame", text=_TEXT)
     parser.add_argument("input", metavar="FILE", help="a .tw file, or - for stdin")
-    parser.add_argument("--frames", action="store_true", help="one line a frame")
+    parser.add_argument("--frames", action="store_true", help="one line per frame")
     parser.add_argument("--json", action="store_true", help="everything as JSON on stdout")
     add_limits(parser)
 
@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _fields(report: Inspection) -> dict[str, Any]:
-    """The report as JSON has it."""
+    """The report as JSON fields."""
     fields = {
         "align": report.info.align,
         "id": report.info.id.hex(),

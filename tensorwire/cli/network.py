@@ -13,9 +13,9 @@ from tensorwire.transports import client_tls, is_loopback, server_tls
 PORT: Final = 7453
 _REMINDER: Final = 30.0  # seconds
 SECURITY: Final = """\
-Beyond this machine TLS 1.3 is spoken: the receiver needs --cert and --key, the sender checks them against the system's
-authorities or --ca. --plaintext goes without, where the network between the two is trusted. `tensorwire certificate`
-makes certificates to begin with.
+Connections beyond this machine use TLS 1.3: the receiver needs --cert and --key, and the sender checks its certificate
+against the system's authorities or --ca. --plaintext disables TLS, for a trusted network. `tensorwire certificate`
+makes certificates to start with.
 """
 
 
@@ -31,9 +31,9 @@ def address(text: str) -> tuple[str, int]:
 
 def add_security(parser: argparse.ArgumentParser, *, listens: bool) -> None:
     """The options for TLS."""
-    whose = "those who connect must have a certificate of" if listens else "trust only"
-    parser.add_argument("--cert", metavar="PEM", help="our certificate")
-    parser.add_argument("--key", metavar="PEM", help="and its private key")
+    whose = "require client certificates of" if listens else "trust only"
+    parser.add_argument("--cert", metavar="PEM", help="own certificate")
+    parser.add_argument("--key", metavar="PEM", help="its private key")
     parser.add_argument("--ca", metavar="PEM", help=f"{whose} this authority")
     parser.add_argument("--plaintext", action="store_true", help="no TLS: the network is trusted")
 
@@ -44,12 +44,12 @@ def listener_tls(arguments: argparse.Namespace, host: str) -> ssl.SSLContext | N
     if not (arguments.cert or arguments.key or arguments.ca):
         if not (arguments.plaintext or is_loopback(host)):
             raise TransportError(
-                f"to listen on {host or 'every address'} takes --cert and --key (`tensorwire certificate` makes a "
-                "pair), or --plaintext where the network is trusted"
+                f"listening on {host or 'every address'} needs --cert and --key (`tensorwire certificate` makes a "
+                "pair), or --plaintext if the network is trusted"
             )
         return None
     if not (arguments.cert and arguments.key):
-        raise UsageError("to listen with TLS takes --cert and --key; `tensorwire certificate` makes a pair")
+        raise UsageError("listening with TLS needs --cert and --key; `tensorwire certificate` makes a pair")
     return server_tls(arguments.cert, arguments.key, ca=arguments.ca)
 
 
@@ -57,7 +57,7 @@ def connection_tls(arguments: argparse.Namespace, host: str) -> ssl.SSLContext |
     """For `send`. Raises UsageError, AuthError."""
     _check_plaintext(arguments)
     if bool(arguments.cert) != bool(arguments.key):
-        raise UsageError("--cert and --key belong together")
+        raise UsageError("--cert and --key must be given together")
     if arguments.plaintext or (is_loopback(host) and not (arguments.ca or arguments.cert)):
         return None
     return client_tls(ca=arguments.ca, certificate=arguments.cert, key=arguments.key)
@@ -65,21 +65,21 @@ def connection_tls(arguments: argparse.Namespace, host: str) -> ssl.SSLContext |
 
 def _check_plaintext(arguments: argparse.Namespace) -> None:
     if arguments.plaintext and (arguments.cert or arguments.key or arguments.ca):
-        raise UsageError("--plaintext goes without --cert, --key and --ca")
+        raise UsageError("--plaintext cannot be combined with --cert, --key or --ca")
 
 
 def where(host: str, port: int) -> str:
-    """An address as one writes it."""
+    """An address as text."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def named(error: TensorwireError, peer: str) -> str:
-    """What an error says, with the peer it is about."""
+    """The detail of an error, with the peer that it is about."""
     return error.detail if peer in error.detail else f"{peer}: {error.detail}"
 
 
 class Retries:
-    """Says that a transfer is tried again, and why: each reason when it comes up, and again every half a minute."""
+    """Reports that a transfer is retried, and why: each new reason at once, the same reason every half a minute."""
 
     def __init__(self, host: str, port: int, patience: float) -> None:
         self._where = where(host, port)
@@ -88,7 +88,7 @@ class Retries:
         self._at = 0.0
 
     def __call__(self, error: TensorwireError, seconds: float) -> None:
-        """Say it, unless it was just said."""
+        """Report it, unless it was just reported."""
         now = time.monotonic()
         if error.detail == self._said and now - self._at < _REMINDER:
             return
@@ -98,7 +98,7 @@ class Retries:
 
 
 def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> None:
-    """Say how a transfer ended: one line for people, or JSON."""
+    """Report how a transfer ended: one line for people, or JSON."""
     if as_json:
         print_json(result)
         return

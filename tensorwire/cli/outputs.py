@@ -1,4 +1,4 @@
-"""What a command may write: nothing over a file that is there unless told so, and never over what it reads."""
+"""What a command may write: over an existing file only with --force, and never over a file that it reads."""
 
 import argparse
 import errno
@@ -16,15 +16,15 @@ _STDOUT: Final = 1
 
 
 def add_force(parser: argparse.ArgumentParser, what: str = "OUT") -> None:
-    """The option without which nothing is replaced."""
-    parser.add_argument("--force", action="store_true", help=f"replace {what} where it exists")
+    """The option that allows replacing existing files."""
+    parser.add_argument("--force", action="store_true", help=f"replace {what} if present")
 
 
 def check_output(path: str, *, inputs: Iterable[str | None] = (), force: bool) -> None:
-    """Refuse what must not be written, before anything is read. `inputs`: what the command reads, `-` for stdin.
+    """Refuse an output that must not be written, before anything is read. `inputs`: what is read, `-` for stdin.
 
-    Raises UsageError for a file that is read as well, by this name or another (a link, a redirection), and for one that
-    exists, unless `force`; StorageError where the system would not take it.
+    Raises UsageError for a file that is also an input, by this name or another (a link, a redirection), and for one
+    that exists, unless `force`; StorageError if the system would refuse it.
     """
     for name in inputs:
         if name is not None and _same(path, name):
@@ -43,7 +43,7 @@ def check_output(path: str, *, inputs: Iterable[str | None] = (), force: bool) -
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or link of this name. What else there may be is for `Target` to refuse."""
+    """Whether a file or link of this name exists. `Target` refuses anything else."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
@@ -52,7 +52,7 @@ def exists(path: str) -> bool:
 
 
 def _same(output: str, name: str) -> bool:
-    """Whether both are one regular file."""
+    """Whether both are the same regular file."""
     try:
         written = os.stat(_STDOUT if output == PIPE else output)
         read = os.stat(_STDIN if name == PIPE else name)

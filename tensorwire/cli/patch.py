@@ -1,4 +1,4 @@
-"""`tensorwire patch`: a version of a model and patches to a later version."""
+"""`tensorwire patch`: apply patches to a version of a model, giving a later version."""
 
 import argparse
 import sys
@@ -10,9 +10,9 @@ from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.files import versions
 
 _TEXT: Final = """\
-BASE is a .safetensors file, a sharded checkpoint (its index or folder) or a .tw file; each PATCH, what `tensorwire
-diff` made, in the order of their versions. OUT becomes a .tw file where it is called so, else .safetensors. It appears
-only when every tensor in it was found to be what the last patch says. BASE stays as it is, and is never loaded.
+BASE is a .safetensors file, a sharded checkpoint (its index or folder) or a .tw file. PATCHes are made by `tensorwire
+diff` and given in the order of their versions. OUT is a .tw file if it is named so, otherwise .safetensors. It appears
+only when every tensor in it is verified against the last patch. BASE is not changed and never loaded.
 
 examples:
   tensorwire patch step-100.safetensors to-200.tw to-300.tw step-300.safetensors
@@ -21,13 +21,16 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
-    parser = verb(verbs, "patch", _run, summary="make a later version of a model with patches", text=_TEXT)
+    """Add this command to the command line."""
+    parser = verb(verbs, "patch", _run, summary="apply patches to a version of a model", text=_TEXT)
     parser.add_argument("base", metavar="BASE", help="the version that the first patch is for")
     parser.add_argument("patches", metavar="PATCH", nargs="+", help="patches, or - for stdin")
     parser.add_argument("output", metavar="OUT", help="a .safetensors or .tw file")
     parser.add_argument(
-        "--max-shard-size", type=byte_size, metavar="SIZE", help="OUT is a folder of shards of at most, say, 5GB"
+        "--max-shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="make OUT a folder of shards of at most SIZE, such as 5GB",
     )
     add_limits(parser)
     add_force(parser)
@@ -36,7 +39,7 @@ def add_parser(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     output, patches = arguments.output, arguments.patches
     if output == PIPE or patches.count(PIPE) > 1:
-        raise UsageError("OUT is a file, and stdin is one patch")
+        raise UsageError("OUT must be a file, and at most one PATCH can be stdin")
     if arguments.max_shard_size is None:
         check_output(output, inputs=[*inputs.files(arguments.base), *patches], force=arguments.force)
     made = versions.patch(

@@ -1,4 +1,4 @@
-"""The process around a command: the signals that end it, and standard streams that may be closed or full."""
+"""The process of a command: signals that end it, and standard streams that may be closed or full."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final, TypeVar
 
-_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is none of Windows
+_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows does not have the last
 _TOGETHER: Final = 1.0  # seconds
 
 T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the process to end, as Ctrl-C does."""
+    """A signal, such as that of Ctrl-C, asks the process to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,10 +25,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Handler:
-    """Raises `Stopped`, once for signals that come together.
+    """Raises `Stopped`, once for signals that arrive together.
 
-    `timeout` sends two, a closing terminal and an init system several. The second one would interrupt the removal of
-    temporary files.
+    `timeout` sends two; a closing terminal and an init system send several. The second one would interrupt the removal
+    of temporary files.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class _Handler:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let every signal that asks for an end raise `Stopped`, but those that whoever started us has us ignore.
+    """Let every terminating signal raise `Stopped`, except those that the parent process set to be ignored.
 
-    Also where a library that the signal struck in raises an error of its own instead: torch's zip writer does.
+    This also holds if the signal interrupts a library that then raises its own error, as torch's zip writer does.
     """
     handler = _Handler()
     with _handled_by(handler):
@@ -59,7 +59,7 @@ def stoppable() -> Iterator[None]:
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`. A signal cancels the coroutine, rather than strike whichever task runs, and then is `Stopped`."""
+    """`asyncio.run`. A signal cancels the coroutine, rather than interrupt any running task, then raises `Stopped`."""
     import asyncio
 
     signals: list[int] = []
@@ -78,7 +78,7 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     result = asyncio.run(cancelled_by_signals())
     if signals:
         raise Stopped(signals[0])
-    return result  # type: ignore[return-value]  # None stands for what a signal has cancelled
+    return result  # type: ignore[return-value]  # None means cancelled by a signal
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def open_streams() -> None:
-    """Give closed standard streams a stand-in that refuses every read and write, and file names their own bytes.
+    """Replace closed standard streams by ones that refuse every read and write, and print file names byte for byte.
 
     Otherwise the next file to be opened would become standard output.
     """
@@ -107,7 +107,7 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # What is only to be read from cannot be written to, and the other way round.
+            # A stream for reading gets a descriptor for writing, and the other way round.
             os.open(os.devnull, os.O_WRONLY if mode == "r" else os.O_RDONLY)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
@@ -116,7 +116,7 @@ def open_streams() -> None:
 
 
 def drop_output() -> None:
-    """Forget what waits to be printed: Python must not meet the same trouble again while it shuts down."""
+    """Discard unprinted output, so that Python does not fail on it again while it shuts down."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

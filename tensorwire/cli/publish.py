@@ -1,4 +1,4 @@
-"""`tensorwire publish`: a model as the next version of a store."""
+"""`tensorwire publish`: publish a model as the next version of a store."""
 
 import argparse
 import sys
@@ -11,13 +11,14 @@ from tensorwire.streams import size_text
 from tensorwire.versions import ANCHOR_EVERY, KEEP, Published, Publisher
 
 _TEXT: Final = """\
-what IN is, by its name or by --from: *.safetensors, *.index.json, *.npz, *.npy, *.pt or *.pth, as for encode
-what STORE is:
-  a folder       made where it is missing; any web server may show it to those who follow
-  s3://... etc.  an object store, by fsspec
+IN, by its name or by --from: *.safetensors, *.index.json, *.npz, *.npy, *.pt or *.pth, as for encode
 
-A version is visible when all of it is there. What is equal to the last one is not published again. From version to
-version only what changed is written, and all of it now and then for those who come new.
+STORE:
+  a folder       created if missing; any web server can serve it to followers
+  s3://... etc.  an object store, through fsspec
+
+A version becomes visible when it is complete. A model equal to the last version is not published again. Each
+further version is written as a patch, and from time to time as a whole (an anchor) for new followers.
 
 examples:
   tensorwire publish model.safetensors /srv/versions
@@ -26,7 +27,7 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "publish", _run, summary="publish a model as the next version of a store", text=_TEXT)
     parser.add_argument("input", metavar="IN", help="a model")
     parser.add_argument("store", metavar="STORE", help="a folder or an fsspec URL")
@@ -36,10 +37,10 @@ def add_parser(verbs: Any) -> None:
         type=int,
         default=ANCHOR_EVERY,
         metavar="N",
-        help=f"write all of the model at every N versions ({ANCHOR_EVERY})",
+        help=f"write an anchor, the whole model, every N versions ({ANCHOR_EVERY})",
     )
     parser.add_argument(
-        "--keep", type=int, default=KEEP, metavar="N", help=f"keep N of those, and what follows ({KEEP})"
+        "--keep", type=int, default=KEEP, metavar="N", help=f"keep the last N anchors and all later files ({KEEP})"
     )
     parser.add_argument(
         "--codec",
@@ -47,7 +48,7 @@ def add_parser(verbs: Any) -> None:
         default="planes",
         metavar="SPEC",
         dest="anchors",
-        help="a lossless one, for those (planes)",
+        help="the codec of anchors, a lossless one (planes)",
     )
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.set_defaults(codec="raw")
@@ -56,10 +57,10 @@ def add_parser(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.anchor_every < 1 or arguments.keep < 1:
-        raise UsageError("--anchor-every and --keep are numbers from 1 on")
+        raise UsageError("--anchor-every and --keep must be at least 1")
     with inputs.opened(arguments) as source:
         if source.kind == "file":
-            raise UsageError(f"{arguments.input!r} is no model by its name: say what it is with --from")
+            raise UsageError(f"{arguments.input!r} does not have the name of a model: give its kind with --from")
         state = source.container if source.loads else tensorwire.loads(source.stream(), limits=arguments.limits)
     with Publisher(
         arguments.store,

@@ -1,4 +1,4 @@
-"""`tensorwire receive`: wait for a `tensorwire send` and put what comes into a file."""
+"""`tensorwire receive`: wait for `tensorwire send` and write what it sends to a file."""
 
 import argparse
 import asyncio
@@ -25,9 +25,9 @@ from tensorwire.transports import HANDSHAKE, TIMEOUT, AsyncListener, AsyncTransp
 from tensorwire.wire import FileItem, Item, TensorItem
 
 _TEXT: Final = f"""\
-OUT becomes what `tensorwire decode` makes of a stream, by its name; *.tw keeps the stream as it was sent. It appears
-only when all is verified. What has arrived waits beside it under a hidden name (*.part), and the transfer goes on
-there when the sender, or this command, is started again.
+OUT is any kind of file that `tensorwire decode` writes, by its name; *.tw keeps the stream as it was sent. It appears
+only when everything is verified. Until then, received data is kept beside it under a hidden name (*.part), and the
+transfer resumes from there when the sender, or this command, is restarted.
 
 {SECURITY}
 examples:
@@ -36,14 +36,14 @@ examples:
   tensorwire receive received.tw
 """
 _CHUNK: Final = 1 << 20
-_LOOK: Final = 0.2  # seconds until somebody who waits looks whether the command is to end
+_LOOK: Final = 0.2  # seconds between checks, while waiting, whether the command is to end
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
-    parser = verb(verbs, "receive", _run, summary="receive a model or a file from a `tensorwire send`", text=_TEXT)
+    """Add this command to the command line."""
+    parser = verb(verbs, "receive", _run, summary="receive a model or a file from `tensorwire send`", text=_TEXT)
     parser.add_argument("output", metavar="OUT", help="a file, or - for stdout")
-    parser.add_argument("--to", choices=(*decode.KINDS, "tw"), help="what OUT becomes, whatever its name")
+    parser.add_argument("--to", choices=(*decode.KINDS, "tw"), help="the kind of OUT, whatever its name")
     listen = parser.add_argument("--listen", metavar="HOST:PORT", type=address, default=("127.0.0.1", PORT))
     listen.help = f"where to listen (127.0.0.1:{PORT}; port 0 picks one)"
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
@@ -66,14 +66,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    """Refuse an OUT that could not be written, or is there, unless a transfer to it may only lack its receipt."""
+    """Refuse an OUT that cannot be written or exists, unless a transfer to it may lack only its receipt."""
     output = arguments.output
     read = (arguments.cert, arguments.key, arguments.ca)
     check_output(output, inputs=read, force=arguments.force or (output != PIPE and has_note(output)))
 
 
 class _Reception:
-    """Serves whoever connects until one transfer is through. `out`: where what was received to `path` goes then."""
+    """Serves connections until one transfer is complete. `out`: a stream that then gets the file at `path`."""
 
     def __init__(self, arguments: argparse.Namespace, path: str, kind: str, out: BinaryIO | None = None) -> None:
         self._arguments = arguments
@@ -81,13 +81,13 @@ class _Reception:
         self._kind = kind
         self._out = out
         self._arrival: _Arrival | None = None
-        self._through: bytes | None = None  # the transfer that is
+        self._through: bytes | None = None  # the transfer that is complete
         self._broken: OSError | None = None  # why `out` takes no more
-        self._deciding = threading.Lock()  # who may send, and what is through
+        self._deciding = threading.Lock()  # guards who may send, and what is complete
         self._stopping = threading.Event()
 
     async def result(self) -> dict[str, Any]:
-        """Listen until a transfer is through, and give its report."""
+        """Listen until a transfer is complete, and return its report."""
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         host, port = self._arguments.listen
         options = {"tls": listener_tls(self._arguments, host), "plaintext": self._arguments.plaintext}
@@ -104,7 +104,7 @@ class _Reception:
         return {**result, "stream_digest": outcome.digest}
 
     def _may_write(self, transfer: bytes) -> bool:
-        """Whether no file is there, or the one that this transfer has become."""
+        """Whether no file exists, or only the one that this transfer has become."""
         if not exists(self._path):
             return True
         part = Part(self._path, transfer)
@@ -117,7 +117,7 @@ class _Reception:
         arrival = self._arrival
         if arrival is not None and arrival.open and self._arguments.output != PIPE:
             size = size_text(arrival.position.offset)
-            print(f"{size} are kept for the next attempt: start the same command again", file=sys.stderr, flush=True)
+            print(f"{size} are kept for the next attempt: run the same command again", file=sys.stderr, flush=True)
 
     async def _serve(self, transport: AsyncTransport) -> None:
         await transport.run(greet(), within=HANDSHAKE)
@@ -127,19 +127,19 @@ class _Reception:
             if self._broken is not None and not self._outcome.done():
                 self._outcome.set_exception(self._broken)
             raise
-        if not acknowledged:  # it may come again for its receipt
+        if not acknowledged:  # the sender may reconnect for its receipt
             await asyncio.sleep(TIMEOUT)
         if not self._outcome.done():
             self._outcome.set_result(outcome)
 
     def _open(self, offer: Offer) -> "_Arrival":
-        # This runs in a thread per connection, and takes long where much is to be verified again.
-        busy = RefusedError("another sender is at it", kind="busy", retryable=True)
+        # This runs in a thread per connection, and takes long if much has to be verified again.
+        busy = RefusedError("another sender is already sending", kind="busy", retryable=True)
         if not self._deciding.acquire(blocking=False):
             raise busy
         try:
             if self._through not in (None, offer.transfer):
-                raise RefusedError("another transfer is through", kind="done")
+                raise RefusedError("another transfer is already complete", kind="done")
             if self._arrival is not None and self._arrival.open:
                 raise busy
             if not (self._arguments.force or self._may_write(offer.transfer)):
@@ -152,10 +152,10 @@ class _Reception:
             self._deciding.release()
 
     def _finish(self, commit: Callable[[], Outcome], transfer: bytes) -> Outcome:
-        """Let a transfer be the one, once what was received is where it is to be and before its sender is told."""
+        """Make a transfer the complete one, after its file is in place and before its sender is told."""
         with self._deciding:
             if self._through is None and not (self._arguments.force or self._may_write(transfer)):
-                raise _exists()  # since we looked
+                raise _exists()  # since the last check
             outcome = commit()
             if self._through is None and self._out is not None:
                 self._hand_on(self._out)
@@ -169,12 +169,12 @@ class _Reception:
         except OSError as error:
             if not isinstance(error, TensorwireError):
                 self._broken = error
-                raise RefusedError("whoever was to read what arrives is gone", kind="storage") from error
+                raise RefusedError("the reader of this receiver's output is gone", kind="storage") from error
             raise
 
 
 class _Arrival(Recording):
-    """A recording with progress that becomes a file of the kind asked for."""
+    """A recording with progress that becomes a file of the requested kind."""
 
     def __init__(
         self,
@@ -218,13 +218,13 @@ class _Arrival(Recording):
         unwanted = TensorItem if self._kind == "file" else FileItem
         if self._kind != "tw" and isinstance(item, unwanted):
             wanted = "a file" if self._kind == "file" else "tensors"
-            raise SchemaError(f"{wanted} is to be received; this is not", item=item.name)
+            raise SchemaError(f"the receiver expects {wanted}; this is something else", item=item.name)
 
     def _decode(self, part: str, made: str) -> None:
         try:
             with open(part, "rb", buffering=0) as file:
                 decode.write(self._chunks(file), made, self._kind, self._accepts)
-        except StorageError as error:  # which names what nobody has asked for
+        except StorageError as error:  # which names the hidden file
             error.detail = error.detail.replace(made, self.path)
             raise
 
@@ -235,9 +235,9 @@ class _Arrival(Recording):
 
 
 def _write_on(out: BinaryIO, chunks: Iterable[bytes], stopping: threading.Event) -> None:
-    """Write to a stream that may take its time, from a thread, which no signal ends. Raises OSError."""
+    """Write to a stream that may be slow, from a thread, which no signal ends. Raises OSError."""
     waits = hasattr(select, "PIPE_BUF") and stat.S_ISFIFO(os.fstat(out.fileno()).st_mode)  # not on Windows
-    most = select.PIPE_BUF if waits else _CHUNK  # a pipe that is ready takes so many bytes at once
+    most = select.PIPE_BUF if waits else _CHUNK  # a pipe that is ready takes this many bytes at once
     for chunk in chunks:
         view = memoryview(chunk)
         for begin in range(0, len(view), most):
@@ -249,11 +249,11 @@ def _write_on(out: BinaryIO, chunks: Iterable[bytes], stopping: threading.Event)
 
 
 def _exists() -> RefusedError:
-    return RefusedError("what this receiver is to write exists already", kind="exists")
+    return RefusedError("the file that this receiver would write already exists", kind="exists")
 
 
 def _check_time(stopping: threading.Event) -> None:
-    """Raise in a thread, which no signal ends, once the command is to end."""
+    """Raise, in a thread, which no signal ends, once the command is to end."""
     if stopping.is_set():
         raise TransportError("this receiver is being stopped")
 

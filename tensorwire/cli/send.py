@@ -1,4 +1,4 @@
-"""`tensorwire send`: a model or any file to another machine."""
+"""`tensorwire send`: send a model or any file to another machine."""
 
 import argparse
 import json
@@ -21,8 +21,8 @@ from tensorwire.transports import PATIENCE, TcpTransport, send_resuming
 
 _TEXT: Final = f"""\
 {inputs.HELP}
-When the connection breaks, or either side is killed and started again with the
-same arguments, the transfer goes on from the last frame that the receiver has verified.
+If the connection breaks, or either side is killed and restarted with the same arguments, the transfer resumes after
+the last frame that the receiver has verified.
 
 {SECURITY}
 examples:
@@ -32,11 +32,13 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
-    parser = verb(verbs, "send", _run, summary="send a model or a file to a `tensorwire receive`", text=_TEXT)
+    """Add this command to the command line."""
+    parser = verb(verbs, "send", _run, summary="send a model or a file to `tensorwire receive`", text=_TEXT)
     parser.add_argument("input", metavar="IN", help="a file, or - for stdin (which cannot be resumed)")
     parser.add_argument("address", metavar="HOST:PORT", type=address, help="where the receiver listens")
-    parser.add_argument("--codec", type=codec_choice, default="raw", metavar="SPEC", help="how to encode (raw)")
+    parser.add_argument(
+        "--codec", type=codec_choice, default="raw", metavar="SPEC", help="codec, or rules by name (raw)"
+    )
     inputs.add_kind(parser)
     add_limits(parser)
     parser.add_argument(
@@ -53,10 +55,10 @@ def add_parser(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     host, _ = arguments.address
     if not host:
-        raise UsageError("send to which host? HOST:PORT")
+        raise UsageError("give the host to send to: HOST:PORT")
     tls = connection_tls(arguments, host)
     if arguments.input != PIPE:
-        os.stat(arguments.input)  # rather than after the receiver was waited for
+        os.stat(arguments.input)  # now, rather than after waiting for the receiver
     with inputs.opened(arguments) as source:
         try:
             result = _send(source, arguments, tls)
@@ -85,7 +87,7 @@ def _send(source: inputs.Input, arguments: argparse.Namespace, tls: ssl.SSLConte
 
 
 def _transfer(path: str, source: inputs.Input) -> bytes:
-    """The same for the same files and codec, whoever asks and whenever."""
+    """An identifier that is always the same for the same files and codec."""
     if path == PIPE:
         return os.urandom(32)
     states = ((each, os.stat(each)) for each in inputs.files(path))
@@ -103,7 +105,7 @@ def _check_codecs(peer: Peer, codec: CodecArgument) -> None:
 
 
 class _Outgoing:
-    """The stream of what is sent, with progress and a report."""
+    """The outgoing stream, with progress and a report."""
 
     def __init__(self, source: inputs.Input) -> None:
         self.report = Report()
@@ -113,7 +115,7 @@ class _Outgoing:
 
     def after(self, position: Position) -> Iterator[Any]:
         if self._source.path == PIPE and self._began:
-            raise UsageError("the connection broke, and what came from stdin cannot be read again")
+            raise UsageError("the connection broke, and stdin cannot be read again")
         self._began = True
         return tracked(self._stream.after(position), self._source.size(), lambda: self.report.bytes_in)
 
@@ -125,5 +127,5 @@ class _Outgoing:
         return None if self._source.path == PIPE else version_of(*inputs.files(self._source.path))
 
     def _encoded(self) -> Iterator[Any]:
-        self.report = Report()  # of this attempt, which encodes again what the others have sent
+        self.report = Report()  # of this attempt, which encodes the whole stream again
         return self._source.stream(report=self.report)

@@ -1,4 +1,4 @@
-"""`tensorwire verify`: read everything, keep nothing, say whether it is good."""
+"""`tensorwire verify`: read and check a whole stream without keeping anything."""
 
 import argparse
 from typing import Any, Final
@@ -9,10 +9,10 @@ from tensorwire.errors import TensorwireError
 from tensorwire.files import authenticity
 
 _TEXT: Final = """\
-Every checksum, link, descriptor and payload is checked as a receiver would check it: exit code 0 says that
-the whole stream decodes, 1 that it does not, with the frame, item and byte where it breaks.
-Whose it is, checksums do not say: --tag (as `tensorwire digest --key-file` prints it) and --manifest (verify its
-signature first) do, and they are checked before anything is decoded.
+Checks every checksum, link, descriptor and payload as a receiver would. Exit code 0 means that the whole stream
+decodes, 1 that it does not; the error then names the frame, item and byte.
+Checksums do not prove who made a file. --tag (as printed by `tensorwire digest --key-file`) and --manifest (verify its
+signature first) do, and are checked before anything is decoded.
 
 examples:
   tensorwire verify model.tw
@@ -23,13 +23,13 @@ examples:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add this verb to the command line."""
+    """Add this command to the command line."""
     parser = verb(verbs, "verify", _run, summary="check a stream from its first byte to its last", text=_TEXT)
     parser.add_argument("input", metavar="FILE", help="a .tw file, or - for stdin")
-    parser.add_argument("--key-file", metavar="KEY", help="a file with the key of --tag")
+    parser.add_argument("--key-file", metavar="KEY", help="a file that holds the key of --tag")
     parser.add_argument("--tag", metavar="HEX", help="the HMAC-SHA256 that FILE must have")
-    parser.add_argument("--manifest", metavar="JSON", help="a manifest that must list FILE as it is")
-    parser.add_argument("--sha256", action="store_true", help="the SHA-256 of FILE too, as sha256sum prints it")
+    parser.add_argument("--manifest", metavar="JSON", help="a manifest that must list FILE with its digest")
+    parser.add_argument("--sha256", action="store_true", help="also print the SHA-256 of FILE, as sha256sum does")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     add_limits(parser)
 
@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check_origin(arguments: argparse.Namespace) -> None:
     path, key_file, tag = arguments.input, arguments.key_file, arguments.tag
     if (key_file is None) != (tag is None):
-        raise UsageError("--key-file and --tag belong together")
+        raise UsageError("--key-file and --tag must be given together")
     if path == PIPE and (tag is not None or arguments.manifest is not None):
         raise UsageError("stdin cannot be checked before it is decoded; verify a file")
     if tag is not None:
