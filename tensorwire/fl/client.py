@@ -34,7 +34,7 @@ from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
 from tensorwire.fl.trained import fingerprint, numbers, plain, write_update
-from tensorwire.fl.versions import stream, whole
+from tensorwire.fl.versions import STEPS, follow, stream, whole
 from tensorwire.storage import rename, write_file
 from tensorwire.storage.parts import Part
 from tensorwire.streams import size_text
@@ -185,13 +185,14 @@ class Client:
         path = self._path("model.tw")
         transport.run(say({"client": self.name, "want": "model", "base": order.base, "held": held}))
         recordings: list[Bounded] = []
-        added = False
+        kind = "model"
 
         def open_recording(offer: Offer) -> Bounded:
-            nonlocal added
-            added = offer.name == "difference" and held != ""
-            key, convert = (_step(order, held), partial(self._add, order)) if added else (order.base.encode(), None)
-            recordings.append(Bounded(path, key, self._task.initial(), convert=convert))
+            nonlocal kind
+            kind = offer.name if offer.name == "encoded" or (held and offer.name in STEPS) else "model"
+            convert = None if kind == "model" else partial(self._follow, order, kind)
+            key, patch = _transfer(order, kind, held), kind == "patch"
+            recordings.append(Bounded(path, key, self._task.initial(), patch=patch, convert=convert))
             return recordings[0]
 
         try:
@@ -199,24 +200,26 @@ class Client:
         finally:
             self._reached = recordings[0].position.offset if recordings else 0
         self._reached = 0
-        what = "a difference" if added else "the model"
+        what = f"a {kind}" if kind in STEPS else "the model"
         self._on_step(f"round {order.round}: received {what}, {size_text(outcome.end.offset)}")
-        if not added and self._held() != order.base:
+        if kind not in STEPS and self._held() != order.base:
             raise SchemaError(f"the server has sent another model than it ordered to train in round {order.round}")
 
-    def _add(self, order: Order, difference: str, made: str) -> None:
-        """Make the version that a difference leads to. One that the server does not know will be asked for whole."""
-        path, model = self._path("model.tw"), empty_like(self._task.initial())
-        try:
-            with open(path, "rb", buffering=0) as file:
-                before, held = receive(file, model)
-        except (WireError, OSError) as error:
-            _remove(path, error)
-            raise
-        with open(difference, "rb", buffering=0) as file:
-            terms, _ = receive(file, model, held=held)
-        if not before.round < terms.round <= order.round:  # so that it comes to an end
-            raise SchemaError(f"a difference leads from round {before.round} to {terms.round}, not towards the order's")
+    def _follow(self, order: Order, kind: str, received: str, made: str) -> None:
+        """Make the version that a stream leads to. One that the server does not know will be asked for whole."""
+        path, model, held, before = self._path("model.tw"), empty_like(self._task.initial()), "", -1
+        if kind in STEPS:
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    terms, held = receive(file, model)
+                before = terms.round
+            except (WireError, OSError) as error:
+                _remove(path, error)
+                raise
+        with open(received, "rb", buffering=0) as file:
+            terms = follow(kind, file, model, held)
+        if not before < terms.round <= order.round:  # so that it comes to an end
+            raise SchemaError(f"a {kind} leads from round {before} to {terms.round}, not towards the order's")
         write_file(made, stream(views(model), terms.run, terms.round))
 
     def _load(self, order: Order) -> dict[str, Any]:
@@ -341,8 +344,8 @@ class Client:
         if any(name.startswith("update-") and name.endswith(".tw") and name != mine for name in names):
             self._forget_residuals()
         expected = []
-        for key in (order.base.encode(), _step(order, held)):
-            with closing(Part(self._path("model.tw"), key)) as part:
+        for kind in ("model", "encoded", *STEPS):
+            with closing(Part(self._path("model.tw"), _transfer(order, kind, held))) as part:
                 expected.append(os.path.basename(part.path).removesuffix(".part"))
         for name in names:
             if name.startswith(("update-", ".model.tw.")) and not name.startswith((mine, *expected)):
@@ -383,9 +386,9 @@ class Client:
         return os.path.join(self._folder, name)
 
 
-def _step(order: Order, held: str) -> bytes:
-    """The name of the transfer that takes us from the version that we hold towards that of an order."""
-    return f"{order.base[:32]}{held[:32]}".encode()
+def _transfer(order: Order, kind: str, held: str) -> bytes:
+    """The name of the transfer of what leads towards the version of an order, from the version that we hold or none."""
+    return f"{kind} {order.base} {held if kind in STEPS else ''}".encode()
 
 
 def _remove(path: str, reason: Exception) -> None:

@@ -231,7 +231,8 @@ def draw(rows: Sequence[Row], plan: Plan, path: Path) -> bool:
     except ImportError:
         return False
     figure = Figure(figsize=(12, 4), layout="constrained")
-    up, down = ("differences" if kind == "difference" else kind for kind in (plan.kind, plan.down_kind))
+    named = {"weights": "weights", "difference": "differences", "patch": "patches"}
+    up, down = named[plan.kind], named[plan.down_kind]
     figure.suptitle(f"{plan.clients} clients, {up} up as {plan.up}, {down} down as {plan.down}")
     by_round, by_bytes, memory = figure.subplots(1, 3)
     rounds, losses = [row["round"] for row in rows], [row["loss"] for row in rows]

@@ -67,9 +67,9 @@ class Plan(Answer):
     quorum: Annotated[int, "updates without which a round does not count", "N"] = 1
     deadline: Annotated[float, "seconds that a round may take", "S"] = 600.0
     down: Annotated[str, "codec of the models, or of their differences", "SPEC"] = "bf16"
-    down_kind: Annotated[Literal["weights", "difference"], "what the server sends to whoever holds the last model"] = (
-        "weights"
-    )
+    down_kind: Annotated[
+        Literal["weights", "difference", "patch"], "what the server sends to whoever holds the last model"
+    ] = "weights"
     max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
     max_norm: Annotated[float | None, "the largest L2 norm of an update (any)", "X"] = None
     on_norm: Annotated[Literal["reject", "clip"], "what to do with larger updates"] = "reject"

@@ -186,7 +186,7 @@ class Server:
                 self.members.nothing_from(member.name, why or "it gave no reason", gone=gone)
 
     async def _send_model(self, member: Member, request: Mapping[str, Any], transport: AsyncTransport) -> None:
-        """Send what takes a client on from the version that it holds: the difference to the next, or a whole one."""
+        """Send what takes a client on from the version that it holds: the step to the next, or a whole one."""
         if not self.base or request.get("base", self.base) != self.base:
             stale = RefusedError(f"the run is in round {self.round}: ask for its task", kind="stale", retryable=True)
             await transport.run(refuse(stale))
