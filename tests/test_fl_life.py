@@ -35,7 +35,7 @@ from tensorwire.transfer import (
     wait,
 )
 from tensorwire.transports import AsyncListener, TcpListener, TcpTransport
-from tensorwire.updates import Terms, encode, views
+from tensorwire.updates import Terms, copies, encode, views
 
 
 @pytest.fixture(autouse=True)
@@ -796,7 +796,7 @@ def moved_of(rows, moved):
     return [(row["down"], row["up"], bytes) for row, bytes in zip(rows, moved, strict=True)]
 
 
-def adapted(clients=2):
+def adapted():
     """A frozen backbone of a million weights, and adapters of 8,192, which is all that training changes."""
     draw = np.random.default_rng(3)
     backbone = {f"layers.{n}.weight": draw.standard_normal((512, 512), np.float32) for n in range(4)}
@@ -807,12 +807,12 @@ def adapted(clients=2):
         moved = {name: state[name] + draw.standard_normal((2, 512), np.float32) for name in adapters}
         return {**state, **moved}, 1, {}
 
-    return Task(lambda: {**backbone, **adapters}, train, lambda state: float(state["layers.0.lora_A"].sum()))
+    return Task(lambda: copies({**backbone, **adapters}), train, lambda state: float(state["layers.0.lora_A"].sum()))
 
 
 def test_a_frozen_backbone_travels_once(tmp_path):
     """What a round sends down is no more than its adapters, whatever the codec makes of the rest."""
-    task, sizes = adapted(), {}
+    task, sizes, models = adapted(), {}, {}
     adapters = 4 * 8192
     for down, kind in (("raw", "patch"), ("bf16", "patch"), ("bf16", "weights"), ("nf4", "difference")):
         plan = both_ways(rounds=3, down=down, down_kind=kind)
@@ -821,6 +821,8 @@ def test_a_frozen_backbone_travels_once(tmp_path):
                 loop.client(f"c{number}", task, number=number)
         assert set(loop.ends.values()) == {None} and not loop.notes
         sizes[down, kind] = [row["down"] / 2 for row in loop.rows]  # of each client
+        models[down, kind] = {name: array.tobytes() for name, array in loop.server.model.items()}
+    assert models["bf16", "patch"] == models["bf16", "weights"]
     assert all(size < 1.01 * adapters for size in sizes["raw", "patch"][1:])
     assert all(size < 0.55 * adapters for size in sizes["bf16", "patch"][1:])
     assert sizes["bf16", "patch"][0] == pytest.approx(sizes["bf16", "weights"][0], rel=0.01)
