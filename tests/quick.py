@@ -56,7 +56,7 @@ SLOW = {
     "test_files.py::test_a_slice_reads_the_frames_that_it_needs": 0,
     "test_fl_dashboard.py::test_a_browser_shows_a_run_while_it_goes_on": 0,
     "test_fl_life.py": 0,
-    "test_fl_local.py": 0,
+    "test_cli_local.py": 0,
     "test_fl_loop.py::test_a_server_that_is_started_again_goes_on_where_it_was": 0,
     "test_fl_loop.py::test_faults_and_kills_do_not_change_a_bit": 0,
     "test_fl_loop.py::test_the_result_is_the_same_whoever_comes_first": 0,

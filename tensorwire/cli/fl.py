@@ -208,7 +208,7 @@ def _complain(error: TensorwireError) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tensorwire.fl import local
+    from tensorwire.cli import local
 
     out = Path(arguments.out)
     left = local.leftovers(out)
@@ -220,7 +220,7 @@ def _run(arguments: argparse.Namespace) -> int:
     asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
     rows = list(_tracked(local.run(task, plan, out, asked, on_note=_say), plan.rounds))
     write_file(out / "rows.json", [json.dumps(rows, indent=1).encode()])
-    drawn = local.draw(rows, plan, out / "curves.png")
+    drawn = _drawn(rows, plan, out / "curves.png")
     if arguments.json:
         print_json(rows)
     last = rows[-1]
@@ -228,6 +228,16 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{loss}, {size_text(last['bytes'])} moved (fp32: {size_text(last['fp32_bytes'])})", file=sys.stderr)
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
     return 0
+
+
+def _drawn(rows: list[dict[str, Any]], plan: Plan, path: Path) -> bool:
+    """Whether the curves are drawn, which takes matplotlib."""
+    try:
+        from tensorwire.bench.plots import draw_run
+    except ImportError:
+        return False
+    draw_run(rows, plan, path)
+    return True
 
 
 def _shown(loss: float | None) -> str:
