@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import tensorwire
+from tensorwire.cli.settings import options_of
 from tensorwire.errors import TensorwireError
-from tensorwire.fl.plan import Plan, to_arguments
+from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
 from tensorwire.transfer import greet, hear, say
 from tensorwire.transports import TcpTransport
@@ -50,7 +51,7 @@ def run(
     tensorwire.save_file(dict(task.initial()), out / "initial.tw")
     clients: list[_Process] = []
     listen = ["--listen=127.0.0.1:0", f"--state={out / 'state'}", f"--initial={out / 'initial.tw'}"]
-    server = _Process(out, "server", [*listen, *to_arguments(plan), *asked])
+    server = _Process(out, "server", [*listen, *options_of(plan), *asked])
     try:
         port = _port(server)
         for number in range(plan.clients):
