@@ -584,7 +584,7 @@ def test_a_round_that_closes_while_its_model_is_fetched_is_the_next_round(tmp_pa
 
 
 def test_somebody_who_delivers_nothing_does_not_keep_others_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorwire.fl.server._STALL", 0.3)
+    monkeypatch.setattr("tensorwire.transports.turns._STALL", 0.3)
     stop = threading.Event()
 
     def sit():
