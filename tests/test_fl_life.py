@@ -614,7 +614,7 @@ def test_somebody_who_delivers_nothing_does_not_keep_others_from_it(tmp_path, mo
 
 
 def test_an_update_in_frames_of_few_elements_is_refused_before_it_costs_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorwire.fl.bounds._FRAME", 16384)  # our own writer makes none below what is allowed
+    monkeypatch.setattr("tensorwire.updates.recording._FRAME", 16384)  # our own writer makes none below what is allowed
     start = lambda: {"w": np.zeros(1 << 18, np.float32)}  # noqa: E731
     with Loop(tmp_path, exact(), start=start) as loop:
         with loop.connect() as transport:

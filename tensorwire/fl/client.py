@@ -30,7 +30,6 @@ from tensorwire.errors import (
     WireError,
     show,
 )
-from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
 from tensorwire.fl.trained import fingerprint, numbers, plain, write_update
@@ -51,7 +50,7 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
-from tensorwire.updates import ErrorFeedback, Terms, empty_like, receive, views
+from tensorwire.updates import BoundedRecording, ErrorFeedback, Terms, empty_like, receive, views
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
@@ -184,15 +183,15 @@ class Client:
         """
         path = self._path("model.tw")
         transport.run(say({"client": self.name, "want": "model", "base": order.base, "held": held}))
-        recordings: list[Bounded] = []
+        recordings: list[BoundedRecording] = []
         kind = "model"
 
-        def open_recording(offer: Offer) -> Bounded:
+        def open_recording(offer: Offer) -> BoundedRecording:
             nonlocal kind
             kind = offer.name if offer.name == "encoded" or (held and offer.name in STEPS) else "model"
             convert = None if kind == "model" else partial(self._follow, order, kind)
             key, patch = _transfer(order, kind, held), kind == "patch"
-            recordings.append(Bounded(path, key, self._task.initial(), patch=patch, convert=convert))
+            recordings.append(BoundedRecording(path, key, self._task.initial(), patch=patch, convert=convert))
             return recordings[0]
 
         try:

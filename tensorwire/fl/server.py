@@ -21,7 +21,6 @@ from typing import Any, Final
 from tensorwire import Schema
 from tensorwire.errors import SchemaError, TensorwireError, TransportError, TruncatedError, WireError, show
 from tensorwire.fl.averaging import Averaging
-from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.members import Member, Members
 from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.store import Store
@@ -42,7 +41,7 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, AsyncTransport, Turns, speaks_for
-from tensorwire.updates import LeftOut, Terms, Update, UpdateError, Verdict, check_update
+from tensorwire.updates import BoundedRecording, LeftOut, Terms, Update, UpdateError, Verdict, check_update
 
 _HOLD: Final = 10.0  # seconds that somebody who would rather wait than ask again is kept at most
 _UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
@@ -369,7 +368,7 @@ class _Model(Recorded):
             raise TransportError("the round has ended") from None
 
 
-class _Upload(Bounded):
+class _Upload(BoundedRecording):
     """An update on its way in. It takes its name, and counts, once it has been checked."""
 
     def __init__(self, server: Server, member: Member, path: str, transfer: bytes) -> None:

@@ -26,6 +26,7 @@ from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import Arrays, arrays, encode, receive
 from tensorwire.updates.methods import Method
 from tensorwire.updates.optimizer import ServerOptimizer
+from tensorwire.updates.recording import BoundedRecording
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.states import copies, empty_like, matched
@@ -35,6 +36,7 @@ from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized,
 
 __all__ = [
     "Arrays",
+    "BoundedRecording",
     "Compressor",
     "ErrorFeedback",
     "LeftOut",

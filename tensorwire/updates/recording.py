@@ -9,7 +9,7 @@ import tensorwire
 from tensorwire.errors import LimitError
 from tensorwire.limits import DEFAULT, KIB, MIB, Limits
 from tensorwire.transfer import Recording
-from tensorwire.updates import views
+from tensorwire.updates.difference import views
 from tensorwire.wire import Item
 
 _FRAME: Final = 2 * KIB  # bytes of elements that frames must carry on average: each costs some 50 us
@@ -17,10 +17,12 @@ _ITEM: Final = 8 * KIB  # bytes that an item's description, headers and scales m
 _SPARE: Final = 1 * MIB
 
 
-class Bounded(Recording):
+class BoundedRecording(Recording):
     """A recording of a stream of just the tensors of `model`, of bounded size, number of frames and metadata.
 
     `patch`: of a patch to such a model, whose tensors have ranks for names; `tensorwire.apply` holds them against it.
+    `convert`, `finish`: as in `Recording`.
+
     Raises SchemaError and LimitError, and keeps nothing of what it refuses.
     """
 
