@@ -407,15 +407,15 @@ def test_a_damaged_update_is_made_again(tmp_path, damage):
 
 def test_a_damaged_residual_is_forgotten_with_a_word(tmp_path):
     (tmp_path / "c").mkdir()
-    tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, tmp_path / "c" / "residual-0.tw")  # of another model
+    tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, tmp_path / "c" / "residual.tw")  # of another model
     with Loop(tmp_path, exact(feedback=True, up="nf4")) as loop:
         loop.client("c")
     assert loop.ends == {"c": None} and "nothing is carried over" in "".join(loop.steps["c"])
-    (tmp_path / "c" / "residual-0.tw").write_bytes(b"damaged")
+    (tmp_path / "c" / "residual.tw").write_bytes(b"damaged")
     with Loop(tmp_path, exact(rounds=2, feedback=True, up="nf4")) as loop:
         loop.client("c")
     assert loop.ends == {"c": None} and "nothing is carried over" in "".join(loop.steps["c"])
-    assert [path.name for path in (tmp_path / "c").glob("residual*")] == ["residual-1.tw"]
+    assert [path.name for path in (tmp_path / "c").glob("residual*")] == ["residual.tw"]
 
 
 def test_a_folder_in_place_of_the_model_is_named(tmp_path):
@@ -428,7 +428,7 @@ def test_a_folder_in_place_of_the_model_is_named(tmp_path):
 def test_what_rounds_that_were_missed_have_left_is_removed(tmp_path):
     folder = tmp_path / "c"
     folder.mkdir()
-    for name in ("update-0123.tw", "update-0123.tw.residual", ".model.tw.0123456789abcdef.part", "residual-7.tw"):
+    for name in ("update-0123.tw", "update-0123.tw.residual", ".model.tw.0123456789abcdef.part", "residual.tw"):
         (folder / name).write_bytes(b"old")
     (folder / "mine.txt").write_bytes(b"not ours")
     with Loop(tmp_path, exact()) as loop:

@@ -7,7 +7,6 @@ that the same update is delivered again and none is trained twice.
 
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from tensorwire.errors import (
 )
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
-from tensorwire.fl.trained import fingerprint, numbers, plain, write_update
+from tensorwire.fl.trained import write_update
 from tensorwire.fl.versions import STEPS, follow, stream, whole
 from tensorwire.storage import rename, write_file
 from tensorwire.storage.parts import Part
@@ -50,7 +49,17 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
-from tensorwire.updates import BoundedRecording, ErrorFeedback, Terms, empty_like, receive, views
+from tensorwire.updates import (
+    BoundedRecording,
+    ErrorFeedback,
+    Terms,
+    as_number,
+    empty_like,
+    fingerprint,
+    finite_metrics,
+    receive,
+    views,
+)
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
@@ -60,7 +69,6 @@ _ON_THE_WAY: Final = ("corrupt", "format", "limit", "sequence", "truncated")  # 
 _FAREWELL: Final = 2.0  # seconds to say that we leave
 _WHY: Final = 200  # characters of a reason
 _SHOWN: Final = 10  # names of metrics
-_RESIDUAL: Final = re.compile(r"residual-(\d+)\.tw")
 _MOST_ROTTEN: Final = 3  # models in a row that did not stay on the disk as they came
 
 
@@ -144,7 +152,7 @@ class Client:
             if task == "stop":
                 return None
             if task == "wait":
-                seconds = plain(answer.get("seconds")) or 0.0
+                seconds = as_number(answer.get("seconds")) or 0.0
                 return min(max(_SHORTEST_WAIT, seconds), self._hold)  # in this order NaN is the shortest
             if task != "train":
                 raise SchemaError(f"the server says {show(task)}, which this version of the client does not know")
@@ -246,14 +254,14 @@ class Client:
         self._rotten = 0
         untouched, began = fingerprint(base), time.monotonic()
         state, weight, metrics = self._task.train(base, self._number, order.round)
-        kept, dropped = numbers(metrics)
+        kept, dropped = finite_metrics(metrics)
         shown = "".join(f", {name} {value:.4g}" for name, value in kept.items())
         self._on_step(f"round {order.round}: trained for {time.monotonic() - began:.1f} s{shown}")
         if dropped:
             names = ", ".join(dropped[:_SHOWN])
             why = "as they are no finite numbers, or too many"
             self._on_step(f"round {order.round}: {len(dropped)} metrics are not reported, {why}: {names}")
-        counted = plain(weight)
+        counted = as_number(weight)
         if counted is None:
             raise SchemaError(f"training must give a number as its weight, not {show(weight)}")
         if not 0 < counted < math.inf:
@@ -313,8 +321,7 @@ class Client:
         # What this update's quantization dropped replaces what earlier ones did only if it counts.
         if os.path.exists(residual := f"{update}.residual"):
             if counted:
-                rename(residual, self._residual(order.round))
-                self._forget_residuals(but=order.round)
+                rename(residual, self._path("residual.tw"))
             else:
                 os.unlink(residual)
         os.unlink(update)
@@ -322,16 +329,14 @@ class Client:
 
     def _feedback(self, order: Order, base: Mapping[str, Any]) -> ErrorFeedback:
         """What the last update that counted left out, less for each round since that did not ask us."""
-        for number in sorted(self._residuals(), reverse=True):
-            try:
-                feedback = ErrorFeedback(self._residual(number))
-                feedback.add(views(base))
-            except (WireError, EncodeError, OSError) as error:  # damaged, or of another model
-                self._on_step(f"round {order.round}: nothing is carried over: {error}")
-                break
-            feedback.age(order.age ** max(order.round - number - 1, 0))
-            return feedback
-        return ErrorFeedback()
+        try:
+            feedback = ErrorFeedback(self._path("residual.tw"))
+            feedback.add(views(base))
+        except (WireError, EncodeError, OSError) as error:  # damaged, or of another model
+            self._on_step(f"round {order.round}: nothing is carried over: {error}")
+            feedback = ErrorFeedback()
+        feedback.begin(order.round, order.age)
+        return feedback
 
     def _tidy(self, order: Order, held: str) -> None:
         """Remove what rounds that are over have left.
@@ -341,7 +346,8 @@ class Client:
         mine = os.path.basename(self._update(order))
         names = os.listdir(self._folder)
         if any(name.startswith("update-") and name.endswith(".tw") and name != mine for name in names):
-            self._forget_residuals()
+            with suppress(FileNotFoundError):
+                os.unlink(self._path("residual.tw"))
         expected = []
         for kind in ("model", "encoded", *STEPS):
             with closing(Part(self._path("model.tw"), _transfer(order, kind, held))) as part:
@@ -349,16 +355,6 @@ class Client:
         for name in names:
             if name.startswith(("update-", ".model.tw.")) and not name.startswith((mine, *expected)):
                 os.unlink(self._path(name))
-
-    def _residuals(self) -> list[int]:
-        """The rounds whose residuals are there; between two steps of a delivery there may be two."""
-        found = (_RESIDUAL.fullmatch(name) for name in os.listdir(self._folder))
-        return [int(match[1]) for match in found if match]
-
-    def _forget_residuals(self, but: int = -1) -> None:
-        for number in self._residuals():
-            if number != but:
-                os.unlink(self._residual(number))
 
     def _leave(self, error: BaseException) -> None:
         """Tell the server, as far as that is quickly possible, that nothing more is to come of us."""
@@ -377,9 +373,6 @@ class Client:
 
     def _update(self, order: Order) -> str:
         return self._path(f"update-{order.base[:16]}.tw")
-
-    def _residual(self, number: int) -> str:
-        return self._path(f"residual-{number}.tw")
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)

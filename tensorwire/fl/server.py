@@ -24,7 +24,6 @@ from tensorwire.fl.averaging import Averaging
 from tensorwire.fl.members import Member, Members
 from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.store import Store
-from tensorwire.fl.trained import numbers
 from tensorwire.fl.versions import Versions
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import rename
@@ -41,7 +40,16 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, AsyncTransport, Turns, speaks_for
-from tensorwire.updates import BoundedRecording, LeftOut, Terms, Update, UpdateError, Verdict, check_update
+from tensorwire.updates import (
+    BoundedRecording,
+    LeftOut,
+    Terms,
+    Update,
+    UpdateError,
+    Verdict,
+    check_update,
+    finite_metrics,
+)
 
 _HOLD: Final = 10.0  # seconds that somebody who would rather wait than ask again is kept at most
 _UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
@@ -313,7 +321,7 @@ class Server:
         store.save(number + 1, self.model)
         self.round += 1
         clients = {
-            name: {**numbers(each.terms.metrics)[0], "weight": each.terms.weight, "norm": each.norm}
+            name: {**finite_metrics(each.terms.metrics)[0], "weight": each.terms.weight, "norm": each.norm}
             for name, each in updates.items()
         }
         row = {"round": number, "seconds": time.monotonic() - began, **self._traffic, "clients": clients}

@@ -29,9 +29,9 @@ from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.recording import BoundedRecording
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
-from tensorwire.updates.states import copies, empty_like, matched
+from tensorwire.updates.states import copies, empty_like, fingerprint, matched
 from tensorwire.updates.tensors import is_equal, is_finite, mean_of
-from tensorwire.updates.terms import Terms, UpdateKind, check_weight
+from tensorwire.updates.terms import Terms, UpdateKind, as_number, check_weight, finite_metrics
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "WeightedMean",
     "added",
     "arrays",
+    "as_number",
     "average",
     "ceilings",
     "check_update",
@@ -65,6 +66,8 @@ __all__ = [
     "empty_like",
     "encode",
     "exact_vectors",
+    "fingerprint",
+    "finite_metrics",
     "is_equal",
     "is_finite",
     "matched",
