@@ -10,9 +10,9 @@ import pytest
 import tensorwire
 import tensorwire.fl.versions as module
 from tensorwire.fl.plan import Plan
-from tensorwire.fl.versions import STEPS, Versions, follow, stream
+from tensorwire.fl.versions import STEPS, Versions, stream
 from tensorwire.transfer import Recorded
-from tensorwire.updates import views
+from tensorwire.updates import receive, receive_patch, views
 
 PLAN = Plan(down="nf4", down_kind="difference")
 PATCHES = replace(PLAN, down_kind="patch")
@@ -49,6 +49,11 @@ class Holder:
             self.held = Recorded(mine).digest
         assert self.held == versions.base
         return len(ways)
+
+
+def follow(kind, source, state, held):
+    """What a client does with a stream of this kind."""
+    return receive_patch(source, state, held=held) if kind == "patch" else receive(source, state, held=held)[0]
 
 
 def names(folder):

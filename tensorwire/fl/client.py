@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -32,9 +32,9 @@ from tensorwire.errors import (
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
 from tensorwire.fl.trained import write_update
-from tensorwire.fl.versions import STEPS, follow, stream, whole
+from tensorwire.fl.versions import STEPS, stream
 from tensorwire.storage import rename, write_file
-from tensorwire.storage.parts import Part
+from tensorwire.storage.parts import discard_parts
 from tensorwire.streams import size_text
 from tensorwire.transfer import (
     Backoff,
@@ -58,6 +58,8 @@ from tensorwire.updates import (
     fingerprint,
     finite_metrics,
     receive,
+    receive_patch,
+    terms_of,
     views,
 )
 
@@ -214,26 +216,37 @@ class Client:
 
     def _follow(self, order: Order, kind: str, received: str, made: str) -> None:
         """Make the version that a stream leads to. One that the server does not know will be asked for whole."""
-        path, model, held, before = self._path("model.tw"), empty_like(self._task.initial()), "", -1
+        held, before = "", -1
         if kind in STEPS:
-            try:
-                with open(path, "rb", buffering=0) as file:
-                    terms, held = receive(file, model)
-                before = terms.round
-            except (WireError, OSError) as error:
-                _remove(path, error)
-                raise
+            model, terms, held = self._read()
+            before = terms.round
+        else:
+            model = empty_like(self._task.initial())
         with open(received, "rb", buffering=0) as file:
-            terms = follow(kind, file, model, held)
+            if kind == "patch":
+                terms = receive_patch(file, model, held=held)
+            else:
+                terms, _ = receive(file, model, held=held)
         if not before < terms.round <= order.round:  # so that it comes to an end
             raise SchemaError(f"a {kind} leads from round {before} to {terms.round}, not towards the order's")
         write_file(made, stream(views(model), terms.run, terms.round))
 
+    def _read(self) -> tuple[dict[str, Any], Terms, str]:
+        """The model that is here, its terms and its name. What has not stayed on the disk as it came is removed.
+
+        Raises CorruptError or the like then.
+        """
+        path, model = self._path("model.tw"), empty_like(self._task.initial())
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return model, *receive(file, model)
+        except (WireError, OSError) as error:
+            _remove(path, error)
+            raise
+
     def _load(self, order: Order) -> dict[str, Any]:
-        """The model of an order. Raises CorruptError or the like where it has not stayed on the disk as it came."""
-        base = empty_like(self._task.initial())
-        with open(self._path("model.tw"), "rb", buffering=0) as file:
-            terms, digest = receive(file, base)
+        """The model of an order. Raises as `_read`, and SchemaError where it is another."""
+        base, terms, digest = self._read()
         if (terms.run, terms.round, digest) != (order.run, order.round, order.base):
             raise SchemaError(f"the model is of round {terms.round}, the order of round {order.round}")
         return base
@@ -249,7 +262,6 @@ class Client:
             if self._rotten > _MOST_ROTTEN:
                 raise
             self._on_step(f"round {order.round}: the model on the disk is damaged and fetched again ({error})")
-            _remove(self._path("model.tw"), error)
             return
         self._rotten = 0
         untouched, began = fingerprint(base), time.monotonic()
@@ -291,7 +303,7 @@ class Client:
     def _deliver(self, transport: TcpTransport, order: Order) -> bool:
         """Send the update. Returns whether it counts."""
         update = self._update(order)
-        if not whole(update):
+        if terms_of(update) is None:
             self._on_step(f"round {order.round}: the update on the disk is damaged and made again")
             os.unlink(update)
             return False
@@ -348,13 +360,11 @@ class Client:
         if any(name.startswith("update-") and name.endswith(".tw") and name != mine for name in names):
             with suppress(FileNotFoundError):
                 os.unlink(self._path("residual.tw"))
-        expected = []
-        for kind in ("model", "encoded", *STEPS):
-            with closing(Part(self._path("model.tw"), _transfer(order, kind, held))) as part:
-                expected.append(os.path.basename(part.path).removesuffix(".part"))
         for name in names:
-            if name.startswith(("update-", ".model.tw.")) and not name.startswith((mine, *expected)):
+            if name.startswith("update-") and not name.startswith(mine):
                 os.unlink(self._path(name))
+        begun = [_transfer(order, kind, held) for kind in ("model", "encoded", *STEPS)]
+        discard_parts(self._path("model.tw"), but=begun)
 
     def _leave(self, error: BaseException) -> None:
         """Tell the server, as far as that is quickly possible, that nothing more is to come of us."""

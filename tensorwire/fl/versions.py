@@ -14,30 +14,30 @@ here gets the whole: the version itself or, beside patches, `whole-N.tw`, which 
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import tensorwire
-from tensorwire.errors import SchemaError, TensorwireError
+from tensorwire.errors import TensorwireError
 from tensorwire.fl.plan import Plan
 from tensorwire.storage import write_file
-from tensorwire.transfer import Frames, Recorded
+from tensorwire.transfer import Recorded
 from tensorwire.updates import (
     Arrays,
     Terms,
     Views,
-    arrays,
     check_update,
     empty_like,
     encode,
+    encode_patch,
     exact_vectors,
     receive,
     subtract,
+    terms_of,
     views,
 )
-from tensorwire.wire import StreamStart
 
 STEPS: Final = ("difference", "patch")  # kinds of streams that lead from one version to the next
 _OURS: Final = re.compile(rf"(broadcast|whole|{'|'.join(STEPS)})-(\d+)\.tw")
@@ -121,7 +121,7 @@ class Versions:
         held: Arrays = tensorwire.numpy.load_file(before)
         terms = replace(terms, base=Recorded(before).digest)
         if self._plan.down_kind == "patch":
-            write_file(path, tensorwire.numpy.encode(version, base=held, metadata=terms.metadata()))
+            write_file(path, encode_patch(version, held, terms))
             return version
         write_file(path, self._encoded(subtract(version, held), replace(terms, kind="difference")))
         with open(path, "rb", buffering=0) as file:
@@ -173,7 +173,7 @@ class Versions:
 
     def _standing(self, path: str) -> Terms | None:
         """The terms of a stream that stands there whole; a damaged one is removed."""
-        terms = whole(path)
+        terms = terms_of(path)
         if terms is None and os.path.lexists(path):
             self._on_note(f"{path} is damaged, and made anew or done without")
             os.unlink(path)
@@ -190,31 +190,3 @@ class Versions:
 def stream(tensors: Views, run: str, number: int) -> Iterator[Any]:
     """The buffers of a version as a stream: the same for everybody who holds the same tensors."""
     return encode(tensors, Terms(run, number))
-
-
-def follow(kind: str, source: Any, model: Mapping[str, Any], held: str) -> Terms:
-    """Make of `model`, which is version `held`, what a stream of this kind leads to; returns the stream's terms.
-
-    Raises as `receive` and `tensorwire.apply`.
-    """
-    if kind != "patch":
-        return receive(source, model, held=held)[0]
-    patch = tensorwire.Patch.read(source)
-    terms = Terms.parse(patch.metadata)
-    if terms.base != held:
-        raise SchemaError("the patch is for another version than the one that is held here")
-    tensorwire.numpy.apply(patch, arrays(model))
-    return terms
-
-
-def whole(path: str) -> Terms | None:
-    """The terms of a stream on the disk, if it is all there, as it was written."""
-    terms = None
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for frame in Frames(file):
-                if isinstance(frame.event, StreamStart):
-                    terms = Terms.parse(dict(frame.event.info.metadata))
-    except (OSError, TensorwireError):
-        return None
-    return terms

@@ -23,7 +23,7 @@ from tensorwire.updates.compressor import Compressor, Message, message_size
 from tensorwire.updates.difference import Views, added, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
-from tensorwire.updates.message import Arrays, arrays, encode, receive
+from tensorwire.updates.message import Arrays, arrays, encode, encode_patch, receive, receive_patch, terms_of
 from tensorwire.updates.methods import Method
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.recording import BoundedRecording
@@ -65,6 +65,7 @@ __all__ = [
     "copies",
     "empty_like",
     "encode",
+    "encode_patch",
     "exact_vectors",
     "fingerprint",
     "finite_metrics",
@@ -76,8 +77,10 @@ __all__ = [
     "normalized",
     "proximal",
     "receive",
+    "receive_patch",
     "stochastic_bf16",
     "subtract",
+    "terms_of",
     "views",
     "without_outliers",
 ]
