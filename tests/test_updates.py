@@ -42,7 +42,9 @@ from tensorwire.updates import (
     receive,
     stochastic_bf16,
     subtract,
+    terms_of,
     views,
+    write_update,
 )
 
 CODECS = [
@@ -633,6 +635,22 @@ def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
         )
     with pytest.raises(EncodeError, match="another model"):
         ErrorFeedback(tmp_path / "residual.tw").add(views({"bias": np.zeros(9, np.float32)}))
+
+
+@pytest.mark.parametrize("kind", ["weights", "difference"])
+def test_an_answer_is_written_as_its_terms_say_and_what_it_drops_is_kept(tmp_path, kind):
+    base, state = make_model(), trained(make_model(), 1)
+    before, path, feedback = copies(base), tmp_path / "update.tw", ErrorFeedback()
+    terms = Terms("run", 0, kind=kind)
+    write_update(path, state, base, terms, codec="nf4", feedback=feedback if kind == "difference" else None)
+    sent = subtract(state, base) if kind == "difference" else views(state)
+    assert path.read_bytes() == joined(encode(sent, terms, codec="nf4")) and terms_of(path) == terms
+    assert all(before[name].tobytes() == array.tobytes() for name, array in base.items())
+    assert any(left.any() for left in feedback.residual.values()) == (kind == "difference")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert terms_of(path) is None and terms_of(tmp_path / "none.tw") is None
+    path.write_bytes(tensorwire.dumps(base))
+    assert terms_of(path) is None
 
 
 def test_error_feedback_counts_less_for_rounds_that_it_missed_also_after_a_restart(tmp_path):

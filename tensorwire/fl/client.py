@@ -31,7 +31,6 @@ from tensorwire.errors import (
 )
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
-from tensorwire.fl.trained import write_update
 from tensorwire.fl.versions import STEPS, stream
 from tensorwire.storage import rename, write_file
 from tensorwire.storage.parts import discard_parts
@@ -55,12 +54,14 @@ from tensorwire.updates import (
     Terms,
     as_number,
     empty_like,
+    exact_vectors,
     fingerprint,
     finite_metrics,
     receive,
     receive_patch,
     terms_of,
     views,
+    write_update,
 )
 
 _FIRST_PAUSE: Final = 0.05
@@ -135,9 +136,8 @@ class Client:
                     answer = self._errands(transport)
                 if not isinstance(answer, float):
                     return answer
-                time.sleep(answer)
+                pause = answer
                 backoff.reset()
-                continue
             except (TransportError, CorruptError, TruncatedError, FormatError, SequenceError) as error:
                 busy = isinstance(error, RefusedError) and error.kind == "busy"
                 if busy or self._reached > before:
@@ -291,7 +291,8 @@ class Client:
     def _encode(self, order: Order, base: Mapping[str, Any], state: Any, terms: Terms) -> None:
         feedback = self._feedback(order, base) if order.feedback else None
         update, part = self._update(order), self._path("update.part")
-        write_update(part, order, base, state, terms, feedback)
+        codec, seed = exact_vectors(order.up), order.seed_of(terms.run, terms.round, terms.client)
+        write_update(part, state, base, terms, codec=codec, stochastic=seed, feedback=feedback)
         if feedback is not None:
             feedback.save(f"{update}.residual")
         rename(part, update)

@@ -15,7 +15,6 @@ from tensorwire.errors import NonFiniteError
 from tensorwire.fl.averaging import Averaging
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
-from tensorwire.fl.trained import write_update
 from tensorwire.fl.versions import Versions
 from tensorwire.updates import (
     ErrorFeedback,
@@ -27,8 +26,10 @@ from tensorwire.updates import (
     as_number,
     check_update,
     copies,
+    exact_vectors,
     finite_metrics,
     receive,
+    write_update,
 )
 
 
@@ -99,7 +100,8 @@ class _Client:
         feedback = ErrorFeedback(self._residual) if plan.feedback else None
         if feedback is not None:
             feedback.begin(number, plan.age)
-        write_update(self.path, plan, held, state, terms, feedback)
+        codec, seed = exact_vectors(plan.up), plan.seed_of(plan.name, number, self.name)
+        write_update(self.path, state, held, terms, codec=codec, stochastic=seed, feedback=feedback)
         with self.path.open("rb", buffering=0) as file:
             update = check_update(file, model, terms, rules, recording=self.path)
         if feedback is not None:

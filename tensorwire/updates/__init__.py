@@ -17,6 +17,7 @@ computed when they are read, so that functions from views to views (`subtract`, 
 `stochastic_bf16`) take no memory of their own and can be put in a row.
 """
 
+from tensorwire.updates.answer import write_update
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
 from tensorwire.updates.combine import combine
 from tensorwire.updates.compressor import Compressor, Message, message_size
@@ -83,4 +84,5 @@ __all__ = [
     "terms_of",
     "views",
     "without_outliers",
+    "write_update",
 ]
