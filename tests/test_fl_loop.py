@@ -249,7 +249,7 @@ def start_server(port: int, folder: Path, plan: Plan) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, cwd=PACKAGE.parent, **quiet)
 
 
-@pytest.mark.parametrize("down", ["weights", "difference"])
+@pytest.mark.parametrize("down", ["weights", "difference", "patch"])
 def test_faults_and_kills_do_not_change_a_bit(tmp_path, down):
     plan = Plan(rounds=10 if FULL else 3, clients=5, down_kind=down)
     expected = undisturbed(tmp_path / "calm", plan)
