@@ -121,7 +121,7 @@ class Versions:
         held: Arrays = tensorwire.numpy.load_file(before)
         terms = replace(terms, base=Recorded(before).digest)
         if self._plan.down_kind == "patch":
-            write_file(path, tensorwire.numpy.encode(version, base=held, metadata=terms.metadata()))
+            write_file(path, encode_patch(version, held, terms))
             return version
         write_file(path, self._encoded(subtract(version, held), replace(terms, kind="difference")))
         with open(path, "rb", buffering=0) as file:
