@@ -104,10 +104,12 @@ def same(left, right):
     return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 
-def test_a_patch_that_is_no_shorter_than_the_whole_is_not_kept(tmp_path):
-    versions, holder = Versions(tmp_path, PATCHES), Holder()
+def test_a_patch_that_is_longer_than_the_whole_is_not_kept_and_that_is_said(tmp_path):
+    notes: list[str] = []
+    versions, holder = Versions(tmp_path, PATCHES, notes.append), Holder()
     for number in range(3):
         versions.begin(number, model_of(number))
+        assert len(notes) == number and all("is sent whole, and not as a patch" in note for note in notes)
         [way] = versions.way(holder.held)
         assert way.kind == "encoded" and names(tmp_path) == {f"broadcast-{number}.tw", f"whole-{number}.tw"}
         holder.follow(versions, tmp_path)

@@ -23,6 +23,7 @@ import tensorwire
 from tensorwire.errors import TensorwireError
 from tensorwire.fl.plan import Plan
 from tensorwire.storage import write_file
+from tensorwire.streams import size_text
 from tensorwire.transfer import Recorded
 from tensorwire.updates import (
     Arrays,
@@ -150,6 +151,9 @@ class Versions:
         while number > 0:
             way = self._ways.get(number) or self._step(number)
             if way is None or way.size > most:
+                if way is not None and way.kind == "patch" and not found:
+                    sizes = f"{size_text(way.size)}, and the whole {size_text(most)}"
+                    self._on_note(f"round {number} is sent whole, and not as a patch, which takes {sizes}")
                 break
             found[number] = way
             number, most = number - 1, most - way.size
