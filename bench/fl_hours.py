@@ -20,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from tensorwire.fl import local
+from tensorwire.cli import local
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import tensorwire
-from tensorwire.fl import local
+from tensorwire.cli import local
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
 

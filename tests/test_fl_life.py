@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.server import Server
 from tensorwire.fl.simulate import simulate
 from tensorwire.fl.task import Task
+from tensorwire.fl.versions import STEPS
 from tensorwire.transfer import (
     Offer,
     Recorded,
@@ -33,7 +35,7 @@ from tensorwire.transfer import (
     wait,
 )
 from tensorwire.transports import AsyncListener, TcpListener, TcpTransport
-from tensorwire.updates import Terms, encode, views
+from tensorwire.updates import Terms, copies, encode, views
 
 
 @pytest.fixture(autouse=True)
@@ -405,15 +407,15 @@ def test_a_damaged_update_is_made_again(tmp_path, damage):
 
 def test_a_damaged_residual_is_forgotten_with_a_word(tmp_path):
     (tmp_path / "c").mkdir()
-    tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, tmp_path / "c" / "residual-0.tw")  # of another model
+    tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, tmp_path / "c" / "residual.tw")  # of another model
     with Loop(tmp_path, exact(feedback=True, up="nf4")) as loop:
         loop.client("c")
     assert loop.ends == {"c": None} and "nothing is carried over" in "".join(loop.steps["c"])
-    (tmp_path / "c" / "residual-0.tw").write_bytes(b"damaged")
+    (tmp_path / "c" / "residual.tw").write_bytes(b"damaged")
     with Loop(tmp_path, exact(rounds=2, feedback=True, up="nf4")) as loop:
         loop.client("c")
     assert loop.ends == {"c": None} and "nothing is carried over" in "".join(loop.steps["c"])
-    assert [path.name for path in (tmp_path / "c").glob("residual*")] == ["residual-1.tw"]
+    assert [path.name for path in (tmp_path / "c").glob("residual*")] == ["residual.tw"]
 
 
 def test_a_folder_in_place_of_the_model_is_named(tmp_path):
@@ -426,7 +428,7 @@ def test_a_folder_in_place_of_the_model_is_named(tmp_path):
 def test_what_rounds_that_were_missed_have_left_is_removed(tmp_path):
     folder = tmp_path / "c"
     folder.mkdir()
-    for name in ("update-0123.tw", "update-0123.tw.residual", ".model.tw.0123456789abcdef.part", "residual-7.tw"):
+    for name in ("update-0123.tw", "update-0123.tw.residual", ".model.tw.0123456789abcdef.part", "residual.tw"):
         (folder / name).write_bytes(b"old")
     (folder / "mine.txt").write_bytes(b"not ours")
     with Loop(tmp_path, exact()) as loop:
@@ -582,7 +584,7 @@ def test_a_round_that_closes_while_its_model_is_fetched_is_the_next_round(tmp_pa
 
 
 def test_somebody_who_delivers_nothing_does_not_keep_others_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorwire.fl.server._STALL", 0.3)
+    monkeypatch.setattr("tensorwire.transports.turns._STALL", 0.3)
     stop = threading.Event()
 
     def sit():
@@ -612,7 +614,7 @@ def test_somebody_who_delivers_nothing_does_not_keep_others_from_it(tmp_path, mo
 
 
 def test_an_update_in_frames_of_few_elements_is_refused_before_it_costs_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorwire.fl.bounds._FRAME", 16384)  # our own writer makes none below what is allowed
+    monkeypatch.setattr("tensorwire.updates.recording._FRAME", 16384)  # our own writer makes none below what is allowed
     start = lambda: {"w": np.zeros(1 << 18, np.float32)}  # noqa: E731
     with Loop(tmp_path, exact(), start=start) as loop:
         with loop.connect() as transport:
@@ -724,7 +726,7 @@ def test_an_update_that_rots_between_its_check_and_the_mean_is_left_out(tmp_path
     assert (loop.server.model["w"] == 1).all() and loop.notes
 
 
-# Differences on the way down
+# Differences and patches on the way down
 
 
 def descending(trained=None):
@@ -738,6 +740,20 @@ def descending(trained=None):
 
     start = lambda: {"w": np.zeros((200, 300), np.float32), "n": np.arange(3)}  # noqa: E731
     return Task(start, train, lambda state: float(np.abs(state["w"] - goals.mean(axis=0)).mean()))
+
+
+def few_at_a_time():
+    """A task that changes a row a round, exactly, so that a patch is short."""
+
+    def train(state, client, round):
+        weights = state["w"].copy()
+        weights[round] += 0.5 * (client + 1)
+        return {"w": weights, "n": state["n"]}, 1, {}
+
+    return Task(descending().initial, train, lambda state: float(state["w"].sum()))
+
+
+TASKS = {"difference": descending, "patch": few_at_a_time}
 
 
 def both_ways(**settings):
@@ -759,7 +775,63 @@ def test_differences_over_sockets_are_those_of_the_simulator(tmp_path, settings)
         assert all(down < whole / 6 for down in later)
 
 
-def test_differences_of_tensors_of_every_kind(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"down": "raw"}, {"feedback": True, "down": "bf16"}])
+def test_patches_over_sockets_are_those_of_the_simulator(tmp_path, settings):
+    plan, task = both_ways(down_kind="patch", **settings), few_at_a_time()
+    with Loop(tmp_path, plan, start=task.initial) as loop:
+        for number in range(2):
+            loop.client(f"client-{number}", task, number=number)
+    assert loop.ends == {"client-0": None, "client-1": None} and not loop.notes
+    points = list(simulate(task, plan))
+    assert task.evaluate(loop.server.model) == points[-1].loss
+    moved = np.diff([point.bytes for point in points])
+    assert all(down + up == pytest.approx(bytes, rel=0.02) for down, up, bytes in moved_of(loop.rows, moved))
+    held = [(tmp_path / f"client-{number}" / "model.tw").read_bytes() for number in range(2)]
+    assert held[0] == held[1] == (tmp_path / "state" / "broadcast-3.tw").read_bytes()
+    whole, *later = [row["down"] for row in loop.rows]
+    assert all(down < whole / 8 for down in later)
+
+
+def moved_of(rows, moved):
+    return [(row["down"], row["up"], bytes) for row, bytes in zip(rows, moved, strict=True)]
+
+
+def adapted():
+    """A frozen backbone of a million weights, and adapters of 8,192, which is all that training changes."""
+    draw = np.random.default_rng(3)
+    backbone = {f"layers.{n}.weight": draw.standard_normal((512, 512), np.float32) for n in range(4)}
+    adapters = {f"layers.{n}.lora_{side}": np.zeros((2, 512), np.float32) for n in range(4) for side in "AB"}
+
+    def train(state, client, round):
+        draw = np.random.default_rng([client, round])
+        moved = {name: state[name] + draw.standard_normal((2, 512), np.float32) for name in adapters}
+        return {**state, **moved}, 1, {}
+
+    return Task(lambda: copies({**backbone, **adapters}), train, lambda state: float(state["layers.0.lora_A"].sum()))
+
+
+def test_a_frozen_backbone_travels_once(tmp_path):
+    """What a round sends down is no more than its adapters, whatever the codec makes of the rest."""
+    task, sizes, models = adapted(), {}, {}
+    adapters = 4 * 8192
+    for down, kind in (("raw", "patch"), ("bf16", "patch"), ("bf16", "weights"), ("nf4", "difference")):
+        plan = both_ways(rounds=3, down=down, down_kind=kind)
+        with Loop(tmp_path / f"{down}-{kind}", plan, start=task.initial) as loop:
+            for number in range(2):
+                loop.client(f"c{number}", task, number=number)
+        assert set(loop.ends.values()) == {None} and not loop.notes
+        sizes[down, kind] = [row["down"] / 2 for row in loop.rows]  # of each client
+        models[down, kind] = {name: array.tobytes() for name, array in loop.server.model.items()}
+    assert models["bf16", "patch"] == models["bf16", "weights"]
+    assert all(size < 1.01 * adapters for size in sizes["raw", "patch"][1:])
+    assert all(size < 0.55 * adapters for size in sizes["bf16", "patch"][1:])
+    assert sizes["bf16", "patch"][0] == pytest.approx(sizes["bf16", "weights"][0], rel=0.01)
+    assert min(sizes["bf16", "weights"]) > 100 * max(sizes["bf16", "patch"][1:])
+    assert min(sizes["nf4", "difference"][1:]) > 30 * max(sizes["bf16", "patch"][1:])
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_between_tensors_of_every_kind(tmp_path, kind):
     """Tied ones, 16 bits, whole numbers, scalars, empty ones; after a restart, too."""
     torch = pytest.importorskip("torch")
 
@@ -782,11 +854,12 @@ def test_differences_of_tensors_of_every_kind(tmp_path):
 
     task = Task(start, train, lambda state: float(state["embed"].sum()))
     for rounds in (2, 4):
-        with Loop(tmp_path, both_ways(clients=1, rounds=rounds), start=start) as loop:
+        plan = both_ways(clients=1, rounds=rounds, down="bf16" if kind == "patch" else "nf4", down_kind=kind)
+        with Loop(tmp_path, plan, start=start) as loop:
             loop.client("c", task)
         assert loop.ends == {"c": None} and not loop.notes
         assert same_files(tmp_path / "c" / "model.tw", tmp_path / "state" / f"broadcast-{rounds - 1}.tw")
-        assert [step for step in loop.steps["c"] if "received" in step and "a difference" in step]
+        assert [step for step in loop.steps["c"] if "received" in step and f"a {kind}" in step]
     model = tensorwire.torch.load_file(tmp_path / "c" / "model.tw")
     assert model["embed"].data_ptr() == model["head"].data_ptr()
     for name, tensor in start().items():
@@ -794,8 +867,10 @@ def test_differences_of_tensors_of_every_kind(tmp_path):
         assert torch.allclose(model[name].double(), tensor.double() + moved, atol=0.02), name
 
 
-def test_a_client_that_comes_late_gets_a_whole_model_and_then_differences(tmp_path):
-    task, loop = descending(), Loop(tmp_path, both_ways(deadline=0.3, rounds=5), start=descending().initial)
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_client_that_comes_late_gets_a_whole_model_and_then_differences(tmp_path, kind):
+    task = TASKS[kind]()
+    loop = Loop(tmp_path, both_ways(deadline=0.3, rounds=5, down_kind=kind), start=task.initial)
     with loop:
         loop.client("early", task)
         while len(loop.rows) < 2:
@@ -803,7 +878,7 @@ def test_a_client_that_comes_late_gets_a_whole_model_and_then_differences(tmp_pa
         loop.client("late", task, number=1)
     assert set(loop.ends.values()) == {None}
     fetched = [line for line in loop.steps["late"] if "received" in line]
-    assert "the model" in fetched[0] and all("a difference" in line for line in fetched[1:])
+    assert "the model" in fetched[0] and all(f"a {kind}" in line for line in fetched[1:])
     assert same_files(tmp_path / "early" / "model.tw", tmp_path / "late" / "model.tw")
 
 
@@ -830,34 +905,36 @@ def test_a_client_that_has_missed_rounds_gets_one_difference_after_the_other(tmp
         assert steps.count("a difference") == expected + (expected > 0) and steps.count("the model") == (expected == 0)
 
 
-def test_what_a_client_holds_outlives_it_and_what_the_server_has_sent_outlives_that(tmp_path):
+@pytest.mark.parametrize("kind", STEPS)
+def test_what_a_client_holds_outlives_it_and_what_the_server_has_sent_outlives_that(tmp_path, kind):
     """A restart on each side is as if it had not been: the same bits, and no whole model a second time."""
-    task = descending()
+    task, plan = TASKS[kind](), both_ways(rounds=3, down_kind=kind)
     for rounds in range(1, 4):
-        with Loop(tmp_path / "halting", both_ways(rounds=rounds), start=task.initial) as loop:
+        with Loop(tmp_path / "halting", replace(plan, rounds=rounds), start=task.initial) as loop:
             for number in range(2):
                 loop.client(f"c{number}", task, number=number)
     steps = "".join(loop.steps["c0"])
-    assert "a difference" in steps and "the model" not in steps
-    with Loop(tmp_path / "calm", both_ways(rounds=3), start=task.initial) as loop:
+    assert f"a {kind}" in steps and "the model" not in steps
+    with Loop(tmp_path / "calm", plan, start=task.initial) as loop:
         for number in range(2):
             loop.client(f"c{number}", task, number=number)
     assert same_files(*(tmp_path / run / "state" / "model.tw" for run in ("halting", "calm")))
     assert same_files(*(tmp_path / run / "c0" / "model.tw" for run in ("halting", "calm")))
 
 
-@pytest.mark.parametrize("lost", ["broadcast-0.tw", "difference-1.tw", "both"])
+@pytest.mark.parametrize("lost", ["broadcast-0.tw", "step-1.tw", "both"])
 @pytest.mark.parametrize("how", ["gone", "flipped"])
-def test_a_server_that_no_longer_knows_what_clients_hold_sends_it_whole(tmp_path, lost, how):
-    task = descending()
-    rounds = 2 if lost == "difference-1.tw" else 1
-    with Loop(tmp_path, both_ways(clients=1, rounds=rounds), start=task.initial) as loop:
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_server_that_no_longer_knows_what_clients_hold_sends_it_whole(tmp_path, kind, lost, how):
+    task, plan = TASKS[kind](), both_ways(clients=1, down_kind=kind)
+    rounds = 2 if lost == "step-1.tw" else 1
+    with Loop(tmp_path, replace(plan, rounds=rounds), start=task.initial) as loop:
         loop.client("c", task)
-    for name in ("broadcast-1.tw", "difference-1.tw") if lost == "both" else (lost,):
+    for name in ("broadcast-1.tw", f"{kind}-1.tw") if lost == "both" else (lost.replace("step", kind),):
         path = tmp_path / "state" / name
         if path.exists():
             path.write_bytes(flipped(path.read_bytes())) if how == "flipped" else path.unlink()
-    with Loop(tmp_path, both_ways(clients=1, rounds=rounds + 1), start=task.initial) as loop:
+    with Loop(tmp_path, replace(plan, rounds=rounds + 1), start=task.initial) as loop:
         loop.client("c", task)
     assert loop.ends == {"c": None} and [row["counted"] for row in loop.rows] == [True]
     newest = tmp_path / "state" / f"broadcast-{rounds}.tw"
@@ -865,9 +942,10 @@ def test_a_server_that_no_longer_knows_what_clients_hold_sends_it_whole(tmp_path
 
 
 @pytest.mark.parametrize("damage", [flipped, lambda data: data[:20], lambda data: b"", None])
-def test_a_client_whose_version_is_damaged_gets_a_whole_model(tmp_path, damage):
-    task = descending()
-    with Loop(tmp_path, both_ways(clients=1, rounds=1), start=task.initial) as loop:
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_client_whose_version_is_damaged_gets_a_whole_model(tmp_path, kind, damage):
+    task, plan = TASKS[kind](), both_ways(clients=1, down_kind=kind)
+    with Loop(tmp_path, replace(plan, rounds=1), start=task.initial) as loop:
         loop.client("c", task)
     path = tmp_path / "c" / "model.tw"
     if damage is None:  # well-formed, but of nobody's making
@@ -875,29 +953,30 @@ def test_a_client_whose_version_is_damaged_gets_a_whole_model(tmp_path, damage):
         path.write_bytes(b"".join(encode(views({**model, "w": model["w"] + 1}), Terms("run", 0))))
     else:
         path.write_bytes(damage(path.read_bytes()))
-    with Loop(tmp_path, both_ways(clients=1, rounds=2), start=task.initial) as loop:
+    with Loop(tmp_path, replace(plan, rounds=2), start=task.initial) as loop:
         loop.client("c", task)
     assert loop.ends == {"c": None} and same_files(path, tmp_path / "state" / "broadcast-1.tw")
 
 
-def test_a_client_killed_while_it_adds_a_difference_adds_it_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_client_killed_while_it_adds_a_difference_adds_it_once(tmp_path, kind, monkeypatch):
     """Before the sum has its name, or after: what the transfer keeps of the difference is enough."""
-    task = descending()
+    task, plan = TASKS[kind](), both_ways(clients=1, down_kind=kind)
     for when in ("before", "after"):
         folder = tmp_path / when
-        with Loop(folder, both_ways(clients=1, rounds=1), start=task.initial) as loop:
+        with Loop(folder, replace(plan, rounds=1), start=task.initial) as loop:
             loop.client("c", task)
-        with Loop(folder, both_ways(clients=1, rounds=2), start=task.initial) as loop:
+        with Loop(folder, replace(plan, rounds=2), start=task.initial) as loop:
             client = Client("c", 0, task, loop.connect, folder / "c")
             client._leave = lambda error: None
-            add = client._add
+            follow = client._follow
 
-            def killed(order, difference, made, add=add, when=when):
+            def killed(*arguments, follow=follow, when=when):
                 if when == "after":
-                    add(order, difference, made)
+                    follow(*arguments)
                 raise Killed
 
-            client._add = killed
+            client._follow = killed
             with pytest.raises(Killed):
                 client.run()
             assert same_files(folder / "c" / "model.tw", folder / "state" / "broadcast-1.tw") is False
@@ -933,29 +1012,60 @@ def test_before_the_first_round_there_is_no_model_to_be_had(tmp_path):
 
 
 @pytest.mark.parametrize("held", [None, 7, [1], {"a": 1}, "x" * 1000, "0" * 64])
-def test_whatever_somebody_says_to_hold_is_no_more_than_unknown(tmp_path, held):
-    with Loop(tmp_path, both_ways(clients=1, rounds=1), start=descending().initial) as loop:
+@pytest.mark.parametrize("kind", STEPS)
+def test_whatever_somebody_says_to_hold_is_no_more_than_unknown(tmp_path, kind, held):
+    plan = both_ways(clients=1, rounds=1, down_kind=kind)
+    with Loop(tmp_path, plan, start=descending().initial) as loop:
         with loop.connect() as transport:
             transport.run(greet())
             transport.run(say({"client": "c", "want": "task", "hold": 5}))
             transport.run(hear())
             transport.run(say({"client": "c", "want": "model", "held": held}))
             offer, _, _ = transport.run(receive_stream(lambda offer: Recording(tmp_path / "got.tw", b"x")))
-            assert offer.name == "model"
+            assert offer.name == ("encoded" if kind == "patch" else "model")
         loop.client("c", descending())
 
 
-def test_differences_that_lead_nowhere_end_a_client_in_words(tmp_path):
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_that_lead_nowhere_end_a_client_in_words(tmp_path, kind):
     """A server that sends differences for ever, none of which leads to the model that it ordered."""
     task, folder = descending(), tmp_path / "c"
     folder.mkdir()
     model = task.initial()
     (folder / "model.tw").write_bytes(b"".join(encode(views(model), Terms("run", 0))))
     base = Recorded(folder / "model.tw").digest
-    again = b"".join(encode(views(model), Terms("run", 0, base, kind="difference")))
+    terms = Terms("run", 0, base, kind="difference" if kind == "difference" else "weights")
+    again = b"".join(encode(views(model), terms))
+    if kind == "patch":
+        again = b"".join(tensorwire.encode(model, base=model, metadata=terms.metadata()))
 
     def stream():
-        return send_stream(Offer(b"any", "difference"), Regenerated(lambda: [again]))
+        return send_stream(Offer(b"any", kind), Regenerated(lambda: [again]))
 
     with Fake({**ORDER, "round": 3}, stream) as server, pytest.raises(SchemaError, match="not towards"):
         Client("c", 0, task, server.connect, folder, patience=1).run()
+
+
+def test_a_patch_that_is_none_or_does_not_fit_ends_a_client_in_words_and_leaves_nothing(tmp_path):
+    task, folder = descending(), tmp_path / "c"
+    model, other = task.initial(), {"x": np.zeros((3, 4), np.float32)}
+    folder.mkdir()
+    held = b"".join(encode(views(model), Terms("run", 0)))
+    (folder / "model.tw").write_bytes(held)
+    terms = Terms("run", 1, Recorded(folder / "model.tw").digest)
+    patches = {
+        "neither what the patch is against": ({**model, "w": model["w"] + 2}, {**model, "w": model["w"] + 1}),
+        "item 0|is for float32": ({"x": other["x"] + 1}, other),
+    }
+    sent = {why: [*tensorwire.encode(new, base=old, metadata=terms.metadata())] for why, (new, old) in patches.items()}
+    sent["no patch|against no version"] = [*encode(views(model), terms)]
+    sent["another version"] = [*tensorwire.encode(model, base=model, metadata=Terms("run", 1, "0" * 64).metadata())]
+    for why, buffers in sent.items():
+
+        def stream(buffers=buffers):
+            return send_stream(Offer(b"any", "patch"), Regenerated(lambda: buffers))
+
+        with Fake({**ORDER, "round": 3}, stream) as server, pytest.raises(tensorwire.TensorwireError, match=why):
+            Client("c", 0, task, server.connect, folder, patience=0.5).run()
+        assert [path.name for path in folder.iterdir()] == ["model.tw"], why
+        assert (folder / "model.tw").read_bytes() == held

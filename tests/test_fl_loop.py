@@ -16,8 +16,9 @@ import pytest
 from proxy import Cut, Flip, Proxy, Reset, Stall
 
 import tensorwire
+from tensorwire.cli.settings import options_of
 from tensorwire.fl.client import Client
-from tensorwire.fl.plan import Plan, to_arguments
+from tensorwire.fl.plan import Plan
 from tensorwire.fl.server import Server
 from tensorwire.fl.task import Task
 from tensorwire.transfer import Offer, Recorded, RefusedError, greet, hear, say, send_stream
@@ -242,13 +243,13 @@ class Chaos:
 
 def start_server(port: int, folder: Path, plan: Plan) -> subprocess.Popen:
     command = [sys.executable, "-m", "tensorwire", "fl", "server", f"--listen=127.0.0.1:{port}", f"--state={folder}"]
-    command += ["--task=test_fl_loop:counting", *to_arguments(plan)]
+    command += ["--task=test_fl_loop:counting", *options_of(plan)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(Path(__file__).parent)])}
     return subprocess.Popen(command, env=environment, cwd=PACKAGE.parent, **quiet)
 
 
-@pytest.mark.parametrize("down", ["weights", "difference"])
+@pytest.mark.parametrize("down", ["weights", "difference", "patch"])
 def test_faults_and_kills_do_not_change_a_bit(tmp_path, down):
     plan = Plan(rounds=10 if FULL else 3, clients=5, down_kind=down)
     expected = undisturbed(tmp_path / "calm", plan)

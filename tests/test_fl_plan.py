@@ -5,8 +5,9 @@ from dataclasses import asdict, fields
 
 import pytest
 
+from tensorwire.cli.settings import add_settings, options_of, plan_of
 from tensorwire.errors import SchemaError
-from tensorwire.fl.plan import Answer, Order, Plan, add_arguments, from_arguments, to_arguments
+from tensorwire.fl.plan import Answer, Order, Plan
 
 BASE = "ab" * 32
 OTHER = Plan(
@@ -30,18 +31,18 @@ OTHER = Plan(
 
 def parsed(arguments):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return from_arguments(parser.parse_args(arguments))
+    add_settings(parser)
+    return plan_of(parser.parse_args(arguments))
 
 
 @pytest.mark.parametrize("plan", [Plan(), OTHER, Plan(feedback=True)])
 def test_a_plan_survives_the_command_line(plan):
-    assert parsed(to_arguments(plan)) == plan
+    assert parsed(options_of(plan)) == plan
 
 
 def test_every_setting_is_an_option_with_its_default_in_the_help():
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_settings(parser)
     text = " ".join(parser.format_help().split())
     for each in fields(Plan):
         assert f"--{each.name.replace('_', '-')}" in text

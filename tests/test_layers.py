@@ -57,7 +57,7 @@ FOREIGN = {
     "integrations": {"numpy", "torch", "bitsandbytes", "flwr", "nvflare"},
     "cli": {"numpy", "torch", "tqdm", "cryptography"},
     "bench": {"numpy", "zstandard", "torch", "bitsandbytes", "safetensors", "matplotlib", "tqdm"},
-    "fl": {"numpy", "torch", "transformers", "peft", "matplotlib", "starlette", "uvicorn"},
+    "fl": {"numpy", "torch", "transformers", "peft", "starlette", "uvicorn"},
 }
 CORE = {"numpy", "ml_dtypes", "msgpack", "zstandard"}
 # Rooms for one foreign library, and single files; elsewhere extras come late, inside functions.

@@ -35,7 +35,7 @@ from tensorwire.memory import spare
 from tensorwire.storage import atomic, rename
 from tensorwire.storage.atomic import replacing
 from tensorwire.storage.output import Output
-from tensorwire.storage.parts import scratch
+from tensorwire.storage.parts import Part, discard_parts, scratch
 
 RNG = np.random.default_rng(9)
 TIED = RNG.standard_normal(900).astype(np.float32)
@@ -782,6 +782,26 @@ def test_a_rename_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest
     replace_os(monkeypatch, disk)
     rename(tmp_path / "new", tmp_path / "target")
     assert [op.kind for op in disk.ops] == ["rename", "sync folder"]
+
+
+def test_what_parts_have_left_goes_but_for_what_is_named(tmp_path: Path) -> None:
+    target = tmp_path / "model.tw"
+    for key in (b"old", b"new"):
+        part = Part(target, key)
+        part.open()
+        part.close()
+        (tmp_path / Path(part.path).with_suffix(".done").name).write_bytes(b"a note")
+    others = [tmp_path / name for name in ("model.tw", ".model.twin.0.part", "model.tw.part", ".hidden")]
+    for other in others:
+        other.write_bytes(b"not ours")
+    kept = Part(target, b"new").path
+    discard_parts(target, but=[b"new"], notes=False)
+    left = {path for path in tmp_path.iterdir() if path not in others}
+    assert {path.suffix for path in left} == {".part", ".done"} and len(left) == 3 and Path(kept) in left
+    discard_parts(target, but=[b"new"])
+    assert {path.stem for path in tmp_path.iterdir() if path not in others} == {Path(kept).stem}
+    discard_parts(target)
+    assert {*tmp_path.iterdir()} == {*others}
 
 
 def test_scratch_goes_with_its_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

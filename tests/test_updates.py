@@ -30,16 +30,21 @@ from tensorwire.updates import (
     UpdateError,
     added,
     arrays,
+    as_number,
     average,
     check_update,
     copies,
     empty_like,
     encode,
+    fingerprint,
+    finite_metrics,
     matched,
     receive,
     stochastic_bf16,
     subtract,
+    terms_of,
     views,
+    write_update,
 )
 
 CODECS = [
@@ -630,6 +635,59 @@ def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
         )
     with pytest.raises(EncodeError, match="another model"):
         ErrorFeedback(tmp_path / "residual.tw").add(views({"bias": np.zeros(9, np.float32)}))
+
+
+@pytest.mark.parametrize("kind", ["weights", "difference"])
+def test_an_answer_is_written_as_its_terms_say_and_what_it_drops_is_kept(tmp_path, kind):
+    base, state = make_model(), trained(make_model(), 1)
+    before, path, feedback = copies(base), tmp_path / "update.tw", ErrorFeedback()
+    terms = Terms("run", 0, kind=kind)
+    write_update(path, state, base, terms, codec="nf4", feedback=feedback if kind == "difference" else None)
+    sent = subtract(state, base) if kind == "difference" else views(state)
+    assert path.read_bytes() == joined(encode(sent, terms, codec="nf4")) and terms_of(path) == terms
+    assert all(before[name].tobytes() == array.tobytes() for name, array in base.items())
+    assert any(left.any() for left in feedback.residual.values()) == (kind == "difference")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert terms_of(path) is None and terms_of(tmp_path / "none.tw") is None
+    path.write_bytes(tensorwire.dumps(base))
+    assert terms_of(path) is None
+
+
+def test_error_feedback_counts_less_for_rounds_that_it_missed_also_after_a_restart(tmp_path):
+    path = tmp_path / "residual.tw"
+    feedback = ErrorFeedback(path)
+    feedback.begin(4, 0.5)  # its first, of which nothing is left
+    feedback.residual["w"] = np.full(3, 8, np.float32)
+    feedback.save(path)
+    for number, left in ((5, 8), (7, 2), (4, 8), (3, 8)):  # the next, the next but two; the same again, one before
+        again = ErrorFeedback(path)
+        assert again.round == 4
+        again.begin(number, 0.5)
+        assert (again.residual["w"] == left).all() and again.round == number
+    tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, path, metadata={"tensorwire.round": "soon"})
+    with pytest.raises(SchemaError, match="'soon', which is no number"):
+        ErrorFeedback(path)
+
+
+def test_metrics_are_finite_numbers_of_any_library_and_few():
+    given = {"a": 1, "b": np.float32(0.5), "c": np.array([[2]]), "d": math.nan, "e": "3", "f": [1, 2], "g" * 65: 1.0}
+    assert finite_metrics(given) == ({"a": 1.0, "b": 0.5, "c": 2.0}, ["d", "e", "f", "g" * 64])
+    kept, dropped = finite_metrics({str(n): n for n in range(501)})
+    assert len(kept) == 500 and dropped == ["500"] and finite_metrics(None) == ({}, [])
+    assert [as_number(value) for value in (True, 10**400, np.arange(2), None)] == [1.0, None, None, None]
+
+
+def test_a_fingerprint_changes_with_any_byte():
+    model = make_model()
+    before = fingerprint(model)
+    assert fingerprint(copies(model)) == before
+    for array in model.values():
+        if array.size:
+            kept = array.copy()
+            array.reshape(-1).view(np.uint8)[-1] ^= 1
+            assert fingerprint(model) != before
+            array[...] = kept
+    assert fingerprint(model) == before
 
 
 def test_stochastic_rounding_is_right_on_average_and_the_same_for_the_same_seed():

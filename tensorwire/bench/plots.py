@@ -1,4 +1,4 @@
-"""One picture a suite, from the rows that `--json` writes. Takes matplotlib; colours of Okabe and Ito."""
+"""Pictures of the rows that suites and runs of the learning loop write. Takes matplotlib; colours of Okabe and Ito."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from tensorwire.bench.tables import Row
+from tensorwire.fl.plan import Plan
 
 _BLUE: Final = "#0072B2"
 _ORANGE: Final = "#E69F00"
@@ -41,6 +42,35 @@ def draw(rows: list[Row], folder: str) -> list[Path]:
             paths.append(target / f"{suite}.png")
             _save(picture(chosen), paths[-1])
     return paths
+
+
+def draw_run(rows: list[Row], plan: Plan, path: Path) -> None:
+    """Loss over rounds and over bytes, and the server's memory, of a run of the learning loop as one picture."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    names = {"weights": "weights", "difference": "differences", "patch": "patches"}
+    up, down = f"{names[plan.kind]} up as {plan.up}", f"{names[plan.down_kind]} down as {plan.down}"
+    figure.suptitle(f"{plan.clients} clients, {up}, {down}")
+    by_round, by_bytes, memory = figure.subplots(1, 3)
+    rounds, losses = [row["round"] for row in rows], [row["loss"] for row in rows]
+    unit, name = (1e6, "MB") if rows[-1]["fp32_bytes"] >= 1e6 else (1e3, "kB")
+    peaks = [row["server_mib"] for row in rows[1:]]
+    by_round.plot(rounds, losses, marker="o", markersize=3)
+    moved, plain = ([row[key] / unit for row in rows] for key in ("bytes", "fp32_bytes"))
+    by_bytes.plot(moved, losses, marker="o", markersize=3, label=f"{plan.up} up, {plan.down} down")
+    by_bytes.plot(plain, losses, linestyle="--", color=_GREY, label="the same rounds as fp32")
+    by_bytes.legend(frameon=False)
+    memory.plot(rounds[1:], peaks, marker="o", markersize=3)
+    memory.set_ylim(0, 1.15 * max(peaks))
+    for axes, x, y in (
+        (by_round, "round", "loss on held-out data"),
+        (by_bytes, f"{name} over the sockets", "loss on held-out data"),
+        (memory, "round", "peak memory of the server, MiB"),
+    ):
+        axes.set(xlabel=x, ylabel=y)
+        axes.spines[["top", "right"]].set_visible(False)
+        if x == "round":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, path)
 
 
 def _size(rows: list[Row]) -> Figure:

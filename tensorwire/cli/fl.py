@@ -16,8 +16,9 @@ from tensorwire.cli.network import PORT, SECURITY, add_security, address, connec
 from tensorwire.cli.network import where as show_address
 from tensorwire.cli.outputs import add_force
 from tensorwire.cli.process import run_async
+from tensorwire.cli.settings import add_settings, plan_of
 from tensorwire.errors import TensorwireError, TransportError
-from tensorwire.fl.plan import Plan, add_arguments, from_arguments
+from tensorwire.fl.plan import Plan
 from tensorwire.storage import write_file
 from tensorwire.streams import size_text
 
@@ -43,7 +44,7 @@ def add_parser(verbs: Any) -> None:
     parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
 
     run = parts.add_parser("run", help="a server and its clients on this machine; curves and rows under --out")
-    add_arguments(run)
+    add_settings(run)
     _add_task(run)
     run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")
     run.add_argument("--json", action="store_true", help="also print the rows as JSON on stdout")
@@ -51,7 +52,7 @@ def add_parser(verbs: Any) -> None:
     run.set_defaults(run=_run)
 
     server = parts.add_parser("server", help="the server; a row of JSON on stdout for each round")
-    add_arguments(server)
+    add_settings(server)
     _add_task(server)
     server.add_argument(
         "--listen",
@@ -100,7 +101,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> Plan:
     try:
-        return from_arguments(arguments)
+        return plan_of(arguments)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -212,7 +213,7 @@ def _complain(error: TensorwireError) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tensorwire.fl import local
+    from tensorwire.cli import local
 
     out = Path(arguments.out)
     left = local.leftovers(out)
@@ -224,7 +225,7 @@ def _run(arguments: argparse.Namespace) -> int:
     asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
     rows = list(_tracked(local.run(task, plan, out, asked, on_note=_say), plan.rounds))
     write_file(out / "rows.json", [json.dumps(rows, indent=1).encode()])
-    drawn = local.draw(rows, plan, out / "curves.png")
+    drawn = _drawn(rows, plan, out / "curves.png")
     if arguments.json:
         print_json(rows)
     last = rows[-1]
@@ -232,6 +233,16 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{loss}, {size_text(last['bytes'])} moved (fp32: {size_text(last['fp32_bytes'])})", file=sys.stderr)
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
     return 0
+
+
+def _drawn(rows: list[dict[str, Any]], plan: Plan, path: Path) -> bool:
+    """Whether the curves are drawn, which takes matplotlib."""
+    try:
+        from tensorwire.bench.plots import draw_run
+    except ImportError:
+        return False
+    draw_run(rows, plan, path)
+    return True
 
 
 def _shown(loss: float | None) -> str:

@@ -31,7 +31,7 @@ class Averaging:
     ) -> None:
         self._plan = plan
         # A model that no difference can be made of is sent whole and exactly.
-        self._down: CodecChoice = exact_vectors(plan.down) if plan.down_kind == "weights" else "raw"
+        self._down: CodecChoice = "raw" if plan.down_kind == "difference" else exact_vectors(plan.down)
         self.rules = Rules(plan.max_weight, plan.max_norm, plan.on_norm, validate, limits, down=self._down)
         self._optimizer = self._new_optimizer()
 

@@ -7,11 +7,10 @@ that the same update is delivered again and none is trained twice.
 
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -30,13 +29,11 @@ from tensorwire.errors import (
     WireError,
     show,
 )
-from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
-from tensorwire.fl.trained import fingerprint, numbers, plain, write_update
-from tensorwire.fl.versions import stream, whole
+from tensorwire.fl.versions import STEPS, stream
 from tensorwire.storage import rename, write_file
-from tensorwire.storage.parts import Part
+from tensorwire.storage.parts import discard_parts
 from tensorwire.streams import size_text
 from tensorwire.transfer import (
     Backoff,
@@ -51,7 +48,21 @@ from tensorwire.transfer import (
     send_stream,
 )
 from tensorwire.transports import HANDSHAKE, TIMEOUT, TcpTransport
-from tensorwire.updates import ErrorFeedback, Terms, empty_like, receive, views
+from tensorwire.updates import (
+    BoundedRecording,
+    ErrorFeedback,
+    Terms,
+    as_number,
+    empty_like,
+    exact_vectors,
+    fingerprint,
+    finite_metrics,
+    receive,
+    receive_patch,
+    terms_of,
+    views,
+    write_update,
+)
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
@@ -61,7 +72,6 @@ _ON_THE_WAY: Final = ("corrupt", "format", "limit", "sequence", "truncated")  # 
 _FAREWELL: Final = 2.0  # seconds to say that we leave
 _WHY: Final = 200  # characters of a reason
 _SHOWN: Final = 10  # names of metrics
-_RESIDUAL: Final = re.compile(r"residual-(\d+)\.tw")
 _MOST_ROTTEN: Final = 3  # models in a row that did not stay on the disk as they came
 
 
@@ -126,9 +136,8 @@ class Client:
                     answer = self._errands(transport)
                 if not isinstance(answer, float):
                     return answer
-                time.sleep(answer)
+                pause = answer
                 backoff.reset()
-                continue
             except (TransportError, CorruptError, TruncatedError, FormatError, SequenceError) as error:
                 busy = isinstance(error, RefusedError) and error.kind == "busy"
                 if busy or self._reached > before:
@@ -145,7 +154,7 @@ class Client:
             if task == "stop":
                 return None
             if task == "wait":
-                seconds = plain(answer.get("seconds")) or 0.0
+                seconds = as_number(answer.get("seconds")) or 0.0
                 return min(max(_SHORTEST_WAIT, seconds), self._hold)  # in this order NaN is the shortest
             if task != "train":
                 raise SchemaError(f"the server says {show(task)}, which this version of the client does not know")
@@ -184,14 +193,15 @@ class Client:
         """
         path = self._path("model.tw")
         transport.run(say({"client": self.name, "want": "model", "base": order.base, "held": held}))
-        recordings: list[Bounded] = []
-        added = False
+        recordings: list[BoundedRecording] = []
+        kind = "model"
 
-        def open_recording(offer: Offer) -> Bounded:
-            nonlocal added
-            added = offer.name == "difference" and held != ""
-            key, convert = (_step(order, held), partial(self._add, order)) if added else (order.base.encode(), None)
-            recordings.append(Bounded(path, key, self._task.initial(), convert=convert))
+        def open_recording(offer: Offer) -> BoundedRecording:
+            nonlocal kind
+            kind = offer.name if offer.name == "encoded" or (held and offer.name in STEPS) else "model"
+            convert = None if kind == "model" else partial(self._follow, order, kind)
+            key, patch = _transfer(order, kind, held), kind == "patch"
+            recordings.append(BoundedRecording(path, key, self._task.initial(), patch=patch, convert=convert))
             return recordings[0]
 
         try:
@@ -199,31 +209,44 @@ class Client:
         finally:
             self._reached = recordings[0].position.offset if recordings else 0
         self._reached = 0
-        what = "a difference" if added else "the model"
+        what = f"a {kind}" if kind in STEPS else "the model"
         self._on_step(f"round {order.round}: received {what}, {size_text(outcome.end.offset)}")
-        if not added and self._held() != order.base:
+        if kind not in STEPS and self._held() != order.base:
             raise SchemaError(f"the server has sent another model than it ordered to train in round {order.round}")
 
-    def _add(self, order: Order, difference: str, made: str) -> None:
-        """Make the version that a difference leads to. One that the server does not know will be asked for whole."""
+    def _follow(self, order: Order, kind: str, received: str, made: str) -> None:
+        """Make the version that a stream leads to. One that the server does not know will be asked for whole."""
+        held, before = "", -1
+        if kind in STEPS:
+            model, terms, held = self._read()
+            before = terms.round
+        else:
+            model = empty_like(self._task.initial())
+        with open(received, "rb", buffering=0) as file:
+            if kind == "patch":
+                terms = receive_patch(file, model, held=held)
+            else:
+                terms, _ = receive(file, model, held=held)
+        if not before < terms.round <= order.round:  # so that it comes to an end
+            raise SchemaError(f"a {kind} leads from round {before} to {terms.round}, not towards the order's")
+        write_file(made, stream(views(model), terms.run, terms.round))
+
+    def _read(self) -> tuple[dict[str, Any], Terms, str]:
+        """The model that is here, its terms and its name. What has not stayed on the disk as it came is removed.
+
+        Raises CorruptError or the like then.
+        """
         path, model = self._path("model.tw"), empty_like(self._task.initial())
         try:
             with open(path, "rb", buffering=0) as file:
-                before, held = receive(file, model)
+                return model, *receive(file, model)
         except (WireError, OSError) as error:
             _remove(path, error)
             raise
-        with open(difference, "rb", buffering=0) as file:
-            terms, _ = receive(file, model, held=held)
-        if not before.round < terms.round <= order.round:  # so that it comes to an end
-            raise SchemaError(f"a difference leads from round {before.round} to {terms.round}, not towards the order's")
-        write_file(made, stream(views(model), terms.run, terms.round))
 
     def _load(self, order: Order) -> dict[str, Any]:
-        """The model of an order. Raises CorruptError or the like where it has not stayed on the disk as it came."""
-        base = empty_like(self._task.initial())
-        with open(self._path("model.tw"), "rb", buffering=0) as file:
-            terms, digest = receive(file, base)
+        """The model of an order. Raises as `_read`, and SchemaError where it is another."""
+        base, terms, digest = self._read()
         if (terms.run, terms.round, digest) != (order.run, order.round, order.base):
             raise SchemaError(f"the model is of round {terms.round}, the order of round {order.round}")
         return base
@@ -239,19 +262,18 @@ class Client:
             if self._rotten > _MOST_ROTTEN:
                 raise
             self._on_step(f"round {order.round}: the model on the disk is damaged and fetched again ({error})")
-            _remove(self._path("model.tw"), error)
             return
         self._rotten = 0
         untouched, began = fingerprint(base), time.monotonic()
         state, weight, metrics = self._task.train(base, self._number, order.round)
-        kept, dropped = numbers(metrics)
+        kept, dropped = finite_metrics(metrics)
         shown = "".join(f", {name} {value:.4g}" for name, value in kept.items())
         self._on_step(f"round {order.round}: trained for {time.monotonic() - began:.1f} s{shown}")
         if dropped:
             names = ", ".join(dropped[:_SHOWN])
             why = "as they are no finite numbers, or too many"
             self._on_step(f"round {order.round}: {len(dropped)} metrics are not reported, {why}: {names}")
-        counted = plain(weight)
+        counted = as_number(weight)
         if counted is None:
             raise SchemaError(f"training must give a number as its weight, not {show(weight)}")
         if not 0 < counted < math.inf:
@@ -269,7 +291,8 @@ class Client:
     def _encode(self, order: Order, base: Mapping[str, Any], state: Any, terms: Terms) -> None:
         feedback = self._feedback(order, base) if order.feedback else None
         update, part = self._update(order), self._path("update.part")
-        write_update(part, order, base, state, terms, feedback)
+        codec, seed = exact_vectors(order.up), order.seed_of(terms.run, terms.round, terms.client)
+        write_update(part, state, base, terms, codec=codec, stochastic=seed, feedback=feedback)
         if feedback is not None:
             feedback.save(f"{update}.residual")
         rename(part, update)
@@ -281,7 +304,7 @@ class Client:
     def _deliver(self, transport: TcpTransport, order: Order) -> bool:
         """Send the update. Returns whether it counts."""
         update = self._update(order)
-        if not whole(update):
+        if terms_of(update) is None:
             self._on_step(f"round {order.round}: the update on the disk is damaged and made again")
             os.unlink(update)
             return False
@@ -311,8 +334,7 @@ class Client:
         # What this update's quantization dropped replaces what earlier ones did only if it counts.
         if os.path.exists(residual := f"{update}.residual"):
             if counted:
-                rename(residual, self._residual(order.round))
-                self._forget_residuals(but=order.round)
+                rename(residual, self._path("residual.tw"))
             else:
                 os.unlink(residual)
         os.unlink(update)
@@ -320,16 +342,14 @@ class Client:
 
     def _feedback(self, order: Order, base: Mapping[str, Any]) -> ErrorFeedback:
         """What the last update that counted left out, less for each round since that did not ask us."""
-        for number in sorted(self._residuals(), reverse=True):
-            try:
-                feedback = ErrorFeedback(self._residual(number))
-                feedback.add(views(base))
-            except (WireError, EncodeError, OSError) as error:  # damaged, or of another model
-                self._on_step(f"round {order.round}: nothing is carried over: {error}")
-                break
-            feedback.age(order.age ** max(order.round - number - 1, 0))
-            return feedback
-        return ErrorFeedback()
+        try:
+            feedback = ErrorFeedback(self._path("residual.tw"))
+            feedback.add(views(base))
+        except (WireError, EncodeError, OSError) as error:  # damaged, or of another model
+            self._on_step(f"round {order.round}: nothing is carried over: {error}")
+            feedback = ErrorFeedback()
+        feedback.begin(order.round, order.age)
+        return feedback
 
     def _tidy(self, order: Order, held: str) -> None:
         """Remove what rounds that are over have left.
@@ -339,24 +359,13 @@ class Client:
         mine = os.path.basename(self._update(order))
         names = os.listdir(self._folder)
         if any(name.startswith("update-") and name.endswith(".tw") and name != mine for name in names):
-            self._forget_residuals()
-        expected = []
-        for key in (order.base.encode(), _step(order, held)):
-            with closing(Part(self._path("model.tw"), key)) as part:
-                expected.append(os.path.basename(part.path).removesuffix(".part"))
+            with suppress(FileNotFoundError):
+                os.unlink(self._path("residual.tw"))
         for name in names:
-            if name.startswith(("update-", ".model.tw.")) and not name.startswith((mine, *expected)):
+            if name.startswith("update-") and not name.startswith(mine):
                 os.unlink(self._path(name))
-
-    def _residuals(self) -> list[int]:
-        """The rounds whose residuals are there; between two steps of a delivery there may be two."""
-        found = (_RESIDUAL.fullmatch(name) for name in os.listdir(self._folder))
-        return [int(match[1]) for match in found if match]
-
-    def _forget_residuals(self, but: int = -1) -> None:
-        for number in self._residuals():
-            if number != but:
-                os.unlink(self._residual(number))
+        begun = [_transfer(order, kind, held) for kind in ("model", "encoded", *STEPS)]
+        discard_parts(self._path("model.tw"), but=begun)
 
     def _leave(self, error: BaseException) -> None:
         """Tell the server, as far as that is quickly possible, that nothing more is to come of us."""
@@ -376,16 +385,13 @@ class Client:
     def _update(self, order: Order) -> str:
         return self._path(f"update-{order.base[:16]}.tw")
 
-    def _residual(self, number: int) -> str:
-        return self._path(f"residual-{number}.tw")
-
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
 
 
-def _step(order: Order, held: str) -> bytes:
-    """The name of the transfer that takes us from the version that we hold towards that of an order."""
-    return f"{order.base[:32]}{held[:32]}".encode()
+def _transfer(order: Order, kind: str, held: str) -> bytes:
+    """The name of the transfer of what leads towards the version of an order, from the version that we hold or none."""
+    return f"{kind} {order.base} {held if kind in STEPS else ''}".encode()
 
 
 def _remove(path: str, reason: Exception) -> None:

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from html import escape
+from operator import itemgetter
 from typing import Any, Final
 
 from tensorwire.errors import TransportError
 from tensorwire.streams import size_text
 
 Status = dict[str, Any]
+Columns = dict[str, tuple[str, Callable[[Status], str]]]
 
 _SAFE: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'", "Cache-Control": "no-store"}
 _SHOWN: Final = 50  # rounds on the page
@@ -33,14 +35,8 @@ th, td {{ white-space: nowrap; font-variant-numeric: tabular-nums }}
 .number {{ text-align: right }} .text {{ white-space: normal; min-width: 16rem; width: 99% }} .bad {{ color: #c33 }}
 </style><h1>{title}</h1><p><progress value="{round}" max="{rounds}"></progress> round {round} of {rounds},
 {delivered} of {asked} clients have delivered{curve}{clients}{history}"""
-_OF_RUN: Final = (("round", "gauge"), ("rounds", "gauge"))
-_OF_CLIENTS: Final = (
-    ("up", "counter"),
-    ("down", "counter"),
-    ("refused", "counter"),
-    ("seconds", "gauge"),
-    ("seen", "gauge"),
-)
+_OF_RUN: Final = {"round": "gauge", "rounds": "gauge"}
+_OF_CLIENTS: Final = {"up": "counter", "down": "counter", "refused": "counter", "seconds": "gauge", "seen": "gauge"}
 
 
 @contextmanager
@@ -89,54 +85,19 @@ def page(state: Status) -> str:
         delivered=states.count("delivered"),
         asked=len(states) - states.count("not asked"),
         curve=_curve([float(loss) for row in rows if (loss := _loss(row))]),
-        clients=_table("Clients", _CLIENT, [_client(client) for client in clients]),
-        history=_table("Rounds", _ROUND, [_round(row) for row in reversed(rows[-_SHOWN:])]),
+        clients=_table("Clients", _CLIENT, clients),
+        history=_table("Rounds", _ROUND, reversed(rows[-_SHOWN:])),
     )
-
-
-# The columns of the two tables, each with the class of its cells.
-_CLIENT: Final = {
-    "client": "",
-    "state": "text",
-    "last seen": "number",
-    "seconds to its update": "number",
-    "up": "number",
-    "down": "number",
-    "refused": "number",
-}
-_ROUND: Final = {
-    "round": "number",
-    "loss": "number",
-    "updates": "number",
-    "seconds": "number",
-    "up": "number",
-    "down": "number",
-    "ended by": "",
-    "brought nothing": "text",
-}
-
-
-def _client(client: Status) -> list[str]:
-    sizes = [size_text(client[way]) for way in ("up", "down")]
-    return [client["name"], client["state"], _ago(client["seen"]), f"{client['seconds']:.1f}", *sizes,
-            str(client["refused"])]  # fmt: skip
-
-
-def _round(row: Status) -> list[str]:
-    counted = str(len(row["clients"])) if row["counted"] else "too few"
-    sizes = [size_text(row[way]) for way in ("up", "down")]
-    missing = "; ".join(f"{name}: {why}" for name, why in row["missing"].items())
-    return [str(row["round"]), _loss(row), counted, f"{row['seconds']:.1f}", *sizes, row["ended"], missing]
 
 
 def metrics(state: Status) -> str:
     """The figures in the text format of Prometheus."""
     lines = []
-    for name, kind in _OF_RUN:
+    for name, kind in _OF_RUN.items():
         lines += [f"# TYPE tensorwire_fl_{name} {kind}", f"tensorwire_fl_{name} {state[name]}"]
     if state["rows"] and _loss(state["rows"][-1]):
         lines += ["# TYPE tensorwire_fl_loss gauge", f"tensorwire_fl_loss {_loss(state['rows'][-1])}"]
-    for name, kind in _OF_CLIENTS:
+    for name, kind in _OF_CLIENTS.items():
         lines.append(f"# TYPE tensorwire_fl_client_{name} {kind}")
         lines += [f'tensorwire_fl_client_{name}{{client="{c["name"]}"}} {c[name]}' for c in state["clients"]]
     return "\n".join(lines) + "\n"
@@ -166,17 +127,38 @@ def _curve(losses: list[float]) -> str:
     return f"<p>loss {losses[0]:.4g} to {losses[-1]:.4g}<br>{picture}"
 
 
-def _table(caption: str, columns: dict[str, str], rows: list[list[str]]) -> str:
-    def line(kind: str, cells: Iterable[str]) -> str:
-        shown = zip(columns.items(), cells, strict=True)
-        return "<tr>" + "".join(
-            f'<{kind} class="{look}{_alarm(name, cell)}">{escape(cell)}</{kind}>' for (name, look), cell in shown
-        )
+# The columns of the two tables: for each name the class of its cells, and what stands in one.
+_CLIENT: Final[Columns] = {
+    "client": ("", itemgetter("name")),
+    "state": ("text", itemgetter("state")),
+    "last seen": ("number", lambda client: _ago(client["seen"])),
+    "seconds to its update": ("number", lambda client: f"{client['seconds']:.1f}"),
+    "up": ("number", lambda client: size_text(client["up"])),
+    "down": ("number", lambda client: size_text(client["down"])),
+    "refused": ("number", lambda client: str(client["refused"])),
+}
+_ROUND: Final[Columns] = {
+    "round": ("number", lambda row: str(row["round"])),
+    "loss": ("number", _loss),
+    "updates": ("number", lambda row: str(len(row["clients"])) if row["counted"] else "too few"),
+    "seconds": ("number", lambda row: f"{row['seconds']:.1f}"),
+    "up": ("number", lambda row: size_text(row["up"])),
+    "down": ("number", lambda row: size_text(row["down"])),
+    "ended by": ("", itemgetter("ended")),
+    "brought nothing": ("text", lambda row: "; ".join(f"{name}: {why}" for name, why in row["missing"].items())),
+}
 
-    head, body = line("th", columns), "".join(line("td", row) for row in rows)
-    return f"<div><table><caption>{caption}</caption>{head}{body}</table></div>"
+
+def _table(caption: str, columns: Columns, rows: Iterable[Status]) -> str:
+    head = "".join(f'<th class="{look}">{name}</th>' for name, (look, _) in columns.items())
+    body = ""
+    for row in rows:
+        cells = [(name, look, text(row)) for name, (look, text) in columns.items()]
+        line = (f'<td class="{look}{_alarm(name, text)}">{escape(text)}</td>' for name, look, text in cells)
+        body += f"<tr>{''.join(line)}</tr>"
+    return f"<div><table><caption>{caption}</caption><tr>{head}</tr>{body}</table></div>"
 
 
-def _alarm(column: str, cell: str) -> str:
+def _alarm(column: str, text: str) -> str:
     """The class of a cell that somebody may want to look into."""
-    return " bad" if column == "state" and cell not in ("state", *_GOOD) else ""
+    return " bad" if column == "state" and text not in _GOOD else ""

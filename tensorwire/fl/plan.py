@@ -1,10 +1,9 @@
-"""What a run is: each setting once, from which the command line, the orders to clients and their checks derive.
+"""What a run is: each setting once, from which the orders to clients, their checks and the command line derive.
 
 A new setting is one line: its name, its type, a text and maybe a placeholder for the command line, and its default. One
 that clients must know stands in `Answer`, which puts it into every order too; others stand in `Plan`.
 """
 
-import argparse
 import random
 import re
 import zlib
@@ -67,9 +66,9 @@ class Plan(Answer):
     quorum: Annotated[int, "updates without which a round does not count", "N"] = 1
     deadline: Annotated[float, "seconds that a round may take", "S"] = 600.0
     down: Annotated[str, "codec of the models, or of their differences", "SPEC"] = "bf16"
-    down_kind: Annotated[Literal["weights", "difference"], "what the server sends to whoever holds the last model"] = (
-        "weights"
-    )
+    down_kind: Annotated[
+        Literal["weights", "difference", "patch"], "what the server sends to whoever holds the last model"
+    ] = "weights"
     max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
     max_norm: Annotated[float | None, "the largest L2 norm of an update (any)", "X"] = None
     on_norm: Annotated[Literal["reject", "clip"], "what to do with larger updates"] = "reject"
@@ -149,38 +148,6 @@ class Order(Answer):
             raise SchemaError(f"the server's order cannot be followed: {error}") from None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a command an option for every setting of a plan."""
-    for each in fields(Plan):
-        kind, text, *metavar = get_args(each.type)
-        default = f"{each.default:g}" if kind is float else each.default
-        shown = "" if default is None or kind is bool else f" ({default})"
-        options: dict[str, Any] = {"default": each.default, "help": text + shown}
-        if kind is bool:
-            options["action"] = "store_true"
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        else:
-            options |= {"type": _maker(kind), "metavar": metavar[0] if metavar else None}
-        parser.add_argument(_flag(each.name), **options)
-
-
-def from_arguments(arguments: argparse.Namespace) -> Plan:
-    """The plan that the options say. Raises ValueError."""
-    return Plan(**{each.name: getattr(arguments, each.name) for each in fields(Plan)})
-
-
-def to_arguments(plan: Plan) -> list[str]:
-    """The options that say this plan."""
-    given = [(each.name, getattr(plan, each.name)) for each in fields(Plan)]
-    values = [f"{_flag(name)}={value}" for name, value in given if value is not None and type(value) is not bool]
-    return values + [_flag(name) for name, value in given if value is True]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _fits(value: object, annotation: Any) -> bool:
     """Whether a value is of an annotated type: a class, a Literal, or a union of them. True is no int."""
     if get_origin(annotation) is Annotated:
@@ -190,8 +157,3 @@ def _fits(value: object, annotation: Any) -> bool:
     if isinstance(annotation, UnionType):
         return any(_fits(value, each) for each in get_args(annotation))
     return type(value) is annotation or (annotation is float and type(value) is int)
-
-
-def _maker(annotation: Any) -> Any:
-    """What makes a value of the text of an option: the class, or of a union with None the other."""
-    return get_args(annotation)[0] if isinstance(annotation, UnionType) else annotation

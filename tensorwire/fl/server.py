@@ -11,9 +11,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -21,11 +21,9 @@ from typing import Any, Final
 from tensorwire import Schema
 from tensorwire.errors import SchemaError, TensorwireError, TransportError, TruncatedError, WireError, show
 from tensorwire.fl.averaging import Averaging
-from tensorwire.fl.bounds import Bounded
 from tensorwire.fl.members import Member, Members
 from tensorwire.fl.plan import Order, Plan
 from tensorwire.fl.store import Store
-from tensorwire.fl.trained import numbers
 from tensorwire.fl.versions import Versions
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import rename
@@ -40,16 +38,22 @@ from tensorwire.transfer import (
     refuse,
     say,
     send_stream,
-    wait,
 )
-from tensorwire.transports import HANDSHAKE, AsyncTransport, speaks_for
-from tensorwire.updates import LeftOut, Terms, Update, UpdateError, Verdict, check_update
+from tensorwire.transports import HANDSHAKE, AsyncTransport, Turns, speaks_for
+from tensorwire.updates import (
+    BoundedRecording,
+    LeftOut,
+    Terms,
+    Update,
+    UpdateError,
+    Verdict,
+    check_update,
+    finite_metrics,
+)
 
 _HOLD: Final = 10.0  # seconds that somebody who would rather wait than ask again is kept at most
 _UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
 _LINE: Final = 16  # who may wait for that on a connection; others are told to come again
-_STALL: Final = 5.0  # seconds in which somebody in whose way others wait must send
-_LEAST: Final = 4096  # bytes, or give up its place
 _MOST_CORRUPT: Final = 3  # broken uploads of one client in a round before it is out of it
 _LAST_WORDS: Final = 10.0  # seconds in which clients hear that the run is over
 _ROWS: Final = 1000  # that are kept for whoever looks
@@ -91,8 +95,7 @@ class Server:
         self._transfers: dict[str, bytes] = {}  # what each client was last received as
         self._traffic = {"down": 0, "up": 0}
         self._changed = asyncio.Condition()
-        self._slots = asyncio.Semaphore(_UPLOADS)
-        self._line = 0  # who waits for a slot
+        self._turns = Turns(_UPLOADS, line=_LINE)
 
     @property
     def base(self) -> str:
@@ -186,7 +189,7 @@ class Server:
                 self.members.nothing_from(member.name, why or "it gave no reason", gone=gone)
 
     async def _send_model(self, member: Member, request: Mapping[str, Any], transport: AsyncTransport) -> None:
-        """Send what takes a client on from the version that it holds: the difference to the next, or a whole one."""
+        """Send what takes a client on from the version that it holds: the step to the next, or a whole one."""
         if not self.base or request.get("base", self.base) != self.base:
             stale = RefusedError(f"the run is in round {self.round}: ask for its task", kind="stale", retryable=True)
             await transport.run(refuse(stale))
@@ -200,13 +203,9 @@ class Server:
             self._traffic["down"] += transport.sent - before
 
     async def _receive_update(self, member: Member, transport: AsyncTransport) -> None:
-        if self._line >= _LINE:
-            await transport.run(refuse(RefusedError("many are waiting: come again", kind="busy", retryable=True)))
-            return
-        before = transport.received
+        before, receiving = transport.received, receive_stream(partial(self._open_upload, member))
         try:
-            async with self._slot(transport):
-                await self._while_bytes_come(receive_stream(partial(self._open_upload, member)), member, transport)
+            await self._turns.take(transport, receiving, is_working=lambda: member.working)
         except WireError as error:
             member.corrupt += not isinstance(error, (TruncatedError, SchemaError))
             if member.corrupt > _MOST_CORRUPT:
@@ -222,36 +221,6 @@ class Server:
         with self._lock:
             member.refused += 1
             self.members.nothing_from(member.name, f"refused: {error}")
-
-    @asynccontextmanager
-    async def _slot(self, transport: AsyncTransport) -> AsyncIterator[None]:
-        """A turn to be received and checked, which takes some frames of memory; the client is told to wait for it."""
-        turn = asyncio.ensure_future(self._slots.acquire())
-        self._line += 1
-        try:
-            try:
-                while not (await asyncio.wait([turn], timeout=_HOLD))[0]:
-                    await transport.run(wait())
-            finally:
-                self._line -= 1
-            yield
-        finally:
-            if not turn.cancel():
-                self._slots.release()
-
-    async def _while_bytes_come(self, conversation: Any, member: Member, transport: AsyncTransport) -> None:
-        """Hold a conversation, unless others wait and nothing comes. Raises TransportError."""
-        receiving = asyncio.ensure_future(transport.run(conversation))
-        try:
-            before = transport.received
-            while not (await asyncio.wait([receiving], timeout=_STALL))[0]:
-                if self._line and not member.working and transport.received - before < _LEAST:
-                    raise TransportError("others are waiting, and nothing comes: connect again to go on")
-                before = transport.received
-        finally:
-            receiving.cancel()
-            await asyncio.wait([receiving])
-        receiving.result()
 
     @contextmanager
     def working(self, member: Member) -> Iterator[None]:
@@ -352,7 +321,7 @@ class Server:
         store.save(number + 1, self.model)
         self.round += 1
         clients = {
-            name: {**numbers(each.terms.metrics)[0], "weight": each.terms.weight, "norm": each.norm}
+            name: {**finite_metrics(each.terms.metrics)[0], "weight": each.terms.weight, "norm": each.norm}
             for name, each in updates.items()
         }
         row = {"round": number, "seconds": time.monotonic() - began, **self._traffic, "clients": clients}
@@ -407,7 +376,7 @@ class _Model(Recorded):
             raise TransportError("the round has ended") from None
 
 
-class _Upload(Bounded):
+class _Upload(BoundedRecording):
     """An update on its way in. It takes its name, and counts, once it has been checked."""
 
     def __init__(self, server: Server, member: Member, path: str, transfer: bytes) -> None:

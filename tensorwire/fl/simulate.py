@@ -15,9 +15,22 @@ from tensorwire.errors import NonFiniteError
 from tensorwire.fl.averaging import Averaging
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
-from tensorwire.fl.trained import numbers, plain, write_update
 from tensorwire.fl.versions import Versions
-from tensorwire.updates import ErrorFeedback, Rules, Terms, Update, UpdateError, arrays, check_update, copies, receive
+from tensorwire.updates import (
+    ErrorFeedback,
+    Rules,
+    Terms,
+    Update,
+    UpdateError,
+    arrays,
+    as_number,
+    check_update,
+    copies,
+    exact_vectors,
+    finite_metrics,
+    receive,
+    write_update,
+)
 
 
 @dataclass(frozen=True)
@@ -75,23 +88,22 @@ class _Client:
         self._task = task
         self._plan = plan
         self._number = number
-        self._last = -1  # the round that it last took part in
 
     def update(self, held: Any, model: Any, number: int, rules: Rules) -> Update:
         """Train and send: the client's work, and what the server makes of it. Raises UpdateError, NonFiniteError."""
         plan = self._plan
         state, weight, metrics = self._task.train(copies(held), self._number, number)
-        counted = plain(weight)
+        counted = as_number(weight)
         if counted is None or not counted > 0:
             raise UpdateError(f"its weight is {weight!r:.40}", reason="weight")
-        terms = Terms(plan.name, number, self.base, self.name, plan.kind, counted, numbers(metrics)[0])
+        terms = Terms(plan.name, number, self.base, self.name, plan.kind, counted, finite_metrics(metrics)[0])
         feedback = ErrorFeedback(self._residual) if plan.feedback else None
         if feedback is not None:
-            feedback.age(plan.age ** (number - self._last - 1))
-        write_update(self.path, plan, held, state, terms, feedback)
+            feedback.begin(number, plan.age)
+        codec, seed = exact_vectors(plan.up), plan.seed_of(plan.name, number, self.name)
+        write_update(self.path, state, held, terms, codec=codec, stochastic=seed, feedback=feedback)
         with self.path.open("rb", buffering=0) as file:
             update = check_update(file, model, terms, rules, recording=self.path)
         if feedback is not None:
             feedback.save(self._residual)
-            self._last = number
         return update

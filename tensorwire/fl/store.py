@@ -18,6 +18,7 @@ import tensorwire
 from tensorwire.errors import SchemaError, StorageError, WireError
 from tensorwire.fl.members import NAME
 from tensorwire.storage import write_file
+from tensorwire.storage.parts import discard_parts
 from tensorwire.updates import Terms, arrays
 
 Model = dict[str, npt.NDArray[Any]]
@@ -97,14 +98,10 @@ class Store:
 
     def drop(self, number: int, client: str, *, parts_only: bool = False) -> None:
         """Remove a client's update and what belongs to it: notes of receipts, or just what was received in parts."""
-        folder, path = self._path(f"round-{number}"), self.update(number, client)
-        begin, end = f".{os.path.basename(path)}.", (".part",) if parts_only else (".part", ".done")
         with suppress(FileNotFoundError):
-            for name in os.listdir(folder):
-                if name.startswith(begin) and name.endswith(end):
-                    os.unlink(os.path.join(folder, name))
+            discard_parts(self.update(number, client), notes=not parts_only)
             if not parts_only:
-                os.unlink(path)
+                os.unlink(self.update(number, client))
 
     def write(self, number: int, what: str, clients: list[str]) -> None:
         """Write down whom the round asks (`what` is "asked"), or whose updates it counts ("closed")."""

@@ -1,54 +1,60 @@
 """What a server hands out: the model of each round, whole, and from one round to the next what has changed.
 
-A version is what clients hold of a model. Where a plan sends whole models, that is what their codec makes of the
-model. Where it sends differences, a version is the one before plus a difference that was encoded once: what its codec
-drops is part of the next difference. The difference leads whoever holds the version before to the very same bits.
+A version is what clients hold of a model. Where a plan sends whole models or patches, that is what their codec makes
+of the model. Where it sends differences, a version is the one before plus a difference that was encoded once: what its
+codec drops is part of the next difference. Differences and patches lead whoever holds the version before to the very
+same bits.
 
 Each version is a stream in `broadcast-N.tw`, and the digest of that stream is its name, however it travelled: the same
-tensors under the same terms are the same bytes, so that a client which has added a difference to what it holds writes
-the server's file and knows by its digest that it has. `difference-N.tw` leads from version N - 1 to version N and
-stands only while it does. A client that holds none of the versions from which differences lead here gets the whole
-stream; a lossless patch would be another way, and its place is `way`.
+tensors under the same terms are the same bytes, so that a client which has taken a step from what it holds writes the
+server's file and knows by its digest that it has. `difference-N.tw` or `patch-N.tw` is the step from version N - 1 to
+version N, and stands only while it leads to the newest. A client that holds none of the versions from which steps lead
+here gets the whole: the version itself or, beside patches, `whole-N.tw`, which is the version once it is decoded.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import tensorwire
 from tensorwire.errors import TensorwireError
 from tensorwire.fl.plan import Plan
 from tensorwire.storage import write_file
-from tensorwire.transfer import Frames, Recorded
+from tensorwire.streams import size_text
+from tensorwire.transfer import Recorded
 from tensorwire.updates import (
     Arrays,
     Terms,
     Views,
     check_update,
+    empty_like,
     encode,
+    encode_patch,
     exact_vectors,
     receive,
     subtract,
+    terms_of,
     views,
 )
-from tensorwire.wire import StreamStart
 
-_OURS: Final = re.compile(r"(broadcast|difference)-(\d+)\.tw")
+STEPS: Final = ("difference", "patch")  # kinds of streams that lead from one version to the next
+_OURS: Final = re.compile(rf"(broadcast|whole|{'|'.join(STEPS)})-(\d+)\.tw")
 
 
 class Way(NamedTuple):
-    """A stream that takes whoever holds version `held` on: the difference to the next, or a whole one from nothing."""
+    """A stream that takes whoever holds version `held` to the next one, or ("") anybody to the newest.
 
-    held: str
+    `kind` is what it is called when it is offered: one of `STEPS`; "model", the version as it stands; or "encoded", of
+    which the version is what it decodes to.
+    """
+
+    kind: str
     path: str
     size: int
-
-    @property
-    def kind(self) -> str:
-        """What it is called when it is offered."""
-        return "difference" if self.held else "model"
+    held: str = ""
 
 
 class Versions:
@@ -68,15 +74,12 @@ class Versions:
         """Make version `number`, of `model`, where it does not stand there as it was made; forget what is too old."""
         path = self._path("broadcast", number)
         if not self._standing(path):
-            with suppress(FileNotFoundError):
-                os.unlink(self._path("difference", number))
-            if self._plan.down_kind == "weights":
-                write_file(path, self._encoded(views(model), Terms(self._plan.name, number)))
-            else:
-                write_file(path, stream(views(self._next(number, model)), self._plan.name, number))
-        new = Way("", path, os.path.getsize(path))
+            for kind in ("whole", *STEPS):
+                self._remove(kind, number)
+            self._make(number, model)
+        new = self._newest(number)
         # In this order, as clients may ask meanwhile: whoever hears of the new version finds the ways to it.
-        self._ways, self._whole = self._differences(number, new.size), new
+        self._ways, self._whole = self._steps(number, new.size), new
         self.base = Recorded(path).digest
         self._forget(number)
 
@@ -88,64 +91,101 @@ class Versions:
                 return ways[first:]
         return [self._whole]
 
-    def _next(self, number: int, model: Arrays) -> Arrays:
-        """What clients will hold: the last version and a difference, made here; the model itself where that fails."""
-        before, path = self._path("broadcast", number - 1), self._path("difference", number)
-        if number == 0:
+    def _make(self, number: int, model: Arrays) -> None:
+        """Write version `number`, and before it what leads there."""
+        path, terms, kind = self._path("broadcast", number), Terms(self._plan.name, number), self._plan.down_kind
+        if kind == "weights":
+            write_file(path, self._encoded(views(model), terms))
+            return
+        version = self._sent(model, terms) if kind == "patch" else model
+        if number > 0:
+            try:
+                version = self._step_towards(version, terms)
+            except (TensorwireError, OSError) as error:
+                self._on_note(f"round {number} is sent whole, and not as a {kind}: {error}")
+                self._remove(kind, number)
+        write_file(path, stream(views(version), terms.run, number))
+
+    def _sent(self, model: Arrays, terms: Terms) -> Arrays:
+        """What the codec makes of a model."""
+        if self._plan.down == "raw":
             return model
-        try:
-            held: Arrays = tensorwire.numpy.load_file(before)
-            terms = Terms(self._plan.name, number, Recorded(before).digest, kind="difference")
-            write_file(path, self._encoded(subtract(model, held), terms))
-            with open(path, "rb", buffering=0) as file:
-                check_update(file, held, terms)  # the difference of two finite numbers need not be one
-            with open(path, "rb", buffering=0) as file:
-                receive(file, held, held=terms.base)
-        except (TensorwireError, OSError) as error:
-            self._on_note(f"round {number} is sent whole, and not as a difference: {error}")
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            return model
+        version, path = empty_like(model), self._path("whole", terms.round)
+        write_file(path, self._encoded(views(model), terms))
+        with open(path, "rb", buffering=0) as file:
+            receive(file, version)
+        return version
+
+    def _step_towards(self, version: Arrays, terms: Terms) -> Arrays:
+        """Write what leads on from the version before. Returns where to: a difference gets there as far as it can."""
+        before, path = self._path("broadcast", terms.round - 1), self._path(self._plan.down_kind, terms.round)
+        held: Arrays = tensorwire.numpy.load_file(before)
+        terms = replace(terms, base=Recorded(before).digest)
+        if self._plan.down_kind == "patch":
+            write_file(path, encode_patch(version, held, terms))
+            return version
+        write_file(path, self._encoded(subtract(version, held), replace(terms, kind="difference")))
+        with open(path, "rb", buffering=0) as file:
+            check_update(file, held, terms)  # the difference of two finite numbers need not be one
+        with open(path, "rb", buffering=0) as file:
+            receive(file, held, held=terms.base)
         return held
 
     def _encoded(self, tensors: Views, terms: Terms) -> Iterator[Any]:
         seed = self._plan.seed_of(terms.run, terms.round, "")
         return encode(tensors, terms, codec=self._codec, stochastic=seed)
 
-    def _differences(self, number: int, most: int) -> dict[int, Way]:
+    def _newest(self, number: int) -> Way:
+        """What leads to version `number` from nothing. One that is not to be had in its codec is sent as it stands."""
+        kind, path = "encoded", self._path("whole", number)
+        if self._standing(path) is None:
+            kind, path = "model", self._path("broadcast", number)
+        return Way(kind, path, os.path.getsize(path))
+
+    def _steps(self, number: int, most: int) -> dict[int, Way]:
         """Those that lead to version `number`, as many as take no more than `most` bytes.
 
         Those that were found for the version before are not read again.
         """
         found: dict[int, Way] = {}
         while number > 0:
-            way = self._ways.get(number) or self._difference(number)
+            way = self._ways.get(number) or self._step(number)
             if way is None or way.size > most:
+                if way is not None and way.kind == "patch" and not found:
+                    sizes = f"{size_text(way.size)}, and the whole {size_text(most)}"
+                    self._on_note(f"round {number} is sent whole, and not as a patch, which takes {sizes}")
                 break
             found[number] = way
             number, most = number - 1, most - way.size
         return dict(sorted(found.items()))
 
-    def _difference(self, number: int) -> Way | None:
-        path = self._path("difference", number)
-        terms = self._standing(path)
-        return None if terms is None else Way(terms.base, path, os.path.getsize(path))
+    def _step(self, number: int) -> Way | None:
+        for kind in STEPS:
+            path = self._path(kind, number)
+            terms = self._standing(path)
+            if terms is not None and terms.base:
+                return Way(kind, path, os.path.getsize(path), terms.base)
+        return None
 
     def _forget(self, number: int) -> None:
-        """Remove versions before this one, and differences that nobody is sent any more."""
+        """Remove versions before this one, and steps that nobody is sent any more."""
         for name in os.listdir(self._folder):
             if match := _OURS.fullmatch(name):
-                kept = {number} if match[1] == "broadcast" else self._ways.keys()
+                kept = self._ways.keys() if match[1] in STEPS else {number}
                 if int(match[2]) not in kept:
                     os.unlink(os.path.join(self._folder, name))
 
     def _standing(self, path: str) -> Terms | None:
         """The terms of a stream that stands there whole; a damaged one is removed."""
-        terms = whole(path)
+        terms = terms_of(path)
         if terms is None and os.path.lexists(path):
             self._on_note(f"{path} is damaged, and made anew or done without")
             os.unlink(path)
         return terms
+
+    def _remove(self, kind: str, number: int) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(kind, number))
 
     def _path(self, kind: str, number: int) -> str:
         return os.path.join(self._folder, f"{kind}-{number}.tw")
@@ -154,16 +194,3 @@ class Versions:
 def stream(tensors: Views, run: str, number: int) -> Iterator[Any]:
     """The buffers of a version as a stream: the same for everybody who holds the same tensors."""
     return encode(tensors, Terms(run, number))
-
-
-def whole(path: str) -> Terms | None:
-    """The terms of a stream on the disk, if it is all there, as it was written."""
-    terms = None
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for frame in Frames(file):
-                if isinstance(frame.event, StreamStart):
-                    terms = Terms.parse(dict(frame.event.info.metadata))
-    except (OSError, TensorwireError):
-        return None
-    return terms

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Final
@@ -49,7 +49,7 @@ class Part:
 
     def __init__(self, path: str | os.PathLike[str], key: bytes) -> None:
         self._target = Target(path)
-        stem = f".{_shortened(self._target.name)}.{sha256(key).hexdigest()[:16]}"
+        stem = _stem(self._target.name, key)
         self._name, self._made_name, self._note_name = f"{stem}.part", f"{stem}.made", f"{stem}.done"
         self._fd: int | None = None
 
@@ -250,17 +250,38 @@ class Part:
 
 def has_note(path: str | os.PathLike[str]) -> bool:
     """Whether some part has taken this name, and its note was not forgotten yet."""
-    folder, name = os.path.split(os.fsdecode(path))
-    begin = f".{_shortened(name)}."
     try:
-        names = os.listdir(folder or os.curdir)
+        return any(name.endswith(".done") for name in _left_beside(path))
     except OSError:
         return False
-    return any(name.startswith(begin) and name.endswith(".done") for name in names)
+
+
+def discard_parts(path: str | os.PathLike[str], *, but: Iterable[bytes] = (), notes: bool = True) -> None:
+    """Remove what parts with this name have left beside it, but for those of the keys `but`.
+
+    `notes`: their notes, too. Nobody may be writing them.
+    """
+    folder, name = os.path.split(os.fsdecode(path))
+    kept = tuple(f"{_stem(name, key)}." for key in but)
+    for left in _left_beside(path):
+        if not left.startswith(kept) and (notes or not left.endswith(".done")):
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, left))
+
+
+def _left_beside(path: str | os.PathLike[str]) -> list[str]:
+    """The names of what parts with this name have left beside it."""
+    folder, name = os.path.split(os.fsdecode(path))
+    begin = f".{_shortened(name)}."
+    return [name for name in os.listdir(folder or os.curdir) if name.startswith(begin)]
 
 
 def _is_own_file(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def _stem(name: str, key: bytes) -> str:
+    return f".{_shortened(name)}.{sha256(key).hexdigest()[:16]}"
 
 
 def _shortened(name: str) -> str:

@@ -10,6 +10,7 @@ from tensorwire.transports.memory import MemoryTransport
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 from tensorwire.transports.resume import PATIENCE, send_resuming, send_resuming_async
 from tensorwire.transports.tls import client_tls, is_loopback, server_tls, speaks_for
+from tensorwire.transports.turns import Turns
 
 __all__ = [
     "HANDSHAKE",
@@ -20,6 +21,7 @@ __all__ = [
     "MemoryTransport",
     "TcpListener",
     "TcpTransport",
+    "Turns",
     "client_tls",
     "is_loopback",
     "send_resuming",

@@ -17,24 +17,27 @@ computed when they are read, so that functions from views to views (`subtract`, 
 `stochastic_bf16`) take no memory of their own and can be put in a row.
 """
 
+from tensorwire.updates.answer import write_update
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
 from tensorwire.updates.combine import combine
 from tensorwire.updates.compressor import Compressor, Message, message_size
 from tensorwire.updates.difference import Views, added, proximal, subtract, views
 from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
-from tensorwire.updates.message import Arrays, arrays, encode, receive
+from tensorwire.updates.message import Arrays, arrays, encode, encode_patch, receive, receive_patch, terms_of
 from tensorwire.updates.methods import Method
 from tensorwire.updates.optimizer import ServerOptimizer
+from tensorwire.updates.recording import BoundedRecording
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
-from tensorwire.updates.states import copies, empty_like, matched
+from tensorwire.updates.states import copies, empty_like, fingerprint, matched
 from tensorwire.updates.tensors import is_equal, is_finite, mean_of
-from tensorwire.updates.terms import Terms, UpdateKind, check_weight
+from tensorwire.updates.terms import Terms, UpdateKind, as_number, check_weight, finite_metrics
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
     "Arrays",
+    "BoundedRecording",
     "Compressor",
     "ErrorFeedback",
     "LeftOut",
@@ -53,6 +56,7 @@ __all__ = [
     "WeightedMean",
     "added",
     "arrays",
+    "as_number",
     "average",
     "ceilings",
     "check_update",
@@ -62,7 +66,10 @@ __all__ = [
     "copies",
     "empty_like",
     "encode",
+    "encode_patch",
     "exact_vectors",
+    "fingerprint",
+    "finite_metrics",
     "is_equal",
     "is_finite",
     "matched",
@@ -71,8 +78,11 @@ __all__ = [
     "normalized",
     "proximal",
     "receive",
+    "receive_patch",
     "stochastic_bf16",
     "subtract",
+    "terms_of",
     "views",
     "without_outliers",
+    "write_update",
 ]

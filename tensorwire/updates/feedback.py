@@ -5,7 +5,7 @@ Seide et al., 1-Bit SGD (Interspeech 2014); Karimireddy et al., arXiv:1901.09847
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import tensorwire
 from tensorwire.codecs import as_floats, from_floats, is_calculated
 from tensorwire.dtypes import DType
-from tensorwire.errors import EncodeError
+from tensorwire.errors import EncodeError, SchemaError, show
 from tensorwire.kernels import default_environment
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams import Pieces
@@ -22,12 +22,15 @@ from tensorwire.updates.difference import Bytes, Views, derived, key_of
 
 Floats = npt.NDArray[np.floating[Any]]
 
+_ROUND: Final = "tensorwire.round"
+
 
 class ErrorFeedback:
     """The residual of one sender, in float32 (of float64 tensors in float64); zeros at first.
 
     `path`: the file that `save` wrote, to go on from it where there is one. `residual`: what the attribute of that name
-    held, a flat array for each tensor, to go on from where it was kept otherwise; it is taken over.
+    held, a flat array for each tensor, to go on from where it was kept otherwise; it is taken over. `round`: that of
+    the last update that something was left of, -1 before the first.
 
         sent = feedback.add(subtract(trained, base))
         message = b"".join(encode(sent, terms, codec="nf4"))
@@ -39,8 +42,11 @@ class ErrorFeedback:
         self, path: str | os.PathLike[str] | None = None, *, residual: dict[str, Floats] | None = None
     ) -> None:
         self.residual: dict[str, Floats] = {} if residual is None else residual
+        self.round = -1
         if path is not None and os.path.exists(path):
-            self.residual = tensorwire.numpy.load_file(path)
+            about: dict[str, str] = {}
+            self.residual = tensorwire.numpy.load_file(path, metadata_into=about)
+            self.round = _number(about.get(_ROUND, "-1"))
 
     def add(self, tensors: Views) -> Views:
         """The tensors with their residuals added; those that are not floating-point as they are.
@@ -70,9 +76,14 @@ class ErrorFeedback:
         for residual in self.residual.values():
             residual *= factor
 
+    def begin(self, number: int, factor: float) -> None:
+        """Round `number` begins: the residual counts less, by `factor`, for each since its own that did not ask us."""
+        self.age(factor ** max(number - self.round - 1, 0))
+        self.round = number
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the residual to a `.tw` file, which appears under its name only when complete."""
-        tensorwire.numpy.save_file(self.residual, path)
+        tensorwire.numpy.save_file(self.residual, path, metadata={_ROUND: str(self.round)})
 
     def _of(self, name: str, view: TensorView) -> Floats:
         dtype = np.dtype(np.float64 if view.dtype.part_size == np.dtype(np.float64).itemsize else np.float32)
@@ -81,6 +92,13 @@ class ErrorFeedback:
         if residual.size != count or residual.dtype != dtype:
             raise EncodeError("the residual kept for error feedback is of another model", item=name)
         return residual
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SchemaError(f"the residual is of round {show(text)}, which is no number") from None
 
 
 def _sum(view: TensorView, residual: Floats) -> Callable[[int, int], Bytes]:

@@ -1,5 +1,6 @@
 """Tensors under terms as a stream, and back into the memory of a receiver."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,16 +12,17 @@ import tensorwire
 from tensorwire import streams
 from tensorwire.codecs import as_floats, from_floats, is_calculated
 from tensorwire.dtypes import DType
-from tensorwire.errors import SchemaError
+from tensorwire.errors import SchemaError, TensorwireError
 from tensorwire.kernels import default_environment
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
 from tensorwire.streams import CodecChoice, Piece, Pieces
 from tensorwire.tensor import ViewFront
+from tensorwire.transfer import Frames
 from tensorwire.updates.difference import Bytes, Views, key_of, view_of
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.terms import Terms
-from tensorwire.wire import Item
+from tensorwire.wire import Item, StreamStart
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -87,6 +89,38 @@ def receive(source: Any, into: Mapping[str, Any], *, held: str = "", limits: Lim
     schema.check_complete()
     assert terms is not None
     return terms, pieces.digest.hex()
+
+
+def encode_patch(new: Arrays, base: Arrays, terms: Terms, *, limits: Limits = DEFAULT) -> Iterator[Any]:
+    """The buffers of the patch from `base` to `new` under `terms`. Raises as `tensorwire.encode` with `base=`."""
+    return streams.encode_patch(new, base, FRONT, metadata=terms.metadata(), limits=limits)
+
+
+def receive_patch(source: Any, into: Mapping[str, Any], *, held: str, limits: Limits = DEFAULT) -> Terms:
+    """Apply a patch to the tensors `into`, which are what the stream with digest `held` made of them; its terms.
+
+    `source`: as in `tensorwire.decode`. Raises a WireError for what is no whole patch, and SchemaError for one that is
+    for something else: nothing was written then.
+    """
+    patch = tensorwire.Patch.read(source, limits=limits)
+    terms = Terms.parse(patch.metadata)
+    if not held or terms.base != held:
+        raise SchemaError("the patch is for another version than the one that is held here. Nothing was written")
+    patch.apply(arrays(into), FRONT, limits=limits)
+    return terms
+
+
+def terms_of(path: str | os.PathLike[str]) -> Terms | None:
+    """The terms of a stream on the disk; None where there is none, or it is not all there as it was written."""
+    terms = None
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for frame in Frames(file):
+                if isinstance(frame.event, StreamStart):
+                    terms = Terms.parse(dict(frame.event.info.metadata))
+    except (OSError, TensorwireError):
+        return None
+    return terms
 
 
 def arrays(state: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorwire.checksum import crc32c
 from tensorwire.errors import SchemaError, show
 from tensorwire.updates.difference import Views, views
 from tensorwire.updates.message import arrays
@@ -51,6 +52,14 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
             raise SchemaError(f"the model has one tensor for this and {show(first)}, training gave two", item=name)
         made[name] = replace(view, identity=was.identity)
     return made
+
+
+def fingerprint(state: Mapping[str, Any]) -> int:
+    """What changes when somebody writes to the tensors of `state`, which are contiguous and on the CPU."""
+    crc = 0
+    for array in arrays(state).values():
+        crc = crc32c(array.reshape(-1).view(np.uint8), crc)
+    return crc
 
 
 def _ties(tensors: Views) -> dict[str, object]:

@@ -5,13 +5,15 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from tensorwire.errors import EncodeError, SchemaError
 
 UpdateKind = Literal["weights", "difference"]
 
 _KEY: Final = "tensorwire.terms"
+_METRICS: Final = 500  # that an update may report
+_NAME: Final = 64  # characters of the name of one
 _KINDS: Final = get_args(UpdateKind)
 _TYPES: Final = {"run": str, "round": int, "base": str, "client": str, "metrics": dict}
 
@@ -60,3 +62,26 @@ def check_weight(weight: object, most: float = math.inf) -> None:
     bound = min(most, sys.float_info.max)
     if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight <= bound:
         raise ValueError(f"a weight must be a finite number above 0 and at most {bound:g}, not {weight!r:.40}")
+
+
+def finite_metrics(metrics: Any) -> tuple[dict[str, float], list[str]]:
+    """Metrics as plain finite numbers, and the names of those that are none, or too many, or of too long a name."""
+    kept: dict[str, float] = {}
+    dropped = []
+    for name, value in dict(metrics or {}).items():
+        number = as_number(value)
+        name = str(name)
+        if number is None or not math.isfinite(number) or len(kept) == _METRICS or len(name) > _NAME:
+            dropped.append(name[:_NAME])
+        else:
+            kept[name] = number
+    return kept, dropped
+
+
+def as_number(value: Any) -> float | None:
+    """A number of any library, a tensor of one element too, as Python's own; None for what is no number."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if isinstance(value, (bool, int, float)) else None
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        return None

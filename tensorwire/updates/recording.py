@@ -9,15 +9,19 @@ import tensorwire
 from tensorwire.errors import LimitError
 from tensorwire.limits import DEFAULT, KIB, MIB, Limits
 from tensorwire.transfer import Recording
-from tensorwire.updates import views
+from tensorwire.updates.difference import views
+from tensorwire.wire import Item
 
 _FRAME: Final = 2 * KIB  # bytes of elements that frames must carry on average: each costs some 50 us
 _ITEM: Final = 8 * KIB  # bytes that an item's description, headers and scales may take
 _SPARE: Final = 1 * MIB
 
 
-class Bounded(Recording):
+class BoundedRecording(Recording):
     """A recording of a stream of just the tensors of `model`, of bounded size, number of frames and metadata.
+
+    `patch`: of a patch to such a model, whose tensors have ranks for names; `tensorwire.apply` holds them against it.
+    `convert`, `finish`: as in `Recording`.
 
     Raises SchemaError and LimitError, and keeps nothing of what it refuses.
     """
@@ -28,6 +32,7 @@ class Bounded(Recording):
         transfer: bytes,
         model: Mapping[str, Any],
         *,
+        patch: bool = False,
         convert: Callable[[str, str], None] | None = None,
         finish: Callable[[str], None] | None = None,
         limits: Limits = DEFAULT,
@@ -43,7 +48,7 @@ class Bounded(Recording):
         super().__init__(
             path,
             transfer,
-            check=lambda: tensorwire.schema(schema).check,
+            check=lambda: _accept if patch else tensorwire.schema(schema).check,
             convert=convert,
             finish=finish,
             limits=limits,
@@ -58,6 +63,10 @@ class Bounded(Recording):
         except LimitError:
             self.discard()
             raise
+
+
+def _accept(item: Item) -> None:
+    pass
 
 
 def _bytes_of(model: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""A whole run on one machine: a server and its clients, each a process of its own, talking over loopback."""
+"""`tensorwire fl run`: a server and its clients, each a process of its own, talking over loopback."""
 
 import json
 import os
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import tensorwire
+from tensorwire.cli.settings import options_of
 from tensorwire.errors import TensorwireError
-from tensorwire.fl.plan import Plan, to_arguments
+from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
 from tensorwire.transfer import greet, hear, say
 from tensorwire.transports import TcpTransport
@@ -23,7 +24,7 @@ from tensorwire.transports import TcpTransport
 Row = dict[str, Any]
 
 # As the command `tensorwire` does, which does not look for packages in the current folder.
-_COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.fl.local import child; child()"
+_COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.cli.local import child; child()"
 _START: Final = 60.0  # seconds that the server has to listen
 _END: Final = 5.0  # seconds that clients have to end once the run has
 _LOOK: Final = 0.05  # seconds between two looks at the processes
@@ -50,7 +51,7 @@ def run(
     tensorwire.save_file(dict(task.initial()), out / "initial.tw")
     clients: list[_Process] = []
     listen = ["--listen=127.0.0.1:0", f"--state={out / 'state'}", f"--initial={out / 'initial.tw'}"]
-    server = _Process(out, "server", [*listen, *to_arguments(plan), *asked])
+    server = _Process(out, "server", [*listen, *options_of(plan), *asked])
     try:
         port = _port(server)
         for number in range(plan.clients):
@@ -221,38 +222,3 @@ def _port(server: _Process) -> int:
             break
         time.sleep(0.02)
     raise RunError(f"the server does not listen: {server.obituary()}")
-
-
-def draw(rows: Sequence[Row], plan: Plan, path: Path) -> bool:
-    """Loss over rounds and over bytes, and the server's memory, as one picture; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        return False
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    up, down = ("differences" if kind == "difference" else kind for kind in (plan.kind, plan.down_kind))
-    figure.suptitle(f"{plan.clients} clients, {up} up as {plan.up}, {down} down as {plan.down}")
-    by_round, by_bytes, memory = figure.subplots(1, 3)
-    rounds, losses = [row["round"] for row in rows], [row["loss"] for row in rows]
-    unit, name = (1e6, "MB") if rows[-1]["fp32_bytes"] >= 1e6 else (1e3, "kB")
-    moved = [row["bytes"] / unit for row in rows]
-    plain = [row["fp32_bytes"] / unit for row in rows]
-    peaks = [row["server_mib"] for row in rows[1:]]
-    by_round.plot(rounds, losses, marker="o", markersize=3)
-    by_bytes.plot(moved, losses, marker="o", markersize=3, label=f"{plan.up} up, {plan.down} down")
-    by_bytes.plot(plain, losses, linestyle="--", color="#666666", label="the same rounds as fp32")
-    by_bytes.legend(frameon=False)
-    memory.plot(rounds[1:], peaks, marker="o", markersize=3)
-    memory.set_ylim(0, 1.15 * max(peaks))
-    for axes, x, y in (
-        (by_round, "round", "loss on held-out data"),
-        (by_bytes, f"{name} over the sockets", "loss on held-out data"),
-        (memory, "round", "peak memory of the server, MiB"),
-    ):
-        axes.set(xlabel=x, ylabel=y)
-        axes.spines[["top", "right"]].set_visible(False)
-        if x == "round":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=100)
-    return True

@@ -1,0 +1,42 @@
+"""The update that answers training."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tensorwire.storage import write_file
+from tensorwire.streams import CodecChoice
+from tensorwire.updates.difference import subtract
+from tensorwire.updates.feedback import ErrorFeedback
+from tensorwire.updates.message import encode
+from tensorwire.updates.states import matched
+from tensorwire.updates.terms import Terms
+
+
+def write_update(
+    path: str | os.PathLike[str],
+    state: Any,
+    base: Mapping[str, Any],
+    terms: Terms,
+    *,
+    codec: CodecChoice = "raw",
+    stochastic: int | None = None,
+    feedback: ErrorFeedback | None = None,
+) -> None:
+    """Write the update of training that has made `state` of `base`, and settle with `feedback` what it leaves out.
+
+    What travels is `terms.kind`: the state's weights, or their difference to the base. `codec`, `stochastic`: as in
+    `encode`. The file appears under its name only when complete. Raises what `matched` and `encode` raise.
+
+        terms = Terms("my run", 3, base=digest, client="ann", kind="difference", weight=100)
+        write_update("update.tw", trained, base, terms, codec="nf4", feedback=ErrorFeedback("residual.tw"))
+    """
+    sent = matched(state, base)
+    if terms.kind == "difference":
+        sent = subtract(sent, base)
+    if feedback is not None:
+        sent = feedback.add(sent)
+    write_file(path, encode(sent, terms, codec=codec, stochastic=stochastic))
+    if feedback is not None:
+        with open(path, "rb", buffering=0) as file:
+            feedback.settle(sent, file)
