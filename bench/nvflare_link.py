@@ -93,11 +93,16 @@ def serve(options: argparse.Namespace) -> None:
     run = recipe(options.serve, options.size_mb, options.rounds).execute(environment)
     run.get_result()
     moved = carried() - before
-    text = (kits / f"{options.address}.out").read_text()
-    seconds = [round_seconds(text, number) for number in range(1, options.rounds)]
-    result = {"seconds": round(statistics.median(seconds), 2), "each": seconds, "mb": moved / options.rounds / 1e6}
-    (folder / "result").write_text(json.dumps(result))
     server.terminate()
+    text = (kits / f"{options.address}.out").read_text()
+    if "Finished FedAvg" in text:
+        seconds = [round_seconds(text, number) for number in range(1, options.rounds)]
+        mb = round(moved / options.rounds / 1e6, 1)
+        result = {"seconds": round(statistics.median(seconds), 2), "each": seconds, "mb": mb}
+    else:
+        result = {"failed": text[-5000:]}
+    (folder / "measured").write_text(json.dumps(result))
+    (folder / "measured").rename(folder / "result")  # which the sites wait for
 
 
 def sites(options: argparse.Namespace) -> None:
