@@ -4,16 +4,18 @@
     python bench/nvflare_round.py --size-mb 1000
 
 Needs Linux, root for a network of its own (`unshare -n`) in which bytes are counted, and nvflare in the environment.
-Server and two clients run in FLARE's simulator, tensors on the wire (`ExchangeFormat.PYTORCH`), FedAvg, two rounds.
-`seconds`: the second round, from where FLARE has saved a model to where it has the next one. `job_cpu_seconds`:
-processor time of the whole job, start of its processes included. `mb`: what the sockets carried in a round. `peak_mb`:
-of all processes together, memory of their own (RssAnon + RssShmem), in both rounds.
+Server and two clients run in FLARE's simulator, tensors on the wire (`ExchangeFormat.PYTORCH`), FedAvg, four rounds.
+`seconds`: the median of all rounds but the first, which are `each`, from where FLARE has saved a model to where it has
+the next one. FLARE's clients ask for a task every two seconds, so that rounds of one job differ by that.
+`job_cpu_seconds`: processor time of the whole job, start of its processes included. `mb`: what the sockets carried in a
+round. `peak_mb`: of all processes together, memory of their own (RssAnon + RssShmem), in all rounds.
 """
 
 import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 
 VARIANTS = ("plain", "float16", "wire")
-ROUNDS = 2
+ROUNDS = 4
 WIDTH = 1024
 _STAMP = r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+) .*%s"
 
@@ -62,11 +64,10 @@ def client(size_mb: int) -> None:
         flare.send(flare.FLModel(params=model.state_dict()))
 
 
-def job(variant: str, size_mb: int, workspace: str) -> None:
-    """The simulator."""
+def recipe(variant: str, size_mb: int, rounds: int = ROUNDS) -> Any:
+    """The job that is measured."""
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
     from nvflare.client.config import ExchangeFormat
-    from nvflare.recipe.sim_env import SimEnv
 
     from tensorwire.integrations.nvflare import WireAggregator, add_to
 
@@ -74,7 +75,7 @@ def job(variant: str, size_mb: int, workspace: str) -> None:
         name="bench",
         model={"class_path": "nvflare_round.Bulk", "args": {"size_mb": size_mb}},  # which only the server makes
         min_clients=2,
-        num_rounds=ROUNDS,
+        num_rounds=rounds,
         train_script=__file__,
         train_args=f"--client --size-mb {size_mb}",
         server_expected_format=ExchangeFormat.PYTORCH,
@@ -90,8 +91,16 @@ def job(variant: str, size_mb: int, workspace: str) -> None:
         recipe.add_client_input_filter(ModelDequantizer(), tasks=["train"])
         recipe.add_client_output_filter(ModelQuantizer("float16"), tasks=["train"])
         recipe.add_server_input_filter(ModelDequantizer(), tasks=["train"])
+    return recipe
+
+
+def job(variant: str, size_mb: int, rounds: int, workspace: str) -> None:
+    """The simulator."""
+    from nvflare.recipe.sim_env import SimEnv
+
+    measured = recipe(variant, size_mb, rounds)
     before = carried()
-    recipe.execute(SimEnv(num_clients=2, workspace_root=workspace))
+    measured.execute(SimEnv(num_clients=2, workspace_root=workspace))
     print(json.dumps({"carried": carried() - before}))
 
 
@@ -141,9 +150,10 @@ class Peak(threading.Thread):
         return [(pid, memory.get(pid, 0)) for pid in family]
 
 
-def measure(variant: str, size_mb: int) -> dict[str, Any]:
+def measure(variant: str, size_mb: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as workspace:
-        inner = [sys.executable, __file__, "--run", variant, "--size-mb", str(size_mb), "--workspace", workspace]
+        options = ["--size-mb", str(size_mb), "--rounds", str(rounds), "--workspace", workspace]
+        inner = [sys.executable, __file__, "--run", variant, *options]
         command = ["unshare", "-n", sys.executable, "-c", UP, *inner]
         here = Path(__file__).parent
         path = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -159,15 +169,22 @@ def measure(variant: str, size_mb: int) -> dict[str, Any]:
             text = log.read()
         if code or "Finished FedAvg" not in text:
             sys.exit(text[-5000:])
-        saved, again = stamp(text, "End persist model", 0), stamp(text, "Start persist model", 1)
+        seconds = [round_seconds(text, number) for number in range(1, rounds)]
         return {
             "variant": variant,
-            "seconds": round((again - saved).total_seconds(), 2),
+            "seconds": round(statistics.median(seconds), 2),
+            "each": seconds,
             "job_seconds": round(time.time() - started, 1),
             "job_cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-            "mb": round(json.loads(text.splitlines()[-1])["carried"] / ROUNDS / 1e6, 1),
+            "mb": round(json.loads(text.splitlines()[-1])["carried"] / rounds / 1e6, 1),
             "peak_mb": round(peak.stop() / 1e6),
         }
+
+
+def round_seconds(log: str, number: int) -> float:
+    """How long a round took, from where FLARE had saved the model of the one before to where it has the next model."""
+    saved, again = stamp(log, "End persist model", number - 1), stamp(log, "Start persist model", number)
+    return round((again - saved).total_seconds(), 2)
 
 
 def stamp(text: str, words: str, number: int) -> datetime:
@@ -179,6 +196,7 @@ def stamp(text: str, words: str, number: int) -> datetime:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size-mb", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -188,7 +206,7 @@ def main() -> None:
     if options.client:
         client(options.size_mb)
     elif options.run:
-        job(options.run, options.size_mb, options.workspace)
+        job(options.run, options.size_mb, options.rounds, options.workspace)
     else:
         compare(options)
 
@@ -199,7 +217,7 @@ def compare(options: argparse.Namespace) -> None:
     print(describe())
     for _ in range(options.turns):
         for variant in options.variants:
-            print(json.dumps(measure(variant, options.size_mb)), flush=True)
+            print(json.dumps(measure(variant, options.size_mb, options.rounds)), flush=True)
 
 
 if __name__ == "__main__":

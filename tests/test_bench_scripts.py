@@ -206,6 +206,34 @@ def test_nvflare_round():
     assert 0.25 < wire["mb"] / plain["mb"] < 0.36
 
 
+def test_nvflare_link(tmp_path):
+    pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own")
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("needs root, for a network of its own")
+    link = tmp_path / "link"  # LINK -- SERVER -- SITES, both ends on the loopback of a network of their own
+    link.write_text(
+        "#!/bin/bash\n"
+        'shift; server=(); while [ "$1" != -- ]; do server+=("$1"); shift; done; shift\n'
+        'if [ -z "$INSIDE" ]; then INSIDE=1 exec unshare -n "$0" -- "${server[@]}" -- "$@"; fi\n'
+        'ip link set lo up; "${server[@]}" & "$@"; wait\n'
+    )
+    link.chmod(0o755)
+    options = ("--size-mb=4", "--rounds=2", "--address=127.0.0.1", "--variants=wire")
+    lines = run("nvflare_link.py", f"--link={link}", *options)
+    assert json.loads(lines[2])["seconds"] > 0
+
+
+def test_nvflare_learning(tmp_path):
+    pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own")
+    pytest.importorskip("transformers", reason="the language model needs the extra fl")
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("needs root, for a network of its own")
+    lines = run("nvflare_learning.py", f"--out={tmp_path}", "--rounds=1", "--seeds=1")
+    assert lines[0].startswith("Loss before the first round 5.")
+    curves = [json.loads(line) for line in (tmp_path / "nvflare-learning.json").read_text().splitlines()]
+    assert [len(curve["losses"]) for curve in curves] == [2, 2]
+
+
 def test_every_script_is_run_here():
     modules = {"flower_deployment.py"}  # of scripts and of tests/engines
     tested = {*re.findall(r'"(\w+\.py)"', Path(__file__).read_text())} | modules

@@ -12,6 +12,7 @@ pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its o
 torch = pytest.importorskip("torch")
 
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -479,3 +480,15 @@ def test_registering_again_says_what_holds(monkeypatch: Any) -> None:
     wire.WireRegister()
     assert not fobs.get_dot_handler(wire.DOWNLOAD_TYPE).lazy
     assert isinstance(Shareable(), dict)
+
+
+def test_a_client_gives_memory_back_when_it_has_answered(monkeypatch: Any) -> None:
+    """And not while a task is there: it takes a tenth of a second that the round would wait for."""
+    given = []
+    monkeypatch.setattr(messages, "cleanup_memory", lambda: given.append(True))
+    component = wire.WireRegister(lazy=True)
+    for event in (EventType.BEFORE_TASK_DATA_FILTER, EventType.BEFORE_SEND_TASK_RESULT):
+        component.handle_event(event, FLContext())
+    assert not given
+    component.handle_event(EventType.AFTER_SEND_TASK_RESULT, FLContext())
+    assert given

@@ -5,7 +5,7 @@ from typing import Any
 
 from tensorwire.errors import SchemaError
 from tensorwire.integrations.nvflare.decomposer import WireRef
-from tensorwire.integrations.nvflare.flare import FLMetaKey, FLModel, ModelAggregator, cleanup_memory
+from tensorwire.integrations.nvflare.flare import FLMetaKey, FLModel, ModelAggregator, try_malloc_trim
 from tensorwire.integrations.nvflare.model import as_sent
 from tensorwire.updates import is_finite, mean_of
 
@@ -31,7 +31,7 @@ class WireAggregator(ModelAggregator):  # type: ignore[misc]  # FLARE has no typ
         self._models = {}
         if self._result is not None:
             self._result.params = {}
-        cleanup_memory()
+        try_malloc_trim()
 
     def accept_model(self, model: FLModel) -> None:
         """Keep a reply. Raises SchemaError for one that does not go with those that are here, which then stay."""

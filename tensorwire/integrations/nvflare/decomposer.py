@@ -11,9 +11,12 @@ from tensorwire.integrations.nvflare.flare import (
     DatumManager,
     Downloadable,
     DownloadService,
+    EventType,
+    FLContext,
     ProduceRC,
     ViaDownloaderDecomposer,
     Widget,
+    cleanup_memory,
     download_object,
     fobs,
 )
@@ -266,12 +269,21 @@ class WireDecomposer(ViaDownloaderDecomposer):  # type: ignore[misc]  # FLARE ha
 
 
 class WireRegister(Widget):  # type: ignore[misc]  # FLARE has no types
-    """Registers the decomposer on the site that it is a component of. `lazy`: as in `WireDecomposer`."""
+    """Registers the decomposer on the site that it is a component of. `lazy`: as in `WireDecomposer`.
+
+    A client that has answered gives memory back while it waits for its next task, which it would not have time for
+    once that has come.
+    """
 
     def __init__(self, lazy: bool = False) -> None:
         Widget.__init__(self)
         self.lazy = lazy
         register(lazy=lazy)
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """What FLARE calls with all that happens."""
+        if event_type == EventType.AFTER_SEND_TASK_RESULT:
+            cleanup_memory()
 
 
 def register(*, lazy: bool = False) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 import tensorwire
 from tensorwire.errors import EncodeError
 from tensorwire.integrations.nvflare.decomposer import WireRef, module
-from tensorwire.integrations.nvflare.flare import DXO, DataKind, DXOFilter, FLContext, Shareable, cleanup_memory
+from tensorwire.integrations.nvflare.flare import DXO, DataKind, DXOFilter, FLContext, Shareable
 from tensorwire.integrations.nvflare.marking import Ties, marked
 from tensorwire.integrations.nvflare.model import (
     CodecSpec,
@@ -65,7 +65,6 @@ class BaseFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         """A new DXO with tensors."""
-        cleanup_memory()  # of the round before
         refs = {tensorwire.name_of(path): ref for path, ref in leaves(dxo.data, _is_ref)}
         fl_ctx.set_prop(_BASE, {name: ref.encoded for name, ref in refs.items()}, private=True, sticky=False)
         tensors = {id(ref): ref.materialize() for ref in {id(ref): ref for ref in refs.values()}.values()}

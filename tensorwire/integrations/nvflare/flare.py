@@ -3,6 +3,7 @@
 try:
     from nvflare.apis.dxo import DXO, DataKind
     from nvflare.apis.dxo_filter import DXOFilter
+    from nvflare.apis.event_type import EventType
     from nvflare.apis.fl_constant import FLMetaKey
     from nvflare.apis.fl_context import FLContext
     from nvflare.apis.shareable import Shareable
@@ -18,7 +19,7 @@ try:
     from nvflare.fuel.utils import fobs
     from nvflare.fuel.utils.fobs.datum import DatumManager
     from nvflare.fuel.utils.fobs.decomposers.via_downloader import ViaDownloaderDecomposer
-    from nvflare.fuel.utils.memory_utils import cleanup_memory
+    from nvflare.fuel.utils.memory_utils import cleanup_memory, try_malloc_trim
     from nvflare.widgets.widget import Widget
 except ImportError as error:
     raise ImportError(
@@ -34,6 +35,7 @@ __all__ = [
     "DatumManager",
     "DownloadService",
     "Downloadable",
+    "EventType",
     "FLContext",
     "FLMetaKey",
     "FLModel",
@@ -45,4 +47,5 @@ __all__ = [
     "cleanup_memory",
     "download_object",
     "fobs",
+    "try_malloc_trim",
 ]
