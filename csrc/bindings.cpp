@@ -720,6 +720,24 @@ bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums
                                  b.data());
 }
 
+bool combine_selected(nb::handle positions, nb::handle values, nb::handle weights, nb::handle out, double divisor,
+                      bool present, bool signs, Py_ssize_t width, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k,
+                      nb::handle basis) {
+    const CheckedGrid grid(width, rows, cols, k);
+    const Array p("positions", positions, "H", kInput), v("values", values, "f", kInput),
+        w("weights", weights, "d", kInput), y("out", out, "f", kOutput);
+    const Basis b(basis, grid);
+    const size_t kept = grid.kept(y.size());
+    p.expect_size(w.size() * kept);
+    v.expect_size(w.size() * kept);
+    y.expect_apart_from(p);
+    y.expect_apart_from(v);
+    y.expect_apart_from(w);
+    const Released released;
+    return tw::kernels().combine_selected(p.data<uint16_t>(), v.data<float>(), w.data<double>(), w.size(), kept,
+                                          y.data<float>(), y.size(), {divisor, present, signs}, grid, b.data());
+}
+
 size_t encode_positions(nb::handle positions, nb::handle codes, Py_ssize_t elements, Py_ssize_t width, Py_ssize_t rows,
                         Py_ssize_t cols, Py_ssize_t k) {
     const CheckedGrid grid(width, rows, cols, k);
@@ -898,6 +916,8 @@ NB_MODULE(_native, m) {
           "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
     m.def("add_selected", add_selected, "positions"_a, "coefficients"_a, "sums"_a, nb::kw_only(), "weight"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
+    m.def("combine_selected", combine_selected, "positions"_a, "values"_a, "weights"_a, "out"_a, nb::kw_only(),
+          "divisor"_a, "present"_a, "signs"_a, "width"_a, "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
     m.def("encode_positions", encode_positions, "positions"_a, "codes"_a, nb::kw_only(), "elements"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a);
     m.def("decode_positions", decode_positions, "codes"_a, "positions"_a, nb::kw_only(), "elements"_a, "width"_a,

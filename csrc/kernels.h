@@ -34,6 +34,12 @@ struct Plane {
 struct Grid {
     size_t width, rows, cols, k;
 };
+// What is made of the sums of many messages: their signs, which then are those of signs; or they are divided, by what
+// the messages weigh together that are present there, or by a number.
+struct Combining {
+    double divisor;
+    bool present, signs;
+};
 constexpr size_t kMostChunk = 4096, kMostSide = 64, kMostRice = 12;
 // Numbers in the table of all lengths of the DCT.
 constexpr size_t kBasisSize = kMostSide * (kMostSide + 1) * (2 * kMostSide + 1) / 6;
@@ -98,6 +104,11 @@ struct Kernels {
                          const Grid& grid, const float* basis);
     bool (*add_to_double)(const uint16_t* positions, const float* coefficients, double* sums, size_t n, double weight,
                           const Grid& grid, const float* basis);
+    // What has been selected by so many messages, one behind the other, weighted and combined, to n elements; false for a
+    // position outside its chunk.
+    bool (*combine_selected)(const uint16_t* positions, const float* values, const double* weights, size_t messages,
+                             size_t kept_of_each, float* out, size_t n, const Combining& how, const Grid& grid,
+                             const float* basis);
     // Positions to codes: the bytes that they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
     size_t (*encode_positions)(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid);
     bool (*decode_positions)(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid);

@@ -8,6 +8,7 @@ DeMo (Peng, Quesnelle, Kingma, arXiv:2411.19870) sends momentum this way, Sparse
 changed in several steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import comb
 from typing import Any, Final, NamedTuple
@@ -139,6 +140,26 @@ class Sparse(Packer):
     def add(self, chosen: Selected, sums: npt.NDArray[np.floating[Any]], weight: float) -> None:
         """Add `weight` times each element to float32 or float64 `sums`, one rounding of theirs for product and sum."""
         kernels.add_selected(chosen.positions, chosen.values, sums, weight=weight, **self._grid, basis=self._basis)
+
+    def combine(
+        self, chosen: Sequence[Selected], weights: Sequence[float], out: Float32, *, how: str, divisor: float
+    ) -> None:
+        """Fill `out` with what many have selected of it: the sums of weight times value, and what `how` makes of them.
+
+        `present`: divided by the weights of those that hold the position; `vote`: the signs of the sums of signs; else
+        divided by `divisor`. Sums are in float64, in this order.
+        """
+        kernels.combine_selected(
+            np.concatenate([each.positions for each in chosen]),
+            np.concatenate([each.values for each in chosen]),
+            np.array(weights, np.float64),
+            out,
+            divisor=divisor,
+            present=how == "present",
+            signs=how == "vote",
+            **self._grid,
+            basis=self._basis,
+        )
 
     def places(self, positions: npt.NDArray[np.uint16], count: int) -> npt.NDArray[np.int64]:
         """Where what is selected of a slice of `count` elements stands, if its chunks stood one behind the other."""

@@ -36,6 +36,7 @@ __all__ = [
     "blockwise_absmax",
     "byte_histogram",
     "cast",
+    "combine_selected",
     "crc32c",
     "decode_changes",
     "decode_positions",
@@ -121,6 +122,7 @@ split_planes = _module.split_planes
 merge_planes = _module.merge_planes
 select_largest = _module.select_largest
 add_selected = _module.add_selected
+combine_selected = _module.combine_selected
 encode_positions = _module.encode_positions
 decode_positions = _module.decode_positions
 difference = _module.difference

@@ -66,6 +66,21 @@ def add_selected(
     k: int,
     basis: object | None = None,
 ) -> bool: ...
+def combine_selected(
+    positions: object,
+    values: object,
+    weights: object,
+    out: object,
+    *,
+    divisor: float,
+    present: bool,
+    signs: bool,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: object | None = None,
+) -> bool: ...
 def encode_positions(
     positions: object, codes: object, *, elements: int, width: int, rows: int, cols: int, k: int
 ) -> int: ...

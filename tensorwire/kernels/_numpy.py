@@ -20,7 +20,13 @@ from tensorwire.kernels import _numpy_changes, tables
 from tensorwire.kernels._numpy_checks import check_array as _check_array
 from tensorwire.kernels._numpy_checks import check_overlap as _check_overlap
 from tensorwire.kernels._numpy_checks import check_size as _check_size
-from tensorwire.kernels._numpy_sparse import add_selected, decode_positions, encode_positions, select_largest
+from tensorwire.kernels._numpy_sparse import (
+    add_selected,
+    combine_selected,
+    decode_positions,
+    encode_positions,
+    select_largest,
+)
 
 __all__ = [
     "accumulate",
@@ -32,6 +38,7 @@ __all__ = [
     "blockwise_absmax",
     "byte_histogram",
     "cast",
+    "combine_selected",
     "crc32c",
     "decode_changes",
     "decode_positions",

@@ -194,6 +194,29 @@ class HostKernels(Kernels, Protocol):
     ) -> bool:
         """Sums, float32 or float64, += weight * what was selected; False: a position outside its chunk."""
 
+    def combine_selected(
+        self,
+        positions: npt.NDArray[np.uint16],
+        values: Float32,
+        weights: npt.NDArray[np.float64],
+        out: Float32,
+        *,
+        divisor: float,
+        present: bool,
+        signs: bool,
+        width: int,
+        rows: int,
+        cols: int,
+        k: int,
+        basis: Float32 | None = None,
+    ) -> bool:
+        """What messages hold together, which stand one behind the other and have a weight each.
+
+        Sums are in float64, in the order of messages; with `signs`, the signs of those of signs; with `present`,
+        divided by the weights of those that hold the position, else by `divisor`. Then float32, transformed back.
+        False: a position outside its chunk, with anything in `out`.
+        """
+
     def encode_positions(
         self,
         positions: npt.NDArray[np.uint16],
