@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import KERNEL_DTYPES, widen
-from tensorwire.codecs.signed import Float32, checked_steps, code_blocks, pack, packed_size, step_of, unpack
+from tensorwire.codecs.signed import Float32, checked_steps, pack, packed_size, step_of, unpack
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
@@ -32,6 +32,9 @@ _LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
 _ENUMERATED: Final = 6  # positions that have one number together
 _DENSE: Final = 1 << 18  # elements of a dense tensor that are made at a time
 _STEP: Final = 4
+# A step that tells codes from one another, also where theirs is 0, and what code 0 stands for then.
+_CODES: Final = np.array([2], np.float32)
+_CODE_0: Final = 1
 
 
 class Selected(NamedTuple):
@@ -129,12 +132,12 @@ class Sparse(Packer):
         if not kernels.decode_positions(codes, positions, elements=extent.count, **self._grid):
             raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
         step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
-        with kernels.default_environment():
-            values = unpack(data[behind:], step, kept, self.bits)
+        values = unpack(data[behind:], step, kept, self.bits)
         nothing = positions == NOTHING
-        if nothing.any() and np.concatenate([*code_blocks(data[behind:], kept, self.bits)])[nothing].any():
-            raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
-        values[nothing] = 0
+        if nothing.any():
+            if (unpack(data[behind:], _CODES, kept, self.bits)[nothing] != _CODE_0).any():
+                raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
+            values[nothing] = 0
         return Selected(positions, values)
 
     def add(self, chosen: Selected, sums: npt.NDArray[np.floating[Any]], weight: float) -> None:
@@ -235,9 +238,8 @@ class Sparse(Packer):
 
     def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
         payload = take(self.sizes(extent.count, extent.dtype).total)
-        with kernels.default_environment():
-            step = np.array([step_of(chosen.values, self.bits)], np.float32)
-            values = pack(chosen.values, step, self.bits)
+        step = np.array([step_of(chosen.values, self.bits)], np.float32)
+        values = pack(chosen.values, step, self.bits)
         payload[:_STEP] = step.astype("<f4").view(np.uint8)
         room, behind = payload[_STEP : payload.size - values.size], _STEP
         if room.size:

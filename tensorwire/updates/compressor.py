@@ -17,7 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire import dtypes, kernels, streams
-from tensorwire.codecs import RAW, Codec, LowRank, Readymade, Sparse, as_floats, from_floats, from_stages, largest
+from tensorwire.codecs import (
+    RAW,
+    Codec,
+    LowRank,
+    Readymade,
+    Sparse,
+    as_floats,
+    from_floats,
+    from_stages,
+    kernel_view,
+    largest,
+)
 from tensorwire.errors import EncodeError, NonFiniteError
 from tensorwire.limits import DEFAULT
 from tensorwire.streams import ItemStart, Payload, Piece, Receiver
@@ -162,15 +173,11 @@ class Compressor:
         """Kept = beta * kept + new."""
         if name not in self._kept:
             self._kept[name] = np.zeros(view.shape, np.float32)
-        kept, beta = self._kept[name].reshape(-1), np.float32(self._method.beta)
-        top = 0.0
-        with kernels.default_environment():
-            for start in range(0, kept.size, _BLOCK):
-                part = kept[start : start + _BLOCK]
-                if beta != 1:
-                    part *= beta
-                part += as_floats(view.read(start, start + part.size), view.dtype)
-                top = max(top, _largest(part))
+        kept, top, beta = self._kept[name].reshape(-1), 0.0, self._method.beta
+        for start in range(0, kept.size, _BLOCK):
+            part = kept[start : start + _BLOCK]
+            new = kernel_view(view.read(start, start + part.size), view.dtype)
+            top = max(top, kernels.decay_and_add(part, new, beta=beta))
         self._bounds.pop(name, None)
         if isinstance(codec_for(self._method, view.shape).packer, Sparse):
             self._bounds[name] = _DECODED * top
