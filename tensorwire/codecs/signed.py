@@ -59,6 +59,8 @@ def unpack(data: Bytes, steps: Float32, count: int, bits: int) -> Float32:
 def checked_steps(data: Bytes, bits: int, largest: float) -> Float32:
     """Received steps as float32. Raises FormatError for one that is negative, NaN or makes numbers beyond `largest`."""
     steps: Float32 = data.view("<f4").astype(np.float32)
-    if bool(np.signbit(steps).any()) or not (steps <= np.float32(largest / (1 << (bits - 1)))).all():
+    most = np.array(largest / (1 << (bits - 1)), np.float32)
+    # As whole numbers, floats are in the order of their magnitudes, and negative ones and NaN behind all others.
+    if steps.view(np.uint32).max(initial=0) > most.view(np.uint32):
         raise FormatError(f"a step of values is negative, NaN or beyond {largest:g}")
     return steps

@@ -10,6 +10,7 @@ changed in several steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import comb
 from typing import Any, Final, NamedTuple
 
@@ -90,10 +91,7 @@ class Sparse(Packer):
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """At most: the codes, with the parameter of Rice's that is the best for positions that are as far apart."""
-        kinds = self._kinds(count)
-        index = sum(number * self._index_bits(size) for number, size in kinds)
-        kept = sum(number * min(self.k, size) for number, size in kinds)
-        return Sizes(packed_size(index, 1) + packed_size(kept, self.bits), self._head)
+        return _layout(self, count).sizes
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What is selected, coded. Raises NonFiniteError for NaN, infinities and magnitudes beyond 2^100."""
@@ -123,9 +121,9 @@ class Sparse(Packer):
 
     def selected(self, payload: memoryview, extent: Extent) -> Selected:
         """What a payload of the right length holds. Raises FormatError."""
-        data, kept = np.frombuffer(payload, np.uint8), self._kept(extent.count)
+        data, (kept, sizes) = np.frombuffer(payload, np.uint8), _layout(self, extent.count)
         behind = data.size - packed_size(kept, self.bits)
-        if behind < self._head:
+        if behind < sizes.metadata:
             raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
         positions = np.empty(kept, np.uint16)
         codes = data[_STEP:behind]
@@ -133,8 +131,8 @@ class Sparse(Packer):
             raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
         step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
         values = unpack(data[behind:], step, kept, self.bits)
-        nothing = positions == NOTHING
-        if nothing.any():
+        if positions.max(initial=0) == NOTHING:
+            nothing = positions == NOTHING
             if (unpack(data[behind:], _CODES, kept, self.bits)[nothing] != _CODE_0).any():
                 raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
             values[nothing] = 0
@@ -195,17 +193,13 @@ class Sparse(Packer):
     def _basis(self) -> Float32 | None:
         return dct_basis() if self.dct else None
 
-    @property
-    def _head(self) -> int:
-        return _STEP if self.k <= _ENUMERATED else _STEP + 1
-
     def _areas(self, count: int) -> list[tuple[int, int, int]]:
         """(number, height, width) of the bands of a slice: whole ones, one of the rows left, one of a row that ends."""
         whole, left = divmod(count // self.width, self.rows)
         areas = [(whole, self.rows, self.width), (1, left, self.width), (1, 1, count % self.width)]
         return [area for area in areas if all(area)]
 
-    def _kinds(self, count: int) -> list[tuple[int, int]]:
+    def kinds(self, count: int) -> list[tuple[int, int]]:
         """How many chunks of how many elements there are in a slice."""
         kinds = []
         for bands, height, across in self._areas(count):
@@ -223,9 +217,10 @@ class Sparse(Packer):
         return np.concatenate(sizes)
 
     def _kept(self, count: int) -> int:
-        return sum(number * min(self.k, size) for number, size in self._kinds(count))
+        return _layout(self, count).kept
 
-    def _index_bits(self, size: int) -> int:
+    def index_bits(self, size: int) -> int:
+        """Bits of the codes of a chunk of so many elements, as `sizes` expects them."""
         kept = min(self.k, size)
         if self.k <= _ENUMERATED:
             return (comb(size, kept) - 1).bit_length()
@@ -246,3 +241,20 @@ class Sparse(Packer):
             behind += kernels.encode_positions(chosen.positions, room, elements=extent.count, **self._grid)
         payload[behind : behind + values.size] = values
         return payload[: behind + values.size]
+
+
+class _Layout(NamedTuple):
+    """What is kept of a slice, and how large it is at most."""
+
+    kept: int
+    sizes: Sizes
+
+
+@lru_cache(maxsize=4096)
+def _layout(codec: Sparse, count: int) -> _Layout:
+    """Asked for several times a slice, and the same in every step."""
+    kinds = codec.kinds(count)
+    index = sum(number * codec.index_bits(size) for number, size in kinds)
+    kept = sum(number * min(codec.k, size) for number, size in kinds)
+    head = _STEP if codec.k <= _ENUMERATED else _STEP + 1
+    return _Layout(kept, Sizes(packed_size(index, 1) + packed_size(kept, codec.bits), head))

@@ -7,6 +7,7 @@ same messages in the same order get the same bits.
 
 from collections.abc import Iterable, Sequence
 from itertools import repeat
+from math import prod
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from tensorwire import kernels
 from tensorwire.codecs import NOTHING, Codec, Selected, Sparse, as_floats, is_float
 from tensorwire.errors import SchemaError
+from tensorwire.memory import SPARE
 from tensorwire.tensor import Extent
 from tensorwire.updates.compressor import slices
 from tensorwire.updates.difference import key_of
@@ -26,6 +28,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _HOW: Final = get_args(How)
+_SMALL: Final = 1 << 16  # elements
 _SUMS: Final = 16  # bytes that the sums of an element take, with what is present of it
 
 
@@ -64,11 +67,27 @@ def combine(
         names = found
     if names is None:
         raise ValueError("there is no message to be combined")
-    made = {
-        name: np.zeros(shape, np.float32) for name, shape in names.shapes.items() if name not in totals
-    }  # empty ones
-    made |= {name: total.result(weight_sum) for name, total in totals.items()}
+    made = _arrays(names.shapes)
+    for name, total in totals.items():
+        total.finish(weight_sum, made[name].reshape(-1))
     return {name: made[owner] for name, owner in names.owners.items()}
+
+
+def _arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, Float32]:
+    """Memory for tensors, which was written before where there is such: that is most of what it costs to fill it.
+
+    Small tensors have one piece together, since the C library gives theirs back to the system as soon as it is free.
+    """
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    small = SPARE.empty(4 * sum(size for size in sizes.values() if size < _SMALL)).view(np.float32)
+    arrays, at = {}, 0
+    for name, size in sizes.items():
+        if size < _SMALL:
+            array, at = small[at : at + size], at + size
+        else:
+            array = SPARE.empty(4 * size).view(np.float32)
+        arrays[name] = array.reshape(shapes[name])
+    return arrays
 
 
 class _Names:
@@ -122,16 +141,15 @@ class _Total:
         else:
             self._add_elements(codec, payload, extent, weight)
 
-    def result(self, weight: float) -> Float32:
-        """What is made of the sums."""
+    def finish(self, weight: float, out: Float32) -> None:
+        """Fill `out` with what is made of the sums."""
         packer, slices = self._codec.packer, self._slices()
         if isinstance(packer, Sparse) and slices is not None:
-            made = np.empty(self._item.total, np.float32)
             divisor = weight if self._how == "mean" else 1.0
             for place, held in slices.items():
                 chosen, weights = [each.chosen for each in held], [each.weight for each in held]
-                packer.combine(chosen, weights, made[place.start : place.stop], how=self._how, divisor=divisor)
-            return made.reshape(self._item.shape)
+                packer.combine(chosen, weights, out[place.start : place.stop], how=self._how, divisor=divisor)
+            return
         self._settle()
         sums = self._in_sums()
         with kernels.default_environment():
@@ -141,10 +159,9 @@ class _Total:
                 np.sign(sums, out=sums)
             elif self._present is not None:
                 np.divide(sums, self._present, out=sums, where=self._present > 0)
-            made = sums.astype(np.float32)
+            out[:] = sums
         if isinstance(packer, Sparse):
-            made = packer.dense(made)
-        return made.reshape(self._item.shape)
+            out[:] = packer.dense(out)
 
     def _hold(self, held: "_Held") -> None:
         self._held.append(held)
