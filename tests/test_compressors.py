@@ -1,5 +1,7 @@
 """Compressors against a model of a few lines of NumPy: what they keep, what is lost, and how messages are added up."""
 
+import copy
+import pickle
 from importlib import import_module
 from math import comb, log2
 from typing import Any
@@ -204,6 +206,22 @@ def test_the_mean_of_those_present_and_the_vote_are_of_what_was_sent() -> None:
         expected[at] = np.mean([s[at] for s, h in zip(sent, held, strict=True) if at in h])
     assert np.allclose(combine(messages, how="present")["w"], expected, rtol=1e-6)
     assert combine(messages, how="vote")["w"].tolist() == [1, 1, 0, 0, 0, -1, 0, 0]  # a zero that is kept counts as +
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_copy_goes_on_by_itself_and_other_tensors_may_come_and_go(spec: str) -> None:
+    """What a step has in common with the last one is remembered: never another compressor's, nor other tensors'."""
+    first = Compressor(spec)
+    first.compress(state(0))
+    copies = [copy.deepcopy(first), pickle.loads(pickle.dumps(first)), Compressor(spec)]
+    copies[2].load_state_dict(first.state_dict())
+    alone = first.compress(state(1)).data
+    assert [each.compress(state(1)).data for each in copies] == [alone] * 3
+    fewer = {name: tensor for name, tensor in state(2).items() if name != "conv"}
+    tied = state(3) | {"tied": (shared := state(4)["matrix"]), "to": shared}
+    for tensors in (fewer, state(2), tied, {**tied, "to": shared.copy()}, state(5)):
+        made = [each.compress(tensors).data for each in copies]
+        assert made == [made[0]] * 3 and set(tensorwire.loads(made[0])) == set(tensors)
 
 
 def test_coefficients_are_added_before_they_are_transformed() -> None:
