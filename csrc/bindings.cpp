@@ -720,6 +720,24 @@ bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums
                                  b.data());
 }
 
+bool combine_selected(nb::handle positions, nb::handle values, nb::handle weights, nb::handle out, double divisor,
+                      bool present, bool signs, Py_ssize_t width, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k,
+                      nb::handle basis) {
+    const CheckedGrid grid(width, rows, cols, k);
+    const Array p("positions", positions, "H", kInput), v("values", values, "f", kInput),
+        w("weights", weights, "d", kInput), y("out", out, "f", kOutput);
+    const Basis b(basis, grid);
+    const size_t kept = grid.kept(y.size());
+    p.expect_size(w.size() * kept);
+    v.expect_size(w.size() * kept);
+    y.expect_apart_from(p);
+    y.expect_apart_from(v);
+    y.expect_apart_from(w);
+    const Released released;
+    return tw::kernels().combine_selected(p.data<uint16_t>(), v.data<float>(), w.data<double>(), w.size(), kept,
+                                          y.data<float>(), y.size(), {divisor, present, signs}, grid, b.data());
+}
+
 size_t encode_positions(nb::handle positions, nb::handle codes, Py_ssize_t elements, Py_ssize_t width, Py_ssize_t rows,
                         Py_ssize_t cols, Py_ssize_t k) {
     const CheckedGrid grid(width, rows, cols, k);
@@ -740,6 +758,62 @@ bool decode_positions(nb::handle codes, nb::handle positions, Py_ssize_t element
     p.expect_apart_from(c);
     const Released released;
     return tw::kernels().decode_positions(c.data<uint8_t>(), c.size(), p.data<uint16_t>(), n, grid);
+}
+
+nb::tuple sum_magnitudes(nb::handle values) {
+    const Array x("values", values, "f", kInput);
+    if (x.size() >> 31) throw nb::value_error("values: expected fewer than 2^31");  // their sum has 64 bits
+    float largest;
+    uint64_t sum, count;
+    {
+        const Released released;
+        tw::kernels().sum_magnitudes(x.data<float>(), x.size(), &largest, &sum, &count);
+    }
+    return nb::make_tuple(largest, sum, count);
+}
+
+// The place of a number of bits in the tables of kernels.
+size_t bits_index(Py_ssize_t bits) {
+    for (size_t i = 0; i < tw::kValueBits; ++i) {
+        if (bits == Py_ssize_t{1} << i) return i;
+    }
+    throw nb::value_error(("bits: expected 1, 2, 4, 8 or 16, got " + std::to_string(bits)).c_str());
+}
+
+// How far apart the steps of n values stand, of which codes have so many bits.
+size_t checked_steps(const Array& steps, const Array& codes, size_t n, Py_ssize_t bits) {
+    if (steps.size() != 1) steps.expect_size(n);
+    const size_t width = static_cast<size_t>(bits);
+    codes.expect_size(n / 8 * width + (n % 8 * width + 7) / 8);
+    return steps.size() == 1 ? 0 : 1;
+}
+
+void pack_values(nb::handle values, nb::handle steps, nb::handle codes, Py_ssize_t bits) {
+    const size_t index = bits_index(bits);
+    const Array x("values", values, "f", kInput), s("steps", steps, "f", kInput), c("codes", codes, "B", kOutput);
+    const size_t every = checked_steps(s, c, x.size(), bits);
+    c.expect_apart_from(x);
+    c.expect_apart_from(s);
+    const Released released;
+    tw::kernels().pack_values[index](x.data<float>(), s.data<float>(), every, c.data<uint8_t>(), x.size());
+}
+
+bool unpack_values(nb::handle codes, nb::handle steps, nb::handle values, Py_ssize_t bits) {
+    const size_t index = bits_index(bits);
+    const Array c("codes", codes, "B", kInput), s("steps", steps, "f", kInput), x("values", values, "f", kOutput);
+    const size_t every = checked_steps(s, c, x.size(), bits);
+    x.expect_apart_from(c);
+    x.expect_apart_from(s);
+    const Released released;
+    return tw::kernels().unpack_values[index](c.data<uint8_t>(), s.data<float>(), every, x.data<float>(), x.size());
+}
+
+float decay_and_add(nb::handle kept, nb::handle values, double beta) {
+    const Array k("kept", kept, "f", kOutput), x("values", values, kFloats, kInput);
+    x.expect_size(k.size());
+    k.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().decay_and_add[x.dtype()](k.data<float>(), x.data<void>(), k.size(), static_cast<float>(beta));
 }
 
 // The place of a width in the tables of kernels.
@@ -898,10 +972,18 @@ NB_MODULE(_native, m) {
           "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
     m.def("add_selected", add_selected, "positions"_a, "coefficients"_a, "sums"_a, nb::kw_only(), "weight"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
+    m.def("combine_selected", combine_selected, "positions"_a, "values"_a, "weights"_a, "out"_a, nb::kw_only(),
+          "divisor"_a, "present"_a, "signs"_a, "width"_a, "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
     m.def("encode_positions", encode_positions, "positions"_a, "codes"_a, nb::kw_only(), "elements"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a);
     m.def("decode_positions", decode_positions, "codes"_a, "positions"_a, nb::kw_only(), "elements"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a);
+
+    m.def("sum_magnitudes", sum_magnitudes, "values"_a,
+          nb::sig("def sum_magnitudes(values: object) -> tuple[float, int, int]"));
+    m.def("pack_values", pack_values, "values"_a, "steps"_a, "codes"_a, nb::kw_only(), "bits"_a);
+    m.def("unpack_values", unpack_values, "codes"_a, "steps"_a, "values"_a, nb::kw_only(), "bits"_a);
+    m.def("decay_and_add", decay_and_add, "kept"_a, "values"_a, nb::kw_only(), "beta"_a);
 
     nb::class_<DefaultEnvironment>(m, "default_environment",
                                    "Round to nearest even and keep subnormals within a `with` block.")

@@ -86,6 +86,7 @@ struct Cpu {
         tier::add_planes(k);  \
         tier::add_huffman(k); \
         tier::add_sparse(k);  \
+        tier::add_values(k);  \
         tier::add_changes(k); \
     }
 

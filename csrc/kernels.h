@@ -23,6 +23,8 @@ enum QuantType { kNf4, kFp4, kQuantTypes };
 constexpr size_t kPlaneBlock = 64;
 // Widths of elements that have planes: 1, 2, 4 and 8 bytes.
 constexpr int kPlaneWidths = 4;
+// Sizes of codes of numbers: 1, 2, 4, 8 and 16 bits.
+constexpr int kValueBits = 5;
 
 // One byte of every element; or of all of them, if it is the same.
 struct Plane {
@@ -33,6 +35,12 @@ struct Plane {
 // How a slice is cut into chunks, and how many elements of each are kept (tensorwire/kernels/_numpy_sparse.py).
 struct Grid {
     size_t width, rows, cols, k;
+};
+// What is made of the sums of many messages: their signs, which then are those of signs; or they are divided, by what
+// the messages weigh together that are present there, or by a number.
+struct Combining {
+    double divisor;
+    bool present, signs;
 };
 constexpr size_t kMostChunk = 4096, kMostSide = 64, kMostRice = 12;
 // Numbers in the table of all lengths of the DCT.
@@ -98,9 +106,22 @@ struct Kernels {
                          const Grid& grid, const float* basis);
     bool (*add_to_double)(const uint16_t* positions, const float* coefficients, double* sums, size_t n, double weight,
                           const Grid& grid, const float* basis);
+    // What has been selected by so many messages, one behind the other, weighted and combined, to n elements; false for a
+    // position outside its chunk.
+    bool (*combine_selected)(const uint16_t* positions, const float* values, const double* weights, size_t messages,
+                             size_t kept_of_each, float* out, size_t n, const Combining& how, const Grid& grid,
+                             const float* basis);
     // Positions to codes: the bytes that they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
     size_t (*encode_positions)(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid);
     bool (*decode_positions)(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid);
+    // The largest magnitude of n numbers; all of them in units of 2^-32 of it, each rounded, together; how many are not 0.
+    void (*sum_magnitudes)(const float* values, size_t n, float* largest, uint64_t* sum, uint64_t* count);
+    // Numbers to codes of 1, 2, 4, 8 or 16 bits and back, whether nothing stands behind the last one. Number i has the step
+    // i * `every`.
+    void (*pack_values[kValueBits])(const float* values, const float* steps, size_t every, uint8_t* codes, size_t n);
+    bool (*unpack_values[kValueBits])(const uint8_t* codes, const float* steps, size_t every, float* values, size_t n);
+    // kept = beta * kept + values, which are finite; the largest magnitude of what is kept then.
+    float (*decay_and_add[kDtypes])(float* kept, const void* values, size_t n, float beta);
     // The differences of n numbers to those of a base, as zig-zag, turned as planes turn back; and added again.
     void (*difference[kPlaneWidths])(const uint8_t* base, const uint8_t* values, uint8_t* out, size_t n);
     void (*add_difference[kPlaneWidths])(const uint8_t* differences, uint8_t* values, size_t n);
@@ -124,6 +145,7 @@ struct Kernels {
     void add_planes(Kernels&);                                         \
     void add_huffman(Kernels&);                                        \
     void add_sparse(Kernels&);                                         \
+    void add_values(Kernels&);                                         \
     void add_changes(Kernels&);                                        \
     uint32_t crc32c(uint32_t checksum, const void* data, size_t size); \
     }

@@ -411,6 +411,82 @@ bool add_selected(const uint16_t* positions, const float* coefficients, Sum* sum
     });
 }
 
+// ---- combining ---------------------------------------------------------------------------------------------------
+
+// The sums of what messages hold of one chunk.
+class Sums {
+public:
+    // False: a position is not in the chunk.
+    bool add(const Chunk& chunk, const uint16_t* positions, const float* values, size_t kept, double weight, bool signs) {
+        for (size_t i = 0; i < kept; ++i) {
+            const size_t position = get(positions + i);
+            if (position == kNothing) continue;
+            if (position >= chunk.size()) return false;
+            const double value = get(values + i);
+            const uint64_t mark = uint64_t{1} << position % 64;
+            if (!(marks_[position / 64] & mark)) sums_[position] = weights_[position] = 0;
+            marks_[position / 64] |= mark;
+            sums_[position] += weight * (signs ? sign(value) : value);
+            weights_[position] += weight;
+        }
+        return true;
+    }
+
+    // What has become of them, by ascending position: how many. Begins anew.
+    size_t take(const Combining& how, uint16_t* positions, float* values) {
+        size_t taken = 0;
+        for (size_t word = 0; word < kMostChunk / 64; ++word) {
+            if (!marks_[word]) continue;
+            for (size_t bit = 0; bit < 64; ++bit) {
+                if (!(marks_[word] >> bit & 1)) continue;
+                const size_t position = 64 * word + bit;
+                const double sum = sums_[position];
+                positions[taken] = static_cast<uint16_t>(position);
+                values[taken++] = static_cast<float>(how.signs     ? sign(sum)
+                                                     : how.present ? sum / weights_[position]
+                                                                   : sum / how.divisor);
+            }
+            marks_[word] = 0;
+        }
+        return taken;
+    }
+
+private:
+    static double sign(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : 0.0; }
+
+    uint64_t marks_[kMostChunk / 64] = {};
+    double sums_[kMostChunk], weights_[kMostChunk];
+};
+
+bool combine_selected(const uint16_t* positions, const float* values, const double* weights, size_t messages,
+                      size_t kept_of_each, float* out, size_t n, const Combining& how, const Grid& grid,
+                      const float* basis) {
+    Sums sums;
+    Inverse inverse(basis);
+    Matrix elements;
+    uint16_t places[kMostChunk];
+    float made[kMostChunk];
+    return each_chunk(grid, n, [&](const Chunk& chunk) {
+        const size_t kept = min_of(grid.k, chunk.size());
+        for (size_t m = 0; m < messages; ++m) {
+            const size_t at = m * kept_of_each;
+            if (!sums.add(chunk, positions + at, values + at, kept, get(weights + m), how.signs)) return false;
+        }
+        const size_t taken = sums.take(how, places, made);
+        float* to = out + chunk.start;
+        if (basis) inverse(chunk, places, made, taken, elements);
+        for (size_t i = 0; i < chunk.height; ++i) {
+            for (size_t x = 0; x < chunk.width; ++x) put(to + i * chunk.stride + x, basis ? 0.0f + elements.at[i][x] : 0.0f);
+        }
+        for (size_t i = 0; i < taken && !basis; ++i) {
+            put(to + places[i] / chunk.width * chunk.stride + places[i] % chunk.width, 0.0f + made[i]);
+        }
+        positions += kept;
+        values += kept;
+        return true;
+    });
+}
+
 // ---- codes of positions ------------------------------------------------------------------------------------------
 
 constexpr size_t kEnumerated = 6;
@@ -638,6 +714,7 @@ void add_sparse(Kernels& k) {
     k.select_largest = select_largest;
     k.add_to_float = add_selected<float>;
     k.add_to_double = add_selected<double>;
+    k.combine_selected = combine_selected;
     k.encode_positions = encode_positions;
     k.decode_positions = decode_positions;
 }

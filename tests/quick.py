@@ -17,6 +17,7 @@ SLOW = {
     "kernels/test_sparse_kernels.py": 6,
     "kernels/test_sparse_kernels.py::test_the_cosines_are_the_same_on_every_machine": 0,
     "kernels/test_threads.py": 5,
+    "kernels/test_value_kernels.py": 6,
     "test_bench.py::test_a_process_that_fails_says_why": 0,
     "test_bench.py::test_a_run_fits_a_terminal_of_80_columns_and_cuts_no_name": 0,
     "test_bench.py::test_every_suite_has_a_picture": 0,

@@ -1,6 +1,10 @@
 """Compressors against a model of a few lines of NumPy: what they keep, what is lost, and how messages are added up."""
 
+import copy
+import pickle
+from importlib import import_module
 from math import comb, log2
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,11 +208,57 @@ def test_the_mean_of_those_present_and_the_vote_are_of_what_was_sent() -> None:
     assert combine(messages, how="vote")["w"].tolist() == [1, 1, 0, 0, 0, -1, 0, 0]  # a zero that is kept counts as +
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_copy_goes_on_by_itself_and_other_tensors_may_come_and_go(spec: str) -> None:
+    """What a step has in common with the last one is remembered: never another compressor's, nor other tensors'."""
+    first = Compressor(spec)
+    first.compress(state(0))
+    copies = [copy.deepcopy(first), pickle.loads(pickle.dumps(first)), Compressor(spec)]
+    copies[2].load_state_dict(first.state_dict())
+    alone = first.compress(state(1)).data
+    assert [each.compress(state(1)).data for each in copies] == [alone] * 3
+    fewer = {name: tensor for name, tensor in state(2).items() if name != "conv"}
+    tied = state(3) | {"tied": (shared := state(4)["matrix"]), "to": shared}
+    for tensors in (fewer, state(2), tied, {**tied, "to": shared.copy()}, state(5)):
+        made = [each.compress(tensors).data for each in copies]
+        assert made == [made[0]] * 3 and set(tensorwire.loads(made[0])) == set(tensors)
+
+
 def test_coefficients_are_added_before_they_are_transformed() -> None:
     messages = [Compressor("demo:k=4").compress({"w": state(seed)["matrix"]}).data for seed in range(3)]
     assert np.array_equal(combine(messages)["w"], combine(messages)["w"])
     present = combine(messages, how="present")["w"]
     assert not np.allclose(present, combine(messages)["w"])  # few coefficients are in all three
+
+
+@pytest.mark.parametrize("dct", ["true", "false"])
+def test_messages_that_are_cut_elsewhere_are_added_up_all_the_same(dct: str) -> None:
+    rng, codec = np.random.default_rng(0), f"sparse:k=32,bits=4,dct={dct},rows=16,cols=64,width=64"
+    tensors = [{"w": rng.standard_normal(10_000).astype(np.float32)} for _ in range(3)]
+    alike, cut = (
+        [
+            b"".join(tensorwire.encode(each, codec=codec, frame_size=size))
+            for each, size in zip(tensors, sizes, strict=True)
+        ]
+        for sizes in ((1 << 14,) * 3, (1 << 14, 1 << 12, 1 << 13))
+    )
+    assert np.array_equal(combine(cut, how="vote")["w"], combine(alike, how="vote")["w"])
+    dense = sum(tensorwire.loads(message)["w"].astype(np.float64) for message in cut)
+    assert np.allclose(combine(cut, how="sum")["w"], dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["mean", "present", "sum", "vote"])
+@pytest.mark.parametrize("spec", ["demo:k=8", "topk:k=64"])
+def test_messages_that_are_more_than_their_sums_are_added_up_to_the_same_bits(
+    spec: str, how: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [Compressor(spec).compress(state(seed)).data for seed in range(5)]
+    weights = [1.0, 2.0, 0.5, 1.0, 3.0]
+    expected = combine(messages, how=how, weights=weights)
+    for most in (0, 1):  # from the first message on, and from a later one
+        monkeypatch.setattr(import_module("tensorwire.updates.combine"), "_SUMS", most)
+        for name, got in combine(messages, how=how, weights=weights).items():
+            assert got.tobytes() == expected[name].tobytes()
 
 
 def test_what_cannot_be_combined_is_said() -> None:

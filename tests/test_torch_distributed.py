@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ dist = pytest.importorskip("torch.distributed")
 import tensorwire
 from tensorwire.errors import CorruptError, NonFiniteError, SchemaError, TensorwireError, TransportError
 from tensorwire.integrations.torch_distributed import DDPState, DeMo, DiLoCo, ddp_hook
+from tensorwire.updates import message_size
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -421,6 +424,54 @@ def test_a_thousand_steps_on_different_instruction_sets_end_in_the_same_bits(tmp
     ends = ranks(_thousand, tmp_path, 4, isa=("portable",))
     assert len({end for end, _ in ends}) == 1
     assert ends[0][1] == "portable" or tensorwire.kernels.implementation == "numpy"
+
+
+# ---- bytes on the sockets --------------------------------------------------------------------------------------
+
+# Of struct tcp_info: how many bytes of data a connection has sent, and how many the kernel tells us at the least.
+BYTES_SENT, TOLD = 200, 208
+
+
+def _sent_over_tcp() -> int:
+    """Bytes that this process has sent over the TCP connections that it has, as the kernel counted them."""
+    sent = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(name)))
+        except OSError:  # a file, or the folder that is being listed
+            continue
+        with connection:
+            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                sent += struct.unpack_from("=Q", told, BYTES_SENT)[0]
+    return sent
+
+
+def _counted(rank: int) -> Any:
+    """Of a step: bytes that were given to the process group, and that went over its sockets; the shapes that travel."""
+    trained = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.Linear(1024, 128))
+    optimizer = DeMo(trained.named_parameters(), spec="demo:k=4", check_every=0)
+    counts = []
+    for _ in range(3):
+        for parameter in trained.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        dist.barrier()
+        given, sent = optimizer.sent, _sent_over_tcp()
+        optimizer.step()
+        dist.barrier()  # so that all is on its way
+        counts.append((optimizer.sent - given, _sent_over_tcp() - sent))
+    matrices = {name: tuple(each.shape) for name, each in trained.named_parameters() if each.dim() > 1}
+    return counts[-1], matrices | {f"vectors of {torch.float32}": (1024 + 128,)}
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="only Linux counts what a connection has sent")
+def test_what_crosses_the_sockets_is_the_message_and_little_more(tmp_path):
+    with socket.socket() as unconnected:
+        if len(unconnected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)) < TOLD:
+            pytest.skip("this kernel does not say what a connection has sent")
+    for (given, sent), shapes in ranks(_counted, tmp_path, 3):
+        assert given == message_size("demo:k=4", shapes) + 32  # with the header of an exchange
+        assert 0 <= sent - 2 * given < 2000  # gloo's own, and two barriers
 
 
 # ---- what needs no others --------------------------------------------------------------------------------------

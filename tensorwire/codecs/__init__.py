@@ -5,7 +5,7 @@ The contract is in stage.py, the layouts in docs/codecs.md; a file a family of s
 
 from tensorwire.codecs.cast import BFloat16, Float16
 from tensorwire.codecs.entropy import Entropy
-from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float, largest
+from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float, kernel_view, largest
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.lowrank import Factors, LowRank
@@ -95,6 +95,7 @@ __all__ = [
     "from_stages",
     "is_calculated",
     "is_float",
+    "kernel_view",
     "known_ids",
     "largest",
     "parameter",

@@ -8,7 +8,9 @@ DeMo (Peng, Quesnelle, Kingma, arXiv:2411.19870) sends momentum this way, Sparse
 changed in several steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import comb
 from typing import Any, Final, NamedTuple
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import KERNEL_DTYPES, widen
-from tensorwire.codecs.signed import Float32, checked_steps, code_blocks, pack, packed_size, step_of, unpack
+from tensorwire.codecs.signed import Float32, checked_steps, pack, packed_size, step_of, unpack
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
@@ -31,6 +33,9 @@ _LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
 _ENUMERATED: Final = 6  # positions that have one number together
 _DENSE: Final = 1 << 18  # elements of a dense tensor that are made at a time
 _STEP: Final = 4
+# A step that tells codes from one another, also where theirs is 0, and what code 0 stands for then.
+_CODES: Final = np.array([2], np.float32)
+_CODE_0: Final = 1
 
 
 class Selected(NamedTuple):
@@ -86,10 +91,7 @@ class Sparse(Packer):
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
         """At most: the codes, with the parameter of Rice's that is the best for positions that are as far apart."""
-        kinds = self._kinds(count)
-        index = sum(number * self._index_bits(size) for number, size in kinds)
-        kept = sum(number * min(self.k, size) for number, size in kinds)
-        return Sizes(packed_size(index, 1) + packed_size(kept, self.bits), self._head)
+        return _layout(self, count).sizes
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What is selected, coded. Raises NonFiniteError for NaN, infinities and magnitudes beyond 2^100."""
@@ -119,26 +121,46 @@ class Sparse(Packer):
 
     def selected(self, payload: memoryview, extent: Extent) -> Selected:
         """What a payload of the right length holds. Raises FormatError."""
-        data, kept = np.frombuffer(payload, np.uint8), self._kept(extent.count)
+        data, (kept, sizes) = np.frombuffer(payload, np.uint8), _layout(self, extent.count)
         behind = data.size - packed_size(kept, self.bits)
-        if behind < self._head:
+        if behind < sizes.metadata:
             raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
         positions = np.empty(kept, np.uint16)
         codes = data[_STEP:behind]
         if not kernels.decode_positions(codes, positions, elements=extent.count, **self._grid):
             raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
         step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
-        with kernels.default_environment():
-            values = unpack(data[behind:], step, kept, self.bits)
-        nothing = positions == NOTHING
-        if nothing.any() and np.concatenate([*code_blocks(data[behind:], kept, self.bits)])[nothing].any():
-            raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
-        values[nothing] = 0
+        values = unpack(data[behind:], step, kept, self.bits)
+        if positions.max(initial=0) == NOTHING:
+            nothing = positions == NOTHING
+            if (unpack(data[behind:], _CODES, kept, self.bits)[nothing] != _CODE_0).any():
+                raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
+            values[nothing] = 0
         return Selected(positions, values)
 
     def add(self, chosen: Selected, sums: npt.NDArray[np.floating[Any]], weight: float) -> None:
         """Add `weight` times each element to float32 or float64 `sums`, one rounding of theirs for product and sum."""
         kernels.add_selected(chosen.positions, chosen.values, sums, weight=weight, **self._grid, basis=self._basis)
+
+    def combine(
+        self, chosen: Sequence[Selected], weights: Sequence[float], out: Float32, *, how: str, divisor: float
+    ) -> None:
+        """Fill `out` with what many have selected of it: the sums of weight times value, and what `how` makes of them.
+
+        `present`: divided by the weights of those that hold the position; `vote`: the signs of the sums of signs; else
+        divided by `divisor`. Sums are in float64, in this order.
+        """
+        kernels.combine_selected(
+            np.concatenate([each.positions for each in chosen]),
+            np.concatenate([each.values for each in chosen]),
+            np.array(weights, np.float64),
+            out,
+            divisor=divisor,
+            present=how == "present",
+            signs=how == "vote",
+            **self._grid,
+            basis=self._basis,
+        )
 
     def places(self, positions: npt.NDArray[np.uint16], count: int) -> npt.NDArray[np.int64]:
         """Where what is selected of a slice of `count` elements stands, if its chunks stood one behind the other."""
@@ -171,17 +193,13 @@ class Sparse(Packer):
     def _basis(self) -> Float32 | None:
         return dct_basis() if self.dct else None
 
-    @property
-    def _head(self) -> int:
-        return _STEP if self.k <= _ENUMERATED else _STEP + 1
-
     def _areas(self, count: int) -> list[tuple[int, int, int]]:
         """(number, height, width) of the bands of a slice: whole ones, one of the rows left, one of a row that ends."""
         whole, left = divmod(count // self.width, self.rows)
         areas = [(whole, self.rows, self.width), (1, left, self.width), (1, 1, count % self.width)]
         return [area for area in areas if all(area)]
 
-    def _kinds(self, count: int) -> list[tuple[int, int]]:
+    def kinds(self, count: int) -> list[tuple[int, int]]:
         """How many chunks of how many elements there are in a slice."""
         kinds = []
         for bands, height, across in self._areas(count):
@@ -199,9 +217,10 @@ class Sparse(Packer):
         return np.concatenate(sizes)
 
     def _kept(self, count: int) -> int:
-        return sum(number * min(self.k, size) for number, size in self._kinds(count))
+        return _layout(self, count).kept
 
-    def _index_bits(self, size: int) -> int:
+    def index_bits(self, size: int) -> int:
+        """Bits of the codes of a chunk of so many elements, as `sizes` expects them."""
         kept = min(self.k, size)
         if self.k <= _ENUMERATED:
             return (comb(size, kept) - 1).bit_length()
@@ -214,12 +233,28 @@ class Sparse(Packer):
 
     def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
         payload = take(self.sizes(extent.count, extent.dtype).total)
-        with kernels.default_environment():
-            step = np.array([step_of(chosen.values, self.bits)], np.float32)
-            values = pack(chosen.values, step, self.bits)
+        step = np.array([step_of(chosen.values, self.bits)], np.float32)
+        values = pack(chosen.values, step, self.bits)
         payload[:_STEP] = step.astype("<f4").view(np.uint8)
         room, behind = payload[_STEP : payload.size - values.size], _STEP
         if room.size:
             behind += kernels.encode_positions(chosen.positions, room, elements=extent.count, **self._grid)
         payload[behind : behind + values.size] = values
         return payload[: behind + values.size]
+
+
+class _Layout(NamedTuple):
+    """What is kept of a slice, and how large it is at most."""
+
+    kept: int
+    sizes: Sizes
+
+
+@lru_cache(maxsize=4096)
+def _layout(codec: Sparse, count: int) -> _Layout:
+    """Asked for several times a slice, and the same in every step."""
+    kinds = codec.kinds(count)
+    index = sum(number * codec.index_bits(size) for number, size in kinds)
+    kept = sum(number * min(codec.k, size) for number, size in kinds)
+    head = _STEP if codec.k <= _ENUMERATED else _STEP + 1
+    return _Layout(kept, Sizes(packed_size(index, 1) + packed_size(kept, codec.bits), head))

@@ -294,7 +294,7 @@ class DeMo(torch.optim.Optimizer):
         changes = combine(self._arrived, how="present")
         self._arrived = []
         for name, together in self._sent_together().items():
-            directions = torch.from_numpy(np.sign(changes[name])).reshape(-1)
+            directions = torch.from_numpy(changes[name]).sign_().reshape(-1)
             for parameter, group in together:
                 direction, directions = directions.tensor_split([parameter.numel()])
                 # One rounding each, whether or not a processor multiplies and adds at once: a sign times lr is exact.

@@ -36,7 +36,9 @@ __all__ = [
     "blockwise_absmax",
     "byte_histogram",
     "cast",
+    "combine_selected",
     "crc32c",
+    "decay_and_add",
     "decode_changes",
     "decode_positions",
     "default_environment",
@@ -53,12 +55,15 @@ __all__ = [
     "isa",
     "merge_planes",
     "nonzero_blocks",
+    "pack_values",
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
     "select_largest",
     "set_threads",
     "split_planes",
+    "sum_magnitudes",
+    "unpack_values",
 ]
 
 
@@ -121,8 +126,13 @@ split_planes = _module.split_planes
 merge_planes = _module.merge_planes
 select_largest = _module.select_largest
 add_selected = _module.add_selected
+combine_selected = _module.combine_selected
 encode_positions = _module.encode_positions
 decode_positions = _module.decode_positions
+sum_magnitudes = _module.sum_magnitudes
+pack_values = _module.pack_values
+unpack_values = _module.unpack_values
+decay_and_add = _module.decay_and_add
 difference = _module.difference
 add_difference = _module.add_difference
 encode_changes = _module.encode_changes

@@ -66,12 +66,31 @@ def add_selected(
     k: int,
     basis: object | None = None,
 ) -> bool: ...
+def combine_selected(
+    positions: object,
+    values: object,
+    weights: object,
+    out: object,
+    *,
+    divisor: float,
+    present: bool,
+    signs: bool,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: object | None = None,
+) -> bool: ...
 def encode_positions(
     positions: object, codes: object, *, elements: int, width: int, rows: int, cols: int, k: int
 ) -> int: ...
 def decode_positions(
     codes: object, positions: object, *, elements: int, width: int, rows: int, cols: int, k: int
 ) -> bool: ...
+def sum_magnitudes(values: object) -> tuple[float, int, int]: ...
+def pack_values(values: object, steps: object, codes: object, *, bits: int) -> None: ...
+def unpack_values(codes: object, steps: object, values: object, *, bits: int) -> bool: ...
+def decay_and_add(kept: object, values: object, *, beta: float) -> float: ...
 
 class default_environment:  # noqa: N801 (it is used as a function is)
     """Round to nearest even and keep subnormals within a `with` block."""

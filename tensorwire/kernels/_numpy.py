@@ -20,7 +20,14 @@ from tensorwire.kernels import _numpy_changes, tables
 from tensorwire.kernels._numpy_checks import check_array as _check_array
 from tensorwire.kernels._numpy_checks import check_overlap as _check_overlap
 from tensorwire.kernels._numpy_checks import check_size as _check_size
-from tensorwire.kernels._numpy_sparse import add_selected, decode_positions, encode_positions, select_largest
+from tensorwire.kernels._numpy_sparse import (
+    add_selected,
+    combine_selected,
+    decode_positions,
+    encode_positions,
+    select_largest,
+)
+from tensorwire.kernels._numpy_values import pack_values, sum_magnitudes, unpack_values
 
 __all__ = [
     "accumulate",
@@ -32,7 +39,9 @@ __all__ = [
     "blockwise_absmax",
     "byte_histogram",
     "cast",
+    "combine_selected",
     "crc32c",
+    "decay_and_add",
     "decode_changes",
     "decode_positions",
     "default_environment",
@@ -47,12 +56,15 @@ __all__ = [
     "huffman_encode",
     "merge_planes",
     "nonzero_blocks",
+    "pack_values",
     "quantize_4bit",
     "quantize_int8",
     "quantize_linear",
     "select_largest",
     "set_threads",
     "split_planes",
+    "sum_magnitudes",
+    "unpack_values",
 ]
 
 Array = npt.NDArray[Any]
@@ -444,6 +456,21 @@ def accumulate(values: Array, sums: Float64, *, weight: float) -> None:
     _check_sums(sums, values.size, {"values": values})
     for start, stop in _slices(sums.size):
         sums[start:stop] += np.float64(weight) * _widen(values[start:stop]).astype(np.float64)
+
+
+def decay_and_add(kept: Float32, values: Array, *, beta: float) -> float:
+    """Kept = fl32(fl32(beta * kept) + values), of finite values; the largest magnitude of what is kept then."""
+    _check_array("kept", kept, np.float32, output=True)
+    _check_array("values", values, *FLOAT_DTYPES)
+    _check_size("values", values, kept.size)
+    _check_overlap({"kept": kept}, {"values": values})
+    top = 0.0
+    for start, stop in _slices(kept.size):
+        part = kept[start:stop]
+        part *= np.float32(beta)
+        part += _widen(values[start:stop])
+        top = max(top, float(np.abs(part).max()))
+    return top
 
 
 def accumulate_4bit(

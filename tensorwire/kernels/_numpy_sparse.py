@@ -122,6 +122,54 @@ def add_selected(
     return True
 
 
+def combine_selected(
+    positions: Array,
+    values: Array,
+    weights: Array,
+    out: Array,
+    *,
+    divisor: float,
+    present: bool,
+    signs: bool,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    basis: Array | None = None,
+) -> bool:
+    """Of all positions that any message holds, sums in float64 in the order of messages, and what is made of them.
+
+    False, with anything in `out`: a position is not in its chunk.
+    """
+    _check_grid(width, rows, cols, k, basis)
+    check_array("positions", positions, np.uint16)
+    check_array("values", values, np.float32)
+    check_array("weights", weights, np.float64)
+    check_array("out", out, np.float32, output=True)
+    kept = _kept(out.size, width, rows, cols, k)
+    for name, array in (("positions", positions), ("values", values)):
+        check_size(name, array, weights.size * kept)
+    check_overlap({"out": out}, {"positions": positions, "values": values, "weights": weights})
+    sizes = chunk_sizes(out.size, width, rows, cols)
+    starts, counts = np.cumsum(sizes) - sizes, np.minimum(sizes, k)
+    sums, there, shape = np.zeros(out.size), np.zeros(out.size), (weights.size, kept)
+    for place, value, weight in zip(positions.reshape(shape), values.reshape(shape), weights, strict=True):
+        held = place != NOTHING
+        if (place[held] >= np.repeat(sizes, counts)[held]).any():
+            return False
+        where = np.repeat(starts, counts)[held] + place[held]
+        sums[where] += weight * (np.sign(value) if signs else value)[held].astype(np.float64)
+        there[where] += weight
+    if signs:
+        sums = np.sign(sums)
+    else:
+        np.divide(sums, there if present else divisor, out=sums, where=there > 0)
+    out[:] = 0
+    every = (np.arange(out.size) - np.repeat(starts, sizes)).astype(np.uint16)
+    whole = {"width": width, "rows": rows, "cols": cols, "k": MOST_CHUNK}
+    return add_selected(every, sums.astype(np.float32), out, weight=1.0, basis=basis, **whole)
+
+
 def _check_grid(width: int, rows: int, cols: int, k: int, basis: Array | None = None) -> None:
     for name, value in (("width", width), ("rows", rows), ("cols", cols), ("k", k)):
         if value < 1:

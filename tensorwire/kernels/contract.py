@@ -194,6 +194,29 @@ class HostKernels(Kernels, Protocol):
     ) -> bool:
         """Sums, float32 or float64, += weight * what was selected; False: a position outside its chunk."""
 
+    def combine_selected(
+        self,
+        positions: npt.NDArray[np.uint16],
+        values: Float32,
+        weights: npt.NDArray[np.float64],
+        out: Float32,
+        *,
+        divisor: float,
+        present: bool,
+        signs: bool,
+        width: int,
+        rows: int,
+        cols: int,
+        k: int,
+        basis: Float32 | None = None,
+    ) -> bool:
+        """What messages hold together, which stand one behind the other and have a weight each.
+
+        Sums are in float64, in the order of messages; with `signs`, the signs of those of signs; with `present`,
+        divided by the weights of those that hold the position, else by `divisor`. Then float32, transformed back.
+        False: a position outside its chunk, with anything in `out`.
+        """
+
     def encode_positions(
         self,
         positions: npt.NDArray[np.uint16],
@@ -219,6 +242,18 @@ class HostKernels(Kernels, Protocol):
         k: int,
     ) -> bool:
         """What `encode_positions` was given; False: codes that it never makes."""
+
+    def sum_magnitudes(self, values: Float32) -> tuple[float, int, int]:
+        """The largest magnitude; all in units of 2^-32 of it, each rounded, together; how many are not 0."""
+
+    def pack_values(self, values: Float32, steps: Float32, codes: Bytes, *, bits: int) -> None:
+        """Write numbers as a sign and a magnitude in steps, of `bits` (1, 2, 4, 8, 16). `steps`: one, or one each."""
+
+    def unpack_values(self, codes: Bytes, steps: Float32, values: Float32, *, bits: int) -> bool:
+        """The numbers that codes stand for; False: bits behind the last one are not 0."""
+
+    def decay_and_add(self, kept: Float32, values: Floats, *, beta: float) -> float:
+        """Make of what is kept beta times that, plus finite values; the largest magnitude then."""
 
     def difference(self, base: Bytes, values: Bytes, out: Bytes, *, width: int) -> None:
         """The differences of unsigned numbers of `width` bytes to those of a base, as zig-zag.

@@ -4,7 +4,7 @@ from tensorwire.streams.applying import Applied, Patch, setter, value_at
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.decoder import Decoder
 from tensorwire.streams.encoded import EncodedTensor, InMemory, OnDisk, Store
-from tensorwire.streams.flatten import Rule, TensorLeaf, ValueLeaf, as_pair, flatten
+from tensorwire.streams.flatten import Leaf, Rule, TensorLeaf, ValueLeaf, as_pair, flatten
 from tensorwire.streams.patches import encode_patch
 from tensorwire.streams.pieces import Pieces
 from tensorwire.streams.receiver import Completed, ItemStart, Payload, Piece, Receiver
@@ -24,6 +24,7 @@ __all__ = [
     "EncodedTensor",
     "InMemory",
     "ItemStart",
+    "Leaf",
     "OnDisk",
     "Patch",
     "Payload",

@@ -7,14 +7,16 @@ same messages in the same order get the same bits.
 
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import Any, Final, Literal, get_args
+from math import prod
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from tensorwire import kernels
-from tensorwire.codecs import NOTHING, Codec, Sparse, as_floats, is_float
+from tensorwire.codecs import NOTHING, Codec, Selected, Sparse, as_floats, is_float
 from tensorwire.errors import SchemaError
+from tensorwire.memory import SPARE
 from tensorwire.tensor import Extent
 from tensorwire.updates.compressor import slices
 from tensorwire.updates.difference import key_of
@@ -26,6 +28,8 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _HOW: Final = get_args(How)
+_SMALL: Final = 1 << 16  # elements
+_SUMS: Final = 16  # bytes that the sums of an element take, with what is present of it
 
 
 def combine(
@@ -63,11 +67,27 @@ def combine(
         names = found
     if names is None:
         raise ValueError("there is no message to be combined")
-    made = {
-        name: np.zeros(shape, np.float32) for name, shape in names.shapes.items() if name not in totals
-    }  # empty ones
-    made |= {name: total.result(weight_sum) for name, total in totals.items()}
+    made = _arrays(names.shapes)
+    for name, total in totals.items():
+        total.finish(weight_sum, made[name].reshape(-1))
     return {name: made[owner] for name, owner in names.owners.items()}
+
+
+def _arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, Float32]:
+    """Memory for tensors, which was written before where there is such: that is most of what it costs to fill it.
+
+    Small tensors have one piece together, since the C library gives theirs back to the system as soon as it is free.
+    """
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    small = SPARE.empty(4 * sum(size for size in sizes.values() if size < _SMALL)).view(np.float32)
+    arrays, at = {}, 0
+    for name, size in sizes.items():
+        if size < _SMALL:
+            array, at = small[at : at + size], at + size
+        else:
+            array = SPARE.empty(4 * size).view(np.float32)
+        arrays[name] = array.reshape(shapes[name])
+    return arrays
 
 
 class _Names:
@@ -92,15 +112,20 @@ class _Names:
 
 
 class _Total:
-    """The sum of one tensor: of its elements, or chunk after chunk of its coefficients."""
+    """The sum of one tensor: of its elements, or chunk after chunk of its coefficients.
+
+    What is sparse is held as it came and added up at the end, while that is smaller than the sums would be.
+    """
 
     def __init__(self, item: TensorItem, codec: Codec, how: How) -> None:
         self._item = item
         self._codec = codec
         self._how = how
-        self._sums = np.zeros(item.total)
+        self._held: list[_Held] = []
+        self._held_size = 0
+        self._sums: Float64 | None = None
         # What the messages that hold a number weigh together.
-        self._present = np.zeros(item.total) if how == "present" else None
+        self._present: Float64 | None = None
 
     def add(self, item: TensorItem, codec: Codec, payload: memoryview, extent: Extent, weight: float) -> None:
         """Add a slice of a message."""
@@ -110,29 +135,23 @@ class _Total:
                 f"{self._item.dtype} {list(self._item.shape)}",
                 item=item.name,
             )
-        place = slice(extent.start, extent.start + extent.count)
-        sums, packer = self._sums[place], codec.packer
-        with kernels.default_environment():
-            if isinstance(packer, Sparse) and not codec.compressors:
-                chosen = packer.selected(payload, extent)
-                there = chosen.positions != NOTHING
-                where = packer.places(chosen.positions, extent.count)[there]
-                sums[where] += weight * self._counted(chosen.values[there])
-                if self._present is not None:
-                    self._present[place][where] += weight
-                return
-            if self._how == "vote":
-                data = np.empty(extent.count * item.dtype.itemsize, np.uint8)
-                codec.decode(payload, extent, data)
-                sums += weight * np.sign(as_floats(data, item.dtype)).astype(np.float64)
-            else:
-                codec.accumulate(payload, extent, sums, weight)
-            if self._present is not None:
-                self._present[place] += weight
+        packer = codec.packer
+        if isinstance(packer, Sparse) and not codec.compressors:
+            self._hold(_Held(extent, packer.selected(payload, extent), weight))
+        else:
+            self._add_elements(codec, payload, extent, weight)
 
-    def result(self, weight: float) -> Float32:
-        """What is made of the sums."""
-        sums = self._sums
+    def finish(self, weight: float, out: Float32) -> None:
+        """Fill `out` with what is made of the sums."""
+        packer, slices = self._codec.packer, self._slices()
+        if isinstance(packer, Sparse) and slices is not None:
+            divisor = weight if self._how == "mean" else 1.0
+            for place, held in slices.items():
+                chosen, weights = [each.chosen for each in held], [each.weight for each in held]
+                packer.combine(chosen, weights, out[place.start : place.stop], how=self._how, divisor=divisor)
+            return
+        self._settle()
+        sums = self._in_sums()
         with kernels.default_environment():
             if self._how == "mean":
                 sums /= weight
@@ -140,10 +159,64 @@ class _Total:
                 np.sign(sums, out=sums)
             elif self._present is not None:
                 np.divide(sums, self._present, out=sums, where=self._present > 0)
-            made = sums.astype(np.float32)
-        if isinstance(self._codec.packer, Sparse):
-            made = self._codec.packer.dense(made)
-        return made.reshape(self._item.shape)
+            out[:] = sums
+        if isinstance(packer, Sparse):
+            out[:] = packer.dense(out)
 
-    def _counted(self, values: Float32) -> Float64:
-        return (np.sign(values) if self._how == "vote" else values).astype(np.float64)
+    def _hold(self, held: "_Held") -> None:
+        self._held.append(held)
+        self._held_size += held.chosen.positions.nbytes + held.chosen.values.nbytes
+        if self._sums is not None or self._held_size > _SUMS * self._item.total:
+            self._settle()
+
+    def _slices(self) -> "dict[range, list[_Held]] | None":
+        """What is held, by slices; None if it was not cut alike in all messages, or is in the sums already."""
+        slices: dict[range, list[_Held]] = {}
+        for held in self._held:
+            slices.setdefault(range(held.extent.start, held.extent.start + held.extent.count), []).append(held)
+        return slices if sum(map(len, slices)) == self._item.total else None
+
+    def _settle(self) -> None:
+        """Add what is held to the sums."""
+        for held in self._held:
+            self._add_selected(*held)
+        self._held, self._held_size = [], 0
+
+    def _in_sums(self) -> Float64:
+        if self._sums is None:
+            self._sums = np.zeros(self._item.total)
+            self._present = np.zeros(self._item.total) if self._how == "present" else None
+        return self._sums
+
+    def _add_selected(self, extent: Extent, chosen: Selected, weight: float) -> None:
+        packer, place = self._codec.packer, slice(extent.start, extent.start + extent.count)
+        assert isinstance(packer, Sparse)  # what is held
+        there = chosen.positions != NOTHING
+        where, values = packer.places(chosen.positions, extent.count)[there], chosen.values[there]
+        with kernels.default_environment():
+            self._in_sums()[place][where] += weight * (np.sign(values) if self._how == "vote" else values).astype(
+                np.float64
+            )
+            if self._present is not None:
+                self._present[place][where] += weight
+
+    def _add_elements(self, codec: Codec, payload: memoryview, extent: Extent, weight: float) -> None:
+        place = slice(extent.start, extent.start + extent.count)
+        sums = self._in_sums()[place]
+        with kernels.default_environment():
+            if self._how == "vote":
+                data = np.empty(extent.count * extent.dtype.itemsize, np.uint8)
+                codec.decode(payload, extent, data)
+                sums += weight * np.sign(as_floats(data, extent.dtype)).astype(np.float64)
+            else:
+                codec.accumulate(payload, extent, sums, weight)
+            if self._present is not None:
+                self._present[place] += weight
+
+
+class _Held(NamedTuple):
+    """What a message holds of a slice."""
+
+    extent: Extent
+    chosen: Selected
+    weight: float

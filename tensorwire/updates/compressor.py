@@ -17,10 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire import dtypes, kernels, streams
-from tensorwire.codecs import RAW, Codec, LowRank, Readymade, Sparse, as_floats, from_floats, from_stages, largest
+from tensorwire.codecs import (
+    RAW,
+    Codec,
+    LowRank,
+    Readymade,
+    Sparse,
+    as_floats,
+    from_floats,
+    from_stages,
+    kernel_view,
+    largest,
+)
+from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, NonFiniteError
 from tensorwire.limits import DEFAULT
-from tensorwire.streams import ItemStart, Payload, Piece, Receiver
+from tensorwire.streams import ItemStart, Leaf, Payload, Piece, Receiver
 from tensorwire.tensor import Extent, TensorView, ViewFront
 from tensorwire.updates.difference import Views, key_of, views
 from tensorwire.updates.methods import Method, codec_for, method
@@ -67,6 +79,13 @@ class Compressor:
         # Above the magnitudes that are kept, of tensors of which such a bound is known without looking.
         self._bounds: dict[str, float] = {}
         self._last = Message(b"", settled=True)
+        # What a message is made of, for the tensors of the last step: it reads what is kept.
+        self._layout: list[tuple[str, str, DType, tuple[int, ...]]] = []
+        self._leaves: list[Leaf] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what reads this compressor's own memory."""
+        return {**self.__dict__, "_layout": [], "_leaves": []}
 
     @property
     def method(self) -> Method:
@@ -87,15 +106,9 @@ class Compressor:
         owners = _owners(tensors)
         for name in dict.fromkeys(owners.values()):
             self._take_in(name, tensors[name])
-        kept = {name: self._view(owners[name], view) for name, view in tensors.items()}
-        buffers = streams.encode(
-            kept,
-            ViewFront(),
-            codec=_codecs(self._method),
-            frame_size=self._method.frame_size,
-            metadata=terms.metadata() if terms is not None else None,
-        )
-        self._last = Message(b"".join(buffers))
+        info = streams.stream_info(terms.metadata() if terms is not None else None)
+        sender = streams.Sender(info, self._method.frame_size, DEFAULT)
+        self._last = Message(b"".join(sender.container(self._leaves_of(tensors, owners))))
         self._add(self._last, -self._method.alpha)
         return self._last
 
@@ -139,6 +152,7 @@ class Compressor:
         factors = {(name, start): np.array(factor, np.float32) for name, start, factor in state["factors"]}
         pending = np.asarray(state["pending"], np.uint8).tobytes()
         self._kept, self._factors, self._bounds = kept, factors, {}
+        self._layout, self._leaves = [], []
         self._last = Message(pending, settled=not pending)
 
     def _check(self, name: str, view: TensorView) -> None:
@@ -162,26 +176,31 @@ class Compressor:
         """Kept = beta * kept + new."""
         if name not in self._kept:
             self._kept[name] = np.zeros(view.shape, np.float32)
-        kept, beta = self._kept[name].reshape(-1), np.float32(self._method.beta)
-        top = 0.0
-        with kernels.default_environment():
-            for start in range(0, kept.size, _BLOCK):
-                part = kept[start : start + _BLOCK]
-                if beta != 1:
-                    part *= beta
-                part += as_floats(view.read(start, start + part.size), view.dtype)
-                top = max(top, _largest(part))
+        kept, top, beta = self._kept[name].reshape(-1), 0.0, self._method.beta
+        for start in range(0, kept.size, _BLOCK):
+            part = kept[start : start + _BLOCK]
+            new = kernel_view(view.read(start, start + part.size), view.dtype)
+            top = max(top, kernels.decay_and_add(part, new, beta=beta))
         self._bounds.pop(name, None)
         if isinstance(codec_for(self._method, view.shape).packer, Sparse):
             self._bounds[name] = _DECODED * top
 
+    def _leaves_of(self, tensors: Views, owners: Mapping[str, str]) -> list[Leaf]:
+        """What is kept of tensors, described: the same in every step that has the same tensors."""
+        layout = [(name, owners[name], view.dtype, view.shape) for name, view in tensors.items()]
+        if layout != self._layout:
+            kept = {name: self._view(owners[name], view) for name, view in tensors.items()}
+            rule = streams.rule(_codecs(self._method))
+            self._layout, self._leaves = layout, [*streams.flatten(kept, ViewFront(), rule, DEFAULT)]
+        return self._leaves
+
     def _view(self, name: str, view: TensorView) -> TensorView:
         """What is kept of a tensor, in its dtype; of low rank, already in its factors."""
-        kept, codec = self._kept[name].reshape(-1), codec_for(self._method, view.shape)
+        kept, codec, dtype = self._kept[name].reshape(-1), codec_for(self._method, view.shape), view.dtype
         packer = codec.packer
 
         def read(start: int, stop: int) -> Any:
-            return from_floats(kept[start:stop], view.dtype)
+            return from_floats(kept[start:stop], dtype)
 
         if isinstance(packer, LowRank):
             low_rank = packer

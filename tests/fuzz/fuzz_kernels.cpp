@@ -254,6 +254,20 @@ Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
     accumulate(result, n, shift, [&](double* sums, double weight) {
         if (!k.add_to_double(positions.as<uint16_t>(), coefficients.as<float>(), sums, n, weight, grid, b)) abort();
     });
+    Buffer weights(8, shift), out(n * 4, shift);
+    const double weight = 0.75;
+    memcpy(weights.data(), &weight, sizeof weight);
+    const tw::Combining how{1.5, kept % 3 == 1, kept % 3 == 2};
+    if (!k.combine_selected(positions.as<uint16_t>(), coefficients.as<float>(), weights.as<double>(), 1, kept,
+                            out.as<float>(), n, how, grid, b))
+        abort();
+    keep(result, out);
+    const size_t bits = n % tw::kValueBits;
+    Buffer step(4, shift), packed((kept * (size_t{1} << bits) + 7) / 8, shift + 1), back(kept * 4, shift);
+    in.fill(step.data(), step.size());
+    k.pack_values[bits](coefficients.as<float>(), step.as<float>(), 0, packed.data(), kept);
+    if (!k.unpack_values[bits](packed.data(), step.as<float>(), 0, back.as<float>(), kept)) abort();
+    keep(result, packed);
     return result;
 }
 

@@ -101,8 +101,24 @@ class TestDefinition:
     def test_a_position_outside_its_chunk(self, kernels: ModuleType) -> None:
         for basis in (None, dct_basis()):
             given = np.array([16], np.uint16), np.ones(1, np.float32)
-            sums = np.zeros(16)
-            assert not kernels.add_selected(*given, sums, weight=1.0, k=1, width=4, rows=4, cols=4, basis=basis)
+            sums, grid = np.zeros(16), {"k": 1, "width": 4, "rows": 4, "cols": 4, "basis": basis}
+            assert not kernels.add_selected(*given, sums, weight=1.0, **grid)
+            out, how = np.zeros(16, np.float32), {"divisor": 1.0, "present": True, "signs": False}
+            assert not kernels.combine_selected(*given, np.ones(1), out, **how, **grid)
+
+    def test_messages_are_combined(self, kernels: ModuleType) -> None:
+        positions = np.array([0, 2, 0, 3, NOTHING, NOTHING], np.uint16)
+        values = np.array([1, 2, -4, 3, 7, 7], np.float32)
+        for how, wanted in (((2.0, False, False), [-3.5, 0, 1, 3]), ((1.0, True, False), [-7 / 3, 0, 2, 3])):
+            out = np.full(4, np.nan, np.float32)
+            options = dict(zip(("divisor", "present", "signs"), how, strict=True))
+            weights = np.array([1.0, 2, 5])
+            assert kernels.combine_selected(positions, values, weights, out, **options, k=2, width=4, rows=1, cols=4)
+            assert out.tolist() == np.array(wanted, np.float32).tolist()
+        assert kernels.combine_selected(
+            positions, values, weights, out, divisor=1.0, present=False, signs=True, k=2, width=4, rows=1, cols=4
+        )
+        assert out.tolist() == [-1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("grid", "transformed"), CASES, ids=str)
@@ -127,7 +143,7 @@ def of_the_twin(options: Any, transformed: bool, number: int) -> list[Array]:
 
 
 def results(module: ModuleType, options: Any, transformed: bool, number: int, offset: int) -> list[Array]:
-    """All that the four kernels make of some values."""
+    """All that the five kernels make of some values."""
     grid, count, basis = dict(options), COUNTS[number], dct_basis() if transformed else None
     values = [*VALUES.values()][number % 3][:count]
     positions, coefficients = select(module, values, offset, basis=basis, **grid)
@@ -136,6 +152,12 @@ def results(module: ModuleType, options: Any, transformed: bool, number: int, of
         sums = NORMAL[:count].astype(dtype)
         assert module.add_selected(positions, coefficients, sums, weight=-0.3, basis=basis, **grid)
         outputs.append(sums)
+    two = np.tile(positions, 2), np.concatenate([coefficients, -coefficients[::-1]]), np.array([0.7, 3])
+    for divisor, present, signs in ((3.7, False, False), (1.0, True, False), (1.0, False, True)):
+        out = Output(count, np.float32, offset)
+        how = {"divisor": divisor, "present": present, "signs": signs}
+        assert module.combine_selected(*two, out.array, **how, basis=basis, **grid)
+        outputs.append(out.checked())
     codes = np.zeros(4 * positions.size + 4096, np.uint8)
     codes = codes[: module.encode_positions(positions, codes, elements=count, **grid)]
     back = Output(positions.size, np.uint16)
@@ -173,16 +195,23 @@ def correct(name: str) -> dict[str, Any]:
         "positions": np.zeros(2, np.uint16),
         "coefficients": np.zeros(2, np.float32),
         "sums": np.zeros(16),
+        "weights": np.ones(1),
+        "out": np.zeros(16, np.float32),
     }
+    if name == "combine_selected":  # of one message
+        arrays["values"] = arrays["coefficients"]
     taken = {
         "select_largest": ["values", "positions", "coefficients"],
         "add_selected": ["positions", "coefficients", "sums"],
+        "combine_selected": ["positions", "values", "weights", "out"],
         "encode_positions": ["positions", "codes"],
         "decode_positions": ["codes", "positions"],
     }[name]
     options: dict[str, Any] = {"width": 4, "rows": 4, "cols": 4, "k": 2}
     if name == "add_selected":
         options["weight"] = 1.0
+    if name == "combine_selected":
+        options |= {"divisor": 1.0, "present": False, "signs": False}
     if name.endswith("positions"):
         options["elements"] = 16
     return {key: arrays[key] for key in taken} | options
@@ -194,8 +223,8 @@ def call(kernels: ModuleType, name: str, **changes: Any) -> Any:
     return getattr(kernels, name)(*positional, **arguments)
 
 
-OPTIONS = ["width", "rows", "cols", "k", "weight", "elements"]
-NAMES = ["select_largest", "add_selected", "encode_positions", "decode_positions"]
+OPTIONS = ["width", "rows", "cols", "k", "weight", "elements", "divisor", "present", "signs"]
+NAMES = ["select_largest", "add_selected", "combine_selected", "encode_positions", "decode_positions"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -207,7 +236,7 @@ def test_a_wrong_argument_is_an_error(kernels: ModuleType, name: str) -> None:
                 call(kernels, name, **{key: value.astype(np.int64)})
             with pytest.raises(TypeError, match=key):
                 call(kernels, name, **{key: value.reshape(1, -1)})
-            if key not in ("codes", "values", "sums"):
+            if key not in ("codes", "sums", "weights", "out") and (key, name) != ("values", "select_largest"):
                 with pytest.raises(ValueError, match=f"{key}: expected 2"):
                     call(kernels, name, **{key: np.append(value, value[:1])})
     for key in ("width", "rows", "cols", "k"):
@@ -223,7 +252,7 @@ def test_a_wrong_argument_is_an_error(kernels: ModuleType, name: str) -> None:
             call(kernels, name, cols=65, basis=dct_basis())
         with pytest.raises(ValueError, match="basis"):
             call(kernels, name, basis=dct_basis()[1:])
-    output = "sums" if name == "add_selected" else "codes" if name == "encode_positions" else "positions"
+    output = {"add_selected": "sums", "combine_selected": "out", "encode_positions": "codes"}.get(name, "positions")
     frozen = correct(name)[output]
     frozen.setflags(write=False)
     with pytest.raises(ValueError, match="read-only"):
@@ -241,6 +270,8 @@ def test_outputs_apart_from_inputs(kernels: ModuleType) -> None:
         call(kernels, "select_largest", values=values, coefficients=values[:2])
     with pytest.raises(ValueError, match="overlaps"):
         call(kernels, "add_selected", sums=values, coefficients=values[:2])
+    with pytest.raises(ValueError, match="overlaps"):
+        call(kernels, "combine_selected", out=values, values=values[:2])
 
 
 def test_the_cosines_are_the_same_on_every_machine() -> None:
