@@ -24,10 +24,10 @@ constexpr uint64_t kGroupBits = 40;
 
 // 8 exponent bits: those from 2^-31 to 1 are told apart. 5 bits: all of them.
 template <Dtype kDtype>
-unsigned class_of(uint16_t x) {
+uint16_t class_of(uint16_t x) {
     if constexpr (kDtype == kFloat16) return x >> 10 & 31;
-    const int exponent = x >> 7 & 255;
-    return static_cast<unsigned>(exponent < 96 ? 0 : exponent > 127 ? 31 : exponent - 96);
+    const uint16_t exponent = x >> 7 & 255, least = exponent < 96 ? 96 : exponent;
+    return static_cast<uint16_t>((least > 127 ? 127 : least) - 96);
 }
 
 // Number i, wherever it stands.
@@ -70,6 +70,23 @@ uint64_t spread(uint64_t x, uint64_t mine) {
     for (; x && mine; x >>= 1, mine &= mine - 1) found |= x & 1 ? mine & (0 - mine) : 0;
     return found;
 #endif
+}
+
+// Lists the places of the bits of x that are set, the lowest being `first`; how many there are. Writes no more than 64.
+size_t places(uint64_t x, uint32_t first, uint32_t* out) {
+    size_t found = 0;
+#if defined(TW_AVX512)
+    __m512i each = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int part = 0; part < 4; ++part, x >>= 16, each = _mm512_add_epi32(each, _mm512_set1_epi32(16))) {
+        const auto chosen = static_cast<__mmask16>(x);
+        _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(chosen, each));
+        found += count_ones(chosen);
+    }
+#else
+    for (; x; x &= x - 1) out[found++] = first + lowest(x);
+#endif
+    return found;
 }
 
 // Bit i: whether classes[i] is one of first, ..., first + more.
@@ -454,15 +471,21 @@ private:
     }
     // How many zeros stand before each of n ones, no more than `most`.
     void take_unary(uint32_t* x, size_t n, uint64_t most) {
-        size_t begin = at_ - at_ % 8, next = at_, i = 0;
-        uint64_t bits = peek(begin) >> at_ % 8 << at_ % 8;
-        bool beyond = false;
+        size_t begin = at_ - at_ % 8, i = 0;
+        uint64_t bits = peek(begin) >> at_ % 8 << at_ % 8, zeros = 0 - at_ % 8, largest = 0;  // behind the last one
+        uint32_t ones[64];
         for (;;) {
-            for (; bits && i < n; bits &= bits - 1, ++i) {
-                const size_t one = begin + lowest(bits);
-                beyond |= one - next > most;
-                x[i] = static_cast<uint32_t>(one - next);
-                next = one + 1;
+            size_t found = places(bits, 0, ones);
+            if (found > n - i) found = n - i;
+            if (found) {
+                zeros += ones[0];
+                largest = zeros > largest ? zeros : largest;
+                x[i] = static_cast<uint32_t>(zeros);
+                for (size_t j = 1; j < found; ++j) x[i + j] = ones[j] - ones[j - 1] - 1;
+                i += found;
+                zeros = 63 - ones[found - 1];
+            } else {
+                zeros += 64;
             }
             if (i == n) break;
             begin += 64;
@@ -472,8 +495,9 @@ private:
             }
             bits = peek(begin);
         }
-        at_ = next;
-        good_ = !beyond;
+        at_ = begin + 64 - static_cast<size_t>(zeros);
+        for (i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+        good_ = largest <= most;
     }
 
     const uint8_t* data_;
@@ -534,6 +558,28 @@ size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uin
     return found;
 }
 
+// Adds changes of a tile to the tallies of their classes.
+void tally_changes(const uint32_t* listed, size_t n, Tally* tallies) {
+    // Of each class: those that changed, those by more than 1, and how far beyond 2, of 16, 16 and 32 bits. Two sums, as
+    // neighbours are often of one class, and a sum has to be written before it is read.
+    uint64_t sums[2][kClasses] = {}, each[256];
+    for (size_t begin = 0; begin < n; begin += 256) {
+        const size_t end = n - begin < 256 ? n - begin : 256;
+        for (size_t i = 0; i < end; ++i) {
+            const uint32_t size = size_of(static_cast<uint16_t>(listed[begin + i]));
+            const uint64_t larger = size > 1, beyond = size > 1 ? size - 2 : 0;
+            each[i] = 1 | larger << 16 | beyond << 32;
+        }
+        for (size_t i = 0; i < end; ++i) sums[i % 2][listed[begin + i] >> 16] += each[i];
+    }
+    for (unsigned c = 0; c < kClasses; ++c) {
+        const uint64_t sum = sums[0][c] + sums[1][c];
+        tallies[c].changed += sum & 0xFFFF;
+        tallies[c].larger += sum >> 16 & 0xFFFF;
+        tallies[c].beyond += sum >> 32;
+    }
+}
+
 // Lists all changes with the classes of their numbers, and fills the tallies of all classes; how many there are.
 template <Dtype kDtype>
 size_t list_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* out, Tally* tallies) {
@@ -547,20 +593,9 @@ size_t list_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* o
         for (size_t b = 0; b < tile.blocks; ++b) {
             found += list_block(tile, b, base + 2 * at, x + 2 * at, listed + found);
         }
-        // Of each class: those that changed, those by more than 1, and how far beyond 2, of 16, 16 and 32 bits.
-        uint64_t sums[2][kClasses] = {};
-        for (size_t i = 0; i < found; ++i) {
-            const uint32_t size = size_of(static_cast<uint16_t>(listed[i]));
-            const uint64_t larger = size > 1, beyond = (size - 2) & (0 - larger);
-            sums[i % 2][listed[i] >> 16] += 1 | larger << 16 | beyond << 32;
-            out[changed++] = listed[i];
-        }
-        for (unsigned c = 0; c < kClasses; ++c) {
-            const uint64_t sum = sums[0][c] + sums[1][c];
-            tallies[c].changed += sum & 0xFFFF;
-            tallies[c].larger += sum >> 16 & 0xFFFF;
-            tallies[c].beyond += sum >> 32;
-        }
+        tally_changes(listed, found, tallies);
+        memcpy(out + changed, listed, found * sizeof *out);
+        changed += found;
     }
     return changed;
 }
@@ -576,32 +611,31 @@ void sort_changes(const uint32_t* listed, size_t changed, const Groups& groups) 
 bool list_gaps(Group& g, const Tile& tile, const uint64_t* unlike) {
     // The group's numbers, one behind the other: which of them are listed.
     uint64_t listed[kTileWords + 1], held = 0;
-    size_t words = 0;
+    size_t words = 0, found = 0;
     unsigned holds = 0;
     for (size_t b = 0; b < tile.blocks; ++b) {
         const uint64_t mine = tile.of_block(b, g.first, g.more);
         const uint64_t bits = gathered(g.inverted ? ~unlike[b] : unlike[b], mine);
         const unsigned sum = holds + count_ones(mine);
+        const uint64_t full = 0 - uint64_t{sum / 64};  // all ones, or none: nobody can foretell where a word ends
         listed[words] = held | bits << holds;
-        held = sum < 64 ? listed[words] : bits >> 1 >> (63 - holds);
+        held = (listed[words] & ~full) | (bits >> 1 >> (63 - holds) & full);
         words += sum / 64;
         holds = sum % 64;
     }
     listed[words] = held;
-    size_t found = 0;
-    for (size_t w = 0; w <= words; ++w) found += count_ones(listed[w]);
+    uint32_t at[kTile + kBlock];
+    for (size_t w = 0; w <= words; ++w) found += places(listed[w], static_cast<uint32_t>(64 * w), at + found);
     if (found > g.listed - g.gap) return false;
-    uint32_t* to = g.gaps + g.gap;
-    int64_t run = g.run;
-    for (size_t w = 0; w <= words && found; ++w) {
-        for (uint64_t bits = listed[w]; bits; bits &= bits - 1) {
-            const int64_t place = static_cast<int64_t>(64 * w + lowest(bits));
-            *to++ = static_cast<uint32_t>(place + run);
-            run = -(place + 1);
-        }
+    const int64_t size = static_cast<int64_t>(64 * words + holds);
+    if (found) {
+        uint32_t* const to = g.gaps + g.gap;
+        to[0] = static_cast<uint32_t>(at[0] + g.run);
+        for (size_t i = 1; i < found; ++i) to[i] = at[i] - at[i - 1] - 1;
+        g.gap += found;
+        g.run = -static_cast<int64_t>(at[found - 1] + 1);
     }
-    g.gap += found;
-    g.run = run + static_cast<int64_t>(64 * words + holds);
+    g.run += size;
     return true;
 }
 
