@@ -72,15 +72,20 @@ uint64_t spread(uint64_t x, uint64_t mine) {
 #endif
 }
 
+#if defined(TW_AVX512)
+__m512i sixteen_from(uint32_t first) {
+    return _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#endif
+
 // Lists the places of the bits of x that are set, the lowest being `first`; how many there are. Writes no more than 64.
 size_t places(uint64_t x, uint32_t first, uint32_t* out) {
     size_t found = 0;
 #if defined(TW_AVX512)
-    __m512i each = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
-                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (int part = 0; part < 4; ++part, x >>= 16, each = _mm512_add_epi32(each, _mm512_set1_epi32(16))) {
+    for (uint32_t part = 0; part < 64; part += 16, x >>= 16) {
         const auto chosen = static_cast<__mmask16>(x);
-        _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(chosen, each));
+        _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(chosen, sixteen_from(first + part)));
         found += count_ones(chosen);
     }
 #else
@@ -203,7 +208,8 @@ struct Groups {
 };
 
 // The work space: the gaps of all groups, their changes, and what is larger than 1 in one of them. At most half of n
-// numbers change, and fewer gaps are written. Before that, an encoder has all changes in the place of `sizes`.
+// numbers change, and fewer gaps are written. Before that, an encoder has all changes in the place of `sizes`, each with
+// the class of its number in the upper half, and where they are.
 struct Work {
     uint32_t *gaps, *sizes;
     uint16_t* changes;
@@ -211,6 +217,8 @@ struct Work {
         : gaps(work),
           sizes(work + n / 2),
           changes(reinterpret_cast<uint16_t*>(sizes + 2 * (n / 2))) {}
+    uint32_t* unsorted() const { return sizes; }
+    uint32_t* unsorted_places(size_t n) const { return sizes + n / 2; }
 };
 
 // ------------------------------------------------------------------------------------------------ Choice of groups
@@ -282,7 +290,7 @@ void choose(const Tally* tallies, Work work, Groups& groups) {
         g.listed = g.inverted ? tally.all - tally.changed : tally.changed;
         g.gaps = work.gaps;
         g.changes = work.changes;
-        work.gaps += g.changed ? g.listed : 0;
+        work.gaps += g.changed;
         work.changes += g.changed;
     }
 }
@@ -528,9 +536,9 @@ void count_classes(const Tile& tile, Tally* tallies) {
     }
 }
 
-// Lists the changes of a block, each with the class of its number in the upper half; how many there are. Writes up to 16
-// places more.
-size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uint8_t* x, uint32_t* out) {
+// Lists the changes of a block, each with the class of its number in the upper half, and where in the tile it is; how many
+// there are. Writes up to 16 places more.
+size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uint8_t* x, uint32_t* out, uint32_t* at) {
     uint64_t bits = tile.unlike(block, base, x);
     const size_t begin = block * kBlock;
     size_t found = 0;
@@ -545,6 +553,8 @@ size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uin
             const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(change), _mm512_slli_epi32(class_of_each, 16));
             const auto chosen = static_cast<__mmask16>(bits);
             _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(chosen, both));
+            _mm512_storeu_si512(at + found,
+                                _mm512_maskz_compress_epi32(chosen, sixteen_from(static_cast<uint32_t>(i))));
             found += count_ones(chosen);
         }
         return found;
@@ -553,6 +563,7 @@ size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uin
     for (; bits; bits &= bits - 1) {
         const size_t i = begin + lowest(bits);
         const auto change = static_cast<uint16_t>(number(x, i) - number(base, i));
+        at[found] = static_cast<uint32_t>(i);
         out[found++] = change | static_cast<uint32_t>(tile.classes[i]) << 16;
     }
     return found;
@@ -580,34 +591,64 @@ void tally_changes(const uint32_t* listed, size_t n, Tally* tallies) {
     }
 }
 
-// Lists all changes with the classes of their numbers, and fills the tallies of all classes; how many there are.
+// Fills the tallies of all classes; how many changes there are. Lists these, with the classes of their numbers, and where
+// they are, as far as there is room.
 template <Dtype kDtype>
-size_t list_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* out, Tally* tallies) {
+size_t list_changes(const uint8_t* base, const uint8_t* x, size_t n, const Work& work, Tally* tallies) {
     Tile tile;
-    uint32_t listed[kTile + 16];
+    uint32_t listed[kTile + 16], places[kTile + 16];
     size_t changed = 0;
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(base + 2 * at, n - at);
         count_classes(tile, tallies);
         size_t found = 0;
         for (size_t b = 0; b < tile.blocks; ++b) {
-            found += list_block(tile, b, base + 2 * at, x + 2 * at, listed + found);
+            found += list_block(tile, b, base + 2 * at, x + 2 * at, listed + found, places + found);
         }
         tally_changes(listed, found, tallies);
-        memcpy(out + changed, listed, found * sizeof *out);
+        for (size_t i = 0; i < found && changed + found <= n / 2; ++i) {
+            work.unsorted()[changed + i] = listed[i];
+            work.unsorted_places(n)[changed + i] = static_cast<uint32_t>(at) + places[i];
+        }
         changed += found;
     }
     return changed;
 }
 
-// Gives each group its changes, in their order.
-void sort_changes(const uint32_t* listed, size_t changed, const Groups& groups) {
-    uint16_t* next[kClasses];
-    for (size_t k = 0; k < groups.count; ++k) next[k] = groups.group[k].changes;
-    for (size_t i = 0; i < changed; ++i) *next[groups.of[listed[i] >> 16]]++ = static_cast<uint16_t>(listed[i]);
+// Gives each group its changes, in their order, and where they are in the place of their gaps.
+void sort_changes(const Work& work, size_t n, size_t changed, const Groups& groups) {
+    const uint32_t *const listed = work.unsorted(), *const places = work.unsorted_places(n);
+    size_t next[kClasses];
+    for (size_t k = 0; k < groups.count; ++k) next[k] = static_cast<size_t>(groups.group[k].changes - work.changes);
+    for (size_t i = 0; i < changed; ++i) {
+        const size_t to = next[groups.of[listed[i] >> 16]]++;
+        work.changes[to] = static_cast<uint16_t>(listed[i]);
+        work.gaps[to] = places[i];
+    }
 }
 
-// Lists the gaps that a group has in a tile; whether there are no more of them than were counted.
+// Makes gaps of the places of a group's changes in a tile, which begins at number `begin`.
+void count_gaps(Group& g, const Tile& tile, size_t begin) {
+    uint64_t mine[kTileWords];
+    int64_t before[kTileWords], size = 0, run = g.run;
+    for (size_t b = 0; b < tile.blocks; ++b) {
+        mine[b] = tile.of_block(b, g.first, g.more);
+        before[b] = size;
+        size += count_ones(mine[b]);
+    }
+    size_t gap = g.gap;
+    for (; gap < g.listed && g.gaps[gap] < begin + tile.size; ++gap) {
+        const size_t at = g.gaps[gap] - begin;
+        const int64_t rank =
+            before[at / kBlock] + count_ones(mine[at / kBlock] & ((uint64_t{1} << at % kBlock) - 1));
+        g.gaps[gap] = static_cast<uint32_t>(rank + run);
+        run = -(rank + 1);
+    }
+    g.gap = gap;
+    g.run = run + size;
+}
+
+// Lists the gaps of what did not change of a group in a tile; whether there are no more of them than were counted.
 bool list_gaps(Group& g, const Tile& tile, const uint64_t* unlike) {
     // The group's numbers, one behind the other: which of them are listed.
     uint64_t listed[kTileWords + 1], held = 0;
@@ -615,7 +656,7 @@ bool list_gaps(Group& g, const Tile& tile, const uint64_t* unlike) {
     unsigned holds = 0;
     for (size_t b = 0; b < tile.blocks; ++b) {
         const uint64_t mine = tile.of_block(b, g.first, g.more);
-        const uint64_t bits = gathered(g.inverted ? ~unlike[b] : unlike[b], mine);
+        const uint64_t bits = gathered(~unlike[b], mine);
         const unsigned sum = holds + count_ones(mine);
         const uint64_t full = 0 - uint64_t{sum / 64};  // all ones, or none: nobody can foretell where a word ends
         listed[words] = held | bits << holds;
@@ -678,12 +719,12 @@ size_t encode_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t*
                       size_t* differ) {
     Tally tallies[kClasses];
     const Work parts(work, n);
-    const size_t changed = list_changes<kDtype>(base, x, n, parts.sizes, tallies);
+    const size_t changed = list_changes<kDtype>(base, x, n, parts, tallies);
     *differ = changed;
     if (changed == 0 || changed > n / 2) return 0;
     Groups groups;
     choose(tallies, parts, groups);
-    sort_changes(parts.sizes, changed, groups);
+    sort_changes(parts, n, changed, groups);
     Tile tile;
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(base + 2 * at, n - at);
@@ -691,7 +732,8 @@ size_t encode_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t*
         for (size_t b = 0; b < tile.blocks; ++b) unlike[b] = tile.unlike(b, base + 2 * at, x + 2 * at);
         for (size_t k = 0; k < groups.count; ++k) {
             Group& g = groups.group[k];
-            if (g.changed && !list_gaps(g, tile, unlike)) return 0;  // somebody writes to the numbers
+            if (g.changed && !g.inverted) count_gaps(g, tile, at);
+            if (g.inverted && !list_gaps(g, tile, unlike)) return 0;  // somebody writes to the numbers
         }
     }
     BitWriter out(codes, room);
