@@ -111,7 +111,8 @@ class Patch(Packer):
 def patch_slice(payload: Any, extent: Extent, out: Bytes, take: Take = _fresh) -> None:
     """Make of the base's elements of a slice, in `out`, those of the target.
 
-    `take(size)` is asked for work space, a uint8 array with arbitrary content. Raises FormatError, and SchemaError where `out` is not the base; it then holds anything.
+    `take(size)` is asked for work space, a uint8 array with arbitrary content. Raises FormatError, and SchemaError
+    where `out` is not the base; it then holds anything.
     """
     given = np.frombuffer(payload, np.uint8)
     at, binding = _unbind(given, extent)
