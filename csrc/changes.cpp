@@ -50,17 +50,6 @@ unsigned count_ones(uint64_t x) {
 // The place of the lowest bit that is set; there is one.
 unsigned lowest(uint64_t x) { return count_ones(~x & (x - 1)); }
 
-// The bits of x that stand where `mine` has ones, next to each other.
-uint64_t gathered(uint64_t x, uint64_t mine) {
-#if defined(TW_AVX512) || defined(TW_AVX2)
-    return _pext_u64(x, mine);
-#else
-    uint64_t found = 0;
-    for (x &= mine; x; x &= x - 1) found |= uint64_t{1} << count_ones(mine & ~x & (x - 1));
-    return found;
-#endif
-}
-
 // The first bits of x, each where `mine` has its next one.
 uint64_t spread(uint64_t x, uint64_t mine) {
 #if defined(TW_AVX512) || defined(TW_AVX2)
@@ -650,31 +639,16 @@ void count_gaps(Group& g, const Tile& tile, size_t begin) {
 
 // Lists the gaps of what did not change of a group in a tile; whether there are no more of them than were counted.
 bool list_gaps(Group& g, const Tile& tile, const uint64_t* unlike) {
-    // The group's numbers, one behind the other: which of them are listed.
-    uint64_t listed[kTileWords + 1], held = 0;
-    size_t words = 0, found = 0;
-    unsigned holds = 0;
+    int64_t size = 0;
     for (size_t b = 0; b < tile.blocks; ++b) {
         const uint64_t mine = tile.of_block(b, g.first, g.more);
-        const uint64_t bits = gathered(~unlike[b], mine);
-        const unsigned sum = holds + count_ones(mine);
-        const uint64_t full = 0 - uint64_t{sum / 64};  // all ones, or none: nobody can foretell where a word ends
-        listed[words] = held | bits << holds;
-        held = (listed[words] & ~full) | (bits >> 1 >> (63 - holds) & full);
-        words += sum / 64;
-        holds = sum % 64;
-    }
-    listed[words] = held;
-    uint32_t at[kTile + kBlock];
-    for (size_t w = 0; w <= words; ++w) found += places(listed[w], static_cast<uint32_t>(64 * w), at + found);
-    if (found > g.listed - g.gap) return false;
-    const int64_t size = static_cast<int64_t>(64 * words + holds);
-    if (found) {
-        uint32_t* const to = g.gaps + g.gap;
-        to[0] = static_cast<uint32_t>(at[0] + g.run);
-        for (size_t i = 1; i < found; ++i) to[i] = at[i] - at[i - 1] - 1;
-        g.gap += found;
-        g.run = -static_cast<int64_t>(at[found - 1] + 1);
+        for (uint64_t bits = mine & ~unlike[b]; bits; bits &= bits - 1) {
+            if (g.gap == g.listed) return false;
+            const int64_t rank = size + count_ones(mine & ~bits & (bits - 1));
+            g.gaps[g.gap++] = static_cast<uint32_t>(rank + g.run);
+            g.run = -(rank + 1);
+        }
+        size += count_ones(mine);
     }
     g.run += size;
     return true;
