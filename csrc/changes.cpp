@@ -24,10 +24,10 @@ constexpr uint64_t kGroupBits = 40;
 
 // 8 exponent bits: those from 2^-31 to 1 are told apart. 5 bits: all of them.
 template <Dtype kDtype>
-unsigned class_of(uint16_t x) {
+uint16_t class_of(uint16_t x) {
     if constexpr (kDtype == kFloat16) return x >> 10 & 31;
-    const int exponent = x >> 7 & 255;
-    return static_cast<unsigned>(exponent < 96 ? 0 : exponent > 127 ? 31 : exponent - 96);
+    const uint16_t exponent = x >> 7 & 255, least = exponent < 96 ? 96 : exponent;
+    return static_cast<uint16_t>((least > 127 ? 127 : least) - 96);
 }
 
 // Number i, wherever it stands.
@@ -50,14 +50,37 @@ unsigned count_ones(uint64_t x) {
 // The place of the lowest bit that is set; there is one.
 unsigned lowest(uint64_t x) { return count_ones(~x & (x - 1)); }
 
-// The place of the bit that `rank` others stand below; there is one.
-unsigned select(uint64_t x, uint64_t rank) {
+// The first bits of x, each where `mine` has its next one.
+uint64_t spread(uint64_t x, uint64_t mine) {
 #if defined(TW_AVX512) || defined(TW_AVX2)
-    return lowest(_pdep_u64(uint64_t{1} << rank, x));
+    return _pdep_u64(x, mine);
 #else
-    for (; rank; --rank) x &= x - 1;
-    return lowest(x);
+    uint64_t found = 0;
+    for (; x && mine; x >>= 1, mine &= mine - 1) found |= x & 1 ? mine & (0 - mine) : 0;
+    return found;
 #endif
+}
+
+#if defined(TW_AVX512)
+__m512i sixteen_from(uint32_t first) {
+    return _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#endif
+
+// Lists the places of the bits of x that are set, the lowest being `first`; how many there are. Writes no more than 64.
+size_t places(uint64_t x, uint32_t first, uint32_t* out) {
+    size_t found = 0;
+#if defined(TW_AVX512)
+    for (uint32_t part = 0; part < 64; part += 16, x >>= 16) {
+        const auto chosen = static_cast<__mmask16>(x);
+        _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(chosen, sixteen_from(first + part)));
+        found += count_ones(chosen);
+    }
+#else
+    for (; x; x &= x - 1) out[found++] = first + lowest(x);
+#endif
+    return found;
 }
 
 // Bit i: whether classes[i] is one of first, ..., first + more.
@@ -110,6 +133,24 @@ uint64_t unequal(const uint8_t* x, const uint8_t* y, size_t n) {
     return bits;
 }
 
+constexpr size_t kSigns = 32;
+
+// Bit i: the highest of x[i].
+uint64_t signs(const uint16_t* x) {
+#if defined(TW_AVX512)
+    return _mm512_movepi16_mask(_mm512_loadu_si512(x));
+#elif defined(TW_AVX2)
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8);
+    return static_cast<uint32_t>(_mm256_movemask_epi8(packed));
+#else
+    uint64_t bits = 0;
+    for (size_t i = 0; i < kSigns; ++i) bits |= static_cast<uint64_t>(x[i] >> 15) << i;
+    return bits;
+#endif
+}
+
 // Some neighbouring numbers, and their classes, in whole blocks.
 struct Tile {
     size_t size, blocks;
@@ -123,7 +164,18 @@ struct Tile {
         memset(classes + size, kNoClass, blocks * kBlock - size);
     }
     size_t block_size(size_t block) const { return size - block * kBlock < kBlock ? size - block * kBlock : kBlock; }
+    // Bit i: whether number i of a block has one of the classes first, ..., first + more.
+    uint64_t of_block(size_t block, unsigned first, unsigned more) const {
+        return members(classes + block * kBlock, first, more);
+    }
+    // Bit i: whether number i of a block, of those that the tile was loaded from, is another one in y.
+    uint64_t unlike(size_t block, const uint8_t* x, const uint8_t* y) const {
+        const size_t at = 2 * block * kBlock;
+        return unequal(x + at, y + at, block_size(block));
+    }
 };
+
+constexpr size_t kTileWords = kTile / kBlock;
 
 // A run of classes. `listed` numbers of it have their gaps written: those that changed or, `inverted`, those that did
 // not.
@@ -141,15 +193,21 @@ struct Group {
 struct Groups {
     size_t count = 0;
     Group group[kClasses];
+    uint8_t of[kClasses];  // by class
 };
 
 // The work space: the gaps of all groups, their changes, and what is larger than 1 in one of them. At most half of n
-// numbers change, and fewer gaps are written.
+// numbers change, and fewer gaps are written. Before that, an encoder has all changes in the place of `sizes`, each with
+// the class of its number in the upper half, and where they are.
 struct Work {
     uint32_t *gaps, *sizes;
     uint16_t* changes;
     Work(uint32_t* work, size_t n)
-        : gaps(work), sizes(work + n / 2), changes(reinterpret_cast<uint16_t*>(sizes + 2 * (n / 2))) {}
+        : gaps(work),
+          sizes(work + n / 2),
+          changes(reinterpret_cast<uint16_t*>(sizes + 2 * (n / 2))) {}
+    uint32_t* unsorted() const { return sizes; }
+    uint32_t* unsorted_places(size_t n) const { return sizes + n / 2; }
 };
 
 // ------------------------------------------------------------------------------------------------ Choice of groups
@@ -167,12 +225,14 @@ struct Tally {
     }
 };
 
-// The least bits that Rice codes of `count` numbers take, about, whose sum is this.
+// The least bits that Rice codes of `count` numbers take, about, whose sum is this: a larger parameter is better as long
+// as it takes more from the sum than it adds.
 uint64_t rice_bits(uint64_t count, uint64_t sum) {
     uint64_t least = count + sum;
     for (unsigned k = 1; k <= kMostRice; ++k) {
         const uint64_t bits = count * (k + 1) + (sum >> k);
-        if (bits < least) least = bits;
+        if (bits >= least) break;
+        least = bits;
     }
     return least;
 }
@@ -210,13 +270,16 @@ void choose(const Tally* tallies, Work work, Groups& groups) {
         const unsigned end = i + 1 < groups.count ? begins[groups.count - 2 - i] : kClasses;
         g.more = end - 1 - g.first;
         Tally tally;
-        for (unsigned c = g.first; c < end; ++c) tally.add(tallies[c]);
+        for (unsigned c = g.first; c < end; ++c) {
+            tally.add(tallies[c]);
+            groups.of[c] = static_cast<uint8_t>(i);
+        }
         g.changed = tally.changed;
         g.inverted = tally.changed > tally.all - tally.changed;
         g.listed = g.inverted ? tally.all - tally.changed : tally.changed;
         g.gaps = work.gaps;
         g.changes = work.changes;
-        work.gaps += g.changed ? g.listed : 0;
+        work.gaps += g.changed;
         work.changes += g.changed;
     }
 }
@@ -234,15 +297,14 @@ class BitWriter {
 public:
     BitWriter(uint8_t* out, size_t room) : out_(out), room_(room) {}
 
-    // The lowest `count` bits, at most 32; the others are 0.
+    // The lowest `count` bits, at most 56; the others are 0.
     void put(uint64_t bits, unsigned count) {
         held_ |= bits << holds_;
         holds_ += count;
-        if (holds_ >= 32) {
-            flush(4);
-            held_ >>= 32;
-            holds_ -= 32;
-        }
+        const unsigned bytes = holds_ / 8;
+        flush(bytes);
+        held_ >>= 8 * bytes;
+        holds_ %= 8;
     }
     void put_count(uint64_t n) {
         const unsigned length = bit_length(n);
@@ -255,17 +317,20 @@ public:
     }
     // The bytes written, the bits behind the last one 0; or 0 if there was no room for them.
     size_t finish() {
-        flush((holds_ + 7) / 8);
+        flush(holds_ ? 1 : 0);
         return full_ ? 0 : at_;
     }
 
 private:
     void flush(size_t bytes) {
-        if (room_ - at_ < bytes) {
+        if (room_ - at_ >= sizeof held_) {
+            memcpy(out_ + at_, &held_, sizeof held_);
+        } else if (room_ - at_ >= bytes) {
+            memcpy(out_ + at_, &held_, bytes);
+        } else {
             full_ = true;
             return;
         }
-        for (size_t i = 0; i < bytes; ++i) out_[at_ + i] = static_cast<uint8_t>(held_ >> 8 * i);
         at_ += bytes;
     }
 
@@ -283,27 +348,53 @@ struct Rice {
 
     Rice(const uint32_t* x, size_t n) {
         if (n == 0) return;
-        uint64_t sum = 0;
-        for (size_t i = 0; i < n; ++i) sum += x[i];
+        const uint64_t mean = shifted_sum(x, n, 0) / n;
         unsigned near = 0;
-        while (near < kMostRice && (sum / n + 1) >> (near + 1)) ++near;
+        while (near < kMostRice && (mean + 1) >> (near + 1)) ++near;
         bits = ~uint64_t{0};
         for (unsigned one = near ? near - 1 : 0; one <= near + 1 && one <= kMostRice; ++one) {
-            uint64_t total = 5 + n * (one + 1);
-            for (size_t i = 0; i < n; ++i) total += x[i] >> one;
+            const uint64_t total = 5 + n * (one + 1) + shifted_sum(x, n, one);
             if (total < bits) {
                 bits = total;
                 k = one;
             }
         }
     }
+
+private:
+    static uint64_t shifted_sum(const uint32_t* x, size_t n, unsigned k) {
+        uint64_t sum = 0;
+        for (size_t i = 0; i < n; ++i) sum += x[i] >> k;
+        return sum;
+    }
 };
 
-void put_rice(BitWriter& out, const Rice& rice, const uint32_t* x, size_t n) {
+// Writes to a copy of the writer, which the compiler keeps in registers.
+void put_rice(BitWriter& writer, const Rice& rice, const uint32_t* x, size_t n) {
     if (n == 0) return;
-    out.put(rice.k, 5);
-    for (size_t i = 0; i < n; ++i) out.put(x[i] & ((uint32_t{1} << rice.k) - 1), rice.k);
-    for (size_t i = 0; i < n; ++i) out.put_unary(x[i] >> rice.k);
+    BitWriter out = writer;
+    const unsigned k = rice.k;
+    const uint64_t mask = (uint64_t{1} << k) - 1;
+    out.put(k, 5);
+    size_t i = 0;
+    for (; 0 < k && k <= 14 && n - i >= 4; i += 4) {
+        const uint64_t low = (x[i] & mask) | (x[i + 1] & mask) << k;
+        const uint64_t high = (x[i + 2] & mask) | (x[i + 3] & mask) << k;
+        out.put(low | high << 2 * k, 4 * k);
+    }
+    for (; k > 0 && i < n; ++i) out.put(x[i] & mask, k);
+    for (i = 0; n - i >= 4; i += 4) {
+        const uint64_t first = x[i] >> k, second = first + 1 + (x[i + 1] >> k);
+        const uint64_t third = second + 1 + (x[i + 2] >> k), fourth = third + 1 + (x[i + 3] >> k);
+        if (fourth < 56) {
+            constexpr uint64_t one = 1;
+            out.put(one << first | one << second | one << third | one << fourth, static_cast<unsigned>(fourth) + 1);
+        } else {
+            for (size_t j = i; j < i + 4; ++j) out.put_unary(x[j] >> k);
+        }
+    }
+    for (; i < n; ++i) out.put_unary(x[i] >> k);
+    writer = out;
 }
 
 class BitReader {
@@ -316,6 +407,14 @@ public:
         const uint64_t bits = peek(at_) & ((uint64_t{1} << count) - 1);
         advance(count);
         return bits;
+    }
+    // n changes of this sign each, by 1.
+    void take_signs(uint16_t* changes, size_t n) {
+        for (size_t i = 0; i < n; i += kSigns) {
+            const size_t more = n - i < kSigns ? n - i : kSigns;
+            const uint64_t negative = take(static_cast<unsigned>(more));
+            for (size_t j = 0; j < more; ++j) changes[i + j] = static_cast<uint16_t>(1 - 2 * (negative >> j & 1));
+        }
     }
     // A count of no more than `most`.
     size_t take_count(size_t most) {
@@ -333,11 +432,16 @@ public:
         if (k > kMostRice || (end_ - at_) / (k + 1) < n) good_ = false;
         if (!good_) return;
         at_ += n * k;
-        for (size_t i = 0; i < n && good_; ++i, low += k) {
-            const uint64_t code = take_unary() << k | (peek(low) & ((uint64_t{1} << k) - 1));
-            if (code > most) good_ = false;
+        take_unary(x, n, most >> k);
+        if (!good_ || k == 0) return;
+        const uint64_t mask = (uint64_t{1} << k) - 1;
+        bool beyond = false;
+        for (size_t i = 0; i < n; ++i, low += k) {
+            const uint64_t code = static_cast<uint64_t>(x[i]) << k | (peek(low) & mask);
+            beyond |= code > most;
             x[i] = static_cast<uint32_t>(code);
         }
+        good_ = !beyond;
     }
     // Whether all was read, and the bits behind are 0.
     bool finished() { return good_ && end_ - at_ < 8 && peek(at_) == 0; }
@@ -362,19 +466,35 @@ private:
             at_ += bits;
         }
     }
-    uint64_t take_unary() {
-        uint64_t zeros = 0;
+    // How many zeros stand before each of n ones, no more than `most`.
+    void take_unary(uint32_t* x, size_t n, uint64_t most) {
+        size_t begin = at_ - at_ % 8, i = 0;
+        uint64_t bits = peek(begin) >> at_ % 8 << at_ % 8, zeros = 0 - at_ % 8, largest = 0;  // behind the last one
+        uint32_t ones[64];
         for (;;) {
-            const uint64_t bits = peek(at_) & ((uint64_t{1} << 57) - 1);
-            if (bits) {
-                const unsigned here = lowest(bits);
-                at_ += here + 1;
-                return zeros + here;
+            size_t found = places(bits, 0, ones);
+            if (found > n - i) found = n - i;
+            if (found) {
+                zeros += ones[0];
+                largest = zeros > largest ? zeros : largest;
+                x[i] = static_cast<uint32_t>(zeros);
+                for (size_t j = 1; j < found; ++j) x[i + j] = ones[j] - ones[j - 1] - 1;
+                i += found;
+                zeros = 63 - ones[found - 1];
+            } else {
+                zeros += 64;
             }
-            advance(57);
-            zeros += 57;
-            if (!good_) return 0;
+            if (i == n) break;
+            begin += 64;
+            if (begin >= end_) {
+                good_ = false;
+                return;
+            }
+            bits = peek(begin);
         }
+        at_ = begin + 64 - static_cast<size_t>(zeros);
+        for (i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+        good_ = largest <= most;
     }
 
     const uint8_t* data_;
@@ -384,64 +504,175 @@ private:
 
 // --------------------------------------------------------------------------------------------------------- Encoding
 
-// By how much a number changed, whatever the sign.
-uint32_t size_of(uint16_t change) { return change >> 15 ? 0x10000u - change : change; }
+// By how much a number changed, whatever the sign; without a branch, as nobody can foretell a sign.
+uint32_t size_of(uint16_t change) {
+    const uint32_t negative = change >> 15;
+    return ((change | (0 - negative) << 16) ^ (0 - negative)) + negative;
+}
 
-// Fills the tallies of all classes; how many numbers changed.
-template <Dtype kDtype>
-size_t count_changes(const uint8_t* base, const uint8_t* x, size_t n, Tally* tallies) {
-    Tile tile;
-    size_t changed = 0;
-    uint32_t tables[4][256] = {};
-    for (size_t at = 0; at < n; at += kTile) {
-        tile.load<kDtype>(base + 2 * at, n - at);
-        for (size_t i = 0; i < tile.size; ++i) ++tables[i % 4][tile.classes[i]];
-        for (size_t b = 0; b < tile.blocks; ++b) {
-            const size_t begin = at + b * kBlock;
-            uint64_t differ = unequal(base + 2 * begin, x + 2 * begin, tile.block_size(b));
-            for (; differ; differ &= differ - 1, ++changed) {
-                const unsigned i = lowest(differ);
-                Tally& t = tallies[tile.classes[b * kBlock + i]];
-                const uint32_t size = size_of(static_cast<uint16_t>(number(x, begin + i) - number(base, begin + i)));
-                ++t.changed;
-                t.larger += size > 1;
-                t.beyond += size > 1 ? size - 2 : 0;
-            }
+// Counts the numbers of each class of a tile.
+void count_classes(const Tile& tile, Tally* tallies) {
+    unsigned first = kClasses, last = 0;
+    for (size_t i = 0; i < tile.size; ++i) {
+        const unsigned c = tile.classes[i];
+        first = c < first ? c : first;
+        last = c > last ? c : last;
+    }
+    for (unsigned c = first; c <= last; ++c) {
+        uint64_t all = 0;
+        for (size_t b = 0; b < tile.blocks; ++b) all += count_ones(tile.of_block(b, c, 0));
+        tallies[c].all += all;
+    }
+}
+
+// Lists the changes of a block, each with the class of its number in the upper half, and where in the tile it is; how many
+// there are. Writes up to 16 places more.
+size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uint8_t* x, uint32_t* out, uint32_t* at) {
+    uint64_t bits = tile.unlike(block, base, x);
+    const size_t begin = block * kBlock;
+    size_t found = 0;
+#if defined(TW_AVX512)
+    if (bits && tile.block_size(block) == kBlock) {
+        for (size_t i = begin; i < begin + kBlock; i += 16, bits >>= 16) {
+            const __m256i change =
+                _mm256_sub_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 2 * i)),
+                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + 2 * i)));
+            const __m512i class_of_each =
+                _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.classes + i)));
+            const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(change), _mm512_slli_epi32(class_of_each, 16));
+            const auto chosen = static_cast<__mmask16>(bits);
+            _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(chosen, both));
+            _mm512_storeu_si512(at + found,
+                                _mm512_maskz_compress_epi32(chosen, sixteen_from(static_cast<uint32_t>(i))));
+            found += count_ones(chosen);
         }
+        return found;
+    }
+#endif
+    for (; bits; bits &= bits - 1) {
+        const size_t i = begin + lowest(bits);
+        const auto change = static_cast<uint16_t>(number(x, i) - number(base, i));
+        at[found] = static_cast<uint32_t>(i);
+        out[found++] = change | static_cast<uint32_t>(tile.classes[i]) << 16;
+    }
+    return found;
+}
+
+// Adds changes of a tile to the tallies of their classes.
+void tally_changes(const uint32_t* listed, size_t n, Tally* tallies) {
+    // Of each class: those that changed, those by more than 1, and how far beyond 2, of 16, 16 and 32 bits. Two sums, as
+    // neighbours are often of one class, and a sum has to be written before it is read.
+    uint64_t sums[2][kClasses] = {}, each[256];
+    for (size_t begin = 0; begin < n; begin += 256) {
+        const size_t end = n - begin < 256 ? n - begin : 256;
+        for (size_t i = 0; i < end; ++i) {
+            const uint32_t size = size_of(static_cast<uint16_t>(listed[begin + i]));
+            const uint64_t larger = size > 1, beyond = size > 1 ? size - 2 : 0;
+            each[i] = 1 | larger << 16 | beyond << 32;
+        }
+        for (size_t i = 0; i < end; ++i) sums[i % 2][listed[begin + i] >> 16] += each[i];
     }
     for (unsigned c = 0; c < kClasses; ++c) {
-        tallies[c].all = uint64_t{tables[0][c]} + tables[1][c] + tables[2][c] + tables[3][c];
+        const uint64_t sum = sums[0][c] + sums[1][c];
+        tallies[c].changed += sum & 0xFFFF;
+        tallies[c].larger += sum >> 16 & 0xFFFF;
+        tallies[c].beyond += sum >> 32;
+    }
+}
+
+// Fills the tallies of all classes; how many changes there are. Lists these, with the classes of their numbers, and where
+// they are, as far as there is room.
+template <Dtype kDtype>
+size_t list_changes(const uint8_t* base, const uint8_t* x, size_t n, const Work& work, Tally* tallies) {
+    Tile tile;
+    uint32_t listed[kTile + 16], places[kTile + 16];
+    size_t changed = 0;
+    for (size_t at = 0; at < n; at += kTile) {
+        tile.load<kDtype>(base + 2 * at, n - at);
+        count_classes(tile, tallies);
+        size_t found = 0;
+        for (size_t b = 0; b < tile.blocks; ++b) {
+            found += list_block(tile, b, base + 2 * at, x + 2 * at, listed + found, places + found);
+        }
+        tally_changes(listed, found, tallies);
+        for (size_t i = 0; i < found && changed + found <= n / 2; ++i) {
+            work.unsorted()[changed + i] = listed[i];
+            work.unsorted_places(n)[changed + i] = static_cast<uint32_t>(at) + places[i];
+        }
+        changed += found;
     }
     return changed;
 }
 
-void list_block(Group& g, uint64_t mine, uint64_t differ, const uint8_t* base, const uint8_t* x) {
-    for (uint64_t bits = g.inverted ? mine & ~differ : mine & differ; bits; bits &= bits - 1) {
-        const int64_t rank = count_ones(mine & ~bits & (bits - 1));
-        g.gaps[g.gap++] = static_cast<uint32_t>(g.run + rank);
-        g.run = -(rank + 1);
+// Gives each group its changes, in their order, and where they are in the place of their gaps.
+void sort_changes(const Work& work, size_t n, size_t changed, const Groups& groups) {
+    const uint32_t *const listed = work.unsorted(), *const places = work.unsorted_places(n);
+    size_t next[kClasses];
+    for (size_t k = 0; k < groups.count; ++k) next[k] = static_cast<size_t>(groups.group[k].changes - work.changes);
+    for (size_t i = 0; i < changed; ++i) {
+        const size_t to = next[groups.of[listed[i] >> 16]]++;
+        work.changes[to] = static_cast<uint16_t>(listed[i]);
+        work.gaps[to] = places[i];
     }
-    g.run += count_ones(mine);
-    for (uint64_t bits = mine & differ; bits; bits &= bits - 1) {
-        const unsigned i = lowest(bits);
-        g.changes[g.change++] = static_cast<uint16_t>(number(x, i) - number(base, i));
+}
+
+// Makes gaps of the places of a group's changes in a tile, which begins at number `begin`.
+void count_gaps(Group& g, const Tile& tile, size_t begin) {
+    uint64_t mine[kTileWords];
+    int64_t before[kTileWords], size = 0, run = g.run;
+    for (size_t b = 0; b < tile.blocks; ++b) {
+        mine[b] = tile.of_block(b, g.first, g.more);
+        before[b] = size;
+        size += count_ones(mine[b]);
     }
+    size_t gap = g.gap;
+    for (; gap < g.listed && g.gaps[gap] < begin + tile.size; ++gap) {
+        const size_t at = g.gaps[gap] - begin;
+        const int64_t rank =
+            before[at / kBlock] + count_ones(mine[at / kBlock] & ((uint64_t{1} << at % kBlock) - 1));
+        g.gaps[gap] = static_cast<uint32_t>(rank + run);
+        run = -(rank + 1);
+    }
+    g.gap = gap;
+    g.run = run + size;
+}
+
+// Lists the gaps of what did not change of a group in a tile; whether there are no more of them than were counted.
+bool list_gaps(Group& g, const Tile& tile, const uint64_t* unlike) {
+    int64_t size = 0;
+    for (size_t b = 0; b < tile.blocks; ++b) {
+        const uint64_t mine = tile.of_block(b, g.first, g.more);
+        for (uint64_t bits = mine & ~unlike[b]; bits; bits &= bits - 1) {
+            if (g.gap == g.listed) return false;
+            const int64_t rank = size + count_ones(mine & ~bits & (bits - 1));
+            g.gaps[g.gap++] = static_cast<uint32_t>(rank + g.run);
+            g.run = -(rank + 1);
+        }
+        size += count_ones(mine);
+    }
+    g.run += size;
+    return true;
+}
+
+void put_signs(BitWriter& out, const uint16_t* changes, size_t n) {
+    size_t i = 0;
+    for (; n - i >= kSigns; i += kSigns) out.put(signs(changes + i), kSigns);
+    for (; i < n; ++i) out.put(changes[i] >> 15, 1);
 }
 
 // Signs; then the size of each change, or which ones are larger than 1 and by how much, whichever is shorter.
 void put_changes(BitWriter& out, const Group& g, uint32_t* work) {
-    for (size_t i = 0; i < g.changed; ++i) {
-        out.put(g.changes[i] >> 15, 1);
-        work[i] = size_of(g.changes[i]) - 1;
-    }
+    put_signs(out, g.changes, g.changed);
+    for (size_t i = 0; i < g.changed; ++i) work[i] = size_of(g.changes[i]) - 1;
     const Rice each(work, g.changed);
     size_t larger = 0, last = 0;
     uint32_t *const gaps = work + g.changed, *const beyond = work;  // which is read before it is written
     for (size_t i = 0; i < g.changed; ++i) {
-        if (work[i] == 0) continue;
+        const uint32_t size = work[i];
         gaps[larger] = static_cast<uint32_t>(i - last);
-        beyond[larger++] = work[i] - 1;
-        last = i + 1;
+        beyond[larger] = size - 1;
+        larger += size > 0;
+        last = size > 0 ? i + 1 : last;
     }
     const Rice which(gaps, larger), some(beyond, larger);
     const unsigned length = bit_length(larger);
@@ -461,32 +692,22 @@ template <Dtype kDtype>
 size_t encode_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t* work, uint8_t* codes, size_t room,
                       size_t* differ) {
     Tally tallies[kClasses];
-    const size_t changed = count_changes<kDtype>(base, x, n, tallies);
+    const Work parts(work, n);
+    const size_t changed = list_changes<kDtype>(base, x, n, parts, tallies);
     *differ = changed;
     if (changed == 0 || changed > n / 2) return 0;
-    const Work parts(work, n);
     Groups groups;
     choose(tallies, parts, groups);
+    sort_changes(parts, n, changed, groups);
     Tile tile;
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(base + 2 * at, n - at);
-        uint64_t unlike[kTile / kBlock];
-        for (size_t b = 0; b < tile.blocks; ++b) {
-            const size_t i = at + b * kBlock;
-            unlike[b] = unequal(base + 2 * i, x + 2 * i, tile.block_size(b));
-        }
+        uint64_t unlike[kTileWords];
+        for (size_t b = 0; b < tile.blocks; ++b) unlike[b] = tile.unlike(b, base + 2 * at, x + 2 * at);
         for (size_t k = 0; k < groups.count; ++k) {
             Group& g = groups.group[k];
-            if (g.changed == 0) continue;
-            for (size_t b = 0; b < tile.blocks; ++b) {
-                const uint64_t mine = members(tile.classes + b * kBlock, g.first, g.more);
-                if (!g.inverted && !(mine & unlike[b])) {
-                    g.run += count_ones(mine);
-                } else {
-                    const size_t i = 2 * (at + b * kBlock);
-                    list_block(g, mine, unlike[b], base + i, x + i);
-                }
-            }
+            if (g.changed && !g.inverted) count_gaps(g, tile, at);
+            if (g.inverted && !list_gaps(g, tile, unlike)) return 0;  // somebody writes to the numbers
         }
     }
     BitWriter out(codes, room);
@@ -507,23 +728,22 @@ size_t encode_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t*
 
 // --------------------------------------------------------------------------------------------------------- Decoding
 
-// A change of this sign, 1 or 0xFFFF, by so much; whether there is one.
+// Gives a change, which is 1 or 0xFFFF, its size; whether there is such a change.
 bool set_size(uint16_t& change, uint32_t size) {
-    if (change == 1 && size > 0x7FFF) return false;
-    change = static_cast<uint16_t>(change == 1 ? size : 0x10000u - size);
-    return true;
+    const uint32_t negative = change >> 15;
+    change = static_cast<uint16_t>((size ^ (0 - negative)) + negative);
+    return size <= 0x7FFF + negative;
 }
 
 // The signs and sizes of the changes of a group; whether they are good.
 bool take_changes(BitReader& in, Group& g, uint32_t* work) {
-    for (size_t i = 0; i < g.changed; ++i) g.changes[i] = in.take(1) ? 0xFFFF : 1;
+    in.take_signs(g.changes, g.changed);
     if (in.take(1)) {
         in.take_rice(work, g.changed, 0x7FFF);
-        if (!in.good()) return false;
-        for (size_t i = 0; i < g.changed; ++i) {
-            if (!set_size(g.changes[i], work[i] + 1)) return false;
-        }
-        return true;
+        bool good = in.good();
+        if (!good) return false;
+        for (size_t i = 0; i < g.changed; ++i) good &= set_size(g.changes[i], work[i] + 1);
+        return good;
     }
     const size_t larger = in.take_count(g.changed);
     uint32_t* const beyond = work + larger;
@@ -543,12 +763,13 @@ bool take_groups(BitReader& in, size_t n, Work work, Groups& groups) {
     if (!(begins & 1)) return false;
     size_t changed = 0;
     for (unsigned c = 0; c < kClasses; ++c) {
-        if (!(begins >> c & 1)) {
+        if (begins >> c & 1) {
+            groups.group[groups.count] = {};
+            groups.group[groups.count++].first = c;
+        } else {
             ++groups.group[groups.count - 1].more;
-            continue;
         }
-        groups.group[groups.count++] = {};
-        groups.group[groups.count - 1].first = c;
+        groups.of[c] = static_cast<uint8_t>(groups.count - 1);
     }
     for (size_t k = 0; k < groups.count; ++k) {
         Group& g = groups.group[k];
@@ -568,20 +789,37 @@ bool take_groups(BitReader& in, size_t n, Work work, Groups& groups) {
     return in.finished();
 }
 
-// Applies what a group has to say of a block; whether its lists say so much.
-bool change_block(Group& g, uint64_t mine, uint8_t* x) {
-    const int64_t count = count_ones(mine);
-    uint64_t listed = 0;
-    while (g.run < count) {
-        listed |= uint64_t{1} << select(mine, static_cast<uint64_t>(g.run));
-        g.run = ++g.gap < g.listed ? g.run + 1 + static_cast<int64_t>(g.gaps[g.gap]) : INT64_MAX / 2;
+// Marks the numbers of a tile that a group changes; whether its lists say so much.
+bool mark_changes(Group& g, const Tile& tile, uint64_t* changed) {
+    uint64_t mine[kTileWords], listed[kTileWords + 2];
+    int64_t size = 0;
+    for (size_t b = 0; b < tile.blocks; ++b) {
+        mine[b] = tile.of_block(b, g.first, g.more);
+        size += count_ones(mine[b]);
     }
-    g.run -= count;
-    for (uint64_t bits = g.inverted ? mine & ~listed : listed; bits; bits &= bits - 1) {
-        if (g.change == g.changed) return false;
-        const unsigned i = lowest(bits);
-        const auto made = static_cast<uint16_t>(number(x, i) + g.changes[g.change++]);
-        memcpy(x + 2 * i, &made, sizeof made);
+    if (g.run >= size && !g.inverted) {
+        g.run -= size;
+        return true;
+    }
+    // The group's numbers, one behind the other, and a word more: which of them are listed.
+    const size_t before = g.gap;
+    for (int64_t w = 0; w <= size / 64 + 1; ++w) {
+        const int64_t end = 64 * w + 64 < size ? 64 * w + 64 : size;
+        uint64_t held = 0;
+        while (g.run < end) {
+            held |= uint64_t{1} << g.run % 64;
+            g.run = ++g.gap < g.listed ? g.run + 1 + static_cast<int64_t>(g.gaps[g.gap]) : INT64_MAX / 2;
+        }
+        listed[w] = held;
+    }
+    g.run -= size;
+    const size_t marked = g.inverted ? static_cast<size_t>(size) - (g.gap - before) : g.gap - before;
+    if (marked > g.changed - g.change) return false;
+    g.change += marked;
+    for (size_t b = 0, at = 0; b < tile.blocks; at += count_ones(mine[b++])) {
+        const uint64_t bits = listed[at / 64] >> at % 64 | listed[at / 64 + 1] << 1 << (63 - at % 64);
+        const uint64_t told = spread(bits, mine[b]);
+        changed[b] |= g.inverted ? mine[b] & ~told : told;
     }
     return true;
 }
@@ -591,15 +829,22 @@ size_t decode_changes(const uint8_t* codes, size_t size, uint8_t* x, size_t n, u
     BitReader in(codes, size);
     Groups groups;
     if (!take_groups(in, n, Work(work, n), groups)) return 0;
+    const uint16_t* next[kClasses];
+    for (size_t k = 0; k < groups.count; ++k) next[k] = groups.group[k].changes;
     Tile tile;
     for (size_t at = 0; at < n; at += kTile) {
         tile.load<kDtype>(x + 2 * at, n - at);
+        uint64_t changed[kTileWords] = {};
         for (size_t k = 0; k < groups.count; ++k) {
             Group& g = groups.group[k];
-            if (g.changed == 0) continue;
-            for (size_t b = 0; b < tile.blocks; ++b) {
-                const uint64_t mine = members(tile.classes + b * kBlock, g.first, g.more);
-                if (!change_block(g, mine, x + 2 * (at + b * kBlock))) return 0;
+            if (g.changed && !mark_changes(g, tile, changed)) return 0;
+        }
+        for (size_t b = 0; b < tile.blocks; ++b) {
+            for (uint64_t bits = changed[b]; bits; bits &= bits - 1) {
+                const size_t i = b * kBlock + lowest(bits);
+                const uint16_t change = *next[groups.of[tile.classes[i]]]++;
+                const auto made = static_cast<uint16_t>(number(x, at + i) + change);
+                memcpy(x + 2 * (at + i), &made, sizeof made);
             }
         }
     }

@@ -127,7 +127,7 @@ struct Kernels {
     void (*add_difference[kPlaneWidths])(const uint8_t* differences, uint8_t* values, size_t n);
     // What changed of n floats: how many (`differ`), and the bytes it takes, or 0 for more than `room`, none, or over half
     // of them. Back, in place: how many changed, or 0 where no encoder writes such codes about these values. `work` has
-    // 2 n elements. kFloat32 has no entry.
+    // 2 n elements, and n is below 2^32. kFloat32 has no entry.
     size_t (*encode_changes[kDtypes])(const uint8_t* base, const uint8_t* values, size_t n, uint32_t* work,
                                       uint8_t* codes, size_t room, size_t* differ);
     size_t (*decode_changes[kDtypes])(const uint8_t* codes, size_t size, uint8_t* values, size_t n, uint32_t* work);

@@ -1,6 +1,7 @@
 """The public functions, bound to one tensor library: `tensorwire`, `tensorwire.numpy` and `tensorwire.torch`."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from typing import Any, Final
 
@@ -80,6 +81,7 @@ class Api:
         metadata: Mapping[str, str] | None = None,
         stream_id: bytes = b"",
         tie: bool = True,
+        base: Any = None,
         limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> AsyncIterator[Buffer]:
@@ -92,6 +94,19 @@ class Api:
             async for buffer in tensorwire.encode_async(model.state_dict(), codec="nf4"):
                 await connection.send(buffer)
         """
+        if base is not None:
+            _check_patch(codec, frame_size)
+            patch = partial(
+                streams.encode_patch,
+                obj,
+                base,
+                self._front,
+                metadata=metadata,
+                stream_id=stream_id,
+                limits=limits,
+                report=report,
+            )
+            return _made(patch)
         sender = streams.Sender(streams.stream_info(metadata, stream_id), frame_size, limits, report=report)
         return _encoded(sender, obj, self._front, streams.rule(codec, report), limits, tie=tie)
 
@@ -209,19 +224,23 @@ class Api:
         *,
         codec: CodecChoice = "raw",
         metadata: Mapping[str, str] | None = None,
+        base: Any = None,
         limits: Limits = DEFAULT,
         report: Report | None = None,
     ) -> bytes:
         """A container as one message: all buffers of `encode`, joined.
 
-        The message is a copy and does not change when tensors do. `report`: as in `encode`.
+        The message is a copy and does not change when tensors do. `base`, `report`: as in `encode`.
 
             message = tensorwire.dumps({"weight": weight, "step": 7}, codec="int8")
         """
         message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
-        buffers = streams.encode(
-            obj, self._front, codec=codec, metadata=metadata, private=True, limits=limits, report=report
-        )
+        if base is not None:
+            buffers = self.encode(obj, codec=codec, metadata=metadata, base=base, limits=limits, report=report)
+        else:
+            buffers = streams.encode(
+                obj, self._front, codec=codec, metadata=metadata, private=True, limits=limits, report=report
+            )
         for buffer in buffers:
             message.write(buffer)
         return message.getvalue()
@@ -397,6 +416,14 @@ async def _encoded(
         leaves = streams.flatten(obj, front, rule, limits, tie=tie)
         async for buffer in _in_threads(await to_thread(sender.container, leaves)):
             yield buffer
+
+
+async def _made(patch: Callable[[], Iterator[Buffer]]) -> AsyncIterator[Buffer]:
+    """The buffers of a patch, made in other threads, the reading of both versions before the first one too."""
+    from asyncio import to_thread
+
+    async for buffer in _in_threads(await to_thread(patch)):
+        yield buffer
 
 
 async def _in_threads(buffers: Iterator[Buffer]) -> AsyncIterator[Buffer]:

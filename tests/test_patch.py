@@ -1,11 +1,12 @@
 """Patches: from one version to the next in place, or nothing at all."""
 
+import asyncio
 import copy
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -69,6 +70,30 @@ def trained(state: STATE) -> STATE:
 
 def patch_of(new: Any, old: Any, **options: Any) -> bytes:
     return b"".join(tensorwire.encode(new, base=old, **options))
+
+
+def test_every_way_to_encode_takes_a_base() -> None:
+    async def gather(buffers: AsyncIterator[Any]) -> bytes:
+        return b"".join([bytes(buffer) async for buffer in buffers])
+
+    old, new = {"w": np.zeros(1000, np.float16), "step": 1}, {"w": np.ones(1000, np.float16), "step": 2}
+    patch = patch_of(new, old, metadata={"by": "ann"})
+    assert tensorwire.dumps(new, base=old, metadata={"by": "ann"}) == patch
+    assert asyncio.run(gather(tensorwire.encode_async(new, base=old, metadata={"by": "ann"}))) == patch
+    for encode in (tensorwire.dumps, tensorwire.encode_async):
+        with pytest.raises(EncodeError, match="leave codec="):
+            encode(new, base=old, codec="nf4")
+    with pytest.raises(EncodeError, match="send the new one whole"):
+        asyncio.run(gather(tensorwire.encode_async(new, base={"w": old["w"]})))
+
+
+def test_whoever_keeps_a_patch_keeps_no_buffer_of_its_encoder() -> None:
+    old = {"w": np.zeros(1 << 22, np.float16)}
+    new = {"w": old["w"].copy()}
+    new["w"][::1000] = 1
+    kept = list(tensorwire.encode(new, base=old))
+    owners = [buffer.obj if isinstance(buffer, memoryview) else buffer for buffer in kept]
+    assert sum(memoryview(owner).nbytes for owner in owners) < 20_000
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +501,7 @@ def test_patches_are_verified_and_explained(
     assert main(["inspect", str(tmp_path / "patch.tw")]) == 0
     shown = capsys.readouterr().out
     assert tensorwire.digest(flat[2]) in shown and "15,153 of 1,500,001 numbers change" in shown
+    assert "/0 is the first item of its base in the order of names" in shown
     damaged = bytearray(patch)
     damaged[-200] ^= 1
     with pytest.raises(WireError):

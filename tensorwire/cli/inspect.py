@@ -145,6 +145,8 @@ def _text(report: Inspection, *, items: bool) -> str:
         ways = ", ".join(f"{count} {way}" for way, count in sorted(report.ways.items()))
         numbers = sum(prod(item.shape) for item in report.items if item.shape is not None)
         lines.append(f"{report.changed:,} of {numbers:,} numbers change; slices: {ways or 'none'}")
+        if items and rows:
+            lines.append("a patch holds no names: /0 is the first item of its base in the order of names, /1 the next")
     lines.append(
         f"{len(report.items)} items in {report.frames} frames: {report.size:,} bytes as {report.wire_size:,}, "
         f"ratio {report.size / report.wire_size:.2f}, framing {100 * report.framing / report.wire_size:.3f} %"

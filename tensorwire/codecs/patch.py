@@ -32,6 +32,10 @@ _SPARSE_DTYPES: Final = {dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
 Checksums = tuple[int, ...]
 
 
+def _fresh(size: int) -> Bytes:
+    return np.empty(size, np.uint8)
+
+
 class Binding(NamedTuple):
     """What a slice is applied to and what it makes: a CRC-32C for each MiB of its elements.
 
@@ -104,10 +108,11 @@ class Patch(Packer):
         patch_slice(payload, extent, out)
 
 
-def patch_slice(payload: Any, extent: Extent, out: Bytes) -> None:
+def patch_slice(payload: Any, extent: Extent, out: Bytes, take: Take = _fresh) -> None:
     """Make of the base's elements of a slice, in `out`, those of the target.
 
-    Raises FormatError, and SchemaError where `out` is not the base; it then holds anything.
+    `take(size)` is asked for work space, a uint8 array with arbitrary content. Raises FormatError, and SchemaError
+    where `out` is not the base; it then holds anything.
     """
     given = np.frombuffer(payload, np.uint8)
     at, binding = _unbind(given, extent)
@@ -115,7 +120,7 @@ def patch_slice(payload: Any, extent: Extent, out: Bytes) -> None:
         raise SchemaError("these elements are not those that the patch is against")
     if binding.way == WAYS[_UNCHANGED]:
         return
-    changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out)
+    changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out, take)
     if chunk_checksums(out) != binding.target:
         raise FormatError("the patch does not make what it says")
     if binding.changed not in (None, changed):
@@ -191,28 +196,29 @@ def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: 
     return kernels.encode_changes(base.view(floats), values.view(floats), payload, work)
 
 
-def _take_sparse(codes: Bytes, dtype: DType, out: Bytes) -> int:
+def _take_sparse(codes: Bytes, dtype: DType, out: Bytes, take: Take) -> int:
     """Make the changes that `_put_sparse` was given; how many there are. Raises FormatError."""
     floats = _SPARSE_DTYPES.get(dtype)
     if floats is None:
         raise FormatError(f"no {dtype} changes one by one")
-    changed = kernels.decode_changes(codes, out.view(floats), np.empty(out.size, np.uint32))
+    changed = kernels.decode_changes(codes, out.view(floats), take(4 * out.size).view(np.uint32))
     if not changed:
         raise FormatError(f"{codes.size} bytes are no changes of {out.size} bytes of {dtype}")
     return changed
 
 
-def _take_difference(payload: Bytes, dtype: DType, out: Bytes) -> int:
+def _take_difference(payload: Bytes, dtype: DType, out: Bytes, take: Take) -> int:
     """Add differences; how many there are. Raises FormatError."""
-    differences = np.empty(out.size, np.uint8)
+    differences = take(out.size)
     take_planes(payload, dtype.part_size, differences)
     kernels.add_difference(differences, out, width=dtype.part_size)
     return int(np.count_nonzero(differences.view(f"u{dtype.part_size}")))
 
 
-def _take_whole(payload: Bytes, dtype: DType, out: Bytes) -> int:
+def _take_whole(payload: Bytes, dtype: DType, out: Bytes, take: Take) -> int:
     """Replace the elements; how many numbers of them differ. Raises FormatError."""
-    before = out.copy()
+    before = take(out.size)
+    before[:] = out
     take_planes(payload, dtype.part_size, out)
     return count_unequal(before, out, dtype.part_size)
 

@@ -18,7 +18,7 @@ import numpy as np
 from tensorwire.codecs import CHUNK, Binding, Checksums, binding_of, chunk_checksums, patch_slice
 from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, show
 from tensorwire.limits import DEFAULT, Limits
-from tensorwire.memory import Scratch
+from tensorwire.memory import Pool
 from tensorwire.streams.patches import CODEC
 from tensorwire.streams.receiver import Completed, ItemStart, Payload, Receiver
 from tensorwire.streams.versions import Entry, Sums, Version, checksums, content_digest, version_of
@@ -99,9 +99,9 @@ class Patch:
         }
         setters = [setter(state, plan.held[name].path, value) for name, value in plan.values.items()]
         plan.check()
-        scratch = Scratch()
+        pool = Pool()
         for name, block in plan.todo:
-            places[name].write(block, scratch)
+            places[name].write(block, pool)
         for parent, key, value in setters:
             parent[key] = value
         return Applied(len(plan.todo), plan.skipped, len(setters))
@@ -198,12 +198,12 @@ class _Place:
         except EncodeError as error:
             raise EncodeError(f"it cannot be written in its place: {error.detail}", item=name) from None
 
-    def write(self, block: _Block, scratch: Scratch) -> None:
+    def write(self, block: _Block, pool: Pool) -> None:
         """Make a block of what it is against, and see that it is what it must be."""
-        made = scratch.values(block.end - block.begin)
+        made = pool.take(block.end - block.begin)
         made[:] = self._entry.read(block.begin, block.end)
         try:
-            _decode(block, self._entry, made)
+            _decode(block, self._entry, made, pool)
             self._put(block, made)
             if chunk_checksums(self._entry.read(block.begin, block.end)) != block.binding.target:
                 raise CorruptError("it was written to while the patch was applied")
@@ -328,6 +328,7 @@ class _Last:
 
     def __init__(self) -> None:
         self.made: tuple[tuple[int, int] | None, ByteArray] = None, np.empty(0, np.uint8)
+        self.pool = Pool()
 
 
 class _Patched:
@@ -358,17 +359,17 @@ class _Patched:
         last, data = self._last.made  # one look: an encoder reads slices in two threads
         if last != key:
             data = self._base.read(block.begin, block.end).copy()
-            _decode(block, self._base, data)
+            _decode(block, self._base, data, self._last.pool)
             self._last.made = key, data
         return data
 
 
-def _decode(block: _Block, base: Entry, data: ByteArray) -> None:
+def _decode(block: _Block, base: Entry, data: ByteArray, pool: Pool) -> None:
     """Make of the base's elements of a block, in `data`, those of the target."""
     view = base.tensor
     width = view.dtype.itemsize
     extent = Extent(view.dtype, view.shape, block.begin // width, (block.end - block.begin) // width)
-    patch_slice(block.payload, extent, data)
+    patch_slice(block.payload, extent, data, pool.take)
 
 
 def replaced(value: Any, made: Mapping[str, Any], path: Path = ()) -> Any:

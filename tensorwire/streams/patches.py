@@ -126,11 +126,8 @@ def _compared(new: Entry, base: Entry) -> tuple[Checksums, Checksums, bool]:
     for start, stop in parts(new.size, CHUNK):
         values, before = new.read(start, stop), base.read(start, stop)
         sums.append(crc32c(values))
-        if count_unequal(values, before):
-            base_sums.append(crc32c(before))
-            changed = True
-        else:
-            base_sums.append(sums[-1])
+        base_sums.append(crc32c(before))
+        changed = changed or sums[-1] != base_sums[-1] or count_unequal(values, before) > 0
     return tuple(sums), tuple(base_sums), changed
 
 
@@ -138,16 +135,17 @@ def _framed(change: _Change, writer: Writer, head: bytes, report: Report) -> Ite
     """All buffers: what is small goes together."""
     yield head
     report.framing += len(head)
-    waiting: list[tuple[int, bytes]] = []
-    size = 0
+    waiting: list[tuple[int, memoryview]] = []
+    size, pool = 0, Pool()
     for item, name in change.items:
         if not isinstance(item, (TensorItem, ValueItem)):
             continue
-        report.add_item("patch" if isinstance(item, TensorItem) else "raw")
-        slices = _tensor_slices(change, name) if isinstance(item, TensorItem) else _value_slices(change.new[name].data)
+        is_tensor = isinstance(item, TensorItem)
+        report.add_item("patch" if is_tensor else "raw")
+        slices = _tensor_slices(change, name, pool) if is_tensor else _value_slices(change.new[name].data)
         for start, count, payload in slices:
             width = item.dtype.itemsize if isinstance(item, TensorItem) else 1
-            report.add_frame("patch" if isinstance(item, TensorItem) else "raw", count * width, len(payload))
+            report.add_frame("patch" if is_tensor else "raw", count * width, len(payload))
             alone = count < (item.total or 0) or len(payload) > _BUNDLE
             if waiting and (alone or len(waiting) == MOST_BUNDLED or size + len(payload) > _BUNDLE):
                 yield from _together(writer, waiting, report)
@@ -158,7 +156,7 @@ def _framed(change: _Change, writer: Writer, head: bytes, report: Report) -> Ite
                 yield header
                 yield payload
             else:
-                waiting.append((count, bytes(payload)))
+                waiting.append((count, payload))
                 size += len(payload)
     yield from _together(writer, waiting, report)
     end = writer.end()
@@ -166,12 +164,12 @@ def _framed(change: _Change, writer: Writer, head: bytes, report: Report) -> Ite
     yield end
 
 
-def _together(writer: Writer, waiting: list[tuple[int, bytes]], report: Report) -> Iterator[Buffer]:
+def _together(writer: Writer, waiting: list[tuple[int, memoryview]], report: Report) -> Iterator[Buffer]:
     """Whole items in one frame."""
     payloads = [payload for _, payload in waiting]
     if len(waiting) > 1:
         table = bundle_table([len(payload) for payload in payloads])
-        data = table + b"".join(payloads)
+        data = b"".join([table, *payloads])
         header = writer.bundle(len(waiting), len(data), crc32c(data))
         report.framing += len(header) + len(table)
         yield header + data
@@ -181,9 +179,9 @@ def _together(writer: Writer, waiting: list[tuple[int, bytes]], report: Report) 
         yield header + payloads[0]
 
 
-def _tensor_slices(change: _Change, name: str) -> Iterator[tuple[int, int, memoryview]]:
+def _tensor_slices(change: _Change, name: str, pool: Pool) -> Iterator[tuple[int, int, memoryview]]:
     """(start, count, payload) of each block of a tensor."""
-    new, base, pool = change.new[name], change.base[name], Pool()
+    new, base = change.new[name], change.base[name]
     view = new.tensor
     for begin, end in parts(new.size, BLOCK):
         extent = Extent(view.dtype, view.shape, begin // view.dtype.itemsize, (end - begin) // view.dtype.itemsize)
@@ -194,7 +192,8 @@ def _tensor_slices(change: _Change, name: str) -> Iterator[tuple[int, int, memor
             raise EncodeError("it was changed while it was encoded: copy it before, or wait", item=name)
         if binding.changed and binding.base == binding.target:  # by a chance of 1 in 2^32
             raise EncodeError("no checksum tells the new elements from the old ones: send them whole", item=name)
-        yield extent.start, extent.count, memoryview(payload)
+        # Whoever keeps a small payload must not keep the block's buffer.
+        yield extent.start, extent.count, memoryview(bytes(payload) if 2 * len(payload) < end - begin else payload)
 
 
 def _value_slices(data: bytes) -> Iterator[tuple[int, int, memoryview]]:

@@ -38,7 +38,10 @@ public:
         for (size_t i = 0; i < size; ++i) out[i] = data_[i % left_];
     }
 
+    size_t left() const { return left_; }
+
     void skip(size_t size) {
+        size = size < left_ ? size : left_;
         data_ += size;
         left_ -= size;
     }
@@ -65,7 +68,7 @@ private:
     size_t size_;
 };
 
-constexpr int kFirstOfPlanes = 11, kFirstOfSparse = 17, kKernels = 19;
+constexpr int kFirstOfPlanes = 11, kFirstOfSparse = 17, kFirstOfChanges = 19, kKernels = 22;
 
 size_t size_of(int dtype) { return dtype == tw::kFloat32 ? 4 : 2; }
 
@@ -271,8 +274,67 @@ Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
     return result;
 }
 
+// Differences to a base, and added to it again.
+void difference(Result& result, const tw::Kernels& k, Input& in, size_t n, size_t shift, int log_width) {
+    const size_t size = n << log_width;
+    Buffer base(size, shift), values(size, shift / 2), differences(size, shift / 4);
+    in.fill(base.data(), size);
+    in.skip(1);
+    in.fill(values.data(), size);
+    k.difference[log_width](base.data(), values.data(), differences.data(), n);
+    keep(result, differences);
+    k.add_difference[log_width](differences.data(), base.data(), n);
+    if (memcmp(base.data(), values.data(), size) != 0) abort();
+}
+
+// Floats whose changes are told one by one, in room that may be too small, and made again; or made with `damage` done to
+// the codes or to the base, which may do anything but harm.
+void changes(Result& result, const tw::Kernels& k, Input& in, size_t n, size_t shift, bool damage) {
+    const int dtype = shift & 1 ? tw::kFloat16 : tw::kBfloat16;
+    const size_t aligned = shift & ~size_t{3}, every = 1 + in.take<uint8_t>();
+    const uint16_t most = in.take<uint16_t>();
+    const size_t room = damage || shift & 2 ? 4 * n + 100 : in.take<uint16_t>();
+    Buffer base(2 * n, aligned), values(2 * n, aligned), codes(room, shift), work(8 * n, aligned);
+    in.fill(base.data(), 2 * n);
+    memcpy(values.data(), base.data(), 2 * n);
+    size_t differ = 0;
+    for (size_t i = 0; i < n; i += 1 + (in.left() ? in.take<uint8_t>() : i) % every) {
+        const auto by = static_cast<uint16_t>(i % (most + size_t{1}) - most / 2);
+        values.as<uint16_t>()[i] = static_cast<uint16_t>(values.as<uint16_t>()[i] + by);
+        differ += by != 0;
+    }
+    size_t told = 0;
+    const size_t size = k.encode_changes[dtype](base.data(), values.data(), n, work.as<uint32_t>(), codes.data(), room, &told);
+    if (told != differ || size > room) abort();
+    result.returned = size;
+    if (size == 0) return;
+    Buffer exact(size, shift / 2);
+    memcpy(exact.data(), codes.data(), size);
+    for (int i = 0; damage && i < 3; ++i) {
+        const size_t at = in.take<uint16_t>();
+        (i ? exact : base).data()[at % (i ? size : 2 * n)] ^= in.take<uint8_t>();
+    }
+    const size_t made = k.decode_changes[dtype](exact.data(), size, base.data(), n, work.as<uint32_t>());
+    if (!damage && (made != differ || memcmp(base.data(), values.data(), 2 * n) != 0)) abort();
+    result.keep = made != 0;
+    keep(result, exact);
+    keep(result, base);
+}
+
+Result run_changes(const tw::Kernels& k, int kernel, Input in) {
+    const size_t shift = in.take<uint8_t>() % 64, n = in.take<uint16_t>() % 9000;
+    Result result;
+    if (kernel == kFirstOfChanges) {
+        difference(result, k, in, n, shift, in.take<uint8_t>() % tw::kPlaneWidths);
+    } else {
+        changes(result, k, in, n, shift, kernel == kFirstOfChanges + 2);
+    }
+    return result;
+}
+
 Result run(const tw::Kernels& k, Input in) {
     const int kernel = in.take<uint8_t>() % kKernels;
+    if (kernel >= kFirstOfChanges) return run_changes(k, kernel, in);
     if (kernel >= kFirstOfSparse) return run_sparse(k, in, kernel == kFirstOfSparse);
     if (kernel >= kFirstOfPlanes) return run_planes(k, kernel, in);
     const int dtype = in.take<uint8_t>() % tw::kDtypes;
