@@ -29,7 +29,7 @@ from tensorwire.versions.manifest import (
     file_number,
 )
 from tensorwire.versions.stores import Store, open_store
-from tensorwire.versions.subscriber import Progress, Subscriber, read_manifest
+from tensorwire.versions.subscriber import Progress, Subscriber, manifest_bytes, parse_manifest
 
 ANCHOR_EVERY: Final = 20
 KEEP: Final = 3
@@ -68,7 +68,7 @@ class Publisher:
     It holds a copy of the last version, in memory, and reads it from the store when it begins in one that has versions.
     One thread uses it, and there is one publisher at a time. In a folder it holds a lock, and a second one is a
     StorageError at once. An object store has none: whoever finds there a manifest that is not its own last one stops
-    with a SequenceError.
+    with a SequenceError, on S3 also where that comes between its look and its write.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Publisher:
         self._limits = limits
         self._id = os.urandom(8).hex()
         self._manifest: Manifest | None = None
+        self._there: bytes | None = None  # the manifest as it stands in the store
         self._base: Any = None  # a copy of the version of `_base_digest`
         self._base_digest = ""
         self._open = ExitStack()
@@ -165,9 +166,11 @@ class Publisher:
 
     def _read(self) -> Manifest | None:
         try:
-            return read_manifest(self._store)
+            self._there = manifest_bytes(self._store)
         except MissingFileError:
+            self._there = None
             return None
+        return parse_manifest(self._store, self._there)
 
     def _check_alone(self) -> Manifest | None:
         """The manifest. Raises SequenceError unless it is the one that this publisher knows."""
@@ -258,8 +261,8 @@ class Publisher:
         data = manifest.dump()
         if len(data) > MAX_BYTES:
             raise EncodeError(f"the manifest has become {len(data)} bytes: keep fewer versions, or less metadata")
-        self._store.replace(NAME, data)
-        self._manifest = manifest
+        self._store.replace(NAME, data, self._there)
+        self._manifest, self._there = manifest, data
 
     def _advance(self, patch: bytes, digest: str, done: "_Done") -> None:
         """Let the copy follow; what ends it in between has it read again the next time."""

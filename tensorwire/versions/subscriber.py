@@ -208,6 +208,11 @@ class Staged:
 
 def read_manifest(store: Store) -> Manifest:
     """The manifest of a store. Raises MissingFileError before the first version is published."""
+    return parse_manifest(store, manifest_bytes(store))
+
+
+def manifest_bytes(store: Store) -> bytes:
+    """The manifest as it stands in a store. Raises MissingFileError before the first version is published."""
     try:
         with closing(store.open(NAME)) as file:
             data = bytearray()
@@ -217,8 +222,13 @@ def read_manifest(store: Store) -> Manifest:
         raise MissingFileError(
             f"nothing is published in {store.name} yet: it has no {NAME}", errno=error.errno
         ) from None
+    return bytes(data)
+
+
+def parse_manifest(store: Store, data: bytes) -> Manifest:
+    """The manifest in these bytes of a store. Raises a WireError that names it."""
     with _named(f"{store.name}/{NAME}"):
-        return Manifest.parse(bytes(data))
+        return Manifest.parse(data)
 
 
 class _Counted(io.RawIOBase):
