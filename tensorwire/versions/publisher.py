@@ -4,8 +4,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import tensorwire
 from tensorwire import Patch
@@ -150,7 +151,7 @@ class Publisher:
         self._write_manifest(version)
         anchor = size if patch is None else None
         if patch is not None:
-            self._advance(patch, version.digest, done)
+            self._advance(patch.patch, version.digest, done)
             if self._manifest is not None and self._manifest.wants_anchor(self._every):
                 stored, anchor = self._write_anchor(number, done)
                 self._write_manifest(replace(version, anchor=stored))
@@ -201,7 +202,7 @@ class Publisher:
             done.notes.append(f"{head} could not be read, so that the next one is published whole: {error}")
         done.count("read", began)
 
-    def _patch(self, state: Any, done: "_Done") -> bytes | None:
+    def _patch(self, state: Any, done: "_Done") -> "_Made | None":
         """The patch that makes `state` of the newest version; None where only a whole version will do."""
         if not self._base_digest:
             return None
@@ -211,19 +212,22 @@ class Publisher:
         except EncodeError as error:  # names, dtypes or shapes are others; what cannot be sent at all fails again
             done.notes.append(f"published whole, as it is no patch of the version before: {error}")
             return None
-        patch = b"".join(buffers)
+        stream = BytesIO()  # which, unlike a join, never holds the parts beside the whole
+        for buffer in buffers:
+            stream.write(buffer)
+        made = _Made(stream.getvalue(), Patch.read(stream.getvalue(), limits=self._limits))
         done.count("encode", began)
-        return patch
+        return made
 
-    def _write_patch(self, patch: bytes, number: int, done: "_Done") -> tuple[Version, int]:
-        head = Patch.read(patch, limits=self._limits)
-        if head.base == head.target:
-            return Version(number, head.target), 0
+    def _write_patch(self, made: "_Made", number: int, done: "_Done") -> tuple[Version, int]:
+        patch = made.patch
+        if patch.base == patch.target:
+            return Version(number, patch.target), 0
         began = perf_counter()
         name = file_name(number, self._id, "patch")
-        size = self._store.write(name, [patch])
+        size = self._store.write(name, [made.stream])
         done.count("write", began)
-        return Version(number, head.target, patch=Stored(name, size, head.base)), size
+        return Version(number, patch.target, patch=Stored(name, size, patch.base)), size
 
     def _write_whole(self, state: Any, number: int, done: "_Done") -> tuple[Version, int]:
         """Take a copy of `state`, and write it as an anchor."""
@@ -264,7 +268,7 @@ class Publisher:
         self._store.replace(NAME, data, self._there)
         self._manifest, self._there = manifest, data
 
-    def _advance(self, patch: bytes, digest: str, done: "_Done") -> None:
+    def _advance(self, patch: Patch, digest: str, done: "_Done") -> None:
         """Let the copy follow; what ends it in between has it read again the next time."""
         began = perf_counter()
         self._base_digest = ""
@@ -284,6 +288,13 @@ class Publisher:
                     self._store.remove(name)
         except OSError as error:  # the version is published all the same
             done.notes.append(f"what was dropped could not be removed: {error}")
+
+
+class _Made(NamedTuple):
+    """A patch as a stream, and as it is read from that, of the same memory."""
+
+    stream: bytes
+    patch: Patch
 
 
 class _Done:
