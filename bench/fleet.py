@@ -7,8 +7,9 @@
 Trainer, worker and web server are processes of their own, on loopback. The model has the shapes of llama-3.2-1b. Its
 weights, and what a step makes of them, are those of all-MiniLM-L6-v2 in real fine-tuning (`tensorwire.bench.finetune`),
 tile by tile: bits and changes are real, their order in the model is not. States are files that are mapped into memory,
-so that they need not fit. `own MB`: the most memory of its own that a process took beside them (RssAnon, 50 times a
-second). Each way ends when the worker's state holds the version, and versions are compared by digest.
+so that they need not fit. `cpu`, `own`: processor time of trainer and worker, and the most memory of its own that each
+took beside its state (RssAnon, 50 times a second). Each way ends when the worker's state holds the version, and
+versions are compared by digest.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import threading
 import urllib.request
 from functools import partial
 from pathlib import Path
-from time import perf_counter, thread_time
+from time import perf_counter, process_time, thread_time
 
 import ml_dtypes
 import numpy as np
@@ -105,10 +106,11 @@ class State:
                 done, at = done + part.size, 0
 
 
-class Own:
-    """The most memory of its own that this process has while this is open, over what it had before."""
+class Cost:
+    """What a call takes of this process: processor time, and the most memory of its own over what it had before."""
 
     def __enter__(self):
+        self._began = process_time()
         self._before = self.most = self._now()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -119,6 +121,7 @@ class Own:
         self._over.set()
         self._thread.join()
         self.most -= self._before
+        self.seconds = process_time() - self._began
 
     def _watch(self):
         while not self._over.wait(0.02):
@@ -230,9 +233,9 @@ def serve(kind, folder, options, pipe):
             name, *arguments = pipe.recv()
         except EOFError:
             return
-        with Own() as own:
+        with Cost() as cost:
             done = getattr(here, name)(*arguments)
-        pipe.send((done, own.most))
+        pipe.send((done, (cost.seconds, cost.most)))
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
@@ -275,12 +278,12 @@ def measured(options, folder):
     url = f"http://127.0.0.1:{server.port}"
     trainer, worker = Process(serve, Trainer, folder, options), Process(serve, Worker, folder, options)
 
-    def row(way, size, seconds, *own):
+    def row(way, size, seconds, *costs):
         taken = {name: round(each, 3) for name, each in seconds.items() if each}
-        total = round(sum(taken.values()), 3)
-        megabytes = [round(each / 1e6) for each in own]
-        return {"suite": "fleet", "dtype": options.dtype, "way": way, "bytes": size, "seconds": total} | {
-            "phases": taken, "trainer_own_mb": megabytes[0], "worker_own_mb": megabytes[1],
+        cpu = [round(each, 2) for each, _ in costs]
+        own = [round(most / 1e6) for _, most in costs]
+        return {"suite": "fleet", "dtype": options.dtype, "way": way, "bytes": size} | {
+            "seconds": round(sum(taken.values()), 3), "phases": taken, "cpu_s": cpu, "own_mb": own,
         }  # fmt: skip
 
     def version(way):
@@ -361,8 +364,9 @@ def line(row):
     if "times" in row:
         return f"{row['way']:<32} read {row['read_s']:.3f} s, apply {row['apply_s']:.3f} s: {row['times']:.2f} times"
     phases = ", ".join(f"{name} {each:.2f}" for name, each in row["phases"].items())
-    own = f"own MB {row['trainer_own_mb']}, {row['worker_own_mb']}"
-    return f"{row['way']:<16} {row['bytes'] / 1e6:>9,.1f} MB {row['seconds']:>7.2f} s ({phases}); {own}"
+    cpu, own = (" and ".join(map(str, row[key])) for key in ("cpu_s", "own_mb"))
+    taken = f"{row['way']:<16} {row['bytes'] / 1e6:>9,.1f} MB {row['seconds']:>7.2f} s"
+    return f"{taken} ({phases}); cpu {cpu} s, own {own} MB"
 
 
 if __name__ == "__main__":
