@@ -116,6 +116,7 @@ SLOW = {
     "test_values.py::test_so_does_a_root": 3,
     "test_versions.py::test_a_chain_of_50_versions_with_a_publisher_at_work_and_four_followers": 0,
     "test_versions_kills.py": 0,
+    "test_versions_s3.py": 0,
     "test_wire.py::test_a_hundred_thousand_tiny_frames_are_read_and_none_is_remembered": 0,
     "test_wire.py::test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole": 0,
     "test_wire.py::test_a_skipped_frame_takes_no_memory_of_its_size": 0,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tensorwire
@@ -238,3 +239,21 @@ def test_every_script_is_run_here():
     modules = {"flower_deployment.py"}  # of scripts and of tests/engines
     tested = {*re.findall(r'"(\w+\.py)"', Path(__file__).read_text())} | modules
     assert {path.name for path in BENCH.glob("*.py")} == tested
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory of a process's own is read as Linux shows it"
+)
+def test_fleet(tmp_path):
+    for name in ("torch", "safetensors"):
+        pytest.importorskip(name)
+    weights = np.random.default_rng(0).normal(size=100_003).astype(np.float32)
+    np.save(tmp_path / "tiles.npy", np.stack([weights, weights * np.float32(1.0001)]))
+    tiny = ("--layers=1", "--vocabulary=200", "--hidden=64", f"--tiles={tmp_path / 'tiles.npy'}")
+    lines = [line for line in run("fleet.py", *tiny, "--json") if line.startswith("{")]
+    rows = {row["way"]: row for row in map(json.loads, lines)}
+    assert [*rows] == ["a whole version", "patch", "raw", "nf4", "safetensors"]
+    assert rows["patch"]["bytes"] < rows["a whole version"]["bytes"] < rows["raw"]["bytes"]
+    assert {*rows["patch"]["phases"]} >= {"encode", "write", "fetch", "stage", "apply"}
+    lines = run("fleet.py", "apply", *tiny, "--dtype=bfloat16", "--rounds=1")[3:]
+    all_match(lines, *[rf"apply, 1 % changed .* read {SECONDS}, apply {SECONDS}: {NUMBER} times"] * 2)

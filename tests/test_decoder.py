@@ -4,12 +4,14 @@ import gc
 import os
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 import tensorwire
+from tensorwire import streams
 from tensorwire.errors import (
     ArgumentError,
     ClosedError,
@@ -20,6 +22,7 @@ from tensorwire.errors import (
     TruncatedError,
     WireError,
 )
+from tensorwire.tensor import ViewFront
 from tensorwire.updates import is_finite, mean_of
 
 MIB = 1 << 20
@@ -279,3 +282,21 @@ def test_one_number_that_is_none_is_found(bad: float) -> None:
         tensorwire.dumps({"a": broken}, codec="bf16")
     )
     assert not is_finite(tensor)
+
+
+def test_payloads_on_disk_are_read_by_several_threads_at_once() -> None:
+    """As an encoder does, which reads the next slice while the last one is sent."""
+    values = np.arange(4 << 20, dtype=np.float32)
+    decoder = tensorwire.decoder(keep_encoded=tensorwire.OnDisk())
+    ((_, tensor),) = decoder.feed(tensorwire.dumps({"w": values}, codec="planes"))
+
+    def read(start: int) -> bool:
+        parts = range(start, values.size - 100_000, 300_007)
+        return all(
+            np.array_equal(tensor.read(at, at + 100_000).view(np.float32), values[at : at + 100_000]) for at in parts
+        )
+
+    with ThreadPoolExecutor(4) as executor:
+        assert all(executor.map(read, range(0, 80_000, 10_000)))
+    again = tensorwire.numpy.loads(b"".join(streams.encode({"w": tensor.view()}, ViewFront(), codec="planes")))
+    assert np.array_equal(again["w"], values)

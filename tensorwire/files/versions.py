@@ -94,16 +94,16 @@ def patch(
     """
     with _Opened(base, limits) as file:
         container, target = file.stored.container, ""
-        sums: Sums = {}
+        sums: Sums | None = None
         for given in patches:
             read = _read(given, limits)
             try:
-                container, sums = read.views(container, _VIEWS, limits=limits)
+                container, sums = read.views(container, _VIEWS, sums=sums, limits=limits)
             except TensorwireError as error:
                 error.file = error.file or (os.fspath(given) if isinstance(given, (str, os.PathLike)) else None)
                 raise
             target = read.target
-        if not target:
+        if sums is None:
             raise ArgumentError("patch takes one patch or more")
         checked = {name: _checked(name, view, sums) for name, view in _tensors(container, limits).items()}
         _write(replaced(container, checked), {**file.stored.metadata, **(metadata or {})}, path, max_shard_size, limits)

@@ -4,7 +4,7 @@
 """
 
 from tensorwire.storage.atomic import Target, new_folder, rename, replacing, write_file
-from tensorwire.storage.output import Output, OutputFile, open_to_read, read_at, write_object
+from tensorwire.storage.output import Output, OutputFile, open_to_read, read_at, storing, write_object
 
 __all__ = [
     "Output",
@@ -15,6 +15,7 @@ __all__ = [
     "read_at",
     "rename",
     "replacing",
+    "storing",
     "write_file",
     "write_object",
 ]

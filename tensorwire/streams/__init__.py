@@ -3,7 +3,7 @@
 from tensorwire.streams.applying import Applied, Patch, setter, value_at
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.decoder import Decoder
-from tensorwire.streams.encoded import EncodedTensor, InMemory, OnDisk, Store
+from tensorwire.streams.encoded import EncodedTensor, InMemory, OnDisk, Store, collect_encoded
 from tensorwire.streams.flatten import Leaf, Rule, TensorLeaf, ValueLeaf, as_pair, flatten
 from tensorwire.streams.patches import encode_patch
 from tensorwire.streams.pieces import Pieces
@@ -41,6 +41,7 @@ __all__ = [
     "ValueLeaf",
     "as_pair",
     "collect",
+    "collect_encoded",
     "decode",
     "decode_async",
     "digest",

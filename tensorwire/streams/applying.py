@@ -19,6 +19,7 @@ from tensorwire.codecs import CHUNK, Binding, Checksums, binding_of, chunk_check
 from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
+from tensorwire.streams.encoded import InMemory, Store
 from tensorwire.streams.patches import CODEC
 from tensorwire.streams.receiver import Completed, ItemStart, Payload, Receiver
 from tensorwire.streams.versions import Entry, Sums, Version, checksums, content_digest, version_of
@@ -29,12 +30,13 @@ from tensorwire.wire.values import pack_plain
 
 
 class _Block(NamedTuple):
-    """A block of a tensor: its first byte and the one behind its last, what it is bound to, and its payload."""
+    """A block of a tensor: its first byte and the one behind its last, what it is bound to, where its payload is."""
 
     begin: int
     end: int
     binding: Binding
-    payload: bytes
+    store: Store
+    kept: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +72,25 @@ class Patch:
 
     __slots__ = ("base", "metadata", "size", "target", "tensors", "values")
 
-    def __init__(self, start: StreamStart, tensors: list[_Changed], values: dict[int, Any]) -> None:
+    def __init__(self, start: StreamStart, tensors: list[_Changed], values: dict[int, Any], size: int) -> None:
         self.base = start.info.base.hex()
         self.target = start.info.target.hex()
         self.metadata = dict(start.info.metadata)
-        self.size = sum(len(block.payload) for one in tensors for block in one.blocks)
+        self.size = size
         self.tensors = tensors
         self.values = values
 
     @classmethod
-    def read(cls, source: Any, *, limits: Limits = DEFAULT) -> "Patch":
-        """All of a patch from a source as `decode` takes it. Raises a WireError for whatever is no whole patch."""
-        reading = _Reading(limits)
+    def read(cls, source: Any, *, keep: Store | None = None, limits: Limits = DEFAULT) -> "Patch":
+        """All of a patch from a source as `decode` takes it. Raises a WireError for whatever is no whole patch.
+
+        `keep`: where payloads are kept, `InMemory()` or `OnDisk()`. In memory those of `bytes` stay where they stand.
+        """
+        reading = _Reading(limits, keep or InMemory())
         with reading.receiver as receiver:
             for event in receiver.events(source):
                 reading.take(event)
-        return cls(reading.start, reading.tensors, reading.values)
+        return cls(reading.start, reading.tensors, reading.values, reading.size)
 
     def apply(self, state: Any, front: Front, *, limits: Limits = DEFAULT) -> Applied:
         """Make of `state`, in place, the version that the patch is for.
@@ -95,7 +100,8 @@ class Patch:
         """
         plan = _Plan(self, version_of(state, front, limits))
         places = {
-            name: _Place(name, plan.held[name], value_at(state, plan.held[name].path), front) for name, _ in plan.todo
+            name: _Place(name, plan.held[name], value_at(state, plan.held[name].path), front)
+            for name in dict.fromkeys(name for name, _ in plan.todo)
         }
         setters = [setter(state, plan.held[name].path, value) for name, value in plan.values.items()]
         plan.check()
@@ -106,12 +112,13 @@ class Patch:
             parent[key] = value
         return Applied(len(plan.todo), plan.skipped, len(setters))
 
-    def views(self, base: Any, front: Front, *, limits: Limits = DEFAULT) -> "Made":
+    def views(self, base: Any, front: Front, *, sums: Sums | None = None, limits: Limits = DEFAULT) -> "Made":
         """The version that this makes of `base`, of views that are made block by block as they are read.
 
-        `base` is read once here, and left as it is. Raises as `apply`.
+        `base` is left as it is, and read once here, unless its `sums` are those of the `Made` that it is of. Raises as
+        `apply`.
         """
-        plan = _Plan(self, version_of(base, front, limits))
+        plan = _Plan(self, version_of(base, front, limits), sums)
         plan.check()
         made: dict[str, Any] = dict(plan.values)
         blocks: dict[str, list[_Block]] = {}
@@ -127,8 +134,10 @@ class Patch:
 class _Reading:
     """A patch as it comes in."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, keep: Store) -> None:
         self.receiver = Receiver(limits, any_base=True, overlap=False)
+        self.size = 0
+        self._keep = keep
         self.tensors: list[_Changed] = []
         self.values: dict[int, Any] = {}
         self.start: StreamStart
@@ -156,13 +165,14 @@ class _Reading:
             self.receiver.keep_encoded(number)
 
     def _add(self, event: Payload) -> None:
-        item, data = event.item, bytes(event.data)
+        item, data = event.item, event.data
         width = item.dtype.itemsize
         begin, end = event.start * width, (event.start + event.count) * width
         binding = binding_of(data, Extent(item.dtype, (), event.start, event.count))
         if binding.base is None or begin % CHUNK:
             raise SchemaError("a block of a patch is bound to its base, and begins at a whole MiB")
-        self._blocks.append(_Block(begin, end, binding, data))
+        self._blocks.append(_Block(begin, end, binding, self._keep, self._keep.put(data)))
+        self.size += data.nbytes
 
     def _complete(self, event: Completed) -> None:
         rank = _rank(event.item)
@@ -227,14 +237,14 @@ class _Plan:
     `after`: the checksums of all tensors then.
     """
 
-    def __init__(self, patch: Patch, held: Version) -> None:
+    def __init__(self, patch: Patch, held: Version, sums: Sums | None = None) -> None:
         self.held = held
         self.todo: list[tuple[str, _Block]] = []
         self.skipped = 0
         self.values: dict[str, Any] = {}
         self._patch = patch
         self._names = list(held)
-        self._sums = checksums(held)
+        self._sums = checksums(held) if sums is None else sums
         # What the version is when all blocks are at the base, and when all is done.
         self._before, self.after, self._target = dict(self._sums), dict(self._sums), dict(held)
         self._planned: dict[tuple[object, ...], tuple[str, Checksums]] = {}  # by memory: its first name
@@ -344,14 +354,18 @@ class _Patched:
         """Elements [start, stop)."""
         width = self._base.tensor.dtype.itemsize
         begin, end = start * width, stop * width
-        out: ByteArray = self._base.read(begin, end).copy()
+        out: ByteArray = np.empty(end - begin, np.uint8)
+        place = begin
         first = max(bisect_right(self._begins, begin) - 1, 0)
         for block in map(self._blocks.__getitem__, self._begins[first:]):
             if block.begin >= end:
                 break
             low, high = max(begin, block.begin), min(end, block.end)
             if low < high:
+                out[place - begin : low - begin] = self._base.read(place, low)
                 out[low - begin : high - begin] = self._made(block)[low - block.begin : high - block.begin]
+                place = high
+        out[place - begin :] = self._base.read(place, end)
         return out
 
     def _made(self, block: _Block) -> ByteArray:
@@ -369,7 +383,7 @@ def _decode(block: _Block, base: Entry, data: ByteArray, pool: Pool) -> None:
     view = base.tensor
     width = view.dtype.itemsize
     extent = Extent(view.dtype, view.shape, block.begin // width, (block.end - block.begin) // width)
-    patch_slice(block.payload, extent, data, pool.take)
+    patch_slice(block.store.get(block.kept), extent, data, pool.take)
 
 
 def replaced(value: Any, made: Mapping[str, Any], path: Path = ()) -> Any:

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from math import prod
 from operator import attrgetter
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,8 @@ from tensorwire.limits import Limits
 from tensorwire.memory import SPARE, Scratch
 from tensorwire.streams.receiver import Completed, Event, ItemStart, Payload, Piece, Receiver, reject_files
 from tensorwire.streams.schema import Schema
-from tensorwire.tensor import ByteArray, Extent, Front, TensorView
+from tensorwire.streams.unflatten import Unflattener
+from tensorwire.tensor import ByteArray, Extent, Front, TensorView, ViewFront
 from tensorwire.wire import AliasItem, DataItem, TensorItem, ValueItem
 from tensorwire.wire.items import CodecSpec
 
@@ -59,25 +61,28 @@ class OnDisk:
 
     def __init__(self, folder: str | None = None) -> None:
         self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed when it is dropped
+        self._seeking = Lock()
         self._end = 0
 
     def put(self, data: memoryview) -> _Place:
         """See `Store`. Raises OSError where the disk is full."""
-        self._file.seek(self._end)
         rest = data.cast("B")
         place = _Place(self._end, len(rest), crc32c(rest, 0))
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        with self._seeking:
+            self._file.seek(self._end)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self._end += place.length
         return place
 
     def get(self, kept: _Place) -> memoryview:
-        """See `Store`."""
+        """See `Store`. Threads may ask at once."""
         data = bytearray(kept.length)
         rest = memoryview(data)
-        self._file.seek(kept.offset)
-        while rest and (size := self._file.readinto(rest)):
-            rest = rest[size:]
+        with self._seeking:
+            self._file.seek(kept.offset)
+            while rest and (size := self._file.readinto(rest)):
+                rest = rest[size:]
         if rest or crc32c(data, 0) != kept.crc:
             raise CorruptError("a payload that was kept on disk is not what it was")
         return memoryview(data)
@@ -94,16 +99,32 @@ class _Slice(NamedTuple):
 _start = attrgetter("start")
 
 
+class _Last:
+    """The slice that was decoded last for a part of it, of all tensors of a stream: the next part is often of it."""
+
+    __slots__ = ("decoded",)
+
+    def __init__(self) -> None:
+        self.decoded: tuple[_Slice | None, ByteArray] = None, np.empty(0, np.uint8)
+
+
 class EncodedTensor:
     """A whole verified tensor, encoded: `tensorwire.decoder(keep_encoded=...)` gives them.
 
     `dtype` and `shape` are those of what `decode` gives, `codec` is how it travelled, `nbytes` what is kept of it.
     """
 
-    __slots__ = ("_front", "_slices", "_store", "codec", "dtype", "nbytes", "shape")
+    __slots__ = ("_front", "_last", "_slices", "_store", "codec", "dtype", "nbytes", "shape")
 
     def __init__(
-        self, front: Front, store: Store, item: TensorItem, codec: Codec, slices: Sequence[_Slice], nbytes: int
+        self,
+        front: Front,
+        store: Store,
+        item: TensorItem,
+        codec: Codec,
+        slices: Sequence[_Slice],
+        nbytes: int,
+        last: _Last,
     ) -> None:
         self.dtype: DType = item.dtype
         self.shape = item.shape
@@ -112,6 +133,7 @@ class EncodedTensor:
         self._slices = slices
         self._front = front
         self._store = store
+        self._last = last
 
     def __repr__(self) -> str:
         return f"EncodedTensor({self.dtype}, {list(self.shape)}, {self.codec})"
@@ -174,8 +196,11 @@ class EncodedTensor:
 
     def _part(self, each: _Slice, first: int, last: int) -> ByteArray:
         size = self.dtype.itemsize
-        whole = np.empty(each.count * size, np.uint8)
-        self._decode(each, whole)
+        decoded, whole = self._last.decoded  # one look: an encoder reads slices in two threads
+        if decoded is not each:
+            whole = np.empty(each.count * size, np.uint8)
+            self._decode(each, whole)
+            self._last.decoded = each, whole
         return whole[(first - each.start) * size : (last - each.start) * size]
 
     def _decode(self, each: _Slice, out: ByteArray) -> None:
@@ -183,6 +208,18 @@ class EncodedTensor:
 
     def _extent(self, each: _Slice) -> Extent:
         return Extent(self.dtype, self.shape, each.start, each.count)
+
+
+def collect_encoded(source: Any, store: Store, *, limits: Limits) -> Any:
+    """The whole container, once all of the stream is verified; its tensors are views, decoded as they are read."""
+    items, containers = EncodedItems(ViewFront(), None, limits, None, store), Unflattener()
+    with items.receiver as receiver:
+        for event in receiver.events(source):
+            if isinstance(event, ItemStart):
+                containers.declare(event.item)
+            for item, value in items.completed(event):
+                containers.fill(item.path, value.view() if isinstance(value, EncodedTensor) else value)
+    return containers.result()
 
 
 class EncodedItems:
@@ -196,6 +233,7 @@ class EncodedItems:
         self._nbytes = 0
         self._codecs: dict[CodecSpec, Codec] = {}  # a few for many items
         self._trial = Scratch()
+        self._last = _Last()
         self.receiver = Receiver(limits, base=base, scratch=Scratch())
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
@@ -236,7 +274,7 @@ class EncodedItems:
         assert isinstance(item, TensorItem)
         slices, self._slices = tuple(self._slices), []
         nbytes, self._nbytes = self._nbytes, 0
-        return EncodedTensor(self._front, self._store, item, self._codec(item), slices, nbytes)
+        return EncodedTensor(self._front, self._store, item, self._codec(item), slices, nbytes, self._last)
 
     def _codec(self, item: TensorItem) -> Codec:
         codec = self._codecs.get(item.codec)

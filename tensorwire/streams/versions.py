@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from tensorwire.checksum import crc32c
-from tensorwire.codecs import CHUNK, Checksums
+from tensorwire.codecs import CHUNK, Checksums, chunk_checksums
 from tensorwire.errors import EncodeError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.codec_choice import rule
@@ -22,6 +21,8 @@ from tensorwire.streams.flatten import TensorLeaf, ValueLeaf, flatten
 from tensorwire.tensor import ByteArray, Front, TensorView
 from tensorwire.wire.names import Path, name_of
 from tensorwire.wire.values import pack_plain
+
+_READ: Final = 4 * CHUNK  # bytes that are asked of a tensor at once: the asking costs as much as a few KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ def checksums(version: Version) -> Sums:
         found = known.get(identity) if identity is not None else None
         if found is None:
             with about(name):
-                found = tuple([crc32c(entry.read(*part)) for part in parts(entry.size, CHUNK)])
+                read = parts(entry.size, _READ)
+                found = tuple([crc for part in read for crc in chunk_checksums(entry.read(*part))])
         if identity is not None:
             known[identity] = found
         sums[name] = found

@@ -1,5 +1,6 @@
 """A file that is always a whole version: the newest of a store, whoever reads it and whenever."""
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -55,8 +56,8 @@ def follow(
     gone on from, where its content is a version of the store; a version that comes while the caller is at work on the
     last one is passed over for a newer one. `interval`: seconds between looks at the manifest. `timeout`: seconds
     without a new version after which this ends; None: never; 0: what is there now. `on_note`: called with a line when
-    the store does not answer or a file is damaged, which is then tried again. An anchor is held in
-    memory as a whole; patches take no memory but their own.
+    the store does not answer or a file is damaged, which is then tried again. What is fetched waits
+    beside the file, on disk, so that this takes memory of some frames, whatever the model.
 
         for followed in tensorwire.versions.follow("https://host/versions", "model.safetensors"):
             print(followed.version)
@@ -89,6 +90,7 @@ def _following(
     while True:
         trouble: TensorwireError | None = None
         staged: Staged | None = None
+        file.check_folder()
         try:
             staged = file.fetch()
         except _PASSING as error:
@@ -124,7 +126,12 @@ class _File:
         self._progress = progress
         self._limits = limits
         self._held = self._digest()
-        self._subscriber = Subscriber(store, limits=limits)
+        self._subscriber = Subscriber(store, staging=os.path.dirname(self._path), limits=limits)
+
+    def check_folder(self) -> None:
+        """Raise MissingFileError where there is no folder for the file: that is no fault of the store."""
+        if not os.path.isdir(folder := os.path.dirname(self._path)):
+            raise MissingFileError(f"the folder {folder!r} is not there: make it first", errno=errno.ENOENT)
 
     def fetch(self) -> Staged:
         """Fetch the newest version, if it is another than the file holds."""
@@ -136,8 +143,7 @@ class _File:
         began = perf_counter()
         metadata = {MARK: str(staged.target.number), "tensorwire.digest": staged.target.digest}
         if staged.is_whole:
-            buffers = tensorwire.encode(staged.state, metadata=metadata, limits=self._limits)
-            safetensors.decode(buffers, self._path, limits=self._limits)
+            safetensors.decode(staged.encode(metadata=metadata), self._path, limits=self._limits)
         else:
             tensorwire.patch(self._path, staged.patches, self._path, metadata=metadata, limits=self._limits)
         self._held = staged.target.digest

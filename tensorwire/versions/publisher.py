@@ -4,8 +4,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import tensorwire
 from tensorwire import Patch
@@ -29,7 +30,7 @@ from tensorwire.versions.manifest import (
     file_number,
 )
 from tensorwire.versions.stores import Store, open_store
-from tensorwire.versions.subscriber import Progress, Subscriber, read_manifest
+from tensorwire.versions.subscriber import Progress, Subscriber, manifest_bytes, parse_manifest
 
 ANCHOR_EVERY: Final = 20
 KEEP: Final = 3
@@ -68,7 +69,7 @@ class Publisher:
     It holds a copy of the last version, in memory, and reads it from the store when it begins in one that has versions.
     One thread uses it, and there is one publisher at a time. In a folder it holds a lock, and a second one is a
     StorageError at once. An object store has none: whoever finds there a manifest that is not its own last one stops
-    with a SequenceError.
+    with a SequenceError, on S3 also where that comes between its look and its write.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Publisher:
         self._limits = limits
         self._id = os.urandom(8).hex()
         self._manifest: Manifest | None = None
+        self._there: bytes | None = None  # the manifest as it stands in the store
         self._base: Any = None  # a copy of the version of `_base_digest`
         self._base_digest = ""
         self._open = ExitStack()
@@ -149,7 +151,7 @@ class Publisher:
         self._write_manifest(version)
         anchor = size if patch is None else None
         if patch is not None:
-            self._advance(patch, version.digest, done)
+            self._advance(patch.patch, version.digest, done)
             if self._manifest is not None and self._manifest.wants_anchor(self._every):
                 stored, anchor = self._write_anchor(number, done)
                 self._write_manifest(replace(version, anchor=stored))
@@ -165,9 +167,11 @@ class Publisher:
 
     def _read(self) -> Manifest | None:
         try:
-            return read_manifest(self._store)
+            self._there = manifest_bytes(self._store)
         except MissingFileError:
+            self._there = None
             return None
+        return parse_manifest(self._store, self._there)
 
     def _check_alone(self) -> Manifest | None:
         """The manifest. Raises SequenceError unless it is the one that this publisher knows."""
@@ -198,7 +202,7 @@ class Publisher:
             done.notes.append(f"{head} could not be read, so that the next one is published whole: {error}")
         done.count("read", began)
 
-    def _patch(self, state: Any, done: "_Done") -> bytes | None:
+    def _patch(self, state: Any, done: "_Done") -> "_Made | None":
         """The patch that makes `state` of the newest version; None where only a whole version will do."""
         if not self._base_digest:
             return None
@@ -208,19 +212,22 @@ class Publisher:
         except EncodeError as error:  # names, dtypes or shapes are others; what cannot be sent at all fails again
             done.notes.append(f"published whole, as it is no patch of the version before: {error}")
             return None
-        patch = b"".join(buffers)
+        stream = BytesIO()  # which, unlike a join, never holds the parts beside the whole
+        for buffer in buffers:
+            stream.write(buffer)
+        made = _Made(stream.getvalue(), Patch.read(stream.getvalue(), limits=self._limits))
         done.count("encode", began)
-        return patch
+        return made
 
-    def _write_patch(self, patch: bytes, number: int, done: "_Done") -> tuple[Version, int]:
-        head = Patch.read(patch, limits=self._limits)
-        if head.base == head.target:
-            return Version(number, head.target), 0
+    def _write_patch(self, made: "_Made", number: int, done: "_Done") -> tuple[Version, int]:
+        patch = made.patch
+        if patch.base == patch.target:
+            return Version(number, patch.target), 0
         began = perf_counter()
         name = file_name(number, self._id, "patch")
-        size = self._store.write(name, [patch])
+        size = self._store.write(name, [made.stream])
         done.count("write", began)
-        return Version(number, head.target, patch=Stored(name, size, head.base)), size
+        return Version(number, patch.target, patch=Stored(name, size, patch.base)), size
 
     def _write_whole(self, state: Any, number: int, done: "_Done") -> tuple[Version, int]:
         """Take a copy of `state`, and write it as an anchor."""
@@ -258,10 +265,10 @@ class Publisher:
         data = manifest.dump()
         if len(data) > MAX_BYTES:
             raise EncodeError(f"the manifest has become {len(data)} bytes: keep fewer versions, or less metadata")
-        self._store.replace(NAME, data)
-        self._manifest = manifest
+        self._store.replace(NAME, data, self._there)
+        self._manifest, self._there = manifest, data
 
-    def _advance(self, patch: bytes, digest: str, done: "_Done") -> None:
+    def _advance(self, patch: Patch, digest: str, done: "_Done") -> None:
         """Let the copy follow; what ends it in between has it read again the next time."""
         began = perf_counter()
         self._base_digest = ""
@@ -281,6 +288,13 @@ class Publisher:
                     self._store.remove(name)
         except OSError as error:  # the version is published all the same
             done.notes.append(f"what was dropped could not be removed: {error}")
+
+
+class _Made(NamedTuple):
+    """A patch as a stream, and as it is read from that, of the same memory."""
+
+    stream: bytes
+    patch: Patch
 
 
 class _Done:

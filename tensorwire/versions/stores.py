@@ -5,7 +5,7 @@
     store = open_store("s3://bucket/versions")           # an object store, by fsspec
 
 A store has files, written once under names of their own, and the manifest, which is replaced as a whole. What is
-`replace`d is never seen in part. In a folder everything appears by a rename.
+`replace`d is never seen in part: in a folder everything appears by a rename, in an object store by one request.
 """
 
 import errno
@@ -19,7 +19,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any, BinaryIO, Final, Protocol, cast
 from urllib.parse import urlsplit
 
-from tensorwire.errors import ArgumentError, MissingFileError, StorageError, TensorwireError, TransportError
+from tensorwire.errors import (
+    ArgumentError,
+    MissingFileError,
+    SequenceError,
+    StorageError,
+    TensorwireError,
+    TransportError,
+)
 from tensorwire.storage import open_to_read, write_file
 
 try:
@@ -28,8 +35,12 @@ except ImportError:  # Windows: two publishers are told apart when the second on
     fcntl = None  # type: ignore[assignment]
 
 TIMEOUT: Final = 60.0  # seconds that a web server may be silent
+_REQUEST: Final = 16 << 20  # bytes that are asked of an object store at once: a manifest comes in one piece
 _LOCK: Final = ".publisher.lock"
 _PART: Final = re.compile(r"\.([0-9]{12}-[0-9a-f]{11}|manifest\.json)\.[0-9a-f]{16}\.part")  # see `storage.atomic`
+
+# Of botocore: nobody has said who asks. These are no PermissionErrors.
+_NOT_ALLOWED: Final = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
 
 
 class Store(Protocol):
@@ -46,8 +57,12 @@ class Store(Protocol):
     def write(self, name: str, buffers: Iterable[Any], /) -> int:
         """Write a new file; returns its size. Nobody looks for it before it is there."""
 
-    def replace(self, name: str, data: bytes, /) -> None:
-        """Write a small file over the one that is there, so that a reader gets the one or the other."""
+    def replace(self, name: str, data: bytes, before: bytes | None, /) -> None:
+        """Write a small file over the one that is there, so that a reader gets the one or the other.
+
+        `before`: what the caller has found there, None for no file. Raises SequenceError, and writes nothing, where a
+        store without a lock finds another content.
+        """
 
     def names(self) -> list[str]:
         """The names of all files."""
@@ -92,8 +107,8 @@ class FolderStore:
         """`Store.write`: synced, under its name when complete."""
         return write_file(self._path(name), buffers)
 
-    def replace(self, name: str, data: bytes) -> None:
-        """`Store.replace`: by a rename."""
+    def replace(self, name: str, data: bytes, before: bytes | None) -> None:
+        """`Store.replace`: by a rename. The lock keeps others from it."""
         write_file(self._path(name), [data])
 
     def names(self) -> list[str]:
@@ -172,7 +187,7 @@ class HttpStore:
         """No."""
         raise self._read_only()
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: bytes, before: bytes | None) -> None:
         """No."""
         raise self._read_only()
 
@@ -198,7 +213,9 @@ class HttpStore:
 class FsspecStore:
     """Files behind an fsspec URL, such as `s3://bucket/folder`. `options`: what that file system takes.
 
-    It has to be a store whose objects appear when they are complete, as object stores' do. It has no lock.
+    It has to be a store whose objects appear when they are complete, as object stores' do. It has no lock; on S3 the
+    manifest is replaced on the condition that it is still the one that was read, so that of two publishers one is
+    refused. Where others come between the look and the write, elsewhere, nobody tells.
     """
 
     def __init__(self, url: str, *, options: Mapping[str, Any] | None = None) -> None:
@@ -210,17 +227,18 @@ class FsspecStore:
         with _reaching(url):
             self._fs, root = url_to_fs(url, **(options or {}))
         self._root = root.rstrip("/")
+        self._has_conditions = url.startswith(("s3://", "s3a://"))
 
     def open(self, name: str) -> BinaryIO:
         """`Store.open`."""
         with _reaching(f"{self.name}/{name}"):
-            file = self._fs.open(self._path(name), "rb")
+            file = _Ranges(self._fs, self._path(name))
         return cast(BinaryIO, _Remote(f"{self.name}/{name}", file, None))
 
     def write(self, name: str, buffers: Iterable[Any]) -> int:
         """`Store.write`."""
         size = 0
-        with _reaching(f"{self.name}/{name}"):
+        with _writing(f"{self.name}/{name}"):
             try:
                 with self._fs.open(self._path(name), "wb") as file:
                     for buffer in buffers:
@@ -232,10 +250,21 @@ class FsspecStore:
                 raise
         return size
 
-    def replace(self, name: str, data: bytes) -> None:
-        """`Store.replace`: in one request."""
-        with _reaching(f"{self.name}/{name}"):
-            self._fs.pipe_file(self._path(name), data)
+    def replace(self, name: str, data: bytes, before: bytes | None) -> None:
+        """`Store.replace`: in one request; one that has arrived although its answer has not is as good."""
+        with _writing(f"{self.name}/{name}"):
+            condition = self._condition(name, before)
+            try:
+                self._fs.pipe_file(self._path(name), data, **condition)
+            except OSError as error:
+                there = self._content(name)
+                if there == data:
+                    return
+                if there != before:
+                    raise self._overtaken(name) from None
+                if error.errno != errno.ENOSYS:
+                    raise
+                self._fs.pipe_file(self._path(name), data)  # S3 by its interface, but without conditions
 
     def names(self) -> list[str]:
         """`Store.names`."""
@@ -252,8 +281,72 @@ class FsspecStore:
         """`Store.lock`: there is none."""
         return nullcontext()
 
+    def _condition(self, name: str, before: bytes | None) -> dict[str, Any]:
+        """What lets a request fail unless the file is still `before`. Raises SequenceError where it is not now."""
+        # The tag is asked for first: what changes behind it has another one.
+        tag = self._fs.info(self._path(name), refresh=True)["ETag"] if self._has_conditions and before else None
+        if self._content(name) != before:
+            raise self._overtaken(name)
+        if not self._has_conditions:
+            return {}
+        return {"mode": "create"} if before is None else {"IfMatch": tag}
+
+    def _content(self, name: str) -> bytes | None:
+        """The bytes of a small file; None where there is none."""
+        try:
+            return bytes(self._fs.cat_file(self._path(name), start=0, end=_REQUEST))
+        except FileNotFoundError:
+            return None
+
+    def _overtaken(self, name: str) -> SequenceError:
+        return SequenceError(
+            f"{self.name}/{name} is not what it was when it was read: another publisher is at work. Stop one of them, "
+            "and begin with a new Publisher"
+        )
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+class _Ranges:
+    """A file of an object store, a request for each 16 MiB.
+
+    Not a file of fsspec: that believes in the size that a listing had, and takes memory for what may be read again.
+    """
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs = fs
+        self._path = path
+        self._end = 0
+        self._part = memoryview(b"")
+        self._is_last = False
+        self._fetch()
+
+    def read(self, size: int) -> memoryview:
+        """The next bytes, `size` at most; none at the end."""
+        if not self._part and not self._is_last:
+            self._fetch()
+        part, self._part = self._part[:size], self._part[size:]
+        return part
+
+    def close(self) -> None:
+        """Let go of what was read ahead."""
+        self._part = memoryview(b"")
+
+    def _fetch(self) -> None:
+        try:
+            data = self._fs.cat_file(self._path, start=self._end, end=self._end + _REQUEST)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._is_all():
+                raise
+            data = b""  # a range that begins at the end of a file is refused
+        self._end += len(data)
+        self._part = memoryview(data)
+        self._is_last = len(data) < _REQUEST
+
+    def _is_all(self) -> bool:
+        self._fs.invalidate_cache(self._path)
+        return bool(self._fs.info(self._path)["size"] == self._end)
 
 
 class _Remote(io.RawIOBase):
@@ -289,6 +382,18 @@ class _Remote(io.RawIOBase):
 
 
 @contextmanager
+def _writing(name: str) -> Iterator[None]:
+    """As `_reaching`, where what is missing is not the file, which is to be written, but the place for it."""
+    try:
+        with _reaching(name):
+            yield
+    except MissingFileError as error:
+        raise StorageError(
+            f"{name} cannot be written: there is no such bucket or folder. Make it first", errno=error.errno
+        ) from error
+
+
+@contextmanager
 def _reaching(name: str) -> Iterator[None]:
     """Whatever a library raises that reaches elsewhere, which is written down nowhere, becomes an error of ours."""
     try:
@@ -298,4 +403,5 @@ def _reaching(name: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingFileError(f"{name} is not there", errno=errno.ENOENT) from error
     except Exception as error:
-        raise TransportError(f"{name}: {type(error).__name__}: {error}") from error
+        again = not isinstance(error, PermissionError) and type(error).__name__ not in _NOT_ALLOWED
+        raise TransportError(f"{name}: {type(error).__name__}: {error}", retryable=again) from error

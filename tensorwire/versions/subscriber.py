@@ -2,13 +2,13 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from time import perf_counter
 from typing import Any, Final
 
 import tensorwire
-from tensorwire import Patch
+from tensorwire import Patch, streams
 from tensorwire.errors import (
     ArgumentError,
     CorruptError,
@@ -16,16 +16,23 @@ from tensorwire.errors import (
     MissingFileError,
     SchemaError,
     SequenceError,
+    StorageError,
     TensorwireError,
     WireError,
 )
 from tensorwire.limits import DEFAULT, Limits
+from tensorwire.numpy import FRONT
+from tensorwire.storage import storing
+from tensorwire.streams import OnDisk
+from tensorwire.tensor import AnyFront, ViewFront
 from tensorwire.versions.manifest import MAX_BYTES, NAME, Manifest, Route, Stored, Version, is_digest
 from tensorwire.versions.stores import Store, open_store
 from tensorwire.versions.whole import Overwriting
 
 Progress = Callable[[int, int], None]  # bytes fetched, and all that are to be
 
+_ARRAYS: Final = AnyFront(FRONT)
+_VIEWS: Final = ViewFront()
 _PART: Final = 1 << 16
 _ATTEMPTS: Final = 8  # files that may turn out missing or damaged in one fetch
 
@@ -34,7 +41,8 @@ class Subscriber:
     """Reads versions from a store.
 
     `store`: a folder, a URL or a `Store`. `have`: the content digest of what is there already (`tensorwire.digest`);
-    None where nothing is.
+    None where nothing is. `staging`: a folder where what is fetched waits until it is applied, in a file without a
+    name, so that it takes no memory; without it, in memory.
 
         subscriber = tensorwire.versions.Subscriber("https://host/versions", have=tensorwire.digest(weights))
         subscriber.fetch().apply(weights)
@@ -44,11 +52,17 @@ class Subscriber:
     """
 
     def __init__(
-        self, store: str | os.PathLike[str] | Store, *, have: str | None = None, limits: Limits = DEFAULT
+        self,
+        store: str | os.PathLike[str] | Store,
+        *,
+        have: str | None = None,
+        staging: str | os.PathLike[str] | None = None,
+        limits: Limits = DEFAULT,
     ) -> None:
         if have is not None and not (isinstance(have, str) and is_digest(have)):
             raise ArgumentError(f"have is a content digest, as tensorwire.digest gives it, not {have!r}")
         self.have = have
+        self.staging = None if staging is None else os.path.abspath(os.fspath(staging))
         self._store = open_store(store)
         self._limits = limits
         self._seen: Manifest | None = None
@@ -102,8 +116,8 @@ class Staged:
     `target`: the version. `size`: bytes that were fetched. `is_new`: whether it is another than the subscriber had.
     `seconds`: by phase: "fetch" (waiting for the store), "stage" (decoding, and the checks of every file), "verify"
     (the digest of what an anchor and its patches make) and "apply". Patches take memory of their size, an anchor that
-    of the whole version. `patches`: those that were fetched, where no anchor was. `reading`: the file that is being
-    read, or was last.
+    of the whole version, unless they are staged in a folder. `patches`: those that were fetched, where no anchor was.
+    `reading`: the file that is being read, or was last.
     """
 
     def __init__(self, subscriber: Subscriber, route: Route, limits: Limits) -> None:
@@ -116,7 +130,9 @@ class Staged:
         self._route = route
         self._limits = limits
         self.patches: list[Patch] = []
-        self._whole: Any = None
+        self._disk: OnDisk | None = None
+        self._whole: Any = None  # arrays, or where it is staged in a folder views
+        self._sums: Any = None  # the checksums that these must have, behind a patch
 
     @property
     def is_whole(self) -> bool:
@@ -127,11 +143,22 @@ class Staged:
     def state(self) -> Any:
         """All of the version as a container of NumPy arrays, where an anchor was fetched; else SchemaError.
 
-        For torch tensors, `tensorwire.torch.loads(tensorwire.encode(staged.state))`.
+        For torch tensors, `tensorwire.torch.loads(staged.encode())`.
         """
+        if self.is_whole and self._disk is None:
+            return self._whole
+        return tensorwire.loads(self.encode(), limits=self._limits)
+
+    def encode(self, *, metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
+        """The buffers of a stream of all of the version, where an anchor was fetched; else SchemaError."""
         if not self.is_whole:
             raise SchemaError("what was fetched are patches, or nothing: apply it, or fetch(whole=True)")
-        return self._whole
+        return streams.encode(self._whole, self._front, metadata=metadata, limits=self._limits)
+
+    @property
+    def _front(self) -> AnyFront | ViewFront:
+        """That of the tensors of the whole version."""
+        return _ARRAYS if self._disk is None else _VIEWS
 
     def apply(self, state: Any) -> None:
         """Make of `state`, in place, the version that was fetched; where that is not new, do nothing.
@@ -145,7 +172,7 @@ class Staged:
             return
         began = perf_counter()
         if self.is_whole:
-            overwriting = Overwriting(self._whole, state, self._limits)
+            overwriting = Overwriting(self._whole, self._front, state, self._limits)
             self._subscriber.have = None  # until all is written, it is no version
             overwriting.write()
         else:
@@ -155,7 +182,21 @@ class Staged:
 
     def stage(self, store: Store, progress: Progress | None) -> None:
         """Read and verify all files. Raises a WireError or MissingFileError that names the version."""
-        began, done = perf_counter(), 0
+        began = perf_counter()
+        if self._subscriber.staging is None or not self.is_new:
+            self._read(store, progress)
+        else:
+            self._disk = _staging_in(self._subscriber.staging)
+            with storing(self._subscriber.staging, "stage in"):
+                self._read(store, progress)
+        self.seconds["stage"] = perf_counter() - began - self.seconds["fetch"]
+        if self.is_whole:
+            began = perf_counter()
+            self._verify()
+            self.seconds["verify"] = perf_counter() - began
+
+    def _read(self, store: Store, progress: Progress | None) -> None:
+        done = 0
         for stored, version in self._route.files:
             self.reading = stored.file
             with _about(version, stored), closing(_Counted(store, stored, done, self.size, progress)) as file:
@@ -165,28 +206,28 @@ class Staged:
                 finally:
                     self.seconds["fetch"] += file.seconds
             done += stored.size
-        self.seconds["stage"] = perf_counter() - began - self.seconds["fetch"]
-        if self.is_whole:
-            began = perf_counter()
-            self._verify()
-            self.seconds["verify"] = perf_counter() - began
 
     def _take(self, stored: Stored, version: Version, file: Any) -> None:
         if not stored.base:
-            self._whole = tensorwire.loads(file, limits=self._limits)
+            if self._disk is None:
+                self._whole = tensorwire.loads(file, limits=self._limits)
+            else:
+                self._whole = streams.collect_encoded(file, self._disk, limits=self._limits)
             return
-        patch = Patch.read(file, limits=self._limits)
+        patch = Patch.read(file, keep=self._disk, limits=self._limits)
         if (patch.base, patch.target) != (stored.base, version.digest):
             raise SequenceError(
                 f"it is the patch from {patch.base[:12]} to {patch.target[:12]}, not the one that the manifest says"
             )
-        if self.is_whole:
+        if not self.is_whole:
+            self.patches.append(patch)
+        elif self._disk is None:
             tensorwire.apply(patch, self._whole, limits=self._limits)
         else:
-            self.patches.append(patch)
+            self._whole, self._sums = patch.views(self._whole, _VIEWS, sums=self._sums, limits=self._limits)
 
     def _verify(self) -> None:
-        digest = tensorwire.digest(self._whole, limits=self._limits)
+        digest = streams.digest(self._whole, self._front, self._limits)
         if digest != self.target.digest:
             raise CorruptError(f"{self.target} came out as {digest[:12]}: what the store holds is another version")
 
@@ -208,6 +249,11 @@ class Staged:
 
 def read_manifest(store: Store) -> Manifest:
     """The manifest of a store. Raises MissingFileError before the first version is published."""
+    return parse_manifest(store, manifest_bytes(store))
+
+
+def manifest_bytes(store: Store) -> bytes:
+    """The manifest as it stands in a store. Raises MissingFileError before the first version is published."""
     try:
         with closing(store.open(NAME)) as file:
             data = bytearray()
@@ -217,8 +263,23 @@ def read_manifest(store: Store) -> Manifest:
         raise MissingFileError(
             f"nothing is published in {store.name} yet: it has no {NAME}", errno=error.errno
         ) from None
+    return bytes(data)
+
+
+def parse_manifest(store: Store, data: bytes) -> Manifest:
+    """The manifest in these bytes of a store. Raises a WireError that names it."""
     with _named(f"{store.name}/{NAME}"):
-        return Manifest.parse(bytes(data))
+        return Manifest.parse(data)
+
+
+def _staging_in(folder: str) -> OnDisk:
+    """A place in a folder. What is wrong with that is a StorageError and not, as of a store, a MissingFileError."""
+    try:
+        return OnDisk(folder)
+    except OSError as error:
+        raise StorageError(
+            f"cannot stage in {folder!r}: {error.strerror}; make the folder, or choose another", errno=error.errno
+        ) from error
 
 
 class _Counted(io.RawIOBase):

@@ -9,7 +9,7 @@ from tensorwire.errors import EncodeError, SchemaError
 from tensorwire.limits import Limits
 from tensorwire.numpy import FRONT
 from tensorwire.streams import TensorLeaf, ValueLeaf, flatten, setter, value_at
-from tensorwire.tensor import AnyFront
+from tensorwire.tensor import AnyFront, Front
 from tensorwire.wire import name_of
 
 _FRONT: Final = AnyFront(FRONT)
@@ -19,16 +19,17 @@ _Leaves = dict[str, TensorLeaf | ValueLeaf]
 class Overwriting:
     """What it takes to give a container the values of another of the same names, dtypes and shapes.
 
-    Making it writes nothing, and refuses what does not fit: SchemaError naming the item, EncodeError for a value that
-    cannot be set in its place. `write` does it.
+    `front` is that of the tensors of `whole`. Making it writes nothing, and refuses what does not fit: SchemaError
+    naming the item, EncodeError for a value that cannot be set in its place. `write` does it.
     """
 
-    def __init__(self, whole: Any, state: Any, limits: Limits) -> None:
+    def __init__(self, whole: Any, front: Front, state: Any, limits: Limits) -> None:
         self._whole = whole
+        self._front = front
         self._limits = limits
         self._tensors: dict[str, Any] = {}  # of `state`, by name
         self._values: list[tuple[Any, Any, Any]] = []  # parent, key and new value
-        held, wanted = _leaves(state, limits), _leaves(whole, limits)
+        held, wanted = _leaves(state, _FRONT, limits), _leaves(whole, front, limits)
         for name in sorted(held.keys() ^ wanted.keys()):
             raise SchemaError(
                 f"the {'state' if name in wanted else 'version'} has no such item, so that it cannot be applied in "
@@ -51,7 +52,7 @@ class Overwriting:
     def write(self) -> None:
         """Fill every tensor, and set every value."""
         if self._tensors:
-            buffers = tensorwire.encode(self._whole, tie=False, limits=self._limits)
+            buffers = streams.encode(self._whole, self._front, tie=False, limits=self._limits)
             for _ in tensorwire.decode(buffers, into=self._tensors, limits=self._limits):
                 pass
         for parent, key, value in self._values:
@@ -69,7 +70,7 @@ class Overwriting:
             return
         other = first.setdefault(there.view.identity, name)
         whole = (value_at(self._whole, tensorwire.path_of(each)) for each in (name, other))
-        if other != name and len({tensorwire.digest(each, limits=self._limits) for each in whole}) > 1:
+        if other != name and len({streams.digest(each, self._front, self._limits) for each in whole}) > 1:
             raise SchemaError(
                 f"in the state it is one tensor with {other!r}, and the version has two. Nothing was written", item=name
             )
@@ -79,9 +80,9 @@ class Overwriting:
         self._values.append(setter(state, path, value_at(self._whole, path)))
 
 
-def _leaves(value: Any, limits: Limits) -> _Leaves:
+def _leaves(value: Any, front: Front, limits: Limits) -> _Leaves:
     """Tensors and values by name, every tensor under each of its names."""
-    leaves = flatten(value, _FRONT, streams.rule("raw"), limits, tie=False)
+    leaves = flatten(value, front, streams.rule("raw"), limits, tie=False)
     return {name_of(leaf.item.path): leaf for leaf in leaves if isinstance(leaf, (TensorLeaf, ValueLeaf))}
 
 
