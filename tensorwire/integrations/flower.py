@@ -45,11 +45,12 @@ from tensorwire.wire import Item
 __all__ = ["StreamingFedAvg", "WireArray", "WireGrid", "to_record", "to_state_dict", "wire_mod"]
 
 _LOG: Final = logging.getLogger("flwr")
-_KEY: Final = "tensorwire"  # of the one array that stands for a record, and of the terms of a reply
+_KEY: Final = "tensorwire"  # of the array that stands for a record, and of the terms of a reply
 _STYPE: Final = "tensorwire/1"
 _NUMPY: Final = "numpy.ndarray"
 _NPY: Final = b"\x93NUMPY"
 _FAILED: Final = 6  # Flower's ErrorCode.MOD_FAILED_PRECONDITION
+_PART: Final = 12 * (5 << 20)  # bytes, whole chunks: Flower puts an array together in three times its memory
 _COPIES: Final = 6  # chunks that are on their way; Flower sends a few at a time
 _PATIENCE: Final = 60.0  # seconds in which a chunk is sent
 _BLOCK: Final = 1 << 20  # elements that are calculated with at a time
@@ -251,22 +252,31 @@ def _rounded(numbers: Numbers, dtype: np.dtype[Any]) -> Numbers:
 class _Received(NamedTuple):
     """A record that has come, every byte of it verified."""
 
-    data: bytes
+    data: bytes | list[bytes]
     terms: Terms
     views: Views
 
 
-def _encoded(views: Views, codec: CodecChoice, terms: Terms) -> bytes:
-    message = BytesIO()  # which, unlike a join, never holds the parts beside the whole
+def _encoded(views: Views, codec: CodecChoice, terms: Terms) -> list[bytes]:
+    """A stream in parts of some `_PART` bytes, which are never held beside a whole."""
+    parts, part = [], BytesIO()
     for buffer in encode(views, ViewFront(), codec=codec, at_rest=True, metadata=terms.metadata()):
-        message.write(buffer)
-    return message.getvalue()
+        part.write(buffer)
+        if part.tell() >= _PART:
+            parts.append(part.getvalue())
+            part = BytesIO()
+    return [*parts, part.getvalue()] if part.tell() else parts
 
 
-def _record_of(data: bytes) -> ArrayRecord:
+def _record_of(parts: list[bytes]) -> ArrayRecord:
     record = ArrayRecord()
-    record[_KEY] = _EncodedArray(dtype="", shape=(), stype=_STYPE, data=data)
+    for name, data in zip(_part_names(len(parts)), parts, strict=True):
+        record[name] = _EncodedArray(dtype="", shape=(), stype=_STYPE, data=data)
     return record
+
+
+def _part_names(count: int) -> list[str]:
+    return [_KEY, *(f"{_KEY}.{number}" for number in range(1, count))]
 
 
 _FlowerChunk: Any = type(Array(np.zeros(1)).slice_array()[0][1])
@@ -331,7 +341,15 @@ class _Copy(bytes):
 
 
 def _is_encoded(record: object) -> bool:
-    return isinstance(record, ArrayRecord) and len(record) == 1 and _KEY in record and record[_KEY].stype == _STYPE
+    return isinstance(record, ArrayRecord) and _KEY in record and record[_KEY].stype == _STYPE
+
+
+def _joined(record: ArrayRecord) -> bytes:
+    """The stream of an encoded record."""
+    names = _part_names(len(record))
+    if record.keys() != set(names):
+        raise SchemaError(f"an encoded record has the arrays {names}, not {list(record)[: len(names)]}")
+    return b"".join(record[name].data for name in names)
 
 
 def _opened(record: ArrayRecord, *, finite: bool) -> _Received:
@@ -339,7 +357,7 @@ def _opened(record: ArrayRecord, *, finite: bool) -> _Received:
 
     `finite`: refuse NaN and infinities, which no mean survives. Raises a WireError.
     """
-    data = record[_KEY].data
+    data = _joined(record)
     pieces = Pieces(data, _check_flat)
     for piece in pieces:
         if finite and is_calculated(piece.dtype) and not np.isfinite(as_floats(piece.data, piece.dtype)).all():
@@ -468,16 +486,16 @@ class _Answer:
                 return name
         return None
 
-    def _with_feedback(self, base: str, change: Views, codec: CodecChoice, terms: Terms) -> bytes:
+    def _with_feedback(self, base: str, change: Views, codec: CodecChoice, terms: Terms) -> list[bytes]:
         """A change with what was dropped of those before it; what is dropped now is kept in the node's state."""
         place = f"{_KEY}.feedback.{base}"
         kept = self._state.get(place)
-        residual = dict(tensorwire.numpy.loads(kept[_KEY].data)) if _is_encoded(kept) else {}
+        residual = dict(tensorwire.numpy.loads(_joined(kept))) if _is_encoded(kept) else {}
         feedback = ErrorFeedback(residual=residual)
         change = feedback.add(change)
         data = _encoded(change, codec, terms)
         feedback.settle(change, data)
-        self._state[place] = _record_of(tensorwire.dumps(feedback.residual))
+        self._state[place] = _record_of([tensorwire.dumps(feedback.residual)])
         return data
 
 

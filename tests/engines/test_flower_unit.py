@@ -679,6 +679,34 @@ def test_wire_arrays_travel_without_the_grid_too():
         assert np.array_equal(message.content["arrays"][name].numpy(), array.numpy())
 
 
+@pytest.mark.parametrize("kind", [strategy.FedAvg, StreamingFedAvg])
+def test_a_large_record_travels_in_parts(kind, monkeypatch):
+    """As Flower holds an array three times while it puts it together."""
+    from tensorwire.integrations import flower
+
+    monkeypatch.setattr(flower, "_PART", 3000)
+    inner = FakeGrid(app_of(stepping))
+    result = kind(fraction_evaluate=0.0).start(
+        grid=WireGrid(inner, down="raw", poll=0), initial_arrays=record_of(same_start()), num_rounds=2
+    )
+    assert list(inner.pushed[0].content["arrays"]) == ["tensorwire", "tensorwire.1", "tensorwire.2"]
+    for key, array in result.arrays.items():
+        assert np.allclose(array.numpy(), same_start()[key] + 2 * STEP * 5 / 3, atol=1e-5)
+
+
+def test_a_record_that_lacks_a_part_is_refused(monkeypatch):
+    from tensorwire.integrations import flower
+
+    def lost(reply):
+        del reply.content["arrays"]["tensorwire.1"]
+
+    monkeypatch.setattr(flower, "_PART", 300)
+    (reply,) = WireGrid(FakeGrid(app_of(stepping), damage=lost), down="raw", up="raw", poll=0).send_and_receive(
+        messages_to(11)
+    )
+    assert "an encoded record has the arrays" in reply.error.reason
+
+
 def test_two_thousand_small_arrays_are_one_object():
     state = {f"layer.{number}.lora": np.full((16, 8), number, np.float32) for number in range(2000)}
     inner = FakeGrid(app_of(with_tensors))
