@@ -566,14 +566,14 @@ class WireGrid(Grid):
     Every node must run `wire_mod`; a reply without it is taken as it is. Arrays keep the dtypes, and the ties,
     that they were first sent with, whatever an aggregation makes of them. Anything else is that of `grid`.
 
-        strategy.start(grid=WireGrid(grid, down="bf16", up="nf4"), initial_arrays=arrays)
+        strategy.start(grid=WireGrid(grid, down="bf16|entropy", up="nf4"), initial_arrays=arrays)
     """
 
     def __init__(
         self,
         grid: Grid,
         *,
-        down: CodecChoice = "bf16",
+        down: CodecChoice = "bf16|entropy",
         up: UpCodec = "nf4",
         difference: bool = True,
         feedback: bool = False,
@@ -694,6 +694,12 @@ class WireGrid(Grid):
 
     def _decoded(self, reply: Message, sent: _Sent | None, record: Any) -> Any:
         if not _is_encoded(record):
+            if isinstance(record, ArrayRecord) and not record and sent is not None and sent.records:
+                _say_once(
+                    "tensorwire: arrays come back empty, as secure aggregation leaves them: what it has masked travels "
+                    "as Flower sends it, up= has no part in it, and the mean is one of whole weights, so that down= "
+                    "should be a lossless codec such as 'planes'"
+                )
             return record
         received = _opened(record, finite=reply.metadata.message_type.startswith("train"))
         if received.terms.kind == "weights":

@@ -23,6 +23,7 @@ pytest.importorskip("flwr", reason="Flower is not installed here: tests/engines/
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, arrays_size_mod, fixedclipping_mod, message_size_mod
 from flwr.serverapp import Grid, strategy
@@ -201,7 +202,7 @@ def test_what_is_on_the_wire_is_what_encoded_size_says():
     inner = FakeGrid(app_of(with_tensors))
     state = {name: torch.randn(256, 256) for name in "abcd"} | make_state()
     StreamingFedAvg(fraction_evaluate=0.0).start(
-        grid=WireGrid(inner, poll=0), initial_arrays=to_record(state), num_rounds=1
+        grid=WireGrid(inner, down="bf16", poll=0), initial_arrays=to_record(state), num_rounds=1
     )
     down = tensorwire.encoded_size(state, codec=exact_vectors("bf16"), at_rest=True)
     up = tensorwire.encoded_size(state, codec=exact_vectors("nf4"), at_rest=True)
@@ -780,6 +781,60 @@ def test_numpy_clients_and_the_strategies_of_before():
         assert np.allclose(array, first + 2 * STEP, atol=1e-5)
     assert all("tensorwire" in message.content for message in inner.pushed)
     assert parameters_to_ndarrays(ndarrays_to_parameters(start))[0].shape == start[0].shape
+
+
+def secure_aggregation(start, step, mods, grid=lambda inner: inner):
+    """What a round of SecAgg+ over four nodes makes of a model, and the grid that carried it."""
+    from flwr.client import NumPyClient
+    from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+    from flwr.server import LegacyContext, ServerConfig
+    from flwr.server.strategy import FedAvg as LegacyFedAvg
+    from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+
+    class Client(NumPyClient):
+        def fit(self, parameters, config):
+            return [array + step for array in parameters], 3, {}
+
+    inner = FakeGrid(ClientApp(client_fn=lambda context: Client().to_client(), mods=mods), nodes=(11, 12, 13, 14))
+    seen = []
+    context = LegacyContext(
+        context=Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config={}),
+        config=ServerConfig(num_rounds=2),
+        strategy=LegacyFedAvg(
+            initial_parameters=ndarrays_to_parameters(start),
+            fraction_evaluate=0.0,
+            min_fit_clients=4,
+            min_available_clients=4,
+            evaluate_fn=lambda turn, parameters, config: seen.append(parameters),
+        ),
+    )
+    secure = SecAggPlusWorkflow(num_shares=1.0, reconstruction_threshold=0.5, max_weight=10.0)
+    DefaultWorkflow(fit_workflow=secure)(grid(inner), context)
+    assert parameters_to_ndarrays(ndarrays_to_parameters(start))[0].shape == start[0].shape
+    return seen[-1], inner
+
+
+def test_secure_aggregation_gives_what_it_gives_alone(caplog):
+    """Its masked numbers are bytes of a ConfigRecord, which travel as they are; the model still goes down encoded."""
+    start, step = [np.linspace(-1, 1, 20_000, dtype=np.float32).reshape(100, 200)], np.float32(2**-12)
+    plain, without = secure_aggregation(start, step, [secaggplus_mod])
+    ours, inner = secure_aggregation(
+        start, step, [wire_mod, secaggplus_mod], lambda inner: WireGrid(inner, down="planes", poll=0)
+    )
+    for array, alone, first in zip(ours, plain, start, strict=True):
+        assert np.abs(array - (first + 2 * step)).max() < 1e-4
+        assert np.abs(array - alone).max() < 1e-4
+    assert inner.down < 0.9 * without.down
+    assert "secure aggregation" in caplog.text
+
+
+def test_secure_aggregation_before_the_mod_is_an_error_of_every_node():
+    """What it gets to see there is encoded, which it cannot mask."""
+    start = [np.zeros((100, 200), np.float32)]
+    seen, _ = secure_aggregation(
+        start, np.float32(1), [secaggplus_mod, wire_mod], lambda inner: WireGrid(inner, poll=0)
+    )
+    assert np.array_equal(seen[0], start[0])
 
 
 def sealed_chunks(size):
