@@ -15,6 +15,8 @@ Over a link that delays and paces, from the clients' end of two network namespac
 
 import argparse
 import platform
+import signal
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +53,7 @@ def amount(value, key):
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the engine is stopped, too
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=["decoder", "adapters"], default="decoder")
     parser.add_argument("--scale", type=float, default=1.0, help="of the model: 1.00 GB, or 40 MB of adapters")

@@ -54,6 +54,7 @@ _PART: Final = 12 * (5 << 20)  # bytes, whole chunks: Flower puts an array toget
 _COPIES: Final = 6  # chunks that are on their way; Flower sends a few at a time
 _PATIENCE: Final = 60.0  # seconds in which a chunk is sent
 _BLOCK: Final = 1 << 20  # elements that are calculated with at a time
+_COPIED: Final = 1 << 22  # and copied: at the ends of what is read, frames are decoded twice
 # What NumPy has of its own, and what the others are read as: wider numbers or, of those that are none, bits.
 _NATIVE: Final = {
     dtype: np.dtype(dtype.name) for dtype in dtypes.ALL if hasattr(np, dtype.name) or dtype == dtypes.BOOL
@@ -203,16 +204,16 @@ def _numbers(data: Any, dtype: DType) -> Numbers:
     return floats.astype(np.float32).view(np.complex64) if dtype == dtypes.COMPLEX32 else floats
 
 
-def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, _BLOCK):
-        yield start, min(start + _BLOCK, count)
+def _blocks(count: int, block: int = _BLOCK) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, block):
+        yield start, min(start + block, count)
 
 
 def _bytes_of(view: TensorView) -> npt.NDArray[np.uint8]:
     """All of a tensor, in memory of its own."""
     size = view.dtype.itemsize
     data = np.empty(view.numel * size, np.uint8)
-    for start, stop in _blocks(view.numel):
+    for start, stop in _blocks(view.numel, _COPIED):
         data[start * size : stop * size] = np.frombuffer(view.read(start, stop), np.uint8)
     return data
 
