@@ -683,9 +683,9 @@ def test_wire_arrays_travel_without_the_grid_too():
 @pytest.mark.parametrize("kind", [strategy.FedAvg, StreamingFedAvg])
 def test_a_large_record_travels_in_parts(kind, monkeypatch):
     """As Flower holds an array three times while it puts it together."""
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import records
 
-    monkeypatch.setattr(flower, "_PART", 3000)
+    monkeypatch.setattr(records, "_PART", 3000)
     inner = FakeGrid(app_of(stepping))
     result = kind(fraction_evaluate=0.0).start(
         grid=WireGrid(inner, down="raw", poll=0), initial_arrays=record_of(same_start()), num_rounds=2
@@ -696,12 +696,12 @@ def test_a_large_record_travels_in_parts(kind, monkeypatch):
 
 
 def test_a_record_that_lacks_a_part_is_refused(monkeypatch):
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import records
 
     def lost(reply):
         del reply.content["arrays"]["tensorwire.1"]
 
-    monkeypatch.setattr(flower, "_PART", 300)
+    monkeypatch.setattr(records, "_PART", 300)
     (reply,) = WireGrid(FakeGrid(app_of(stepping), damage=lost), down="raw", up="raw", poll=0).send_and_receive(
         messages_to(11)
     )
@@ -725,11 +725,11 @@ def test_two_thousand_small_arrays_are_one_object():
 
 
 def test_a_changed_seam_is_named(monkeypatch):
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import seams
 
     monkeypatch.delattr(strategy.FedAvg, "_check_and_log_replies")
     with pytest.raises(UnsupportedError, match=r"flwr .* _check_and_log_replies"):
-        flower._check_seams()
+        seams.check_seams()
 
 
 def test_a_grid_passes_on_what_it_does_not_know():
@@ -839,7 +839,7 @@ def test_secure_aggregation_before_the_mod_is_an_error_of_every_node():
 
 def sealed_chunks(size):
     """The chunks of an array as it is sent, and of a plain one of the same bytes."""
-    from tensorwire.integrations.flower import _EncodedArray
+    from tensorwire.integrations.flower.records import _EncodedArray
 
     data = np.random.default_rng(1).bytes(size)
     sealed, plain = _EncodedArray("", (), "tensorwire/1", data), Array("", (), "tensorwire/1", data)
@@ -848,9 +848,9 @@ def sealed_chunks(size):
 
 def test_few_chunks_are_copied_at_a_time(monkeypatch):
     """The next copy is made once one of those before it was dropped."""
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import records
 
-    monkeypatch.setattr(flower, "_COPIES", 2)
+    monkeypatch.setattr(records, "_COPIES", 2)
     chunks, plain = sealed_chunks(26 << 20)
     assert [chunk.object_id for chunk in chunks] == [chunk.object_id for chunk in plain]
     made, queued = queue.Queue(), threading.Thread(target=lambda: [made.put(chunk.deflate()) for chunk in chunks])
@@ -864,10 +864,10 @@ def test_few_chunks_are_copied_at_a_time(monkeypatch):
 
 
 def test_whoever_keeps_all_chunks_gets_them_all(monkeypatch):
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import records
 
-    monkeypatch.setattr(flower, "_COPIES", 2)
-    monkeypatch.setattr(flower, "_PATIENCE", 0.01)
+    monkeypatch.setattr(records, "_COPIES", 2)
+    monkeypatch.setattr(records, "_PATIENCE", 0.01)
     chunks, plain = sealed_chunks(26 << 20)
     assert [chunk.deflate() for chunk in chunks] == [chunk.deflate() for chunk in plain]
 
