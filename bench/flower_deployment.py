@@ -31,12 +31,6 @@ def is_alone_on_loopback():
     return {name for _, name in socket.if_nameindex()} == {"lo"}
 
 
-def loopback_bytes():
-    """Bytes that have passed the loopback interface so far, headers included."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
-    return int(line.split()[1])
-
-
 def free_port():
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
@@ -44,35 +38,41 @@ def free_port():
 
 
 @contextmanager
-def deployment(folder, nodes=2):
-    """A SuperLink and so many SuperNodes; gives the environment in which `run` finds them. Logs are in `folder`."""
+def deployment(folder, nodes=2, *, address="127.0.0.1", prefix=()):
+    """A SuperLink and so many SuperNodes; gives the environment in which `run` finds them. Logs are in `folder`.
+
+    `address`: that of the SuperLink, as all see it. `prefix`: of its command, such as `ip netns exec NAME`.
+    """
     port = free_port()
-    home = Path(folder) / "home"
+    home = home_of(folder)
     home.mkdir(parents=True)
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}:{port}"\ninsecure = true\n'
     )
     environment = {**os.environ, **SETTINGS, "FLWR_HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     with ExitStack() as stack:
 
         def start(name, *command):
             log = stack.enter_context((Path(folder) / f"{name}.log").open("w"))
-            process = subprocess.Popen(
-                [BIN / command[0], *command[1:]], env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
             stack.callback(stop, process)
 
         start(
-            "superlink", "flower-superlink", "--insecure", "--port", str(port),
+            "superlink", *prefix, BIN / "flower-superlink", "--insecure", "--host", address, "--port", str(port),
             "--disable-runtime-dependency-installation",
         )  # fmt: skip
-        wait_for(port)
+        wait_for(address, port)
         for number in range(nodes):
             start(
-                f"supernode-{number}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
+                f"supernode-{number}", BIN / "flower-supernode", "--insecure", "--superlink", f"{address}:{port}",
                 "--port", str(free_port()), "--node-config", f"partition-id={number} num-partitions={nodes}",
             )  # fmt: skip
         yield environment
+
+
+def home_of(folder):
+    """Flower's own folder, whose name is in the environment of each of its processes and of no others."""
+    return Path(folder) / "home"
 
 
 def stop(process):
@@ -89,11 +89,11 @@ def stop(process):
     process.wait()
 
 
-def wait_for(port, seconds=60):
+def wait_for(address, port, seconds=60):
     end = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            socket.create_connection((address, port), 1).close()
             return
         except OSError:
             if time.monotonic() > end:
@@ -121,11 +121,17 @@ def written(folder):
 
 
 class Peaks(threading.Thread):
-    """The most memory that each kind of process has held, sampled 20 times a second: anonymous and shared pages."""
+    """What the processes of the deployment in a folder take, sampled 20 times a second.
 
-    def __init__(self):
+    `most`: the most memory that a process of each kind has held, anonymous and shared pages, and all together.
+    `processor_seconds`: of all of them together, which other programs on the machine hardly change.
+    """
+
+    def __init__(self, folder):
         super().__init__(daemon=True)
         self.most = {}
+        self._mark = f"FLWR_HOME={home_of(folder)}".encode()
+        self._ticks = {}
         self._ended = threading.Event()
 
     def run(self):
@@ -139,16 +145,21 @@ class Peaks(threading.Thread):
             total = sum(sum(sizes) for sizes in held.values())
             self.most["total"] = max(self.most.get("total", 0), total)
 
-    @staticmethod
-    def _look(path, held):
+    @property
+    def processor_seconds(self):
+        return sum(self._ticks.values()) / os.sysconf("SC_CLK_TCK")
+
+    def _look(self, path, held):
         try:
             command = (path / "cmdline").read_bytes().decode(errors="replace")
             role = next((role for mark, role in ROLES.items() if mark in command), None)
-            if role is None or (path / "ns/net").readlink() != Path("/proc/self/ns/net").readlink():
+            if role is None or self._mark not in (path / "environ").read_bytes().split(b"\0"):
                 return
             status = dict(line.split(":", 1) for line in (path / "status").read_text().splitlines())
             pages = sum(int(status[key].split()[0]) for key in ("RssAnon", "RssShmem"))
             held.setdefault(role, []).append(pages * 1024)
+            times = (path / "stat").read_text().rpartition(")")[2].split()
+            self._ticks[path.name, times[19]] = int(times[11]) + int(times[12])  # by number and start
         except (OSError, KeyError, ValueError):  # it has ended
             return
 

@@ -227,6 +227,24 @@ def test_the_environment_sets_it() -> None:
     assert "TENSORWIRE_SPARE_MEMORY" in run("", "1 GiB").stderr
 
 
+def test_payloads_of_many_sizes_keep_memory_of_one(tmp_path: Path) -> None:
+    """Compressed slices all differ by a few bytes."""
+    values = np.random.default_rng(1).standard_normal(4 * MIB, dtype=np.float32)
+    tensorwire.numpy.save_file({"x": values}, tmp_path / "x.tw", codec="bf16|entropy")
+    kept = []
+    try:
+        tensorwire.set_spare_memory(0)
+        tensorwire.set_spare_memory(64 * MIB)
+        with tensorwire.open_file(tmp_path / "x.tw") as file:
+            view = file.view("x")
+            for start in range(0, view.numel, MIB // 2):
+                view.read(start, start + MIB // 2)
+                kept.append(spare_memory.SPARE._size)
+    finally:
+        tensorwire.set_spare_memory(spare_memory._initial_limit(""))
+    assert kept[-1] == kept[1]
+
+
 def test_a_forked_child_and_the_end_of_the_program_are_quiet() -> None:
     code = """
 import os

@@ -26,6 +26,15 @@ def _count(arrays: list[ByteArray], index: int) -> int:
 _FREE: Final = _count([np.empty(0, np.uint8)], 0)
 
 
+def _for_frames(size: int) -> ByteArray:
+    """At least `size` bytes.
+
+    Payloads of compressed slices all differ by a few bytes, and spare memory would keep one of each size: they are
+    rounded up to one.
+    """
+    return SPARE.empty(-(-size // SPARE_FROM) * SPARE_FROM if size >= SPARE_FROM else size)
+
+
 class Pool:
     """A few warm buffers, shared by the threads of one stream.
 
@@ -46,7 +55,7 @@ class Pool:
                     return self._arrays[index][:size]
             if free:
                 del self._arrays[free[0]]
-            array = SPARE.empty(size)
+            array = _for_frames(size)
             if len(self._arrays) < _KEPT:
                 self._arrays.append(array)
             return array[:size]
@@ -135,11 +144,11 @@ class Scratch:
     def payload(self, size: int) -> ByteArray:
         """`size` bytes for an encoded slice."""
         if self._payload.size < size:
-            self._payload = SPARE.empty(size)
+            self._payload = _for_frames(size)
         return self._payload[:size]
 
     def values(self, size: int) -> ByteArray:
         """`size` bytes for a decoded slice."""
         if self._values.size < size:
-            self._values = SPARE.empty(size)
+            self._values = _for_frames(size)
         return self._values[:size]

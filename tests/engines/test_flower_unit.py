@@ -23,6 +23,7 @@ pytest.importorskip("flwr", reason="Flower is not installed here: tests/engines/
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, arrays_size_mod, fixedclipping_mod, message_size_mod
 from flwr.serverapp import Grid, strategy
@@ -201,7 +202,7 @@ def test_what_is_on_the_wire_is_what_encoded_size_says():
     inner = FakeGrid(app_of(with_tensors))
     state = {name: torch.randn(256, 256) for name in "abcd"} | make_state()
     StreamingFedAvg(fraction_evaluate=0.0).start(
-        grid=WireGrid(inner, poll=0), initial_arrays=to_record(state), num_rounds=1
+        grid=WireGrid(inner, down="bf16", poll=0), initial_arrays=to_record(state), num_rounds=1
     )
     down = tensorwire.encoded_size(state, codec=exact_vectors("bf16"), at_rest=True)
     up = tensorwire.encoded_size(state, codec=exact_vectors("nf4"), at_rest=True)
@@ -679,6 +680,34 @@ def test_wire_arrays_travel_without_the_grid_too():
         assert np.array_equal(message.content["arrays"][name].numpy(), array.numpy())
 
 
+@pytest.mark.parametrize("kind", [strategy.FedAvg, StreamingFedAvg])
+def test_a_large_record_travels_in_parts(kind, monkeypatch):
+    """As Flower holds an array three times while it puts it together."""
+    from tensorwire.integrations.flower import records
+
+    monkeypatch.setattr(records, "_PART", 3000)
+    inner = FakeGrid(app_of(stepping))
+    result = kind(fraction_evaluate=0.0).start(
+        grid=WireGrid(inner, down="raw", poll=0), initial_arrays=record_of(same_start()), num_rounds=2
+    )
+    assert list(inner.pushed[0].content["arrays"]) == ["tensorwire", "tensorwire.1", "tensorwire.2"]
+    for key, array in result.arrays.items():
+        assert np.allclose(array.numpy(), same_start()[key] + 2 * STEP * 5 / 3, atol=1e-5)
+
+
+def test_a_record_that_lacks_a_part_is_refused(monkeypatch):
+    from tensorwire.integrations.flower import records
+
+    def lost(reply):
+        del reply.content["arrays"]["tensorwire.1"]
+
+    monkeypatch.setattr(records, "_PART", 300)
+    (reply,) = WireGrid(FakeGrid(app_of(stepping), damage=lost), down="raw", up="raw", poll=0).send_and_receive(
+        messages_to(11)
+    )
+    assert "an encoded record has the arrays" in reply.error.reason
+
+
 def test_two_thousand_small_arrays_are_one_object():
     state = {f"layer.{number}.lora": np.full((16, 8), number, np.float32) for number in range(2000)}
     inner = FakeGrid(app_of(with_tensors))
@@ -696,11 +725,11 @@ def test_two_thousand_small_arrays_are_one_object():
 
 
 def test_a_changed_seam_is_named(monkeypatch):
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import seams
 
     monkeypatch.delattr(strategy.FedAvg, "_check_and_log_replies")
     with pytest.raises(UnsupportedError, match=r"flwr .* _check_and_log_replies"):
-        flower._check_seams()
+        seams.check_seams()
 
 
 def test_a_grid_passes_on_what_it_does_not_know():
@@ -754,9 +783,63 @@ def test_numpy_clients_and_the_strategies_of_before():
     assert parameters_to_ndarrays(ndarrays_to_parameters(start))[0].shape == start[0].shape
 
 
+def secure_aggregation(start, step, mods, grid=lambda inner: inner):
+    """What a round of SecAgg+ over four nodes makes of a model, and the grid that carried it."""
+    from flwr.client import NumPyClient
+    from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+    from flwr.server import LegacyContext, ServerConfig
+    from flwr.server.strategy import FedAvg as LegacyFedAvg
+    from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+
+    class Client(NumPyClient):
+        def fit(self, parameters, config):
+            return [array + step for array in parameters], 3, {}
+
+    inner = FakeGrid(ClientApp(client_fn=lambda context: Client().to_client(), mods=mods), nodes=(11, 12, 13, 14))
+    seen = []
+    context = LegacyContext(
+        context=Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config={}),
+        config=ServerConfig(num_rounds=2),
+        strategy=LegacyFedAvg(
+            initial_parameters=ndarrays_to_parameters(start),
+            fraction_evaluate=0.0,
+            min_fit_clients=4,
+            min_available_clients=4,
+            evaluate_fn=lambda turn, parameters, config: seen.append(parameters),
+        ),
+    )
+    secure = SecAggPlusWorkflow(num_shares=1.0, reconstruction_threshold=0.5, max_weight=10.0)
+    DefaultWorkflow(fit_workflow=secure)(grid(inner), context)
+    assert parameters_to_ndarrays(ndarrays_to_parameters(start))[0].shape == start[0].shape
+    return seen[-1], inner
+
+
+def test_secure_aggregation_gives_what_it_gives_alone(caplog):
+    """Its masked numbers are bytes of a ConfigRecord, which travel as they are; the model still goes down encoded."""
+    start, step = [np.linspace(-1, 1, 20_000, dtype=np.float32).reshape(100, 200)], np.float32(2**-12)
+    plain, without = secure_aggregation(start, step, [secaggplus_mod])
+    ours, inner = secure_aggregation(
+        start, step, [wire_mod, secaggplus_mod], lambda inner: WireGrid(inner, down="planes", poll=0)
+    )
+    for array, alone, first in zip(ours, plain, start, strict=True):
+        assert np.abs(array - (first + 2 * step)).max() < 1e-4
+        assert np.abs(array - alone).max() < 1e-4
+    assert inner.down < 0.9 * without.down
+    assert "secure aggregation" in caplog.text
+
+
+def test_secure_aggregation_before_the_mod_is_an_error_of_every_node():
+    """What it gets to see there is encoded, which it cannot mask."""
+    start = [np.zeros((100, 200), np.float32)]
+    seen, _ = secure_aggregation(
+        start, np.float32(1), [secaggplus_mod, wire_mod], lambda inner: WireGrid(inner, poll=0)
+    )
+    assert np.array_equal(seen[0], start[0])
+
+
 def sealed_chunks(size):
     """The chunks of an array as it is sent, and of a plain one of the same bytes."""
-    from tensorwire.integrations.flower import _EncodedArray
+    from tensorwire.integrations.flower.records import _EncodedArray
 
     data = np.random.default_rng(1).bytes(size)
     sealed, plain = _EncodedArray("", (), "tensorwire/1", data), Array("", (), "tensorwire/1", data)
@@ -765,9 +848,9 @@ def sealed_chunks(size):
 
 def test_few_chunks_are_copied_at_a_time(monkeypatch):
     """The next copy is made once one of those before it was dropped."""
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import records
 
-    monkeypatch.setattr(flower, "_COPIES", 2)
+    monkeypatch.setattr(records, "_COPIES", 2)
     chunks, plain = sealed_chunks(26 << 20)
     assert [chunk.object_id for chunk in chunks] == [chunk.object_id for chunk in plain]
     made, queued = queue.Queue(), threading.Thread(target=lambda: [made.put(chunk.deflate()) for chunk in chunks])
@@ -781,10 +864,10 @@ def test_few_chunks_are_copied_at_a_time(monkeypatch):
 
 
 def test_whoever_keeps_all_chunks_gets_them_all(monkeypatch):
-    from tensorwire.integrations import flower
+    from tensorwire.integrations.flower import records
 
-    monkeypatch.setattr(flower, "_COPIES", 2)
-    monkeypatch.setattr(flower, "_PATIENCE", 0.01)
+    monkeypatch.setattr(records, "_COPIES", 2)
+    monkeypatch.setattr(records, "_PATIENCE", 0.01)
     chunks, plain = sealed_chunks(26 << 20)
     assert [chunk.deflate() for chunk in chunks] == [chunk.deflate() for chunk in plain]
 

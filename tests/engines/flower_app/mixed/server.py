@@ -23,7 +23,9 @@ def main(grid, context):
     model = made(int(context.run_config["width"]))
     strategy = STRATEGIES[str(context.run_config["strategy"])](fraction_evaluate=0.0)
     before = loopback_bytes()
-    result = strategy.start(grid=WireGrid(grid), initial_arrays=to_record(model.state_dict()), num_rounds=2)
+    result = strategy.start(  # a codec whose payloads have a size that is known ahead
+        grid=WireGrid(grid, down="bf16"), initial_arrays=to_record(model.state_dict()), num_rounds=2
+    )
     used = loopback_bytes() - before
     state = model.state_dict()
     to_state_dict(result.arrays, into=state)
