@@ -3,6 +3,8 @@
 The kernels' device door is also run on CPU tensors, through bitsandbytes' CPU code, where no GPU is at hand.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,10 +15,12 @@ import tensorwire.torch as tw
 from tensorwire import kernels
 from tensorwire.errors import NonFiniteError
 from tensorwire.kernels import cuda
+from tensorwire.updates import Compressor
 
 SPECS = ["fp16", "bf16", "int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "nf4|zstd", "raw", "raw|zstd"]
 # Codes of this share of the elements may be the neighbouring ones: bitsandbytes' devices round their reciprocals.
 TOLERATED = 1e-3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # beside its CUDA library, bitsandbytes rounds twice on the CPU
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -70,11 +74,11 @@ def test_the_device_door_obeys_the_contract_of_the_kernels(count: int, dtype: "t
     assert cuda.quantize_linear(values, codes[0], scales[0], blocksize=256)
     assert kernels.quantize_linear(ours, codes[1], scales[1], blocksize=256)
     assert np.array_equal(codes[0], codes[1]) and np.array_equal(scales[0], scales[1])
-    back, expected = torch.empty_like(values), torch.empty_like(values)
+    back, expected = torch.empty_like(values, device=DEVICE), torch.empty_like(values)
     cuda.dequantize_linear(codes[0], scales[0], back, blocksize=256)
     theirs = expected.view(torch.uint16).numpy() if dtype == torch.bfloat16 else expected.numpy()
     kernels.dequantize_linear(codes[1], scales[1], theirs, blocksize=256)
-    assert torch.equal(back, expected)
+    assert torch.equal(back.cpu(), expected)
     for quant_type in ("nf4", "fp4"):
         packed = [np.empty((count + 1) // 2, np.uint8) for _ in range(2)]
         absmax = [np.empty(-(-count // 64), np.float32) for _ in range(2)]
@@ -85,14 +89,14 @@ def test_the_device_door_obeys_the_contract_of_the_kernels(count: int, dtype: "t
             assert np.array_equal(packed[0][: count // 64 * 32], packed[1][: count // 64 * 32])
         cuda.dequantize_4bit(packed[1], absmax[1], back, blocksize=64, quant_type=quant_type)
         kernels.dequantize_4bit(packed[1], absmax[1], theirs, blocksize=64, quant_type=quant_type)
-        assert torch.equal(back, expected)
+        assert torch.equal(back.cpu(), expected)
     absmax8 = np.empty(-(-count // 4096), np.float32)
     codes8 = np.empty(count, np.uint8)
     assert cuda.quantize_int8(values, codes8, absmax8, blocksize=4096)
     assert (codes8[4096:8192] == 127).all()
     cuda.dequantize_int8(codes8, absmax8, back, blocksize=4096)
     kernels.dequantize_int8(codes8, absmax8, theirs, blocksize=4096)
-    assert torch.equal(back, expected)
+    assert torch.equal(back.cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.uint16])
@@ -119,3 +123,79 @@ def test_nonfinite_values_are_seen_on_the_device() -> None:
     assert not cuda.quantize_int8(values, np.empty(5000, np.uint8), np.empty(2, np.float32), blocksize=4096)
     assert not cuda.quantize_linear(values, np.empty(5000, np.int8), np.empty(20, np.uint16), blocksize=256)
     assert not cuda.blockwise_absmax(values, np.empty(2, np.float32), blocksize=4096)
+
+
+def on_device(state: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    return {name: tensor.cuda() for name, tensor in state.items()}
+
+
+def mixed() -> "dict[str, torch.Tensor]":
+    """Of each kind one: what is quantized, rounded, and sent as it is."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "w": torch.randn(1500, 1024, generator=generator) * 0.02,
+        "half": torch.randn(300, 512, generator=generator).bfloat16(),
+        "b": torch.randn(1024, generator=generator),
+        "steps": torch.arange(7),
+        "zero": torch.tensor(3),
+    }
+
+
+@gpu
+@pytest.mark.parametrize("spec", ["planes", "nf4|entropy", "sparse:k=64", "lowrank:rank=4"])
+def test_every_other_codec_gives_the_stream_of_the_host_and_fills_device_tensors(spec: str) -> None:
+    state = mixed()
+    data = tw.dumps(on_device(state), codec=spec)
+    assert data == tw.dumps(state, codec=spec)
+    target = {name: torch.empty_like(tensor, device="cuda") for name, tensor in state.items()}
+    tw.loads(data, into=target)
+    assert all(torch.equal(target[name].cpu(), tensor) for name, tensor in tw.loads(data).items())
+
+
+@gpu
+def test_versions_on_a_device_are_those_of_the_host() -> None:
+    old, new = mixed(), mixed()
+    new["w"][::7] += 1e-4
+    assert tw.digest(on_device(old)) == tw.digest(old)
+    patch = tw.dumps(on_device(new), base=on_device(old))
+    assert patch == tw.dumps(new, base=old)
+    state = on_device(old)
+    tw.apply(patch, state)
+    assert all(tensor.is_cuda and torch.equal(tensor.cpu(), new[name]) for name, tensor in state.items())
+
+
+@gpu
+@pytest.mark.parametrize("spec", ["demo:k=32", "topk:k=64,values=2bit", "lowrank:rank=4,bits=2"])
+def test_compressors_of_device_tensors_send_what_those_of_the_host_send(spec: str) -> None:
+    gradients = {name: mixed()[name] for name in ("w", "b")}
+    ours, theirs = Compressor(spec), Compressor(spec)
+    for _ in range(3):
+        assert ours.compress(on_device(gradients)).data == theirs.compress(gradients).data
+
+
+@gpu
+def test_training_with_compressors_over_nccl(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    from tensorwire.integrations.torch_distributed import DDPState, DeMo, ddp_hook
+
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    try:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64).cuda()
+        demo = DeMo(model.named_parameters(), lr=1e-3, spec="demo:k=8")
+        wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64).cuda())
+        wrapped.register_comm_hook(DDPState(wrapped, "topk:k=64"), ddp_hook)
+        adam = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+        for module, optimizer in ((model, demo), (wrapped, adam)):
+            data = torch.randn(64, 64, device="cuda")
+            losses = []
+            for _ in range(30):
+                optimizer.zero_grad()
+                loss = (module(data) - data).square().mean()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+            assert losses[-1] < losses[0]
+    finally:
+        distributed.destroy_process_group()

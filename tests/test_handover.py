@@ -1,5 +1,7 @@
 """Hand-over to and from bitsandbytes: codes and absmax change hands bit for bit, nothing is dequantized."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 
@@ -18,15 +20,17 @@ def weights(*shape: int) -> "torch.Tensor":
 
 
 def flat_decode(value: Quantized) -> "torch.Tensor":
-    """bitsandbytes' own decode, over one row, where its AVX-512 path is right for every shape."""
-    state = value.state
+    """bitsandbytes' own decode, over one row, where its AVX-512 path is right for every shape.
+
+    On the device where there is one: bitsandbytes then has no native code for the CPU, and rounds float16 twice there.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data, state = value.data.to(device), deepcopy(value.state)
+    state.to(device)
     if state.quant_type is None:
-        return functional.dequantize_blockwise(value.data, state).reshape(-1)
-    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
-    try:
-        return functional.dequantize_4bit(value.data, state).reshape(-1)
-    finally:
-        state.shape = shape
+        return functional.dequantize_blockwise(data, state).reshape(-1).cpu()
+    state.shape = torch.Size([state.shape.numel()])
+    return functional.dequantize_4bit(data, state).reshape(-1).cpu()
 
 
 @pytest.mark.parametrize("spec", ["nf4", "fp4", "nf4:blocksize=128", "nf4:double_quant=true", "fp4|zstd", "int8"])

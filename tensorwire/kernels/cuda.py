@@ -3,10 +3,10 @@
 The contract is that of `tensorwire.kernels`, except that the float side of each call (`values` of encoders, `out` of
 decoders) is a 1-D torch tensor on the device and the other arrays are NumPy's, on the host. `uncached` is ignored.
 
-Same bytes as on the CPU but for three things, which docs/codecs.md lists: bitsandbytes' device code takes an
+Same bytes and values as on the CPU with four exceptions, which docs/codecs.md lists: bitsandbytes' device code takes an
 approximate reciprocal, so values next to a threshold may get the neighbouring code; 4 NF4 thresholds lie one unit in
-the last place apart; the payload bits of a NaN may differ after a cast. What its device code does to blocks of zeros
-and to NaN is put right here.
+the last place apart; it decodes subnormal results to zero; the payload bits of a NaN may differ after a cast. What its
+device code does to blocks of zeros and to NaN is corrected here.
 """
 
 from functools import reduce
@@ -160,9 +160,14 @@ def _put(decoded: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array.copy() if not array.flags.writeable else array).to(like.device)
+    return _tensor(array).to(like.device)
 
 
 def _half_tensor(array: np.ndarray) -> torch.Tensor:
-    """A float16 array, or uint16 bfloat16 bits, as a torch tensor over the same memory."""
-    return torch.from_numpy(array.view(np.int16)).view(_HALVES[array.dtype])
+    """A float16 array, or uint16 bfloat16 bits, as a torch tensor: over the same memory, where it may be written to."""
+    return _tensor(array.view(np.int16)).view(_HALVES[array.dtype])
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a torch tensor; torch warns of read-only memory, which is copied."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
