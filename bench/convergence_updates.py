@@ -44,6 +44,12 @@ _BATCH: Final = 4
 _WINDOWS: Final = 96  # of held-out text
 _EVALUATIONS: Final = 10
 _WARM: Final = (3e-3, 200)  # learning rate and steps of the warm start
+# Of lines, darkest first, and their markers, by what a row exchanges.
+_COLOURS: Final = {
+    "whole gradients": (("#000000", "#888888"), "s"),
+    "each step": (("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8"), "o"),
+    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85"), "^"),
+}
 _WARM_UP: Final = 20  # steps until the learning rate is reached; then it falls to a tenth along a cosine
 
 
@@ -292,21 +298,28 @@ def table(runs: list[Run]) -> str:
     whole = max(run["bytes"][-1] for run in runs)
     begin = f"{mean(run['losses'][0] for run in runs):.4f}"
     lines = [
-        f"Loss at the start {begin} nats a byte; {runs[0]['steps']} steps, {max(map(len, found.values()))} seed(s).",
+        f"Loss at the start {begin} nats a byte; {runs[0]['steps']} steps. Means of seeds, and the lowest and highest.",
         "",
-        "| method | loss | against AdamW of the same rate | MB a worker | times fewer | ms a step | of it the method |",
-        "|---|---|---|---|---|---|---|",
+        "| method | seeds | loss | above AdamW, same rate | MB a worker | times fewer | ms a step | of it method |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, each in found.items():
         ratios = [run["losses"][-1] / plain[key] - 1 for run in each if (key := (run["lr"], run["seed"])) in plain]
-        against = f"{100 * mean(ratios):+.2f} %" if ratios else ""
-        loss, sent = mean(run["losses"][-1] for run in each), mean(run["bytes"][-1] for run in each)
+        sent = mean(run["bytes"][-1] for run in each)
         whole_ms, method_ms = (mean(run[key] for run in each) for key in ("ms", "method_ms"))
         lines.append(
-            f"| {name} | {loss:.4f} | {against} | {sent / 1e6:.2f} | {whole / sent:.0f} | {whole_ms:.0f} "
-            f"| {method_ms:.1f} |"
+            f"| {name} | {len(each)} | {_spread([run['losses'][-1] for run in each], '.4f')} "
+            f"| {_spread(ratios, '+.2%')} | {sent / 1e6:.2f} | {whole / sent:.0f} | {whole_ms:.0f} | {method_ms:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], form: str) -> str:
+    """The mean of values, with the lowest and the highest where there are several."""
+    if not values:
+        return ""
+    around = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{around}"
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -314,24 +327,33 @@ def draw(runs: list[Run], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run["method"], []).append(run)
-    for number, (name, each) in enumerate(found.items()):
+    # The legend has the order in which the lines end.
+    ends = {name: mean(run["losses"][-1] for run in each) for name, each in found.items()}
+    number = dict.fromkeys(_COLOURS, 0)
+    for name in sorted(found, key=ends.__getitem__, reverse=True):
+        each = found[name]
         points = list(zip(*(run["losses"] for run in each), strict=True))[1:]
-        across = [count / 1e6 for count in each[0]["bytes"]][1:]
+        across = [mean(counts) / 1e6 for counts in zip(*(run["bytes"] for run in each), strict=True)][1:]
         shown = [(at, mean(point)) for at, point in zip(across, points, strict=True) if at]
-        style = "-" if each[0]["spec"] == "adamw" else "--" if each[0]["every"] else "-."
-        axes.plot(*zip(*shown, strict=True), style, color=f"C{number % 10}", marker="o", markersize=3, label=name)
+        kind = "whole gradients" if each[0]["spec"] == "adamw" else "outer steps" if each[0]["every"] else "each step"
+        colours, marker = _COLOURS[kind]
+        colour = colours[number[kind] % len(colours)]
+        number[kind] += 1
+        axes.plot(
+            *zip(*shown, strict=True), color=colour, marker=marker, markersize=4, label=f"{ends[name]:.3f}  {name}"
+        )
     axes.set_xscale("log")
     axes.set_xlabel("MB that a worker has sent")
     axes.set_ylabel("held-out loss, nats a byte")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9, title="loss at the end")
     figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
 
 
