@@ -54,10 +54,14 @@ _WARM_UP: Final = 20  # steps until the learning rate is reached; then it falls 
 
 
 class Method(NamedTuple):
-    """A row: how the workers learn. `every`: steps between outer steps, of DiLoCo; 0 for an exchange at each step."""
+    """A row: how the workers learn. `every`: steps between outer steps, of DiLoCo; 0 for an exchange at each step.
+
+    `betas`: of Adam on what has arrived at each step; None for a step along its sign.
+    """
 
     spec: str
     lr: float = 2e-3
+    betas: tuple[float, float] | None = None
     every: int = 0
     rate: float = 0.7
     momentum: float = 0.9
@@ -163,7 +167,8 @@ class Decoupled:
     """DeMo."""
 
     def __init__(self, model: Model, method: Method) -> None:
-        self.optimizer = DeMo(model.named_parameters(), method.lr, spec=method.spec, overlap=method.overlap)
+        options: dict[str, Any] = {"spec": method.spec, "betas": method.betas, "overlap": method.overlap}
+        self.optimizer = DeMo(model.named_parameters(), method.lr, **options)
 
     @property
     def sent(self) -> int:

@@ -95,6 +95,23 @@ def _equal(rank: int, folder: Path) -> Any:
     return weights(trained), weights(trained) != before, optimizer.sent
 
 
+def _adam(rank: int, folder: Path) -> Any:
+    """Adam's steps over what was sent: where all is sent, those of torch on the mean of gradients."""
+    ends = []
+    for spec in ("topk:k=4096,values=16bit", "lowrank:rank=2,bits=4"):
+        trained = model()
+        optimizer = DeMo(trained.named_parameters(), lr=1e-2, spec=spec, betas=(0.9, 0.99), weight_decay=0.1)
+        train(optimizer, trained, rank, range(8))
+        ends.append(weights(trained))
+    plain = model()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(8):
+        optimizer.zero_grad()
+        (0.5 * (loss(plain, 0, step) + loss(plain, 1, step))).backward()
+        optimizer.step()
+    return ends, weights(plain)
+
+
 def _late(rank: int, folder: Path) -> Any:
     """With overlap, the first message counts in the second step, and the last one when flushed."""
     trained = model()
@@ -109,9 +126,10 @@ def _late(rank: int, folder: Path) -> Any:
 def _restarted(rank: int, folder: Path) -> Any:
     """Saved and loaded by torch, and by this library, with a message under way."""
     ends = []
+    options = {"lr": 1e-2, "spec": "lowrank:rank=2,beta=0.9", "betas": (0.9, 0.99), "overlap": True}
     for way in ("through", "torch", "tensorwire"):
         trained = model()
-        optimizer = DeMo(trained.parameters(), lr=1e-2, spec="lowrank:rank=2,beta=0.9", overlap=True)
+        optimizer = DeMo(trained.parameters(), **options)
         train(optimizer, trained, rank, range(3))
         if way != "through":
             path = folder / f"{way}-{rank}"
@@ -124,7 +142,7 @@ def _restarted(rank: int, folder: Path) -> Any:
                 state = tensorwire.torch.load_file(path)
             trained = model(7)
             trained.load_state_dict(state["model"])
-            optimizer = DeMo(trained.parameters(), lr=1e-2, spec="lowrank:rank=2,beta=0.9", overlap=True)
+            optimizer = DeMo(trained.parameters(), **options)
             optimizer.load_state_dict(state["optimizer"])
         train(optimizer, trained, rank, range(3, 6))
         optimizer.flush()
@@ -284,8 +302,8 @@ def alone(outer: Any, trained: Any, rank: int, steps: range) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        _equal, _late, _restarted, _drifted, _unlike, _astray, _failing, _late_failing, _hooked, _whole, _hook_failing,
-        _outer, _averaged, _outer_failing,
+        _equal, _adam, _late, _restarted, _drifted, _unlike, _astray, _failing, _late_failing, _hooked, _whole,
+        _hook_failing, _outer, _averaged, _outer_failing,
     )
 }  # fmt: skip
 
@@ -302,6 +320,12 @@ def test_ranks_move_alike_and_send_little(done):
     (first, moved, sent), (second, _, other) = (each["equal"] for each in done)
     assert first == second and moved and sent == other
     assert sent < 8 * len(first) / 8
+
+
+def test_adam_on_what_was_sent_keeps_ranks_alike_and_is_that_of_torch_where_all_is_sent(done):
+    (ends, plain), (others, _) = (each["adam"] for each in done)
+    assert ends == others
+    assert np.allclose(*(np.frombuffer(each, np.float32) for each in (ends[0], plain)), atol=1e-3)
 
 
 def test_with_overlap_a_step_counts_in_the_next_one(done):
@@ -409,16 +433,17 @@ def test_a_worker_is_killed_and_all_go_on_from_their_checkpoints(tmp_path):
     assert ranks(_killed, tmp_path / "c", 2, tmp_path, 8, True, None) == through
 
 
-def _thousand(rank: int) -> Any:
+def _thousand(rank: int, spec: str, betas: tuple[float, float] | None) -> Any:
     trained = torch.nn.Linear(20, 4, bias=False)
     torch.nn.init.zeros_(trained.weight)
-    optimizer = DeMo(trained.parameters(), lr=1e-3, spec="demo:k=6", check_every=50)
+    optimizer = DeMo(trained.parameters(), lr=1e-3, spec=spec, betas=betas, check_every=50)
     train(optimizer, trained, rank, range(1000))
     return weights(trained), tensorwire.kernels.isa
 
 
-def test_a_thousand_steps_on_different_instruction_sets_end_in_the_same_bits(tmp_path):
-    ends = ranks(_thousand, tmp_path, 4, isa=("portable",))
+@pytest.mark.parametrize(("spec", "betas"), [("demo:k=6", None), ("lowrank:rank=2,bits=4", (0.9, 0.999))])
+def test_a_thousand_steps_on_different_instruction_sets_end_in_the_same_bits(tmp_path, spec, betas):
+    ends = ranks(_thousand, tmp_path, 4, spec, betas, isa=("portable",))
     assert len({end for end, _ in ends}) == 1
     assert ends[0][1] == "portable" or tensorwire.kernels.implementation == "numpy"
 
@@ -443,6 +468,8 @@ def test_options_that_mean_nothing_are_refused():
     for options in ({"lr": -1}, {"lr": float("nan")}, {"weight_decay": -1}, {"check_every": -1}):
         with pytest.raises(ValueError, match="at least 0"):
             DeMo(model().parameters(), **options)
+    with pytest.raises(ValueError, match="betas must be"):
+        DeMo(model().parameters(), betas=(0.9, 1.0))
     both = [("w", torch.nn.Parameter(torch.ones(2))) for _ in range(2)]
     with pytest.raises(ValueError, match="same name"):
         DeMo([{"params": [both[0]]}, {"params": [both[1]]}])
@@ -467,6 +494,8 @@ def test_the_state_of_another_optimizer_or_method_is_refused():
         optimizer.load_state_dict(torch.optim.SGD(model().parameters()).state_dict())
     with pytest.raises(SchemaError, match="not of demo"):
         optimizer.load_state_dict(DeMo(model().parameters(), spec="demo:k=5").state_dict())
+    with pytest.raises(SchemaError, match="with betas"):
+        optimizer.load_state_dict(DeMo(model().parameters(), betas=(0.9, 0.99)).state_dict())
 
 
 @pytest.mark.usefixtures("by_itself")

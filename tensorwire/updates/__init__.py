@@ -17,6 +17,7 @@ computed when they are read, so that functions from views to views (`subtract`, 
 `stochastic_bf16`) take no memory of their own and can be put in a row.
 """
 
+from tensorwire.updates.adam import Adam
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
 from tensorwire.updates.combine import combine
 from tensorwire.updates.compressor import Compressor, Message, message_size
@@ -34,6 +35,7 @@ from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
+    "Adam",
     "Arrays",
     "Compressor",
     "ErrorFeedback",
