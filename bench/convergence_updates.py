@@ -309,22 +309,22 @@ def table(runs: list[Run]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, each in found.items():
-        ratios = [run["losses"][-1] / plain[key] - 1 for run in each if (key := (run["lr"], run["seed"])) in plain]
+        ratios = [100 * (run["losses"][-1] / plain[key] - 1) for run in each if (key := (run["lr"], run["seed"])) in plain]
         sent = mean(run["bytes"][-1] for run in each)
         whole_ms, method_ms = (mean(run[key] for run in each) for key in ("ms", "method_ms"))
         lines.append(
             f"| {name} | {len(each)} | {_spread([run['losses'][-1] for run in each], '.4f')} "
-            f"| {_spread(ratios, '+.2%')} | {sent / 1e6:.2f} | {whole / sent:.0f} | {whole_ms:.0f} | {method_ms:.1f} |"
+            f"| {_spread(ratios, '+.2f', ' %')} | {sent / 1e6:.2f} | {whole / sent:.0f} | {whole_ms:.0f} | {method_ms:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], form: str) -> str:
+def _spread(values: list[float], form: str, unit: str = "") -> str:
     """The mean of values, with the lowest and the highest where there are several."""
     if not values:
         return ""
     around = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{around}"
+    return f"{mean(values):{form}}{unit}{around}"
 
 
 def draw(runs: list[Run], path: Path) -> None:
