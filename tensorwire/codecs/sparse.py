@@ -2,7 +2,8 @@
 
 A tensor is seen as the rows of a matrix, cut into chunks of `rows` by `cols` elements. What is kept of a chunk is `k`
 positions and values of `bits` bits; the rest decodes to zeros. Payload: a float32 step, the parameter of Rice's codes
-where there are any, the codes of the positions of all chunks, their values. docs/codecs.md has the arithmetic.
+where there are any, the codes of the positions of all chunks, with `scaled` the scales of all chunks, the values.
+docs/codecs.md has the arithmetic.
 
 DeMo (Peng, Quesnelle, Kingma, arXiv:2411.19870) sends momentum this way, SparseLoCo (arXiv:2508.15706) what a worker
 changed in several steps.
@@ -17,7 +18,17 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import KERNEL_DTYPES, widen
-from tensorwire.codecs.signed import Float32, checked_steps, code_blocks, pack, packed_size, step_of, unpack
+from tensorwire.codecs.signed import (
+    Codes,
+    Float32,
+    checked_steps,
+    code_blocks,
+    pack,
+    pack_codes,
+    packed_size,
+    step_of,
+    unpack,
+)
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
@@ -31,6 +42,8 @@ _LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
 _ENUMERATED: Final = 6  # positions that have one number together
 _DENSE: Final = 1 << 18  # elements of a dense tensor that are made at a time
 _STEP: Final = 4
+_SCALE_BITS: Final = 4
+_LOWEST_SCALE: Final = (1 << _SCALE_BITS) - 1
 
 
 class Selected(NamedTuple):
@@ -48,7 +61,8 @@ class Sparse(Packer):
     """The k largest of each chunk of float32, float16 or bfloat16, as signs and magnitudes of `bits` bits together.
 
     `width`: columns of the matrix; a chunk is `rows` by `cols` of them, at most 4096 elements. `dct`: of the chunk's
-    two-dimensional DCT-II, which has at most 64 rows and columns.
+    two-dimensional DCT-II, which has at most 64 rows and columns. `scaled`: each chunk has a power of two of its own
+    that its values are multiplied by, 2^-15 to 1; without, all values of a slice are of about one size.
     """
 
     k: int = parameter(64, Range(1, MOST_CHUNK), wire=True)
@@ -57,6 +71,7 @@ class Sparse(Packer):
     rows: int = parameter(1, Range(1, DCT_MOST), wire=True)
     cols: int = parameter(MOST_CHUNK, Range(1, MOST_CHUNK), wire=True)
     width: int = parameter(MOST_CHUNK, Range(1, 1 << 32), wire=True)
+    scaled: bool = parameter(False, Choice((False, True)), wire=True)
 
     id = 10
     name = "sparse"
@@ -89,7 +104,8 @@ class Sparse(Packer):
         kinds = self._kinds(count)
         index = sum(number * self._index_bits(size) for number, size in kinds)
         kept = sum(number * min(self.k, size) for number, size in kinds)
-        return Sizes(packed_size(index, 1) + packed_size(kept, self.bits), self._head)
+        scales = self._scales_size(sum(number for number, _ in kinds))
+        return Sizes(packed_size(index, 1) + scales + packed_size(kept, self.bits), self._head)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What is selected, coded. Raises NonFiniteError for NaN, infinities and magnitudes beyond 2^100."""
@@ -119,18 +135,26 @@ class Sparse(Packer):
 
     def selected(self, payload: memoryview, extent: Extent) -> Selected:
         """What a payload of the right length holds. Raises FormatError."""
-        data, kept = np.frombuffer(payload, np.uint8), self._kept(extent.count)
+        data, counts = np.frombuffer(payload, np.uint8), self._kept_of_chunks(extent.count)
+        kept = int(counts.sum())
         behind = data.size - packed_size(kept, self.bits)
-        if behind < self._head:
+        scales = behind - self._scales_size(counts.size)
+        if scales < self._head:
             raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
         positions = np.empty(kept, np.uint16)
-        codes = data[_STEP:behind]
+        codes = data[_STEP:scales]
         if not kernels.decode_positions(codes, positions, elements=extent.count, **self._grid):
             raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
         step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
+        nothing = positions == NOTHING
         with kernels.default_environment():
             values = unpack(data[behind:], step, kept, self.bits)
-        nothing = positions == NOTHING
+            if self.scaled:
+                each = np.concatenate([*code_blocks(data[scales:behind], counts.size, _SCALE_BITS)])
+                each = np.repeat(each, counts)
+                if each[nothing].any():
+                    raise FormatError("a scale that is not 1 of a chunk of which nothing is kept")
+                values *= _powers(each, -1)
         if nothing.any() and np.concatenate([*code_blocks(data[behind:], kept, self.bits)])[nothing].any():
             raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
         values[nothing] = 0
@@ -143,7 +167,7 @@ class Sparse(Packer):
     def places(self, positions: npt.NDArray[np.uint16], count: int) -> npt.NDArray[np.int64]:
         """Where what is selected of a slice of `count` elements stands, if its chunks stood one behind the other."""
         sizes = self._chunk_sizes(count)
-        return np.repeat(np.cumsum(sizes) - sizes, np.minimum(sizes, self.k)) + positions.astype(np.int64)
+        return np.repeat(np.cumsum(sizes) - sizes, self._kept_of_chunks(count)) + positions.astype(np.int64)
 
     def dense(self, chunks: Float32) -> Float32:
         """The elements of a tensor, of which everything is given: chunk behind chunk, elements or coefficients."""
@@ -198,6 +222,10 @@ class Sparse(Packer):
             sizes.append(np.tile(band, bands))
         return np.concatenate(sizes)
 
+    def _kept_of_chunks(self, count: int) -> npt.NDArray[np.int64]:
+        """How many elements are kept of each chunk of a slice."""
+        return np.minimum(self._chunk_sizes(count), self.k)
+
     def _kept(self, count: int) -> int:
         return sum(number * min(self.k, size) for number, size in self._kinds(count))
 
@@ -212,14 +240,38 @@ class Sparse(Packer):
         """Of a whole chunk: how many bits the mean distance of positions has."""
         return max((self.rows * self.cols // self.k).bit_length() - 1, 0)
 
+    def _scales_size(self, chunks: int) -> int:
+        return packed_size(chunks, _SCALE_BITS) if self.scaled else 0
+
     def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
         payload = take(self.sizes(extent.count, extent.dtype).total)
+        behind_positions = [np.empty(0, np.uint8)]
         with kernels.default_environment():
-            step = np.array([step_of(chosen.values, self.bits)], np.float32)
-            values = pack(chosen.values, step, self.bits)
+            values = chosen.values
+            if self.scaled and values.size:
+                counts = self._kept_of_chunks(extent.count)
+                scales = _scales(values, counts)
+                values = values * _powers(np.repeat(scales, counts), 1)
+                behind_positions.append(pack_codes(scales, _SCALE_BITS))
+            step = np.array([step_of(values, self.bits)], np.float32)
+            behind_positions.append(pack(values, step, self.bits))
+        last = np.concatenate(behind_positions)
         payload[:_STEP] = step.astype("<f4").view(np.uint8)
-        room, behind = payload[_STEP : payload.size - values.size], _STEP
+        room, behind = payload[_STEP : payload.size - last.size], _STEP
         if room.size:
             behind += kernels.encode_positions(chosen.positions, room, elements=extent.count, **self._grid)
-        payload[behind : behind + values.size] = values
-        return payload[: behind + values.size]
+        payload[behind : behind + last.size] = last
+        return payload[: behind + last.size]
+
+
+def _scales(values: Float32, counts: npt.NDArray[np.int64]) -> Codes:
+    """How many times each chunk's values may be doubled to be about as large as the largest; of zeros, 0."""
+    tops = np.maximum.reduceat(np.abs(values), np.cumsum(counts) - counts)
+    exponents = np.frexp(tops)[1]
+    below = np.where(tops > 0, np.frexp(tops.max())[1] - exponents, 0)
+    return np.minimum(below, _LOWEST_SCALE).astype(np.uint16)
+
+
+def _powers(exponents: Codes, sign: int) -> Float32:
+    """Two to the power of them, or of their negatives."""
+    return np.ldexp(np.float32(1), sign * exponents.astype(np.int32))
