@@ -70,19 +70,20 @@ class Method(NamedTuple):
 
 METHODS: Final[dict[str, Method]] = {
     "AdamW": Method("adamw"),
-    "DeMo k=32": Method("demo:k=32"),
-    "DeMo k=38 beta=0.99": Method("demo:k=38,beta=0.99"),
-    "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
     "DeMo k=40 alpha=0.1": Method("demo:k=40,beta=0.99,alpha=0.1"),
-    "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
-    "DiLoCo nf4": Method("nf4", every=20),
-    "DeMo k=8": Method("demo:k=8"),
-    "DiLoCo fp32": Method("raw", every=20),
-    "DiLoCo low rank 4": Method("lowrank:rank=4", every=20),
-    "AdamW lr 0.004": Method("adamw", lr=4e-3),
-    "DeMo k=16": Method("demo:k=16"),
-    "DeMo k=32 one step late": Method("demo:k=32", overlap=True),
+    "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
+    "DeMo k=32": Method("demo:k=32"),
+    "DeMo k=15 alpha=0.2": Method("demo:k=15,beta=0.995,alpha=0.2"),
+    "DeMo k=4 alpha=0.2": Method("demo:k=4,beta=0.995,alpha=0.2"),
     "DeMo k=8 no DCT": Method("demo:k=8,dct=false"),
+    "DeMo k=32 one step late": Method("demo:k=32", overlap=True),
+    "Adam on rank 2, 4 bit": Method("lowrank:rank=2,bits=4", betas=(0.9, 0.999)),
+    "DiLoCo fp32": Method("raw", every=20),
+    "DiLoCo nf4": Method("nf4", every=20),
+    "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
+    "DiLoCo rank 2": Method("lowrank:rank=2,k=16", every=20),
+    "AdamW lr 0.004": Method("adamw", lr=4e-3),
+    "DeMo k=40 alpha=0.1 lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3),
 }
 
 
@@ -309,7 +310,9 @@ def table(runs: list[Run]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, each in found.items():
-        ratios = [100 * (run["losses"][-1] / plain[key] - 1) for run in each if (key := (run["lr"], run["seed"])) in plain]
+        ratios = [
+            100 * (run["losses"][-1] / plain[key] - 1) for run in each if (key := (run["lr"], run["seed"])) in plain
+        ]
         sent = mean(run["bytes"][-1] for run in each)
         whole_ms, method_ms = (mean(run[key] for run in each) for key in ("ms", "method_ms"))
         lines.append(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tensorwire
-from tensorwire.errors import SchemaError
+from tensorwire.errors import NonFiniteError, SchemaError
 from tensorwire.updates import Adam
 
 SHAPES = {"matrix": (130, 150), "vector": (5,), "scalar": (), "empty": (0, 3)}
@@ -83,6 +83,8 @@ def test_what_is_none_of_its_own_is_refused() -> None:
     ):
         with pytest.raises(SchemaError, match="no gradient of shape"):
             adam.directions(other)
+    with pytest.raises(NonFiniteError, match="vector.*element 3 is nan|element 3 is nan"):
+        adam.directions({"matrix": gradients(1)["matrix"], "vector": np.array([0, 1, 2, np.nan, np.inf], np.float32)})
     assert np.array_equal(adam.state_dict()["means"]["vector"], before)
     with pytest.raises(SchemaError, match="other betas|betas of"):
         Adam((0.5, 0.5)).load_state_dict(adam.state_dict())

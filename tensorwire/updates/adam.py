@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tensorwire.errors import SchemaError
+from tensorwire.errors import NonFiniteError, SchemaError
 from tensorwire.kernels import default_environment
 
 Float32 = npt.NDArray[np.float32]
@@ -40,11 +40,17 @@ class Adam:
     def directions(self, changes: Mapping[str, Float32]) -> dict[str, Float32]:
         """Take in the gradients of a step, float32 arrays by name; where to go, by the same names.
 
-        The same names and shapes every time. Raises SchemaError for others, before anything is taken in.
+        The same names and shapes every time. Raises SchemaError for others, NonFiniteError for what is not finite,
+        before anything is taken in.
         """
         for name, change in changes.items():
             if self._means and (name not in self._means or self._means[name].shape != change.shape):
                 raise SchemaError(f"there was no gradient of shape {list(change.shape)} before", item=name)
+            if not np.isfinite(change).all():
+                index = int(np.flatnonzero(~np.isfinite(change))[0])
+                error = NonFiniteError(f"{change.reshape(-1)[index]}, of which there is no mean", index=index)
+                error.item = name
+                raise error
         self._left = (self._left[0] * self._betas[0], self._left[1] * self._betas[1])
         with default_environment():
             return {name: self._direction(name, change) for name, change in changes.items()}
