@@ -315,9 +315,10 @@ def table(runs: list[Run]) -> str:
         ]
         sent = mean(run["bytes"][-1] for run in each)
         whole_ms, method_ms = (mean(run[key] for run in each) for key in ("ms", "method_ms"))
+        loss = _spread([run["losses"][-1] for run in each], ".4f")
         lines.append(
-            f"| {name} | {len(each)} | {_spread([run['losses'][-1] for run in each], '.4f')} "
-            f"| {_spread(ratios, '+.2f', ' %')} | {sent / 1e6:.2f} | {whole / sent:.0f} | {whole_ms:.0f} | {method_ms:.1f} |"
+            f"| {name} | {len(each)} | {loss} | {_spread(ratios, '+.2f', ' %')} | {sent / 1e6:.2f} "
+            f"| {whole / sent:.0f} | {whole_ms:.0f} | {method_ms:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
