@@ -56,12 +56,12 @@ _WARM_UP: Final = 20  # steps until the learning rate is reached; then it falls 
 class Method(NamedTuple):
     """A row: how the workers learn. `every`: steps between outer steps, of DiLoCo; 0 for an exchange at each step.
 
-    `betas`: of Adam on what has arrived at each step; None for a step along its sign.
+    `beta2`: of the mean squares that DeMo divides gradients by; None: it does not.
     """
 
     spec: str
     lr: float = 2e-3
-    betas: tuple[float, float] | None = None
+    beta2: float | None = None
     every: int = 0
     rate: float = 0.7
     momentum: float = 0.9
@@ -70,20 +70,20 @@ class Method(NamedTuple):
 
 METHODS: Final[dict[str, Method]] = {
     "AdamW": Method("adamw"),
+    "DeMo k=40 normalized": Method("demo:k=40,beta=0.99,alpha=0.1", beta2=0.99),
     "DeMo k=40 alpha=0.1": Method("demo:k=40,beta=0.99,alpha=0.1"),
     "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
     "DeMo k=32": Method("demo:k=32"),
-    "DeMo k=15 alpha=0.2": Method("demo:k=15,beta=0.995,alpha=0.2"),
-    "DeMo k=4 alpha=0.2": Method("demo:k=4,beta=0.995,alpha=0.2"),
+    "DeMo k=15 normalized": Method("demo:k=15,beta=0.99,alpha=0.1", beta2=0.99),
+    "DeMo k=4 normalized": Method("demo:k=4,beta=0.99,alpha=0.1", beta2=0.99),
     "DeMo k=8 no DCT": Method("demo:k=8,dct=false"),
     "DeMo k=32 one step late": Method("demo:k=32", overlap=True),
-    "Adam on rank 2, 4 bit": Method("lowrank:rank=2,bits=4", betas=(0.9, 0.999)),
     "DiLoCo fp32": Method("raw", every=20),
     "DiLoCo nf4": Method("nf4", every=20),
     "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
     "DiLoCo rank 2": Method("lowrank:rank=2,k=16", every=20),
     "AdamW lr 0.004": Method("adamw", lr=4e-3),
-    "DeMo k=40 alpha=0.1 lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3),
+    "DeMo k=40 normalized lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3, beta2=0.99),
 }
 
 
@@ -168,7 +168,7 @@ class Decoupled:
     """DeMo."""
 
     def __init__(self, model: Model, method: Method) -> None:
-        options: dict[str, Any] = {"spec": method.spec, "betas": method.betas, "overlap": method.overlap}
+        options: dict[str, Any] = {"spec": method.spec, "beta2": method.beta2, "overlap": method.overlap}
         self.optimizer = DeMo(model.named_parameters(), method.lr, **options)
 
     @property

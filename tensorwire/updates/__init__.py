@@ -17,7 +17,6 @@ computed when they are read, so that functions from views to views (`subtract`, 
 `stochastic_bf16`) take no memory of their own and can be put in a row.
 """
 
-from tensorwire.updates.adam import Adam
 from tensorwire.updates.check import Rules, Update, UpdateError, Verdict, ceilings, check_update
 from tensorwire.updates.combine import combine
 from tensorwire.updates.compressor import Compressor, Message, message_size
@@ -26,6 +25,7 @@ from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import Arrays, arrays, encode, receive
 from tensorwire.updates.methods import Method
+from tensorwire.updates.normalizer import Normalizer
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.roles import exact_vectors
 from tensorwire.updates.rounding import stochastic_bf16
@@ -35,7 +35,6 @@ from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.updates.weighting import LeftOut, clipped_to_median, normalized, without_outliers
 
 __all__ = [
-    "Adam",
     "Arrays",
     "Compressor",
     "ErrorFeedback",
@@ -43,6 +42,7 @@ __all__ = [
     "Mean",
     "Message",
     "Method",
+    "Normalizer",
     "Rules",
     "ServerOptimizer",
     "Terms",
