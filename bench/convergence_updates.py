@@ -256,13 +256,13 @@ def worker(rank: int, folder: str, jobs: list[tuple[str, Method, int]], steps: i
     dist.destroy_process_group()
 
 
-def experiment(out: Path, names: list[str], *, seeds: int, steps: int, warm: int) -> list[Run]:
+def experiment(out: Path, names: list[str], *, seeds: range, steps: int, warm: int) -> list[Run]:
     """The runs that are not in `out` yet, in processes of their own; all runs, in the order of the rows."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "updates.json"
     runs = _read(path)
     there = {(run["method"], run["seed"], run["steps"]) for run in runs}
-    jobs = [(name, METHODS[name], seed) for seed in range(seeds) for name in names if (name, seed, steps) not in there]
+    jobs = [(name, METHODS[name], seed) for seed in seeds for name in names if (name, seed, steps) not in there]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -372,13 +372,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for updates.json, .md and .png")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0, help="settings are chosen on seeds that are not reported")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tiny", action="store_true", help="three methods, four steps")
     options = parser.parse_args()
     names, steps, warm = options.methods, options.steps, _WARM[1]
     if options.tiny:
         names, steps, warm = ["AdamW", "DeMo k=32", "SparseLoCo k=64 2bit"], 4, 1
-    runs = experiment(options.out, names, seeds=options.seeds, steps=steps, warm=warm)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    runs = experiment(options.out, names, seeds=seeds, steps=steps, warm=warm)
     (options.out / "updates.md").write_text(table(runs))
     draw(runs, options.out / "updates.png")
     print(table(runs))
