@@ -274,4 +274,5 @@ def _scales(values: Float32, counts: npt.NDArray[np.int64]) -> Codes:
 
 def _powers(exponents: Codes, sign: int) -> Float32:
     """Two to the power of them, or of their negatives."""
-    return np.ldexp(np.float32(1), sign * exponents.astype(np.int32))
+    powers: Float32 = np.ldexp(np.float32(1), sign * exponents.astype(np.int32))
+    return powers
