@@ -54,8 +54,7 @@ def pack(values: Float32, steps: Float32, bits: int) -> Bytes:
     """
     parts = [np.empty(0, np.uint8)]
     parts += [
-        pack_codes(_codes_of(part, step, bits), bits)
-        for part, step in zip(_blocks(values), _steps(steps), strict=False)
+        _packed(_codes_of(part, step, bits), bits) for part, step in zip(_blocks(values), _steps(steps), strict=False)
     ]
     return np.concatenate(parts)
 
@@ -118,8 +117,7 @@ def _codes_of(values: Float32, step: Float32, bits: int) -> Codes:
     return codes
 
 
-def pack_codes(codes: Codes, bits: int) -> Bytes:
-    """Codes one behind the other, as `pack` has them."""
+def _packed(codes: Codes, bits: int) -> Bytes:
     if bits >= _BYTE:
         return codes.astype(f"<u{bits // _BYTE}").view(np.uint8)
     if bits == 1:

@@ -18,17 +18,7 @@ import numpy.typing as npt
 
 from tensorwire import dtypes, kernels
 from tensorwire.codecs.floats import KERNEL_DTYPES, widen
-from tensorwire.codecs.signed import (
-    Codes,
-    Float32,
-    checked_steps,
-    code_blocks,
-    pack,
-    pack_codes,
-    packed_size,
-    step_of,
-    unpack,
-)
+from tensorwire.codecs.signed import Float32, checked_steps, code_blocks, pack, packed_size, step_of, unpack
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
@@ -150,8 +140,7 @@ class Sparse(Packer):
         with kernels.default_environment():
             values = unpack(data[behind:], step, kept, self.bits)
             if self.scaled:
-                each = np.concatenate([*code_blocks(data[scales:behind], counts.size, _SCALE_BITS)])
-                each = np.repeat(each, counts)
+                each = np.repeat(_unpacked_scales(data[scales:behind], counts.size), counts)
                 if each[nothing].any():
                     raise FormatError("a scale that is not 1 of a chunk of which nothing is kept")
                 values *= _powers(each, -1)
@@ -252,7 +241,7 @@ class Sparse(Packer):
                 counts = self._kept_of_chunks(extent.count)
                 scales = _scales(values, counts)
                 values = values * _powers(np.repeat(scales, counts), 1)
-                behind_positions.append(pack_codes(scales, _SCALE_BITS))
+                behind_positions.append(_packed_scales(scales))
             step = np.array([step_of(values, self.bits)], np.float32)
             behind_positions.append(pack(values, step, self.bits))
         last = np.concatenate(behind_positions)
@@ -264,15 +253,30 @@ class Sparse(Packer):
         return payload[: behind + last.size]
 
 
-def _scales(values: Float32, counts: npt.NDArray[np.int64]) -> Codes:
+def _scales(values: Float32, counts: npt.NDArray[np.int64]) -> Bytes:
     """How many times each chunk's values may be doubled to be about as large as the largest; of zeros, 0."""
     tops = np.maximum.reduceat(np.abs(values), np.cumsum(counts) - counts)
     exponents = np.frexp(tops)[1]
     below = np.where(tops > 0, np.frexp(tops.max())[1] - exponents, 0)
-    return np.minimum(below, _LOWEST_SCALE).astype(np.uint16)
+    return np.minimum(below, _LOWEST_SCALE).astype(np.uint8)
 
 
-def _powers(exponents: Codes, sign: int) -> Float32:
+def _packed_scales(scales: Bytes) -> Bytes:
+    """Two in a byte, the first in its low half."""
+    halves = np.append(scales, np.zeros(scales.size % 2, np.uint8))
+    packed: Bytes = halves[::2] | halves[1::2] << np.uint8(_SCALE_BITS)
+    return packed
+
+
+def _unpacked_scales(data: Bytes, count: int) -> Bytes:
+    """So many of them. Raises FormatError."""
+    halves = np.stack([data & np.uint8(_LOWEST_SCALE), data >> np.uint8(_SCALE_BITS)], axis=1).reshape(-1)
+    if halves[count:].any():
+        raise FormatError("bits behind the last scale are not 0")
+    return halves[:count]
+
+
+def _powers(exponents: Bytes, sign: int) -> Float32:
     """Two to the power of them, or of their negatives."""
     powers: Float32 = np.ldexp(np.float32(1), sign * exponents.astype(np.int32))
     return powers

@@ -670,7 +670,7 @@ for name, says, stages, payload in (
     ("bit-behind-values", "behind the last value", PAIRS, ONE + b"\0\x04"),
     ("value-of-nothing", "nothing is kept", PAIRS, ONE + b"\x78\x01"),
     ("scale-of-nothing", "a scale that is not 1", SCALED, ONE + b"\x78\x01\0"),
-    ("bit-behind-scales", "behind the last value", SCALED, ONE + b"\0\x10\0"),
+    ("bit-behind-scales", "behind the last scale", SCALED, ONE + b"\0\x10\0"),
     ("scales-cut", "ends before 2 values", SCALED, ONE + b"\0"),
     ("cut", "ends before 2 values", PAIRS, ONE),
     ("without-positions", "0 bytes are no codes", PAIRS, ONE + b"\0"),
