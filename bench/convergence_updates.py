@@ -44,14 +44,24 @@ _BATCH: Final = 4
 _WINDOWS: Final = 96  # of held-out text
 _EVALUATIONS: Final = 10
 _WARM: Final = (3e-3, 200)  # learning rate and steps of the warm start
+# Of lines, darkest first, and their markers, by what a row exchanges.
+_COLOURS: Final = {
+    "whole gradients": (("#000000", "#888888"), "s"),
+    "each step": (("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8"), "o"),
+    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85"), "^"),
+}
 _WARM_UP: Final = 20  # steps until the learning rate is reached; then it falls to a tenth along a cosine
 
 
 class Method(NamedTuple):
-    """A row: how the workers learn. `every`: steps between outer steps, of DiLoCo; 0 for an exchange at each step."""
+    """A row: how the workers learn. `every`: steps between outer steps, of DiLoCo; 0 for an exchange at each step.
+
+    `beta2`: of the mean squares that DeMo divides gradients by; None: it does not.
+    """
 
     spec: str
     lr: float = 2e-3
+    beta2: float | None = None
     every: int = 0
     rate: float = 0.7
     momentum: float = 0.9
@@ -60,19 +70,20 @@ class Method(NamedTuple):
 
 METHODS: Final[dict[str, Method]] = {
     "AdamW": Method("adamw"),
-    "DeMo k=32": Method("demo:k=32"),
-    "DeMo k=38 beta=0.99": Method("demo:k=38,beta=0.99"),
-    "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
+    "DeMo k=40 normalized": Method("demo:k=40,beta=0.99,alpha=0.1", beta2=0.99),
     "DeMo k=40 alpha=0.1": Method("demo:k=40,beta=0.99,alpha=0.1"),
-    "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
-    "DiLoCo nf4": Method("nf4", every=20),
-    "DeMo k=8": Method("demo:k=8"),
-    "DiLoCo fp32": Method("raw", every=20),
-    "DiLoCo low rank 4": Method("lowrank:rank=4", every=20),
-    "AdamW lr 0.004": Method("adamw", lr=4e-3),
-    "DeMo k=16": Method("demo:k=16"),
-    "DeMo k=32 one step late": Method("demo:k=32", overlap=True),
+    "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
+    "DeMo k=32": Method("demo:k=32"),
+    "DeMo k=15 normalized": Method("demo:k=15,beta=0.99,alpha=0.1", beta2=0.99),
+    "DeMo k=4 normalized": Method("demo:k=4,beta=0.99,alpha=0.1", beta2=0.99),
     "DeMo k=8 no DCT": Method("demo:k=8,dct=false"),
+    "DeMo k=32 one step late": Method("demo:k=32", overlap=True),
+    "DiLoCo fp32": Method("raw", every=20),
+    "DiLoCo nf4": Method("nf4", every=20),
+    "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
+    "DiLoCo rank 2": Method("lowrank:rank=2,k=16", every=20),
+    "AdamW lr 0.004": Method("adamw", lr=4e-3),
+    "DeMo k=40 normalized lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3, beta2=0.99),
 }
 
 
@@ -157,7 +168,8 @@ class Decoupled:
     """DeMo."""
 
     def __init__(self, model: Model, method: Method) -> None:
-        self.optimizer = DeMo(model.named_parameters(), method.lr, spec=method.spec, overlap=method.overlap)
+        options: dict[str, Any] = {"spec": method.spec, "beta2": method.beta2, "overlap": method.overlap}
+        self.optimizer = DeMo(model.named_parameters(), method.lr, **options)
 
     @property
     def sent(self) -> int:
@@ -244,13 +256,13 @@ def worker(rank: int, folder: str, jobs: list[tuple[str, Method, int]], steps: i
     dist.destroy_process_group()
 
 
-def experiment(out: Path, names: list[str], *, seeds: int, steps: int, warm: int) -> list[Run]:
+def experiment(out: Path, names: list[str], *, seeds: range, steps: int, warm: int) -> list[Run]:
     """The runs that are not in `out` yet, in processes of their own; all runs, in the order of the rows."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "updates.json"
     runs = _read(path)
     there = {(run["method"], run["seed"], run["steps"]) for run in runs}
-    jobs = [(name, METHODS[name], seed) for seed in range(seeds) for name in names if (name, seed, steps) not in there]
+    jobs = [(name, METHODS[name], seed) for seed in seeds for name in names if (name, seed, steps) not in there]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -292,21 +304,31 @@ def table(runs: list[Run]) -> str:
     whole = max(run["bytes"][-1] for run in runs)
     begin = f"{mean(run['losses'][0] for run in runs):.4f}"
     lines = [
-        f"Loss at the start {begin} nats a byte; {runs[0]['steps']} steps, {max(map(len, found.values()))} seed(s).",
+        f"Loss at the start {begin} nats a byte; {runs[0]['steps']} steps. Means of seeds, and the lowest and highest.",
         "",
-        "| method | loss | against AdamW of the same rate | MB a worker | times fewer | ms a step | of it the method |",
-        "|---|---|---|---|---|---|---|",
+        "| method | seeds | loss | above AdamW, same rate | MB a worker | times fewer | ms a step | of it method |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, each in found.items():
-        ratios = [run["losses"][-1] / plain[key] - 1 for run in each if (key := (run["lr"], run["seed"])) in plain]
-        against = f"{100 * mean(ratios):+.2f} %" if ratios else ""
-        loss, sent = mean(run["losses"][-1] for run in each), mean(run["bytes"][-1] for run in each)
+        ratios = [
+            100 * (run["losses"][-1] / plain[key] - 1) for run in each if (key := (run["lr"], run["seed"])) in plain
+        ]
+        sent = mean(run["bytes"][-1] for run in each)
         whole_ms, method_ms = (mean(run[key] for run in each) for key in ("ms", "method_ms"))
+        loss = _spread([run["losses"][-1] for run in each], ".4f")
         lines.append(
-            f"| {name} | {loss:.4f} | {against} | {sent / 1e6:.2f} | {whole / sent:.0f} | {whole_ms:.0f} "
-            f"| {method_ms:.1f} |"
+            f"| {name} | {len(each)} | {loss} | {_spread(ratios, '+.2f', ' %')} | {sent / 1e6:.2f} "
+            f"| {whole / sent:.0f} | {whole_ms:.0f} | {method_ms:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], form: str, unit: str = "") -> str:
+    """The mean of values, with the lowest and the highest where there are several."""
+    if not values:
+        return ""
+    around = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{unit}{around}"
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -314,24 +336,33 @@ def draw(runs: list[Run], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run["method"], []).append(run)
-    for number, (name, each) in enumerate(found.items()):
+    # The legend has the order in which the lines end.
+    ends = {name: mean(run["losses"][-1] for run in each) for name, each in found.items()}
+    number = dict.fromkeys(_COLOURS, 0)
+    for name in sorted(found, key=ends.__getitem__, reverse=True):
+        each = found[name]
         points = list(zip(*(run["losses"] for run in each), strict=True))[1:]
-        across = [count / 1e6 for count in each[0]["bytes"]][1:]
+        across = [mean(counts) / 1e6 for counts in zip(*(run["bytes"] for run in each), strict=True)][1:]
         shown = [(at, mean(point)) for at, point in zip(across, points, strict=True) if at]
-        style = "-" if each[0]["spec"] == "adamw" else "--" if each[0]["every"] else "-."
-        axes.plot(*zip(*shown, strict=True), style, color=f"C{number % 10}", marker="o", markersize=3, label=name)
+        kind = "whole gradients" if each[0]["spec"] == "adamw" else "outer steps" if each[0]["every"] else "each step"
+        colours, marker = _COLOURS[kind]
+        colour = colours[number[kind] % len(colours)]
+        number[kind] += 1
+        axes.plot(
+            *zip(*shown, strict=True), color=colour, marker=marker, markersize=4, label=f"{ends[name]:.3f}  {name}"
+        )
     axes.set_xscale("log")
     axes.set_xlabel("MB that a worker has sent")
     axes.set_ylabel("held-out loss, nats a byte")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9, title="loss at the end")
     figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
 
 
@@ -341,13 +372,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for updates.json, .md and .png")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0, help="settings are chosen on seeds that are not reported")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tiny", action="store_true", help="three methods, four steps")
     options = parser.parse_args()
     names, steps, warm = options.methods, options.steps, _WARM[1]
     if options.tiny:
         names, steps, warm = ["AdamW", "DeMo k=32", "SparseLoCo k=64 2bit"], 4, 1
-    runs = experiment(options.out, names, seeds=options.seeds, steps=steps, warm=warm)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    runs = experiment(options.out, names, seeds=seeds, steps=steps, warm=warm)
     (options.out / "updates.md").write_text(table(runs))
     draw(runs, options.out / "updates.png")
     print(table(runs))

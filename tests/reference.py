@@ -405,9 +405,10 @@ def check_codec(codec: Any, dtype: str) -> None:
     check(number in (INT8, INT8_LINEAR, NF4, FP4, SPARSE, LOWRANK), f"codec {number}")
     check(dtype in ("float32", "float16", "bfloat16"), f"codec: not for {dtype}")
     if number == SPARSE:
-        check(len(parameters) == 6, "codec: parameters")
-        k, bits, dct, rows, cols, width = parameters
-        check(1 <= k <= 4096 and bits in (1, 2, 4, 8, 16) and dct in (0, 1), "codec: k, bits or dct")
+        check(len(parameters) == 7, "codec: parameters")
+        k, bits, dct, rows, cols, width, scaled = parameters
+        check(1 <= k <= 4096 and bits in (1, 2, 4, 8, 16), "codec: k or bits")
+        check(dct in (0, 1) and scaled in (0, 1), "codec: dct or scaled")
         check(
             1 <= rows <= 64 and 1 <= cols <= width and rows * cols <= 4096 and cols <= 4096 >> 6 * dct, "codec: chunk"
         )
@@ -446,13 +447,13 @@ def payload_length(codec: list, dtype: str, width: int, count: int) -> int:
         width, count = floats_of(dtype, width, count)
         return around + 1 + -(-count // 512) + width * (count + 1)
     if number == SPARSE:
-        k, bits, _, rows, cols, across = parameters
+        k, bits, _, rows, cols, across, scaled = parameters
         rice = (rows * cols // k).bit_length() - 1 if k < rows * cols else 0
         sizes = [height * width for _, height, width, _ in chunks_of(count, across, rows, cols)]
         index = sum(position_bits(size, k) if k <= 6 else 0 for size in sizes)
         index += sum(min(k, size) * (1 + rice) + (size - min(k, size) >> rice) + 1 if k > 6 else 0 for size in sizes)
         values = sum(min(k, size) for size in sizes) * bits
-        return (4 if k <= 6 else 5) + -(-index // 8) + -(-values // 8)
+        return (4 if k <= 6 else 5) + -(-index // 8) + -(-len(sizes) * scaled // 2) + -(-values // 8)
     if number == LOWRANK:
         rank, bits, across = parameters
         return 8 * rank + -(-(across + -(-count // across)) * rank * bits // 8)
@@ -754,15 +755,17 @@ def sum_of_products(left: list[float], right: list[float]) -> float:
 
 
 def decode_sparse(parameters: list, dtype: str, count: int, payload: bytes) -> bytes:
-    k, bits, dct, rows, cols, width = parameters
+    k, bits, dct, rows, cols, width, scaled = parameters
     chunks = [*chunks_of(count, width, rows, cols)]
     kept = sum(min(k, height * across) for _, height, across, _ in chunks)
     head, behind = 4 if k <= 6 else 5, len(payload) - -(-kept * bits // 8)
-    check(behind >= head, "sparse: ends too early")
+    before = behind - -(-len(chunks) * scaled // 2)
+    check(before >= head, "sparse: ends too early")
     rice = payload[4] if k > 6 else 0
     check(rice <= 12, "sparse: parameter of Rice's codes")
     (step,) = read_steps(payload[:4], bits, 110)
-    values, given = signed_values(payload[behind:], bits, [step] * kept), _Bits(payload[head:behind])
+    values, given = signed_values(payload[behind:], bits, [step] * kept), _Bits(payload[head:before])
+    scales = _Bits(payload[before:behind])
     codes, used, elements = _Bits(payload[behind:]), 0, [0.0] * count
     for start, height, across, stride in chunks:
         size = height * across
@@ -770,10 +773,11 @@ def decode_sparse(parameters: list, dtype: str, count: int, payload: bytes) -> b
         made = [0.0] * size
         mine, used = values[used : used + min(k, size)], used + min(k, size)
         signed = [codes.take(bits) for _ in mine]
+        scale = scales.take(4) if scaled else 0
         if positions is None:
-            check(not any(signed), "sparse: values of nothing")
+            check(not any(signed) and scale == 0, "sparse: values or a scale of nothing")
         for position, value in zip(positions or [], mine, strict=False):
-            made[position] = value
+            made[position] = float32(value / 2**scale)
         if dct:
             down, right = cosines(height), cosines(across)
             turned = [
@@ -794,6 +798,7 @@ def decode_sparse(parameters: list, dtype: str, count: int, payload: bytes) -> b
         for i in range(height):
             elements[start + i * stride : start + i * stride + across] = made[i * across : (i + 1) * across]
     given.end()
+    scales.end()
     return b"".join(to_dtype(element + 0.0, dtype) for element in elements)
 
 

@@ -131,10 +131,10 @@ def test_idle_connections():
 def test_convergence_updates(tmp_path):
     pytest.importorskip("matplotlib")
     lines = run("convergence_updates.py", "--tiny", "--out", tmp_path)
-    row = rf"{NUMBER} \| ([+-]{NUMBER} % )?\| {NUMBER} \| \d+ \| \d+ \| {NUMBER} \|"
+    row = rf"1 \| {NUMBER} \| ([+-]{NUMBER} % )?\| {NUMBER} \| \d+ \| \d+ \| {NUMBER} \|"
     all_match(
         lines,
-        rf"Loss at the start {NUMBER} nats a byte; 4 steps, 1 seed\(s\).",
+        rf"Loss at the start {NUMBER} nats a byte; 4 steps. Means of seeds, and the lowest and highest.",
         "",
         *[r"\|.*\|"] * 2,
         *(rf"\| {name} \| {row}" for name in ("AdamW", "DeMo k=32", "SparseLoCo k=64 2bit")),

@@ -17,6 +17,7 @@ from tensorwire.tensor import Extent
 from tensorwire.updates import Compressor, combine
 
 SPECS = ["demo:k=4", "demo:k=32,beta=0.9,alpha=0.2", "topk:k=64,values=4bit", "topk:k=3,values=sign", "lowrank:bits=8"]
+SPECS += ["demo:k=4,scale=chunk", "topk:k=64,scale=chunk"]
 SHAPES = {"matrix": (70, 130), "conv": (6, 5, 3, 3), "vector": (5000,), "scalar": (), "empty": (0, 4), "thin": (300, 2)}
 
 
@@ -63,6 +64,39 @@ def test_what_is_subtracted_is_what_receivers_decode(spec: str) -> None:
         model.step(given, compressor.compress(given).data)
         model.check(compressor)
         assert all(np.array_equal(given[name], before[name]) for name in given)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 16])
+def test_each_chunk_has_a_scale_of_its_own(bits: int) -> None:
+    codec = tensorwire.codec("sparse", k=4, bits=bits, rows=8, cols=8, width=24, scaled=True)
+    values = np.random.default_rng(bits).standard_normal((16, 24)).astype(np.float32)
+    below = np.array([[0, 3, 14], [20, 90, 1]], np.int32)  # a chunk is so many times smaller
+    values = np.ldexp(values, -np.kron(below, np.ones((8, 8), np.int32)))
+    values[8:, 8:16] = 0
+    sent = tensorwire.loads(tensorwire.dumps(values, codec=codec))
+    tops = [[np.abs(values[i : i + 8, j : j + 8]).max() for j in (0, 8, 16)] for i in (0, 8)]
+    exponents = np.frexp(np.array(tops))[1]
+    scales = np.where(np.array(tops) > 0, np.minimum(exponents.max() - exponents, 15), 0)
+    plain = np.ldexp(values, np.kron(scales, np.ones((8, 8), np.int32)))
+    expected = tensorwire.loads(tensorwire.dumps(plain, codec=tensorwire.codec(f"{codec}".replace("true", "false"))))
+    assert np.array_equal(sent, np.ldexp(expected, -np.kron(scales, np.ones((8, 8), np.int32))))
+
+
+def test_with_scales_of_chunks_what_is_quiet_comes_nearer_with_each_message() -> None:
+    """With one step for all, beside what is loud it is sent many times too large, and never settles."""
+    left = {}
+    for scale in ("tensor", "chunk"):
+        compressor, rng = Compressor(f"topk:k=64,dct=true,scale={scale}"), np.random.default_rng(0)
+        given = np.zeros((128, 64), np.float32)
+        given[64:] = quiet = 2.0**-8 * rng.standard_normal((64, 64), np.float32)
+        total = np.zeros_like(given)
+        for _ in range(30):
+            given[:64] = rng.standard_normal((64, 64), np.float32)
+            total += tensorwire.loads(compressor.compress({"w": given}).data)["w"]
+            given[64:] = 0
+        left[scale] = np.linalg.norm(total[64:] - quiet) / np.linalg.norm(quiet)
+    assert left["chunk"] < 0.8
+    assert left["tensor"] > 10
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

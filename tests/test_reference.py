@@ -210,6 +210,7 @@ def test_both_read_planes_alike_or_refuse_them(dtype, count, seed, damage, cut):
 
 
 SPARSE = ["k=1", "k=4,bits=2", "k=6,dct=true", "k=7,bits=8", "k=9,dct=true,bits=16", "k=40,bits=4"]
+SPARSE += ["k=3,scaled=true", "k=9,bits=2,dct=true,scaled=true"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -225,6 +226,7 @@ def test_both_read_sparse_and_low_rank_alike_or_refuse_them(spec, dtype, count, 
     described, rng, codec = dtypes.BY_NAME[dtype], np.random.default_rng(seed), parse(spec)
     extent = Extent.whole(described, (count,))
     values = rng.standard_normal(count).astype(np.float32) * (rng.random(count) < rng.choice([0.1, 1])) * 1e3
+    values *= np.ldexp(np.float32(1), -rng.integers(0, rng.choice([1, 20]), count).astype(np.int32))
     data = from_floats(values, described)
     payload = bytearray(codec.encode(data, extent, lambda size: np.empty(size, np.uint8)).payload)
     for at, value in damage:

@@ -112,9 +112,10 @@ def _late(rank: int, folder: Path) -> Any:
 def _restarted(rank: int, folder: Path) -> Any:
     """Saved and loaded by torch, and by this library, with a message under way."""
     ends = []
+    options = {"lr": 1e-2, "spec": "lowrank:rank=2,beta=0.9", "beta2": 0.9, "overlap": True}
     for way in ("through", "torch", "tensorwire"):
         trained = model()
-        optimizer = DeMo(trained.parameters(), lr=1e-2, spec="lowrank:rank=2,beta=0.9", overlap=True)
+        optimizer = DeMo(trained.parameters(), **options)
         train(optimizer, trained, rank, range(3))
         if way != "through":
             path = folder / f"{way}-{rank}"
@@ -127,7 +128,7 @@ def _restarted(rank: int, folder: Path) -> Any:
                 state = tensorwire.torch.load_file(path)
             trained = model(7)
             trained.load_state_dict(state["model"])
-            optimizer = DeMo(trained.parameters(), lr=1e-2, spec="lowrank:rank=2,beta=0.9", overlap=True)
+            optimizer = DeMo(trained.parameters(), **options)
             optimizer.load_state_dict(state["optimizer"])
         train(optimizer, trained, rank, range(3, 6))
         optimizer.flush()
@@ -287,8 +288,8 @@ def alone(outer: Any, trained: Any, rank: int, steps: range) -> None:
 SCENARIOS = {
     function.__name__: function
     for function in (
-        _equal, _late, _restarted, _drifted, _unlike, _astray, _failing, _late_failing, _hooked, _whole, _hook_failing,
-        _outer, _averaged, _outer_failing,
+        _equal, _late, _restarted, _drifted, _unlike, _astray, _failing, _late_failing, _hooked, _whole,
+        _hook_failing, _outer, _averaged, _outer_failing,
     )
 }  # fmt: skip
 
@@ -412,16 +413,19 @@ def test_a_worker_is_killed_and_all_go_on_from_their_checkpoints(tmp_path):
     assert ranks(_killed, tmp_path / "c", 2, tmp_path, 8, True, None) == through
 
 
-def _thousand(rank: int) -> Any:
+def _many(rank: int, steps: int, spec: str, beta2: float | None) -> Any:
     trained = torch.nn.Linear(20, 4, bias=False)
     torch.nn.init.zeros_(trained.weight)
-    optimizer = DeMo(trained.parameters(), lr=1e-3, spec="demo:k=6", check_every=50)
-    train(optimizer, trained, rank, range(1000))
+    optimizer = DeMo(trained.parameters(), lr=1e-3, spec=spec, beta2=beta2, check_every=50)
+    train(optimizer, trained, rank, range(steps))
     return weights(trained), tensorwire.kernels.isa
 
 
-def test_a_thousand_steps_on_different_instruction_sets_end_in_the_same_bits(tmp_path):
-    ends = ranks(_thousand, tmp_path, 4, isa=("portable",))
+@pytest.mark.parametrize(
+    ("steps", "spec", "beta2"), [(1000, "demo:k=6", None), (100, "demo:k=4,alpha=0.1,scale=chunk", 0.99)]
+)
+def test_many_steps_on_different_instruction_sets_end_in_the_same_bits(tmp_path, steps, spec, beta2):
+    ends = ranks(_many, tmp_path, 4, steps, spec, beta2, isa=("portable",))
     assert len({end for end, _ in ends}) == 1
     assert ends[0][1] == "portable" or tensorwire.kernels.implementation == "numpy"
 
@@ -494,6 +498,8 @@ def test_options_that_mean_nothing_are_refused():
     for options in ({"lr": -1}, {"lr": float("nan")}, {"weight_decay": -1}, {"check_every": -1}):
         with pytest.raises(ValueError, match="at least 0"):
             DeMo(model().parameters(), **options)
+    with pytest.raises(ValueError, match="beta must be"):
+        DeMo(model().parameters(), beta2=1.0)
     both = [("w", torch.nn.Parameter(torch.ones(2))) for _ in range(2)]
     with pytest.raises(ValueError, match="same name"):
         DeMo([{"params": [both[0]]}, {"params": [both[1]]}])
@@ -518,6 +524,43 @@ def test_the_state_of_another_optimizer_or_method_is_refused():
         optimizer.load_state_dict(torch.optim.SGD(model().parameters()).state_dict())
     with pytest.raises(SchemaError, match="not of demo"):
         optimizer.load_state_dict(DeMo(model().parameters(), spec="demo:k=5").state_dict())
+    with pytest.raises(SchemaError, match="has a beta2"):
+        optimizer.load_state_dict(DeMo(model().parameters(), beta2=0.9).state_dict())
+    with pytest.raises(SchemaError, match="beta of 0.9, not of 0.99"):
+        DeMo(model().parameters(), beta2=0.99).load_state_dict(DeMo(model().parameters(), beta2=0.9).state_dict())
+
+
+def _moved(beta2: float | None, rows: Any, dtype: Any) -> Any:
+    """Where a weight is after a few steps, whose gradients in these rows are small."""
+    weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    optimizer = DeMo([weight], lr=2.0**-6, spec="demo:k=8", beta2=beta2)
+    for step in range(4):
+        weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+        weight.grad[rows] *= 2.0**-9
+        optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.usefixtures("by_itself")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_beta2_it_does_not_matter_how_large_the_gradients_of_a_row_are(dtype):
+    dtype = getattr(torch, dtype)
+    ends = [[_moved(beta2, rows, dtype) for rows in ([], range(40))] for beta2 in (0.9, None)]
+    assert torch.equal(*ends[0])
+    assert not torch.equal(*ends[1])
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_with_beta2_a_gradient_that_is_not_finite_leaves_all_as_it_was():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = DeMo([("w", weight)], beta2=0.9)
+    weight.grad = torch.full_like(weight, torch.nan)
+    with pytest.raises(NonFiniteError, match="element 0 is nan"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones_like(weight))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert (weight != 1).all()
 
 
 @pytest.mark.usefixtures("by_itself")

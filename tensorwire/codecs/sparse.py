@@ -2,7 +2,8 @@
 
 A tensor is seen as the rows of a matrix, cut into chunks of `rows` by `cols` elements. What is kept of a chunk is `k`
 positions and values of `bits` bits; the rest decodes to zeros. Payload: a float32 step, the parameter of Rice's codes
-where there are any, the codes of the positions of all chunks, their values. docs/codecs.md has the arithmetic.
+where there are any, the codes of the positions of all chunks, with `scaled` the scales of all chunks, the values.
+docs/codecs.md has the arithmetic.
 
 DeMo (Peng, Quesnelle, Kingma, arXiv:2411.19870) sends momentum this way, SparseLoCo (arXiv:2508.15706) what a worker
 changed in several steps.
@@ -33,6 +34,8 @@ _LARGEST_VALUE: Final = 2.0**110  # of one that is decoded
 _ENUMERATED: Final = 6  # positions that have one number together
 _DENSE: Final = 1 << 18  # elements of a dense tensor that are made at a time
 _STEP: Final = 4
+_SCALE_BITS: Final = 4
+_LOWEST_SCALE: Final = (1 << _SCALE_BITS) - 1
 # A step that tells codes from one another, also where theirs is 0, and what code 0 stands for then.
 _CODES: Final = np.array([2], np.float32)
 _CODE_0: Final = 1
@@ -53,7 +56,8 @@ class Sparse(Packer):
     """The k largest of each chunk of float32, float16 or bfloat16, as signs and magnitudes of `bits` bits together.
 
     `width`: columns of the matrix; a chunk is `rows` by `cols` of them, at most 4096 elements. `dct`: of the chunk's
-    two-dimensional DCT-II, which has at most 64 rows and columns.
+    two-dimensional DCT-II, which has at most 64 rows and columns. `scaled`: each chunk has a power of two of its own
+    that its values are multiplied by, 2^-15 to 1; without, all values of a slice are of about one size.
     """
 
     k: int = parameter(64, Range(1, MOST_CHUNK), wire=True)
@@ -62,6 +66,7 @@ class Sparse(Packer):
     rows: int = parameter(1, Range(1, DCT_MOST), wire=True)
     cols: int = parameter(MOST_CHUNK, Range(1, MOST_CHUNK), wire=True)
     width: int = parameter(MOST_CHUNK, Range(1, 1 << 32), wire=True)
+    scaled: bool = parameter(False, Choice((False, True)), wire=True)
 
     id = 10
     name = "sparse"
@@ -121,18 +126,26 @@ class Sparse(Packer):
 
     def selected(self, payload: memoryview, extent: Extent) -> Selected:
         """What a payload of the right length holds. Raises FormatError."""
-        data, (kept, sizes) = np.frombuffer(payload, np.uint8), _layout(self, extent.count)
+        data, (kept, chunks, sizes) = np.frombuffer(payload, np.uint8), _layout(self, extent.count)
         behind = data.size - packed_size(kept, self.bits)
-        if behind < sizes.metadata:
+        scales = behind - self.scales_size(chunks)
+        if scales < sizes.metadata:
             raise FormatError(f"a payload of {data.size} bytes ends before {kept} values of {self.bits} bits")
         positions = np.empty(kept, np.uint16)
-        codes = data[_STEP:behind]
+        codes = data[_STEP:scales]
         if not kernels.decode_positions(codes, positions, elements=extent.count, **self._grid):
             raise FormatError(f"{codes.size} bytes are no codes of {kept} positions")
         step = checked_steps(data[:_STEP], self.bits, _LARGEST_VALUE)
         values = unpack(data[behind:], step, kept, self.bits)
+        each = None
+        if self.scaled:
+            each = np.repeat(_unpacked_scales(data[scales:behind], chunks), self._kept_of_chunks(extent.count))
+            with kernels.default_environment():
+                values *= _powers(each, -1)
         if positions.max(initial=0) == NOTHING:
             nothing = positions == NOTHING
+            if each is not None and each[nothing].any():
+                raise FormatError("a scale that is not 1 of a chunk of which nothing is kept")
             if (unpack(data[behind:], _CODES, kept, self.bits)[nothing] != _CODE_0).any():
                 raise FormatError("a value that is not 0 of a chunk of which nothing is kept")
             values[nothing] = 0
@@ -165,7 +178,7 @@ class Sparse(Packer):
     def places(self, positions: npt.NDArray[np.uint16], count: int) -> npt.NDArray[np.int64]:
         """Where what is selected of a slice of `count` elements stands, if its chunks stood one behind the other."""
         sizes = self._chunk_sizes(count)
-        return np.repeat(np.cumsum(sizes) - sizes, np.minimum(sizes, self.k)) + positions.astype(np.int64)
+        return np.repeat(np.cumsum(sizes) - sizes, self._kept_of_chunks(count)) + positions.astype(np.int64)
 
     def dense(self, chunks: Float32) -> Float32:
         """The elements of a tensor, of which everything is given: chunk behind chunk, elements or coefficients."""
@@ -216,6 +229,10 @@ class Sparse(Packer):
             sizes.append(np.tile(band, bands))
         return np.concatenate(sizes)
 
+    def _kept_of_chunks(self, count: int) -> npt.NDArray[np.int64]:
+        """How many elements are kept of each chunk of a slice."""
+        return np.minimum(self._chunk_sizes(count), self.k)
+
     def _kept(self, count: int) -> int:
         return _layout(self, count).kept
 
@@ -231,22 +248,64 @@ class Sparse(Packer):
         """Of a whole chunk: how many bits the mean distance of positions has."""
         return max((self.rows * self.cols // self.k).bit_length() - 1, 0)
 
+    def scales_size(self, chunks: int) -> int:
+        """Bytes of the scales of so many chunks."""
+        return packed_size(chunks, _SCALE_BITS) if self.scaled else 0
+
     def _pack(self, chosen: Selected, extent: Extent, take: Take) -> Bytes:
         payload = take(self.sizes(extent.count, extent.dtype).total)
-        step = np.array([step_of(chosen.values, self.bits)], np.float32)
-        values = pack(chosen.values, step, self.bits)
+        values, last = chosen.values, [np.empty(0, np.uint8)]
+        if self.scaled and values.size:
+            counts = self._kept_of_chunks(extent.count)
+            scales = _scales(values, counts)
+            with kernels.default_environment():
+                values = values * _powers(np.repeat(scales, counts), 1)
+            last.append(_packed_scales(scales))
+        step = np.array([step_of(values, self.bits)], np.float32)
+        last.append(pack(values, step, self.bits))
         payload[:_STEP] = step.astype("<f4").view(np.uint8)
-        room, behind = payload[_STEP : payload.size - values.size], _STEP
+        coded = np.concatenate(last)
+        room, behind = payload[_STEP : payload.size - coded.size], _STEP
         if room.size:
             behind += kernels.encode_positions(chosen.positions, room, elements=extent.count, **self._grid)
-        payload[behind : behind + values.size] = values
-        return payload[: behind + values.size]
+        payload[behind : behind + coded.size] = coded
+        return payload[: behind + coded.size]
+
+
+def _scales(values: Float32, counts: npt.NDArray[np.int64]) -> Bytes:
+    """How many times each chunk's values may be doubled to be about as large as the largest; of zeros, 0."""
+    tops = np.maximum.reduceat(np.abs(values), np.cumsum(counts) - counts)
+    exponents = np.frexp(tops)[1]
+    below = np.where(tops > 0, np.frexp(tops.max())[1] - exponents, 0)
+    return np.minimum(below, _LOWEST_SCALE).astype(np.uint8)
+
+
+def _packed_scales(scales: Bytes) -> Bytes:
+    """Two in a byte, the first in its low half."""
+    halves = np.append(scales, np.zeros(scales.size % 2, np.uint8))
+    packed: Bytes = halves[::2] | halves[1::2] << np.uint8(_SCALE_BITS)
+    return packed
+
+
+def _unpacked_scales(data: Bytes, count: int) -> Bytes:
+    """So many of them. Raises FormatError."""
+    halves = np.stack([data & np.uint8(_LOWEST_SCALE), data >> np.uint8(_SCALE_BITS)], axis=1).reshape(-1)
+    if halves[count:].any():
+        raise FormatError("bits behind the last scale are not 0")
+    return halves[:count]
+
+
+def _powers(exponents: Bytes, sign: int) -> Float32:
+    """Two to the power of them, or of their negatives."""
+    powers: Float32 = np.ldexp(np.float32(1), sign * exponents.astype(np.int32))
+    return powers
 
 
 class _Layout(NamedTuple):
     """What is kept of a slice, and how large it is at most."""
 
     kept: int
+    chunks: int
     sizes: Sizes
 
 
@@ -257,4 +316,6 @@ def _layout(codec: Sparse, count: int) -> _Layout:
     index = sum(number * codec.index_bits(size) for number, size in kinds)
     kept = sum(number * min(codec.k, size) for number, size in kinds)
     head = _STEP if codec.k <= _ENUMERATED else _STEP + 1
-    return _Layout(kept, Sizes(packed_size(index, 1) + packed_size(kept, codec.bits), head))
+    chunks = sum(number for number, _ in kinds)
+    data = packed_size(index, 1) + codec.scales_size(chunks) + packed_size(kept, codec.bits)
+    return _Layout(kept, chunks, Sizes(data, head))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import tensorwire
 from tensorwire.checksum import crc32c
 from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, TransportError
-from tensorwire.updates import Compressor, Message, Method, combine, views
+from tensorwire.updates import Compressor, Message, Method, Normalizer, combine, views
 
 __all__ = ["DDPState", "DeMo", "DiLoCo", "Exchange", "ddp_hook"]
 
@@ -151,9 +151,11 @@ class DeMo(torch.optim.Optimizer):
 
     `params`: as other optimizers take them, of float32, float16 or bfloat16; named ones are named in errors. `lr`:
     about what AdamW would get. `spec`: a method of `tensorwire.updates` ("demo:k=4", "demo:k=40,beta=0.99,alpha=0.1").
-    `weight_decay`: as AdamW's. `group`: a process group, the default one if it is None. `check_every`: the weights of
-    all ranks are compared before the first step and then every so many; 0: never. `overlap`: messages travel while the
-    next step is calculated, and count one step late; call `flush` after the last one.
+    `beta2`: each rank first divides its gradients by the root of their mean square, as Adam does, of which so much
+    stays at each step (0.99): what is small everywhere is then sent as often as what is large. `weight_decay`: as
+    AdamW's. `group`: a process group, the default one if it is None. `check_every`: the weights of all ranks are
+    compared before the first step and then every so many; 0: never. `overlap`: messages travel while the next step is
+    calculated, and count one step late; call `flush` after the last one.
 
     `step` raises as `Exchange.finish`, and NonFiniteError for gradients that are not finite: on all ranks, whose
     weights then are as they were, and what was to be sent is kept for the next step.
@@ -165,6 +167,7 @@ class DeMo(torch.optim.Optimizer):
         lr: float = 1e-3,
         *,
         spec: str | Method = "demo:k=32",
+        beta2: float | None = None,
         weight_decay: float = 0.0,
         group: Any = None,
         check_every: int = 100,
@@ -175,12 +178,15 @@ class DeMo(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be at least 0 and finite, not {value}")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._compressor = Compressor(spec)
+        self._beta2 = beta2
+        self._normalizer = None if beta2 is None else Normalizer(beta2)
         self._check_every = check_every
         self._overlap = overlap
         described = [(name, str(p.dtype), tuple(p.shape)) for name, p, _ in self._trained()]
         if len({name for name, _, _ in described}) < len(described):
             raise ValueError("two parameters have the same name")
-        self._exchange = Exchange(group, contract=f"{self._compressor.method} {check_every} {overlap} {described}")
+        contract = f"{self._compressor.method} {beta2} {check_every} {overlap} {described}"
+        self._exchange = Exchange(group, contract=contract)
         self._step = 0
         self._message = Message(b"", settled=True)
         self._arrived: list[bytes] = []  # messages of all ranks that do not count yet
@@ -223,7 +229,9 @@ class DeMo(torch.optim.Optimizer):
         Tensors, plain values and their containers: for `torch.save` as for `tensorwire.torch.save_file`.
         """
         self._collect()
-        ours = {"step": self._step, "compressor": self._compressor.state_dict(), "arrived": self._arrived}
+        normalizer = None if self._normalizer is None else self._normalizer.state_dict()
+        compressor = self._compressor.state_dict()
+        ours = {"step": self._step, "compressor": compressor, "normalizer": normalizer, "arrived": self._arrived}
         return {**super().state_dict(), _OURS: _tensors(ours)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -233,9 +241,15 @@ class DeMo(torch.optim.Optimizer):
         if ours is None:
             raise SchemaError("this is the state of another optimizer than DeMo")
         ours = _arrays(ours)
+        if (self._beta2 is None) != (ours["normalizer"] is None):
+            raise SchemaError("one of this optimizer and that of the state has a beta2, and the other has none")
         compressor = _loaded(self._compressor, ours["compressor"])
+        normalizer = None
+        if self._beta2 is not None:
+            normalizer = Normalizer(self._beta2)
+            normalizer.load_state_dict(ours["normalizer"])
         super().load_state_dict(theirs)
-        self._compressor = compressor
+        self._compressor, self._normalizer = compressor, normalizer
         self._step = ours["step"]
         self._arrived = [message.tobytes() for message in ours["arrived"]]
 
@@ -262,7 +276,11 @@ class DeMo(torch.optim.Optimizer):
         digest = _NO_DIGEST
         try:
             gradients = {name: _gradient([p for p, _ in each]) for name, each in self._sent_together().items()}
-            message = self._compressor.compress(gradients)
+            if self._normalizer is None:
+                message = self._compressor.compress(gradients)
+            else:
+                floats = {name: gradient.detach().float().cpu().numpy() for name, gradient in gradients.items()}
+                message = self._compressor.compress(self._normalizer.divide(floats))
             if self._check_every and self._step % self._check_every == 0:
                 digest = _digest({name: p.detach() for name, p, _ in self._trained()})
         except Exception:

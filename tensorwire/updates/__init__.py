@@ -26,6 +26,7 @@ from tensorwire.updates.feedback import ErrorFeedback
 from tensorwire.updates.mean import Mean, TrimmedMean, WeightedMean, average
 from tensorwire.updates.message import Arrays, arrays, encode, encode_patch, receive, receive_patch, terms_of
 from tensorwire.updates.methods import Method
+from tensorwire.updates.normalizer import Normalizer
 from tensorwire.updates.optimizer import ServerOptimizer
 from tensorwire.updates.recording import BoundedRecording
 from tensorwire.updates.roles import exact_vectors
@@ -44,6 +45,7 @@ __all__ = [
     "Mean",
     "Message",
     "Method",
+    "Normalizer",
     "Rules",
     "ServerOptimizer",
     "Terms",

@@ -39,23 +39,24 @@ class TopK(Method):
     """The `k` largest of each 4096 elements, or with `dct` of the DCT of each 64 by 64.
 
     A tensor of more than two dimensions is the matrix of its first one and all others; a vector is laid out in rows
-    of 64.
+    of 64. `scale`: of the values, one for the whole tensor, or a power of two for each chunk.
     """
 
     k: int = parameter(64, Range(1, 4096))
     values: str = parameter("2bit", Choice(tuple(_BITS)))
     dct: bool = parameter(False, Choice((False, True)))
+    scale: str = parameter("tensor", Choice(("tensor", "chunk")))
 
     name = "topk"
 
     def codec(self, shape: tuple[int, ...]) -> Codec:
         """The codec of a tensor of this shape: chunks of nearly equal size."""
-        bits = _BITS[self.values]
+        bits, scaled = _BITS[self.values], self.scale == "chunk"
         if not self.dct:
-            return Codec((Sparse(k=self.k, bits=bits),))
+            return Codec((Sparse(k=self.k, bits=bits, scaled=scaled),))
         rows, width = _matrix(shape)
         chunk = {"rows": _side(rows), "cols": _side(width), "width": width}
-        return Codec((Sparse(k=self.k, bits=bits, dct=True, **chunk),))
+        return Codec((Sparse(k=self.k, bits=bits, dct=True, scaled=scaled, **chunk),))
 
 
 @dataclass(frozen=True, repr=False)

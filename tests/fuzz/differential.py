@@ -59,6 +59,7 @@ def material() -> dict[str, bytes]:
         "bf16|zstd",
         "sparse:k=2,bits=2,rows=2,cols=5,width=9",
         "sparse:k=8,dct=true,rows=3,cols=8,width=15|zstd",
+        "sparse:k=2,bits=2,rows=2,cols=5,width=9,scaled=true",
         "lowrank:rank=2,width=9",
     ):
         values = rng.standard_normal(45).astype(np.float32)

@@ -658,8 +658,9 @@ bad("entropy-alone", "FormatError", "order", (START, ROOT, tensor(1, ["a"], [3],
 
 
 # Chunks of 16 elements, of which 2 are kept: 120 pairs, in 7 bits; or 7, in codes of Rice. Signs.
-PAIRS = [[SPARSE, 2, 1, 0, 1, 16, 16]]
-SEVEN = [[SPARSE, 7, 1, 0, 1, 16, 16]]
+PAIRS = [[SPARSE, 2, 1, 0, 1, 16, 16, 0]]
+SEVEN = [[SPARSE, 7, 1, 0, 1, 16, 16, 0]]
+SCALED = [[SPARSE, 2, 1, 0, 1, 16, 16, 1]]
 ONE = struct.pack("<f", 1)
 # Positions 0 to 6 under the parameter 1, which is the best for 7 of 16: a 1 for the upper bits of 0, and a 0.
 FIRST_SEVEN = (0b01010101010101).to_bytes(2, "little")
@@ -668,6 +669,9 @@ for name, says, stages, payload in (
     ("bit-behind-numbers", "no codes of 2 positions", PAIRS, ONE + b"\xf7\0"),
     ("bit-behind-values", "behind the last value", PAIRS, ONE + b"\0\x04"),
     ("value-of-nothing", "nothing is kept", PAIRS, ONE + b"\x78\x01"),
+    ("scale-of-nothing", "a scale that is not 1", SCALED, ONE + b"\x78\x01\0"),
+    ("bit-behind-scales", "behind the last scale", SCALED, ONE + b"\0\x10\0"),
+    ("scales-cut", "ends before 2 values", SCALED, ONE + b"\0"),
     ("cut", "ends before 2 values", PAIRS, ONE),
     ("without-positions", "0 bytes are no codes", PAIRS, ONE + b"\0"),
     ("longer", "at most 6", PAIRS, ONE + b"\0\0\0"),
@@ -689,15 +693,16 @@ bad(
     carried(zstd_frame(ONE + b"\x78\x01"), 16, [*PAIRS, [ZSTD]], FLOAT32),
 )
 for name, says, codec in (
-    ("k-0", "k of sparse", [SPARSE, 0, 1, 0, 1, 16, 16]),
-    ("bits-3", "bits of sparse", [SPARSE, 2, 3, 0, 1, 16, 16]),
-    ("dct-2", "dct of sparse", [SPARSE, 2, 1, 2, 1, 16, 16]),
-    ("rows-65", "rows of sparse", [SPARSE, 2, 1, 0, 65, 16, 16]),
-    ("chunk", "at most 4096", [SPARSE, 2, 1, 0, 64, 65, 65]),
-    ("dct-cols-65", "with dct", [SPARSE, 2, 1, 1, 1, 65, 65]),
-    ("cols-beyond-width", "no wider", [SPARSE, 2, 1, 0, 1, 16, 15]),
-    ("width-0", "width of sparse", [SPARSE, 2, 1, 0, 1, 16, 0]),
-    ("parameters", "6 parameters", [SPARSE, 2, 1, 0, 1, 16]),
+    ("k-0", "k of sparse", [SPARSE, 0, 1, 0, 1, 16, 16, 0]),
+    ("bits-3", "bits of sparse", [SPARSE, 2, 3, 0, 1, 16, 16, 0]),
+    ("dct-2", "dct of sparse", [SPARSE, 2, 1, 2, 1, 16, 16, 0]),
+    ("rows-65", "rows of sparse", [SPARSE, 2, 1, 0, 65, 16, 16, 0]),
+    ("chunk", "at most 4096", [SPARSE, 2, 1, 0, 64, 65, 65, 0]),
+    ("dct-cols-65", "with dct", [SPARSE, 2, 1, 1, 1, 65, 65, 0]),
+    ("cols-beyond-width", "no wider", [SPARSE, 2, 1, 0, 1, 16, 15, 0]),
+    ("width-0", "width of sparse", [SPARSE, 2, 1, 0, 1, 16, 0, 0]),
+    ("scaled-2", "scaled of sparse", [SPARSE, 2, 1, 0, 1, 16, 16, 2]),
+    ("parameters", "7 parameters", [SPARSE, 2, 1, 0, 1, 16, 16]),
 ):
     bad(f"sparse-{name}", "FormatError", says, (START, ROOT, tensor(1, ["a"], [3], FLOAT32, [codec])))
 bad("sparse-of-float64", "FormatError", "cannot carry", (START, ROOT, tensor(1, ["a"], [3], FLOAT64, PAIRS)))

@@ -331,10 +331,13 @@ def sparse() -> bytes:
     values = weights((30, 25), "sparse")
     gap = values.copy()
     gap[:10] = 0
+    scales = np.ldexp(np.float32(1), -np.arange(30, dtype=np.int32))[:, None]
     tensors = {
         "k4": values,
         "k6 4 bits": gap,
         "k8": gap,
+        "k4 scaled": gap * scales,
+        "dct 2 bits scaled": gap * scales,
         "k9 2 bits bf16": bfloat16(values),
         "k40 16 bits f16": values.astype(np.float16),
         "dct": values,
@@ -351,6 +354,8 @@ def sparse() -> bytes:
         "k4": f"sparse:k=4,{chunks}",
         "k6 4 bits": f"sparse:k=6,bits=4,{chunks}",
         "k8": f"sparse:k=8,{chunks}",
+        "k4 scaled": f"sparse:k=4,{chunks},scaled=true",
+        "dct 2 bits scaled": f"sparse:k=7,bits=2,dct=true,{chunks},scaled=true",
         "k9 2 bits bf16": f"sparse:k=9,bits=2,{chunks}|zstd",
         "k40 16 bits f16": f"sparse:k=40,bits=16,dct=true,{chunks}",
         "dct": f"sparse:k=4,dct=true,{chunks}",

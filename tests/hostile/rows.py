@@ -74,10 +74,10 @@ ROWS = {
     48: Row("nested state", "data-nested-* data-offset-* *-double_quant-* nf4-double-absmax-* fp4-double-absmax-*"),
     49: Row("an unused half that is not 0", "data-unused-half *-unused-half zstd-inside"),
     50: Row("dtype as text, integer and complex targets", "item-dtype-text dtype-is-* *-of-int64 *-of-complex64"),
-    51: Row("codec stages repeated, unknown, in another order", "stages-* stage-* item-codec-* planes-of-integers planes-parameter entropy-parameter entropy-alone sparse-k-* sparse-bits-* sparse-dct-* sparse-rows-* sparse-chunk sparse-cols-* sparse-width-* sparse-parameters sparse-of-float64 lowrank-rank-* lowrank-width-*"),
+    51: Row("codec stages repeated, unknown, in another order", "stages-* stage-* item-codec-* planes-of-integers planes-parameter entropy-parameter entropy-alone sparse-k-* sparse-bits-* sparse-dct-* sparse-rows-* sparse-chunk sparse-cols-* sparse-width-* sparse-scaled-* sparse-parameters sparse-of-float64 lowrank-rank-* lowrank-width-*"),
     52: Row("a half-size payload of what is no float32", "fp16-of-* bf16-of-* item-codec-fp16-of-float64 item-codec-bf16-of-float16"),
     53: Row("zero block, single element, last block of 1", tests="kernels/test_definition.py::test_encode kernels/test_equality.py::test_every_small_length"),
-    54: Row("sparse and delta payloads", "patch-* sparse-number sparse-position* sparse-bit-* sparse-*nothing* sparse-rice-* sparse-inside-zstd lowrank-bit-behind lowrank-bomb", "test_reference.py::test_both_read_sparse_and_low_rank_alike_or_refuse_them test_compressors.py::test_what_nobody_expects_does_not_become_gigabytes kernels/test_change_kernels.py::test_damaged_codes_get_one_verdict test_patch.py::test_damaged_patches_are_refused_before_a_byte_is_written"),
+    54: Row("sparse and delta payloads", "patch-* sparse-number sparse-position* sparse-bit-* sparse-*nothing* sparse-scales-cut sparse-rice-* sparse-inside-zstd lowrank-bit-behind lowrank-bomb", "test_reference.py::test_both_read_sparse_and_low_rank_alike_or_refuse_them test_compressors.py::test_what_nobody_expects_does_not_become_gigabytes kernels/test_change_kernels.py::test_damaged_codes_get_one_verdict test_patch.py::test_damaged_patches_are_refused_before_a_byte_is_written"),
     # Integrity and identity
     55: Row("every substitution of a byte", tests=f"{MUTATIONS}test_every_substituted_byte_is_refused"),
     56: Row("swaps, bursts, lost sectors", tests=f"{MUTATIONS}test_every_swap_of_adjacent_bytes_is_refused {MUTATIONS}test_bursts_and_lost_sectors_are_refused"),

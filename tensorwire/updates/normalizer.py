@@ -1,0 +1,82 @@
+"""Gradients in multiples of their usual size, so that a compressor does not look at the largest tensors' rows alone."""
+
+from collections.abc import Mapping
+from math import sqrt
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorwire.errors import NonFiniteError, SchemaError
+from tensorwire.kernels import default_environment
+
+Float32 = npt.NDArray[np.float32]
+
+_BLOCK: Final = 1 << 14  # numbers that are worked on at a time, in float64: they stay in the caches
+
+
+class Normalizer:
+    """Divides the gradients of one sender by the root of their mean square, element by element.
+
+    That is Adam's second moment (Kingma and Ba, arXiv:1412.6980), before anything is left out: of the mean square
+    `beta` stays at each step, and `eps` is added to its root. Calculated in float64; the root is kept in float32.
+    Raises ValueError.
+
+        normalizer = Normalizer(0.99)
+        message = compressor.compress(normalizer.divide(gradients))
+    """
+
+    def __init__(self, beta: float = 0.99, *, eps: float = 1e-8) -> None:
+        if not (0 <= beta < 1 and 0 < eps < np.inf):
+            raise ValueError(f"beta must be at least 0 and less than 1, eps above 0, not {beta} and {eps}")
+        self._beta = float(beta)
+        self._eps = eps
+        self._left = 1.0  # of the zeros that a mean square begins with
+        self._roots: dict[str, Float32] = {}
+
+    def divide(self, gradients: Mapping[str, Float32]) -> dict[str, Float32]:
+        """Take in the gradients of a step, float32 arrays by name; what they are in multiples of their usual size.
+
+        The same names and shapes every time. Raises SchemaError for others, NonFiniteError for what is not finite,
+        before anything is taken in. The gradients are not written to.
+        """
+        for name, gradient in gradients.items():
+            self._check(name, gradient)
+        self._left *= self._beta
+        with default_environment():
+            return {name: self._divided(name, gradient) for name, gradient in gradients.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it has to know to go on. The arrays are its own: it writes to them in the next step."""
+        return {"beta": self._beta, "left": self._left, "roots": dict(self._roots)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, in arrays of torch or NumPy. Raises SchemaError for another beta."""
+        if state["beta"] != self._beta:
+            raise SchemaError(f"this is the state of a normalizer with a beta of {state['beta']}, not of {self._beta}")
+        roots = {name: np.array(root, np.float32) for name, root in state["roots"].items()}
+        self._left, self._roots = state["left"], roots
+
+    def _check(self, name: str, gradient: Float32) -> None:
+        if self._roots and (name not in self._roots or self._roots[name].shape != gradient.shape):
+            raise SchemaError(f"there was no gradient of shape {list(gradient.shape)} before", item=name)
+        finite = np.isfinite(gradient)
+        if not finite.all():
+            index = int(np.flatnonzero(~finite)[0])
+            error = NonFiniteError(f"{gradient.reshape(-1)[index]}, of which there is no mean", index=index)
+            error.item = name
+            raise error
+
+    def _divided(self, name: str, gradient: Float32) -> Float32:
+        made = np.empty(gradient.shape, np.float32)
+        if name not in self._roots:
+            self._roots[name] = np.zeros(gradient.shape, np.float32)
+        flat, kept, out = (array.reshape(-1) for array in (gradient, self._roots[name], made))
+        share = sqrt(1 - self._left)
+        for start in range(0, flat.size, _BLOCK):
+            place = slice(start, start + _BLOCK)
+            new, root = flat[place].astype(np.float64), kept[place].astype(np.float64)
+            root = np.sqrt(self._beta * np.square(root) + (1 - self._beta) * np.square(new))
+            kept[place] = root
+            out[place] = new / (root / share + self._eps)
+        return made
