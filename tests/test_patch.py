@@ -81,7 +81,7 @@ def test_every_way_to_encode_takes_a_base() -> None:
     assert tensorwire.dumps(new, base=old, metadata={"by": "ann"}) == patch
     assert asyncio.run(gather(tensorwire.encode_async(new, base=old, metadata={"by": "ann"}))) == patch
     for encode in (tensorwire.dumps, tensorwire.encode_async):
-        with pytest.raises(EncodeError, match="leave codec="):
+        with pytest.raises(EncodeError, match="leave out codec="):
             encode(new, base=old, codec="nf4")
     with pytest.raises(EncodeError, match="send the new one whole"):
         asyncio.run(gather(tensorwire.encode_async(new, base={"w": old["w"]})))
