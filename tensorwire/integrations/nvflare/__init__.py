@@ -1,7 +1,7 @@
 """NVIDIA FLARE with tensors encoded on the wire: one line behind any recipe.
 
     recipe = FedAvgRecipe(..., aggregator=WireAggregator())
-    add_to(recipe, down="bf16", up="nf4")
+    add_to(recipe, down="bf16|entropy", up="nf4")
 
 Output filters mark tensors with the codec that they are to travel with and change nothing (`WireFilter`). When FLARE
 sends a message, the decomposer of marked tensors (`WireDecomposer`) offers all of them as one stream, which FLARE's

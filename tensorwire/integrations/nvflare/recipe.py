@@ -14,7 +14,7 @@ from tensorwire.integrations.nvflare.model import CodecSpec, is_quantizer
 def add_to(
     recipe: Any,
     *,
-    down: CodecSpec = "bf16",
+    down: CodecSpec = "bf16|entropy",
     up: CodecSpec = "nf4",
     difference: bool | None = None,
     lazy: bool | None = None,
