@@ -1,8 +1,8 @@
-"""The messages of many senders added up, none of which is ever dense.
+"""Adds up the messages of many senders without making any of them dense.
 
-What is sparse is added where it stands: as coefficients, if the messages hold those, which are transformed back once,
-at the end. Messages are taken in the order in which they are given, and sums are in float64, so that all who add the
-same messages in the same order get the same bits.
+Sparse messages are added at their positions: DCT coefficients are added as coefficients and transformed back once, at
+the end. Messages are added in the order in which they are given, and sums are in float64, so that everyone who adds
+the same messages in the same order gets the same bits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,13 +35,13 @@ _SUMS: Final = 16  # bytes that the sums of an element take, with what is presen
 def combine(
     messages: Iterable[Any], *, how: How = "mean", weights: Sequence[float] | None = None
 ) -> dict[str, Float32]:
-    """What messages hold together: float32 arrays by name.
+    """Add up messages of compressors, and return float32 arrays by name.
 
-    `messages`: what compressors made, as `tensorwire.decode` takes streams; all with the same tensors, encoded with the
-    same codecs, and nothing else. `how`: the `mean`, the `sum`, the mean of those that hold an element or a coefficient
-    at all (`present`, as DeMo has it), or the sign of what most of them have there (`vote`). `weights`: one for each
-    message. Takes memory for two or three models, whatever the number of messages. Raises a WireError for a damaged
-    message, ValueError for none, or for weights that are no positive numbers or not as many.
+    `messages`: streams as `tensorwire.decode` takes them, all with the same tensors and codecs, and nothing else.
+    `how`: the `mean`, the `sum`, the mean over the messages that hold an element or coefficient (`present`, as in
+    DeMo), or the sign of the weighted sum of signs (`vote`). `weights`: one for each message. Takes memory for two or
+    three models, whatever the number of messages. Raises a WireError for a damaged message, ValueError if there is no
+    message, if a weight is not a positive number, or if there are not as many weights as messages.
 
         for name, change in combine([mine.data, *received]).items():
             weights[name] -= rate * np.sign(change)
