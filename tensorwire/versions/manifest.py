@@ -1,12 +1,12 @@
-"""The manifest of a store: which versions there are, and which files lead to one. No I/O.
+"""The manifest of a store: its versions, and the files that lead to each. No I/O.
 
     manifest = Manifest.parse(data)
     route = manifest.route(have, number=None)      # the files to fetch, the fewest bytes
     data = manifest.adding(version).dump()
 
-A version has a number, one more than the one before, and the content digest of what it holds. It can be made of its
-*anchor*, a `.tw` file of all of it, or of the version before by its *patch*. Holding a `Manifest` means that it is
-valid: numbers without a gap, each patch against the version before it, file names that are no paths.
+A version has a number, one more than the version before, and a content digest. It is made either from its *anchor*, a
+`.tw` file with all of it, or from the version before by its *patch*. A `Manifest` object is always valid: its numbers
+have no gap, each patch is against the version before, and no file name is a path.
 """
 
 import json
@@ -60,7 +60,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How a version is made: of what one has or, where it is given, of an anchor, by the patches of these versions."""
+    """How a version is made: from an anchor if there is one, else from the reader's version, by these patches."""
 
     target: Version
     anchor: Version | None
@@ -81,7 +81,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The versions of a store, oldest first. `run`: the store's own id; `publisher`: whoever wrote it last."""
+    """The versions of a store, oldest first. `run`: the store's own id; `publisher`: the last publisher."""
 
     run: str
     publisher: str
@@ -139,15 +139,15 @@ class Manifest:
         return replace(self, publisher=publisher, versions=(*kept, version))
 
     def keeping(self, anchors: int) -> "Manifest":
-        """The same without the versions before the last `anchors` ones that have an anchor."""
+        """The same without versions older than the last `anchors` that have an anchor."""
         at = [place for place, version in enumerate(self.versions) if version.anchor is not None]
         return replace(self, versions=self.versions[at[-anchors] :]) if len(at) > anchors else self
 
     def wants_anchor(self, every: int) -> bool:
-        """Whether the next newcomer should find one at the head.
+        """Whether the newest version should get an anchor.
 
-        That is where it has none and is the `every`-th version since the last, or where the patches since then have
-        more bytes than that anchor has.
+        It should if it has none and is the `every`-th version since the last anchor, or if the patches since then take
+        more bytes than that anchor.
         """
         chain = 0
         for count, version in enumerate(reversed(self.versions)):
@@ -157,7 +157,7 @@ class Manifest:
         return True
 
     def check_follows(self, seen: "Manifest") -> None:
-        """Raise SequenceError unless this is what became of `seen`: not another store, a fork, or an older state."""
+        """Raise SequenceError unless this manifest continues `seen`: not another store, a fork, or an older state."""
         if self.run != seen.run:
             raise SequenceError(
                 f"another store stands here now: run {self.run}, not {seen.run}. Begin anew with a new Subscriber"
@@ -177,10 +177,10 @@ class Manifest:
             )
 
     def route(self, have: str | None, number: int | None = None, avoid: Collection[str] = ()) -> Route:
-        """The way to a version, the newest where no number is given, that takes the fewest bytes.
+        """The route with the fewest bytes to a version, the newest if no number is given.
 
-        `have`: the content digest of what is there already. `avoid`: files that are known to be bad. Raises
-        SequenceError, naming the missing link, where no way is left.
+        `have`: the content digest of the reader's version. `avoid`: files that are known to be bad. Raises
+        SequenceError, naming the missing patch, if there is no route.
         """
         target = self.head if number is None else self.version(number)
         if have == target.digest:

@@ -17,10 +17,10 @@ _Leaves = dict[str, TensorLeaf | ValueLeaf]
 
 
 class Overwriting:
-    """What it takes to give a container the values of another of the same names, dtypes and shapes.
+    """Overwrites a container with the values of another that has the same names, dtypes and shapes.
 
-    `front` is that of the tensors of `whole`. Making it writes nothing, and refuses what does not fit: SchemaError
-    naming the item, EncodeError for a value that cannot be set in its place. `write` does it.
+    `front`: of the tensors of `whole`. The constructor writes nothing. It raises SchemaError, naming the item, for a
+    container that does not fit, and EncodeError for a value that cannot be set in place. `write` writes.
     """
 
     def __init__(self, whole: Any, front: Front, state: Any, limits: Limits) -> None:
