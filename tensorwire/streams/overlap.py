@@ -1,8 +1,8 @@
 """Encoding ahead of the sender, decoding behind the receiver: jobs in a helper thread, results in order.
 
-Kernels release the GIL, so one helper overlaps a codec with the network. The caller takes part: a job that the helper
-has not begun when its result is due is run by the caller, who thus never waits for a helper that lost its core.
-How many threads a job itself may use is the kernels' business (`tensorwire.set_threads`).
+Kernels release the GIL, so one helper overlaps a codec with the network. If the helper has not begun a job when its
+result is due, the caller runs it, and so never waits for a helper that lost its core.
+`tensorwire.set_threads` sets how many threads a kernel in a job may use.
 """
 
 from collections import deque

@@ -1,7 +1,7 @@
-"""Versions: what a container holds under which names, and its content digest.
+"""Versions: the contents of a container by name, and their content digest.
 
-Two containers of the same names, dtypes, shapes and values are one version, however they travel: docs/format.md says
-what is digested. The digest tells versions apart that differ by accident; who must know whose a version is signs it
+Two containers with the same names, dtypes, shapes and values are one version, however they are sent: docs/format.md
+says what is digested. The digest detects accidental differences; to prove who made a version, sign it
 (`tensorwire.authenticity`).
 """
 
@@ -27,7 +27,7 @@ _READ: Final = 4 * CHUNK  # bytes that are asked of a tensor at once: the asking
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What stands under one name of a version: a tensor, or where `view` is None the `data` of a value."""
+    """The entry of one name in a version: a tensor or, if `view` is None, the `data` of a value."""
 
     path: Path
     view: TensorView | None
@@ -61,7 +61,7 @@ Sums = dict[str, Checksums]
 
 
 def version_of(value: Any, front: Front, limits: Limits = DEFAULT) -> Version:
-    """What a container holds. Raises EncodeError as `flatten` does."""
+    """The entries of a container, by name. Raises EncodeError as `flatten` does."""
     found: Version = {}
     for leaf in flatten(value, front, rule("raw"), limits, tie=False):
         if isinstance(leaf, TensorLeaf):
