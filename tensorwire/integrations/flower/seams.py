@@ -26,7 +26,7 @@ def changed_seam(seam: str) -> UnsupportedError:
 
 
 def check_seams() -> None:
-    """Raise UnsupportedError where this version of Flower has changed what is relied on."""
+    """Raise UnsupportedError if this version of Flower has changed anything that this package relies on."""
     known = {"set_run", "run", "create_message", "get_node_ids", "push_messages", "pull_messages", "send_and_receive"}
     sample = Array(np.zeros(2, np.float32))
     seams = {

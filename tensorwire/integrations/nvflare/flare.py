@@ -1,4 +1,4 @@
-"""What of FLARE the plug-in stands on: a version of it that lacks one of these names is said here, and which it is."""
+"""The names of FLARE that the plug-in relies on; the import names any that a version of FLARE lacks."""
 
 try:
     from nvflare.apis.dxo import DXO, DataKind
