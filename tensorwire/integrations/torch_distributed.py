@@ -241,7 +241,7 @@ class DeMo(torch.optim.Optimizer):
             raise SchemaError("this is the state of another optimizer than DeMo")
         ours = _arrays(ours)
         if (self._beta2 is None) != (ours["normalizer"] is None):
-            raise SchemaError("one of this optimizer and that of the state has a beta2, and the other has none")
+            raise SchemaError("only one of this optimizer and the saved one has a beta2")
         compressor = _loaded(self._compressor, ours["compressor"])
         normalizer = None
         if self._beta2 is not None:

@@ -160,7 +160,7 @@ def check_update(
         assert terms is not None
         left -= 1
         if left < 0:
-            detail = f"the update comes in slices of less than {_SLICE} bytes on average: send it in larger frames"
+            detail = f"the slices of the update have less than {_SLICE} bytes on average: send it in larger frames"
             raise UpdateError(detail, reason="cost", item=piece.item.name)
         if is_calculated(piece.dtype):
             energy += _energy(piece, place_of_piece(model, piece), terms.kind, highest[key_of(piece.item)])
@@ -227,6 +227,6 @@ def _judged(update: Update, rules: Rules, schema: Schema) -> Update:
         if verdict == "reject":
             raise UpdateError("the receiver's validate function refuses this update", reason="hook")
         if verdict not in ("accept", "clip") or (verdict == "clip" and rules.max_norm is None):
-            raise ValueError(f"validate must return accept, reject, or where there is a max_norm clip, not {verdict!r}")
+            raise ValueError(f"validate must return accept, reject or, if there is a max_norm, clip; not {verdict!r}")
         clip = clip or (verdict == "clip" and update.norm > limit)
     return replace(update, scale=limit / update.norm) if clip else update

@@ -47,7 +47,7 @@ def combine(
             weights[name] -= rate * np.sign(change)
     """
     if how not in _HOW:
-        raise ValueError(f"messages are combined by {', '.join(_HOW)}, not {how!r:.40}")
+        raise ValueError(f"how must be one of {', '.join(_HOW)}, not {how!r:.40}")
     totals: dict[str, _Total] = {}
     names: _Names | None = None
     weight_sum = 0.0

@@ -127,7 +127,7 @@ class Compressor:
     def age(self, factor: float) -> None:
         """Multiply what is kept by `factor`, from 0 to 1, after steps that this sender missed. Raises ValueError."""
         if not 0 <= factor <= 1:
-            raise ValueError(f"what is kept is multiplied by a number from 0 to 1, not {factor!r}")
+            raise ValueError(f"factor must be a number from 0 to 1, not {factor!r}")
         for kept in self._kept.values():
             kept *= np.float32(factor)
 
@@ -161,7 +161,7 @@ class Compressor:
             raise EncodeError(f"compressors take float32, float16 and bfloat16, not {view.dtype}", item=name)
         kept = self._kept.get(name)
         if kept is not None and kept.shape != view.shape:
-            raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
+            raise EncodeError(f"the tensor has shape {list(view.shape)}, but had {list(kept.shape)} before", item=name)
         codec = codec_for(self._method, view.shape)
         most, new = codec.ceiling(view.dtype), largest(view)
         before = 0.0 if kept is None else self._bounds.get(name, math.inf)

@@ -96,7 +96,7 @@ class TrimmedMean:
     def begin(self, updates: Sequence[Update]) -> None:
         """See `Mean`."""
         if not 0 <= self.share < 0.5:
-            raise ValueError(f"the share to be left out at each end is from 0 to less than 0.5, not {self.share!r}")
+            raise ValueError(f"share must be at least 0 and less than 0.5, not {self.share!r}")
         self._trimmed = int(self.share * len(updates))
         self._left = len(updates) - 2 * self._trimmed
         self._sums = np.empty(0)

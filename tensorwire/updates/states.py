@@ -49,7 +49,7 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
             detail = f"training gave {view.dtype} {list(view.shape)}, the model has {was.dtype} {list(was.shape)}"
             raise SchemaError(detail, item=name)
         if first != name and view.identity != got[first].identity and not is_equal(view, got[first]):
-            raise SchemaError(f"the model has one tensor for this and {show(first)}, training gave two", item=name)
+            raise SchemaError(f"the model has one tensor for this and {show(first)}, but training gave two", item=name)
         made[name] = replace(view, identity=was.identity)
     return made
 

@@ -54,7 +54,7 @@ class Terms:
                 return terms
         except (KeyError, TypeError, ValueError, RecursionError):
             pass
-        raise SchemaError("the stream does not say what it updates: its metadata holds no valid terms")
+        raise SchemaError("the stream's metadata has no valid terms (run, round, base, weight)")
 
 
 def check_weight(weight: object, most: float = math.inf) -> None:

@@ -67,7 +67,7 @@ def follow(
     answer was one.
     """
     if not os.fspath(path).endswith(".safetensors"):
-        raise ArgumentError(f"{os.fspath(path)!r} is not called .safetensors, which it becomes")
+        raise ArgumentError(f"{os.fspath(path)!r} must end in .safetensors, because that is its format")
     if not interval > 0 or (timeout is not None and not timeout >= 0):
         raise ArgumentError(f"interval and timeout are seconds, not {interval!r} and {timeout!r}")
     return _following(_File(store, path, progress, limits), interval, timeout, on_note or (lambda note: None))
@@ -131,7 +131,7 @@ class _File:
     def check_folder(self) -> None:
         """Raise MissingFileError if there is no folder for the file: this is not a fault of the store."""
         if not os.path.isdir(folder := os.path.dirname(self._path)):
-            raise MissingFileError(f"the folder {folder!r} is not there: make it first", errno=errno.ENOENT)
+            raise MissingFileError(f"the folder {folder!r} does not exist: create it first", errno=errno.ENOENT)
 
     def fetch(self) -> Staged:
         """Fetch the newest version, if it is another than the file holds."""

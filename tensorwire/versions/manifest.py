@@ -95,9 +95,9 @@ class Manifest:
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
-            raise FormatError("the manifest is no JSON text: look at what stands there, or ask for it again") from None
+            raise FormatError("the manifest is not JSON: check what the server returns, or fetch it again") from None
         if not isinstance(fields, dict) or fields.get("tensorwire") != "versions":
-            raise FormatError("the manifest is none of a store of versions")
+            raise FormatError("the manifest is not that of a store of versions")
         if fields.get("format") != FORMAT:
             raise UnsupportedError(f"the store has format {show(fields.get('format'))}, this build reads {FORMAT}")
         try:
@@ -160,19 +160,19 @@ class Manifest:
         """Raise SequenceError unless this manifest continues `seen`: not another store, a fork, or an older state."""
         if self.run != seen.run:
             raise SequenceError(
-                f"another store stands here now: run {self.run}, not {seen.run}. Begin anew with a new Subscriber"
+                f"there is another store here now: run {self.run}, not {seen.run}. Start again with a new Subscriber"
             )
         held = {version.number: version for version in seen.versions}
         for version in self.versions:
             if version.number in held and held[version.number].digest != version.digest:
                 raise SequenceError(
                     f"a fork: {version} was {held[version.number].digest[:12]} before. Two publishers have written to "
-                    "this store: stop one, and begin anew with a new Subscriber",
+                    "this store: stop one, and start again with a new Subscriber",
                     item=version.number,
                 )
         if self.head.number < seen.head.number:
             raise SequenceError(
-                f"the store went back from {seen.head} to {self.head}: an old copy answers, or it was restored",
+                f"the store went back from {seen.head} to {self.head}: it was restored, or an old copy answers",
                 item=seen.head.number,
             )
 
@@ -228,7 +228,7 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """Metadata as a manifest holds it. Raises EncodeError."""
     pairs = dict(metadata or {})
     if not all(type(text) is str for pair in pairs.items() for text in pair):
-        raise EncodeError("metadata are pairs of text")
+        raise EncodeError("metadata must map text to text")
     return pairs
 
 

@@ -82,7 +82,7 @@ class Publisher:
     ) -> None:
         for name, value in (("anchor_every", anchor_every), ("keep", keep)):
             if type(value) is not int or value < 1:
-                raise ArgumentError(f"{name} is a number of versions from 1 on, not {value!r}")
+                raise ArgumentError(f"{name} must be a number of versions, at least 1, not {value!r}")
         if not tensorwire.codec(codec).lossless:
             raise EncodeError(f"{codec} loses bits, and a version is exact: anchors are planes, zstd or raw")
         self._store = open_store(store)
@@ -134,7 +134,7 @@ class Publisher:
         """
         pairs = check_metadata(metadata)
         if isinstance(state, Iterator):
-            raise EncodeError("a version is a container, which is read more than once: give a dict, not an iterator")
+            raise EncodeError("a version is read more than once: give a container such as a dict, not an iterator")
         before = self._check_alone()
         done = _Done(progress)
         self._load_base(done)

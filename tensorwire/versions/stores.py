@@ -162,7 +162,7 @@ class HttpStore:
 
     def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, timeout: float = TIMEOUT) -> None:
         if "?" in url or "#" in url:
-            raise ArgumentError("the URL of a store is that of a folder; what a server wants besides goes into headers")
+            raise ArgumentError("the URL of a store must be that of a folder, without ? or #; use headers for options")
         self.name = url.rstrip("/")
         self._headers = {"Cache-Control": "no-cache", **(headers or {})}
         self._timeout = timeout
@@ -176,7 +176,7 @@ class HttpStore:
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (404, 410):
-                raise MissingFileError(f"{url} is not there ({error.code})", errno=errno.ENOENT) from None
+                raise MissingFileError(f"{url} does not exist ({error.code})", errno=errno.ENOENT) from None
             again = error.code >= 500 or error.code in (408, 429)
             raise TransportError(f"{url}: the server answers {error.code} {error.reason}", retryable=again) from None
         except Exception as error:
@@ -222,7 +222,7 @@ class FsspecStore:
         try:
             from fsspec.core import url_to_fs  # type: ignore[import-untyped]
         except ImportError:
-            raise ArgumentError(f"to reach {url} takes fsspec: pip install fsspec") from None
+            raise ArgumentError(f"{url} needs fsspec: pip install fsspec") from None
         self.name = url.rstrip("/")
         with _reaching(url):
             self._fs, root = url_to_fs(url, **(options or {}))

@@ -60,7 +60,7 @@ class Subscriber:
         limits: Limits = DEFAULT,
     ) -> None:
         if have is not None and not (isinstance(have, str) and is_digest(have)):
-            raise ArgumentError(f"have is a content digest, as tensorwire.digest gives it, not {have!r}")
+            raise ArgumentError(f"have must be a content digest from tensorwire.digest, not {have!r}")
         self.have = have
         self.staging = None if staging is None else os.path.abspath(os.fspath(staging))
         self._store = open_store(store)
@@ -217,7 +217,7 @@ class Staged:
         patch = Patch.read(file, keep=self._disk, limits=self._limits)
         if (patch.base, patch.target) != (stored.base, version.digest):
             raise SequenceError(
-                f"it is the patch from {patch.base[:12]} to {patch.target[:12]}, not the one that the manifest says"
+                f"this is the patch from {patch.base[:12]} to {patch.target[:12]}, not the one in the manifest"
             )
         if not self.is_whole:
             self.patches.append(patch)
@@ -229,7 +229,7 @@ class Staged:
     def _verify(self) -> None:
         digest = streams.digest(self._whole, self._front, self._limits)
         if digest != self.target.digest:
-            raise CorruptError(f"{self.target} came out as {digest[:12]}: what the store holds is another version")
+            raise CorruptError(f"{self.target} has digest {digest[:12]}: the store's file holds another version")
 
     def _apply_patches(self, state: Any) -> None:
         """Apply the chain, from the patch on that fits: an earlier attempt may have come further than the first."""

@@ -32,8 +32,8 @@ class Overwriting:
         held, wanted = _leaves(state, _FRONT, limits), _leaves(whole, front, limits)
         for name in sorted(held.keys() ^ wanted.keys()):
             raise SchemaError(
-                f"the {'state' if name in wanted else 'version'} has no such item, so that it cannot be applied in "
-                "place: fetch(whole=True).state is all of it. Nothing was written",
+                f"the {'state' if name in wanted else 'version'} has no such item, so the version cannot be applied in "
+                "place: use fetch(whole=True).state. Nothing was written",
                 item=name,
             )
         first: dict[tuple[object, ...], str] = {}

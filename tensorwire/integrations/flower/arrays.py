@@ -145,7 +145,7 @@ def view_of(name: str, array: Array) -> TensorView:
     if array.stype == STYPE:
         raise UnsupportedError("this record is encoded: let wire_mod be the first of the ClientApp's mods", item=name)
     if array.stype != NUMPY or not array.data.startswith(NPY):
-        raise UnsupportedError(f"an array of {array.stype!r} is no array of NumPy", item=name)
+        raise UnsupportedError(f"an array of type {array.stype!r} is not a NumPy array", item=name)
     file = BytesIO(array.data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

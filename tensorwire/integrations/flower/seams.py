@@ -21,7 +21,7 @@ def changed_seam(seam: str) -> UnsupportedError:
     """The error that names what a version of Flower has changed."""
     version = getattr(flwr, "__version__", "of an unknown version")
     return UnsupportedError(
-        f"flwr {version} is not one that tensorwire.integrations.flower works with: it relies on this: {seam}"
+        f"flwr {version} does not work with tensorwire.integrations.flower, which relies on this: {seam}"
     )
 
 

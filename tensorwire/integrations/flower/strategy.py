@@ -69,7 +69,7 @@ class StreamingFedAvg(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """As Flower's. Raises ArgumentError before `configure_train`."""
         if self._base is None:
-            raise ArgumentError("aggregate_train is for the replies to what configure_train has sent")
+            raise ArgumentError("call configure_train before aggregate_train")
         valid, _ = self._check_and_log_replies(replies, is_train=True)
         alone = type(self).aggregate_train is StreamingFedAvg.aggregate_train
         model = _model(self._base, self._dtypes, in_place=self.in_place and alone)

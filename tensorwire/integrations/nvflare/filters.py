@@ -50,7 +50,7 @@ class WireFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
             return DXO(dxo.data_kind, marked(dxo.data, self.codec, self._ties), dict(dxo.meta or {}))
         base = fl_ctx.get_prop(_BASE)
         if base is None:
-            raise EncodeError("no weights came with the task that these answer: is there a BaseFilter at the input?")
+            raise EncodeError("the task of this reply had no weights: is there a BaseFilter at the input?")
         return DXO(DataKind.WEIGHT_DIFF, marked(dxo.data, self.codec, self._ties, base), dict(dxo.meta or {}))
 
 

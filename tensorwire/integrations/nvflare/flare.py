@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "tensorwire.integrations.nvflare needs nvflare 2.7.2 or later (pip install tensorwire[nvflare]); "
-        f"what is installed has not all of what it stands on: {error}"
+        f"the installed version lacks a name that is needed: {error}"
     ) from error
 
 __all__ = [

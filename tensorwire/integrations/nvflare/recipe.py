@@ -57,4 +57,4 @@ def _check_carries_weights(up: CodecSpec) -> None:
     for spec in [up] if isinstance(up, str) else up.values():
         codec = tensorwire.codec(spec)
         if is_quantizer(codec):
-            raise ArgumentError(f"up={spec!r} is for differences, and whole weights would travel: see difference=")
+            raise ArgumentError(f"up={spec!r} is for differences, but whole weights would be sent: see difference=")
