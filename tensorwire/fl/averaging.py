@@ -24,7 +24,7 @@ from tensorwire.updates import (
 
 
 class Averaging:
-    """The mean of a plan, and what its optimizer remembers between rounds."""
+    """The mean of a plan, and the state of its optimizer between rounds."""
 
     def __init__(
         self, plan: Plan, *, validate: Callable[[Update, Schema], Verdict] | None = None, limits: Limits = DEFAULT

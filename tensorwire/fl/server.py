@@ -255,7 +255,7 @@ class Server:
         return upload
 
     def accept(self, update: Update, part: str, path: str, number: int) -> None:
-        """Let an update count, unless its round has been closed meanwhile."""
+        """Accept an update, unless its round has closed in the meantime."""
         with self._lock:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number} has been closed", kind="stale")

@@ -209,7 +209,7 @@ class _Place:
             raise EncodeError(f"it cannot be written in its place: {error.detail}", item=name) from None
 
     def write(self, block: _Block, pool: Pool) -> None:
-        """Make a block of what it is against, and see that it is what it must be."""
+        """Make a block from its base, and check the result."""
         made = pool.take(block.end - block.begin)
         made[:] = self._entry.read(block.begin, block.end)
         try:
@@ -407,7 +407,7 @@ def setter(state: Any, path: Path, value: Any) -> tuple[Any, Any, Any]:
 
 
 def value_at(state: Any, path: Path) -> Any:
-    """What stands at a path of a container."""
+    """The value at a path of a container."""
     for key in path:
         state = state[key]
     return state

@@ -237,7 +237,7 @@ class EncodedItems:
         self.receiver = Receiver(limits, base=base, scratch=Scratch())
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
-        """What is complete with this event, under all of its names."""
+        """The items that this event completes, under all of their names."""
         if isinstance(event, Completed):
             value = event.value if isinstance(event.item, ValueItem) else self._tensor(event.item)
             return [(item, value) for item in (event.item, *event.aliases)]
@@ -255,7 +255,7 @@ class EncodedItems:
         return ()
 
     def check_complete(self) -> None:
-        """Raise SchemaError for what was expected and has not come."""
+        """Raise SchemaError if an expected item has not arrived."""
         if self._schema is not None:
             self._schema.check_complete()
 

@@ -1,4 +1,4 @@
-"""Containers to leaves: what is sent, item by item."""
+"""Containers to leaves: the items that are sent."""
 
 import dataclasses
 import enum

@@ -31,7 +31,7 @@ class _Job(Generic[T]):
         self._error: BaseException | None = None
 
     def attempt(self) -> None:
-        """Do the work unless somebody has begun it."""
+        """Do the work unless it has begun."""
         if not self._claim.acquire(blocking=False):
             return
         work, self._work = self._work, None
@@ -44,7 +44,7 @@ class _Job(Generic[T]):
             self._done.set()
 
     def result(self) -> T:
-        """What the work gave, or raise what it raised."""
+        """The result of the work, or its exception, which is raised."""
         self.attempt()
         self._done.wait()
         value, error = self._value, self._error

@@ -149,7 +149,7 @@ _Job = Callable[[], Iterable[_EncodedSlice | _EncodedBundle]]
 
 
 class Sender:
-    """Writes leaves through one Writer, and into a report what it made of them."""
+    """Writes leaves through one Writer, and counts them in a report."""
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ class Items:
         self.receiver = Receiver(limits, base=base, take=self._taken, overlap=overlap)
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
-        """What is complete with this event, under all of its names."""
+        """The items that this event completes, under all of their names."""
         if isinstance(event, Completed):
             value = self._value(event)
             return [(event.item, value), *((alias, self._other_name(alias, value)) for alias in event.aliases)]
@@ -144,7 +144,7 @@ class Items:
         return ()
 
     def check_complete(self) -> None:
-        """Raise SchemaError for what was expected, or preallocated, and has not come."""
+        """Raise SchemaError if an expected or preallocated item has not arrived."""
         if self._schema is not None:
             self._schema.check_complete()
         for name in self._into.keys() - self._filled:

@@ -50,7 +50,7 @@ class Entry:
         return np.frombuffer(self.tensor.read(start // width, stop // width), np.uint8)
 
     def describe(self) -> str:
-        """What it is, for errors."""
+        """A description for errors."""
         return "a value" if self.view is None else f"{self.view.dtype} {list(self.view.shape)}"
 
 
@@ -78,7 +78,7 @@ def digest(value: Any, front: Front, limits: Limits = DEFAULT) -> str:
 
 
 def checksums(version: Version) -> Sums:
-    """The checksums of all tensors; one that stands under several names is read once."""
+    """The checksums of all tensors; a tensor with several names is read once."""
     sums: Sums = {}
     known: dict[tuple[object, ...], Checksums] = {}
     for name, entry in version.items():

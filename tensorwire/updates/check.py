@@ -204,7 +204,7 @@ def _agreed(terms: Terms, expected: Terms, rules: Rules) -> Terms:
 def _energy(piece: Piece, base: Bytes, kind: UpdateKind, highest: float) -> float:
     """The sum of squares of what a piece adds to the base.
 
-    Raises UpdateError for what is not finite, or would not be once added, or could not be sent.
+    Raises UpdateError for values that are not finite, or whose sum with the base is not, or cannot be sent.
     """
     energy = 0.0
     for values, was in _blocks(piece.data, base, piece.dtype):

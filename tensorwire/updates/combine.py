@@ -76,7 +76,7 @@ def combine(
 def _arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, Float32]:
     """Memory for tensors, which was written before where there is such: that is most of what it costs to fill it.
 
-    Small tensors have one piece together, since the C library gives theirs back to the system as soon as it is free.
+    Small tensors share one allocation, because the C library returns small ones to the system as soon as they are free.
     """
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     small = SPARE.empty(4 * sum(size for size in sizes.values() if size < _SMALL)).view(np.float32)
@@ -99,7 +99,7 @@ class _Names:
         self._numbers: dict[int, str] = {}
 
     def note(self, number: int, item: Item) -> None:
-        """There is this item. Raises SchemaError for what cannot be added up."""
+        """Note an item. Raises SchemaError if it cannot be added up."""
         if isinstance(item, TensorItem) and item.path:
             if not is_float(item.dtype):
                 raise SchemaError(f"floats are added up, not {item.dtype}", item=item.name)
@@ -114,7 +114,7 @@ class _Names:
 class _Total:
     """The sum of one tensor: of its elements, or chunk after chunk of its coefficients.
 
-    What is sparse is held as it came and added up at the end, while that is smaller than the sums would be.
+    Sparse slices are held as received and added up at the end, unless they take more memory than the sums would.
     """
 
     def __init__(self, item: TensorItem, codec: Codec, how: How) -> None:
@@ -142,7 +142,7 @@ class _Total:
             self._add_elements(codec, payload, extent, weight)
 
     def finish(self, weight: float, out: Float32) -> None:
-        """Fill `out` with what is made of the sums."""
+        """Fill `out` with the result of the sums."""
         packer, slices = self._codec.packer, self._slices()
         if isinstance(packer, Sparse) and slices is not None:
             divisor = weight if self._how == "mean" else 1.0

@@ -274,7 +274,7 @@ def slices(
 
 
 def _owners(tensors: Views) -> dict[str, str]:
-    """Under which name what a tensor has left is kept: tied tensors have one."""
+    """The name under which each tensor's residual is kept: tied tensors share one."""
     first: dict[object, str] = {}
     return {
         name: name if view.identity is None else first.setdefault((view.identity, view.shape), name)

@@ -73,7 +73,7 @@ class Route:
 
     @property
     def files(self) -> list[tuple[Stored, Version]]:
-        """What is to be fetched, in order."""
+        """The files to fetch, in order."""
         whole = [(self.anchor.anchor, self.anchor)] if self.anchor is not None else []
         patches = [(version.patch, version) for version in self.patches]
         return [(stored, version) for stored, version in whole + patches if stored is not None]
@@ -89,7 +89,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
-        """The manifest in these bytes. Raises a WireError for what is none."""
+        """The manifest in these bytes. Raises a WireError if they are not one."""
         if len(data) > MAX_BYTES:
             raise LimitError("manifest", MAX_BYTES, len(data), field=None)
         try:
@@ -214,7 +214,7 @@ def file_name(number: int, token: str, kind: str) -> str:
 
 
 def file_number(name: str) -> int | None:
-    """The number of the version that a file of a store belongs to; None for what is no such file."""
+    """The number of the version that a file of a store belongs to; None for any other file."""
     match = _FILE.fullmatch(name)
     return None if match is None else int(match[1])
 

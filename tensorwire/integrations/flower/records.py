@@ -158,7 +158,7 @@ def by_role(codec: CodecChoice) -> CodecChoice:
 
 
 def sendable(key: str, record: object) -> Views | None:
-    """The tensors of a record; None for what is none, or travels as Flower sends it."""
+    """The tensors of a record; None if it is not a record of arrays, or is sent as Flower sends it."""
     if not isinstance(record, ArrayRecord) or not record:
         return None
     try:
