@@ -63,7 +63,7 @@ class Normalizer:
         finite = np.isfinite(gradient)
         if not finite.all():
             index = int(np.flatnonzero(~finite)[0])
-            error = NonFiniteError(f"a gradient of {gradient.reshape(-1)[index]} cannot be averaged", index=index)
+            error = NonFiniteError(f"{gradient.reshape(-1)[index]}, which cannot be averaged", index=index)
             error.item = name
             raise error
 
