@@ -1,7 +1,7 @@
-"""How tensors of any library look to the layers below the fronts.
+"""Tensors of any library, as the layers below the fronts see them.
 
-A front turns a foreign tensor into a `TensorView` to be sent, wraps received bytes as a foreign tensor, and opens
-a preallocated foreign tensor for writing. The layers in between see only these.
+A front turns a foreign tensor into a `TensorView` for sending, wraps received bytes as a foreign tensor, and opens
+a preallocated foreign tensor for writing. Other layers see only these.
 """
 
 import importlib
@@ -27,14 +27,14 @@ _FRONTS: Final = {"numpy": "tensorwire.numpy", "torch": "tensorwire.torch"}
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """A tensor to be read: shape, dtype and a way to its elements in C order.
+    """A tensor that can be read: shape, dtype and access to its elements in C order.
 
     `read(start, stop)` returns elements [start, stop) of the flattened tensor as a C-contiguous buffer of
-    little-endian bytes: the caller's own memory where it is contiguous, else a copy of those elements only.
-    `device_read`, where the tensor lives on a CUDA device, gives those elements as a 1-D tensor there.
-    `identity` is equal for two tensors that are the same view of the same memory, None when unknown.
-    `codec`, where the elements are there in encoded form only: `read` gives the payload that this codec (a
-    `tensorwire.codecs.Readymade`) takes as it is.
+    little-endian bytes: the caller's own memory if it is contiguous, else a copy of those elements only.
+    `device_read`, for a tensor on a CUDA device, returns those elements as a 1-D tensor there.
+    `identity` is equal for two tensors that are the same view of the same memory, None if unknown.
+    `codec`, for elements that exist only in encoded form: `read` returns the payload that this codec (a
+    `tensorwire.codecs.Readymade`) passes on unchanged.
     """
 
     dtype: DType
@@ -51,7 +51,7 @@ class TensorView:
 
 
 class Extent(NamedTuple):
-    """Elements [start, start + count) of a flattened tensor of this dtype and shape: what one slice holds."""
+    """Elements [start, start + count) of a flattened tensor of this dtype and shape: the extent of one slice."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -90,7 +90,7 @@ class Front(ABC):
     def view(self, value: object) -> TensorView | None:
         """`value` as a view, or None when it is not a tensor of this library.
 
-        Raises EncodeError for a tensor that cannot travel, with the remedy: one that reaches outside its memory, or
+        Raises EncodeError, with the remedy, for a tensor that cannot be sent: one that reaches outside its memory, or
         carries more than its memory.
         """
 
@@ -103,7 +103,7 @@ class Front(ABC):
         """A tensor over `data`, writable flat bytes that it takes over without a copy."""
 
     def on(self, device: Any) -> "Front":
-        """The same, but that its tensors come on `device`; None: where they are made. Raises EncodeError."""
+        """The same front, with received tensors on `device`; None: where they are made. Raises EncodeError."""
         if device is not None:
             raise EncodeError("device= is for torch tensors, which tensorwire.torch gives")
         return self
@@ -118,7 +118,7 @@ class Front(ABC):
 
 
 class ViewFront(Front):
-    """Sends tensors that are views already: of a file, or computed as they are read. It receives none."""
+    """Sends tensors that are already views: of a file, or computed as they are read. It cannot receive."""
 
     def view(self, value: object) -> TensorView | None:
         """`value` itself if it is a view."""
@@ -134,14 +134,14 @@ class ViewFront(Front):
 
 
 class AnyFront(Front):
-    """Sends tensors of every library that is loaded, as well as those of `front`, and gives those of `front`."""
+    """Sends tensors of every loaded library and of `front`; receives tensors of `front`."""
 
     def __init__(self, front: Front) -> None:
         self._front = front
         self.read_only = front.read_only
 
     def on(self, device: Any) -> Front:
-        """The same, but that tensors of `front` come on `device`."""
+        """The same front, with received tensors on `device`."""
         return self if device is None else AnyFront(self._front.on(device))
 
     def view(self, value: object) -> TensorView | None:

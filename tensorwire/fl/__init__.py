@@ -1,1 +1,1 @@
-"""The reference federated-learning loop: small enough to be read top to bottom, and to be copied."""
+"""The reference federated-learning loop: small enough to read from top to bottom, and to copy."""

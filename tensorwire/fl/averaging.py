@@ -1,4 +1,4 @@
-"""How the updates of a round become the next model, as a plan says: the same over sockets and in the simulator."""
+"""Turns the updates of a round into the next model, as a plan says: the same over sockets and in the simulator."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from tensorwire.updates import (
 
 
 class Averaging:
-    """The mean of a plan, and what its optimizer remembers between rounds."""
+    """The mean of a plan, and the state of its optimizer between rounds."""
 
     def __init__(
         self, plan: Plan, *, validate: Callable[[Update, Schema], Verdict] | None = None, limits: Limits = DEFAULT
@@ -36,22 +36,22 @@ class Averaging:
         self._optimizer = self._new_optimizer()
 
     def check(self, model: Arrays) -> None:
-        """Raise EncodeError where the model has floats that no mean can be taken of."""
+        """Raise EncodeError if the model has floats that cannot be averaged."""
         ceilings(model, self._down)
 
     def average(self, updates: Sequence[Update], model: Arrays) -> list[LeftOut]:
-        """Write the mean over `model`. Returns whose updates stood out and do not count. Raises as `average`."""
+        """Write the mean over `model`. Returns the updates that were left out. Raises as `average`."""
         kept, left_out = (list(updates), []) if self._plan.keep_outliers else without_outliers(updates)
         mean = WeightedMean() if self._plan.trim is None else TrimmedMean(self._plan.trim)
         average(kept, into=model, mean=mean, optimizer=self._optimizer, down=self._down, limits=self.rules.limits)
         return left_out
 
     def save(self, path: str) -> None:
-        """Keep what the optimizer remembers."""
+        """Save the optimizer's state."""
         self._optimizer.save(path)
 
     def load(self, path: str) -> None:
-        """Go on from what was kept; from nothing, where there is no such file. Raises a WireError for a damaged one."""
+        """Restore the optimizer's state, if the file exists. Raises a WireError if it is damaged."""
         self._optimizer = self._new_optimizer()
         if os.path.exists(path):
             self._optimizer.load(path)

@@ -1,8 +1,8 @@
-"""A client of the loop: it asks the server what to do and does it, until it is told to stop.
+"""A client of the loop: it asks the server for orders and carries them out, until it is told to stop.
 
-It has a connection while something moves, and none while it trains or has nothing to do. What must outlive a killed
-process stands in its folder: the model being received, and the encoded update until the server has acknowledged it, so
-that the same update is delivered again and none is trained twice.
+It is connected only while data moves, not while it trains or waits. Its folder holds what must outlive a killed
+process: the model being received, and the encoded update until the server has acknowledged it, so that the same update
+is delivered again and none is trained twice.
 """
 
 import math
@@ -78,10 +78,10 @@ _MOST_ROTTEN: Final = 3  # models in a row that did not stay on the disk as they
 class Client:
     """One client of a run.
 
-    `number`: which share of the task's data is its own. `connect`: opens a connection to the server, as often as it
-    takes. `patience`: seconds without success after which the last error is raised. `hold`: seconds that pass at most
-    before a client with nothing to do asks again. `on_refusal`: called when the server refuses an update; the client
-    then waits for the next round. `on_step`: called with a line of text for each thing that is done.
+    `number`: selects its share of the task's data. `connect`: opens a connection to the server; called as often as
+    needed. `patience`: seconds without success after which the last error is raised. `hold`: seconds after which a
+    waiting client asks again, at most. `on_refusal`: called when the server refuses an update; the client then waits
+    for the next round. `on_step`: called with a line of text for each step.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class Client:
     def run(self) -> None:
         """Take part until the server says that the run is over.
 
-        Raises TransportError, AuthError, RefusedError; SchemaError where our model is not the server's; what the task
-        raises. The server is told that we leave, so that it does not wait for us.
+        Raises TransportError, AuthError, RefusedError; SchemaError if the task's model does not match the server's;
+        and errors of the task. It tells the server that it leaves, so that the server does not wait for it.
         """
         try:
             while (order := self._next_order()) is not None:

@@ -1,7 +1,7 @@
-"""A page to look at while a run goes on, and the same figures for Prometheus. Read-only; the extra `dashboard`.
+"""A web page that shows a run, and the same figures for Prometheus. Read-only; needs the extra `dashboard`.
 
-/ is a page that the browser loads anew every few seconds, /metrics is text for Prometheus, /status.json all there is.
-There is no password and no TLS: listen on this machine, or behind a proxy that has both.
+/ is a page that the browser reloads every few seconds, /metrics is text for Prometheus, /status.json has everything.
+There is no password and no TLS: listen on the local machine, or behind a proxy that has both.
 """
 
 import json
@@ -41,9 +41,9 @@ _OF_CLIENTS: Final = {"up": "counter", "down": "counter", "refused": "counter", 
 
 @contextmanager
 def dashboard(status: Callable[[], Status], host: str, port: int) -> Iterator[int]:
-    """Serve `status()`, as `Server.status` gives it, in a thread of its own. Gives the port; 0 picks a free one.
+    """Serve the results of `status` (a server's `Server.status`) in a separate thread; returns the port. 0: a free one.
 
-    Raises TransportError where it cannot listen.
+    Raises TransportError if it cannot listen.
     """
     import uvicorn
     from starlette.applications import Starlette
@@ -75,7 +75,7 @@ def dashboard(status: Callable[[], Status], host: str, port: int) -> Iterator[in
 
 
 def page(state: Status) -> str:
-    """The page. What clients say is escaped."""
+    """The page. Text from clients is escaped."""
     clients, rows = state["clients"], state["rows"]
     states = [client["state"] for client in clients]
     return _PAGE.format(

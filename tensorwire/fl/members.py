@@ -1,8 +1,8 @@
-"""Who takes part in a run, what each has done in the round, and whether anybody can still deliver. Without I/O.
+"""The members of a run, what each has done in the round, and whether any can still deliver. Without I/O.
 
-A round waits for those whom it asks and who have not answered. An answer is an update that counts, a refusal after
-which no other is taken, "nothing this round", or leaving. Somebody who let a deadline pass, or left, is not waited for
-until heard of again, so that one who died costs one deadline and not one in every round.
+A round waits for the members that it asked and that have not answered. An answer is an accepted update, a refusal
+after which no other update is taken, "nothing this round", or leaving. A member that missed a deadline or left is not
+waited for until it is heard from again, so that a dead client costs one deadline, not one in every round.
 """
 
 import re
@@ -23,7 +23,7 @@ _PAUSES: Final = (0.1, 60.0)  # seconds between two questions of one member: the
 
 @dataclass(slots=True)
 class Member:
-    """One client. `why`: it brings nothing in this round, because. `gone`: it is not waited for, because."""
+    """One client. `why`: the reason why it delivers nothing in this round. `gone`: the reason not to wait for it."""
 
     name: str
     asked: bool = False
@@ -40,19 +40,19 @@ class Member:
 
     @property
     def answered(self) -> bool:
-        """Whether nothing more is to come of it in this round."""
+        """Whether it has answered in this round."""
         return bool(self.update or self.why)
 
     @property
     def state(self) -> str:
-        """What it does, in a word or two."""
+        """Its state, in a word or two."""
         if self.update is not None:
             return "delivered"
         return self.gone or self.why or ("training" if self.asked else "not asked")
 
 
 class Members:
-    """The members of a run, of whom there are at most `plan.clients`, and its round."""
+    """The members of a run, at most `plan.clients`, and its round."""
 
     def __init__(self, plan: Plan, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan = plan
@@ -63,7 +63,7 @@ class Members:
         self.begin(0, None)
 
     def begin(self, number: int, asked: Iterable[str] | None) -> None:
-        """A round begins. `asked`: whom it asks, where that was decided before; None: not yet."""
+        """Begin a round. `asked`: the clients that it asks, if they are already decided; None: not yet."""
         self.number = number
         self.due: float | None = None
         self._began = self._clock()
@@ -84,7 +84,7 @@ class Members:
         return self._members[name]
 
     def heard(self, name: str) -> Member:
-        """Somebody has said something: it is a member, is there, and may find the round's time running. As `add`."""
+        """Note contact with a client: it becomes a present member, and the deadline may start. Raises as `add`."""
         member = self.add(name)
         if member.gone and member.why == member.gone:  # it left and is back, so the round may still have its update
             member.why = ""
@@ -98,16 +98,16 @@ class Members:
         return [self._members[name] for name in sorted(self._members)]
 
     def accepted(self) -> dict[str, Update]:
-        """The updates that are in."""
+        """The accepted updates."""
         return {member.name: member.update for member in self.everyone() if member.update is not None}
 
     def accept(self, update: Update) -> None:
-        """An update counts."""
+        """Accept an update."""
         member = self.add(update.client)
         member.update, member.why, member.seconds = update, "", self._clock() - self._began
 
     def nothing_from(self, name: str, why: str, *, gone: bool = False) -> None:
-        """A member brings nothing in this round. `gone`: nor in others, until it is heard of again."""
+        """Note that a member delivers nothing in this round. `gone`: nor later, until it is heard from again."""
         member = self.add(name)
         if member.update is None and not (gone and member.why):  # what it was put out for stays
             member.why = why[:_WHY]
@@ -120,15 +120,15 @@ class Members:
         return self._drawn and member.asked and not member.answered
 
     def pause(self) -> float:
-        """Seconds after which somebody who has nothing to do may ask again."""
+        """Seconds after which a waiting client may ask again."""
         return min(max(len(self._members) * _PER_MEMBER, _PAUSES[0]), _PAUSES[1])
 
     def to_draw(self) -> bool:
-        """Whether the time has come to say whom the round asks: all have come, or the others did not in time."""
+        """Whether the round's clients can be drawn: all have come, or the time for the others is over."""
         return not self._drawn and bool(self._present()) and (not self._missing_strangers() or self._late())
 
     def draw(self) -> list[str]:
-        """Decide whom the round asks, of those that are there; returns their names."""
+        """Draw the clients that the round asks from those present; returns their names."""
         chosen = self._plan.draw(self.number, self._present())
         for member in chosen:
             member.asked = True
@@ -148,7 +148,7 @@ class Members:
         return "the deadline" if self._late() and (answers or waiting) else ""
 
     def close(self) -> dict[str, str]:
-        """The round is over: why each of those who were asked brought nothing."""
+        """Close the round; returns, for each client that was asked and did not deliver, the reason."""
         missing = {}
         for member in self.everyone():
             if member.asked and member.update is None:
@@ -163,11 +163,11 @@ class Members:
         return None if self.due is None or self._late() else self.due - self._clock()
 
     def all_told(self) -> bool:
-        """Whether everybody who is there has heard that the run is over."""
+        """Whether every client present has been told that the run is over."""
         return all(member.name in self.told for member in self._present() if member.seen)
 
     def status(self) -> list[dict[str, Any]]:
-        """What a person wants to know of each member."""
+        """The status of each member, for display."""
         return [
             {name: getattr(member, name) for name in ("name", "state", "seen", "seconds", "up", "down", "refused")}
             for member in self.everyone()

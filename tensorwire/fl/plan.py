@@ -1,7 +1,7 @@
-"""What a run is: each setting once, from which the orders to clients, their checks and the command line derive.
+"""The settings of a run, each once. Orders to clients, their checks and the command line derive from them.
 
-A new setting is one line: its name, its type, a text and maybe a placeholder for the command line, and its default. One
-that clients must know stands in `Answer`, which puts it into every order too; others stand in `Plan`.
+A new setting is one line: its name, type and default, and for the command line a text and maybe a placeholder. A
+setting that clients must know goes into `Answer`, and thereby into every order; others go into `Plan`.
 """
 
 import random
@@ -50,11 +50,11 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Answer):
-    """A whole run. Raises ValueError for settings that make no sense.
+    """The settings of a run. Raises ValueError for settings that make no sense.
 
-    A round asks all clients, or as many of those that are there as `sample` or `fraction` says, drawn anew each time.
-    It ends when nobody whom it asked can still deliver, and at the latest `deadline` seconds after the first of them
-    was heard of. With fewer than `quorum` updates it leaves the model as it is.
+    A round asks all clients, or a new draw of `sample` or `fraction` of those present. It ends when no client that it
+    asked can still deliver, and at the latest `deadline` seconds after the first contact with one of them. With fewer
+    than `quorum` updates the model stays unchanged.
     """
 
     name: Annotated[str, "name of the run"] = "run"
@@ -113,7 +113,7 @@ class Plan(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class Order(Answer):
-    """What the server tells a client to do: to train the model with digest `base`, and how to answer."""
+    """The server's order to a client: train the model with digest `base`, and answer in this way."""
 
     run: str
     round: int

@@ -1,9 +1,9 @@
-"""The server of the loop: it hands out the model, takes updates in, and closes rounds.
+"""The server of the loop: it sends the model, receives updates, and closes rounds.
 
-In a round it encodes the model once and sends that to whoever asks. An update that was received whole, checked and
-synced counts, and its sender gets a receipt after that. Closing the round, the server writes down whose updates count,
-and then the next model. `Store` keeps all of it, so that a server that was killed at any point goes on from there with
-the same updates and so, bit for bit, with the same model. Memory: the model and a few slices, however many the clients.
+In each round it encodes the model once and sends it to every client that asks. An update counts once it is received
+whole, checked and synced; then its sender gets a receipt. To close the round, the server records which updates count,
+and then writes the next model. `Store` keeps all of this, so that a server killed at any point continues with the same
+updates and gets the same model, bit for bit. Memory: the model and a few slices, for any number of clients.
 """
 
 import asyncio
@@ -62,9 +62,9 @@ _ROWS: Final = 1000  # that are kept for whoever looks
 class Server:
     """One run. Hand `serve` to an `AsyncListener` and await `run`.
 
-    `initial`: gives the model to start from where `folder` has none of this run yet; its tensors are written to.
-    `on_round`: called with a row of figures after each round. `on_note`: called with a line of text for what an
-    operator should know. `validate`: as in `tensorwire.updates.Rules`.
+    `initial`: returns the initial model, if `folder` has none of this run yet; its tensors are written to.
+    `on_round`: called with a row of figures after each round. `on_note`: called with lines of text for the operator.
+    `validate`: as in `tensorwire.updates.Rules`.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Server:
         return self._versions.base
 
     async def run(self) -> None:
-        """All rounds that are still to come, and then until every client that is there has heard that the run is over.
+        """Run the remaining rounds, then wait until every client present has been told that the run is over.
 
-        For the latter some seconds at most. Sets the event loop's executor: each thread of one keeps memory.
+        This wait takes some seconds at most. Sets the event loop's executor, because each of its threads keeps memory.
         """
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_UPLOADS))
         while self.round < self.plan.rounds:
@@ -119,12 +119,12 @@ class Server:
             await asyncio.wait_for(self.all_told(), _LAST_WORDS)
 
     async def all_told(self) -> None:
-        """Wait until every client that is there has heard that the run is over."""
+        """Wait until every client present has been told that the run is over."""
         async with self._changed:
             await self._changed.wait_for(self.members.all_told)
 
     async def serve(self, transport: AsyncTransport) -> None:
-        """One connection, for as long as it lasts."""
+        """Serve one connection until it closes."""
         await transport.run(greet("tensorwire.fl"), within=HANDSHAKE)
         while True:
             request = await transport.run(hear(patient=False))
@@ -152,7 +152,7 @@ class Server:
             await self._tell()
 
     def status(self) -> dict[str, Any]:
-        """How the run stands: its round, a row for each member, and the rows of the last rounds."""
+        """The status of the run: its round, a row for each member, and the rows of the last rounds."""
         with self._lock:
             about = {"run": self.plan.name, "round": self.round, "rounds": self.plan.rounds}
             return {**about, "clients": self.members.status(), "rows": list(self.rows)}
@@ -255,7 +255,7 @@ class Server:
         return upload
 
     def accept(self, update: Update, part: str, path: str, number: int) -> None:
-        """Let an update count, unless its round has been closed meanwhile."""
+        """Accept an update, unless its round has closed in the meantime."""
         with self._lock:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number} has been closed", kind="stale")

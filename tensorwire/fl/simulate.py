@@ -1,7 +1,7 @@
-"""The loop in one process: the same functions as between machines, with streams handed over as files.
+"""The loop in one process: the same functions as between machines, with files in place of connections.
 
-What a setting does to learning shows here within minutes. Memory is that of the model, whatever the number of clients:
-what they send, and what their error feedback keeps, stands in a temporary folder.
+It shows the effect of a setting on learning within minutes. Memory is that of the model, whatever the number of
+clients: their updates and their error feedback are kept in a temporary folder.
 """
 
 import os
@@ -37,7 +37,7 @@ from tensorwire.updates import (
 class Round:
     """The loss of the global model after `number` rounds, and the bytes of all messages until then.
 
-    `missing`: of those whom the round asked, who brought nothing, and why.
+    `missing`: the clients that the round asked and that did not deliver, with the reasons.
     """
 
     number: int
@@ -47,7 +47,7 @@ class Round:
 
 
 def simulate(task: Task, plan: Plan) -> Iterator[Round]:
-    """Federated averaging, round by round; the first `Round` given is the start."""
+    """Federated averaging, round by round; the first `Round` is the initial model."""
     state = copies(task.initial())
     model = arrays(state)  # the same memory: averaging writes what evaluation reads
     held = copies(state)  # what the clients hold

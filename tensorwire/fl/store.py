@@ -1,8 +1,8 @@
-"""What the server must not forget: one folder, each file under its name only when complete.
+"""The server's state on disk: one folder, in which each file gets its name only when it is complete.
 
-`model.tw` is the model that the round begins with; `versions` has it encoded, for clients. `round-N/asked.json` says
-whom the round asks, where that was drawn. `round-N/update-CLIENT.tw` is an update that counts; `round-N/closed.json`
-says whose the round counts. Other files are left alone.
+`model.tw` is the model at the beginning of the round; `versions` has it encoded, for clients. `round-N/asked.json`
+names the clients that the round asks, if they were drawn. `round-N/update-CLIENT.tw` is an update that counts;
+`round-N/closed.json` names the clients whose updates the round counts. Other files are left alone.
 """
 
 import json
@@ -29,7 +29,7 @@ _UPDATE: Final = re.compile(rf"update-({NAME.pattern})\.tw")
 
 
 class Store:
-    """The folder of one run. `on_note`: called with a line of text for each file that is not what it should be."""
+    """The folder of one run. `on_note`: called with a line of text for each unexpected or damaged file."""
 
     def __init__(self, folder: str | os.PathLike[str], run: str, on_note: Callable[[str], None]) -> None:
         self._folder = os.fspath(folder)
@@ -38,9 +38,9 @@ class Store:
         os.makedirs(self._folder, exist_ok=True)
 
     def load(self, initial: Callable[[], Mapping[str, Any]]) -> tuple[int, Model]:
-        """The round that the run is in, and its model; the first time `initial()`, whose tensors become the model's.
+        """The current round and its model; the first time `initial()`, whose tensors become the model's.
 
-        Raises SchemaError where the folder holds another run, StorageError where it has lost its model.
+        Raises SchemaError if the folder holds another run, StorageError if its model is missing.
         """
         path = self._path("model.tw")
         rounds = self._rounds()
@@ -57,7 +57,7 @@ class Store:
         return terms.round, self.model()
 
     def model(self) -> Model:
-        """The model as it stands on the disk. Raises a WireError that says what to do where it is damaged."""
+        """The model on disk. Raises a WireError that says what to do if it is damaged."""
         try:
             model: Model = tensorwire.numpy.load_file(self._path("model.tw"))
             return model
@@ -66,7 +66,7 @@ class Store:
             raise
 
     def save(self, number: int, model: Model) -> None:
-        """Let round `number` begin with `model`, and remove what only earlier rounds needed."""
+        """Begin round `number` with `model`, and remove files that only earlier rounds needed."""
         tensorwire.numpy.save_file(model, self._path("model.tw"), metadata=Terms(self._run, number).metadata())
         for other in self._rounds():
             if other < number:
@@ -75,11 +75,11 @@ class Store:
             os.unlink(self.optimizer(number - 1))
 
     def optimizer(self, number: int) -> str:
-        """The path of what the server's optimizer remembers when round `number` begins."""
+        """The path of the optimizer's state at the beginning of round `number`."""
         return self._path(f"optimizer-{number}.tw")
 
     def begin(self, number: int) -> None:
-        """Let there be a place for what belongs to a round."""
+        """Create the folder of a round."""
         os.makedirs(self._path(f"round-{number}"), exist_ok=True)
 
     def update(self, number: int, client: str) -> str:
@@ -87,7 +87,7 @@ class Store:
         return self._path(f"round-{number}", f"update-{client}.tw")
 
     def delivered(self, number: int) -> list[str]:
-        """The clients whose updates are in. Says which files are none of ours."""
+        """The clients whose updates are in the folder. Reports other files."""
         found = []
         for name in sorted(os.listdir(self._path(f"round-{number}"))):
             if match := _UPDATE.fullmatch(name):
@@ -97,18 +97,18 @@ class Store:
         return found
 
     def drop(self, number: int, client: str, *, parts_only: bool = False) -> None:
-        """Remove a client's update and what belongs to it: notes of receipts, or just what was received in parts."""
+        """Remove a client's update with its journal, or a partly received update."""
         with suppress(FileNotFoundError):
             discard_parts(self.update(number, client), notes=not parts_only)
             if not parts_only:
                 os.unlink(self.update(number, client))
 
     def write(self, number: int, what: str, clients: list[str]) -> None:
-        """Write down whom the round asks (`what` is "asked"), or whose updates it counts ("closed")."""
+        """Record the clients that the round asks (`what` is "asked"), or whose updates it counts ("closed")."""
         write_file(self._path(f"round-{number}", f"{what}.json"), [json.dumps(clients).encode()])
 
     def read(self, number: int, what: str) -> list[str] | None:
-        """What was written down, if it was. Says so where it cannot be read, which leaves it undecided."""
+        """The recorded clients, if any. Reports an unreadable record, which then counts as not written."""
         path = self._path(f"round-{number}", f"{what}.json")
         try:
             with open(path, encoding="ascii") as file:

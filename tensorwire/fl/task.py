@@ -1,7 +1,7 @@
-"""What is learned: the three functions that the loop calls, and a small language model that has them.
+"""Tasks: the three functions that the loop calls, and a small language model as an example.
 
-A task of your own is a function that returns a `Task`, which `load` finds as "module:function". It sees plain
-tensors, in their own precision, whatever the messages were quantized to.
+A task of your own is a function that returns a `Task`, which `load` finds as "module:function". It gets plain
+tensors in their own precision, whatever the codecs of the messages.
 """
 
 import importlib
@@ -32,9 +32,9 @@ _EVALUATED: Final = 128  # windows of held-out text
 class Task:
     """`initial()`: the tensors that training starts from, by name.
 
-    `train(state, client, round)`: what client number `client` makes of them, its weight in the mean (the
-    number of examples it saw, say) and what it wants to report. It leaves `state` as it is.
-    `evaluate(state)`: the loss on data that nobody trains on.
+    `train(state, client, round)`: returns the state after client number `client` has trained it, its weight in the
+    mean (for instance the number of examples) and its metrics. It does not change `state`.
+    `evaluate(state)`: the loss on data that no client trains on.
     """
 
     initial: Callable[[], State]
@@ -67,12 +67,11 @@ def language_model(
     lora: int = 0,
     start: State | None = None,
 ) -> Task:
-    """A Llama of some 400,000 parameters over bytes, learning to write the Python standard library.
+    """A byte-level Llama of some 400,000 parameters, trained on the Python standard library.
 
-    Each client has packages of its own, no line of the others'. A round is `steps` steps of AdamW over
-    `batch` windows of `context` bytes. `lora`: rank of adapters (peft) on every linear layer, which then are
-    all that is trained and sent. `start`: weights to begin with, for adapters above all; random otherwise,
-    and the same for the same `seed`.
+    Each client has its own packages. A round is `steps` steps of AdamW over `batch` windows of `context` bytes.
+    `lora`: rank of adapters (peft) on every linear layer; only these are then trained and sent. `start`: initial
+    weights, mainly for adapters; random otherwise, and the same for the same `seed`.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -139,9 +138,9 @@ def language_model(
 
 @cache
 def split(clients: int) -> tuple[list[Text], Text]:
-    """The standard library's sources as bytes: one text a client, and one that is held out.
+    """The standard library's sources as bytes: one text per client, and one that is held out.
 
-    Whole packages go to one client, the largest first and each to the client that has least.
+    Each package goes to one client, the largest first, always to the client with the least text.
     """
     texts: list[list[bytes]] = [[] for _ in range(clients)]
     held_out: list[bytes] = []

@@ -1,15 +1,14 @@
-"""What a server hands out: the model of each round, whole, and from one round to the next what has changed.
+"""What a server sends: the model of each round, whole, and the changes from one round to the next.
 
-A version is what clients hold of a model. Where a plan sends whole models or patches, that is what their codec makes
-of the model. Where it sends differences, a version is the one before plus a difference that was encoded once: what its
-codec drops is part of the next difference. Differences and patches lead whoever holds the version before to the very
-same bits.
+A version is the model as clients hold it. If a plan sends whole models or patches, it is the model as decoded from
+their codec. If it sends differences, it is the version before plus a difference that was encoded once; what the codec
+drops is part of the next difference. Differences and patches give every client with the version before the same bits.
 
-Each version is a stream in `broadcast-N.tw`, and the digest of that stream is its name, however it travelled: the same
-tensors under the same terms are the same bytes, so that a client which has taken a step from what it holds writes the
-server's file and knows by its digest that it has. `difference-N.tw` or `patch-N.tw` is the step from version N - 1 to
-version N, and stands only while it leads to the newest. A client that holds none of the versions from which steps lead
-here gets the whole: the version itself or, beside patches, `whole-N.tw`, which is the version once it is decoded.
+Each version is a stream in `broadcast-N.tw`, and its name is the digest of that stream, however it was sent. The same
+tensors under the same terms are the same bytes, so a client that has applied a step writes the same file as the server,
+and verifies it by its digest. `difference-N.tw` or `patch-N.tw` is the step from version N - 1 to version N, and is
+kept only while it leads to the newest version. A client from whose version no steps lead to the newest gets it whole:
+the version itself or, with patches, `whole-N.tw`, which decodes to the version.
 """
 
 import os
@@ -45,10 +44,10 @@ _OURS: Final = re.compile(rf"(broadcast|whole|{'|'.join(STEPS)})-(\d+)\.tw")
 
 
 class Way(NamedTuple):
-    """A stream that takes whoever holds version `held` to the next one, or ("") anybody to the newest.
+    """A stream that leads from version `held` to the next one, or ("") from nothing to the newest.
 
-    `kind` is what it is called when it is offered: one of `STEPS`; "model", the version as it stands; or "encoded", of
-    which the version is what it decodes to.
+    `kind`: its name in an offer: one of `STEPS`; "model", the version itself; or "encoded", which decodes to the
+    version.
     """
 
     kind: str
@@ -58,7 +57,7 @@ class Way(NamedTuple):
 
 
 class Versions:
-    """The versions of a run in a folder. `on_note`: called with a line of text for what an operator should know."""
+    """The versions of a run in a folder. `on_note`: called with lines of text for the operator."""
 
     def __init__(
         self, folder: str | os.PathLike[str], plan: Plan, on_note: Callable[[str], None] = lambda line: None
@@ -71,7 +70,7 @@ class Versions:
         self.base = ""  # the name of the newest version
 
     def begin(self, number: int, model: Arrays) -> None:
-        """Make version `number`, of `model`, where it does not stand there as it was made; forget what is too old."""
+        """Make version `number` from `model`, unless it exists undamaged; remove versions that are too old."""
         path = self._path("broadcast", number)
         if not self._standing(path):
             for kind in ("whole", *STEPS):
@@ -84,7 +83,7 @@ class Versions:
         self._forget(number)
 
     def way(self, held: object) -> list[Way]:
-        """The streams that lead whoever holds the version named `held` to the newest one, one after the other."""
+        """The streams that lead from the version named `held` to the newest one, in order."""
         ways = [*self._ways.values()]
         for first, way in enumerate(ways):
             if way.held == held:

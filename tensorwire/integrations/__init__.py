@@ -1,1 +1,1 @@
-"""Hand-over to other libraries, one file each."""
+"""Integrations with other libraries, one file or package each."""

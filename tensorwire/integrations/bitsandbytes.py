@@ -1,4 +1,4 @@
-"""Quantized tensors to and from bitsandbytes without dequantizing: codes and absmax change hands as they are.
+"""Quantized tensors to and from bitsandbytes without dequantizing: codes and absmax are passed unchanged.
 
 for name, value in bitsandbytes.decode(transport.receive()):
     if isinstance(value, Quantized):                     # nf4, fp4 and int8 items
@@ -60,10 +60,10 @@ def encode(
     limits: Limits = DEFAULT,
     report: streams.Report | None = None,
 ) -> Iterator[Any]:
-    """Like `tensorwire.torch.encode`; `Quantized` and quantized `Params4bit` in it travel with the codes they have.
+    """Like `tensorwire.torch.encode`; `Quantized` and quantized `Params4bit` are sent with their existing codes.
 
-    Raises EncodeError for a state that is none of bitsandbytes' own: another code table, a block size that the
-    format does not have, or weights repacked by a CPU forward pass (capture the state dict before it).
+    Raises EncodeError for a state that bitsandbytes itself does not make: another code table, a block size that the
+    format does not have, or weights repacked by a CPU forward pass (take the state dict before it).
     """
     return streams.encode(obj, AnyFront(_Front()), codec=codec, frame_size=frame_size, limits=limits, report=report)
 

@@ -6,12 +6,12 @@
     loss.backward()
     optimizer.step()                                       # all ranks, at the same step
 
-Ranks send one another what a `tensorwire.updates.Compressor` makes of their gradients, and each adds up the messages
-of all, in the order of ranks, so that their weights stay equal to the bit, also on processors of other kinds. A rank
-that cannot go on says so to the others, which then raise rather than wait for it.
+Each rank compresses its gradients with a `tensorwire.updates.Compressor` and sends the message to all others. Each adds
+up all messages in the order of ranks, so that weights stay equal to the bit, even on different processors. An error on
+one rank is raised on all, so that no rank waits for it.
 
-`DDPState` and `ddp_hook` put any compressor under DistributedDataParallel and an optimizer of the user's; `DiLoCo` lets
-ranks train alone for many steps, with an optimizer of the user's, and exchanges what has come of it.
+`DDPState` and `ddp_hook` use any compressor with DistributedDataParallel and the user's own optimizer. `DiLoCo` lets
+ranks train alone for many steps with the user's own optimizer, and exchanges the changes.
 """
 
 import hashlib
@@ -57,11 +57,11 @@ class _Flight(NamedTuple):
 
 
 class Exchange:
-    """An all-gather of messages of different lengths, for all ranks of a group, which call it at the same steps.
+    """An all-gather of messages of different lengths. All ranks of a group call it at the same steps.
 
-    `group`: a process group (the default one). `contract`: what all ranks have to agree on before any message is looked
-    at. In most steps there is one collective: messages are expected to be no longer than the longest of the last 16
-    steps, and what does not fit follows in a second one. `sent`: bytes that this rank has given to collectives.
+    `group`: a process group (the default one). `contract`: text that must be equal on all ranks; checked before any
+    message is used. Most steps take one collective, with room for the longest message of the last 16 steps; longer
+    messages continue in a second one. `sent`: bytes that this rank has passed to collectives.
     """
 
     def __init__(self, group: Any = None, *, contract: str = "") -> None:
@@ -79,13 +79,13 @@ class Exchange:
 
     @property
     def under_way(self) -> bool:
-        """Whether `start` was called, and `finish` not yet."""
+        """Whether `start` has been called, but not `finish`."""
         return self._flight is not None
 
     def start(self, message: bytes | None, *, step: int, digest: int = _NO_DIGEST) -> None:
-        """Send a message, without waiting for the others; None: this rank has none, because of an error.
+        """Send a message without waiting for the others; None: this rank has none, because of an error.
 
-        `digest`: of the weights, from 0 on; all ranks give theirs in the same steps. Raises TransportError.
+        `digest`: of the weights, at least 0; all ranks must pass theirs at the same steps. Raises TransportError.
         """
         length = _FAILED if message is None else len(message)
         self._data = _HEADER.pack(length, step, self._contract, digest) + (message or b"")
@@ -94,9 +94,8 @@ class Exchange:
     def finish(self) -> list[bytes]:
         """The messages of all ranks, in their order.
 
-        Raises, on all ranks alike and with nothing delivered: TransportError for a rank that had no message or is gone,
-        SchemaError where ranks are at different steps or exchange different things, CorruptError where they have
-        different weights.
+        Raises on all ranks alike, and then delivers nothing: TransportError if a rank had no message or has gone,
+        SchemaError if ranks are at different steps or have different contracts, CorruptError if their weights differ.
         """
         flight, self._flight = self._flight, None
         if flight is None:
@@ -146,19 +145,19 @@ class Exchange:
 class DeMo(torch.optim.Optimizer):
     """Decoupled momentum: an optimizer whose ranks exchange a thousandth of their gradients' bytes.
 
-    Each rank keeps the momentum of its own gradients, and sends the largest coefficients of its cosine transform, which
-    leave it; all move by `lr` along the sign of the mean of what was sent (Peng, Quesnelle, Kingma, arXiv:2411.19870).
+    Each rank keeps the momentum of its own gradients, sends its largest DCT coefficients and subtracts them. All ranks
+    move by `lr` along the sign of the mean of the messages (Peng, Quesnelle, Kingma, arXiv:2411.19870).
 
-    `params`: as other optimizers take them, of float32, float16 or bfloat16; named ones are named in errors. `lr`:
-    about what AdamW would get. `spec`: a method of `tensorwire.updates` ("demo:k=4", "demo:k=40,beta=0.99,alpha=0.1").
-    `beta2`: each rank first divides its gradients by the root of their mean square, as Adam does, of which so much
-    stays at each step (0.99): what is small everywhere is then sent as often as what is large. `weight_decay`: as
-    AdamW's. `group`: a process group, the default one if it is None. `check_every`: the weights of all ranks are
-    compared before the first step and then every so many; 0: never. `overlap`: messages travel while the next step is
-    calculated, and count one step late; call `flush` after the last one.
+    `params`: as for other optimizers, in float32, float16 or bfloat16; errors use their names, if given. `lr`: about as
+    for AdamW. `spec`: a method of `tensorwire.updates` ("demo:k=4", "demo:k=40,beta=0.99,alpha=0.1"). `beta2`: each
+    rank first divides its gradients by their root mean square, as Adam does, with this decay per step (0.99), so that
+    tensors with small gradients are sent as often as others. `weight_decay`: as for AdamW. `group`: a process group,
+    the default one if None. `check_every`: the ranks compare their weights before the first step and then every so
+    many steps; 0: never. `overlap`: messages are sent during the next step and applied one step late; call `flush`
+    after the last one.
 
-    `step` raises as `Exchange.finish`, and NonFiniteError for gradients that are not finite: on all ranks, whose
-    weights then are as they were, and what was to be sent is kept for the next step.
+    `step` raises as `Exchange.finish`, and NonFiniteError for gradients that are not finite, on all ranks. The weights
+    are then unchanged, and unsent momentum is kept for the next step.
     """
 
     def __init__(
@@ -193,12 +192,12 @@ class DeMo(torch.optim.Optimizer):
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank has sent so far, to be had by each of the others."""
+        """Bytes that this rank has sent so far to each of the others."""
         return self._exchange.sent
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take in the gradients, exchange messages and move the weights. Every rank of the group calls it.
+        """Add the gradients, exchange messages and move the weights. Every rank of the group must call it.
 
         A parameter without a gradient counts as one with zeros. Gradients are not written to.
         """
@@ -218,15 +217,15 @@ class DeMo(torch.optim.Optimizer):
         return loss
 
     def flush(self) -> None:
-        """With `overlap`, let what is under way count, too. Every rank of the group calls it, after its last step."""
+        """With `overlap`, apply the last message. Every rank of the group must call it after its last step."""
         self._collect()
         with torch.no_grad():
             self._move()
 
     def state_dict(self) -> dict[str, Any]:
-        """As other optimizers have it; each rank has its own, and has to save it. With `overlap`, every rank calls it.
+        """The state, as of other optimizers; each rank must save its own. With `overlap`, every rank must call it.
 
-        Tensors, plain values and their containers: for `torch.save` as for `tensorwire.torch.save_file`.
+        It holds tensors, plain values and their containers, for `torch.save` or `tensorwire.torch.save_file`.
         """
         self._collect()
         normalizer = None if self._normalizer is None else self._normalizer.state_dict()
@@ -235,14 +234,14 @@ class DeMo(torch.optim.Optimizer):
         return {**super().state_dict(), _OURS: _tensors(ours)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave. Raises SchemaError for the state of another optimizer or method."""
+        """Restore a state from `state_dict`. Raises SchemaError for the state of another optimizer or method."""
         theirs = dict(state_dict)
         ours = theirs.pop(_OURS, None)
         if ours is None:
             raise SchemaError("this is the state of another optimizer than DeMo")
         ours = _arrays(ours)
         if (self._beta2 is None) != (ours["normalizer"] is None):
-            raise SchemaError("one of this optimizer and that of the state has a beta2, and the other has none")
+            raise SchemaError("only one of this optimizer and the saved one has a beta2")
         compressor = _loaded(self._compressor, ours["compressor"])
         normalizer = None
         if self._beta2 is not None:
@@ -322,14 +321,14 @@ class DeMo(torch.optim.Optimizer):
 
 
 class DiLoCo:
-    """Outer steps: ranks train alone for `every` steps, and then all go on from one place.
+    """Outer steps: ranks train alone for `every` steps, then all continue from the same weights.
 
-    The mean of how far the ranks have come is the negative gradient of an outer step, SGD with Nesterov's momentum
-    (Douillard et al., arXiv:2311.08105). The inner optimizer is the user's, and stays on its rank.
+    The mean change of the ranks' weights is the negative gradient of an outer step, SGD with Nesterov momentum
+    (Douillard et al., arXiv:2311.08105). The inner optimizer is the user's, and its state stays on its rank.
 
-    `params`: of float32, float16 or bfloat16, or named ones. `spec`: a method of `tensorwire.updates`, which sends
-    later what it leaves out, or a codec, which does not ("nf4", "raw"); with "topk:k=64,beta=0.95" and momentum 0 this
-    is SparseLoCo (arXiv:2508.15706). `rate`: of the outer steps.
+    `params`: in float32, float16 or bfloat16, with or without names. `spec`: a method of `tensorwire.updates`, which
+    sends later what it leaves out, or a codec, which does not ("nf4", "raw"); with "topk:k=64,beta=0.95" and momentum 0
+    this is SparseLoCo (arXiv:2508.15706). `rate`: learning rate of the outer steps.
 
         outer = DiLoCo(model.named_parameters(), spec="topk:k=64", every=30)
         ...
@@ -362,14 +361,14 @@ class DiLoCo:
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank has sent so far, to be had by each of the others."""
+        """Bytes that this rank has sent so far to each of the others."""
         return self._exchange.sent
 
     def step(self) -> None:
-        """Count a step of the inner optimizer; after `every` of them, exchange and move. Every rank calls it.
+        """Count a step of the inner optimizer; after `every` of them, make an outer step. Every rank must call it.
 
-        Raises as `Exchange.finish`, and NonFiniteError for weights that are not finite; on all ranks. What a method had
-        taken in is then kept for the next outer step, and the weights are back where the last one left them.
+        Raises as `Exchange.finish`, and NonFiniteError for weights that are not finite, on all ranks. The weights are
+        then those after the last outer step; what a method has taken in is kept for the next one.
         """
         if (self._steps + 1) % self._every == 0:
             with torch.no_grad():
@@ -377,7 +376,7 @@ class DiLoCo:
         self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All that this rank has to know to go on beside its weights and its inner optimizer, in tensors."""
+        """The state of this rank, in tensors, without its weights and its inner optimizer."""
         kept = None if self._compressor is None else self._compressor.state_dict()
         made: dict[str, Any] = _tensors(
             {"steps": self._steps, "base": self._base, "velocity": self._velocity, "compressor": kept}
@@ -385,7 +384,7 @@ class DiLoCo:
         return made
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave. Raises SchemaError for that of another model or method."""
+        """Restore a state from `state_dict`. Raises SchemaError for the state of another model or method."""
         if {name: base.shape for name, base in state_dict["base"].items()} != _shapes(self._base):
             raise SchemaError("this is the state of another model")
         state = _arrays(state_dict)
@@ -431,10 +430,10 @@ class DiLoCo:
 
 
 class DDPState:
-    """What `ddp_hook` remembers of a model: what each rank has not sent yet.
+    """The state of `ddp_hook` for a model: what each rank has not sent yet.
 
-    `model`: the one that DistributedDataParallel wraps, or the wrapper. `spec`: a method of `tensorwire.updates`, with
-    error feedback as a rule ("topk:k=64", "lowrank:rank=4"). `group`: the wrapper's process group.
+    `model`: the one that DistributedDataParallel wraps, or the wrapper. `spec`: a method of `tensorwire.updates`,
+    normally with error feedback ("topk:k=64", "lowrank:rank=4"). `group`: the wrapper's process group.
 
         model = DistributedDataParallel(model)
         model.register_comm_hook(DDPState(model, "topk:k=64"), ddp_hook)
@@ -449,16 +448,16 @@ class DDPState:
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank has sent so far, to be had by each of the others."""
+        """Bytes that this rank has sent so far to each of the others."""
         return sum(exchange.sent for exchange in self._exchanges.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank has to know to go on, in tensors; each rank has its own."""
+        """The state of this rank, in tensors; each rank must save its own."""
         made: dict[str, Any] = _tensors({"steps": self._steps, "compressor": self.compressor.state_dict()})
         return made
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave. Raises SchemaError for the state of another method."""
+        """Restore a state from `state_dict`. Raises SchemaError for the state of another method."""
         state = _arrays(state_dict)
         self.compressor = _loaded(self.compressor, state["compressor"])
         self._steps = state["steps"]
@@ -492,10 +491,10 @@ class DDPState:
 
 # DDP looks at the annotations, and its stubs lack the class.
 def ddp_hook(state: DDPState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    """A communication hook of DistributedDataParallel: gradients travel as `state`'s compressor makes them.
+    """A communication hook of DistributedDataParallel that sends gradients compressed by `state`'s compressor.
 
-    A bucket is exchanged when it is complete, before the next one goes on. Raises as `Exchange.finish`, out of
-    `backward`; what was to be sent then is kept.
+    A bucket is exchanged when it is complete, before the next one. Raises as `Exchange.finish`, from `backward`; what
+    was to be sent is then kept.
     """
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     with torch.no_grad():

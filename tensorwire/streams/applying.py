@@ -1,11 +1,11 @@
-"""Patches applied: a container becomes the next version in its place.
+"""Applies patches: turns a container into the next version, in place.
 
     patch = Patch.read(source)                                # all of it, verified, before anything is applied
     patch.apply(state, front)                                 # in place: checked first, then block by block
 
-Nothing is written before the whole state was read once and every block of it found to be what the patch is against or,
-from an earlier attempt, what it makes. A block is made elsewhere, checked, and copied into its place, which is looked
-at once more. So it does not matter where an attempt ended: another one ends at the target, or says why not.
+Nothing is written before the whole state has been read once and every block found to be that of the base or, after an
+earlier attempt, that of the target. A block is made elsewhere, checked, copied into its place, and checked again there.
+So an interrupted attempt can be repeated: the next one reaches the target, or raises an error that says why not.
 """
 
 from bisect import bisect_right
@@ -49,7 +49,7 @@ class _Changed:
 
 
 class Applied(NamedTuple):
-    """What `apply` did: blocks of up to 4 MiB that it wrote, and those that it found done; values that it set."""
+    """The result of `apply`: blocks of up to 4 MiB written, blocks that were already done, and values set."""
 
     written: int
     skipped: int
@@ -57,17 +57,17 @@ class Applied(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A version that a patch makes: a container, and the checksums that its tensors must have."""
+    """A version made by a patch: a container, and the checksums that its tensors must have."""
 
     container: Any
     sums: Sums
 
 
 class Patch:
-    """A patch that is there as a whole, and verified. See the module's docstring.
+    """A complete and verified patch. See the module's docstring.
 
-    `base`, `target`: the digests of the version that it is applied to and of the one that it makes, as hex. `metadata`:
-    that of the stream. `size`: bytes of the payloads that are held. `tensors`, `values`: what changed, by rank.
+    `base`, `target`: the digests, as hex, of the version that it applies to and of the version that it makes.
+    `metadata`: of the stream. `size`: bytes of the payloads. `tensors`, `values`: the changes, by rank.
     """
 
     __slots__ = ("base", "metadata", "size", "target", "tensors", "values")
@@ -82,9 +82,9 @@ class Patch:
 
     @classmethod
     def read(cls, source: Any, *, keep: Store | None = None, limits: Limits = DEFAULT) -> "Patch":
-        """All of a patch from a source as `decode` takes it. Raises a WireError for whatever is no whole patch.
+        """Read and verify a whole patch from a source, as in `decode`. Raises a WireError for anything else.
 
-        `keep`: where payloads are kept, `InMemory()` or `OnDisk()`. In memory those of `bytes` stay where they stand.
+        `keep`: where payloads are kept, `InMemory()` or `OnDisk()`. `InMemory` does not copy payloads of `bytes`.
         """
         reading = _Reading(limits, keep or InMemory())
         with reading.receiver as receiver:
@@ -93,10 +93,10 @@ class Patch:
         return cls(reading.start, reading.tensors, reading.values, reading.size)
 
     def apply(self, state: Any, front: Front, *, limits: Limits = DEFAULT) -> Applied:
-        """Make of `state`, in place, the version that the patch is for.
+        """Turn `state`, in place, into the patch's target.
 
-        Every block of it must be that of the base or, from an earlier attempt, that of the target. Raises SchemaError
-        where one is neither, or an item is missing or another; nothing was written then.
+        Every block of it must be that of the base or, after an earlier attempt, that of the target. Raises SchemaError
+        if a block is neither, or if an item is missing or different; nothing is written then.
         """
         plan = _Plan(self, version_of(state, front, limits))
         places = {
@@ -113,9 +113,9 @@ class Patch:
         return Applied(len(plan.todo), plan.skipped, len(setters))
 
     def views(self, base: Any, front: Front, *, sums: Sums | None = None, limits: Limits = DEFAULT) -> "Made":
-        """The version that this makes of `base`, of views that are made block by block as they are read.
+        """The target as views over `base`, computed block by block as they are read.
 
-        `base` is left as it is, and read once here, unless its `sums` are those of the `Made` that it is of. Raises as
+        `base` is not changed. It is read once here, unless it comes from a `Made`, whose `sums` are given. Raises as
         `apply`.
         """
         plan = _Plan(self, version_of(base, front, limits), sums)
@@ -209,7 +209,7 @@ class _Place:
             raise EncodeError(f"it cannot be written in its place: {error.detail}", item=name) from None
 
     def write(self, block: _Block, pool: Pool) -> None:
-        """Make a block of what it is against, and see that it is what it must be."""
+        """Make a block from its base, and check the result."""
         made = pool.take(block.end - block.begin)
         made[:] = self._entry.read(block.begin, block.end)
         try:
@@ -231,10 +231,10 @@ class _Place:
 
 
 class _Plan:
-    """What applying a patch to a version comes to. Reads all of it, and writes nothing.
+    """The work that applying a patch to a state takes. Reads all of the state, and writes nothing.
 
-    `todo`: names and blocks to be made, `skipped`: how many blocks are done; `values`: those that are to be set;
-    `after`: the checksums of all tensors then.
+    `todo`: names and blocks to make. `skipped`: number of blocks that are done. `values`: values to set.
+    `after`: the checksums of all tensors afterwards.
     """
 
     def __init__(self, patch: Patch, held: Version, sums: Sums | None = None) -> None:
@@ -407,7 +407,7 @@ def setter(state: Any, path: Path, value: Any) -> tuple[Any, Any, Any]:
 
 
 def value_at(state: Any, path: Path) -> Any:
-    """What stands at a path of a container."""
+    """The value at a path of a container."""
     for key in path:
         state = state[key]
     return state

@@ -1,4 +1,4 @@
-"""Which codec each tensor gets: one for all, by pattern over names, or by a function."""
+"""Chooses the codec of each tensor: one for all, by pattern over names, or by a function."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,19 +28,19 @@ _TABLE: Final = 4096  # bytes that the scales and tables of the smallest weights
 
 
 def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
-    """What `codec=` means, as a `Rule`.
+    """The value of `codec=` as a `Rule`.
 
-    A mapping's keys are shell patterns over names (`tensorwire.name_of`), the first match wins, and what none matches
-    is raw; a pattern that matches no tensor, or can match none behind those before it, is an error. A tensor that its
-    codec cannot represent (another dtype, or values that the codec's policy sends raw) travels losslessly, compressed
-    where the codec compresses, and stands in `report`.
+    A mapping's keys are shell patterns over names (`tensorwire.name_of`). The first match wins, and a tensor that no
+    pattern matches is raw. A pattern that matches no tensor, or that earlier patterns make unreachable, is an error. A
+    tensor that its codec cannot represent (another dtype, or values that the codec's policy sends raw) is sent
+    losslessly, compressed if the codec compresses, and listed in `report`.
 
-    So do the scales and tables of weights that are quantized already: floats that are named after codes (a tensor of
-    bytes or of 32-bit ints), or stand beside a matrix of them in the same module, in at most half their bytes. They are
-    what is left of the weights' precision. A function has the last word on them; in an iterator of pairs, the codes
-    must come first.
+    So are the scales and tables of already quantized weights: floats that are named after codes (a tensor of bytes or
+    of 32-bit ints), or that are beside a matrix of codes in the same module and take at most half their bytes. All that
+    remains of the weights' precision depends on them. A function may decide otherwise; in an iterator of pairs, the
+    codes must come first.
 
-    A tensor with several names gets the codec that keeps the most of it: a lossless one where any name asks for one.
+    A tensor with several names gets the codec that keeps the most of it: a lossless one if any name asks for one.
     Raises EncodeError.
     """
     explicit = callable(choice) and not isinstance(choice, (Stage, Codec))

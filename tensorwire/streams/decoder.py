@@ -1,4 +1,4 @@
-"""A stream that is handed over as it comes: by callbacks, message queues, engines that call and will not be called."""
+"""Decodes a stream that is fed as it arrives: by callbacks, message queues, or engines that call their clients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from tensorwire.wire.drive import Push
 
 
 class Decoder:
-    """One stream, fed: made by `tensorwire.decoder`, which says what the options mean.
+    """Decodes one stream that is fed to it: made by `tensorwire.decoder`, which describes the options.
 
         decoder = tensorwire.decoder(expect=model.state_dict())
         def on_message(data):
@@ -21,7 +21,7 @@ class Decoder:
         def on_close():
             decoder.finish()
 
-    `metadata` is that of the stream once its beginning has been fed. `ended`: whether all of it has.
+    `metadata`: of the stream, once its beginning has been fed. `ended`: whether all of it has been fed.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Decoder:
     def feed(self, data: Any) -> list[tuple[str, Any]]:
         """(name, value) of each item that these bytes complete.
 
-        `data`: a buffer of any size, the bytes that follow those fed before. Its memory is free again afterwards, but
-        `bytes` may be kept where they are shared with what is given. Raises a WireError for bytes that cannot go on the
-        stream, bytes after its end included; the decoder is of no more use then and says so with a ClosedError.
+        `data`: a buffer of any size, the next bytes of the stream. Its memory may be reused after the call, but `bytes`
+        may be kept and shared with the results. Raises a WireError for bytes that cannot continue the stream, or that
+        follow its end; afterwards the decoder only raises ClosedError.
         """
         given: list[tuple[str, Any]] = []
         with self._items.receiver:
@@ -64,6 +64,6 @@ class Decoder:
         return given
 
     def finish(self) -> None:
-        """Say that nothing more will come. Raises TruncatedError unless the whole stream has."""
+        """Declare that no more bytes will follow. Raises TruncatedError unless the whole stream has been fed."""
         with self._items.receiver:
             self._push.finish()

@@ -1,4 +1,4 @@
-"""Tensors that are kept as they were sent, to be decoded when they are needed: once, slice by slice, or never."""
+"""Tensors that are kept encoded and decoded when they are needed: once, slice by slice, or never."""
 
 import tempfile
 from bisect import bisect_right
@@ -29,14 +29,14 @@ class Store(Protocol):
     """Where payloads are kept."""
 
     def put(self, data: memoryview) -> Any:
-        """Keep these bytes; what comes back gets them again."""
+        """Keep these bytes; returns a key for `get`."""
 
     def get(self, kept: Any) -> memoryview:
-        """The bytes again. Raises CorruptError where they are not what they were."""
+        """The bytes again. Raises CorruptError if they have changed."""
 
 
 class InMemory:
-    """Keeps payloads in memory: where they stand, if nobody can change them there."""
+    """Keeps payloads in memory, without a copy if nobody can change them."""
 
     def put(self, data: memoryview) -> memoryview:
         """See `Store`."""
@@ -54,7 +54,7 @@ class _Place(NamedTuple):
 
 
 class OnDisk:
-    """Keeps payloads in a file without a name, in `folder`, or where temporary files go. Gone when it is dropped.
+    """Keeps payloads in an unnamed file in `folder`, or with other temporary files. Removed when it is dropped.
 
     decoder = tensorwire.torch.decoder(keep_encoded=tensorwire.OnDisk("/fast/disk"))
     """
@@ -109,9 +109,9 @@ class _Last:
 
 
 class EncodedTensor:
-    """A whole verified tensor, encoded: `tensorwire.decoder(keep_encoded=...)` gives them.
+    """A whole, verified, encoded tensor, from `tensorwire.decoder(keep_encoded=...)`.
 
-    `dtype` and `shape` are those of what `decode` gives, `codec` is how it travelled, `nbytes` what is kept of it.
+    `dtype`, `shape`: of the decoded tensor. `codec`: with which it was sent. `nbytes`: bytes of the kept payloads.
     """
 
     __slots__ = ("_front", "_last", "_slices", "_store", "codec", "dtype", "nbytes", "shape")
@@ -151,7 +151,7 @@ class EncodedTensor:
         return tensor
 
     def empty(self) -> tuple[ByteArray, Any]:
-        """Bytes to be written, and a tensor over them such as `decode` gives."""
+        """Uninitialized bytes, and a tensor over them like that of `decode`."""
         out = SPARE.empty(prod(self.shape) * self.dtype.itemsize)
         return out, self._front.wrap(out, self.dtype, self.shape)
 
@@ -168,7 +168,7 @@ class EncodedTensor:
         return out
 
     def view(self) -> TensorView:
-        """As what can be encoded and subtracted: decoded slice by slice as it is read."""
+        """A view that can be encoded or subtracted, decoded slice by slice as it is read."""
         return TensorView(self.dtype, self.shape, self.read)
 
     def accumulate(self, sums: npt.NDArray[np.float64], weight: float, start: int = 0) -> None:
@@ -237,7 +237,7 @@ class EncodedItems:
         self.receiver = Receiver(limits, base=base, scratch=Scratch())
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
-        """What is complete with this event, under all of its names."""
+        """The items that this event completes, under all of their names."""
         if isinstance(event, Completed):
             value = event.value if isinstance(event.item, ValueItem) else self._tensor(event.item)
             return [(item, value) for item in (event.item, *event.aliases)]
@@ -255,7 +255,7 @@ class EncodedItems:
         return ()
 
     def check_complete(self) -> None:
-        """Raise SchemaError for what was expected and has not come."""
+        """Raise SchemaError if an expected item has not arrived."""
         if self._schema is not None:
             self._schema.check_complete()
 

@@ -1,4 +1,4 @@
-"""Containers to leaves: what is sent, item by item."""
+"""Containers to leaves: the items that are sent."""
 
 import dataclasses
 import enum
@@ -34,17 +34,17 @@ class Rule(Protocol):
     """Which codec each tensor gets."""
 
     def notice(self, name: str, view: TensorView, /) -> None:
-        """There is a tensor of this name. Said of all tensors of a container before the first is asked about."""
+        """Note the name of a tensor. Called for all tensors of a container before the first codec is requested."""
 
     def __call__(self, name: str, value: Any, view: TensorView, /, *, others: Sequence[str] = ()) -> Codec:
         """The codec of a tensor, which has these `others` names as well."""
 
     def finish(self) -> None:
-        """There are no more tensors. Raises EncodeError where the rule was about one that is not there."""
+        """Note that there are no more tensors. Raises EncodeError if the rule names a tensor that does not exist."""
 
 
 class TensorLeaf(NamedTuple):
-    """A tensor, whose slices `codec` makes of what `view` reads; or a file, for its codec a tensor of bytes."""
+    """A tensor, whose slices `codec` encodes as `view` reads them; or a file, which its codec treats as bytes."""
 
     item: TensorItem | FileItem
     view: TensorView
@@ -59,7 +59,7 @@ class ValueLeaf(NamedTuple):
 
 
 class BareLeaf(NamedTuple):
-    """What is described and has no data of its own."""
+    """An item that is described and has no data of its own."""
 
     item: AliasItem | ContainerItem
 
@@ -70,11 +70,11 @@ Leaf = TensorLeaf | ValueLeaf | BareLeaf
 def flatten(
     value: Any, front: Front, rule: Rule, limits: Limits, *, path: Path = (), tie: bool = True
 ) -> Iterator[Leaf]:
-    """The leaves of a container that stands at `path`, depth-first, in the order of its dicts.
+    """The leaves of the container at `path`, depth-first, in the order of its dicts.
 
-    `rule` gives the codec of each tensor; behind the last leaf of a whole container it is told that this was all.
-    `tie`: of tensors that are the same view of the same memory, all but the first become aliases of it. Dicts and lists
-    of a subclass travel as what they are at heart. Raises EncodeError naming the item for whatever cannot be sent.
+    `rule` gives the codec of each tensor; its `finish` is called after the last leaf of a whole container.
+    `tie`: of tensors that are the same view of the same memory, all but the first become aliases of it. Subclasses of
+    dict and list are sent as dict and list. Raises EncodeError, naming the item, for anything that cannot be sent.
     """
     found = _Walk(front, limits).leaves(value, path)
     aliases, others = _ties(found) if tie else ({}, {})

@@ -1,8 +1,8 @@
 """Encoding ahead of the sender, decoding behind the receiver: jobs in a helper thread, results in order.
 
-Kernels release the GIL, so one helper overlaps a codec with the network. The caller takes part: a job that the helper
-has not begun when its result is due is run by the caller, who thus never waits for a helper that lost its core.
-How many threads a job itself may use is the kernels' business (`tensorwire.set_threads`).
+Kernels release the GIL, so one helper overlaps a codec with the network. If the helper has not begun a job when its
+result is due, the caller runs it, and so never waits for a helper that lost its core.
+`tensorwire.set_threads` sets how many threads a kernel in a job may use.
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ class _Job(Generic[T]):
         self._error: BaseException | None = None
 
     def attempt(self) -> None:
-        """Do the work unless somebody has begun it."""
+        """Do the work unless it has begun."""
         if not self._claim.acquire(blocking=False):
             return
         work, self._work = self._work, None
@@ -44,7 +44,7 @@ class _Job(Generic[T]):
             self._done.set()
 
     def result(self) -> T:
-        """What the work gave, or raise what it raised."""
+        """The result of the work, or its exception, which is raised."""
         self.attempt()
         self._done.wait()
         value, error = self._value, self._error

@@ -1,10 +1,10 @@
 """Patches: streams from one version of a container to the next.
 
-    for buffer in encode_patch(new, old, front): ...          # names both digests, and holds what changed
+    for buffer in encode_patch(new, old, front): ...          # has both digests, and the changes
 
 A patch is a stream with a `base` and a `target`. Its root is a dict of the items that changed, each under its rank: its
-place among the items of the base in the order of their names, which both sides know. Tensors come in blocks of 4 MiB,
-coded by `patch`, values as they are. `applying` is the other side.
+position among the items of the base in the order of their names, which both sides know. Tensors are sent in blocks of
+4 MiB encoded by `patch`, values as they are. `applying` is the other side.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,9 +40,9 @@ def encode_patch(
     limits: Limits = DEFAULT,
     report: Report | None = None,
 ) -> Iterator[Buffer]:
-    """The buffers of the patch that makes `new` of `base`.
+    """The buffers of the patch from `base` to `new`.
 
-    Both are read once before the first buffer, and what changed once more after it. Raises EncodeError for containers
+    Both are read once before the first buffer, and changed items once more after it. Raises EncodeError for containers
     that differ in more than values.
     """
     check_limits(limits)

@@ -1,6 +1,6 @@
 """A stream of tensors as pieces, one at a time.
 
-To look at, add up or pass on what is never held whole, and to advance many streams in step with one another in the
+Use it to inspect, add up or forward tensors without holding them whole, and to read many streams in step in the
 memory of one slice.
 """
 
@@ -19,9 +19,9 @@ class Pieces:
     """Iterate, once, for every `Piece` of the tensors in a stream, in order.
 
     `source` and `base`: as in `tensorwire.decode`. `open_item` is called with each item as it is described, and raises
-    for one that is not wanted. `scratch`: memory for one slice, which other streams may share: a piece's data is valid
-    until one of them goes on. `metadata` is there from the first item on, `digest` at the end. Raises a WireError for
-    whatever is not a whole valid stream of tensors.
+    for an unwanted one. `scratch`: memory for one slice, which other streams may share: a piece's data is valid until
+    one of them advances. `metadata` is available from the first item on, `digest` at the end. Raises a WireError for
+    anything but a complete, valid stream of tensors.
     """
 
     def __init__(

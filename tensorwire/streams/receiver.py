@@ -1,4 +1,4 @@
-"""The receiving loop: a stream in, verified pieces of its items out, pulled by whoever consumes them.
+"""The receiving loop: a stream in, verified pieces of its items out, pulled by the consumer.
 
     with Receiver(limits) as receiver:
         for event in receiver.events(source):
@@ -6,7 +6,8 @@
             elif isinstance(event, Piece): ...        # elements in that memory, or in some that is lent
             elif isinstance(event, Completed): ...    # the item is complete and verified
 
-A consumer owns its receiver, which knows nothing of it: memory, files and sums differ in what they do with pieces.
+A consumer owns its receiver, and the receiver knows nothing of the consumer, which may write pieces to memory or to
+files, or add them up.
 """
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -63,8 +64,8 @@ Take = Callable[[int, DataItem], Memory | None]
 class Piece(NamedTuple):
     """Elements of `item` from `start` on: `data` are their bytes, decoded.
 
-    They stand in the memory that the item lands in; else in memory that is lent until the next event. They are
-    verified, but for a raw slice of more than 4 MiB, which comes in several pieces and is verified with its last one.
+    They are in the memory given to `land`, or else in memory that is lent until the next event. They are verified,
+    except in a raw slice of more than 4 MiB, which comes in several pieces and is verified with the last one.
     """
 
     number: int
@@ -93,7 +94,7 @@ class Payload:
 
 
 class Completed(NamedTuple):
-    """All of an item has come and is verified. `aliases`: its other names. `value`: of a ValueItem."""
+    """An item is complete and verified. `aliases`: its other names. `value`: of a ValueItem."""
 
     number: int
     item: DataItem
@@ -134,17 +135,15 @@ class _Incoming:
 
 
 class Receiver:
-    """One stream being received: a `wire.drive.Consumer`, a context manager.
+    """Receives one stream: a `wire.drive.Consumer` and a context manager.
 
-    Used as one, it adds to errors that the consumer raises over an event which item, frame, offset and file that was.
-    `overlap`: where its source may wait, decode slices in another thread while the next ones are received, which costs
-    more than it gains where nothing is waited for. `scratch`: memory for slices that do not land anywhere, shared with
-    other streams that are read in turns with this one; nothing is then decoded ahead. `take` gives memory for an item
-    when its data begins to come, where `land` gave none: so that nothing is kept for items that may never come.
-    `base`: the content digest of the version that the stream may be against; one that is against any other is refused
-    with a SchemaError. `encoded`: `keep_encoded` of all items. `unpack`: `wire.sharing()`, for streams that are read
-    in turns with this one. `any_base`: the
-    consumer sees to that.
+    As a context manager, it adds item, frame, offset and file to errors that the consumer raises about an event.
+    `overlap`: decode slices in another thread while the next ones are received; a loss for sources that never wait.
+    `scratch`: memory for slices without memory of their own, shared with other streams that are read in turn with this
+    one; nothing is then decoded ahead. `take`: gives memory for an item when its data begins, if `land` gave none, so
+    that none is allocated for items that may never arrive. `base`: the content digest of the stream's base; a stream
+    against any other is refused with a SchemaError. `any_base`: accept any, because the consumer checks it. `encoded`:
+    `keep_encoded` for all items. `unpack`: `wire.sharing()`, for streams that are read in turn with this one.
     """
 
     def __init__(
@@ -201,11 +200,11 @@ class Receiver:
         return pull_async(self, source)
 
     def land(self, number: int, memory: Memory) -> None:
-        """Let an item that was just described be decoded into `memory`."""
+        """Decode an item that was just described into `memory`."""
         self._memory[number] = memory
 
     def keep_encoded(self, number: int) -> None:
-        """Give the payloads of an item that was just described in place of pieces; of a raw one they are the same."""
+        """Yield the payloads of an item that was just described in place of pieces; for a raw item, the same bytes."""
         self._encoded.add(number)
 
     def __enter__(self) -> "Receiver":

@@ -1,4 +1,4 @@
-"""What travelled how: the summary that a caller gets of a stream."""
+"""Reports how the items of a stream were encoded."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 
 @dataclass(slots=True)
 class Carried:
-    """What one codec carried: whole items, their bytes before, and the bytes of the payloads."""
+    """The items that one codec carried, their original bytes, and the bytes of their payloads."""
 
     items: int = 0
     bytes_in: int = 0
@@ -17,7 +17,7 @@ class Carried:
 
 
 class Otherwise(NamedTuple):
-    """An item that travelled otherwise than asked: the spec that was asked for, the one that was used, and why."""
+    """An item that was not sent as requested: the requested spec, the one used, and the reason."""
 
     name: str
     asked: str
@@ -26,14 +26,14 @@ class Otherwise(NamedTuple):
 
 
 class Report:
-    """How the items of a stream travelled, filled while it is encoded and complete once its last buffer was taken.
+    """How the items of a stream were encoded. Filled during encoding, complete once the last buffer has been taken.
 
         report = tensorwire.Report()
         data = tensorwire.dumps(weights, codec="nf4", report=report)
         print(report)                        # 33.6 MB -> 4.7 MB (7.1x), 3 items raw (float64)
 
-    `codecs`: a `Carried` for each codec, by its spec; plain values count as raw, further names of a tied tensor do not
-    count. `otherwise`: the items that did not travel as asked. `framing`: bytes of headers and descriptors. A report
+    `codecs`: a `Carried` for each codec, by spec; plain values count as raw, other names of a tied tensor do not
+    count. `otherwise`: the items that were not sent as requested. `framing`: bytes of headers and descriptors. A report
     that is given to several streams adds them up.
     """
 
@@ -92,7 +92,7 @@ class Report:
 
 
 def size_text(count: int) -> str:
-    """Bytes as people read them: `33.6 MB`."""
+    """A number of bytes as readable text: `33.6 MB`."""
     if count < 1000:
         return f"{count} B"
     value, unit = count / 1000, 0

@@ -1,4 +1,4 @@
-"""What a receiver expects: names, kinds, dtypes, shapes and, if wanted, codecs."""
+"""The schema that a receiver expects: names, kinds, dtypes, shapes and, if wanted, codecs."""
 
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ class _Describing(AnyFront):
 
 
 class Schema:
-    """A set of item descriptors to hold a stream against: strict equality, no broadcasting, nothing missing."""
+    """A set of item descriptors that a stream must equal exactly: no broadcasting, nothing missing."""
 
     def __init__(self, items: dict[Path, Item], *, codecs: bool) -> None:
         self._items = items

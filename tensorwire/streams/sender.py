@@ -1,12 +1,12 @@
 """Containers to buffers.
 
-Everything about the container is checked, and every descriptor made, before the first buffer leaves; then each
-tensor is encoded frame by frame. Buffers are either small bytes, the caller's own memory (raw), or pooled memory
-that is used again once the consumer lets go of it. An empty buffer says: send what you have gathered, what comes next
-is still to be made.
+The whole container is checked, and every descriptor made, before the first buffer is yielded; then each tensor is
+encoded frame by frame. Buffers are either small bytes, the caller's own memory (raw), or pooled memory that is reused
+once the consumer releases it. An empty buffer means: send what you have gathered, because the next buffer still has to
+be made.
 
-The caller's own memory was checksummed when its header was made: whoever changes it before it is sent makes a stream
-that its receiver refuses. Where that must not be (files, messages), `private` streams carry copies of it.
+The caller's own memory is checksummed when its header is made. If it changes before it is sent, the receiver refuses
+the stream. Where that must not happen (files, messages), `private` streams carry copies.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -66,10 +66,10 @@ def encode(
 ) -> Iterator[Buffer]:
     """The buffers of one stream.
 
-    Options as `tensorwire.encode` has them. `at_rest`: lay the stream out as a file, with an index, aligned payloads
-    and each raw item in one frame, so that it can be mapped. `private`: give no memory of the caller away, but copies
-    of it; so does `at_rest`. `late`: takes the headers that are made once their payload has passed, where what is
-    written can be written over; without it, a large raw item that changes meanwhile is an EncodeError.
+    Options: as for `tensorwire.encode`. `at_rest`: lay the stream out as a file, with an index, aligned payloads
+    and each raw item in one frame, so that it can be mapped. `private`: yield copies instead of the caller's memory;
+    `at_rest` does so, too. `late`: called with headers that are made after their payload, for output that can be
+    overwritten; without it, a large raw item that changes meanwhile is an EncodeError.
     """
     info = stream_info(metadata, stream_id, at_rest=at_rest)
     sender = Sender(info, frame_size, limits, at_rest=at_rest, private=private, late=late, report=report)
@@ -80,10 +80,10 @@ def encode(
 
 
 def gather(buffers: Iterable[Any], size: int) -> Iterator[bytes]:
-    """The bytes of a stream in portions of at most `size` bytes, for what carries messages of a limited size.
+    """The bytes of a stream in portions of at most `size` bytes, for transports with a limited message size.
 
-    `buffers`: of `encode`, for instance. Only a buffer larger than `size` is cut, so that payloads, of which there is
-    one a frame, arrive in one portion where they fit; what is decoded need not know where the cuts are.
+    `buffers`: of `encode`, for instance. Only a buffer larger than `size` is cut, so that a payload, one per frame,
+    arrives in one portion if it fits. A decoder need not know where the cuts are.
 
         for message in tensorwire.gather(tensorwire.encode(weights), 4 << 20):
             queue.put(message)
@@ -149,7 +149,7 @@ _Job = Callable[[], Iterable[_EncodedSlice | _EncodedBundle]]
 
 
 class Sender:
-    """Writes leaves through one Writer, and into a report what it made of them."""
+    """Writes leaves through one Writer, and counts them in a report."""
 
     def __init__(
         self,
@@ -515,7 +515,7 @@ def _width(leaf: TensorLeaf | ValueLeaf) -> int:
 
 
 class StreamSize(NamedTuple):
-    """Bytes of a stream: of payloads, `metadata` of them for absmax, scales and the like, and of all around them."""
+    """Bytes of a stream: payloads (`metadata` of them for absmax, scales and the like) and framing."""
 
     payloads: int
     metadata: int
@@ -535,7 +535,7 @@ def stream_size(
     at_rest: bool = False,
     limits: Limits = DEFAULT,
 ) -> StreamSize:
-    """The size of a stream of these leaves; of a file whose size is not known ahead, without its data."""
+    """The size of a stream of these leaves, without the data of files whose size is not known in advance."""
     with _writing():
         return _stream_size(
             list(leaves), info or stream_info(None, at_rest=at_rest), frame_size, limits, at_rest=at_rest

@@ -28,7 +28,7 @@ def decode(
 ) -> Iterator[tuple[str, Any]]:
     """(name, value) of each item, as soon as it is complete and verified.
 
-    Options as `tensorwire.decode` has them. When an error is raised, items already given are good and the rest is not
+    Options: as for `tensorwire.decode`. If an error is raised, items already yielded are valid and the rest is not
     delivered, but tensors in `into` may hold parts of what was received.
     """
     memory = Items(front, into, expect, limits, base, metadata_into=metadata_into)
@@ -68,7 +68,7 @@ def collect(
     metadata_into: dict[str, str] | None = None,
     limits: Limits = DEFAULT,
 ) -> Any:
-    """The whole container, once the whole stream is verified."""
+    """The whole container, after the whole stream has been verified."""
     memory, containers = Items(front, into, expect, limits, base, metadata_into=metadata_into), Unflattener()
     with memory.receiver as receiver:
         for event in receiver.events(source):
@@ -131,7 +131,7 @@ class Items:
         self.receiver = Receiver(limits, base=base, take=self._taken, overlap=overlap)
 
     def completed(self, event: Event) -> Sequence[tuple[DataItem | AliasItem, Any]]:
-        """What is complete with this event, under all of its names."""
+        """The items that this event completes, under all of their names."""
         if isinstance(event, Completed):
             value = self._value(event)
             return [(event.item, value), *((alias, self._other_name(alias, value)) for alias in event.aliases)]
@@ -144,7 +144,7 @@ class Items:
         return ()
 
     def check_complete(self) -> None:
-        """Raise SchemaError for what was expected, or preallocated, and has not come."""
+        """Raise SchemaError if an expected or preallocated item has not arrived."""
         if self._schema is not None:
             self._schema.check_complete()
         for name in self._into.keys() - self._filled:

@@ -1,4 +1,4 @@
-"""Items to containers: what was flattened, rebuilt as it arrives."""
+"""Items to containers: rebuilds flattened containers as items arrive."""
 
 from typing import Any, Final
 

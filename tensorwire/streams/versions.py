@@ -1,7 +1,7 @@
-"""Versions: what a container holds under which names, and its content digest.
+"""Versions: the contents of a container by name, and their content digest.
 
-Two containers of the same names, dtypes, shapes and values are one version, however they travel: docs/format.md says
-what is digested. The digest tells versions apart that differ by accident; who must know whose a version is signs it
+Two containers with the same names, dtypes, shapes and values are one version, however they are sent: docs/format.md
+says what is digested. The digest detects accidental differences; to prove who made a version, sign it
 (`tensorwire.authenticity`).
 """
 
@@ -27,7 +27,7 @@ _READ: Final = 4 * CHUNK  # bytes that are asked of a tensor at once: the asking
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What stands under one name of a version: a tensor, or where `view` is None the `data` of a value."""
+    """The entry of one name in a version: a tensor or, if `view` is None, the `data` of a value."""
 
     path: Path
     view: TensorView | None
@@ -50,7 +50,7 @@ class Entry:
         return np.frombuffer(self.tensor.read(start // width, stop // width), np.uint8)
 
     def describe(self) -> str:
-        """What it is, for errors."""
+        """A description for errors."""
         return "a value" if self.view is None else f"{self.view.dtype} {list(self.view.shape)}"
 
 
@@ -61,7 +61,7 @@ Sums = dict[str, Checksums]
 
 
 def version_of(value: Any, front: Front, limits: Limits = DEFAULT) -> Version:
-    """What a container holds. Raises EncodeError as `flatten` does."""
+    """The entries of a container, by name. Raises EncodeError as `flatten` does."""
     found: Version = {}
     for leaf in flatten(value, front, rule("raw"), limits, tie=False):
         if isinstance(leaf, TensorLeaf):
@@ -78,7 +78,7 @@ def digest(value: Any, front: Front, limits: Limits = DEFAULT) -> str:
 
 
 def checksums(version: Version) -> Sums:
-    """The checksums of all tensors; one that stands under several names is read once."""
+    """The checksums of all tensors; a tensor with several names is read once."""
     sums: Sums = {}
     known: dict[tuple[object, ...], Checksums] = {}
     for name, entry in version.items():

@@ -1,20 +1,20 @@
-"""What changed between versions of a model, and how it is added up: mathematics over containers, without sockets.
+"""Updates of a model: computed, encoded, compressed, checked and averaged. No sockets.
 
     changed = subtract(trained, base)                    # views, computed slice by slice as they are encoded
     terms = Terms("my run", round=3, client="ann", kind="difference", weight=100)
     message = b"".join(encode(changed, terms, codec="nf4"))
 
-    update = check_update(message, model, expected)      # read through once: may it count?
-    average([update, ...], into=model)                   # memory of the model, whatever the number of updates
+    update = check_update(message, model, expected)      # reads it once, and raises if it is not acceptable
+    average([update, ...], into=model)                   # in the memory of the model, for any number of updates
 
-A `Compressor` sends a thousandth of that, and keeps what it left out; `combine` adds up what many of them send:
+A `Compressor` sends a thousandth of that, and keeps what it leaves out; `combine` adds up the messages of many senders:
 
     message = Compressor("demo:k=4").compress(gradients)
     combine([message.data, *received], how="present")
 
-Models and updates are mappings of names to tensors, torch or NumPy. `Views` are the same names with tensors that are
-computed when they are read, so that functions from views to views (`subtract`, `ErrorFeedback.add`,
-`stochastic_bf16`) take no memory of their own and can be put in a row.
+Models and updates are mappings of names to tensors, torch or NumPy. `Views` are mappings of names to tensors that are
+computed when read, so that functions from views to views (`subtract`, `ErrorFeedback.add`, `stochastic_bf16`) need
+no memory for their results and can be chained.
 """
 
 from tensorwire.updates.answer import write_update

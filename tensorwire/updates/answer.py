@@ -1,4 +1,4 @@
-"""The update that answers training."""
+"""A client's update after training."""
 
 import os
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ def write_update(
     stochastic: int | None = None,
     feedback: ErrorFeedback | None = None,
 ) -> None:
-    """Write the update of training that has made `state` of `base`, and settle with `feedback` what it leaves out.
+    """Encode the update from `base` to the trained `state` into a file, and keep in `feedback` what the codec drops.
 
-    What travels is `terms.kind`: the state's weights, or their difference to the base. `codec`, `stochastic`: as in
+    `terms.kind` decides whether weights or their difference to the base are sent. `codec`, `stochastic`: as in
     `encode`. The file appears under its name only when complete. Raises what `matched` and `encode` raise.
 
         terms = Terms("my run", 3, base=digest, client="ann", kind="difference", weight=100)

@@ -1,4 +1,4 @@
-"""Whether an update may count: it is read through once, while it arrives or later, and judged slice by slice."""
+"""Decides whether an update is accepted: reads it once, while it arrives or later, and checks it slice by slice."""
 
 import math
 import os
@@ -48,7 +48,7 @@ _NO_NUMBERS: Final = (dtypes.FLOAT8_E8M0FNU, dtypes.FLOAT4_E2M1FN_X2)
 
 
 class UpdateError(TensorwireError, ValueError):
-    """A whole, well-formed update that must not count. `reason`: stale, client, weight, cost, finite, norm or hook."""
+    """A complete, well-formed update is refused. `reason`: stale, client, weight, cost, finite, norm or hook."""
 
     def __init__(self, detail: str, *, reason: str, item: object = None) -> None:
         super().__init__(detail, item=item)
@@ -57,10 +57,10 @@ class UpdateError(TensorwireError, ValueError):
 
 @dataclass(frozen=True)
 class Update:
-    """An encoded update that was read through and may count.
+    """An encoded update that was read and accepted.
 
     `recording`: the path of the stream, or a buffer that holds it. `norm`: L2 norm, over all floating-point items, of
-    what it adds to the base. `scale`: the factor that is to be applied to that, less than 1 where it was clipped.
+    the change to the base. `scale`: the factor to apply to this change, less than 1 if it was clipped.
     `digest`: of the stream.
     """
 
@@ -72,12 +72,12 @@ class Update:
 
     @property
     def client(self) -> str:
-        """Who made it."""
+        """The name of the client that made it."""
         return self.terms.client
 
     @property
     def base_share(self) -> float:
-        """How much of what it makes of the model is the model as it was."""
+        """The share of the base in the model after this update: 1 for a difference."""
         return 1.0 if self.terms.kind == "difference" else 1.0 - self.scale
 
     def pieces(
@@ -87,7 +87,7 @@ class Update:
         scratch: Scratch | None = None,
         limits: Limits = DEFAULT,
     ) -> Iterator[Piece]:
-        """The decoded pieces, read once more. Raises a WireError where the recording is not what it was."""
+        """The decoded pieces, read again. Raises a WireError if the recording has changed since it was checked."""
         with _opened(self.recording) as source:
             pieces = Pieces(source, open_item, scratch=scratch, limits=limits)
             yield from pieces
@@ -97,11 +97,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Rules:
-    """What an update must keep to beyond the schema of the model.
+    """Limits for updates, beyond the schema of the model.
 
-    `down`: the codec that the next model is to be sent with, which must be able to carry what an update makes of it.
-    `max_norm`: larger updates are rejected or, with `on_norm="clip"`, scaled down to it. `validate`: called with each
-    update that passes and the schema it was held against; it has the last word: accept, reject, or clip to `max_norm`.
+    `down`: the codec of the next model, which must be able to carry the updated values. `max_norm`: updates with a
+    larger norm are rejected or, with `on_norm="clip"`, scaled down to it. `validate`: called with each update that
+    passes and with its schema; returns the final verdict: accept, reject, or clip to `max_norm`.
     """
 
     max_weight: float = 1e9
@@ -113,9 +113,9 @@ class Rules:
 
 
 def ceilings(model: Arrays, down: CodecChoice) -> dict[str, float]:
-    """The largest magnitude that each item of a model may have to be sent with the codec `down`.
+    """The largest magnitude that the codec `down` can carry, for each floating-point item of a model.
 
-    Raises EncodeError for floats that no mean can be taken of, and for a codec choice that makes no sense.
+    Raises EncodeError for floats that cannot be averaged, and for an invalid codec choice.
     """
     choose, highest = rule(down), {}
     described = views(model)
@@ -135,10 +135,10 @@ def ceilings(model: Arrays, down: CodecChoice) -> dict[str, float]:
 def check_update(
     source: Any, model: Arrays, expected: Terms, rules: Rules | None = None, *, recording: Recording | None = None
 ) -> Update:
-    """Read an update through and return it as one that may count. Takes O(frame) memory beside the model.
+    """Read and check an update, and return it if it is accepted. Takes O(frame) memory beside the model.
 
-    `source`: as in `tensorwire.decode`. `model`: the base. `expected`: the terms that the update must carry, all but
-    its kind, weight and metrics. `recording`: where it can be read again, if not from `source` itself. Names, their
+    `source`: as in `tensorwire.decode`. `model`: the base. `expected`: the terms that the update must carry, except
+    its kind, weight and metrics. `recording`: where to read the update again, if not from `source` itself. Names, their
     order, shapes and dtypes must be the model's. Raises UpdateError, SchemaError before any payload is read, or
     another WireError.
     """
@@ -160,7 +160,7 @@ def check_update(
         assert terms is not None
         left -= 1
         if left < 0:
-            detail = f"the update comes in slices of less than {_SLICE} bytes on average: send it in larger frames"
+            detail = f"the slices of the update have less than {_SLICE} bytes on average: send it in larger frames"
             raise UpdateError(detail, reason="cost", item=piece.item.name)
         if is_calculated(piece.dtype):
             energy += _energy(piece, place_of_piece(model, piece), terms.kind, highest[key_of(piece.item)])
@@ -204,7 +204,7 @@ def _agreed(terms: Terms, expected: Terms, rules: Rules) -> Terms:
 def _energy(piece: Piece, base: Bytes, kind: UpdateKind, highest: float) -> float:
     """The sum of squares of what a piece adds to the base.
 
-    Raises UpdateError for what is not finite, or would not be once added, or could not be sent.
+    Raises UpdateError for values that are not finite, or whose sum with the base is not, or cannot be sent.
     """
     energy = 0.0
     for values, was in _blocks(piece.data, base, piece.dtype):
@@ -227,6 +227,6 @@ def _judged(update: Update, rules: Rules, schema: Schema) -> Update:
         if verdict == "reject":
             raise UpdateError("the receiver's validate function refuses this update", reason="hook")
         if verdict not in ("accept", "clip") or (verdict == "clip" and rules.max_norm is None):
-            raise ValueError(f"validate must return accept, reject, or where there is a max_norm clip, not {verdict!r}")
+            raise ValueError(f"validate must return accept, reject or, if there is a max_norm, clip; not {verdict!r}")
         clip = clip or (verdict == "clip" and update.norm > limit)
     return replace(update, scale=limit / update.norm) if clip else update

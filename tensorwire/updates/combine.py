@@ -1,8 +1,8 @@
-"""The messages of many senders added up, none of which is ever dense.
+"""Adds up the messages of many senders without making any of them dense.
 
-What is sparse is added where it stands: as coefficients, if the messages hold those, which are transformed back once,
-at the end. Messages are taken in the order in which they are given, and sums are in float64, so that all who add the
-same messages in the same order get the same bits.
+Sparse messages are added at their positions: DCT coefficients are added as coefficients and transformed back once, at
+the end. Messages are added in the order in which they are given, and sums are in float64, so that everyone who adds
+the same messages in the same order gets the same bits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,19 +35,19 @@ _SUMS: Final = 16  # bytes that the sums of an element take, with what is presen
 def combine(
     messages: Iterable[Any], *, how: How = "mean", weights: Sequence[float] | None = None
 ) -> dict[str, Float32]:
-    """What messages hold together: float32 arrays by name.
+    """Add up messages of compressors, and return float32 arrays by name.
 
-    `messages`: what compressors made, as `tensorwire.decode` takes streams; all with the same tensors, encoded with the
-    same codecs, and nothing else. `how`: the `mean`, the `sum`, the mean of those that hold an element or a coefficient
-    at all (`present`, as DeMo has it), or the sign of what most of them have there (`vote`). `weights`: one for each
-    message. Takes memory for two or three models, whatever the number of messages. Raises a WireError for a damaged
-    message, ValueError for none, or for weights that are no positive numbers or not as many.
+    `messages`: streams as `tensorwire.decode` takes them, all with the same tensors and codecs, and nothing else.
+    `how`: the `mean`, the `sum`, the mean over the messages that hold an element or coefficient (`present`, as in
+    DeMo), or the sign of the weighted sum of signs (`vote`). `weights`: one for each message. Takes memory for two or
+    three models, whatever the number of messages. Raises a WireError for a damaged message, ValueError if there is no
+    message, if a weight is not a positive number, or if there are not as many weights as messages.
 
         for name, change in combine([mine.data, *received]).items():
             weights[name] -= rate * np.sign(change)
     """
     if how not in _HOW:
-        raise ValueError(f"messages are combined by {', '.join(_HOW)}, not {how!r:.40}")
+        raise ValueError(f"how must be one of {', '.join(_HOW)}, not {how!r:.40}")
     totals: dict[str, _Total] = {}
     names: _Names | None = None
     weight_sum = 0.0
@@ -76,7 +76,7 @@ def combine(
 def _arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, Float32]:
     """Memory for tensors, which was written before where there is such: that is most of what it costs to fill it.
 
-    Small tensors have one piece together, since the C library gives theirs back to the system as soon as it is free.
+    Small tensors share one allocation, because the C library returns small ones to the system as soon as they are free.
     """
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     small = SPARE.empty(4 * sum(size for size in sizes.values() if size < _SMALL)).view(np.float32)
@@ -99,7 +99,7 @@ class _Names:
         self._numbers: dict[int, str] = {}
 
     def note(self, number: int, item: Item) -> None:
-        """There is this item. Raises SchemaError for what cannot be added up."""
+        """Note an item. Raises SchemaError if it cannot be added up."""
         if isinstance(item, TensorItem) and item.path:
             if not is_float(item.dtype):
                 raise SchemaError(f"floats are added up, not {item.dtype}", item=item.name)
@@ -114,7 +114,7 @@ class _Names:
 class _Total:
     """The sum of one tensor: of its elements, or chunk after chunk of its coefficients.
 
-    What is sparse is held as it came and added up at the end, while that is smaller than the sums would be.
+    Sparse slices are held as received and added up at the end, unless they take more memory than the sums would.
     """
 
     def __init__(self, item: TensorItem, codec: Codec, how: How) -> None:
@@ -142,7 +142,7 @@ class _Total:
             self._add_elements(codec, payload, extent, weight)
 
     def finish(self, weight: float, out: Float32) -> None:
-        """Fill `out` with what is made of the sums."""
+        """Fill `out` with the result of the sums."""
         packer, slices = self._codec.packer, self._slices()
         if isinstance(packer, Sparse) and slices is not None:
             divisor = weight if self._how == "mean" else 1.0

@@ -1,12 +1,12 @@
-"""Compressors: what a step changes in a thousandth of its bytes, and what was left out in a later step.
+"""Compressors send a step's update in a thousandth of its bytes, and send what they left out in later steps.
 
-For each tensor a compressor keeps what has not been sent yet:
+For each tensor a compressor keeps what it has not sent yet:
 
     kept = beta * kept + new
     message = encode(kept)                     # with the method's codec
-    kept = kept - alpha * decode(message)      # what its receivers decode, to the bit
+    kept = kept - alpha * decode(message)      # exactly what receivers decode, to the bit
 
-Calculated in float32, one rounding for each product and each sum. A message is a stream like any other.
+Calculated in float32, one rounding for each product and each sum. A message is an ordinary stream.
 """
 
 import math
@@ -48,9 +48,9 @@ _BLOCK: Final = 1 << 16  # numbers that are worked on at a time: they stay in th
 
 
 class Message:
-    """What a compressor made of one step: `data`, a stream that `tensorwire.loads` and all others decode.
+    """The message of one step. `data`: a stream that every decoding function accepts, `tensorwire.loads` for example.
 
-    `settled`: whether it is known if it arrived.
+    `settled`: whether `ack` or `nack` has been called for it.
     """
 
     __slots__ = ("data", "settled")
@@ -64,11 +64,11 @@ class Message:
 
 
 class Compressor:
-    """The compressor of one sender. `spec`: a method, as `tensorwire.updates.methods` has them.
+    """The compressor of one sender. `spec`: a method of `tensorwire.updates.methods`.
 
     compressor = Compressor("demo:k=4")
     message = compressor.compress(gradients)           # every step
-    total = combine([message.data, *others])           # what every receiver makes of all messages
+    total = combine([message.data, *others])           # at every receiver
     """
 
     def __init__(self, spec: str | Method) -> None:
@@ -89,16 +89,16 @@ class Compressor:
 
     @property
     def method(self) -> Method:
-        """What it does; its repr is the spec."""
+        """The method; its repr is the spec."""
         return self._method
 
     def compress(self, state: Mapping[str, Any], *, terms: Terms | None = None) -> Message:
-        """Take in `state`, and give the message to be sent.
+        """Add `state` to what is kept, and return the message to send.
 
         `state`: names to tensors of float32, float16 or bfloat16, torch or NumPy; the same names, shapes and dtypes
-        every time, or fewer of them. `terms`: what the stream says of itself. The tensors are not written to.
-        A message counts as sent, also where nobody calls `ack`. Raises EncodeError, NonFiniteError for values that
-        are not finite or beyond 2^99, with what is kept as it was.
+        every time, or fewer of them. `terms`: the stream's metadata. The tensors are not written to.
+        A message counts as sent even if `ack` is never called. Raises EncodeError, or NonFiniteError for values that
+        are not finite or beyond 2^99; what is kept is then unchanged.
         """
         tensors = views(state)
         for name, view in tensors.items():
@@ -113,11 +113,11 @@ class Compressor:
         return self._last
 
     def ack(self, message: Message | None = None) -> None:
-        """A message has arrived: the last one, if none is given. To say so again is harmless."""
+        """Note that a message has arrived: the last one, if none is given. Repeated calls have no effect."""
         (message or self._last).settled = True
 
     def nack(self, message: Message | None = None) -> None:
-        """A message was lost: what it held is kept again. The last one, if none is given; once, however often said."""
+        """Keep the content of a lost message again: the last one, if none is given. Repeated calls have no effect."""
         lost = message or self._last
         if not lost.settled:
             lost.settled = True
@@ -125,14 +125,14 @@ class Compressor:
             self._add(lost, self._method.alpha)
 
     def age(self, factor: float) -> None:
-        """Let what is kept count less, after steps in which this sender was not there."""
+        """Multiply what is kept by `factor`, from 0 to 1, after steps that this sender missed. Raises ValueError."""
         if not 0 <= factor <= 1:
-            raise ValueError(f"what is kept is multiplied by a number from 0 to 1, not {factor!r}")
+            raise ValueError(f"factor must be a number from 0 to 1, not {factor!r}")
         for kept in self._kept.values():
             kept *= np.float32(factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a compressor has to know to go on, as a container that `tensorwire.save_file` takes.
+        """The state of the compressor, as a container that `tensorwire.save_file` takes.
 
         The arrays are the compressor's own: it writes to them in the next step.
         """
@@ -145,7 +145,7 @@ class Compressor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, in arrays of torch or NumPy. Raises EncodeError for another method's."""
+        """Restore a state from `state_dict`, in torch or NumPy arrays. Raises EncodeError for another method's."""
         if state["spec"] != repr(self._method):
             raise EncodeError(f"this is the state of {state['spec']!r:.80}, not of {self._method}")
         kept = {name: np.array(array, np.float32) for name, array in state["kept"].items()}
@@ -161,7 +161,7 @@ class Compressor:
             raise EncodeError(f"compressors take float32, float16 and bfloat16, not {view.dtype}", item=name)
         kept = self._kept.get(name)
         if kept is not None and kept.shape != view.shape:
-            raise EncodeError(f"the tensor has shape {list(view.shape)}, and had {list(kept.shape)}", item=name)
+            raise EncodeError(f"the tensor has shape {list(view.shape)}, but had {list(kept.shape)} before", item=name)
         codec = codec_for(self._method, view.shape)
         most, new = codec.ceiling(view.dtype), largest(view)
         before = 0.0 if kept is None else self._bounds.get(name, math.inf)
@@ -238,7 +238,7 @@ def _largest(kept: Float32) -> float:
 
 
 def message_size(spec: str | Method, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The bytes of a message of float32 tensors of these shapes, with all that is around them; of Rice codes, at most.
+    """The size in bytes of a message for float32 tensors of these shapes, framing included; for Rice codes, at most.
 
     message_size("demo:k=4", {"layer.weight": (2048, 8192)})
     """
@@ -274,7 +274,7 @@ def slices(
 
 
 def _owners(tensors: Views) -> dict[str, str]:
-    """Under which name what a tensor has left is kept: tied tensors have one."""
+    """The name under which each tensor's residual is kept: tied tensors share one."""
     first: dict[object, str] = {}
     return {
         name: name if view.identity is None else first.setdefault((view.identity, view.shape), name)

@@ -1,4 +1,4 @@
-"""Tensors as views, and what is new in them: computed slice by slice as they are read."""
+"""Tensors as views, and their differences, computed slice by slice as they are read."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ Views = dict[str, TensorView]
 
 
 def views(state: Mapping[str, Any]) -> Views:
-    """The tensors of `state` (torch, NumPy, or views already) as views. Raises EncodeError for what is no tensor."""
+    """The tensors of `state` (torch, NumPy, or views already) as views. Raises EncodeError for any other value."""
     return {name: view_of(name, tensor) for name, tensor in state.items()}
 
 
 def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
-    """What is to be added to `base` to get `new`, tensor by tensor, in the dtype of each.
+    """The difference `new` - `base`, tensor by tensor, in the dtype of each.
 
     Only floating-point tensors are subtracted; others are those of `new`. `base` may hold more than `new`.
-    Raises EncodeError for what is no tensor, or has another dtype or shape in the base.
+    Raises EncodeError for a value that is not a tensor, or that has another dtype or shape in the base.
     """
     changes = {}
     for name, view in views(new).items():
@@ -45,10 +45,10 @@ def subtract(new: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
 
 
 def added(change: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
-    """What `subtract` gave, put on top of `base`: tensor by tensor, in the dtype that each has in the base.
+    """The sum `base` + `change`, the inverse of `subtract`: tensor by tensor, in the dtype that each has in the base.
 
     Tensors that are not floating-point are those of `change`. `base` may hold more than `change`. Raises EncodeError
-    for what is no tensor, has another shape in the base, or is floating-point in only one of the two.
+    for a value that is not a tensor, has another shape in the base, or is floating-point in only one of the two.
 
         trained = added(subtract(trained, base), base)
     """
@@ -67,12 +67,12 @@ def added(change: Mapping[str, Any], base: Mapping[str, Any]) -> Views:
 
 
 def key_of(item: TensorItem | FileItem) -> str:
-    """The key that an item has in its mapping, which may be spelled otherwise in its name."""
+    """The key of an item in its mapping, which may be spelled differently from its name."""
     return str(item.path[0])
 
 
 def proximal(weights: Mapping[str, Any], base: Mapping[str, Any], mu: float) -> dict[str, Any]:
-    """What FedProx adds to the gradient of each weight: `mu` times how far it has come from the base.
+    """FedProx's term of the gradient of each weight: `mu` times its difference to the base.
 
     Li et al., Federated Optimization in Heterogeneous Networks, arXiv:1812.06127, equation 2. Torch or NumPy, as given.
 
@@ -83,7 +83,7 @@ def proximal(weights: Mapping[str, Any], base: Mapping[str, Any], mu: float) -> 
 
 
 def view_of(name: str, tensor: Any) -> TensorView:
-    """One tensor as a view. Raises EncodeError with `name` for what is none."""
+    """One tensor as a view. Raises EncodeError with `name` for any other value."""
     if isinstance(tensor, TensorView):
         return tensor
     view = FRONT.view(tensor)
@@ -95,7 +95,7 @@ def view_of(name: str, tensor: Any) -> TensorView:
 
 
 def derived(view: TensorView, read: Callable[[int, int], Bytes]) -> TensorView:
-    """A tensor computed from another, element by element. Tensors tied before are tied after."""
+    """A tensor computed from another, element by element. Tied tensors stay tied."""
     return TensorView(view.dtype, view.shape, read, identity=view.identity)
 
 

@@ -1,4 +1,4 @@
-"""Error feedback: what a lossy codec dropped of one update is added to the next.
+"""Error feedback adds to the next update what a lossy codec dropped from the last one.
 
 Seide et al., 1-Bit SGD (Interspeech 2014); Karimireddy et al., arXiv:1901.09847.
 """
@@ -26,11 +26,11 @@ _ROUND: Final = "tensorwire.round"
 
 
 class ErrorFeedback:
-    """The residual of one sender, in float32 (of float64 tensors in float64); zeros at first.
+    """The residual of one sender, in float32 (for float64 tensors in float64); initially zeros.
 
-    `path`: the file that `save` wrote, to go on from it where there is one. `residual`: what the attribute of that name
-    held, a flat array for each tensor, to go on from where it was kept otherwise; it is taken over. `round`: that of
-    the last update that something was left of, -1 before the first.
+    `path`: a file written by `save`, to continue from if it exists. `residual`: a flat array for each tensor, to
+    continue from a residual that was kept elsewhere; it is used, not copied. `round`: the round of the last update
+    that left a residual, -1 before the first.
 
         sent = feedback.add(subtract(trained, base))
         message = b"".join(encode(sent, terms, codec="nf4"))
@@ -49,9 +49,9 @@ class ErrorFeedback:
             self.round = _number(about.get(_ROUND, "-1"))
 
     def add(self, tensors: Views) -> Views:
-        """The tensors with their residuals added; those that are not floating-point as they are.
+        """The tensors with their residuals added; tensors that are not floating-point are unchanged.
 
-        Raises EncodeError where the residual belongs to a tensor of another size or dtype.
+        Raises EncodeError if a residual belongs to a tensor of another size or dtype.
         """
         return {
             name: derived(view, _sum(view, self._of(name, view))) if is_calculated(view.dtype) else view
@@ -59,9 +59,9 @@ class ErrorFeedback:
         }
 
     def settle(self, sent: Views, message: Any, *, limits: Limits = DEFAULT) -> None:
-        """Keep the difference between `sent`, which `add` gave, and what its receiver decodes of `message`.
+        """Keep the difference between `sent`, a result of `add`, and what receivers decode from `message`.
 
-        `message`: the encoded stream, as in `tensorwire.decode`. Raises a WireError for a damaged one.
+        `message`: the encoded stream, as in `tensorwire.decode`. Raises a WireError if it is damaged.
         """
         for piece in Pieces(message, lambda item: None, limits=limits):
             residual = self.residual.get(key_of(piece.item))
@@ -72,12 +72,12 @@ class ErrorFeedback:
                     residual[_numbers(piece.dtype, start, stop)] = wanted - as_floats(piece.data, piece.dtype)
 
     def age(self, factor: float) -> None:
-        """Let the residual count less, after rounds in which its sender was not asked."""
+        """Multiply the residual by `factor`, after rounds in which its sender was not asked."""
         for residual in self.residual.values():
             residual *= factor
 
     def begin(self, number: int, factor: float) -> None:
-        """Round `number` begins: the residual counts less, by `factor`, for each since its own that did not ask us."""
+        """Begin round `number`: multiply the residual by `factor` for each round since its own that did not ask us."""
         self.age(factor ** max(number - self.round - 1, 0))
         self.round = number
 

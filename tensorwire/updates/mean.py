@@ -1,18 +1,18 @@
 """The mean of encoded updates, slice by slice.
 
-All updates are read in step, each slice of every one before the next slice of any, and their mean is written over the
-model. Memory: the model and a few slices, for any number of updates; none is ever whole, decoded, anywhere. Files: at
-most `_OPEN` at a time.
+All updates are read in step, one slice of every update before the next slice of any, and their mean is written over
+the model. Memory: the model and a few slices, for any number of updates; no update is ever decoded whole. At most
+`_OPEN` files are open at a time.
 
-`WeightedMean`, the default, is what federated averaging takes (McMahan et al., arXiv:1602.05629):
+`WeightedMean`, the default, is the mean of federated averaging (McMahan et al., arXiv:1602.05629):
 
     mean = (sum(w[c] * s[c] * u[c] for c in sorted(clients)) + b * base) / fsum(w)
     b    = fsum(w[c] * (1 if u[c] is a difference else 1 - s[c]))
 
-with the numbers u[c] that a client sent and the factor s[c] of a clipped one. `TrimmedMean` leaves out, number by
-number, the largest and the smallest (Yin et al., arXiv:1803.01498). Both calculate in float64, in this order, and round
-once, to the model's own dtype. So the result depends on the updates alone: not on who came first, nor on whether the
-process died in between and read them again.
+where u[c] are the numbers that client c sent, w[c] is its weight and s[c] its clipping factor. `TrimmedMean` leaves
+out the largest and the smallest of each number (Yin et al., arXiv:1803.01498). Both calculate in float64, in this
+order, and round once, to the model's own dtype. So the result depends on the updates alone: not on the order of
+arrival, nor on whether the process was killed and read them again.
 """
 
 import math
@@ -40,26 +40,26 @@ _BLOCK: Final = 1 << 15
 
 
 class Mean(Protocol):
-    """How updates become one. It sees the same numbers of every update, in the order of the clients' names.
+    """How updates are averaged. It gets the same numbers of every update, in the order of the clients' names.
 
     A number is a float element, or half of a complex one.
     """
 
     def begin(self, updates: Sequence[Update]) -> None:
-        """These updates are to come. Raises ValueError where they make no mean."""
+        """Begin a mean of these updates. Raises ValueError if they have none."""
 
     def clear(self, count: int) -> None:
-        """The next `count` numbers, none of which has come yet."""
+        """Begin the next `count` numbers."""
 
     def add(self, number: int, place: slice, values: Values) -> None:
-        """The numbers at `place` of update `number`."""
+        """Add the numbers at `place` of update `number`."""
 
     def result(self, place: slice, base: Float64) -> Float64:
-        """The mean of the numbers at `place`, all of which have come; `base`: those of the model."""
+        """The mean of the numbers at `place`, once all updates are added; `base`: the model's numbers."""
 
 
 class WeightedMean:
-    """What each client counts is its weight."""
+    """The mean weighted by each client's weight."""
 
     def begin(self, updates: Sequence[Update]) -> None:
         """See `Mean`."""
@@ -86,9 +86,9 @@ class WeightedMean:
 
 @dataclass
 class TrimmedMean:
-    """The mean of what is left of each number without the `share` largest and as many smallest, rounded down.
+    """The mean of each number without the `share` of largest and the `share` of smallest values, rounded down.
 
-    Weights do not count. A share just below one half is the median. Memory: twice as many slices as are left out.
+    Weights are ignored. A share just below one half gives the median. Memory: one slice per value left out.
     """
 
     share: float = 0.1
@@ -96,7 +96,7 @@ class TrimmedMean:
     def begin(self, updates: Sequence[Update]) -> None:
         """See `Mean`."""
         if not 0 <= self.share < 0.5:
-            raise ValueError(f"the share to be left out at each end is from 0 to less than 0.5, not {self.share!r}")
+            raise ValueError(f"share must be at least 0 and less than 0.5, not {self.share!r}")
         self._trimmed = int(self.share * len(updates))
         self._left = len(updates) - 2 * self._trimmed
         self._sums = np.empty(0)
@@ -139,13 +139,13 @@ def average(
 ) -> None:
     """Write the mean of `updates` over `into`, the model that is their base.
 
-    `mean`: WeightedMean(), if None. `optimizer`: takes the model from where it is towards the mean, and carries over
-    what rounding to a narrow dtype drops; without one the mean, rounded, is the model. `down`: the codec that the model
-    is to be sent with next: what it could not carry becomes the largest value that it can.
+    `mean`: WeightedMean(), if None. `optimizer`: moves the model towards the mean, and carries over what rounding to a
+    narrow dtype drops; without one, the model becomes the rounded mean. `down`: the codec that the model will be sent
+    with; values beyond its range become the largest value that it can carry.
 
-    Only floats and complex numbers are averaged; integers and bools stay as the model has them. Updates may differ in
-    codec, frame size and kind. A recording that has changed since it was checked raises a WireError with parts of the
-    model already written: load it again from where it is kept. Raises ValueError for no update, or two of one client.
+    Only floats and complex numbers are averaged; integers and bools keep the model's values. Updates may differ in
+    codec, frame size and kind. Raises a WireError for a recording that has changed since it was checked; the model is
+    then partly written and must be loaded again. Raises ValueError for no update, or two of one client.
 
         average([update_of_ann, update_of_bob], into=model)
         average(updates, into=model, mean=TrimmedMean(0.2), optimizer=ServerOptimizer("adam", rate=0.01))

@@ -58,11 +58,11 @@ def encode(
 def receive(source: Any, into: Mapping[str, Any], *, held: str = "", limits: Limits = DEFAULT) -> tuple[Terms, str]:
     """Decode a stream into the tensors `into`; returns its terms and its digest as hex.
 
-    `source`: as in `tensorwire.decode`. A difference is added to what `into` holds, which must be what the stream with
-    digest `held` made of it: all who add the same differences to the same base hold the same bits.
+    `source`: as in `tensorwire.decode`. A difference is added to the values of `into`, which must come from the stream
+    with digest `held`: everyone who adds the same differences to the same base gets the same bits.
 
-    Raises a WireError, with `into` maybe partly written, for whatever is not a whole stream of just these tensors:
-    take differences from a recording that has been verified.
+    Raises a WireError for anything but a complete stream of exactly these tensors. `into` may then be partly written,
+    so take differences from a verified recording.
     """
     memory = arrays(into)
     schema = tensorwire.schema(memory)
@@ -97,10 +97,10 @@ def encode_patch(new: Arrays, base: Arrays, terms: Terms, *, limits: Limits = DE
 
 
 def receive_patch(source: Any, into: Mapping[str, Any], *, held: str, limits: Limits = DEFAULT) -> Terms:
-    """Apply a patch to the tensors `into`, which are what the stream with digest `held` made of them; its terms.
+    """Apply a patch to the tensors `into`, which come from the stream with digest `held`; returns the patch's terms.
 
-    `source`: as in `tensorwire.decode`. Raises a WireError for what is no whole patch, and SchemaError for one that is
-    for something else: nothing was written then.
+    `source`: as in `tensorwire.decode`. Raises a WireError for an incomplete or damaged patch, and SchemaError for a
+    patch to another base; nothing is written then.
     """
     patch = tensorwire.Patch.read(source, limits=limits)
     terms = Terms.parse(patch.metadata)
@@ -111,7 +111,7 @@ def receive_patch(source: Any, into: Mapping[str, Any], *, held: str, limits: Li
 
 
 def terms_of(path: str | os.PathLike[str]) -> Terms | None:
-    """The terms of a stream on the disk; None where there is none, or it is not all there as it was written."""
+    """The terms of a stream on disk; None if there is no file, or if it is incomplete or damaged."""
     terms = None
     try:
         with open(path, "rb", buffering=0) as file:

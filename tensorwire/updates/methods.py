@@ -1,4 +1,4 @@
-"""What a compressor does to each tensor, in words: a name and its parameters, as codecs have them.
+"""The methods of compressors. Like a codec, a method is written as a name and parameters.
 
 demo:k=4                       momentum, DCT, top-k of each chunk, signs: DeMo (arXiv:2411.19870)
 topk:k=64,values=2bit          error feedback, top-k of each chunk: SparseLoCo (arXiv:2508.15706)
@@ -18,7 +18,7 @@ _WIDEST: Final = 1 << 17  # columns of a matrix that is cut into bands of so man
 
 @dataclass(frozen=True, repr=False)
 class Method(Spelled):
-    """What all of them have: of what is kept for later, `beta` remains each time, and `alpha` of what was sent goes.
+    """A method. At each step, what is kept is multiplied by `beta`, and `alpha` times what is sent is subtracted.
 
     `beta` 1 and `alpha` 1 are error feedback; `beta` below 1 is momentum; `beta` 0 keeps nothing.
     """
@@ -36,9 +36,9 @@ class Method(Spelled):
 
 @dataclass(frozen=True, repr=False)
 class TopK(Method):
-    """The `k` largest of each 4096 elements, or with `dct` of the DCT of each 64 by 64.
+    """The `k` largest of each 4096 elements or, with `dct`, of the DCT coefficients of each 64 by 64 chunk.
 
-    A tensor of more than two dimensions is the matrix of its first one and all others; a vector is laid out in rows
+    A tensor of more than two dimensions is a matrix whose rows are its first dimension; a vector is laid out in rows
     of 64. `scale`: of the values, one for the whole tensor, or a power of two for each chunk.
     """
 
@@ -61,7 +61,7 @@ class TopK(Method):
 
 @dataclass(frozen=True, repr=False)
 class Demo(TopK):
-    """Momentum of which the largest coefficients of the DCT are sent, and leave it."""
+    """Momentum, of which the largest DCT coefficients are sent and subtracted."""
 
     beta: float = parameter(0.999, Real(0, 1))
     k: int = parameter(32, Range(1, 4096))
@@ -100,7 +100,7 @@ def method(spec: "str | Method") -> Method:
 
 @lru_cache(maxsize=1024)
 def codec_for(chosen: Method, shape: tuple[int, ...]) -> Codec:
-    """The codec of a tensor, worked out once for all of its shape."""
+    """The codec of a tensor, computed once for each shape."""
     return chosen.codec(shape)
 
 

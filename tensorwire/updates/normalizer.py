@@ -1,4 +1,4 @@
-"""Gradients in multiples of their usual size, so that a compressor does not look at the largest tensors' rows alone."""
+"""Gradients in multiples of their usual size, so that a compressor also selects rows and tensors of small gradients."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -16,11 +16,11 @@ _BLOCK: Final = 1 << 14  # numbers that are worked on at a time, in float64: the
 
 
 class Normalizer:
-    """Divides the gradients of one sender by the root of their mean square, element by element.
+    """Divides the gradients of one sender by their root mean square, element by element.
 
-    That is Adam's second moment (Kingma and Ba, arXiv:1412.6980), before anything is left out: of the mean square
-    `beta` stays at each step, and `eps` is added to its root. Calculated in float64; the root is kept in float32.
-    Raises ValueError.
+    This is Adam's second moment (Kingma and Ba, arXiv:1412.6980), applied before compression. The mean square is a
+    moving average that decays by `beta` at each step; `eps` is added to its root. Calculated in float64; the root is
+    kept in float32. Raises ValueError.
 
         normalizer = Normalizer(0.99)
         message = compressor.compress(normalizer.divide(gradients))
@@ -35,10 +35,10 @@ class Normalizer:
         self._roots: dict[str, Float32] = {}
 
     def divide(self, gradients: Mapping[str, Float32]) -> dict[str, Float32]:
-        """Take in the gradients of a step, float32 arrays by name; what they are in multiples of their usual size.
+        """The gradients of a step, float32 arrays by name, in multiples of their usual size, which they update.
 
-        The same names and shapes every time. Raises SchemaError for others, NonFiniteError for what is not finite,
-        before anything is taken in. The gradients are not written to.
+        Names and shapes must be the same every time. Raises SchemaError for others and NonFiniteError for values that
+        are not finite, before the state changes. The gradients are not written to.
         """
         for name, gradient in gradients.items():
             self._check(name, gradient)
@@ -47,11 +47,11 @@ class Normalizer:
             return {name: self._divided(name, gradient) for name, gradient in gradients.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it has to know to go on. The arrays are its own: it writes to them in the next step."""
+        """The state. The arrays are the normalizer's own: it writes to them in the next step."""
         return {"beta": self._beta, "left": self._left, "roots": dict(self._roots)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, in arrays of torch or NumPy. Raises SchemaError for another beta."""
+        """Restore a state from `state_dict`, in torch or NumPy arrays. Raises SchemaError for another beta."""
         if state["beta"] != self._beta:
             raise SchemaError(f"this is the state of a normalizer with a beta of {state['beta']}, not of {self._beta}")
         roots = {name: np.array(root, np.float32) for name, root in state["roots"].items()}
@@ -63,7 +63,7 @@ class Normalizer:
         finite = np.isfinite(gradient)
         if not finite.all():
             index = int(np.flatnonzero(~finite)[0])
-            error = NonFiniteError(f"{gradient.reshape(-1)[index]}, of which there is no mean", index=index)
+            error = NonFiniteError(f"{gradient.reshape(-1)[index]}, which cannot be averaged", index=index)
             error.item = name
             raise error
 

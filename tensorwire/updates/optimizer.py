@@ -1,11 +1,11 @@
-"""What a server does with the mean of a round.
+"""How a server applies the mean of a round to the model.
 
-`ServerOptimizer("average")` moves to the mean, which is federated averaging; the others take the way there for the
-negative of a gradient: momentum (Hsu et al., arXiv:1909.06335), and adagrad, adam and yogi (Reddi et al., Adaptive
-Federated Optimization, arXiv:2003.00295, algorithm 2).
+`ServerOptimizer("average")` moves to the mean, which is federated averaging. The others treat the difference to the
+mean as a negative gradient: momentum (Hsu et al., arXiv:1909.06335), and adagrad, adam and yogi (Reddi et al.,
+Adaptive Federated Optimization, arXiv:2003.00295, algorithm 2).
 
-Calculations are in float64, moments are kept in float32. A model in a narrow dtype drops most of what one round moves
-it: what rounding has dropped is kept in float32 and added in the next round.
+Calculations are in float64; moments are kept in float32. Rounding a model to a narrow dtype drops most of one round's
+change. The dropped part is kept in float32 and added in the next round.
 """
 
 import os
@@ -28,10 +28,10 @@ Numbers = npt.NDArray[np.float32]
 
 
 class ServerOptimizer:
-    """How a model follows the means of its rounds, and what that remembers.
+    """Applies the means of rounds to a model, and keeps moments and rounding errors between rounds.
 
-    `rate`: how far it goes towards the mean, or the learning rate. `beta1`, `beta2`: of the first and second moments.
-    `tau`: what keeps the adaptive methods from dividing by nothing. Raises ValueError.
+    `rate`: the fraction of the way to the mean, or the learning rate. `beta1`, `beta2`: decay of the first and second
+    moments. `tau`: added to the divisor of the adaptive methods. Raises ValueError.
 
         optimizer = ServerOptimizer("yogi", rate=0.01)
         average(updates, into=model, optimizer=optimizer)
@@ -60,7 +60,7 @@ class ServerOptimizer:
         self._kept: dict[str, dict[str, Numbers]] = {"dropped": {}, "first": {}, "second": {}}
 
     def step(self, item: TensorItem, start: int, base: Float64, mean: Float64) -> Float64:
-        """Where numbers of an item, from `start` on, are to go: `base`, as the model has them; `mean`, of the round."""
+        """The new values of an item's numbers from `start` on. `base`: the model's values; `mean`: of the round."""
         place = slice(start, start + base.size)
         dropped = self._kept["dropped"].get(item.name)
         before = base if dropped is None else base + dropped[place]
@@ -84,16 +84,16 @@ class ServerOptimizer:
         return before + self._rate * step
 
     def keep(self, item: TensorItem, start: int, target: Float64, rounded: npt.NDArray[Any]) -> None:
-        """Remember what the model's dtype has dropped of where numbers were to go."""
+        """Keep what rounding `target` to the model's dtype has dropped."""
         if item.dtype.part_size < _WIDE:
             self._of("dropped", item)[start : start + target.size] = target - rounded
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what is remembered to a `.tw` file, which appears under its name only when complete."""
+        """Write the state to a `.tw` file, which appears under its name only when complete."""
         tensorwire.numpy.save_file(self._kept, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote. Raises SchemaError for anything else."""
+        """Restore the state from a file written by `save`. Raises SchemaError for any other."""
         kept = tensorwire.numpy.load_file(path)
         if not isinstance(kept, dict) or kept.keys() != self._kept.keys():
             raise SchemaError(f"{os.fspath(path)} is no state of a server optimizer")

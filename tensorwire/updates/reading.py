@@ -1,4 +1,4 @@
-"""Recorded updates read in step with one another, a slice of each at a time, and never whole."""
+"""Reads recorded updates in step, one slice of each at a time, never a whole update."""
 
 import os
 from collections import OrderedDict
@@ -39,7 +39,7 @@ class Values:
         self.codec.accumulate(self.payload, self.extent, sums, weight)
 
     def numbers(self) -> Float64:
-        """What the update makes of the model's numbers."""
+        """The model's numbers after this update."""
         dtype, scale = self.extent.dtype, self.update.scale
         sent = as_floats(self.decoded(), dtype).astype(np.float64)
         base = as_floats(self.base, dtype).astype(np.float64)
@@ -55,14 +55,14 @@ class Values:
 
 
 class OpenFiles:
-    """Files that are read in turns, of which at most `most` are open at a time. A context manager."""
+    """Files that are read in turn, at most `most` of them open at a time. A context manager."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._open: OrderedDict[_File, BinaryIO] = OrderedDict()
 
     def source(self, recording: Any) -> Any:
-        """Where a recording is read from: its path, as a source for a Receiver, or the buffer that it is."""
+        """The source of a recording for a Receiver: a file for a path, or the recording itself if it is a buffer."""
         return _File(os.fspath(recording), self) if isinstance(recording, (str, os.PathLike)) else recording
 
     def at(self, file: "_File") -> BinaryIO:
@@ -124,9 +124,9 @@ class _Slice(NamedTuple):
 
 
 class Reader:
-    """One update that was checked, read once more. `model`: the tensors that it must hold.
+    """Reads a checked update again. `model`: the tensors that it must hold.
 
-    `files`, `scratch` and `unpack` are those of all updates that are read in turns.
+    All updates that are read in turn share `files`, `scratch` and `unpack`.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class Reader:
         self._rest: _Slice | None = None
 
     def places(self) -> Iterator[tuple[TensorItem, int, int]]:
-        """Item, first element and number of elements of each slice, which is to be taken before the next."""
+        """Item, first element and number of elements of each slice; take each before asking for the next."""
         while (mine := self._next()) is not None:
             self._rest = mine
             yield mine.item, mine.start, mine.elements
 
     def take(self, item: TensorItem, base: Bytes) -> Iterator[tuple[slice, Values]]:
-        """The elements of an item that belong at `base`, in parts: their numbers in it, and what they are."""
+        """The elements of an item that belong at `base`, in parts: their position in it, and their values."""
         size, each, done = item.dtype.itemsize, item.dtype.part_size, 0
         while done < base.size:
             mine = self._next()
@@ -169,7 +169,7 @@ class Reader:
             done += part.size
 
     def finish(self) -> None:
-        """Read the end of the stream, which vouches for all of it."""
+        """Read the end of the stream, which verifies all of it."""
         if self._next() is not None:
             raise SchemaError("an update is longer than the others")
 

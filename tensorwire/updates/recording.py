@@ -1,4 +1,4 @@
-"""What a stream of a model may cost whoever takes it, in proportion to the model."""
+"""Limits what a stream of a model may cost its receiver, in proportion to the model."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ _SPARE: Final = 1 * MIB
 
 
 class BoundedRecording(Recording):
-    """A recording of a stream of just the tensors of `model`, of bounded size, number of frames and metadata.
+    """A recording of a stream of exactly the tensors of `model`, of bounded size, number of frames and metadata.
 
-    `patch`: of a patch to such a model, whose tensors have ranks for names; `tensorwire.apply` holds them against it.
+    `patch`: the stream is a patch to such a model, whose items have ranks for names; `tensorwire.apply` checks them.
     `convert`, `finish`: as in `Recording`.
 
     Raises SchemaError and LimitError, and keeps nothing of what it refuses.

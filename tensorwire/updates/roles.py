@@ -1,7 +1,7 @@
-"""Which items of a model must not be rounded: small, and worth more than their bytes.
+"""Items of a model that must not be rounded: small ones in which errors do much harm.
 
-A quantizer measures an item by its largest values. A running variance that a step of one block takes below zero is NaN
-in the next forward pass, and a norm's gain that is off by a tenth is off for a whole channel.
+A quantizer's error is relative to the largest value of a block. A running variance that it makes negative gives NaN in
+the next forward pass, and a norm's gain that is off by a tenth is off for a whole channel.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _SMALL: Final = 16384  # elements of a vector, a bias or the gain of a norm, tha
 def exact_vectors(codec: str | codecs.Codec) -> CodecChoice:
     """A codec choice: `codec`, but raw for the statistics of norms, scalars, and vectors of up to 16,384 elements.
 
-    In a model of matrices those are a thousandth of the bytes. A model that is one long vector is sent with `codec`.
+    In a model of matrices these are a thousandth of the bytes. A model that is one long vector is sent with `codec`.
 
         message = encode(subtract(trained, base), terms, codec=exact_vectors("nf4"))
     """

@@ -1,7 +1,7 @@
 """Stochastic rounding: up or down at random, with the probability that makes the result right on average.
 
-It matters where weights themselves are sent as bf16 and training moves them by less than half a unit in the last
-place a round, which rounding to nearest loses every time. Differences do not have this trouble.
+It matters if weights themselves are sent as bf16 and training moves them by less than half a unit in the last
+place per round, which rounding to nearest loses every time. Differences do not have this problem.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _KEPT: Final = np.uint32(0xFFFF0000)  # the bits that bfloat16 has
 
 
 def stochastic_bf16(tensors: Views, seed: int, *, codec: CodecChoice = "bf16") -> Views:
-    """float32 tensors that `codec` sends as bf16, rounded to it at random; others as they are.
+    """Round at random the float32 tensors that `codec` sends as bf16; leave others unchanged.
 
     The same seed gives the same bytes. NaN, infinities and the largest values are left to the codec.
     """

@@ -1,4 +1,4 @@
-"""Containers of tensors made like others: memory for them, copies of them, and what training has made of them."""
+"""Memory for a model's tensors, copies of them, and trained states matched to them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,9 +30,9 @@ def copies(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matched(state: Any, base: Mapping[str, Any]) -> Views:
-    """What training made of `base`, under its names, in its order, tied as it is.
+    """The trained `state` with the names, order and ties of `base`.
 
-    Raises SchemaError, naming the item, for what is not a model of the same kind.
+    Raises SchemaError, naming the item, for a state that does not match the base.
     """
     if not isinstance(state, Mapping):
         raise SchemaError(f"training must give a mapping of names to tensors, not a {type(state).__name__}")
@@ -49,13 +49,13 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
             detail = f"training gave {view.dtype} {list(view.shape)}, the model has {was.dtype} {list(was.shape)}"
             raise SchemaError(detail, item=name)
         if first != name and view.identity != got[first].identity and not is_equal(view, got[first]):
-            raise SchemaError(f"the model has one tensor for this and {show(first)}, training gave two", item=name)
+            raise SchemaError(f"the model has one tensor for this and {show(first)}, but training gave two", item=name)
         made[name] = replace(view, identity=was.identity)
     return made
 
 
 def fingerprint(state: Mapping[str, Any]) -> int:
-    """What changes when somebody writes to the tensors of `state`, which are contiguous and on the CPU."""
+    """A value that changes when the tensors of `state`, contiguous and on the CPU, are written to."""
     crc = 0
     for array in arrays(state).values():
         crc = crc32c(array.reshape(-1).view(np.uint8), crc)

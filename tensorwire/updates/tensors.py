@@ -1,4 +1,4 @@
-"""The mean of single tensors: for engines that hand over a model tensor by tensor, under names of their own."""
+"""The mean of single tensors, for engines that pass a model tensor by tensor, under their own names."""
 
 import math
 import sys
@@ -25,11 +25,11 @@ _BLOCK: Final = 1 << 17  # elements that are added up at a time, where slices do
 def mean_of(tensors: Sequence[Any], weights: Sequence[float]) -> Any:
     """The weighted mean of tensors of one dtype and shape, as a tensor of the first one's library and dtype.
 
-    `tensors`: torch, NumPy or `EncodedTensor`s, one of each client and always in the same order, on which the last bit
-    may depend. Calculated in float64 and rounded once, a slice at a time: beside the result it takes no memory to
-    speak of. Integers are rounded to the nearest, or stay exactly what they are where all agree; a bool is what the
-    weightier half says. Raises SchemaError for tensors that differ in dtype or shape, or are of a dtype that is no
-    number; ValueError for weights that `check_weight` refuses.
+    `tensors`: torch, NumPy or `EncodedTensor`s, one per client and always in the same order, on which the last bit
+    may depend. Calculated in float64 and rounded once, a slice at a time, with almost no memory beside the result.
+    Integers are rounded to the nearest, or exact where all agree; a bool takes the value with the larger total weight.
+    Raises SchemaError for tensors that differ in dtype or shape, or whose dtype cannot be averaged; ValueError for
+    weights that `check_weight` refuses.
 
         mean = tensorwire.updates.mean_of([update["weight"] for update in updates], [100, 250])
     """
@@ -59,7 +59,7 @@ def mean_of(tensors: Sequence[Any], weights: Sequence[float]) -> Any:
 
 
 def is_finite(tensor: Any) -> bool:
-    """Whether a tensor (torch, NumPy or an `EncodedTensor`) holds neither NaN nor infinities, which only floats can.
+    """Whether a tensor (torch, NumPy or an `EncodedTensor`) has neither NaN nor infinities; always true of integers.
 
     if not tensorwire.updates.is_finite(update["weight"]): ...
     """
@@ -76,7 +76,7 @@ def is_finite(tensor: Any) -> bool:
 
 
 def is_equal(one: Any, other: Any) -> bool:
-    """Whether two tensors (torch, NumPy or views) have the same dtype, shape and bytes; read a part at a time.
+    """Whether two tensors (torch, NumPy or views) have the same dtype, shape and bytes. Reads them part by part.
 
     if tensorwire.updates.is_equal(update["head"], update["embedding"]): ...
     """

@@ -1,4 +1,4 @@
-"""What a stream of a model or an update says of itself, in its metadata."""
+"""The terms of a stream of a model or an update: run, round, base, client and weight, in its metadata."""
 
 import json
 import math
@@ -20,12 +20,12 @@ _TYPES: Final = {"run": str, "round": int, "base": str, "client": str, "metrics"
 
 @dataclass(frozen=True)
 class Terms:
-    """What a stream is part of, what it is against, and what it counts.
+    """The run and round of a stream, its sender, its base and its weight.
 
-    `run`, `round`: names that sender and receiver agreed on. `client`: who made it, "" for a model that is handed
-    out. `kind`: whole weights, or a difference to be added to the base. `base`: digest, as hex, of the stream that
-    both sides made the base from; "" where there is none. `weight`: what an update counts in a mean, the number of
-    examples for instance. `metrics`: what else the sender reports.
+    `run`, `round`: names that sender and receiver agreed on. `client`: the sender of an update, "" for a model from the
+    server. `kind`: whole weights, or a difference to add to the base. `base`: digest, as hex, of the stream from which
+    both sides have the base; "" if there is none. `weight`: the update's weight in a mean, for instance the number of
+    examples. `metrics`: other numbers that the sender reports.
     """
 
     run: str
@@ -54,18 +54,18 @@ class Terms:
                 return terms
         except (KeyError, TypeError, ValueError, RecursionError):
             pass
-        raise SchemaError("the stream does not say what it updates: its metadata holds no valid terms")
+        raise SchemaError("the stream's metadata has no valid terms (run, round, base, weight)")
 
 
 def check_weight(weight: object, most: float = math.inf) -> None:
-    """Raise ValueError unless `weight` is a finite number with 0 < weight <= `most`; True and "3" are no numbers."""
+    """Raise ValueError unless `weight` is a finite number with 0 < weight <= `most`; True and "3" are not numbers."""
     bound = min(most, sys.float_info.max)
     if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight <= bound:
         raise ValueError(f"a weight must be a finite number above 0 and at most {bound:g}, not {weight!r:.40}")
 
 
 def finite_metrics(metrics: Any) -> tuple[dict[str, float], list[str]]:
-    """Metrics as plain finite numbers, and the names of those that are none, or too many, or of too long a name."""
+    """Metrics as plain finite numbers, and the names of those left out: not finite numbers, too many, or too long."""
     kept: dict[str, float] = {}
     dropped = []
     for name, value in dict(metrics or {}).items():
@@ -79,7 +79,7 @@ def finite_metrics(metrics: Any) -> tuple[dict[str, float], list[str]]:
 
 
 def as_number(value: Any) -> float | None:
-    """A number of any library, a tensor of one element too, as Python's own; None for what is no number."""
+    """A number of any library, or a tensor of one element, as a float; None for anything else."""
     try:
         value = value.item() if hasattr(value, "item") else value
         return float(value) if isinstance(value, (bool, int, float)) else None

@@ -1,7 +1,6 @@
-"""What each update counts, before the mean is taken: functions from updates to updates, to be put in a row.
+"""How much each update counts in the mean: functions from updates to updates that can be chained.
 
-They look at what an update says of itself and at its norm, which was measured when it was checked, so that none of them
-reads a recording.
+They use an update's terms and the norm that was measured when it was checked; none of them reads a recording.
 
     updates, left_out = without_outliers(updates)
     average(normalized(updates), into=model)
@@ -18,7 +17,7 @@ _ENOUGH: Final = 3  # updates, of which one can be told from the others
 
 
 class LeftOut(NamedTuple):
-    """An update that does not count, and why."""
+    """An update that is left out, and the reason."""
 
     client: str
     reason: str
@@ -27,11 +26,11 @@ class LeftOut(NamedTuple):
 def without_outliers(
     updates: Sequence[Update], *, weight: float = 10.0, norm: float = 10.0
 ) -> tuple[list[Update], list[LeftOut]]:
-    """The updates that do not stand out from the others, and those that are left out.
+    """The updates without outliers, and the outliers that are left out.
 
-    An update whose norm is more than `norm` times the median of all is left out. One that weighs more than `weight`
-    times the median weight counts as that much and no more: a client says its own weight, and many examples are no
-    fault. Of fewer than three updates none can be called the one that stands out, and all stay as they are.
+    An update whose norm is more than `norm` times the median is left out. A weight of more than `weight` times the
+    median weight is reduced to that limit: clients state their own weights, but many examples are no fault. With fewer
+    than three updates, no outlier can be identified, and all are unchanged.
     """
     if len(updates) < _ENOUGH:
         return list(updates), []
@@ -47,7 +46,7 @@ def without_outliers(
 
 
 def clipped_to_median(updates: Sequence[Update], times: float = 1.0) -> list[Update]:
-    """Updates scaled down to `times` the median of their norms, which no minority can move far.
+    """Updates scaled down to at most `times` the median of their norms, which no minority can move far.
 
     Norm clipping as in Sun et al., Can You Really Backdoor Federated Learning?, arXiv:1911.07963, with the bound taken
     from the round itself.
@@ -59,8 +58,8 @@ def clipped_to_median(updates: Sequence[Update], times: float = 1.0) -> list[Upd
 def normalized(updates: Sequence[Update], metric: str = "steps") -> list[Update]:
     """Updates as if all clients had taken equally many local steps: FedNova (Wang et al., arXiv:2007.07481).
 
-    `metric`: that in which each client reports how many it took. What a client changed is divided by its own number and
-    multiplied by the weighted mean of all. Raises ValueError where one reports none.
+    `metric`: the metric with a client's number of steps. A client's change is divided by its own number of steps and
+    multiplied by the weighted mean of all. Raises ValueError if a client does not report it.
     """
     steps = [update.terms.metrics.get(metric, 0) for update in updates]
     for update, number in zip(updates, steps, strict=True):

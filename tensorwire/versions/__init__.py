@@ -3,11 +3,11 @@
     with Publisher("versions") as publisher:                     # a folder, or s3://bucket/versions
         publisher.publish(model.state_dict())
 
-    subscriber = Subscriber("https://host/versions")             # the folder, as a web server shows it
+    subscriber = Subscriber("https://host/versions")             # the folder, served by a web server
     subscriber.fetch().apply(model.state_dict())                 # fetched and verified, then applied in place
 
-`manifest` says which files lead from which version to which, without I/O; `stores` are the doors to a folder, a web
-server and fsspec.
+`manifest` lists versions and the files that make them, without I/O; `stores` gives access to a folder, a web server
+and fsspec.
 """
 
 from tensorwire.versions.follow import INTERVAL, Followed, follow, version_in

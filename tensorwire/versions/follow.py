@@ -1,4 +1,4 @@
-"""A file that is always a whole version: the newest of a store, whoever reads it and whenever."""
+"""Keeps a file at the newest version of a store; readers always find a whole version."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ _PASSING: Final = (MissingFileError, TransportError, CorruptError, FormatError, 
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """A version that has been written. `size`: bytes fetched. `seconds`: by phase, as `Staged` has them."""
+    """A version that has been written. `size`: bytes fetched. `seconds`: by phase, as in `Staged`."""
 
     version: Version
     size: int
@@ -52,22 +52,22 @@ def follow(
 ) -> Iterator[Followed]:
     """Keep a `.safetensors` file at the newest version of a store; yields each version once the file holds it.
 
-    The file is replaced by a rename, so that whoever opens it reads one version, whole. One that is there already is
-    gone on from, where its content is a version of the store; a version that comes while the caller is at work on the
-    last one is passed over for a newer one. `interval`: seconds between looks at the manifest. `timeout`: seconds
-    without a new version after which this ends; None: never; 0: what is there now. `on_note`: called with a line when
-    the store does not answer or a file is damaged, which is then tried again. What is fetched waits
-    beside the file, on disk, so that this takes memory of some frames, whatever the model.
+    The file is replaced by a rename, so that a reader always finds one whole version. If the file exists already and
+    holds a version of the store, `follow` continues from it. Versions that appear while the caller works on the last
+    one are skipped for the newest. `interval`: seconds between reads of the manifest. `timeout`: ends after this many
+    seconds without a new version; None: never; 0: after the current version. `on_note`: called with a line of text
+    when the store does not answer or a file is damaged; the fetch is then retried. Fetched files wait on disk, beside
+    the file, so that memory is a few frames, whatever the model.
 
         for followed in tensorwire.versions.follow("https://host/versions", "model.safetensors"):
             print(followed.version)
 
     Raises SequenceError for a fork, an older store or a broken chain, SchemaError for versions that a `.safetensors`
-    file cannot hold, StorageError where the file cannot be written; and, at `timeout`, what the store's last answer was
-    if that was an error.
+    file cannot hold, StorageError if the file cannot be written; and, at `timeout`, the store's last error if its last
+    answer was one.
     """
     if not os.fspath(path).endswith(".safetensors"):
-        raise ArgumentError(f"{os.fspath(path)!r} is not called .safetensors, which it becomes")
+        raise ArgumentError(f"{os.fspath(path)!r} must end in .safetensors, because that is its format")
     if not interval > 0 or (timeout is not None and not timeout >= 0):
         raise ArgumentError(f"interval and timeout are seconds, not {interval!r} and {timeout!r}")
     return _following(_File(store, path, progress, limits), interval, timeout, on_note or (lambda note: None))
@@ -129,9 +129,9 @@ class _File:
         self._subscriber = Subscriber(store, staging=os.path.dirname(self._path), limits=limits)
 
     def check_folder(self) -> None:
-        """Raise MissingFileError where there is no folder for the file: that is no fault of the store."""
+        """Raise MissingFileError if there is no folder for the file: this is not a fault of the store."""
         if not os.path.isdir(folder := os.path.dirname(self._path)):
-            raise MissingFileError(f"the folder {folder!r} is not there: make it first", errno=errno.ENOENT)
+            raise MissingFileError(f"the folder {folder!r} does not exist: create it first", errno=errno.ENOENT)
 
     def fetch(self) -> Staged:
         """Fetch the newest version, if it is another than the file holds."""

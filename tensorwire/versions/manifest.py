@@ -1,12 +1,12 @@
-"""The manifest of a store: which versions there are, and which files lead to one. No I/O.
+"""The manifest of a store: its versions, and the files that lead to each. No I/O.
 
     manifest = Manifest.parse(data)
     route = manifest.route(have, number=None)      # the files to fetch, the fewest bytes
     data = manifest.adding(version).dump()
 
-A version has a number, one more than the one before, and the content digest of what it holds. It can be made of its
-*anchor*, a `.tw` file of all of it, or of the version before by its *patch*. Holding a `Manifest` means that it is
-valid: numbers without a gap, each patch against the version before it, file names that are no paths.
+A version has a number, one more than the version before, and a content digest. It is made either from its *anchor*, a
+`.tw` file with all of it, or from the version before by its *patch*. A `Manifest` object is always valid: its numbers
+have no gap, each patch is against the version before, and no file name is a path.
 """
 
 import json
@@ -60,7 +60,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How a version is made: of what one has or, where it is given, of an anchor, by the patches of these versions."""
+    """How a version is made: from an anchor if there is one, else from the reader's version, by these patches."""
 
     target: Version
     anchor: Version | None
@@ -73,7 +73,7 @@ class Route:
 
     @property
     def files(self) -> list[tuple[Stored, Version]]:
-        """What is to be fetched, in order."""
+        """The files to fetch, in order."""
         whole = [(self.anchor.anchor, self.anchor)] if self.anchor is not None else []
         patches = [(version.patch, version) for version in self.patches]
         return [(stored, version) for stored, version in whole + patches if stored is not None]
@@ -81,7 +81,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The versions of a store, oldest first. `run`: the store's own id; `publisher`: whoever wrote it last."""
+    """The versions of a store, oldest first. `run`: the store's own id; `publisher`: the last publisher."""
 
     run: str
     publisher: str
@@ -89,15 +89,15 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
-        """The manifest in these bytes. Raises a WireError for what is none."""
+        """The manifest in these bytes. Raises a WireError if they are not one."""
         if len(data) > MAX_BYTES:
             raise LimitError("manifest", MAX_BYTES, len(data), field=None)
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
-            raise FormatError("the manifest is no JSON text: look at what stands there, or ask for it again") from None
+            raise FormatError("the manifest is not JSON: check what the server returns, or fetch it again") from None
         if not isinstance(fields, dict) or fields.get("tensorwire") != "versions":
-            raise FormatError("the manifest is none of a store of versions")
+            raise FormatError("the manifest is not that of a store of versions")
         if fields.get("format") != FORMAT:
             raise UnsupportedError(f"the store has format {show(fields.get('format'))}, this build reads {FORMAT}")
         try:
@@ -139,15 +139,15 @@ class Manifest:
         return replace(self, publisher=publisher, versions=(*kept, version))
 
     def keeping(self, anchors: int) -> "Manifest":
-        """The same without the versions before the last `anchors` ones that have an anchor."""
+        """The same without versions older than the last `anchors` that have an anchor."""
         at = [place for place, version in enumerate(self.versions) if version.anchor is not None]
         return replace(self, versions=self.versions[at[-anchors] :]) if len(at) > anchors else self
 
     def wants_anchor(self, every: int) -> bool:
-        """Whether the next newcomer should find one at the head.
+        """Whether the newest version should get an anchor.
 
-        That is where it has none and is the `every`-th version since the last, or where the patches since then have
-        more bytes than that anchor has.
+        It should if it has none and is the `every`-th version since the last anchor, or if the patches since then take
+        more bytes than that anchor.
         """
         chain = 0
         for count, version in enumerate(reversed(self.versions)):
@@ -157,30 +157,30 @@ class Manifest:
         return True
 
     def check_follows(self, seen: "Manifest") -> None:
-        """Raise SequenceError unless this is what became of `seen`: not another store, a fork, or an older state."""
+        """Raise SequenceError unless this manifest continues `seen`: not another store, a fork, or an older state."""
         if self.run != seen.run:
             raise SequenceError(
-                f"another store stands here now: run {self.run}, not {seen.run}. Begin anew with a new Subscriber"
+                f"there is another store here now: run {self.run}, not {seen.run}. Start again with a new Subscriber"
             )
         held = {version.number: version for version in seen.versions}
         for version in self.versions:
             if version.number in held and held[version.number].digest != version.digest:
                 raise SequenceError(
                     f"a fork: {version} was {held[version.number].digest[:12]} before. Two publishers have written to "
-                    "this store: stop one, and begin anew with a new Subscriber",
+                    "this store: stop one, and start again with a new Subscriber",
                     item=version.number,
                 )
         if self.head.number < seen.head.number:
             raise SequenceError(
-                f"the store went back from {seen.head} to {self.head}: an old copy answers, or it was restored",
+                f"the store went back from {seen.head} to {self.head}: it was restored, or an old copy answers",
                 item=seen.head.number,
             )
 
     def route(self, have: str | None, number: int | None = None, avoid: Collection[str] = ()) -> Route:
-        """The way to a version, the newest where no number is given, that takes the fewest bytes.
+        """The route with the fewest bytes to a version, the newest if no number is given.
 
-        `have`: the content digest of what is there already. `avoid`: files that are known to be bad. Raises
-        SequenceError, naming the missing link, where no way is left.
+        `have`: the content digest of the reader's version. `avoid`: files that are known to be bad. Raises
+        SequenceError, naming the missing patch, if there is no route.
         """
         target = self.head if number is None else self.version(number)
         if have == target.digest:
@@ -214,7 +214,7 @@ def file_name(number: int, token: str, kind: str) -> str:
 
 
 def file_number(name: str) -> int | None:
-    """The number of the version that a file of a store belongs to; None for what is no such file."""
+    """The number of the version that a file of a store belongs to; None for any other file."""
     match = _FILE.fullmatch(name)
     return None if match is None else int(match[1])
 
@@ -228,7 +228,7 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """Metadata as a manifest holds it. Raises EncodeError."""
     pairs = dict(metadata or {})
     if not all(type(text) is str for pair in pairs.items() for text in pair):
-        raise EncodeError("metadata are pairs of text")
+        raise EncodeError("metadata must map text to text")
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""Publishing versions: what changed since the last one as a patch, and all of it now and then as an anchor."""
+"""Publishes versions: each as a patch to the last one, and now and then whole, as an anchor."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -40,10 +40,9 @@ KEEP: Final = 3
 class Published:
     """What `publish` did.
 
-    `number`, `digest`: of the version. `is_new`: False for what the store had as its newest version. `patch`,
-    `anchor`: bytes that were written as either, None for what was not. `seconds`: by phase: "encode" (comparing and
-    coding, with a whole version its copy), "write", "apply" (the publisher's own copy). `notes`: what a reader of a log
-    should know.
+    `number`, `digest`: of the version. `is_new`: False if it already was the store's newest version. `patch`,
+    `anchor`: bytes written as either, None if not written. `seconds`: by phase: "encode" (comparing and encoding; for
+    a whole version also copying), "write", "apply" (to the publisher's own copy). `notes`: lines for a log.
     """
 
     number: int
@@ -58,18 +57,18 @@ class Published:
 class Publisher:
     """Publishes versions of a container into a store; a context manager.
 
-    `store`: a folder, a URL that fsspec can write to, or a `Store`. `anchor_every`: at every so many versions, and
-    wherever the patches since the last anchor have more bytes than that, all of the version is written as well.
-    `keep`: how many anchors stay, with the versions behind the first of them; what is older is removed one publish
-    later. It has to outlast a subscriber's fetch. `codec`: the lossless one of anchors.
+    `store`: a folder, a URL that fsspec can write to, or a `Store`. `anchor_every`: an anchor is written with every
+    so many versions, and whenever the patches since the last anchor take more bytes than it. `keep`: the number of
+    anchors that stay, with the versions after the oldest of them; older files are removed one publish later. Choose it
+    so that an anchor outlasts a subscriber's fetch. `codec`: the lossless codec of anchors.
 
         with tensorwire.versions.Publisher("versions") as publisher:
             publisher.publish(model.state_dict())
 
-    It holds a copy of the last version, in memory, and reads it from the store when it begins in one that has versions.
-    One thread uses it, and there is one publisher at a time. In a folder it holds a lock, and a second one is a
-    StorageError at once. An object store has none: whoever finds there a manifest that is not its own last one stops
-    with a SequenceError, on S3 also where that comes between its look and its write.
+    It keeps a copy of the last version in memory, which it first reads from the store if that has versions. A publisher
+    belongs to one thread, and a store to one publisher at a time. A folder is locked, and a second publisher raises
+    StorageError at once. An object store has no lock: a publisher that finds a manifest it did not write stops with a
+    SequenceError, on S3 even if the manifest changes between its read and its write.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Publisher:
     ) -> None:
         for name, value in (("anchor_every", anchor_every), ("keep", keep)):
             if type(value) is not int or value < 1:
-                raise ArgumentError(f"{name} is a number of versions from 1 on, not {value!r}")
+                raise ArgumentError(f"{name} must be a number of versions, at least 1, not {value!r}")
         if not tensorwire.codec(codec).lossless:
             raise EncodeError(f"{codec} loses bits, and a version is exact: anchors are planes, zstd or raw")
         self._store = open_store(store)
@@ -111,7 +110,7 @@ class Publisher:
         self.close()
 
     def close(self) -> None:
-        """Let go of the store, and of the copy of the last version."""
+        """Release the store and the copy of the last version."""
         self._open.close()
         self._base, self._base_digest = None, ""
 
@@ -123,19 +122,19 @@ class Publisher:
     def publish(
         self, state: Any, *, metadata: Mapping[str, str] | None = None, progress: Progress | None = None
     ) -> Published:
-        """Publish a container as the next version: readers see it when all of it is there.
+        """Publish a container as the next version. Readers see it once it is complete.
 
-        `state`: what `tensorwire.encode` takes, but for iterators. `metadata`: text pairs that travel with the version.
-        `progress`: called with the bytes of an anchor that are written and their number in all, at most. What is equal
-        to the newest version is not published again. Tensors must not change meanwhile. Whatever ends this early, the
-        store is as it was, or has the version already, and the same call can be made again.
+        `state`: as for `tensorwire.encode`, except iterators. `metadata`: text pairs stored with the version.
+        `progress`: called with the bytes of an anchor written so far and an upper bound of the total. A state equal
+        to the newest version is not published again. Tensors must not change during the call. If it fails, the store
+        is unchanged or already has the version, and the call can be repeated.
 
-        Raises EncodeError for what cannot be encoded, StorageError and TransportError for a store that does not take
-        it, SequenceError where another publisher has written to it.
+        Raises EncodeError for a state that cannot be encoded, StorageError and TransportError if the store cannot be
+        written to, SequenceError if another publisher has written to it.
         """
         pairs = check_metadata(metadata)
         if isinstance(state, Iterator):
-            raise EncodeError("a version is a container, which is read more than once: give a dict, not an iterator")
+            raise EncodeError("a version is read more than once: give a container such as a dict, not an iterator")
         before = self._check_alone()
         done = _Done(progress)
         self._load_base(done)

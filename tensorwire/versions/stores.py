@@ -1,11 +1,11 @@
-"""Where versions are kept: a folder, a web server that shows one, or whatever fsspec reaches. The only I/O of the room.
+"""Where versions are kept: a folder, a web server for one, or any fsspec location. The only I/O of the room.
 
     store = open_store("versions")                       # a folder
     store = open_store("https://host/versions")          # the same, served by any web server: to read
     store = open_store("s3://bucket/versions")           # an object store, by fsspec
 
-A store has files, written once under names of their own, and the manifest, which is replaced as a whole. What is
-`replace`d is never seen in part: in a folder everything appears by a rename, in an object store by one request.
+A store has files, each written once under a name of its own, and the manifest, which is replaced as a whole. Readers
+never see part of a replaced file: in a folder it appears by a rename, in an object store by one request.
 """
 
 import errno
@@ -44,9 +44,9 @@ _NOT_ALLOWED: Final = ("NoCredentialsError", "PartialCredentialsError", "TokenRe
 
 
 class Store(Protocol):
-    """What a publisher and a subscriber need of a store. `name` stands in errors.
+    """What a publisher and a subscriber need from a store. `name` is used in errors.
 
-    Raises MissingFileError for what is not there, StorageError and TransportError for what does not work.
+    Methods raise MissingFileError for a missing file, StorageError and TransportError for other failures.
     """
 
     name: str
@@ -55,29 +55,29 @@ class Store(Protocol):
         """A file, to be read from front to back and closed."""
 
     def write(self, name: str, buffers: Iterable[Any], /) -> int:
-        """Write a new file; returns its size. Nobody looks for it before it is there."""
+        """Write a new file; returns its size. Nobody reads it before it is complete."""
 
     def replace(self, name: str, data: bytes, before: bytes | None, /) -> None:
-        """Write a small file over the one that is there, so that a reader gets the one or the other.
+        """Replace a small file, so that a reader gets either the old or the new content.
 
-        `before`: what the caller has found there, None for no file. Raises SequenceError, and writes nothing, where a
-        store without a lock finds another content.
+        `before`: the content that the caller found, None for no file. If a store without a lock finds another content,
+        it raises SequenceError and writes nothing.
         """
 
     def names(self) -> list[str]:
         """The names of all files."""
 
     def remove(self, name: str, /) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
 
     def lock(self) -> AbstractContextManager[None]:
-        """A context in which nobody else holds this lock, where the store has one. Raises StorageError if one does."""
+        """A context that holds the store's lock, if it has one. Raises StorageError if another process holds it."""
 
 
 def open_store(location: "str | os.PathLike[str] | Store") -> Store:
-    """The store at a path or URL; a store is given back as it is.
+    """The store at a path or URL; a `Store` is returned as it is.
 
-    `http://` and `https://` are read with what Python brings, other URLs with fsspec.
+    `http://` and `https://` are read with Python's standard library, other URLs with fsspec.
     """
     if not isinstance(location, (str, os.PathLike)):
         if hasattr(location, "replace") and hasattr(location, "open"):
@@ -94,7 +94,7 @@ def open_store(location: "str | os.PathLike[str] | Store") -> Store:
 
 
 class FolderStore:
-    """A folder, which a publisher makes where it is missing."""
+    """A folder, which a publisher creates if it is missing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.path.abspath(os.fspath(path))  # the current folder may change
@@ -108,7 +108,7 @@ class FolderStore:
         return write_file(self._path(name), buffers)
 
     def replace(self, name: str, data: bytes, before: bytes | None) -> None:
-        """`Store.replace`: by a rename. The lock keeps others from it."""
+        """`Store.replace`: by a rename. The lock excludes other writers."""
         write_file(self._path(name), [data])
 
     def names(self) -> list[str]:
@@ -122,9 +122,9 @@ class FolderStore:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """`Store.lock`: of a hidden file, let go of by the system when the process ends, however it does.
+        """`Store.lock`: on a hidden file. The system releases it when the process ends, however it ends.
 
-        A process that was forked meanwhile holds it as well.
+        A process that was forked meanwhile holds it, too.
         """
         try:
             os.makedirs(self.name, exist_ok=True)
@@ -158,11 +158,11 @@ class FolderStore:
 
 
 class HttpStore:
-    """A folder that a web server shows, to read. `headers` go with every request; `timeout`: seconds of silence."""
+    """A read-only folder on a web server. `headers`: sent with every request. `timeout`: seconds without data."""
 
     def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, timeout: float = TIMEOUT) -> None:
         if "?" in url or "#" in url:
-            raise ArgumentError("the URL of a store is that of a folder; what a server wants besides goes into headers")
+            raise ArgumentError("the URL of a store must be that of a folder, without ? or #; use headers for options")
         self.name = url.rstrip("/")
         self._headers = {"Cache-Control": "no-cache", **(headers or {})}
         self._timeout = timeout
@@ -176,7 +176,7 @@ class HttpStore:
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (404, 410):
-                raise MissingFileError(f"{url} is not there ({error.code})", errno=errno.ENOENT) from None
+                raise MissingFileError(f"{url} does not exist ({error.code})", errno=errno.ENOENT) from None
             again = error.code >= 500 or error.code in (408, 429)
             raise TransportError(f"{url}: the server answers {error.code} {error.reason}", retryable=again) from None
         except Exception as error:
@@ -211,18 +211,18 @@ class HttpStore:
 
 
 class FsspecStore:
-    """Files behind an fsspec URL, such as `s3://bucket/folder`. `options`: what that file system takes.
+    """Files at an fsspec URL, such as `s3://bucket/folder`. `options`: of that file system.
 
-    It has to be a store whose objects appear when they are complete, as object stores' do. It has no lock; on S3 the
-    manifest is replaced on the condition that it is still the one that was read, so that of two publishers one is
-    refused. Where others come between the look and the write, elsewhere, nobody tells.
+    Its objects must appear only when complete, as in object stores. There is no lock. On S3 the manifest is replaced
+    only if it is still the one that was read, so that one of two publishers is refused. On other stores, a write by
+    another publisher between the read and the write goes unnoticed.
     """
 
     def __init__(self, url: str, *, options: Mapping[str, Any] | None = None) -> None:
         try:
             from fsspec.core import url_to_fs  # type: ignore[import-untyped]
         except ImportError:
-            raise ArgumentError(f"to reach {url} takes fsspec: pip install fsspec") from None
+            raise ArgumentError(f"{url} needs fsspec: pip install fsspec") from None
         self.name = url.rstrip("/")
         with _reaching(url):
             self._fs, root = url_to_fs(url, **(options or {}))
@@ -251,7 +251,7 @@ class FsspecStore:
         return size
 
     def replace(self, name: str, data: bytes, before: bytes | None) -> None:
-        """`Store.replace`: in one request; one that has arrived although its answer has not is as good."""
+        """`Store.replace`: in one request. It succeeds if the request has arrived, even if its answer was lost."""
         with _writing(f"{self.name}/{name}"):
             condition = self._condition(name, before)
             try:

@@ -1,4 +1,4 @@
-"""Following versions: fetched and verified beside what one has, then applied to it."""
+"""Follows versions: fetches and verifies a version beside the current state, then applies it."""
 
 import io
 import os
@@ -40,15 +40,15 @@ _ATTEMPTS: Final = 8  # files that may turn out missing or damaged in one fetch
 class Subscriber:
     """Reads versions from a store.
 
-    `store`: a folder, a URL or a `Store`. `have`: the content digest of what is there already (`tensorwire.digest`);
-    None where nothing is. `staging`: a folder where what is fetched waits until it is applied, in a file without a
-    name, so that it takes no memory; without it, in memory.
+    `store`: a folder, a URL or a `Store`. `have`: the content digest of the current state (`tensorwire.digest`), None
+    if there is none. `staging`: a folder in which fetched files wait until they are applied, in an unnamed file, so
+    that they take no memory; without it, they wait in memory.
 
         subscriber = tensorwire.versions.Subscriber("https://host/versions", have=tensorwire.digest(weights))
         subscriber.fetch().apply(weights)
 
-    It remembers what was applied and the manifest that it read last, and keeps nothing open in between. One thread uses
-    it at a time.
+    It remembers the applied version and the last manifest, and keeps nothing open between calls. Only one thread may
+    use it at a time.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Subscriber:
         limits: Limits = DEFAULT,
     ) -> None:
         if have is not None and not (isinstance(have, str) and is_digest(have)):
-            raise ArgumentError(f"have is a content digest, as tensorwire.digest gives it, not {have!r}")
+            raise ArgumentError(f"have must be a content digest from tensorwire.digest, not {have!r}")
         self.have = have
         self.staging = None if staging is None else os.path.abspath(os.fspath(staging))
         self._store = open_store(store)
@@ -68,10 +68,10 @@ class Subscriber:
         self._seen: Manifest | None = None
 
     def manifest(self) -> Manifest:
-        """The manifest as it stands in the store now.
+        """The store's current manifest.
 
-        Raises MissingFileError before the first version is published, SequenceError where it is not what became of the
-        one that was read before: a fork, another store, an older state.
+        Raises MissingFileError before the first version is published, SequenceError if it does not continue the
+        manifest that was read before: a fork, another store, an older state.
         """
         manifest = read_manifest(self._store)
         if self._seen is not None:
@@ -80,13 +80,13 @@ class Subscriber:
         return manifest
 
     def fetch(self, *, number: int | None = None, whole: bool = False, progress: Progress | None = None) -> "Staged":
-        """Fetch a version, the newest where no number is given, and verify all of it; nothing is applied.
+        """Fetch a version, the newest if no number is given, and verify all of it. Applies nothing.
 
-        Patches from the version that one has, or an anchor and the patches behind it, whichever are fewer bytes; with
-        `whole` always the latter. A file that is missing or damaged is done without, where another way is left. What
-        one has already costs a look at the manifest. `progress`: called with the bytes fetched and their number in all.
+        Fetches the patches from the current version, or an anchor and the patches after it, whichever takes fewer
+        bytes; with `whole`, always the latter. If a file is missing or damaged, another route is taken if there is one.
+        If nothing is new, only the manifest is read. `progress`: called with the bytes fetched and the total.
 
-        Raises a WireError or MissingFileError that names the version, SequenceError where the chain to it is broken;
+        Raises a WireError or MissingFileError that names the version, SequenceError if the chain to it is broken,
         StorageError and TransportError for a store that does not answer.
         """
         have = None if whole else self.have
@@ -111,13 +111,13 @@ class Subscriber:
 
 
 class Staged:
-    """A version that is there as a whole, verified, beside what it will be applied to.
+    """A version that was fetched as a whole and verified, but not applied yet.
 
-    `target`: the version. `size`: bytes that were fetched. `is_new`: whether it is another than the subscriber had.
-    `seconds`: by phase: "fetch" (waiting for the store), "stage" (decoding, and the checks of every file), "verify"
-    (the digest of what an anchor and its patches make) and "apply". Patches take memory of their size, an anchor that
-    of the whole version, unless they are staged in a folder. `patches`: those that were fetched, where no anchor was.
-    `reading`: the file that is being read, or was last.
+    `target`: the version. `size`: bytes fetched. `is_new`: whether it differs from the subscriber's version.
+    `seconds`: by phase: "fetch" (waiting for the store), "stage" (decoding, and checking every file), "verify" (the
+    digest of the state from an anchor and its patches) and "apply". Patches take memory of their size, an anchor that
+    of the whole version, unless they are staged in a folder. `patches`: the fetched patches, if no anchor was fetched.
+    `reading`: the file that is being read, or was read last.
     """
 
     def __init__(self, subscriber: Subscriber, route: Route, limits: Limits) -> None:
@@ -136,12 +136,12 @@ class Staged:
 
     @property
     def is_whole(self) -> bool:
-        """Whether an anchor was fetched, so that all of the version is here."""
+        """Whether an anchor was fetched, so that `state` and `encode` are available."""
         return self._route.anchor is not None
 
     @property
     def state(self) -> Any:
-        """All of the version as a container of NumPy arrays, where an anchor was fetched; else SchemaError.
+        """The whole version as a container of NumPy arrays. Raises SchemaError if no anchor was fetched.
 
         For torch tensors, `tensorwire.torch.loads(staged.encode())`.
         """
@@ -150,7 +150,7 @@ class Staged:
         return tensorwire.loads(self.encode(), limits=self._limits)
 
     def encode(self, *, metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
-        """The buffers of a stream of all of the version, where an anchor was fetched; else SchemaError."""
+        """The buffers of a stream of the whole version. Raises SchemaError if no anchor was fetched."""
         if not self.is_whole:
             raise SchemaError("what was fetched are patches, or nothing: apply it, or fetch(whole=True)")
         return streams.encode(self._whole, self._front, metadata=metadata, limits=self._limits)
@@ -161,12 +161,12 @@ class Staged:
         return _ARRAYS if self._disk is None else _VIEWS
 
     def apply(self, state: Any) -> None:
-        """Make of `state`, in place, the version that was fetched; where that is not new, do nothing.
+        """Turn `state`, in place, into the fetched version; do nothing if it is not new.
 
-        `state`: a container of writable tensors of the same names, dtypes and shapes, torch or NumPy. Patches take the
-        version that they are against, or what an earlier attempt has left; an anchor takes any values. What does not
-        fit is refused before anything is written: SchemaError, or EncodeError for what cannot be written. To do it
-        again is harmless, whatever ended it the first time.
+        `state`: a container of writable tensors of the same names, dtypes and shapes, torch or NumPy. Patches apply to
+        their base, or to a state that an earlier attempt left; an anchor applies to any values. Raises SchemaError for
+        a state that does not fit, and EncodeError for a tensor that cannot be written, before anything is written.
+        After an interruption, the call can be repeated.
         """
         if not self.is_new:
             return
@@ -217,7 +217,7 @@ class Staged:
         patch = Patch.read(file, keep=self._disk, limits=self._limits)
         if (patch.base, patch.target) != (stored.base, version.digest):
             raise SequenceError(
-                f"it is the patch from {patch.base[:12]} to {patch.target[:12]}, not the one that the manifest says"
+                f"this is the patch from {patch.base[:12]} to {patch.target[:12]}, not the one in the manifest"
             )
         if not self.is_whole:
             self.patches.append(patch)
@@ -229,7 +229,7 @@ class Staged:
     def _verify(self) -> None:
         digest = streams.digest(self._whole, self._front, self._limits)
         if digest != self.target.digest:
-            raise CorruptError(f"{self.target} came out as {digest[:12]}: what the store holds is another version")
+            raise CorruptError(f"{self.target} has digest {digest[:12]}: the store's file holds another version")
 
     def _apply_patches(self, state: Any) -> None:
         """Apply the chain, from the patch on that fits: an earlier attempt may have come further than the first."""
@@ -253,7 +253,7 @@ def read_manifest(store: Store) -> Manifest:
 
 
 def manifest_bytes(store: Store) -> bytes:
-    """The manifest as it stands in a store. Raises MissingFileError before the first version is published."""
+    """The bytes of a store's manifest. Raises MissingFileError before the first version is published."""
     try:
         with closing(store.open(NAME)) as file:
             data = bytearray()

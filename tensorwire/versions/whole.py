@@ -17,10 +17,10 @@ _Leaves = dict[str, TensorLeaf | ValueLeaf]
 
 
 class Overwriting:
-    """What it takes to give a container the values of another of the same names, dtypes and shapes.
+    """Overwrites a container with the values of another that has the same names, dtypes and shapes.
 
-    `front` is that of the tensors of `whole`. Making it writes nothing, and refuses what does not fit: SchemaError
-    naming the item, EncodeError for a value that cannot be set in its place. `write` does it.
+    `front`: of the tensors of `whole`. The constructor writes nothing. It raises SchemaError, naming the item, for a
+    container that does not fit, and EncodeError for a value that cannot be set in place. `write` writes.
     """
 
     def __init__(self, whole: Any, front: Front, state: Any, limits: Limits) -> None:
@@ -32,8 +32,8 @@ class Overwriting:
         held, wanted = _leaves(state, _FRONT, limits), _leaves(whole, front, limits)
         for name in sorted(held.keys() ^ wanted.keys()):
             raise SchemaError(
-                f"the {'state' if name in wanted else 'version'} has no such item, so that it cannot be applied in "
-                "place: fetch(whole=True).state is all of it. Nothing was written",
+                f"the {'state' if name in wanted else 'version'} has no such item, so the version cannot be applied in "
+                "place: use fetch(whole=True).state. Nothing was written",
                 item=name,
             )
         first: dict[tuple[object, ...], str] = {}

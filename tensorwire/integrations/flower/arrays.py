@@ -1,4 +1,4 @@
-"""What Flower holds, as tensors: arrays that are decoded when they are read, and records to state dicts and back."""
+"""Flower's arrays and records as tensors: arrays decoded when they are read; records to state dicts and back."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -32,7 +32,7 @@ Numbers = npt.NDArray[Any]
 
 
 class Received(NamedTuple):
-    """A record that has come, every byte of it verified."""
+    """A received record, every byte of it verified."""
 
     data: bytes | list[bytes]
     terms: Terms
@@ -40,10 +40,10 @@ class Received(NamedTuple):
 
 
 class WireArray(Array):
-    """An `Array` that is decoded, or calculated, when it is read, each time anew: it looks like one of NumPy.
+    """An `Array` that is decoded or computed each time it is read. To Flower it looks like a NumPy array.
 
-    `view`: the tensor, in its own dtype. bfloat16 and floats of eight bits are read as float32, so that no strategy
-    adds up bit patterns. `tensor`: the caller's own, where the array stands for one that lives in memory.
+    `view`: the tensor, in its own dtype. bfloat16 and 8-bit floats are read as float32, so that no strategy adds up
+    bit patterns. `tensor`: the caller's own tensor, if the array represents one in memory.
     """
 
     __qualname__ = "Array"  # by which Flower knows the kind of what it has received
@@ -86,9 +86,9 @@ class WireArray(Array):
 def to_record(state: Mapping[str, Any]) -> ArrayRecord:
     """Tensors, torch or NumPy, as an `ArrayRecord` that copies none of them.
 
-    Unlike `ArrayRecord(state)` it takes every dtype, bfloat16 among them, and sends tied tensors once. The tensors are
-    read when the record is sent, or its arrays are: do not change them before. Raises EncodeError for what is no
-    tensor.
+    Unlike `ArrayRecord(state)` it takes every dtype, including bfloat16, and sends tied tensors once. The tensors are
+    read when the record is sent or its arrays are read: do not change them before. Raises EncodeError for a value that
+    is not a tensor.
 
         return Message(RecordDict({"arrays": to_record(model.state_dict()), "metrics": metrics}), reply_to=message)
     """
@@ -101,8 +101,8 @@ def to_record(state: Mapping[str, Any]) -> ArrayRecord:
 def to_state_dict(record: ArrayRecord, into: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The arrays of a record as torch tensors, in the dtypes that they were sent with, tied as they were.
 
-    `into`: tensors of the same names and shapes, on any device, to be written over and given back; each keeps its
-    dtype, whatever an aggregation has made of it. Raises SchemaError where names or shapes are not theirs.
+    `into`: tensors of the same names and shapes, on any device, which are overwritten and returned; each keeps its
+    dtype, whatever the dtype after an aggregation. Raises SchemaError if names or shapes differ.
 
         to_state_dict(message.content["arrays"], into=model.state_dict())
     """
@@ -145,7 +145,7 @@ def view_of(name: str, array: Array) -> TensorView:
     if array.stype == STYPE:
         raise UnsupportedError("this record is encoded: let wire_mod be the first of the ClientApp's mods", item=name)
     if array.stype != NUMPY or not array.data.startswith(NPY):
-        raise UnsupportedError(f"an array of {array.stype!r} is no array of NumPy", item=name)
+        raise UnsupportedError(f"an array of type {array.stype!r} is not a NumPy array", item=name)
     file = BytesIO(array.data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

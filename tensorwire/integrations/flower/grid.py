@@ -40,16 +40,16 @@ class _Sent(NamedTuple):
 
 
 class WireGrid(Grid):
-    """A `Grid` whose messages are encoded, for any strategy and any loop of one's own.
+    """A `Grid` whose messages are encoded, for any strategy or custom loop.
 
-    `down`: the codec of what is sent, as in `tensorwire.encode`; one codec for all leaves norms, biases and counters
-    as they are (`tensorwire.updates.exact_vectors`). `up`: that of the replies, a spec or a mapping of patterns.
-    `difference`: clients send what they changed, which is added to the server's own model, rather than the whole.
-    `feedback`: clients keep what `up` drops of one training for the next, in the state of their node, in memory of the
-    size of the model. `poll`: seconds between two looks for replies.
+    `down`: the codec of messages to clients, as in `tensorwire.encode`; a single codec leaves norms, biases and
+    counters exact (`tensorwire.updates.exact_vectors`). `up`: the codec of replies, a spec or a mapping of patterns.
+    `difference`: clients send their changes, which are added to the server's own model, instead of whole weights.
+    `feedback`: clients add what `up` drops in one training to the next update; this keeps one model in the state of
+    their node. `poll`: seconds between two polls for replies.
 
-    Every node must run `wire_mod`; a reply without it is taken as it is. Arrays keep the dtypes, and the ties,
-    that they were first sent with, whatever an aggregation makes of them. Anything else is that of `grid`.
+    Every node must run `wire_mod`; a reply without it is passed on unchanged. Arrays keep the dtypes and ties with
+    which they were first sent, whatever an aggregation makes of them. All else is passed on to `grid`.
 
         strategy.start(grid=WireGrid(grid, down="bf16|entropy", up="nf4"), initial_arrays=arrays)
     """
@@ -119,7 +119,7 @@ class WireGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there, verified, their arrays to be decoded as they are read."""
+        """The replies so far, verified; their arrays are decoded when they are read."""
         return [self._received(reply) for reply in self._grid.pull_messages(message_ids)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -1,4 +1,4 @@
-"""The client's side: a mod that decodes what comes and encodes what is replied."""
+"""The client's side: a mod that decodes messages and encodes replies."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ UpCodec = str | Codec | Mapping[str, str | Codec]
 
 
 class Asked(NamedTuple):
-    """How a reply is to travel: the terms that the server sends beside its records."""
+    """How to encode a reply: sent by the server beside its records."""
 
     up: str | dict[str, str]
     difference: bool
@@ -68,8 +68,8 @@ class Asked(NamedTuple):
 def wire_mod(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """The mod of a `ClientApp`, the first in its list, so that others see plain arrays.
 
-    Where the server does not use `WireGrid` it does nothing. Raises a WireError for a damaged message, EncodeError and
-    NonFiniteError for what cannot be sent, each of which Flower reports to the server as an error of this node.
+    It does nothing if the server does not use `WireGrid`. Raises a WireError for a damaged message, EncodeError and
+    NonFiniteError for a reply that cannot be sent; Flower reports each to the server as an error of this node.
     """
     if not msg.has_content() or not isinstance(terms := msg.content.get(KEY), ConfigRecord):
         return call_next(msg, context)

@@ -1,4 +1,4 @@
-"""What travels: a record as one stream at rest, so that any of its tensors can be read by itself."""
+"""Records on the wire: each is one stream at rest, so that any of its tensors can be read by itself."""
 
 import logging
 import threading
@@ -125,9 +125,9 @@ def joined(record: ArrayRecord) -> bytes:
 
 
 def opened(record: ArrayRecord, *, finite: bool) -> Received:
-    """What an encoded record holds, read through once.
+    """The content of an encoded record, which is read and verified once.
 
-    `finite`: refuse NaN and infinities, which no mean survives. Raises a WireError.
+    `finite`: refuse NaN and infinities, which would spoil a mean. Raises a WireError.
     """
     data = joined(record)
     pieces = Pieces(data, _check_flat)
@@ -158,7 +158,7 @@ def by_role(codec: CodecChoice) -> CodecChoice:
 
 
 def sendable(key: str, record: object) -> Views | None:
-    """The tensors of a record; None for what is none, or travels as Flower sends it."""
+    """The tensors of a record; None if it is not a record of arrays, or is sent as Flower sends it."""
     if not isinstance(record, ArrayRecord) or not record:
         return None
     try:

@@ -21,12 +21,12 @@ def changed_seam(seam: str) -> UnsupportedError:
     """The error that names what a version of Flower has changed."""
     version = getattr(flwr, "__version__", "of an unknown version")
     return UnsupportedError(
-        f"flwr {version} is not one that tensorwire.integrations.flower works with: it relies on this: {seam}"
+        f"flwr {version} does not work with tensorwire.integrations.flower, which relies on this: {seam}"
     )
 
 
 def check_seams() -> None:
-    """Raise UnsupportedError where this version of Flower has changed what is relied on."""
+    """Raise UnsupportedError if this version of Flower has changed anything that this package relies on."""
     known = {"set_run", "run", "create_message", "get_node_ids", "push_messages", "pull_messages", "send_and_receive"}
     sample = Array(np.zeros(2, np.float32))
     seams = {

@@ -35,12 +35,12 @@ from tensorwire.updates import Rules, Terms, Update
 
 
 class StreamingFedAvg(FedAvg):
-    """Flower's `FedAvg` in the memory of the model: updates are added up encoded, a slice of all of them at a time.
+    """Flower's `FedAvg` in the memory of the model: adds up encoded updates, slice by slice.
 
     Its arguments are those of `FedAvg`. The mean is calculated in float64 and in the order of the nodes, and every
     array keeps its dtype. An update that does not fit the model is left out, and the log says so.
 
-    Behind another strategy it gives that its mean, where it builds on the one of `FedAvg`:
+    As the second base class of a strategy that builds on `FedAvg`, it replaces that strategy's mean:
 
         class Strategy(FedAdam, StreamingFedAvg): ...
     """
@@ -69,7 +69,7 @@ class StreamingFedAvg(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """As Flower's. Raises ArgumentError before `configure_train`."""
         if self._base is None:
-            raise ArgumentError("aggregate_train is for the replies to what configure_train has sent")
+            raise ArgumentError("call configure_train before aggregate_train")
         valid, _ = self._check_and_log_replies(replies, is_train=True)
         alone = type(self).aggregate_train is StreamingFedAvg.aggregate_train
         model = _model(self._base, self._dtypes, in_place=self.in_place and alone)

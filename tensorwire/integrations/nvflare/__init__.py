@@ -1,13 +1,12 @@
-"""NVIDIA FLARE with tensors encoded on the wire: one line behind any recipe.
+"""NVIDIA FLARE with encoded tensors: one line after any recipe.
 
     recipe = FedAvgRecipe(..., aggregator=WireAggregator())
     add_to(recipe, down="bf16|entropy", up="nf4")
 
-Output filters mark tensors with the codec that they are to travel with and change nothing (`WireFilter`). When FLARE
-sends a message, the decomposer of marked tensors (`WireDecomposer`) offers all of them as one stream, which FLARE's
-download service asks for portion by portion: each is encoded when it is asked for. What arrives is decoded as it
-comes; or it is kept as it came, encoded, until it is needed: on the server to be added up, on clients as the base that
-their updates are differences to (`BaseFilter`).
+Output filters mark tensors with a codec and change nothing (`WireFilter`). When FLARE sends a message, the decomposer
+of marked tensors (`WireDecomposer`) offers all of them as one stream. FLARE's download service requests it in portions,
+each of which is encoded on request. A receiver decodes tensors as they arrive, or keeps them encoded until they are
+needed: the server to add them up, clients as the base of their differences (`BaseFilter`).
 
 `EncodeFilter` and `DecodeFilter` do the same without a decomposer, a whole message at a time.
 """

@@ -11,13 +11,13 @@ from tensorwire.updates import is_finite, mean_of
 
 
 class WireAggregator(ModelAggregator):  # type: ignore[misc]  # FLARE has no types
-    """The weighted mean of what clients send, added up slice by slice when all have answered.
+    """The weighted mean of the clients' replies, added up slice by slice when all have answered.
 
-    Replies stay as they came until then, which with `lazy=True` is encoded: the memory of an encoded model each, or of
-    none with FLARE's tensor disk offload. The mean is that of `tensorwire.updates.mean_of`, in the order of the
-    clients' names: the same bits whoever answers first, in the dtypes that were sent, with tied tensors still tied. A
-    client counts its number of steps, times its factor in `aggregation_weights`. The tensors of a mean are there until
-    the next round begins: copy what is to be kept for longer.
+    Replies are kept as received, with `lazy=True` encoded: in the memory of an encoded model each, or on disk with
+    FLARE's tensor disk offload. The mean is that of `tensorwire.updates.mean_of`, in the order of the clients' names:
+    the same bits whoever answers first, in the dtypes that were sent, with tied tensors still tied. A client's weight
+    is its number of steps times its factor in `aggregation_weights`. The tensors of a mean are valid until the next
+    round begins: copy them to keep them longer.
     """
 
     def __init__(self, aggregation_weights: dict[str, float] | None = None) -> None:
@@ -27,14 +27,14 @@ class WireAggregator(ModelAggregator):  # type: ignore[misc]  # FLARE has no typ
         self._result: FLModel | None = None
 
     def reset_stats(self) -> None:
-        """Forget what has come, and drop the tensors of the mean before, which FLARE keeps without using them."""
+        """Drop all replies, and the tensors of the previous mean, which FLARE keeps without using them."""
         self._models = {}
         if self._result is not None:
             self._result.params = {}
         try_malloc_trim()
 
     def accept_model(self, model: FLModel) -> None:
-        """Keep a reply. Raises SchemaError for one that does not go with those that are here, which then stay."""
+        """Keep a reply. Raises SchemaError for one that does not match the others, which are kept."""
         client = str((model.meta or {}).get("client_name", len(self._models)))
         if client in self._models:
             raise SchemaError(f"client {client!r} has answered already in this round")
@@ -46,7 +46,7 @@ class WireAggregator(ModelAggregator):  # type: ignore[misc]  # FLARE has no typ
         self._models[client] = model
 
     def aggregate_model(self) -> FLModel:
-        """The mean of what has come, as the update of the global model."""
+        """The mean of the replies, as the update of the global model."""
         models = [self._models[client] for client in sorted(self._models)]
         if not models:
             raise SchemaError("no client has sent a model in this round: there is no mean")

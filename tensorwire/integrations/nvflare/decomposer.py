@@ -36,10 +36,10 @@ _OFFLOAD_FOLDER: Final = "tensor_disk_offload_root_dir"
 
 
 class Wire:
-    """A tensor and the codec that it is to be sent with: what a `WireFilter` puts in its place.
+    """A tensor with the codec for sending it, with which a `WireFilter` replaces the tensor.
 
-    `view`: of the tensor, or of what is computed from it as it is read. `library`: torch or numpy, for the receiver,
-    who gets a tensor again. Filters behind the `WireFilter` see these.
+    `view`: of the tensor, or of a difference computed as it is read. `library`: torch or numpy, in which the receiver
+    gets the tensor. Filters after the `WireFilter` see these objects.
     """
 
     __slots__ = ("codec", "library", "name", "view")
@@ -55,7 +55,7 @@ class Wire:
 
 
 class WireRef:
-    """A tensor as it came, encoded: FLARE calls `materialize` when it adds it up."""
+    """A received tensor, still encoded. FLARE calls `materialize` when it adds it up."""
 
     __slots__ = ("encoded", "library")
 
@@ -200,10 +200,10 @@ class _Incoming(Consumer):  # type: ignore[misc]  # FLARE has no types
 
 
 class WireDecomposer(ViaDownloaderDecomposer):  # type: ignore[misc]  # FLARE has no types
-    """Sends `Wire`s as one stream a message, encoded while it is downloaded, and gives tensors.
+    """Sends the `Wire`s of a message as one stream, encoded during the download; the receiver gets tensors.
 
-    `lazy`: give `WireRef`s in place of tensors, encoded as they came: for a receiver that adds them up. Where FLARE's
-    tensor disk offload is on, it does so in any case, with the payloads on disk.
+    `lazy`: the receiver gets encoded `WireRef`s in place of tensors, to add them up. If FLARE's tensor disk offload is
+    on, it always gets these, with the payloads on disk.
     """
 
     def __init__(self, lazy: bool = False) -> None:
@@ -271,8 +271,7 @@ class WireDecomposer(ViaDownloaderDecomposer):  # type: ignore[misc]  # FLARE ha
 class WireRegister(Widget):  # type: ignore[misc]  # FLARE has no types
     """Registers the decomposer on the site that it is a component of. `lazy`: as in `WireDecomposer`.
 
-    A client that has answered gives memory back while it waits for its next task, which it would not have time for
-    once that has come.
+    A client returns memory to the system after it has answered, because it waits for its next task then anyway.
     """
 
     def __init__(self, lazy: bool = False) -> None:
@@ -287,10 +286,10 @@ class WireRegister(Widget):  # type: ignore[misc]  # FLARE has no types
 
 
 def register(*, lazy: bool = False) -> None:
-    """Let this process send and receive `Wire`s; what `WireRegister` does where FLARE builds components.
+    """Let this process send and receive `Wire`s. `WireRegister` does so where FLARE builds components.
 
-    Called by the training script where FLARE launches it as a process of its own. Raises RuntimeError where another
-    decomposer has the number of ours.
+    A training script calls it if FLARE launches the script as a separate process. Raises RuntimeError if another
+    decomposer has the same number.
     """
     tensorwire.set_spare_memory(0)  # a model's worth that nobody uses while there is no message, in each process
     fobs.register(WireDecomposer(lazy))

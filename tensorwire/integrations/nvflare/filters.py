@@ -29,13 +29,13 @@ _MESSAGE_PORTION: Final = 64 << 20  # of a whole message: an object of FLARE's m
 
 
 class WireFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
-    """Marks tensors that leave with the codec they are to travel with: for the output of server or clients.
+    """Marks outgoing tensors with the codec to send them with: for the output of server or clients.
 
-    `codec`: a spec for all tensors, or a dict of name patterns to specs as in `tensorwire.encode`. Under a spec for
-    all, statistics of norms, scalars and vectors of up to 16,384 elements travel exactly. `difference`: of weights
-    that answer a task, send what is to be added to those that a `BaseFilter` received with it. Weights and differences
-    are marked, everything else stays as it is; nothing is encoded yet, and no tensor or dict of the caller's changed.
-    NaN and infinities that a quantizer cannot carry are an EncodeError here, which FLARE reports.
+    `codec`: a spec for all tensors, or a dict of name patterns to specs as in `tensorwire.encode`. With a single spec,
+    statistics of norms, scalars and vectors of up to 16,384 elements are sent exactly. `difference`: if weights answer
+    a task, send their difference to the weights that a `BaseFilter` received with it. Weights and differences are
+    marked, all else is unchanged. Nothing is encoded yet, and the caller's tensors and dicts are not changed. Raises
+    EncodeError, which FLARE reports, for NaN and infinities that a quantizer cannot carry.
     """
 
     def __init__(self, codec: CodecSpec = "bf16", difference: bool = False) -> None:
@@ -50,14 +50,14 @@ class WireFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
             return DXO(dxo.data_kind, marked(dxo.data, self.codec, self._ties), dict(dxo.meta or {}))
         base = fl_ctx.get_prop(_BASE)
         if base is None:
-            raise EncodeError("no weights came with the task that these answer: is there a BaseFilter at the input?")
+            raise EncodeError("the task of this reply had no weights: is there a BaseFilter at the input?")
         return DXO(DataKind.WEIGHT_DIFF, marked(dxo.data, self.codec, self._ties, base), dict(dxo.meta or {}))
 
 
 class BaseFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
-    """Gives tensors for what was kept encoded, and remembers it as the base of differences: for the input of clients.
+    """Decodes tensors that were kept encoded, and keeps them as the base of differences: for the input of clients.
 
-    What it remembers is what came, whatever becomes of the tensors, in the memory that it took on the wire.
+    It keeps the received, encoded form, whatever happens to the tensors, in as much memory as was sent.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class EncodeFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
     """Replaces the tensors of a DXO by one encoded message: for outputs, with `DecodeFilter` at the other end.
 
     For jobs that can have filters but no decomposer: it takes the memory of a whole encoded model on either side.
-    `codec`: as in `WireFilter`. The caller's dict stays as it is.
+    `codec`: as in `WireFilter`. The caller's dict is not changed.
     """
 
     def __init__(self, codec: CodecSpec = "bf16") -> None:
@@ -101,7 +101,7 @@ class EncodeFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
 
 
 class DecodeFilter(DXOFilter):  # type: ignore[misc]  # FLARE has no types
-    """Makes tensors again of what an `EncodeFilter` sent: for inputs. Everything else passes."""
+    """Decodes the message of an `EncodeFilter` into tensors: for inputs. All else is unchanged."""
 
     def __init__(self) -> None:
         DXOFilter.__init__(self, list(_KINDS), None)

@@ -1,4 +1,4 @@
-"""What of FLARE the plug-in stands on: a version of it that lacks one of these names is said here, and which it is."""
+"""The names of FLARE that the plug-in relies on; the import names any that a version of FLARE lacks."""
 
 try:
     from nvflare.apis.dxo import DXO, DataKind
@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "tensorwire.integrations.nvflare needs nvflare 2.7.2 or later (pip install tensorwire[nvflare]); "
-        f"what is installed has not all of what it stands on: {error}"
+        f"the installed version lacks a name that is needed: {error}"
     ) from error
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What is sent of a model: which of its tensors are one, what has changed in them, and with which codec."""
+"""Marks the tensors of a model for sending: ties, differences and codecs."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -46,17 +46,17 @@ def marked(data: Any, codec: CodecSpec, ties: "Ties", base: Mapping[str, Encoded
 
 
 class Ties:
-    """Which tensors of a model are one, under several names.
+    """The tied tensors of a model.
 
-    FLARE adds differences name by name, which leaves tied tensors equal and no longer the same. Those that were the
-    same once and are equal now count as tied still; that others are equal means nothing.
+    FLARE adds differences name by name, after which tied tensors are equal but no longer tied. Tensors that were tied
+    once and are equal now still count as tied; other equal tensors do not.
     """
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}  # of each name that was another tensor's: under which name that was found
 
     def groups(self, described: Views, base: Mapping[str, object]) -> list[list[str]]:
-        """The names of a model, those of one tensor together; where there is a base, those of one tensor of it too."""
+        """The names of a model, grouped by tied tensors; if there is a base, tied in both."""
         groups: dict[Any, list[str]] = {}
         for name, view in described.items():
             key = _identity(name, view)

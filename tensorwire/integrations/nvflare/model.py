@@ -19,9 +19,9 @@ Path = tuple[str | int, ...]
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value of a model is one that tensorwire carries, and not FLARE itself.
+    """Whether a value of a model is a tensor for tensorwire rather than a value for FLARE.
 
-    NumPy's numbers are: that is what FLARE makes of arrays without axes when it adds them.
+    NumPy scalars are tensors, because FLARE turns arrays without axes into them when it adds.
     """
     return library(value) == "torch" or isinstance(value, (np.ndarray, np.number, np.bool_))
 

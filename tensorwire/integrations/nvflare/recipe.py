@@ -1,4 +1,4 @@
-"""One line behind a recipe."""
+"""The one line after a recipe."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,18 +20,18 @@ def add_to(
     lazy: bool | None = None,
     tasks: Sequence[str] = ("train",),
 ) -> None:
-    """Let a recipe's job send models under `down` and take updates under `up`.
+    """Make a recipe's job send models with the codec `down` and updates with the codec `up`.
 
-    Call it last, behind filters of your own. `difference`: let clients send what has changed in place of whole
-    weights, for FLARE to add to the global model; None: where the recipe lets one choose (`params_transfer_type`), as
-    those for FedAvg do. `lazy`: whether the server keeps replies encoded until they are added up, which an aggregation
-    must know to `materialize`; None: where the recipe's aggregator is a `WireAggregator`. `tasks`: whose data and
-    results these are.
+    Call it last, after adding your own filters. `difference`: clients send differences in place of whole weights, and
+    FLARE adds them to the global model; None: if the recipe has the choice (`params_transfer_type`), as those for
+    FedAvg do. `lazy`: the server keeps replies encoded until they are added up by an aggregation that calls
+    `materialize`; None: if the recipe's aggregator is a `WireAggregator`. `tasks`: the tasks whose data and results
+    are encoded.
 
         recipe = FedAvgRecipe(..., aggregator=WireAggregator())
         tensorwire.integrations.nvflare.add_to(recipe)
 
-    Raises ArgumentError for a quantizer `up` where whole weights would travel: training would start from rounded
+    Raises ArgumentError for a quantizer `up` if whole weights would be sent, because training would start from rounded
     weights each round.
     """
     transfer = getattr(recipe, "params_transfer_type", None)
@@ -57,4 +57,4 @@ def _check_carries_weights(up: CodecSpec) -> None:
     for spec in [up] if isinstance(up, str) else up.values():
         codec = tensorwire.codec(spec)
         if is_quantizer(codec):
-            raise ArgumentError(f"up={spec!r} is for differences, and whole weights would travel: see difference=")
+            raise ArgumentError(f"up={spec!r} is for differences, but whole weights would be sent: see difference=")
