@@ -1,6 +1,6 @@
 """A round of NVIDIA FLARE over a slow link, without training: plain and with tensorwire, in turns.
 
-    python bench/nvflare_link.py --link "wan -d 50 -r 100" --size-mb 64
+    python bench/nvflare_link.py --link ./slow-link --size-mb 64
 
 Needs nvflare in the environment. `--link` is a command that runs two others at the ends of a link: `LINK -- SERVER --
 SITES`, the server's end having the address of `--address`, and that ends when the second does. Two network namespaces
