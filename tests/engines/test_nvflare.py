@@ -63,7 +63,7 @@ def sent(state: State, codec: str) -> tuple[State, int]:
 
 
 def expected(rounds: int = ROUNDS) -> tuple[State, int]:
-    """The global model after so many rounds of bf16|entropy down and nf4 differences up, and the bytes of all messages."""
+    """The global model after so many rounds (bf16|entropy down, nf4 differences up), and the bytes of all messages."""
     model, total = Net().state_dict(), 0
     for _ in range(rounds):
         base, down = sent(model, "bf16|entropy")
