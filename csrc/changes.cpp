@@ -203,9 +203,7 @@ struct Work {
     uint32_t *gaps, *sizes;
     uint16_t* changes;
     Work(uint32_t* work, size_t n)
-        : gaps(work),
-          sizes(work + n / 2),
-          changes(reinterpret_cast<uint16_t*>(sizes + 2 * (n / 2))) {}
+        : gaps(work), sizes(work + n / 2), changes(reinterpret_cast<uint16_t*>(sizes + 2 * (n / 2))) {}
     uint32_t* unsorted() const { return sizes; }
     uint32_t* unsorted_places(size_t n) const { return sizes + n / 2; }
 };
@@ -534,9 +532,8 @@ size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uin
 #if defined(TW_AVX512)
     if (bits && tile.block_size(block) == kBlock) {
         for (size_t i = begin; i < begin + kBlock; i += 16, bits >>= 16) {
-            const __m256i change =
-                _mm256_sub_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 2 * i)),
-                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + 2 * i)));
+            const __m256i change = _mm256_sub_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 2 * i)),
+                                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + 2 * i)));
             const __m512i class_of_each =
                 _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.classes + i)));
             const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(change), _mm512_slli_epi32(class_of_each, 16));
@@ -628,8 +625,7 @@ void count_gaps(Group& g, const Tile& tile, size_t begin) {
     size_t gap = g.gap;
     for (; gap < g.listed && g.gaps[gap] < begin + tile.size; ++gap) {
         const size_t at = g.gaps[gap] - begin;
-        const int64_t rank =
-            before[at / kBlock] + count_ones(mine[at / kBlock] & ((uint64_t{1} << at % kBlock) - 1));
+        const int64_t rank = before[at / kBlock] + count_ones(mine[at / kBlock] & ((uint64_t{1} << at % kBlock) - 1));
         g.gaps[gap] = static_cast<uint32_t>(rank + run);
         run = -(rank + 1);
     }

@@ -417,7 +417,8 @@ bool add_selected(const uint16_t* positions, const float* coefficients, Sum* sum
 class Sums {
 public:
     // False: a position is not in the chunk.
-    bool add(const Chunk& chunk, const uint16_t* positions, const float* values, size_t kept, double weight, bool signs) {
+    bool add(const Chunk& chunk, const uint16_t* positions, const float* values, size_t kept, double weight,
+             bool signs) {
         for (size_t i = 0; i < kept; ++i) {
             const size_t position = get(positions + i);
             if (position == kNothing) continue;
@@ -476,7 +477,8 @@ bool combine_selected(const uint16_t* positions, const float* values, const doub
         float* to = out + chunk.start;
         if (basis) inverse(chunk, places, made, taken, elements);
         for (size_t i = 0; i < chunk.height; ++i) {
-            for (size_t x = 0; x < chunk.width; ++x) put(to + i * chunk.stride + x, basis ? 0.0f + elements.at[i][x] : 0.0f);
+            for (size_t x = 0; x < chunk.width; ++x)
+                put(to + i * chunk.stride + x, basis ? 0.0f + elements.at[i][x] : 0.0f);
         }
         for (size_t i = 0; i < taken && !basis; ++i) {
             put(to + places[i] / chunk.width * chunk.stride + places[i] % chunk.width, 0.0f + made[i]);

@@ -18,7 +18,8 @@ void sum_magnitudes(const float* values, size_t n, float* largest, uint64_t* sum
     *largest = float_of(top);
     *sum = *count = 0;
     if (top == 0) return;
-    constexpr double kWhole = 0x1p32, kMagic = 0x1p52;  // a number below it that is added to it is rounded to a whole one
+    constexpr double kWhole = 0x1p32,
+                     kMagic = 0x1p52;  // a number below it that is added to it is rounded to a whole one
     const double whole = *largest;
     uint64_t total = 0, there = 0, none;
     memcpy(&none, &kMagic, sizeof none);

@@ -304,7 +304,8 @@ void changes(Result& result, const tw::Kernels& k, Input& in, size_t n, size_t s
         differ += by != 0;
     }
     size_t told = 0;
-    const size_t size = k.encode_changes[dtype](base.data(), values.data(), n, work.as<uint32_t>(), codes.data(), room, &told);
+    const size_t size =
+        k.encode_changes[dtype](base.data(), values.data(), n, work.as<uint32_t>(), codes.data(), room, &told);
     if (told != differ || size > room) abort();
     result.returned = size;
     if (size == 0) return;
