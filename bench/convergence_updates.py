@@ -47,7 +47,10 @@ _WARM: Final = (3e-3, 200)  # learning rate and steps of the warm start
 # Of lines, darkest first, and their markers, by what a row exchanges.
 _COLOURS: Final = {
     "whole gradients": (("#000000", "#888888"), "s"),
-    "each step": (("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8"), "o"),
+    "each step": (
+        ("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8", "#AFB42B", "#E91E63"),
+        "o",
+    ),
     "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85"), "^"),
 }
 _WARM_UP: Final = 20  # steps until the learning rate is reached; then it falls to a tenth along a cosine
