@@ -197,6 +197,15 @@ def test_flower_round():
     assert lines[4].startswith("ours / plain")
 
 
+def test_flower_learning(tmp_path):
+    for name in ("flwr", "ray", "torch", "matplotlib"):
+        pytest.importorskip(name, reason="needs Flower with its simulation, and a plot")
+    run("flower_learning.py", f"--out={tmp_path}", "--rounds=1", "--seeds=1")
+    curves = [json.loads(line) for line in (tmp_path / "flower-learning.json").read_text().splitlines()]
+    assert [curve["side"] for curve in curves] == ["plain", "ours"]
+    assert all(len(curve["losses"]) == 2 for curve in curves)
+
+
 def test_nvflare_round():
     pytest.importorskip("nvflare", reason="needs nvflare, in an environment of its own")
     if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
@@ -204,7 +213,7 @@ def test_nvflare_round():
     lines = run("nvflare_round.py", "--size-mb=16", "--variants", "plain", "wire")
     plain, wire = map(json.loads, lines[2:])
     assert (plain["variant"], wire["variant"]) == ("plain", "wire")
-    assert 0.25 < wire["mb"] / plain["mb"] < 0.36
+    assert 0.2 < wire["mb"] / plain["mb"] < 0.3
 
 
 def test_nvflare_link(tmp_path):
