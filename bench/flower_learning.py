@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+from learning_curves import SIDES, table
 from torch import nn
 from torch.nn import functional
 
@@ -32,7 +33,6 @@ from tensorwire.fl.task import split
 from tensorwire.integrations.flower import StreamingFedAvg, WireGrid, to_record, to_state_dict, wire_mod
 
 CLIENTS = 4
-SIDES = ("plain", "ours")
 CONTEXT, STEPS, BATCH, RATE, EVALUATED = 8, 40, 64, 2e-3, 8192
 LOOKS = {"plain": {"color": "#000000"}, "ours": {"color": "#D55E00", "linestyle": "--"}}
 
@@ -127,33 +127,13 @@ def curve(grid, side, seed, rounds):
     return {"side": side, "seed": seed, "losses": losses, "bytes": counted.bytes}
 
 
-def table(curves):
-    """Markdown: where each seed ends, and how far the sides are apart beside how far the seeds of one are."""
-    ends = {side: [each["losses"][-1] for each in curves if each["side"] == side] for side in SIDES}
-    sizes = {side: mean(each["bytes"] for each in curves if each["side"] == side) for side in SIDES}
-    rounds = len(curves[0]["losses"]) - 1
-    lines = [
-        f"Loss before the first round {curves[0]['losses'][0]:.4f}; after {rounds} rounds:",
-        "",
-        "| side | loss, by seed | mean | lowest to highest | MB a round and client |",
-        "|---|---|---|---|---|",
-    ]
-    for side, losses in ends.items():
-        seeds, size = ", ".join(f"{loss:.4f}" for loss in losses), sizes[side] / rounds / CLIENTS / 1e6
-        lines.append(f"| {side} | {seeds} | {mean(losses):.4f} | {min(losses):.4f} to {max(losses):.4f} | {size:.2f} |")
-    spread = max(ends["plain"]) - min(ends["plain"])
-    apart = [ours - plain for plain, ours in zip(ends["plain"], ends["ours"], strict=True)]
-    differences = ", ".join(f"{each:+.4f}" for each in apart)
+def within(curves):
+    """After how many rounds the mean of ours is within the seeds of plain."""
     plain, ours = (
-        list(zip(*(each["losses"] for each in curves if each["side"] == side), strict=True)) for side in SIDES
+        list(zip(*(each["losses"] for each in curves if each["side"] == side), strict=True))[1:] for side in SIDES
     )
-    within = sum(min(seeds) <= mean(point) <= max(seeds) for seeds, point in zip(plain[1:], ours[1:], strict=True))
-    lines += [
-        "",
-        f"Ours minus plain, by seed: {differences}. The seeds of plain are {spread:.4f} apart.",
-        f"The mean of ours is within the seeds of plain after {within} of {rounds} rounds.",
-    ]
-    return "\n".join(lines)
+    inside = sum(min(seeds) <= mean(point) <= max(seeds) for seeds, point in zip(plain, ours, strict=True))
+    return f"The mean of ours is within the seeds of plain after {inside} of {len(plain)} rounds."
 
 
 def draw(curves, path):
@@ -198,7 +178,8 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "flower-learning.json").write_text("".join(json.dumps(each) + "\n" for each in curves))
     draw(curves, options.out / "flower-learning.png")
-    print(table(curves))
+    print(table(curves, "MB a round and client", options.rounds * CLIENTS))
+    print(within(curves))
 
 
 if __name__ == "__main__":

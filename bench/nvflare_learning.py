@@ -16,16 +16,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
+from learning_curves import SIDES, table
 from nvflare_round import UP, carried
 
 from tensorwire.fl.task import Task, language_model
 
 CLIENTS = 4
-SIDES = ("plain", "ours")
 MODEL = {"hidden": 96, "layers": 2, "context": 64, "steps": 20, "batch": 4, "rate": 3e-3}
 
 
@@ -112,28 +111,6 @@ def curve(side: str, seed: int, rounds: int) -> dict[str, Any]:
         return {"side": side, "seed": seed, "losses": losses, "bytes": int(Path(folder, "bytes").read_text())}
 
 
-def table(curves: list[dict[str, Any]]) -> str:
-    """Markdown: where each seed ends, and how far the sides are apart beside how far the seeds of one are."""
-    ends = {side: [each["losses"][-1] for each in curves if each["side"] == side] for side in SIDES}
-    sizes = {side: mean(each["bytes"] for each in curves if each["side"] == side) for side in SIDES}
-    lines = [
-        f"Loss before the first round {curves[0]['losses'][0]:.4f}; after {len(curves[0]['losses']) - 1} rounds:",
-        "",
-        "| side | loss, by seed | mean | lowest to highest | MB a round |",
-        "|---|---|---|---|---|",
-    ]
-    for side, losses in ends.items():
-        seeds, size = ", ".join(f"{loss:.4f}" for loss in losses), sizes[side] / 1e6
-        lines.append(f"| {side} | {seeds} | {mean(losses):.4f} | {min(losses):.4f} to {max(losses):.4f} | {size:.2f} |")
-    apart = [ours - plain for plain, ours in zip(ends["plain"], ends["ours"], strict=True)]
-    spread = max(ends["plain"]) - min(ends["plain"])
-    differences = (
-        f"Ours minus plain, by seed: {', '.join(f'{each:+.4f}' for each in apart)}; the mean {mean(apart):+.4f}."
-    )
-    lines += ["", f"{differences} The seeds of plain are {spread:.4f} apart."]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for nvflare-learning.json")
@@ -161,7 +138,7 @@ def compare(options: argparse.Namespace) -> None:
             print(f"{side} {seed}: {curves[-1]['losses'][-1]}", file=sys.stderr, flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "nvflare-learning.json").write_text("".join(json.dumps(each) + "\n" for each in curves))
-    print(table(curves))
+    print(table(curves, "MB a round"))
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def test_nvflare_learning(tmp_path):
 
 
 def test_every_script_is_run_here():
-    modules = {"flower_deployment.py"}  # of scripts and of tests/engines
+    modules = {"flower_deployment.py", "learning_curves.py"}  # of scripts and of tests/engines
     tested = {*re.findall(r'"(\w+\.py)"', Path(__file__).read_text())} | modules
     assert {path.name for path in BENCH.glob("*.py")} == tested
 
