@@ -662,15 +662,15 @@ private:
 };
 
 // The table of the DCT, for chunks that are transformed.
-class Basis {
+class Tables {
 public:
-    Basis(nb::handle given, const tw::Grid& grid) {
+    Tables(nb::handle given, const tw::Grid& grid) {
         if (given.is_none()) return;
         if (grid.rows > tw::kMostSide || grid.cols > tw::kMostSide) {
             throw nb::value_error("rows, cols: expected at most 64 to be transformed");
         }
-        table_.emplace("basis", given, "f", kInput);
-        table_->expect_size(tw::kBasisSize);
+        table_.emplace("tables", given, "f", kInput);
+        table_->expect_size(tw::kDctTables);
     }
 
     // Or null.
@@ -686,11 +686,11 @@ size_t checked_elements(Py_ssize_t elements) {
 }
 
 bool select_largest(nb::handle values, nb::handle positions, nb::handle coefficients, Py_ssize_t width, Py_ssize_t rows,
-                    Py_ssize_t cols, Py_ssize_t k, nb::handle basis) {
+                    Py_ssize_t cols, Py_ssize_t k, nb::handle tables) {
     const CheckedGrid grid(width, rows, cols, k);
     const Array x("values", values, "f", kInput), p("positions", positions, "H", kOutput),
         c("coefficients", coefficients, "f", kOutput);
-    const Basis b(basis, grid);
+    const Tables b(tables, grid);
     p.expect_size(grid.kept(x.size()));
     c.expect_size(grid.kept(x.size()));
     p.expect_apart_from(c);
@@ -701,11 +701,11 @@ bool select_largest(nb::handle values, nb::handle positions, nb::handle coeffici
 }
 
 bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums, double weight, Py_ssize_t width,
-                  Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k, nb::handle basis) {
+                  Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k, nb::handle tables) {
     const CheckedGrid grid(width, rows, cols, k);
     const Array p("positions", positions, "H", kInput), c("coefficients", coefficients, "f", kInput),
         s("sums", sums, "fd", kOutput);
-    const Basis b(basis, grid);
+    const Tables b(tables, grid);
     p.expect_size(grid.kept(s.size()));
     c.expect_size(grid.kept(s.size()));
     s.expect_apart_from(p);
@@ -722,11 +722,11 @@ bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums
 
 bool combine_selected(nb::handle positions, nb::handle values, nb::handle weights, nb::handle out, double divisor,
                       bool present, bool signs, Py_ssize_t width, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k,
-                      nb::handle basis) {
+                      nb::handle tables) {
     const CheckedGrid grid(width, rows, cols, k);
     const Array p("positions", positions, "H", kInput), v("values", values, "f", kInput),
         w("weights", weights, "d", kInput), y("out", out, "f", kOutput);
-    const Basis b(basis, grid);
+    const Tables b(tables, grid);
     const size_t kept = grid.kept(y.size());
     p.expect_size(w.size() * kept);
     v.expect_size(w.size() * kept);
@@ -969,11 +969,11 @@ NB_MODULE(_native, m) {
     m.def("merge_planes", merge_planes, "planes"_a, "marks"_a, "out"_a);
 
     m.def("select_largest", select_largest, "values"_a, "positions"_a, "coefficients"_a, nb::kw_only(), "width"_a,
-          "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
+          "rows"_a, "cols"_a, "k"_a, "tables"_a = nb::none());
     m.def("add_selected", add_selected, "positions"_a, "coefficients"_a, "sums"_a, nb::kw_only(), "weight"_a, "width"_a,
-          "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
+          "rows"_a, "cols"_a, "k"_a, "tables"_a = nb::none());
     m.def("combine_selected", combine_selected, "positions"_a, "values"_a, "weights"_a, "out"_a, nb::kw_only(),
-          "divisor"_a, "present"_a, "signs"_a, "width"_a, "rows"_a, "cols"_a, "k"_a, "basis"_a = nb::none());
+          "divisor"_a, "present"_a, "signs"_a, "width"_a, "rows"_a, "cols"_a, "k"_a, "tables"_a = nb::none());
     m.def("encode_positions", encode_positions, "positions"_a, "codes"_a, nb::kw_only(), "elements"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a);
     m.def("decode_positions", decode_positions, "codes"_a, "positions"_a, nb::kw_only(), "elements"_a, "width"_a,

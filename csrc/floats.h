@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef _MSC_VER
+#include <intrin.h>
+#endif
+
 namespace tw {
 namespace {
 
@@ -56,6 +60,17 @@ constexpr float kLargest<Bfloat16> = 0x1.fep127f;
 inline uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+// The place of the lowest bit that is 1; there is one.
+inline size_t lowest_bit(uint32_t bits) {
+#ifdef _MSC_VER
+    unsigned long place;
+    _BitScanForward(&place, bits);
+    return place;
+#else
+    return static_cast<size_t>(__builtin_ctz(bits));
+#endif
+}
 
 inline size_t blocks_in(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
 

@@ -43,8 +43,9 @@ struct Combining {
     bool present, signs;
 };
 constexpr size_t kMostChunk = 4096, kMostSide = 64, kMostRice = 12;
-// Numbers in the table of all lengths of the DCT.
-constexpr size_t kBasisSize = kMostSide * (kMostSide + 1) * (2 * kMostSide + 1) / 6;
+// Numbers in the tables of the DCT: the cosines of all lengths, then the secants of the even ones.
+constexpr size_t kCosines = kMostSide * (kMostSide + 1) * (2 * kMostSide + 1) / 6;
+constexpr size_t kDctTables = kCosines + kMostSide / 2 * (kMostSide / 2 + 1) / 2;
 
 struct Kernels {
     const char* isa;
@@ -98,19 +99,19 @@ struct Kernels {
     void (*split_planes[kPlaneWidths])(const uint8_t* values, const uint8_t* marks, uint8_t* const* planes, size_t n);
     void (*merge_planes[kPlaneWidths])(const Plane* planes, const uint8_t* marks, uint8_t* out, size_t n);
 
-    // The k largest of each chunk of n elements, with `basis`, where not null, of their DCT. Whether all could be taken.
+    // The k largest of each chunk of n elements, with `tables`, where not null, of their DCT. Whether all could be taken.
     bool (*select_largest)(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
-                           const float* basis);
+                           const float* tables);
     // Adds weight times what was selected to n sums; false, with part of them added, for a position outside its chunk.
     bool (*add_to_float)(const uint16_t* positions, const float* coefficients, float* sums, size_t n, double weight,
-                         const Grid& grid, const float* basis);
+                         const Grid& grid, const float* tables);
     bool (*add_to_double)(const uint16_t* positions, const float* coefficients, double* sums, size_t n, double weight,
-                          const Grid& grid, const float* basis);
+                          const Grid& grid, const float* tables);
     // What has been selected by so many messages, one behind the other, weighted and combined, to n elements; false for a
     // position outside its chunk.
     bool (*combine_selected)(const uint16_t* positions, const float* values, const double* weights, size_t messages,
                              size_t kept_of_each, float* out, size_t n, const Combining& how, const Grid& grid,
-                             const float* basis);
+                             const float* tables);
     // Positions to codes: the bytes that they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
     size_t (*encode_positions)(const uint16_t* positions, uint8_t* codes, size_t room, size_t n, const Grid& grid);
     bool (*decode_positions)(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid);

@@ -66,6 +66,13 @@ inline Floats load_part(const T* p, size_t n) {
 inline Floats splat(float v) { return _mm256_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+// The lanes of two vectors by turns: those of their lower halves, and those of their upper ones.
+inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+    const Floats lows = _mm256_unpacklo_ps(a, b), highs = _mm256_unpackhi_ps(a, b);
+    low = _mm256_permute2f128_ps(lows, highs, 0x20);
+    high = _mm256_permute2f128_ps(lows, highs, 0x31);
+}
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline void add_weighted(float* sums, Floats v, float weight) { store(sums, add(load(sums), mul(splat(weight), v))); }
 inline void add_weighted(double* sums, Floats v, double weight) {
@@ -101,6 +108,12 @@ inline uint32_t count(Mask m) {
     return static_cast<uint32_t>(_mm_popcnt_u32(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m)))));
 }
 
+// Which lanes reach a number, as bits.
+inline uint32_t reaching(const int32_t* p, int32_t low) {
+    const Words words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const Words below = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), words);
+    return ~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below))) & 0xFF;
+}
 inline Floats load_int8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }

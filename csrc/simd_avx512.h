@@ -39,15 +39,24 @@ struct VectorOrders {
     // Packing works within 128-bit lanes: lane L gets elements 4L to 4L + 3 of each of four vectors. As 32-bit units
     // that is the transpose of their natural order, and its own inverse.
     alignas(64) uint32_t transposed[16] = {};
+    alignas(64) uint32_t low_lanes[16] = {}, high_lanes[16] = {};  // of two vectors by turns
     constexpr VectorOrders() {
         for (int i = 0; i < 32; ++i) upper_halves[i] = static_cast<uint16_t>(2 * i + 1);
         for (int i = 0; i < 16; ++i) transposed[i] = static_cast<uint32_t>(i % 4 * 4 + i / 4);
+        for (int i = 0; i < 16; ++i) low_lanes[i] = static_cast<uint32_t>(i / 2 + i % 2 * 16);
+        for (int i = 0; i < 16; ++i) high_lanes[i] = low_lanes[i] + 8;
     }
 };
 constexpr VectorOrders kVectorOrders;
 
 inline __m512i transposed(__m512i bytes) {
     return _mm512_permutexvar_epi32(_mm512_load_si512(kVectorOrders.transposed), bytes);
+}
+
+// The lanes of two vectors by turns: those of their lower halves, and those of their upper ones.
+inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+    low = _mm512_permutex2var_ps(a, _mm512_load_si512(kVectorOrders.low_lanes), b);
+    high = _mm512_permutex2var_ps(a, _mm512_load_si512(kVectorOrders.high_lanes), b);
 }
 
 constexpr size_t kHalves = 32;
@@ -89,6 +98,7 @@ inline Floats load_part(const Half* p, size_t n) {
 inline Floats splat(float v) { return _mm512_set1_ps(v); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline void add_weighted(float* sums, Floats v, float weight) { store(sums, add(load(sums), mul(splat(weight), v))); }
 inline void add_weighted(double* sums, Floats v, double weight) {
@@ -116,6 +126,10 @@ inline Mask within(Words v, uint32_t low, uint32_t high) {
 }
 inline uint32_t count(Mask m) { return static_cast<uint32_t>(_mm_popcnt_u32(m)); }
 
+// Which lanes reach a number, as bits.
+inline uint32_t reaching(const int32_t* p, int32_t low) {
+    return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(low));
+}
 inline Floats load_int8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

@@ -55,6 +55,7 @@ inline uint32_t max_lane(Words v) { return static_cast<uint32_t>(v); }
 inline Mask within(Words v, uint32_t low, uint32_t high) { return static_cast<uint32_t>(v) - low < high - low; }
 inline uint32_t count(Mask m) { return m; }
 
+inline uint32_t reaching(const int32_t* p, int32_t low) { return *p >= low; }
 inline Floats load_int8(const int8_t* p) { return static_cast<float>(*p); }
 inline Floats load_int8_part(const int8_t* p, size_t) { return load_int8(p); }
 

@@ -2,8 +2,7 @@
 //
 // What is calculated, and in which order, is said in tensorwire/kernels/_numpy_sparse.py. Matrices are worked on in
 // rows of 64 columns, with zeros behind narrower ones.
-#include "kernels.h"
-#include "simd.h"
+#include "dct.h"
 
 namespace tw {
 namespace TW_TIER {
@@ -44,151 +43,90 @@ struct alignas(64) Matrix {
     float at[kMostSide][kMostSide];
 };
 
-const float* of_length(const float* basis, size_t n) { return basis + (n - 1) * n * (2 * n - 1) / 6; }
-
-// Columns that are worked on together, of all 64 or of half of them, and rows as fill the registers.
-constexpr size_t kWide = kLanes == 16 ? 4 : kLanes == 8 ? 4 : 32;
-constexpr size_t kRowsOfTile = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;
-
-// Rows of the product of two matrices: row r of `a` begins at a + r * a_stride, row r of the result at out + r * out_stride.
-struct Product {
-    const float* a;
-    size_t a_stride, rows, inner, cols;
-    float* out;
-    size_t out_stride;
+// Of each place in a row or column of a chunk, vectors of all columns or rows. One more, so that those of equal places
+// do not share a set of the caches.
+struct Strips {
+    Wide at[kMostSide / kWide][kMostSide + 1];
 };
 
-// out[r][x] = the sum of a[r][i] * y[i][x] over ascending i, for kRows rows and kVectors vectors of columns.
-template <size_t kRows, size_t kVectors>
-void multiply_tile(const Product& p, const Matrix& y, size_t row, size_t col) {
-    Floats sums[kRows][kVectors];
-    for (size_t r = 0; r < kRows; ++r) {
-        for (size_t v = 0; v < kVectors; ++v) sums[r][v] = splat(0.0f);
-    }
-    const float* factors = p.a + row * p.a_stride;
-    for (size_t i = 0; i < p.inner; ++i) {
-        const float* from = y.at[i] + col;
-        for (size_t r = 0; r < kRows; ++r) {
-            const Floats factor = splat(get(factors + r * p.a_stride + i));
-            for (size_t v = 0; v < kVectors; ++v) {
-                sums[r][v] = add(sums[r][v], mul(factor, load(from + v * kLanes)));
-            }
-        }
-    }
-    for (size_t r = 0; r < kRows; ++r) {
-        for (size_t v = 0; v < kVectors; ++v) store(p.out + (row + r) * p.out_stride + col + v * kLanes, sums[r][v]);
-    }
-}
+constexpr size_t strips_of(size_t n) { return (n + kWide - 1) / kWide; }
 
-template <size_t kRows, size_t kVectors>
-void multiply_by_tiles(const Product& p, const Matrix& y) {
-    for (size_t col = 0; col < p.cols; col += kVectors * kLanes) {
-        size_t row = 0;
-        for (; row + kRows <= p.rows; row += kRows) multiply_tile<kRows, kVectors>(p, y, row, col);
-        for (; row < p.rows; ++row) multiply_tile<1, kVectors>(p, y, row, col);
-    }
-}
-
-// Rows of `out` are written up to the next multiple of 32 columns.
-void multiply(const Product& p, const Matrix& y) {
-    if (kLanes == 16 && p.cols <= kMostSide / 2) {
-        multiply_by_tiles<2 * kRowsOfTile, kWide / 2>(p, y);
-    } else {
-        multiply_by_tiles<kRowsOfTile, kWide>(p, y);
-    }
-}
-
-// The DCT of one length: row u for frequency u, with zeros behind.
-class Side {
+// What makes coefficients orthonormal: of the first row and column of a chunk, and of others.
+class Factors {
 public:
-    const Matrix& of(const float* basis, size_t n) {
-        if (n != n_) {
-            const float* from = of_length(basis, n);
-            memset(&matrix_, 0, sizeof matrix_);
-            for (size_t u = 0; u < n; ++u) memcpy(matrix_.at[u], from + u * n, n * sizeof(float));
-            n_ = n;
+    void prepare(size_t height, size_t width) {
+        if (height == height_ && width == width_) return;
+        height_ = height;
+        width_ = width;
+        for (size_t u = 0; u < 2; ++u) {
+            for (size_t v = 0; v < 2; ++v) at_[u][v] = of(u, v);
+            for (size_t x = 0; x < kWide; ++x) first_[u][x] = at_[u][x > 0];
         }
-        return matrix_;
     }
+    float at(size_t u, size_t v) const { return at_[u > 0][v > 0]; }
+    // Of the columns from `v` on, a multiple of kWide.
+    Wide across(size_t u, size_t v) const { return v ? wide_of(at_[u > 0][1]) : load_wide(first_[u > 0]); }
 
 private:
-    size_t n_ = 0;
-    Matrix matrix_;
-};
-
-// The DCT of one length, turned: column j of `even` is frequency 2 * j, of `odd` frequency 2 * j + 1.
-class TurnedSide {
-public:
-    void prepare(const float* basis, size_t n) {
-        if (n == n_) return;
-        const float* from = of_length(basis, n);
-        memset(&even, 0, sizeof even);
-        memset(&odd, 0, sizeof odd);
-        for (size_t u = 0; u < n; ++u) {
-            for (size_t x = 0; x < (n + 1) / 2; ++x) (u % 2 ? odd : even).at[x][u / 2] = get(from + u * n + x);
-        }
-        n_ = n;
+    float of(size_t u, size_t v) const {
+        const double area = static_cast<double>(height_) * static_cast<double>(width_);
+        return static_cast<float>(sqrt(static_cast<double>((1 + u) * (1 + v)) / area));
     }
 
-    Matrix even, odd;
-
-private:
-    size_t n_ = 0;
+    size_t height_ = 0, width_ = 0;
+    float at_[2][2];
+    float first_[2][kWide];
 };
 
-// The DCT of chunks. Both ends of a row or column are added, for even frequencies, and subtracted, for odd ones.
+// The coefficients of chunks.
 class Forward {
 public:
-    explicit Forward(const float* basis) : basis_(basis) {}
+    explicit Forward(const float* tables) : dct_(tables) {}
 
-    // Coefficients, row by row, `chunk.width` apart.
+    // Row by row, `chunk.width` apart.
     void operator()(const Chunk& chunk, const float* from, float* coefficients) {
-        const size_t height = chunk.height, width = chunk.width, rows = (height + 1) / 2, cols = (width + 1) / 2;
-        const float* down = of_length(basis_, height);
-        fold_rows(chunk, from);
-        multiply({down, 2 * height, rows, rows, width, turned_.at[0], 2 * kMostSide}, sums_);
-        multiply({down + height, 2 * height, height / 2, height / 2, width, turned_.at[1], 2 * kMostSide},
-                 differences_);
-        across_.prepare(basis_, width);
-        for (size_t u = 0; u < height; ++u) fold_row(turned_.at[u], width, sums_.at[u], differences_.at[u]);
-        multiply({sums_.at[0], kMostSide, height, cols, cols, even_.at[0], kMostSide}, across_.even);
-        multiply({differences_.at[0], kMostSide, height, width / 2, width / 2, odd_.at[0], kMostSide}, across_.odd);
-        for (size_t u = 0; u < height; ++u, coefficients += width) {
-            for (size_t j = 0; j < width / 2; ++j) {
-                coefficients[2 * j] = even_.at[u][j];
-                coefficients[2 * j + 1] = odd_.at[u][j];
+        const size_t height = chunk.height, width = chunk.width;
+        for (size_t i = 0; i < height; ++i) {
+            const float* row = from + i * chunk.stride;
+            for (size_t s = 0; s < strips_of(width); ++s) {
+                prefetch<kL2>(row + s * kWide, kMostSide * sizeof(float));  // of the chunk to the right
+                columns_.at[s][i] = load_wide(row + s * kWide, width - s * kWide);
             }
-            if (width % 2) coefficients[width - 1] = even_.at[u][cols - 1];
+        }
+        for (size_t s = 0; s < strips_of(width); ++s) dct_.forward(columns_.at[s], height, spare_);
+        for (size_t s = 0; s < strips_of(height); ++s) {
+            Wide* strip = rows_.at[s];
+            for (size_t block = 0; block < strips_of(width); ++block) {
+                Wide square[kWide];
+                for (size_t i = 0; i < kWide; ++i) square[i] = columns_.at[block][s * kWide + i];
+                turn(square);
+                for (size_t i = 0; i < kWide; ++i) strip[block * kWide + i] = square[i];
+            }
+            dct_.forward(strip, width, spare_);
+            write(chunk, strip, s * kWide, coefficients);
         }
     }
 
 private:
-    void fold_rows(const Chunk& chunk, const float* from) {
-        for (size_t i = 0; i < chunk.height / 2; ++i) {
-            const float *top = from + i * chunk.stride, *bottom = from + (chunk.height - 1 - i) * chunk.stride;
-            for (size_t x = 0; x < chunk.width; ++x) {
-                sums_.at[i][x] = get(top + x) + get(bottom + x);
-                differences_.at[i][x] = get(top + x) - get(bottom + x);
+    // The coefficients of the rows from `first` on.
+    void write(const Chunk& chunk, const Wide* strip, size_t first, float* coefficients) {
+        factors_.prepare(chunk.height, chunk.width);
+        const size_t rows = min_of(kWide, chunk.height - first);
+        for (size_t col = 0; col < chunk.width; col += kWide) {
+            Wide square[kWide];
+            for (size_t i = 0; i < kWide; ++i) square[i] = strip[col + i];
+            turn(square);
+            for (size_t i = 0; i < rows; ++i) {
+                float* to = coefficients + (first + i) * chunk.width + col;
+                store_wide(to, mul(square[i], factors_.across(first + i, col)), chunk.width - col);
             }
         }
-        if (chunk.height % 2) {
-            const size_t middle = chunk.height / 2;
-            memcpy(sums_.at[middle], from + middle * chunk.stride, chunk.width * sizeof(float));
-        }
-    }
-    static void fold_row(const float* __restrict row, size_t n, float* __restrict sums, float* __restrict differences) {
-        float back[kMostSide / 2];
-        for (size_t x = 0; x < n / 2; ++x) back[x] = row[n - 1 - x];
-        for (size_t x = 0; x < n / 2; ++x) {
-            sums[x] = row[x] + back[x];
-            differences[x] = row[x] - back[x];
-        }
-        if (n % 2) sums[n / 2] = row[n / 2];
     }
 
-    const float* basis_;
-    TurnedSide across_;
-    Matrix sums_{}, differences_{}, turned_, even_, odd_;
+    Dct dct_;
+    Factors factors_;
+    Strips columns_{}, rows_{};
+    Wide spare_[kMostSide];
 };
 
 // ---- selection ---------------------------------------------------------------------------------------------------
@@ -220,37 +158,48 @@ int32_t kth_largest(const int32_t* x, size_t n, size_t k, size_t enough) {
     return found;
 }
 
+// Calls `visit` for the place of each of n numbers, a multiple of 16, that reaches `low`.
+template <class Visit>
+void each_reaching(const int32_t* x, size_t n, int32_t low, Visit visit) {
+    for (size_t i = 0; i < n; i += 16) {
+        uint32_t found = 0;
+        for (size_t lane = 0; lane < 16; lane += kLanes) found |= reaching(x + i + lane, low) << lane;
+        for (; found; found &= found - 1) visit(i + lowest_bit(found));
+    }
+}
+
 // The k elements of a chunk of the largest magnitude, of equal ones those at lower positions.
 class Selection {
 public:
     // `row(i)`: where the elements of a row stand. Writes k positions, ascending.
     template <class Row>
     void operator()(const Chunk& chunk, Row row, size_t k, uint16_t* positions) {
-        const size_t groups = load_magnitudes(chunk, row);
+        load_magnitudes(chunk, row);
         const int32_t low = kth_largest(largest_, kGroups, k, k + k / 4);
         size_t found = 0;  // that may be among them: at least k
-        for (size_t group = 0; group < groups; ++group) {
-            if (largest_[group] < low) continue;
-            for (size_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
-                values_[found] = magnitudes_[i];
-                places_[found] = static_cast<uint16_t>(i);
-                found += magnitudes_[i] >= low;
-            }
-        }
+        each_reaching(largest_, kGroups, low, [&](size_t group) {
+            const int32_t* magnitudes = magnitudes_ + group * kGroup;
+            each_reaching(magnitudes, kGroup, low, [&](size_t i) {
+                values_[found] = magnitudes[i];
+                places_[found++] = static_cast<uint16_t>(group * kGroup + i);
+            });
+        });
         const int32_t kth = kth_largest(values_, found, k, k);
         size_t above = 0;
         for (size_t i = 0; i < found; ++i) above += values_[i] > kth;
-        size_t equal = k - above;  // that are taken of those
+        size_t equal = k - above, taken = 0;  // of those at the threshold, and of all
         for (size_t i = 0; i < found; ++i) {
-            const bool taken = values_[i] > kth || (values_[i] == kth && equal > 0);
-            equal -= values_[i] == kth && equal > 0;
-            if (taken) put(positions++, places_[i]);
+            const bool at_threshold = values_[i] == kth && equal > 0;
+            chosen_[taken] = places_[i];
+            taken += values_[i] > kth || at_threshold;
+            equal -= at_threshold;
         }
+        memcpy(positions, chosen_, k * sizeof *chosen_);
     }
 
 private:
     template <class Row>
-    size_t load_magnitudes(const Chunk& chunk, Row row) {
+    void load_magnitudes(const Chunk& chunk, Row row) {
         const size_t groups = (chunk.size() + kGroup - 1) / kGroup;
         int32_t* to = magnitudes_;
         for (size_t i = 0; i < chunk.height; ++i, to += chunk.width) {
@@ -260,14 +209,13 @@ private:
         // What stands behind is equal at best, and comes last.
         for (size_t i = chunk.size(); i < groups * kGroup; ++i) magnitudes_[i] = 0;
         for (size_t group = 0; group < groups; ++group) largest_[group] = largest_of(magnitudes_ + group * kGroup);
-        for (size_t group = groups; group < kGroups; ++group) largest_[group] = 0;
-        return groups;
+        for (size_t group = groups; group < kGroups; ++group) largest_[group] = -1;
     }
 
     alignas(64) int32_t magnitudes_[kMostChunk];
     alignas(64) int32_t largest_[kGroups];
     alignas(64) int32_t values_[kMostChunk + 1];
-    uint16_t places_[kMostChunk + 1];
+    uint16_t places_[kMostChunk + 1], chosen_[kMostChunk + 1];
 };
 
 bool all_taken(const float* x, size_t n) {
@@ -280,8 +228,8 @@ bool all_taken(const float* x, size_t n) {
 }
 
 bool select_largest(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
-                    const float* basis) {
-    Forward forward(basis);
+                    const float* tables) {
+    Forward forward(tables);
     Selection select;
     alignas(64) float made[kMostChunk];
     return each_chunk(grid, n, [&](const Chunk& chunk) {
@@ -289,8 +237,8 @@ bool select_largest(const float* values, uint16_t* positions, float* coefficient
         bool good = true;
         for (size_t i = 0; i < chunk.height; ++i) good &= all_taken(from + i * chunk.stride, chunk.width);
         if (!good) return false;
-        if (basis) forward(chunk, from, made);
-        const auto row = [&](size_t i) { return basis ? made + i * chunk.width : from + i * chunk.stride; };
+        if (tables) forward(chunk, from, made);
+        const auto row = [&](size_t i) { return tables ? made + i * chunk.width : from + i * chunk.stride; };
         const size_t kept = min_of(grid.k, chunk.size());
         select(chunk, row, kept, positions);
         bool something = false;
@@ -319,80 +267,65 @@ void add_row(Sum* sums, const float* elements, size_t n, Sum weight) {
     for (; i < n; ++i) put(sums + i, get(sums + i) + weight * static_cast<Sum>(elements[i]));
 }
 
-// What has been selected of one chunk, transformed back. Rows at both ends have the same factors, up to the sign.
+// What has been selected of one chunk, transformed back.
 class Inverse {
 public:
-    explicit Inverse(const float* basis) : basis_(basis) {}
+    explicit Inverse(const float* tables) : dct_(tables) {}
 
     // False: a position is not in the chunk.
     bool operator()(const Chunk& chunk, const uint16_t* positions, const float* coefficients, size_t kept,
                     Matrix& out) {
-        const Matrix& b = across_.of(basis_, chunk.width);
-        const size_t half = (chunk.height + 1) / 2;
-        size_t last = kMostSide;
-        float* turned = nullptr;
-        even_.rows = odd_.rows = 0;
+        const size_t height = chunk.height, width = chunk.width;
+        factors_.prepare(height, width);
+        prepare(width);
+        for (size_t s = 0; s < strips_of(width); ++s) memset(strips_.at[s], 0, height * sizeof(Wide));
         for (size_t i = 0; i < kept; ++i) {
             const size_t position = get(positions + i);
-            const float coefficient = get(coefficients + i);
             if (position == kNothing) continue;
             if (position >= chunk.size()) return false;
-            const size_t u = position / chunk.width, v = position % chunk.width;
-            if (coefficient == 0) continue;
-            if (u != last)
-                turned = (u % 2 ? odd_ : even_).begin_row(of_length(basis_, chunk.height) + u * chunk.height, half);
-            last = u;
-            for (size_t x = 0; x < kMostSide; ++x) turned[x] += coefficient * b.at[v][x];
-        }
-        even_.multiply_into(half, chunk.width);
-        odd_.multiply_into(half, chunk.width);
-        for (size_t i = 0; i < half; ++i) {
-            float *top = out.at[i], *bottom = out.at[chunk.height - 1 - i];
-            for (size_t x = 0; x < kMostSide; ++x) {
-                const float even = even_.product.at[i][x], odd = odd_.product.at[i][x];
-                bottom[x] = even - odd;
-                top[x] = even + odd;  // last: the middle is both, and has nothing odd
+            const size_t u = position / width, v = position % width;
+            const Wide coefficient = wide_of(get(coefficients + i) * factors_.at(u, v));
+            for (size_t s = 0; s < strips_of(width); ++s) {
+                Wide& sum = strips_.at[s][u];
+                sum = add(sum, mul(coefficient, load_wide(across_.at[v] + s * kWide)));
             }
+        }
+        for (size_t s = 0; s < strips_of(width); ++s) {
+            dct_.inverse(strips_.at[s], height, spare_);
+            for (size_t i = 0; i < height; ++i) store_wide(out.at[i] + s * kWide, strips_.at[s][i], kWide);
         }
         return true;
     }
 
 private:
-    // The frequencies of one kind that a chunk has, as rows; and what they make of its upper half.
-    struct Half {
-        // The next row, of zeros. `factors`: by which it counts in each row of the chunk.
-        float* begin_row(const float* factors, size_t half) {
-            for (size_t i = 0; i < half; ++i) factors_[i * kMostSide + rows] = get(factors + i);
-            memset(turned_.at[rows], 0, sizeof turned_.at[rows]);
-            return turned_.at[rows++];
+    // The cosines of rows of a length, with zeros behind.
+    void prepare(size_t width) {
+        if (width == width_) return;
+        memset(&across_, 0, sizeof across_);
+        for (size_t v = 0; v < width; ++v) {
+            memcpy(across_.at[v], dct_.cosines(width) + v * width, width * sizeof(float));
         }
-        void multiply_into(size_t half, size_t width) {
-            multiply({factors_, kMostSide, half, rows, width, product.at[0], kMostSide}, turned_);
-        }
+        width_ = width;
+    }
 
-        size_t rows = 0;
-        Matrix product{};
-
-    private:
-        Matrix turned_;
-        float factors_[kMostSide * kMostSide / 2];
-    };
-
-    const float* basis_;
-    Side across_;
-    Half even_, odd_;
+    Dct dct_;
+    Factors factors_;
+    size_t width_ = 0;
+    Matrix across_;
+    Strips strips_;
+    Wide spare_[kMostSide];
 };
 
 template <class Sum>
 bool add_selected(const uint16_t* positions, const float* coefficients, Sum* sums, size_t n, double weight,
-                  const Grid& grid, const float* basis) {
+                  const Grid& grid, const float* tables) {
     const Sum factor = static_cast<Sum>(weight);
-    Inverse inverse(basis);
+    Inverse inverse(tables);
     Matrix elements;
     return each_chunk(grid, n, [&](const Chunk& chunk) {
         const size_t kept = min_of(grid.k, chunk.size());
         Sum* to = sums + chunk.start;
-        if (basis) {
+        if (tables) {
             if (!inverse(chunk, positions, coefficients, kept, elements)) return false;
             for (size_t i = 0; i < chunk.height; ++i)
                 add_row(to + i * chunk.stride, elements.at[i], chunk.width, factor);
@@ -461,9 +394,9 @@ private:
 
 bool combine_selected(const uint16_t* positions, const float* values, const double* weights, size_t messages,
                       size_t kept_of_each, float* out, size_t n, const Combining& how, const Grid& grid,
-                      const float* basis) {
+                      const float* tables) {
     Sums sums;
-    Inverse inverse(basis);
+    Inverse inverse(tables);
     Matrix elements;
     uint16_t places[kMostChunk];
     float made[kMostChunk];
@@ -475,12 +408,12 @@ bool combine_selected(const uint16_t* positions, const float* values, const doub
         }
         const size_t taken = sums.take(how, places, made);
         float* to = out + chunk.start;
-        if (basis) inverse(chunk, places, made, taken, elements);
+        if (tables) inverse(chunk, places, made, taken, elements);
         for (size_t i = 0; i < chunk.height; ++i) {
             for (size_t x = 0; x < chunk.width; ++x)
-                put(to + i * chunk.stride + x, basis ? 0.0f + elements.at[i][x] : 0.0f);
+                put(to + i * chunk.stride + x, tables ? 0.0f + elements.at[i][x] : 0.0f);
         }
-        for (size_t i = 0; i < taken && !basis; ++i) {
+        for (size_t i = 0; i < taken && !tables; ++i) {
             put(to + places[i] / chunk.width * chunk.stride + places[i] % chunk.width, 0.0f + made[i]);
         }
         positions += kept;

@@ -10,6 +10,7 @@ around the compressed blocks checked.
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from functools import cache
 from math import comb, cos, pi, prod, sqrt
 from typing import Any, NamedTuple
 
@@ -732,17 +733,39 @@ def read_positions(given: _Bits, size: int, k: int, rice: int) -> list[int] | No
     return found
 
 
+@cache
 def cosines(n: int) -> list[list[float]]:
-    return [
-        [
-            float32(
-                sqrt((2 if u else 1) / n)
-                * (cos(pi * a / (2 * n)) if (a := (2 * x + 1) * u % (4 * n)) % (2 * n) != n else 0.0)
-            )
-            for x in range(n)
-        ]
-        for u in range(n)
+    """Row x has those of all frequencies. cos is not exactly 0 at odd multiples of pi / 2."""
+    angles = [[(2 * x + 1) * u % (4 * n) for u in range(n)] for x in range(n)]
+    return [[float32(cos(pi * a / (2 * n)) if a % (2 * n) != n else 0.0) for a in row] for row in angles]
+
+
+def inverse_dct(x: list[float]) -> list[float]:
+    n = len(x)
+    if n == 1:
+        return x
+    if n % 2:
+        return [sum_of_products(row, x) for row in cosines(n)]
+    even = inverse_dct(x[::2])
+    odd = inverse_dct([x[1], *(float32(a + b) for a, b in zip(x[1:-1:2], x[3::2], strict=True))])
+    odd = [float32(o * float32(0.5 / cos(pi * (2 * i + 1) / (2 * n)))) for i, o in enumerate(odd)]
+    front = [float32(e + o) for e, o in zip(even, odd, strict=True)]
+    back = [float32(e - o) for e, o in zip(even, odd, strict=True)]
+    return front + back[::-1]
+
+
+def inverse_dct2(coefficients: list[float], height: int, width: int) -> list[float]:
+    """The elements of a chunk, row by row."""
+    scaled = []
+    for at, coefficient in enumerate(coefficients):
+        factor = sqrt((1 + (at >= width)) * (1 + (at % width > 0)) / (height * width))
+        scaled.append(float32(coefficient * float32(factor)))
+    rows = [
+        [sum_of_products(row, scaled[at : at + width]) for row in cosines(width)]
+        for at in range(0, height * width, width)
     ]
+    columns = [inverse_dct(list(column)) for column in zip(*rows, strict=True)]
+    return [element for row in zip(*columns, strict=True) for element in row]
 
 
 def sum_of_products(left: list[float], right: list[float]) -> float:
@@ -779,22 +802,7 @@ def decode_sparse(parameters: list, dtype: str, count: int, payload: bytes) -> b
         for position, value in zip(positions or [], mine, strict=False):
             made[position] = float32(value / 2**scale)
         if dct:
-            down, right = cosines(height), cosines(across)
-            turned = [
-                [
-                    sum_of_products(made[u * across : (u + 1) * across], [right[v][x] for v in range(across)])
-                    for x in range(across)
-                ]
-                for u in range(height)
-            ]
-            for i in range(-(-height // 2)):
-                for x in range(across):
-                    even, odd = (
-                        sum_of_products([down[u][i] for u in kind], [turned[u][x] for u in kind])
-                        for kind in (range(0, height, 2), range(1, height, 2))
-                    )
-                    made[(height - 1 - i) * across + x] = float32(even - odd)
-                    made[i * across + x] = float32(even + odd)
+            made = inverse_dct2(made, height, across)
         for i in range(height):
             elements[start + i * stride : start + i * stride + across] = made[i * across : (i + 1) * across]
     given.end()

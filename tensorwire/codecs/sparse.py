@@ -24,7 +24,7 @@ from tensorwire.codecs.signed import Float32, checked_steps, pack, packed_size, 
 from tensorwire.codecs.stage import Bytes, Choice, Encoded, Packer, Range, Sizes, Take, parameter
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, FormatError, NonFiniteError
-from tensorwire.kernels.tables import DCT_MOST, dct_basis
+from tensorwire.kernels.tables import DCT_MOST, dct_tables
 from tensorwire.tensor import Extent
 
 MOST_CHUNK: Final = 4096
@@ -103,7 +103,7 @@ class Sparse(Packer):
         values = widen(np.frombuffer(data, KERNEL_DTYPES[extent.dtype]))
         kept = self._kept(values.size)
         chosen = Selected(np.empty(kept, np.uint16), np.empty(kept, np.float32))
-        if not kernels.select_largest(values, chosen.positions, chosen.values, **self._grid, basis=self._basis):
+        if not kernels.select_largest(values, chosen.positions, chosen.values, **self._grid, tables=self._tables):
             index = int(np.flatnonzero(~(np.abs(values) <= np.float32(LARGEST)))[0])
             raise NonFiniteError(f"{values[index]}, which {self.name} cannot carry", index=index)
         return Encoded(self._pack(chosen, extent, take))
@@ -153,7 +153,7 @@ class Sparse(Packer):
 
     def add(self, chosen: Selected, sums: npt.NDArray[np.floating[Any]], weight: float) -> None:
         """Add `weight` times each element to float32 or float64 `sums`, one rounding of theirs for product and sum."""
-        kernels.add_selected(chosen.positions, chosen.values, sums, weight=weight, **self._grid, basis=self._basis)
+        kernels.add_selected(chosen.positions, chosen.values, sums, weight=weight, **self._grid, tables=self._tables)
 
     def combine(
         self, chosen: Sequence[Selected], weights: Sequence[float], out: Float32, *, how: str, divisor: float
@@ -172,7 +172,7 @@ class Sparse(Packer):
             present=how == "present",
             signs=how == "vote",
             **self._grid,
-            basis=self._basis,
+            tables=self._tables,
         )
 
     def places(self, positions: npt.NDArray[np.uint16], count: int) -> npt.NDArray[np.int64]:
@@ -203,8 +203,8 @@ class Sparse(Packer):
         return {"width": self.width, "rows": self.rows, "cols": self.cols, "k": self.k}
 
     @property
-    def _basis(self) -> Float32 | None:
-        return dct_basis() if self.dct else None
+    def _tables(self) -> Float32 | None:
+        return dct_tables() if self.dct else None
 
     def _areas(self, count: int) -> list[tuple[int, int, int]]:
         """(number, height, width) of the bands of a slice: whole ones, one of the rows left, one of a row that ends."""

@@ -52,7 +52,7 @@ def select_largest(
     rows: int,
     cols: int,
     k: int,
-    basis: object | None = None,
+    tables: object | None = None,
 ) -> bool: ...
 def add_selected(
     positions: object,
@@ -64,7 +64,7 @@ def add_selected(
     rows: int,
     cols: int,
     k: int,
-    basis: object | None = None,
+    tables: object | None = None,
 ) -> bool: ...
 def combine_selected(
     positions: object,
@@ -79,7 +79,7 @@ def combine_selected(
     rows: int,
     cols: int,
     k: int,
-    basis: object | None = None,
+    tables: object | None = None,
 ) -> bool: ...
 def encode_positions(
     positions: object, codes: object, *, elements: int, width: int, rows: int, cols: int, k: int

@@ -6,13 +6,7 @@ may have fewer; what stands behind the last whole row is a band of one short row
 `MOST_CHUNK` elements, and the position of an element in its chunk counts row by row. Of a chunk `k` elements are kept,
 or all if it has no more, in the order of their positions. Where they are all 0, their positions are `NOTHING`.
 
-With a `basis` (tables.dct_basis) elements are coefficients of the chunk's two-dimensional DCT-II, whose factors are the
-same at both ends of a row or column, up to the sign. Forward, columns come first: the sums of both ends for the even
-frequencies, differences for the odd ones, times basis[u, i], over ascending i up to the middle, give T[u, x]; rows of
-T likewise C[u, v]. Back: S[u, x] = sum of C[u, v] * basis[v, x] over ascending v; then even[i, x] = sum of
-basis[u, i] * S[u, x] over ascending even u, and odd[i, x] over odd u, up to the middle, of which the elements are
-even + odd, and from the end back even - odd. All sums begin at +0; each product and each sum is rounded once. What is
-0 may be left out, which changes nothing.
+With `tables` (tables.dct_tables), elements are coefficients of the chunk's DCT (_numpy_dct.py).
 """
 
 from bisect import bisect_right
@@ -25,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorwire.kernels._numpy_checks import check_array, check_overlap, check_size
-from tensorwire.kernels.tables import DCT_MOST, dct_basis
+from tensorwire.kernels._numpy_dct import forward, inverse
+from tensorwire.kernels.tables import DCT_MOST, dct_tables
 
 Array = npt.NDArray[Any]
 
@@ -47,13 +42,13 @@ def select_largest(
     rows: int,
     cols: int,
     k: int,
-    basis: Array | None = None,
+    tables: Array | None = None,
 ) -> bool:
     """Positions and elements of the largest magnitudes of each chunk, of equal ones those that come first.
 
     False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
     """
-    _check_grid(width, rows, cols, k, basis)
+    _check_grid(width, rows, cols, k, tables)
     check_array("values", values, np.float32)
     check_array("positions", positions, np.uint16, output=True)
     check_array("coefficients", coefficients, np.float32, output=True)
@@ -65,7 +60,7 @@ def select_largest(
     at = 0
     for start, bands, height, across in areas(values.size, width, rows):
         area = values[start : start + bands * height * across].reshape(bands, height, across)
-        found = [_largest(_forward(part, basis), k) for part in _columns(area, cols)]
+        found = [_largest(_transformed(part, tables), k) for part in _columns(area, cols)]
         stop = at + sum(part.size for part, _ in found)
         positions[at:stop] = np.concatenate([part for part, _ in found], axis=1).reshape(-1)
         coefficients[at:stop] = np.concatenate([part for _, part in found], axis=1).reshape(-1)
@@ -83,13 +78,13 @@ def add_selected(
     rows: int,
     cols: int,
     k: int,
-    basis: Array | None = None,
+    tables: Array | None = None,
 ) -> bool:
     """Sums += weight * the elements that were selected, 0 elsewhere, calculated as `sums` are (float32, float64).
 
     False, with nothing added: a position is not in its chunk.
     """
-    _check_grid(width, rows, cols, k, basis)
+    _check_grid(width, rows, cols, k, tables)
     check_array("positions", positions, np.uint16)
     check_array("coefficients", coefficients, np.float32)
     check_array("sums", sums, np.float32, np.float64, output=True)
@@ -115,7 +110,8 @@ def add_selected(
             nothing = position == NOTHING
             coefficient = np.where(nothing, 0, coefficient.reshape(position.shape))
             np.put_along_axis(dense, np.where(nothing, 0, position), coefficient, axis=2)
-            places.append((part, _inverse(dense.reshape(part.shape), basis)))
+            elements = dense.reshape(part.shape)
+            places.append((part, elements if tables is None else inverse(elements, tables)))
     factor = sums.dtype.type(weight)
     for part, elements in places:
         part += factor * elements.astype(sums.dtype)
@@ -135,13 +131,13 @@ def combine_selected(
     rows: int,
     cols: int,
     k: int,
-    basis: Array | None = None,
+    tables: Array | None = None,
 ) -> bool:
     """Of all positions that any message holds, sums in float64 in the order of messages, and what is made of them.
 
     False, with anything in `out`: a position is not in its chunk.
     """
-    _check_grid(width, rows, cols, k, basis)
+    _check_grid(width, rows, cols, k, tables)
     check_array("positions", positions, np.uint16)
     check_array("values", values, np.float32)
     check_array("weights", weights, np.float64)
@@ -167,20 +163,20 @@ def combine_selected(
     out[:] = 0
     every = (np.arange(out.size) - np.repeat(starts, sizes)).astype(np.uint16)
     whole = {"width": width, "rows": rows, "cols": cols, "k": MOST_CHUNK}
-    return add_selected(every, sums.astype(np.float32), out, weight=1.0, basis=basis, **whole)
+    return add_selected(every, sums.astype(np.float32), out, weight=1.0, tables=tables, **whole)
 
 
-def _check_grid(width: int, rows: int, cols: int, k: int, basis: Array | None = None) -> None:
+def _check_grid(width: int, rows: int, cols: int, k: int, tables: Array | None = None) -> None:
     for name, value in (("width", width), ("rows", rows), ("cols", cols), ("k", k)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if rows * cols > MOST_CHUNK:
         raise ValueError(f"rows, cols: expected a chunk of at most {MOST_CHUNK} elements")
-    if basis is not None:
+    if tables is not None:
         if max(rows, cols) > DCT_MOST:
             raise ValueError(f"rows, cols: expected at most {DCT_MOST} to be transformed")
-        check_array("basis", basis, np.float32)
-        check_size("basis", basis, dct_basis().size)
+        check_array("tables", tables, np.float32)
+        check_size("tables", tables, dct_tables().size)
 
 
 def _kept(elements: int, width: int, rows: int, cols: int, k: int) -> int:
@@ -209,6 +205,10 @@ def _columns(area: Array, cols: int) -> Iterator[Array]:
         yield area[:, None, :, whole:]
 
 
+def _transformed(chunks: Array, tables: Array | None) -> Array:
+    return chunks if tables is None else forward(chunks, tables)
+
+
 def _largest(chunks: Array, k: int) -> tuple[Array, Array]:
     flat = chunks.reshape(*chunks.shape[:2], -1)
     order = np.argsort(-np.abs(flat), axis=2, kind="stable")[:, :, :k]
@@ -219,52 +219,6 @@ def _largest(chunks: Array, k: int) -> tuple[Array, Array]:
     coefficients = np.where(something, coefficients, np.float32(0))
     bands = chunks.shape[0]
     return positions.reshape(bands, -1), coefficients.reshape(bands, -1)
-
-
-def _of_length(basis: Array, n: int) -> Array:
-    at = (n - 1) * n * (2 * n - 1) // 6
-    return basis[at : at + n * n].reshape(n, n)
-
-
-def _forward(chunks: Array, basis: Array | None) -> Array:
-    if basis is None:
-        return chunks
-    height, across = chunks.shape[2:]
-    b, turned = _of_length(basis, height), np.zeros(chunks.shape, np.float32)
-    for frequencies, ends in _folded(chunks, 2):
-        for i in range(ends.shape[2]):
-            turned[:, :, frequencies] += b[frequencies, i, None] * ends[:, :, i, None, :]
-    b, out = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
-    for frequencies, ends in _folded(turned, 3):
-        for x in range(ends.shape[3]):
-            out[:, :, :, frequencies] += ends[:, :, :, x, None] * b[frequencies, x]
-    return out
-
-
-def _folded(chunks: Array, axis: int) -> list[tuple[slice, Array]]:
-    """Both ends added, for the even frequencies, and subtracted, for the odd ones; a middle stands for itself."""
-    ends = np.flip(chunks, axis)
-    half = chunks.shape[axis] // 2
-    added, middle, _ = np.split(chunks + ends, [half, half + chunks.shape[axis] % 2], axis)
-    if middle.size:
-        middle = np.take(chunks, [half], axis)
-    subtracted = np.split(chunks - ends, [half], axis)[0]
-    return [(slice(0, None, 2), np.concatenate([added, middle], axis)), (slice(1, None, 2), subtracted)]
-
-
-def _inverse(chunks: Array, basis: Array | None) -> Array:
-    if basis is None:
-        return chunks
-    height, across = chunks.shape[2:]
-    b, turned = _of_length(basis, across), np.zeros(chunks.shape, np.float32)
-    for v in range(across):
-        turned += chunks[:, :, :, v, None] * b[v]
-    b, half = _of_length(basis, height), -(-height // 2)
-    even, odd = np.zeros((2, *chunks.shape[:2], half, across), np.float32)
-    for u in range(height):
-        part = even if u % 2 == 0 else odd
-        part += b[u, :half, None] * turned[:, :, u, None, :]
-    return np.concatenate([even + odd, np.flip((even - odd)[:, :, : height // 2], 2)], axis=2)
 
 
 # ---- codes of positions ------------------------------------------------------------------------------------

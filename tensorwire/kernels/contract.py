@@ -172,7 +172,7 @@ class HostKernels(Kernels, Protocol):
         rows: int,
         cols: int,
         k: int,
-        basis: Float32 | None = None,
+        tables: Float32 | None = None,
     ) -> bool:
         """Positions and elements of the k largest magnitudes of each chunk of `rows` by `cols`, or of its DCT.
 
@@ -190,7 +190,7 @@ class HostKernels(Kernels, Protocol):
         rows: int,
         cols: int,
         k: int,
-        basis: Float32 | None = None,
+        tables: Float32 | None = None,
     ) -> bool:
         """Sums, float32 or float64, += weight * what was selected; False: a position outside its chunk."""
 
@@ -208,7 +208,7 @@ class HostKernels(Kernels, Protocol):
         rows: int,
         cols: int,
         k: int,
-        basis: Float32 | None = None,
+        tables: Float32 | None = None,
     ) -> bool:
         """What messages hold together, which stand one behind the other and have a weight each.
 

@@ -107,18 +107,20 @@ INT8_THRESHOLDS: Final = _constant(_midpoints(INT8_CODE))
 
 
 @functools.lru_cache(maxsize=1)
-def dct_basis() -> npt.NDArray[np.float32]:
-    """The orthonormal DCT-II of every length n from 1 to 64, one behind the other: row u of n x n has frequency u.
+def dct_tables() -> npt.NDArray[np.float32]:
+    """What the DCT of all lengths from 1 to 64 takes: cosines, then secants, one length behind the other.
 
-    Element (u, x) is sqrt((2 if u else 1) / n) * cos(pi * (2 * x + 1) * u / (2 * n)), rounded to float32. None of them
-    lies so near to the middle between two float32 that an error of a few float64 units in the last place would
-    matter (tests/kernels/test_sparse_kernels.py), so that every machine has the same ones.
+    Of length n, cos(pi * (2x + 1) * u / 2n), n rows (u) of n numbers (x); of even n, 1 / (2 * cos(pi * (2x + 1) / 2n)),
+    n / 2 numbers. None is so close to the midpoint between two float32 values that an error of a few float64 units in
+    the last place would matter (tests/kernels/test_sparse_kernels.py), so all machines have the same ones.
     """
     parts = []
     for n in range(1, DCT_MOST + 1):
         u, x = np.arange(n)[:, None], np.arange(n)
         angle = (2 * x + 1) * u % (4 * n)  # in units of pi / (2 * n): small, so that the cosine is exact
-        basis = np.sqrt(np.where(u > 0, 2.0, 1.0) / n) * np.cos(np.pi * angle / (2 * n))
-        basis[(angle % (2 * n)) == n] = 0.0  # odd multiples of pi / 2
-        parts.append(basis.astype(np.float32).reshape(-1))
-    return _constant(np.concatenate(parts))
+        cosines = np.cos(np.pi * angle / (2 * n))
+        cosines[(angle % (2 * n)) == n] = 0.0  # odd multiples of pi / 2
+        parts.append(cosines.reshape(-1))
+    for half in range(1, DCT_MOST // 2 + 1):
+        parts += [0.5 / np.cos(np.pi * (2 * np.arange(half) + 1) / (4 * half))]
+    return _constant(np.concatenate(parts).astype(np.float32))

@@ -232,9 +232,9 @@ Result run_sparse(const tw::Kernels& k, Input in, bool decodes) {
     const size_t rows = n / grid.width;
     const size_t kept =
         rows / grid.rows * band(grid.rows, grid.width) + band(rows % grid.rows, grid.width) + band(1, n % grid.width);
-    std::vector<float> basis(tw::kBasisSize);
-    for (size_t i = 0; i < basis.size(); ++i) basis[i] = static_cast<float>(i % 7) - 3.0f;
-    const float* const b = transformed ? basis.data() : nullptr;
+    std::vector<float> tables(tw::kDctTables);
+    for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<float>(i % 7) - 3.0f;
+    const float* const b = transformed ? tables.data() : nullptr;
     Buffer positions(kept * 2, shift), coefficients(kept * 4, shift), codes(decodes ? size : 8 * kept + 64, shift + 1);
     Result result;
     in.fill(coefficients.data(), coefficients.size());

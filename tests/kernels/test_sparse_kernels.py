@@ -11,7 +11,7 @@ import pytest
 from kernel_samples import Array, Output, misaligned
 
 from tensorwire.kernels import _numpy, _numpy_sparse
-from tensorwire.kernels.tables import DCT_MOST, dct_basis
+from tensorwire.kernels.tables import DCT_MOST, dct_tables
 
 NOTHING = 0xFFFF
 WHOLE = {"width": 64, "rows": 64, "cols": 64}
@@ -61,14 +61,32 @@ class TestDefinition:
         positions, coefficients = select(kernels, values, k=2, width=64, rows=1, cols=64)
         assert positions.tolist() == [NOTHING, NOTHING, 0, 6] and coefficients.tolist() == [0, 0, 0, 1]
 
-    @pytest.mark.parametrize("n", [1, 2, 3, 17, 64])
+    @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 16, 17, 20, 24, 44, 60, 64])
     def test_the_transform_is_the_dct(self, kernels: ModuleType, n: int) -> None:
         values = NORMAL[: n * n]
-        _, coefficients = select(kernels, values, k=4096, width=n, rows=n, cols=n, basis=dct_basis())
+        grid = {"k": 4096, "width": n, "rows": n, "cols": n, "tables": dct_tables()}
+        positions, coefficients = select(kernels, values, **grid)
         u, x = np.arange(n)[:, None], np.arange(n)
         matrix = np.sqrt((2 - (u == 0)) / n) * np.cos(pi * (2 * x + 1) * u / (2 * n))
         expected = matrix @ values.reshape(n, n).astype(np.float64) @ matrix.T
         assert np.allclose(coefficients.reshape(n, n), expected, atol=1e-5)
+        back = np.zeros(n * n, np.float32)
+        assert kernels.add_selected(positions, coefficients, back, weight=1.0, **grid)
+        assert np.allclose(back, values, atol=1e-5)
+
+    def test_the_largest_values_stay_finite(self, kernels: ModuleType) -> None:
+        """Whatever their signs: those that add up in each intermediate result of a column."""
+        for n in (63, 64):
+            u, x = np.arange(n)[:, None], np.arange(n)
+            signs = np.sign(np.cos(pi * (2 * x + 1) * u / (2 * n))).astype(np.float32)
+            grid = {"k": 4096, "width": n, "rows": n, "cols": n, "tables": dct_tables()}
+            for row in signs[:: n // 8]:
+                values = np.outer(row, row).astype(np.float32).reshape(-1)
+                positions, coefficients = select(kernels, values * np.float32(2.0**100), **grid)
+                assert np.isfinite(coefficients).all()
+                sums = np.zeros(n * n, np.float32)
+                assert kernels.add_selected(positions, values * np.float32(2.0**110), sums, weight=1.0, **grid)
+                assert np.isfinite(sums).all()
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**101])
     def test_what_cannot_be_taken_is_said(self, kernels: ModuleType, bad: float) -> None:
@@ -99,9 +117,9 @@ class TestDefinition:
         assert kernels.encode_positions(positions, codes[: size - 1].copy(), elements=NORMAL.size, k=7, **FLAT) == 0
 
     def test_a_position_outside_its_chunk(self, kernels: ModuleType) -> None:
-        for basis in (None, dct_basis()):
+        for tables in (None, dct_tables()):
             given = np.array([16], np.uint16), np.ones(1, np.float32)
-            sums, grid = np.zeros(16), {"k": 1, "width": 4, "rows": 4, "cols": 4, "basis": basis}
+            sums, grid = np.zeros(16), {"k": 1, "width": 4, "rows": 4, "cols": 4, "tables": tables}
             assert not kernels.add_selected(*given, sums, weight=1.0, **grid)
             out, how = np.zeros(16, np.float32), {"divisor": 1.0, "present": True, "signs": False}
             assert not kernels.combine_selected(*given, np.ones(1), out, **how, **grid)
@@ -144,19 +162,19 @@ def of_the_twin(options: Any, transformed: bool, number: int) -> list[Array]:
 
 def results(module: ModuleType, options: Any, transformed: bool, number: int, offset: int) -> list[Array]:
     """All that the five kernels make of some values."""
-    grid, count, basis = dict(options), COUNTS[number], dct_basis() if transformed else None
+    grid, count, tables = dict(options), COUNTS[number], dct_tables() if transformed else None
     values = [*VALUES.values()][number % 3][:count]
-    positions, coefficients = select(module, values, offset, basis=basis, **grid)
+    positions, coefficients = select(module, values, offset, tables=tables, **grid)
     outputs = [positions, coefficients]
     for dtype in (np.float32, np.float64):
         sums = NORMAL[:count].astype(dtype)
-        assert module.add_selected(positions, coefficients, sums, weight=-0.3, basis=basis, **grid)
+        assert module.add_selected(positions, coefficients, sums, weight=-0.3, tables=tables, **grid)
         outputs.append(sums)
     two = np.tile(positions, 2), np.concatenate([coefficients, -coefficients[::-1]]), np.array([0.7, 3])
     for divisor, present, signs in ((3.7, False, False), (1.0, True, False), (1.0, False, True)):
         out = Output(count, np.float32, offset)
         how = {"divisor": divisor, "present": present, "signs": signs}
-        assert module.combine_selected(*two, out.array, **how, basis=basis, **grid)
+        assert module.combine_selected(*two, out.array, **how, tables=tables, **grid)
         outputs.append(out.checked())
     codes = np.zeros(4 * positions.size + 4096, np.uint8)
     codes = codes[: module.encode_positions(positions, codes, elements=count, **grid)]
@@ -249,9 +267,9 @@ def test_a_wrong_argument_is_an_error(kernels: ModuleType, name: str) -> None:
             call(kernels, name, elements=-1)
     else:
         with pytest.raises(ValueError, match="at most 64"):
-            call(kernels, name, cols=65, basis=dct_basis())
-        with pytest.raises(ValueError, match="basis"):
-            call(kernels, name, basis=dct_basis()[1:])
+            call(kernels, name, cols=65, tables=dct_tables())
+        with pytest.raises(ValueError, match="tables"):
+            call(kernels, name, tables=dct_tables()[1:])
     output = {"add_selected": "sums", "combine_selected": "out", "encode_positions": "codes"}.get(name, "positions")
     frozen = correct(name)[output]
     frozen.setflags(write=False)
@@ -286,19 +304,26 @@ def test_the_cosines_are_the_same_on_every_machine() -> None:
             total += term
         return total
 
+    def check(stored: Any, wanted: Decimal, *where: int) -> None:
+        got = float(stored)
+        margin = Decimal(float(np.spacing(np.float32(abs(got))))) / 2 - abs(wanted - Decimal(got))
+        assert margin > abs(wanted) * Decimal(2) ** -49, where
+
     at = 0
     for n in range(1, DCT_MOST + 1):
         exact = [cosine(half_turn * j / (2 * n)) for j in range(n)] + [Decimal(0)]
-        scales = [(Decimal(2 if u else 1) / n).sqrt() for u in range(n)]
-        stored = dct_basis()[at : at + n * n].reshape(n, n)
+        stored = dct_tables()[at : at + n * n].reshape(n, n)
         for u in range(n):
             for x in range(n):
                 angle = (2 * x + 1) * u % (4 * n)
                 angle = min(angle, 4 * n - angle)
-                wanted = scales[u] * (exact[angle] if angle <= n else -exact[2 * n - angle])
-                got = float(stored[u, x])
-                ulp = Decimal(float(np.spacing(np.float32(abs(got)))))
-                margin = ulp / 2 - abs(wanted - Decimal(got))
-                assert margin > abs(wanted) * Decimal(2) ** -49, (n, u, x)
+                check(stored[u, x], exact[angle] if angle <= n else -exact[2 * n - angle], n, u, x)
         at += n * n
-    assert at == dct_basis().size
+    for n in range(2, DCT_MOST + 1, 2):
+        for x in range(n // 2):
+            check(dct_tables()[at + x], 1 / (2 * cosine(half_turn * (2 * x + 1) / (2 * n))), n, x)
+        at += n // 2
+    assert at == dct_tables().size
+    for area in {height * width for height in range(1, DCT_MOST + 1) for width in range(1, DCT_MOST + 1)}:
+        for factor in (1, 2, 4):
+            check(np.sqrt(factor / area).astype(np.float32), (Decimal(factor) / area).sqrt(), area, factor)
