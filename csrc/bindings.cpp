@@ -816,6 +816,17 @@ float decay_and_add(nb::handle kept, nb::handle values, double beta) {
     return tw::kernels().decay_and_add[x.dtype()](k.data<float>(), x.data<void>(), k.size(), static_cast<float>(beta));
 }
 
+void divide_by_rms(nb::handle values, nb::handle roots, nb::handle out, double beta, double scale, double eps) {
+    const Array x("values", values, "f", kInput), r("roots", roots, "f", kOutput), y("out", out, "f", kOutput);
+    r.expect_size(x.size());
+    y.expect_size(x.size());
+    r.expect_apart_from(x);
+    r.expect_apart_from(y);
+    y.expect_apart_from(x);
+    const Released released;
+    tw::kernels().divide_by_rms(x.data<float>(), r.data<float>(), y.data<float>(), x.size(), beta, scale, eps);
+}
+
 // The place of a width in the tables of kernels.
 size_t width_index(Py_ssize_t width) {
     for (size_t i = 0; i < tw::kPlaneWidths; ++i) {
@@ -984,6 +995,7 @@ NB_MODULE(_native, m) {
     m.def("pack_values", pack_values, "values"_a, "steps"_a, "codes"_a, nb::kw_only(), "bits"_a);
     m.def("unpack_values", unpack_values, "codes"_a, "steps"_a, "values"_a, nb::kw_only(), "bits"_a);
     m.def("decay_and_add", decay_and_add, "kept"_a, "values"_a, nb::kw_only(), "beta"_a);
+    m.def("divide_by_rms", divide_by_rms, "values"_a, "roots"_a, "out"_a, nb::kw_only(), "beta"_a, "scale"_a, "eps"_a);
 
     nb::class_<DefaultEnvironment>(m, "default_environment",
                                    "Round to nearest even and keep subnormals within a `with` block.")

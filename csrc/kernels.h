@@ -123,6 +123,9 @@ struct Kernels {
     bool (*unpack_values[kValueBits])(const uint8_t* codes, const float* steps, size_t every, float* values, size_t n);
     // kept = beta * kept + values, which are finite; the largest magnitude of what is kept then.
     float (*decay_and_add[kDtypes])(float* kept, const void* values, size_t n, float beta);
+    // Updates the root mean square of each of n values, and divides it by `scale` times that, plus eps.
+    void (*divide_by_rms)(const float* values, float* roots, float* out, size_t n, double beta, double scale,
+                          double eps);
     // The differences of n numbers to those of a base, as zig-zag, turned as planes turn back; and added again.
     void (*difference[kPlaneWidths])(const uint8_t* base, const uint8_t* values, uint8_t* out, size_t n);
     void (*add_difference[kPlaneWidths])(const uint8_t* differences, uint8_t* values, size_t n);

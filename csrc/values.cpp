@@ -2,6 +2,8 @@
 //
 // Codes stand one behind the other, from the lowest bit of the first byte on; the highest bit of a code is the sign.
 // `steps` has one for all numbers, or one each: it is read at i * every.
+#include <math.h>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -99,6 +101,17 @@ float decay_and_add(float* kept, const void* values, size_t n, float beta) {
     return float_of(static_cast<uint32_t>(max_lane(largest)));
 }
 
+// In float64: squares of float32 values neither overflow nor vanish there.
+void divide_by_rms(const float* values, float* roots, float* out, size_t n, double beta, double scale, double eps) {
+    const double rest = 1 - beta;
+    for (size_t i = 0; i < n; ++i) {
+        const double x = get(values + i), before = get(roots + i);
+        const double root = sqrt(beta * (before * before) + rest * (x * x));
+        put(roots + i, static_cast<float>(root));
+        put(out + i, static_cast<float>(x / (root * scale + eps)));
+    }
+}
+
 }  // namespace
 
 void add_values(Kernels& k) {
@@ -116,6 +129,7 @@ void add_values(Kernels& k) {
     k.decay_and_add[kFloat32] = decay_and_add<float>;
     k.decay_and_add[kFloat16] = decay_and_add<Float16>;
     k.decay_and_add[kBfloat16] = decay_and_add<Bfloat16>;
+    k.divide_by_rms = divide_by_rms;
 }
 
 }  // namespace TW_TIER

@@ -46,6 +46,7 @@ __all__ = [
     "dequantize_int8",
     "dequantize_linear",
     "difference",
+    "divide_by_rms",
     "encode_changes",
     "encode_positions",
     "get_threads",
@@ -133,6 +134,7 @@ sum_magnitudes = _module.sum_magnitudes
 pack_values = _module.pack_values
 unpack_values = _module.unpack_values
 decay_and_add = _module.decay_and_add
+divide_by_rms = _module.divide_by_rms
 difference = _module.difference
 add_difference = _module.add_difference
 encode_changes = _module.encode_changes

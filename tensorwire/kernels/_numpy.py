@@ -49,6 +49,7 @@ __all__ = [
     "dequantize_int8",
     "dequantize_linear",
     "difference",
+    "divide_by_rms",
     "encode_changes",
     "encode_positions",
     "get_threads",
@@ -471,6 +472,25 @@ def decay_and_add(kept: Float32, values: Array, *, beta: float) -> float:
         part += _widen(values[start:stop])
         top = max(top, float(np.abs(part).max()))
     return top
+
+
+@_quiet
+def divide_by_rms(values: Float32, roots: Float32, out: Float32, *, beta: float, scale: float, eps: float) -> None:
+    """Roots = sqrt(beta * roots^2 + (1 - beta) * values^2); out = values / (roots * scale + eps).
+
+    Calculated in float64, one rounding for each operation; both results are then rounded to float32.
+    """
+    _check_array("values", values, np.float32)
+    _check_array("roots", roots, np.float32, output=True)
+    _check_array("out", out, np.float32, output=True)
+    _check_size("roots", roots, values.size)
+    _check_size("out", out, values.size)
+    _check_overlap({"roots": roots, "out": out}, {"values": values})
+    for start, stop in _slices(values.size):
+        new, before = values[start:stop].astype(np.float64), roots[start:stop].astype(np.float64)
+        root = np.sqrt(beta * (before * before) + (1 - beta) * (new * new))
+        roots[start:stop] = root
+        out[start:stop] = new / (root * scale + eps)
 
 
 def accumulate_4bit(

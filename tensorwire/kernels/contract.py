@@ -255,6 +255,11 @@ class HostKernels(Kernels, Protocol):
     def decay_and_add(self, kept: Float32, values: Floats, *, beta: float) -> float:
         """Make of what is kept beta times that, plus finite values; the largest magnitude then."""
 
+    def divide_by_rms(
+        self, values: Float32, roots: Float32, out: Float32, *, beta: float, scale: float, eps: float
+    ) -> None:
+        """Update root mean squares that decay by `beta`, and divide each value by `scale` times its own, plus eps."""
+
     def difference(self, base: Bytes, values: Bytes, out: Bytes, *, width: int) -> None:
         """The differences of unsigned numbers of `width` bytes to those of a base, as zig-zag.
 

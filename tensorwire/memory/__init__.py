@@ -1,6 +1,16 @@
 """Memory that is used again: of dropped tensors, and frame buffers."""
 
 from tensorwire.memory.buffers import FixedMemory, GrowingMemory, Memory, Pool, Scratch
-from tensorwire.memory.spare import SPARE, get_spare_memory, set_spare_memory
+from tensorwire.memory.spare import SPARE, float32_arrays, get_spare_memory, set_spare_memory
 
-__all__ = ["SPARE", "FixedMemory", "GrowingMemory", "Memory", "Pool", "Scratch", "get_spare_memory", "set_spare_memory"]
+__all__ = [
+    "SPARE",
+    "FixedMemory",
+    "GrowingMemory",
+    "Memory",
+    "Pool",
+    "Scratch",
+    "float32_arrays",
+    "get_spare_memory",
+    "set_spare_memory",
+]

@@ -4,11 +4,13 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from math import prod
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from tensorwire.tensor import ByteArray
 
@@ -154,6 +156,23 @@ class _Loan:
 
 
 SPARE: Final = SpareMemory(_initial_limit(os.environ.get("TENSORWIRE_SPARE_MEMORY", "")))
+
+
+def float32_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, npt.NDArray[np.float32]]:
+    """Arrays of these shapes with arbitrary content, in spare memory where there is some. Raises MemoryError.
+
+    Small arrays share one allocation: the C library returns small ones to the system as soon as they are free.
+    """
+    sizes = {name: 4 * prod(shape) for name, shape in shapes.items()}
+    small, at = SPARE.empty(sum(size for size in sizes.values() if size < SPARE_FROM)), 0
+    arrays = {}
+    for name, size in sizes.items():
+        if size < SPARE_FROM:
+            memory, at = small[at : at + size], at + size
+        else:
+            memory = SPARE.empty(size)
+        arrays[name] = memory.view(np.float32).reshape(shapes[name])
+    return arrays
 
 
 def set_spare_memory(size: int) -> None:

@@ -7,7 +7,6 @@ the same messages in the same order gets the same bits.
 
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from math import prod
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from tensorwire import kernels
 from tensorwire.codecs import NOTHING, Codec, Selected, Sparse, as_floats, is_float
 from tensorwire.errors import SchemaError
-from tensorwire.memory import SPARE
+from tensorwire.memory import float32_arrays
 from tensorwire.tensor import Extent
 from tensorwire.updates.compressor import slices
 from tensorwire.updates.difference import key_of
@@ -28,7 +27,6 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _HOW: Final = get_args(How)
-_SMALL: Final = 1 << 16  # elements
 _SUMS: Final = 16  # bytes that the sums of an element take, with what is present of it
 
 
@@ -67,27 +65,10 @@ def combine(
         names = found
     if names is None:
         raise ValueError("there is no message to be combined")
-    made = _arrays(names.shapes)
+    made = float32_arrays(names.shapes)
     for name, total in totals.items():
         total.finish(weight_sum, made[name].reshape(-1))
     return {name: made[owner] for name, owner in names.owners.items()}
-
-
-def _arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, Float32]:
-    """Memory for tensors, which was written before where there is such: that is most of what it costs to fill it.
-
-    Small tensors share one allocation, because the C library returns small ones to the system as soon as they are free.
-    """
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
-    small = SPARE.empty(4 * sum(size for size in sizes.values() if size < _SMALL)).view(np.float32)
-    arrays, at = {}, 0
-    for name, size in sizes.items():
-        if size < _SMALL:
-            array, at = small[at : at + size], at + size
-        else:
-            array = SPARE.empty(4 * size).view(np.float32)
-        arrays[name] = array.reshape(shapes[name])
-    return arrays
 
 
 class _Names:

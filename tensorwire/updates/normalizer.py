@@ -7,12 +7,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tensorwire import kernels
 from tensorwire.errors import NonFiniteError, SchemaError
-from tensorwire.kernels import default_environment
+from tensorwire.memory import float32_arrays
 
 Float32 = npt.NDArray[np.float32]
 
-_BLOCK: Final = 1 << 14  # numbers that are worked on at a time, in float64: they stay in the caches
+_BLOCK: Final = 1 << 12  # numbers that are looked at together
 
 
 class Normalizer:
@@ -43,8 +44,14 @@ class Normalizer:
         for name, gradient in gradients.items():
             self._check(name, gradient)
         self._left *= self._beta
-        with default_environment():
-            return {name: self._divided(name, gradient) for name, gradient in gradients.items()}
+        made = float32_arrays({name: gradient.shape for name, gradient in gradients.items()})
+        options = {"beta": self._beta, "scale": 1 / sqrt(1 - self._left), "eps": self._eps}
+        for name, gradient in gradients.items():
+            if name not in self._roots:
+                self._roots[name] = np.zeros(gradient.shape, np.float32)
+            flat, roots, out = (array.reshape(-1) for array in (gradient, self._roots[name], made[name]))
+            kernels.divide_by_rms(flat, roots, out, **options)
+        return made
 
     def state_dict(self) -> dict[str, Any]:
         """The state. The arrays are the normalizer's own: it writes to them in the next step."""
@@ -60,23 +67,10 @@ class Normalizer:
     def _check(self, name: str, gradient: Float32) -> None:
         if self._roots and (name not in self._roots or self._roots[name].shape != gradient.shape):
             raise SchemaError(f"there was no gradient of shape {list(gradient.shape)} before", item=name)
-        finite = np.isfinite(gradient)
-        if not finite.all():
-            index = int(np.flatnonzero(~finite)[0])
-            error = NonFiniteError(f"{gradient.reshape(-1)[index]}, which cannot be averaged", index=index)
+        flat = gradient.reshape(-1)
+        absmax = np.empty(-(-flat.size // _BLOCK), np.float32)
+        if not kernels.blockwise_absmax(flat, absmax, blocksize=_BLOCK):
+            index = int(np.flatnonzero(~np.isfinite(flat))[0])
+            error = NonFiniteError(f"{flat[index]}, which cannot be averaged", index=index)
             error.item = name
             raise error
-
-    def _divided(self, name: str, gradient: Float32) -> Float32:
-        made = np.empty(gradient.shape, np.float32)
-        if name not in self._roots:
-            self._roots[name] = np.zeros(gradient.shape, np.float32)
-        flat, kept, out = (array.reshape(-1) for array in (gradient, self._roots[name], made))
-        share = sqrt(1 - self._left)
-        for start in range(0, flat.size, _BLOCK):
-            place = slice(start, start + _BLOCK)
-            new, root = flat[place].astype(np.float64), kept[place].astype(np.float64)
-            root = np.sqrt(self._beta * np.square(root) + (1 - self._beta) * np.square(new))
-            kept[place] = root
-            out[place] = new / (root / share + self._eps)
-        return made

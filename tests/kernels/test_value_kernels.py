@@ -83,6 +83,23 @@ def test_what_is_taken_in(kernels: ModuleType, dtype: str, count: int) -> None:
         assert top == np.abs(expected).max(initial=0)
 
 
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_values_are_divided_by_their_root_mean_square(kernels: ModuleType, count: int, scale: float) -> None:
+    for values in (NORMAL[:count], np.resize(EXTREME, count)):
+        made = []
+        for module, offset in ((_numpy, 0), (kernels, 4)):
+            roots, out = Output(count, np.float32, offset), Output(count, np.float32, offset)
+            roots.array[:] = np.abs(values[::-1])
+            given = misaligned(values, offset)
+            module.divide_by_rms(given, roots.array, out.array, beta=0.9, scale=scale, eps=1e-8)
+            made.append((roots.checked(), out.checked()))
+        assert made[0][0].tobytes() == made[1][0].tobytes() and made[0][1].tobytes() == made[1][1].tobytes()
+        exact = np.sqrt(0.9 * values[::-1].astype(np.float64) ** 2 + 0.1 * values.astype(np.float64) ** 2)
+        assert np.allclose(made[1][0], exact, rtol=1e-6, atol=1e-45)
+        assert np.allclose(made[1][1], values / (exact * scale + 1e-8), rtol=1e-5, atol=1e-30)
+
+
 CORRECT: dict[str, dict[str, Any]] = {
     "sum_magnitudes": {"values": np.ones(4, np.float32)},
     "pack_values": {"values": np.ones(4, np.float32), "steps": np.ones(4, np.float32), "codes": np.zeros(1, np.uint8)},
@@ -92,11 +109,13 @@ CORRECT: dict[str, dict[str, Any]] = {
         "values": np.ones(4, np.float32),
     },
     "decay_and_add": {"kept": np.ones(4, np.float32), "values": np.ones(4, np.float32)},
+    "divide_by_rms": {name: np.ones(4, np.float32) for name in ("values", "roots", "out")},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "pack_values": {"bits": 2},
     "unpack_values": {"bits": 2},
     "decay_and_add": {"beta": 1.0},
+    "divide_by_rms": {"beta": 0.9, "scale": 1.0, "eps": 1e-8},
 }
 
 
@@ -130,12 +149,15 @@ def test_outputs_can_be_written_to_and_stand_apart(kernels: ModuleType) -> None:
         kernels.unpack_values(memory[:1], one, floats, bits=2)
     with pytest.raises(ValueError, match="overlaps"):
         kernels.decay_and_add(floats, memory.view(np.float32)[2:6], beta=1.0)
+    with pytest.raises(ValueError, match="overlaps"):
+        kernels.divide_by_rms(np.ones(4, np.float32), floats, memory.view(np.float32)[2:6], **OPTIONS["divide_by_rms"])
     memory.setflags(write=False)
     frozen = memory.view(np.float32)[:4]
     for call in (
         lambda: kernels.pack_values(np.ones(4, np.float32), one, memory[:1], bits=2),
         lambda: kernels.unpack_values(np.zeros(1, np.uint8), one, frozen, bits=2),
         lambda: kernels.decay_and_add(frozen, np.ones(4, np.float32), beta=1.0),
+        lambda: kernels.divide_by_rms(floats, frozen, np.ones(4, np.float32), **OPTIONS["divide_by_rms"]),
     ):
         with pytest.raises(ValueError, match="read-only"):
             call()
