@@ -3,6 +3,7 @@
 // Whether a number changes depends on the exponent that it had, which both sides know. Exponents are classes, runs of
 // neighbouring classes groups, and within a group the gaps between changed numbers are Rice codes. docs/format.md has
 // the layout. Also the differences of numbers of any width, as zig-zag.
+#include "bits.h"
 #include "kernels.h"
 
 #if defined(TW_AVX512) || defined(TW_AVX2)
@@ -290,54 +291,11 @@ unsigned bit_length(uint64_t n) {
     return length;
 }
 
-// Bits, from the lowest of the first byte on. Nothing is written past the room, and `full` says that there was none.
-class BitWriter {
-public:
-    BitWriter(uint8_t* out, size_t room) : out_(out), room_(room) {}
-
-    // The lowest `count` bits, at most 56; the others are 0.
-    void put(uint64_t bits, unsigned count) {
-        held_ |= bits << holds_;
-        holds_ += count;
-        const unsigned bytes = holds_ / 8;
-        flush(bytes);
-        held_ >>= 8 * bytes;
-        holds_ %= 8;
-    }
-    void put_count(uint64_t n) {
-        const unsigned length = bit_length(n);
-        put(length, 5);
-        if (length > 1) put(n & ((uint64_t{1} << (length - 1)) - 1), length - 1);
-    }
-    void put_unary(uint64_t zeros) {
-        for (; zeros >= 31; zeros -= 31) put(0, 31);
-        put(uint64_t{1} << zeros, static_cast<unsigned>(zeros) + 1);
-    }
-    // The bytes written, the bits behind the last one 0; or 0 if there was no room for them.
-    size_t finish() {
-        flush(holds_ ? 1 : 0);
-        return full_ ? 0 : at_;
-    }
-
-private:
-    void flush(size_t bytes) {
-        if (room_ - at_ >= sizeof held_) {
-            memcpy(out_ + at_, &held_, sizeof held_);
-        } else if (room_ - at_ >= bytes) {
-            memcpy(out_ + at_, &held_, bytes);
-        } else {
-            full_ = true;
-            return;
-        }
-        at_ += bytes;
-    }
-
-    uint8_t* out_;
-    size_t room_, at_ = 0;
-    uint64_t held_ = 0;
-    unsigned holds_ = 0;
-    bool full_ = false;
-};
+void put_count(BitWriter& out, uint64_t n) {
+    const unsigned length = bit_length(n);
+    out.put(length, 5);
+    if (length > 1) out.put(n & ((uint64_t{1} << (length - 1)) - 1), length - 1);
+}
 
 // The parameter that gives these numbers the fewest bits, of those near the mean; and so many bits.
 struct Rice {
@@ -395,17 +353,10 @@ void put_rice(BitWriter& writer, const Rice& rice, const uint32_t* x, size_t n) 
     writer = out;
 }
 
-class BitReader {
+class ChangesReader : public BitReader {
 public:
-    BitReader(const uint8_t* data, size_t size) : data_(data), size_(size), end_(8 * size) {}
+    using BitReader::BitReader;
 
-    bool good() const { return good_; }
-    // The next `count` bits, at most 32.
-    uint64_t take(unsigned count) {
-        const uint64_t bits = peek(at_) & ((uint64_t{1} << count) - 1);
-        advance(count);
-        return bits;
-    }
     // n changes of this sign each, by 1.
     void take_signs(uint16_t* changes, size_t n) {
         for (size_t i = 0; i < n; i += kSigns) {
@@ -430,7 +381,7 @@ public:
         if (k > kMostRice || (end_ - at_) / (k + 1) < n) good_ = false;
         if (!good_) return;
         at_ += n * k;
-        take_unary(x, n, most >> k);
+        take_unaries(x, n, most >> k);
         if (!good_ || k == 0) return;
         const uint64_t mask = (uint64_t{1} << k) - 1;
         bool beyond = false;
@@ -441,31 +392,10 @@ public:
         }
         good_ = !beyond;
     }
-    // Whether all was read, and the bits behind are 0.
-    bool finished() { return good_ && end_ - at_ < 8 && peek(at_) == 0; }
 
 private:
-    // At least 57 bits from a place on, with zeros behind the end.
-    uint64_t peek(size_t at) const {
-        const size_t byte = at / 8;
-        uint64_t bits = 0;
-        if (size_ - byte >= 8) {
-            memcpy(&bits, data_ + byte, 8);
-        } else {
-            for (size_t i = byte; i < size_; ++i) bits |= static_cast<uint64_t>(data_[i]) << 8 * (i - byte);
-        }
-        return bits >> at % 8;
-    }
-    void advance(size_t bits) {
-        if (end_ - at_ < bits) {
-            good_ = false;
-            at_ = end_;
-        } else {
-            at_ += bits;
-        }
-    }
     // How many zeros stand before each of n ones, no more than `most`.
-    void take_unary(uint32_t* x, size_t n, uint64_t most) {
+    void take_unaries(uint32_t* x, size_t n, uint64_t most) {
         size_t begin = at_ - at_ % 8, i = 0;
         uint64_t bits = peek(begin) >> at_ % 8 << at_ % 8, zeros = 0 - at_ % 8, largest = 0;  // behind the last one
         uint32_t ones[64];
@@ -494,10 +424,6 @@ private:
         for (i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
         good_ = largest <= most;
     }
-
-    const uint8_t* data_;
-    size_t size_, at_ = 0, end_;
-    bool good_ = true;
 };
 
 // --------------------------------------------------------------------------------------------------------- Encoding
@@ -679,7 +605,7 @@ void put_changes(BitWriter& out, const Group& g, uint32_t* work) {
         return;
     }
     out.put(0, 1);
-    out.put_count(larger);
+    put_count(out, larger);
     put_rice(out, which, gaps, larger);
     put_rice(out, some, beyond, larger);
 }
@@ -712,10 +638,10 @@ size_t encode_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t*
     out.put(begins, 32);
     for (size_t k = 0; k < groups.count; ++k) {
         const Group& g = groups.group[k];
-        out.put_count(g.changed);
+        put_count(out, g.changed);
         if (g.changed == 0) continue;
         out.put(g.inverted, 1);
-        if (g.inverted) out.put_count(g.listed);
+        if (g.inverted) put_count(out, g.listed);
         put_rice(out, Rice(g.gaps, g.listed), g.gaps, g.listed);
         put_changes(out, g, parts.sizes);
     }
@@ -732,7 +658,7 @@ bool set_size(uint16_t& change, uint32_t size) {
 }
 
 // The signs and sizes of the changes of a group; whether they are good.
-bool take_changes(BitReader& in, Group& g, uint32_t* work) {
+bool take_changes(ChangesReader& in, Group& g, uint32_t* work) {
     in.take_signs(g.changes, g.changed);
     if (in.take(1)) {
         in.take_rice(work, g.changed, 0x7FFF);
@@ -754,7 +680,7 @@ bool take_changes(BitReader& in, Group& g, uint32_t* work) {
     return true;
 }
 
-bool take_groups(BitReader& in, size_t n, Work work, Groups& groups) {
+bool take_groups(ChangesReader& in, size_t n, Work work, Groups& groups) {
     const uint64_t begins = in.take(32);
     if (!(begins & 1)) return false;
     size_t changed = 0;
@@ -822,7 +748,7 @@ bool mark_changes(Group& g, const Tile& tile, uint64_t* changed) {
 
 template <Dtype kDtype>
 size_t decode_changes(const uint8_t* codes, size_t size, uint8_t* x, size_t n, uint32_t* work) {
-    BitReader in(codes, size);
+    ChangesReader in(codes, size);
     Groups groups;
     if (!take_groups(in, n, Work(work, n), groups)) return 0;
     const uint16_t* next[kClasses];

@@ -62,13 +62,13 @@ inline uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 // The place of the lowest bit that is 1; there is one.
-inline size_t lowest_bit(uint32_t bits) {
+inline unsigned lowest_bit(uint64_t bits) {
 #ifdef _MSC_VER
     unsigned long place;
-    _BitScanForward(&place, bits);
+    _BitScanForward64(&place, bits);
     return place;
 #else
-    return static_cast<size_t>(__builtin_ctz(bits));
+    return static_cast<unsigned>(__builtin_ctzll(bits));
 #endif
 }
 

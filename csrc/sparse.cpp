@@ -2,6 +2,7 @@
 //
 // What is calculated, and in which order, is said in tensorwire/kernels/_numpy_sparse.py. Matrices are worked on in
 // rows of 64 columns, with zeros behind narrower ones.
+#include "bits.h"
 #include "dct.h"
 
 namespace tw {
@@ -370,10 +371,8 @@ public:
     size_t take(const Combining& how, uint16_t* positions, float* values) {
         size_t taken = 0;
         for (size_t word = 0; word < kMostChunk / 64; ++word) {
-            if (!marks_[word]) continue;
-            for (size_t bit = 0; bit < 64; ++bit) {
-                if (!(marks_[word] >> bit & 1)) continue;
-                const size_t position = 64 * word + bit;
+            for (uint64_t left = marks_[word]; left; left &= left - 1) {
+                const size_t position = 64 * word + lowest_bit(left);
                 const double sum = sums_[position];
                 positions[taken] = static_cast<uint16_t>(position);
                 values[taken++] = static_cast<float>(how.signs     ? sign(sum)
@@ -457,90 +456,14 @@ size_t place_of(uint64_t number, size_t i, size_t n) {
     return low;
 }
 
-class BitWriter {
-public:
-    BitWriter(uint8_t* to, size_t room) : begin_(to), to_(to), end_(to + room) {}
-
-    // Up to 32 bits.
-    void put(uint64_t value, unsigned bits) {
-        held_ |= value << fill_;
-        for (fill_ += bits; fill_ >= 8; fill_ -= 8) flush();
+void put_rice(BitWriter& bits, size_t number, unsigned rice) {
+    const uint64_t high = number >> rice, low = number & ((uint64_t{1} << rice) - 1);
+    if (high < 32) {
+        bits.put((low << 1 | 1) << high, static_cast<unsigned>(high) + 1 + rice);
+    } else {
+        bits.put_unary(high);
+        bits.put(low, rice);
     }
-    void zeros(size_t bits) {
-        for (; bits > 32; bits -= 32) put(0, 32);
-        put(0, static_cast<unsigned>(bits));
-    }
-    // The bytes that were written, or 0 where there was no room for all.
-    size_t end() {
-        if (fill_) flush();
-        return full_ ? 0 : static_cast<size_t>(to_ - begin_);
-    }
-
-private:
-    void flush() {
-        if (to_ == end_) {
-            full_ = true;
-        } else {
-            *to_++ = static_cast<uint8_t>(held_);
-        }
-        held_ >>= 8;
-    }
-
-    uint8_t *begin_, *to_, *end_;
-    uint64_t held_ = 0;
-    unsigned fill_ = 0;
-    bool full_ = false;
-};
-
-class BitReader {
-public:
-    BitReader(const uint8_t* from, size_t size) : from_(from), bits_(8 * size) {}
-
-    // Whether so many bits are left.
-    bool has(size_t bits) const { return bits <= bits_ - at_; }
-
-    // Up to 57 bits, which are there.
-    uint64_t get(unsigned bits) {
-        const uint64_t value = window() & ((uint64_t{1} << bits) - 1);
-        at_ += bits;
-        return value;
-    }
-    // The bits 0 before the next 1, which is read, too; false: there is none.
-    bool zeros(size_t& count) {
-        count = 0;
-        while (at_ < bits_) {
-            const uint64_t ahead = window();
-            const size_t known = min_of(57, bits_ - at_);
-            size_t i = 0;
-            while (i < known && !(ahead >> i & 1)) ++i;
-            count += i;
-            at_ += i;
-            if (i < known) {
-                ++at_;
-                return true;
-            }
-        }
-        return false;
-    }
-    // Whether nothing but bits 0 of the last byte is left.
-    bool at_end() { return bits_ - at_ < 8 && (at_ == bits_ || get(static_cast<unsigned>(bits_ - at_)) == 0); }
-
-private:
-    // At least 57 bits from here on, zeros behind the end.
-    uint64_t window() const {
-        const size_t byte = at_ / 8, size = bits_ / 8;
-        uint64_t bits = 0;
-        memcpy(&bits, from_ + byte, min_of(sizeof bits, size - byte));
-        return bits >> at_ % 8;
-    }
-
-    const uint8_t* from_;
-    size_t bits_, at_ = 0;
-};
-
-void write_rice(BitWriter& bits, size_t gap, unsigned rice) {
-    bits.zeros(gap >> rice);
-    bits.put(1 | (gap & ((size_t{1} << rice) - 1)) << 1, 1 + rice);
 }
 
 // The parameter under which these positions take the fewest bits, of equal ones the smallest.
@@ -581,66 +504,73 @@ size_t encode_positions(const uint16_t* positions, uint8_t* codes, size_t room, 
             bits.put(number & ((uint64_t{1} << low) - 1), low);
             bits.put(number >> 32, size - low);
         } else if (nothing) {
-            write_rice(bits, chunk.size(), rice);
+            put_rice(bits, chunk.size(), rice);
         } else {
             size_t next = 0;
             for (size_t i = 0; i < kept; ++i) {
                 const size_t gap = get(positions + i) - next;
-                write_rice(bits, gap, rice);
+                put_rice(bits, gap, rice);
                 next += gap + 1;
             }
         }
         positions += kept;
         return true;
     });
-    return bits.end();
+    return bits.finish();
 }
 
 void nothing_of(uint16_t* positions, size_t kept) {
     for (size_t i = 0; i < kept; ++i) put(positions + i, kNothing);
 }
 
+// The positions of a chunk from their number; false: there is none such.
+bool take_number(BitReader& bits, uint16_t* positions, size_t kept, size_t size) {
+    const unsigned length = enumerated_bits(size, kept), low = length < 32 ? length : 32;
+    uint64_t number = bits.take(low);
+    number |= bits.take(length - low) << low % 64;
+    const uint64_t all = combinations(size, kept);
+    if (!bits.good() || number > all) return false;
+    if (number == all) nothing_of(positions, kept);
+    for (size_t i = number < all ? kept : 0; i > 0; --i) {
+        const size_t place = place_of(number, i, size);
+        number -= combinations(place, i);
+        put(positions + i - 1, static_cast<uint16_t>(place));
+    }
+    return true;
+}
+
+// The same from how many elements are left out before each. Reads from a copy, which the compiler keeps in registers.
+bool take_gaps(BitReader& bits, uint16_t* positions, size_t kept, size_t size, unsigned rice) {
+    BitReader in = bits;
+    size_t next = 0;
+    for (size_t i = 0; i < kept; ++i) {
+        const size_t gap = in.take_rice(rice);
+        if (!in.good() || gap > size - next) return false;
+        next += gap;
+        if (next == size) {
+            if (i) return false;
+            nothing_of(positions, kept);
+            break;
+        }
+        put(positions + i, static_cast<uint16_t>(next++));
+    }
+    bits = in;
+    return true;
+}
+
 bool decode_positions(const uint8_t* codes, size_t size, uint16_t* positions, size_t n, const Grid& grid) {
     BitReader bits(codes, size);
-    unsigned rice = 0;
-    if (grid.k > kEnumerated) {
-        if (!bits.has(8)) return false;
-        rice = static_cast<unsigned>(bits.get(8));
-        if (rice > kMostRice) return false;
-    }
+    const bool enumerated = grid.k <= kEnumerated;
+    const unsigned rice = enumerated ? 0 : static_cast<unsigned>(bits.take(8));
+    if (rice > kMostRice) return false;
     const bool good = each_chunk(grid, n, [&](const Chunk& chunk) {
         const size_t kept = min_of(grid.k, chunk.size());
-        if (grid.k <= kEnumerated) {
-            const unsigned length = enumerated_bits(chunk.size(), kept), low = length < 32 ? length : 32;
-            if (!bits.has(length)) return false;
-            uint64_t number = bits.get(low);
-            number |= bits.get(length - low) << low % 64;
-            const uint64_t all = combinations(chunk.size(), kept);
-            if (number > all) return false;
-            if (number == all) nothing_of(positions, kept);
-            for (size_t i = number < all ? kept : 0; i > 0; --i) {
-                const size_t place = place_of(number, i, chunk.size());
-                number -= combinations(place, i);
-                put(positions + i - 1, static_cast<uint16_t>(place));
-            }
-        } else {
-            size_t next = 0;
-            for (size_t i = 0; i < kept; ++i) {
-                size_t high;
-                if (!bits.zeros(high) || !bits.has(rice) || high > kMostChunk) return false;
-                next += (high << rice) + bits.get(rice);
-                if (i == 0 && next == chunk.size()) {
-                    nothing_of(positions, kept);
-                    break;
-                }
-                if (next >= chunk.size()) return false;
-                put(positions + i, static_cast<uint16_t>(next++));
-            }
-        }
+        const bool taken = enumerated ? take_number(bits, positions, kept, chunk.size())
+                                      : take_gaps(bits, positions, kept, chunk.size(), rice);
         positions += kept;
-        return true;
+        return taken;
     });
-    return good && bits.at_end();
+    return good && bits.finished();
 }
 
 }  // namespace
