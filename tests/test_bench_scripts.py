@@ -22,6 +22,7 @@ SECONDS = rf"{NUMBER} s"
 def run(script, *arguments, allowed=(0,)):
     """The lines that a script prints."""
     environment = {**os.environ, "PYTHONPATH": str(Path(tensorwire.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONSAFEPATH", None)  # some import the script beside them
     command = [sys.executable, str(BENCH / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in allowed, done.stderr
@@ -242,6 +243,14 @@ def test_nvflare_learning(tmp_path):
     assert lines[0].startswith("Loss before the first round 5.")
     curves = [json.loads(line) for line in (tmp_path / "nvflare-learning.json").read_text().splitlines()]
     assert [len(curve["losses"]) for curve in curves] == [2, 2]
+
+
+def test_update_step():
+    lines = run("update_step.py", "--steps=1", "--ranks=2")
+    assert re.fullmatch(r"demo:\S+: messages of \d+ bytes, 24 tensors", lines[2])
+    parts = [line.split("|")[1].strip() for line in lines[6:]]
+    assert parts[:3] == ["forward and backward", "step of AdamW", "normalize (beta2)"]
+    assert parts[3:] == ["compress", "combine 2 messages", "sign and move"]
 
 
 def test_every_script_is_run_here():

@@ -4,6 +4,7 @@ What sparse and lowrank keep of a tensor is written this way, with one bit as si
 that is kept is worth it.
 """
 
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -59,8 +60,13 @@ def unpack(data: Bytes, steps: Float32, count: int, bits: int) -> Float32:
 def checked_steps(data: Bytes, bits: int, largest: float) -> Float32:
     """Received steps as float32. Raises FormatError for one that is negative, NaN or makes numbers beyond `largest`."""
     steps: Float32 = data.view("<f4").astype(np.float32)
-    most = np.array(largest / (1 << (bits - 1)), np.float32)
     # As whole numbers, floats are in the order of their magnitudes, and negative ones and NaN behind all others.
-    if steps.view(np.uint32).max(initial=0) > most.view(np.uint32):
+    if steps.view(np.uint32).max(initial=0) > _bits(largest / (1 << (bits - 1))):
         raise FormatError(f"a step of values is negative, NaN or beyond {largest:g}")
     return steps
+
+
+@lru_cache(maxsize=64)
+def _bits(number: float) -> int:
+    """The bits of a number in float32."""
+    return int(np.float32(number).view(np.uint32))

@@ -11,7 +11,7 @@ changed in several steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import comb
 from typing import Any, Final, NamedTuple
 
@@ -198,7 +198,7 @@ class Sparse(Packer):
         sizes = self._chunk_sizes(count)
         return (np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)).astype(np.uint16)
 
-    @property
+    @cached_property
     def _grid(self) -> dict[str, int]:
         return {"width": self.width, "rows": self.rows, "cols": self.cols, "k": self.k}
 

@@ -312,12 +312,12 @@ class DeMo(torch.optim.Optimizer):
         self._arrived = []
         for name, together in self._sent_together().items():
             directions = torch.from_numpy(changes[name]).sign_().reshape(-1)
-            for parameter, group in together:
-                direction, directions = directions.tensor_split([parameter.numel()])
+            parts = directions.split_with_sizes([parameter.numel() for parameter, _ in together])
+            for (parameter, group), direction in zip(together, parts, strict=True):
                 # One rounding each, whether or not a processor multiplies and adds at once: a sign times lr is exact.
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.reshape(parameter.shape).to(parameter.device), alpha=-group["lr"])
+                parameter.add_(direction.view(parameter.shape).to(parameter.device), alpha=-group["lr"])
 
 
 class DiLoCo:

@@ -11,7 +11,6 @@ files, or add them up.
 """
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any, Final, NamedTuple
@@ -79,8 +78,7 @@ class Piece(NamedTuple):
         return self.item.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(NamedTuple):
     """A verified slice of an item that is kept encoded: elements [start, start + count).
 
     `data` is lent until the next event.
@@ -89,7 +87,7 @@ class Payload:
     number: int
     item: TensorItem | FileItem
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # of elements, which hides tuple.count
     data: memoryview
 
 
@@ -174,8 +172,8 @@ class Receiver:
         self._encoded: set[int] = set()
         self._incoming: _Incoming | None = None
         self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
-        # Of whole items, by what they are and the length of their payload.
-        self._checked: dict[tuple[CodecSpec, int, tuple[int, ...], int], tuple[Codec, Extent]] = {}
+        # Of whole items, by what they are; with a length that a payload may have.
+        self._checked: dict[tuple[CodecSpec, int, tuple[int, ...]], tuple[Codec, Extent, int]] = {}
         self._aliases: dict[int, list[AliasItem]] = {}
         self._file: object = None  # what the source is called
         self._helper: Helper[tuple[_Position, Piece]] = Helper()
@@ -263,8 +261,9 @@ class Receiver:
                 yield event
 
     def _start_items(self, event: ItemsStart) -> Iterator[Event]:
+        position = self._position(event.items[0])
         for number, item in enumerate(event.items, event.number):
-            self._at = self._position(item)
+            self._at = _Position(item, position.frame, position.offset)
             if isinstance(item, AliasItem):
                 self._aliases.setdefault(item.of, []).append(item)
             elif not isinstance(item, ContainerItem):
@@ -359,8 +358,9 @@ class Receiver:
 
     def _finish_items(self, event: Bundle) -> Iterator[Event]:
         """The items of a bundle are there, all of each."""
+        position = self._position(event.slices[0].item)
         for number, item, _, count, payload, _ in event.slices:
-            self._at = self._position(item)
+            self._at = _Position(item, position.frame, position.offset)
             codec, extent = self._whole(item, count, len(payload))
             if isinstance(item, ValueItem):
                 yield Completed(number, item, (), unpack_value(bytes(payload), self._limits))
@@ -380,14 +380,19 @@ class Receiver:
         if not isinstance(item, TensorItem):
             codec = self._codec(item)
             return codec, check_slice(codec, SliceStart(0, item, 0, count, length), item, self._limits)
-        key = item.codec, item.dtype.number, item.shape, length
+        key = item.codec, item.dtype.number, item.shape
         checked = self._checked.get(key)
+        if checked is not None and checked[2] == length:
+            return checked[:2]
         if checked is None:
             codec = self._codec(item)
-            checked = codec, check_slice(codec, SliceStart(0, item, 0, count, length), item, self._limits)
-            if len(self._checked) < _CHECKED:
-                self._checked[key] = checked
-        return checked
+            extent = check_slice(codec, SliceStart(0, item, 0, count, length), item, self._limits)
+        else:
+            codec, extent, _ = checked
+            _check_length(codec, length, extent, self._limits)
+        if len(self._checked) < _CHECKED:
+            self._checked[key] = codec, extent, length
+        return codec, extent
 
     def _decode(self, event: Slice, incoming: _Incoming, item: TensorItem | FileItem) -> Iterator[Piece]:
         """Decode a slice, or let the helper do it while the next one is received."""
@@ -433,18 +438,22 @@ def _decoded(decode: Callable[[], None], piece: Piece, position: _Position) -> t
 def check_slice(codec: Codec, place: SliceStart | Header, item: DataItem, limits: Limits) -> Extent:
     """The extent of a slice of `item`. Raises unless it may stand at this place and have this length."""
     extent = extent_of(item, place.start, place.count)
-    dtype = extent.dtype
-    codec.check_length(place.length, extent)
-    block, last = codec.block(dtype), item.total is not None and place.start + place.count == item.total
+    _check_length(codec, place.length, extent, limits)
+    block, last = codec.block(extent.dtype), item.total is not None and place.start + place.count == item.total
     if place.start % block or (place.count % block and not last):
         raise FormatError(f"slice does not begin and end between blocks of {codec}")
+    return extent
+
+
+def _check_length(codec: Codec, length: int, extent: Extent, limits: Limits) -> None:
+    """Raise unless the payload of a slice may have this length."""
+    codec.check_length(length, extent)
     # Before zstd: a frame of a few bytes must not unpack to more than a writer may put into one.
-    size = max(place.length, codec.sizes(place.count, dtype).total)
+    size = max(length, codec.sizes(extent.count, extent.dtype).total)
     if codec.packer.expands:
-        size = max(size, place.count * dtype.itemsize // EXPANDED)
+        size = max(size, extent.count * extent.dtype.itemsize // EXPANDED)
     if size > limits.frame and not codec.in_place:
         raise LimitError("frame", limits.frame, size)
-    return extent
 
 
 def extent_of(item: DataItem, start: int, count: int) -> Extent:

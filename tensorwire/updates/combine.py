@@ -20,7 +20,7 @@ from tensorwire.tensor import Extent
 from tensorwire.updates.compressor import slices
 from tensorwire.updates.difference import key_of
 from tensorwire.updates.terms import check_weight
-from tensorwire.wire import AliasItem, ContainerItem, Item, TensorItem
+from tensorwire.wire import AliasItem, ContainerItem, Item, TensorItem, sharing
 
 How = Literal["mean", "present", "sum", "vote"]
 Float32 = npt.NDArray[np.float32]
@@ -48,12 +48,12 @@ def combine(
         raise ValueError(f"how must be one of {', '.join(_HOW)}, not {how!r:.40}")
     totals: dict[str, _Total] = {}
     names: _Names | None = None
-    weight_sum = 0.0
+    weight_sum, unpack = 0.0, sharing()
     for message, weight in zip(messages, repeat(1.0) if weights is None else weights, strict=weights is not None):
         check_weight(weight)
         weight_sum += weight
         found = _Names()
-        for item, codec, payload, extent in slices(message, found.note):
+        for item, codec, payload, extent in slices(message, unpack, found.note):
             name = key_of(item)
             if names is None and name not in totals:
                 totals[name] = _Total(item, codec, how)
@@ -110,7 +110,12 @@ class _Total:
 
     def add(self, item: TensorItem, codec: Codec, payload: memoryview, extent: Extent, weight: float) -> None:
         """Add a slice of a message."""
-        if (item.dtype, item.shape, codec) != (self._item.dtype, self._item.shape, self._codec):
+        same = item is self._item or (item.dtype, item.shape, codec) == (
+            self._item.dtype,
+            self._item.shape,
+            self._codec,
+        )
+        if not same:
             raise SchemaError(
                 f"{codec} {item.dtype} {list(item.shape)} here, in the first message {self._codec} "
                 f"{self._item.dtype} {list(self._item.shape)}",

@@ -37,7 +37,7 @@ from tensorwire.tensor import Extent, TensorView, ViewFront
 from tensorwire.updates.difference import Views, key_of, views
 from tensorwire.updates.methods import Method, codec_for, method
 from tensorwire.updates.terms import Terms
-from tensorwire.wire import Item, TensorItem
+from tensorwire.wire import Item, TensorItem, Unpack, sharing
 
 Float32 = npt.NDArray[np.float32]
 
@@ -82,10 +82,14 @@ class Compressor:
         # What a message is made of, for the tensors of the last step: it reads what is kept.
         self._layout: list[tuple[str, str, DType, tuple[int, ...]]] = []
         self._leaves: list[Leaf] = []
+        self._unpack = sharing()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what reads this compressor's own memory."""
-        return {**self.__dict__, "_layout": [], "_leaves": []}
+        """All but what reads this compressor's own memory, and what was read from it."""
+        return {**self.__dict__, "_layout": [], "_leaves": [], "_unpack": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_unpack": sharing()}
 
     @property
     def method(self) -> Method:
@@ -192,6 +196,7 @@ class Compressor:
             kept = {name: self._view(owners[name], view) for name, view in tensors.items()}
             rule = streams.rule(_codecs(self._method))
             self._layout, self._leaves = layout, [*streams.flatten(kept, ViewFront(), rule, DEFAULT)]
+            self._unpack = sharing()
         return self._leaves
 
     def _view(self, name: str, view: TensorView) -> TensorView:
@@ -213,7 +218,7 @@ class Compressor:
 
     def _add(self, message: Message, weight: float) -> None:
         """Add what a message decodes to, times a weight, to what is kept."""
-        for item, codec, payload, extent in slices(message.data):
+        for item, codec, payload, extent in slices(message.data, self._unpack):
             kept = self._kept[key_of(item)].reshape(-1)[extent.start : extent.start + extent.count]
             packer = codec.packer
             if isinstance(packer, LowRank):
@@ -255,22 +260,23 @@ def _codecs(chosen: Method) -> Callable[[str, Any], Codec]:
 
 
 def slices(
-    source: Any, open_item: Callable[[int, Item], None] = lambda number, item: None
+    source: Any, unpack: Unpack, open_item: Callable[[int, Item], None] = lambda number, item: None
 ) -> Iterator[tuple[TensorItem, Codec, memoryview, Extent]]:
-    """The slices of a message, verified and encoded. `open_item`: told of each item. Raises a WireError."""
-    with Receiver(DEFAULT) as receiver:
+    """The slices of a message, verified and encoded. `open_item`: told of each item. Raises a WireError.
+
+    `unpack`: `wire.sharing()`, for messages that describe the same tensors.
+    """
+    with Receiver(DEFAULT, encoded=True, unpack=unpack) as receiver:
         for event in receiver.events(source):
             if isinstance(event, ItemStart):
                 open_item(event.number, event.item)
-                if isinstance(event.item, TensorItem):
-                    receiver.keep_encoded(event.number)
-            elif isinstance(event, (Payload, Piece)) and isinstance(event.item, TensorItem):
+            elif isinstance(event, Payload) and isinstance(event.item, TensorItem):
                 item = event.item
-                if isinstance(event, Piece):  # of a raw item
-                    codec, data, count = RAW, event.data.data, event.data.size // item.dtype.itemsize
-                else:
-                    codec, data, count = from_stages(item.codec), event.data, event.count
-                yield item, codec, data, Extent(item.dtype, item.shape, event.start, count)
+                extent = Extent(item.dtype, item.shape, event.start, event.count)
+                yield item, from_stages(item.codec), event.data, extent
+            elif isinstance(event, Piece) and isinstance(event.item, TensorItem):  # of a raw item
+                item, count = event.item, event.data.size // event.dtype.itemsize
+                yield item, RAW, event.data.data, Extent(item.dtype, item.shape, event.start, count)
 
 
 def _owners(tensors: Views) -> dict[str, str]:
