@@ -685,8 +685,8 @@ size_t checked_elements(Py_ssize_t elements) {
     throw nb::value_error(("elements: expected at least 0, got " + std::to_string(elements)).c_str());
 }
 
-bool select_largest(nb::handle values, nb::handle positions, nb::handle coefficients, Py_ssize_t width, Py_ssize_t rows,
-                    Py_ssize_t cols, Py_ssize_t k, nb::handle tables) {
+float select_largest(nb::handle values, nb::handle positions, nb::handle coefficients, Py_ssize_t width,
+                     Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k, nb::handle tables) {
     const CheckedGrid grid(width, rows, cols, k);
     const Array x("values", values, "f", kInput), p("positions", positions, "H", kOutput),
         c("coefficients", coefficients, "f", kOutput);
@@ -698,6 +698,27 @@ bool select_largest(nb::handle values, nb::handle positions, nb::handle coeffici
     c.expect_apart_from(x);
     const Released released;
     return tw::kernels().select_largest(x.data<float>(), p.data<uint16_t>(), c.data<float>(), x.size(), grid, b.data());
+}
+
+float decay_and_select(nb::handle kept, nb::handle values, nb::handle positions, nb::handle coefficients, double beta,
+                       Py_ssize_t width, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k, nb::handle tables) {
+    const CheckedGrid grid(width, rows, cols, k);
+    const Array y("kept", kept, "f", kOutput), x("values", values, kFloats, kInput),
+        p("positions", positions, "H", kOutput), c("coefficients", coefficients, "f", kOutput);
+    const Tables b(tables, grid);
+    x.expect_size(y.size());
+    p.expect_size(grid.kept(y.size()));
+    c.expect_size(grid.kept(y.size()));
+    y.expect_apart_from(x);
+    y.expect_apart_from(p);
+    y.expect_apart_from(c);
+    p.expect_apart_from(c);
+    p.expect_apart_from(x);
+    c.expect_apart_from(x);
+    const Released released;
+    return tw::kernels().decay_and_select[x.dtype()](y.data<float>(), x.data<void>(), p.data<uint16_t>(),
+                                                     c.data<float>(), y.size(), static_cast<float>(beta), grid,
+                                                     b.data());
 }
 
 bool add_selected(nb::handle positions, nb::handle coefficients, nb::handle sums, double weight, Py_ssize_t width,
@@ -981,6 +1002,8 @@ NB_MODULE(_native, m) {
 
     m.def("select_largest", select_largest, "values"_a, "positions"_a, "coefficients"_a, nb::kw_only(), "width"_a,
           "rows"_a, "cols"_a, "k"_a, "tables"_a = nb::none());
+    m.def("decay_and_select", decay_and_select, "kept"_a, "values"_a, "positions"_a, "coefficients"_a, nb::kw_only(),
+          "beta"_a, "width"_a, "rows"_a, "cols"_a, "k"_a, "tables"_a = nb::none());
     m.def("add_selected", add_selected, "positions"_a, "coefficients"_a, "sums"_a, nb::kw_only(), "weight"_a, "width"_a,
           "rows"_a, "cols"_a, "k"_a, "tables"_a = nb::none());
     m.def("combine_selected", combine_selected, "positions"_a, "values"_a, "weights"_a, "out"_a, nb::kw_only(),

@@ -99,9 +99,13 @@ struct Kernels {
     void (*split_planes[kPlaneWidths])(const uint8_t* values, const uint8_t* marks, uint8_t* const* planes, size_t n);
     void (*merge_planes[kPlaneWidths])(const Plane* planes, const uint8_t* marks, uint8_t* out, size_t n);
 
-    // The k largest of each chunk of n elements, with `tables`, where not null, of their DCT. Whether all could be taken.
-    bool (*select_largest)(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
-                           const float* tables);
+    // The k largest of each chunk of n elements, with `tables`, where not null, of their DCT. The largest magnitude of
+    // all; where one is not finite or beyond 2^100, that, and the outputs hold anything.
+    float (*select_largest)(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
+                            const float* tables);
+    // The same of beta * kept + values, each rounded, which replaces what is kept.
+    float (*decay_and_select[kDtypes])(float* kept, const void* values, uint16_t* positions, float* coefficients,
+                                       size_t n, float beta, const Grid& grid, const float* tables);
     // Adds weight times what was selected to n sums; false, with part of them added, for a position outside its chunk.
     bool (*add_to_float)(const uint16_t* positions, const float* coefficients, float* sums, size_t n, double weight,
                          const Grid& grid, const float* tables);

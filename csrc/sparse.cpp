@@ -4,6 +4,7 @@
 // rows of 64 columns, with zeros behind narrower ones.
 #include "bits.h"
 #include "dct.h"
+#include "decay.h"
 
 namespace tw {
 namespace TW_TIER {
@@ -134,7 +135,7 @@ private:
 
 constexpr size_t kGroup = 16;  // magnitudes that have one largest
 constexpr size_t kGroups = kMostChunk / kGroup;
-constexpr int32_t kLargestBits = 0x71800000;  // 2^100
+constexpr float kLargestTaken = 0x1p100f;
 constexpr int kMagnitudeBits = 31;
 
 int32_t largest_of(const int32_t* group) {
@@ -219,25 +220,27 @@ private:
     uint16_t places_[kMostChunk + 1], chosen_[kMostChunk + 1];
 };
 
-bool all_taken(const float* x, size_t n) {
-    int32_t largest = 0;
-    for (size_t i = 0; i < n; ++i) {
-        const int32_t magnitude = static_cast<int32_t>(bits_of(get(x + i)) & ~kSignBit);
-        largest = largest > magnitude ? largest : magnitude;
-    }
-    return largest <= kLargestBits;
+float largest_of(const float* x, size_t n) {
+    uint32_t largest = 0;
+    for (size_t i = 0; i < n; ++i) largest = max_of(largest, bits_of(get(x + i)) & ~kSignBit);
+    return float_of(largest);
 }
 
-bool select_largest(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
-                    const float* tables) {
+// `prepare(from, n)`: makes a row of a chunk ready, and says how large its largest magnitude is.
+template <class Prepare>
+float select_each(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
+                  const float* tables, Prepare prepare) {
     Forward forward(tables);
     Selection select;
     alignas(64) float made[kMostChunk];
-    return each_chunk(grid, n, [&](const Chunk& chunk) {
+    float largest = 0;
+    each_chunk(grid, n, [&](const Chunk& chunk) {
         const float* from = values + chunk.start;
-        bool good = true;
-        for (size_t i = 0; i < chunk.height; ++i) good &= all_taken(from + i * chunk.stride, chunk.width);
-        if (!good) return false;
+        for (size_t i = 0; i < chunk.height; ++i) {
+            const float here = prepare(chunk.start + i * chunk.stride, chunk.width);
+            if (!(here <= largest)) largest = here;
+        }
+        if (!(largest <= kLargestTaken)) return false;
         if (tables) forward(chunk, from, made);
         const auto row = [&](size_t i) { return tables ? made + i * chunk.width : from + i * chunk.stride; };
         const size_t kept = min_of(grid.k, chunk.size());
@@ -256,6 +259,22 @@ bool select_largest(const float* values, uint16_t* positions, float* coefficient
         positions += kept;
         coefficients += kept;
         return true;
+    });
+    return largest;
+}
+
+float select_largest(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
+                     const float* tables) {
+    return select_each(values, positions, coefficients, n, grid, tables,
+                       [&](size_t start, size_t count) { return largest_of(values + start, count); });
+}
+
+template <class T>
+float decay_and_select(float* kept, const void* values, uint16_t* positions, float* coefficients, size_t n, float beta,
+                       const Grid& grid, const float* tables) {
+    const T* x = static_cast<const T*>(values);
+    return select_each(kept, positions, coefficients, n, grid, tables, [&](size_t start, size_t count) {
+        return decay_and_add<T>(kept + start, x + start, count, beta);
     });
 }
 
@@ -577,6 +596,9 @@ bool decode_positions(const uint8_t* codes, size_t size, uint16_t* positions, si
 
 void add_sparse(Kernels& k) {
     k.select_largest = select_largest;
+    k.decay_and_select[kFloat32] = decay_and_select<float>;
+    k.decay_and_select[kFloat16] = decay_and_select<Float16>;
+    k.decay_and_select[kBfloat16] = decay_and_select<Bfloat16>;
     k.add_to_float = add_selected<float>;
     k.add_to_double = add_selected<double>;
     k.combine_selected = combine_selected;

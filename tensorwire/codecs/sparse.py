@@ -101,12 +101,23 @@ class Sparse(Packer):
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
         """What is selected, coded. Raises NonFiniteError for NaN, infinities and magnitudes beyond 2^100."""
         values = widen(np.frombuffer(data, KERNEL_DTYPES[extent.dtype]))
-        kept = self._kept(values.size)
-        chosen = Selected(np.empty(kept, np.uint16), np.empty(kept, np.float32))
-        if not kernels.select_largest(values, chosen.positions, chosen.values, **self._grid, tables=self._tables):
+        chosen = self._unfilled(values.size)
+        top = kernels.select_largest(values, chosen.positions, chosen.values, **self._grid, tables=self._tables)
+        if not top <= LARGEST:
             index = int(np.flatnonzero(~(np.abs(values) <= np.float32(LARGEST)))[0])
             raise NonFiniteError(f"{values[index]}, which {self.name} cannot carry", index=index)
         return Encoded(self._pack(chosen, extent, take))
+
+    def take_in(self, kept: Float32, new: Any, extent: Extent, *, beta: float) -> tuple[Bytes, float]:
+        """Replace what a compressor keeps of a slice by beta * kept + new; return its payload and largest magnitude.
+
+        `new`: float32, float16 or bfloat16 (as uint16). The result must be finite and at most 2^100.
+        """
+        chosen = self._unfilled(kept.size)
+        top = kernels.decay_and_select(
+            kept, new, chosen.positions, chosen.values, beta=beta, **self._grid, tables=self._tables
+        )
+        return self._pack(chosen, extent, lambda size: np.empty(size, np.uint8)), top
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
         """Zeros, but for what was selected. Raises FormatError."""
@@ -233,8 +244,10 @@ class Sparse(Packer):
         """How many elements are kept of each chunk of a slice."""
         return np.minimum(self._chunk_sizes(count), self.k)
 
-    def _kept(self, count: int) -> int:
-        return _layout(self, count).kept
+    def _unfilled(self, count: int) -> Selected:
+        """For what is selected of a slice."""
+        kept = _layout(self, count).kept
+        return Selected(np.empty(kept, np.uint16), np.empty(kept, np.float32))
 
     def index_bits(self, size: int) -> int:
         """Bits of the codes of a chunk of so many elements, as `sizes` expects them."""

@@ -39,6 +39,7 @@ __all__ = [
     "combine_selected",
     "crc32c",
     "decay_and_add",
+    "decay_and_select",
     "decode_changes",
     "decode_positions",
     "default_environment",
@@ -134,6 +135,7 @@ sum_magnitudes = _module.sum_magnitudes
 pack_values = _module.pack_values
 unpack_values = _module.unpack_values
 decay_and_add = _module.decay_and_add
+decay_and_select = _module.decay_and_select
 divide_by_rms = _module.divide_by_rms
 difference = _module.difference
 add_difference = _module.add_difference

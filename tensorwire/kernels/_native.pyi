@@ -53,7 +53,20 @@ def select_largest(
     cols: int,
     k: int,
     tables: object | None = None,
-) -> bool: ...
+) -> float: ...
+def decay_and_select(
+    kept: object,
+    values: object,
+    positions: object,
+    coefficients: object,
+    *,
+    beta: float,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    tables: object | None = None,
+) -> float: ...
 def add_selected(
     positions: object,
     coefficients: object,

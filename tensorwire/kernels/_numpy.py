@@ -42,6 +42,7 @@ __all__ = [
     "combine_selected",
     "crc32c",
     "decay_and_add",
+    "decay_and_select",
     "decode_changes",
     "decode_positions",
     "default_environment",
@@ -491,6 +492,29 @@ def divide_by_rms(values: Float32, roots: Float32, out: Float32, *, beta: float,
         root = np.sqrt(beta * (before * before) + (1 - beta) * (new * new))
         roots[start:stop] = root
         out[start:stop] = new / (root * scale + eps)
+
+
+def decay_and_select(
+    kept: Float32,
+    values: Array,
+    positions: npt.NDArray[np.uint16],
+    coefficients: Float32,
+    *,
+    beta: float,
+    width: int,
+    rows: int,
+    cols: int,
+    k: int,
+    tables: Float32 | None = None,
+) -> float:
+    """`decay_and_add`, and `select_largest` of what is kept then."""
+    _check_array("kept", kept, np.float32, output=True)
+    _check_overlap({"kept": kept, "positions": positions, "coefficients": coefficients}, {"values": values})
+    made = kept.copy()
+    decay_and_add(made, values, beta=beta)
+    largest = select_largest(made, positions, coefficients, width=width, rows=rows, cols=cols, k=k, tables=tables)
+    kept[:] = made
+    return largest
 
 
 def accumulate_4bit(

@@ -43,10 +43,11 @@ def select_largest(
     cols: int,
     k: int,
     tables: Array | None = None,
-) -> bool:
+) -> float:
     """Positions and elements of the largest magnitudes of each chunk, of equal ones those that come first.
 
-    False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
+    Returns the largest magnitude; one that is not finite or beyond 2^100 if there is such, with anything in the
+    outputs.
     """
     _check_grid(width, rows, cols, k, tables)
     check_array("values", values, np.float32)
@@ -55,8 +56,9 @@ def select_largest(
     for name, array in (("positions", positions), ("coefficients", coefficients)):
         check_size(name, array, _kept(values.size, width, rows, cols, k))
     check_overlap({"positions": positions, "coefficients": coefficients}, {"values": values})
-    if not (np.abs(values) <= LARGEST).all():
-        return False
+    largest = float(np.abs(values).max(initial=0))
+    if not largest <= LARGEST:
+        return largest
     at = 0
     for start, bands, height, across in areas(values.size, width, rows):
         area = values[start : start + bands * height * across].reshape(bands, height, across)
@@ -65,7 +67,7 @@ def select_largest(
         positions[at:stop] = np.concatenate([part for part, _ in found], axis=1).reshape(-1)
         coefficients[at:stop] = np.concatenate([part for _, part in found], axis=1).reshape(-1)
         at = stop
-    return True
+    return largest
 
 
 def add_selected(

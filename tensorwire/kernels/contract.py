@@ -173,11 +173,28 @@ class HostKernels(Kernels, Protocol):
         cols: int,
         k: int,
         tables: Float32 | None = None,
-    ) -> bool:
+    ) -> float:
         """Positions and elements of the k largest magnitudes of each chunk of `rows` by `cols`, or of its DCT.
 
-        False, with the outputs to be thrown away: a value is not finite, or beyond 2^100.
+        Returns the largest magnitude; one that is not finite or beyond 2^100 if there is such, with anything in the
+        outputs.
         """
+
+    def decay_and_select(
+        self,
+        kept: Float32,
+        values: Floats,
+        positions: npt.NDArray[np.uint16],
+        coefficients: Float32,
+        *,
+        beta: float,
+        width: int,
+        rows: int,
+        cols: int,
+        k: int,
+        tables: Float32 | None = None,
+    ) -> float:
+        """`decay_and_add`, and `select_largest` of the result."""
 
     def add_selected(
         self,

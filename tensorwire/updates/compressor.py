@@ -11,7 +11,7 @@ Calculated in float32, one rounding for each product and each sum. A message is 
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from tensorwire.codecs import (
     RAW,
     Codec,
     LowRank,
+    Packer,
     Readymade,
     Sparse,
     as_floats,
@@ -83,6 +84,7 @@ class Compressor:
         self._layout: list[tuple[str, str, DType, tuple[int, ...]]] = []
         self._leaves: list[Leaf] = []
         self._unpack = sharing()
+        self._new: Views = {}  # what is being compressed
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what reads this compressor's own memory, and what was read from it."""
@@ -112,7 +114,9 @@ class Compressor:
             self._take_in(name, tensors[name])
         info = streams.stream_info(terms.metadata() if terms is not None else None)
         sender = streams.Sender(info, self._method.frame_size, DEFAULT)
+        self._new = tensors
         self._last = Message(b"".join(sender.container(self._leaves_of(tensors, owners))))
+        self._new = {}
         self._add(self._last, -self._method.alpha)
         return self._last
 
@@ -177,16 +181,19 @@ class Compressor:
             raise error
 
     def _take_in(self, name: str, view: TensorView) -> None:
-        """Kept = beta * kept + new."""
+        """Kept = beta * kept + new; of tensors that are `_selected_from`, when the message is made."""
         if name not in self._kept:
             self._kept[name] = np.zeros(view.shape, np.float32)
+        self._bounds.pop(name, None)
+        packer = codec_for(self._method, view.shape).packer
+        if _selected_from(packer, view):
+            return
         kept, top, beta = self._kept[name].reshape(-1), 0.0, self._method.beta
         for start in range(0, kept.size, _BLOCK):
             part = kept[start : start + _BLOCK]
             new = kernel_view(view.read(start, start + part.size), view.dtype)
             top = max(top, kernels.decay_and_add(part, new, beta=beta))
-        self._bounds.pop(name, None)
-        if isinstance(codec_for(self._method, view.shape).packer, Sparse):
+        if isinstance(packer, Sparse):
             self._bounds[name] = _DECODED * top
 
     def _leaves_of(self, tensors: Views, owners: Mapping[str, str]) -> list[Leaf]:
@@ -200,21 +207,28 @@ class Compressor:
         return self._leaves
 
     def _view(self, name: str, view: TensorView) -> TensorView:
-        """What is kept of a tensor, in its dtype; of low rank, already in its factors."""
+        """What is kept of a tensor, in its dtype, or already encoded."""
         kept, codec, dtype = self._kept[name].reshape(-1), codec_for(self._method, view.shape), view.dtype
         packer = codec.packer
 
         def read(start: int, stop: int) -> Any:
             return from_floats(kept[start:stop], dtype)
 
-        if isinstance(packer, LowRank):
-            low_rank = packer
+        if not isinstance(packer, LowRank) and not _selected_from(packer, view):
+            return TensorView(dtype, view.shape, read, identity=view.identity)
 
-            def factors(start: int, stop: int) -> Any:
-                return low_rank.factorize(kept[start:stop], self._factors.get((name, start)))
+        def payload(start: int, stop: int) -> Any:
+            part = kept[start:stop]
+            if isinstance(packer, LowRank):
+                return packer.factorize(part, self._factors.get((name, start)))
+            assert isinstance(packer, Sparse)
+            new = kernel_view(self._new[name].read(start, stop), dtype)
+            extent = Extent(dtype, view.shape, start, stop - start)
+            made, top = packer.take_in(part, new, extent, beta=self._method.beta)
+            self._bounds[name] = max(self._bounds.get(name, 0.0), _DECODED * top)
+            return made
 
-            return TensorView(view.dtype, view.shape, factors, identity=view.identity, codec=Readymade(codec.pipeline))
-        return TensorView(view.dtype, view.shape, read, identity=view.identity)
+        return TensorView(dtype, view.shape, payload, identity=view.identity, codec=Readymade(codec.pipeline))
 
     def _add(self, message: Message, weight: float) -> None:
         """Add what a message decodes to, times a weight, to what is kept."""
@@ -233,6 +247,11 @@ class Compressor:
             else:
                 assert isinstance(packer, Sparse)  # what methods choose
                 packer.add(packer.selected(payload, extent), kept, weight)
+
+
+def _selected_from(packer: Packer, view: TensorView) -> TypeGuard[Sparse]:
+    """Whether elements are selected from what is kept as it stands, and can be while new ones are taken in."""
+    return isinstance(packer, Sparse) and view.dtype == dtypes.FLOAT32
 
 
 def _largest(kept: Float32) -> float:

@@ -45,7 +45,9 @@ def kept(count: int, k: int, **grid: int) -> int:
 def select(kernels: ModuleType, values: Array, offset: int = 0, **options: Any) -> tuple[Array, Array]:
     count = kept(values.size, options["k"], **{name: options[name] for name in WHOLE})
     positions, coefficients = Output(count, np.uint16, offset), Output(count, np.float32, offset)
-    assert kernels.select_largest(misaligned(values, offset), positions.array, coefficients.array, **options)
+    given = misaligned(values, offset)
+    top = kernels.select_largest(given, positions.array, coefficients.array, **options)
+    assert top == np.abs(values).max(initial=0)
     return positions.checked(), coefficients.checked()
 
 
@@ -94,7 +96,9 @@ class TestDefinition:
             values = NORMAL[:5000].copy()
             values[at] = bad
             out = np.empty(8, np.uint16), np.empty(8, np.float32)
-            assert not kernels.select_largest(values, *out, k=4, **FLAT)
+            assert not kernels.select_largest(values, *out, k=4, **FLAT) <= 2.0**100
+            kept = np.zeros(5000, np.float32)
+            assert not kernels.decay_and_select(kept, values, *out, beta=1.0, k=4, **FLAT) <= 2.0**100
 
     def test_numbers_of_positions(self, kernels: ModuleType) -> None:
         for positions in ([0, 1], [0, 2], [1, 2], [62, 63], [NOTHING] * 2):
@@ -161,11 +165,16 @@ def of_the_twin(options: Any, transformed: bool, number: int) -> list[Array]:
 
 
 def results(module: ModuleType, options: Any, transformed: bool, number: int, offset: int) -> list[Array]:
-    """All that the five kernels make of some values."""
+    """All that the six kernels make of some values."""
     grid, count, tables = dict(options), COUNTS[number], dct_tables() if transformed else None
     values = [*VALUES.values()][number % 3][:count]
     positions, coefficients = select(module, values, offset, tables=tables, **grid)
     outputs = [positions, coefficients]
+    for new in (values, values.astype(np.float16), (values.view(np.uint32) >> 16).astype(np.uint16)):
+        kept, chosen = Output(count, np.float32, offset), (np.empty_like(positions), np.empty_like(coefficients))
+        kept.array[:] = NORMAL[::-1][:count]
+        top = module.decay_and_select(kept.array, misaligned(new, offset), *chosen, beta=0.9, tables=tables, **grid)
+        outputs += [kept.checked(), *chosen, np.array(top)]
     for dtype in (np.float32, np.float64):
         sums = NORMAL[:count].astype(dtype)
         assert module.add_selected(positions, coefficients, sums, weight=-0.3, tables=tables, **grid)
@@ -209,6 +218,7 @@ def test_the_same_verdict_over_damaged_codes(kernels: ModuleType, k: int) -> Non
 def correct(name: str) -> dict[str, Any]:
     arrays = {
         "values": np.ones(16, np.float32),
+        "kept": np.ones(16, np.float32),
         "codes": np.zeros(8, np.uint8),
         "positions": np.zeros(2, np.uint16),
         "coefficients": np.zeros(2, np.float32),
@@ -220,6 +230,7 @@ def correct(name: str) -> dict[str, Any]:
         arrays["values"] = arrays["coefficients"]
     taken = {
         "select_largest": ["values", "positions", "coefficients"],
+        "decay_and_select": ["kept", "values", "positions", "coefficients"],
         "add_selected": ["positions", "coefficients", "sums"],
         "combine_selected": ["positions", "values", "weights", "out"],
         "encode_positions": ["positions", "codes"],
@@ -228,6 +239,8 @@ def correct(name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"width": 4, "rows": 4, "cols": 4, "k": 2}
     if name == "add_selected":
         options["weight"] = 1.0
+    if name == "decay_and_select":
+        options["beta"] = 1.0
     if name == "combine_selected":
         options |= {"divisor": 1.0, "present": False, "signs": False}
     if name.endswith("positions"):
@@ -241,8 +254,18 @@ def call(kernels: ModuleType, name: str, **changes: Any) -> Any:
     return getattr(kernels, name)(*positional, **arguments)
 
 
-OPTIONS = ["width", "rows", "cols", "k", "weight", "elements", "divisor", "present", "signs"]
-NAMES = ["select_largest", "add_selected", "combine_selected", "encode_positions", "decode_positions"]
+OPTIONS = ["width", "rows", "cols", "k", "weight", "beta", "elements", "divisor", "present", "signs"]
+NAMES = [
+    "select_largest",
+    "decay_and_select",
+    "add_selected",
+    "combine_selected",
+    "encode_positions",
+    "decode_positions",
+]
+
+
+OF_ANY_SIZE = [("values", "select_largest"), ("kept", "decay_and_select"), ("values", "decay_and_select")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -254,7 +277,7 @@ def test_a_wrong_argument_is_an_error(kernels: ModuleType, name: str) -> None:
                 call(kernels, name, **{key: value.astype(np.int64)})
             with pytest.raises(TypeError, match=key):
                 call(kernels, name, **{key: value.reshape(1, -1)})
-            if key not in ("codes", "sums", "weights", "out") and (key, name) != ("values", "select_largest"):
+            if key not in ("codes", "sums", "weights", "out") and (key, name) not in OF_ANY_SIZE:
                 with pytest.raises(ValueError, match=f"{key}: expected 2"):
                     call(kernels, name, **{key: np.append(value, value[:1])})
     for key in ("width", "rows", "cols", "k"):
@@ -286,6 +309,16 @@ def test_outputs_apart_from_inputs(kernels: ModuleType) -> None:
     with pytest.raises(ValueError, match="overlaps"):
         values = np.zeros(16, np.float32)
         call(kernels, "select_largest", values=values, coefficients=values[:2])
+    with pytest.raises(ValueError, match="overlaps"):
+        call(kernels, "decay_and_select", values=values, kept=values)
+    with pytest.raises(ValueError, match="overlaps"):
+        call(kernels, "decay_and_select", kept=values, coefficients=values[:2])
+    with pytest.raises(ValueError, match="at least 1"):
+        values = np.ones(16, np.float32)
+        try:
+            call(kernels, "decay_and_select", kept=values, k=0)
+        finally:
+            assert (values == 1).all()
     with pytest.raises(ValueError, match="overlaps"):
         call(kernels, "add_selected", sums=values, coefficients=values[:2])
     with pytest.raises(ValueError, match="overlaps"):
