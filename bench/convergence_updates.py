@@ -1,15 +1,16 @@
 """What compressed training loses: loss over bytes of DeMo, DiLoCo and their kin, in real processes over gloo.
 
     python bench/convergence_updates.py --out DIR
-    python bench/convergence_updates.py --out DIR --seeds 3 --methods "demo k=32" adamw
+    python bench/convergence_updates.py --out DIR --seeds 3 --methods AdamW "DeMo k=32"
     python bench/convergence_updates.py --out DIR --tiny       # whether it runs at all
 
 Four workers, each with packages of the Python standard library of its own, train a model of bytes of 1.06 million
 parameters from a common warm start. All methods of a seed see the same text in the same order. Writes DIR/updates.json
 (one run a line, as soon as it is done; runs that are there already are not repeated), .md and .png.
 
-Bytes are those that a worker gives to its process group, framing included. Seconds are of the processor: of a worker's
-whole step, and of what the method has of it (its optimizer, compression, exchange).
+Bytes are those that a worker gives to its process group (up) and gets from it (down), framing included; of a method
+with a server, those of a worker that is not the server. Seconds are of the processor: of a worker's whole step, and of
+what the method has of it (its optimizer, compression, exchange).
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+import tensorwire
 from tensorwire.fl.task import split
 from tensorwire.integrations.torch_distributed import DeMo, DiLoCo
 from tensorwire.updates import Compressor, Normalizer, combine
@@ -49,10 +51,13 @@ _WARM: Final = (3e-3, 200)  # learning rate and steps of the warm start
 _COLOURS: Final = {
     "whole gradients": (("#000000", "#888888"), "s"),
     "each step": (
-        ("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8", "#AFB42B", "#E91E63"),
+        (
+            *("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8", "#AFB42B", "#E91E63"),
+            *("#5D4037", "#A1887F", "#455A64", "#90A4AE"),
+        ),
         "o",
     ),
-    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85"), "^"),
+    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85", "#FFC107", "#8D6E63"), "^"),
 }
 _SERVER: Final = WORKERS - 1  # the rank of it; the first rank writes down what a worker sends
 _LENGTH: Final = 8  # bytes, before a message
@@ -63,7 +68,8 @@ class Method(NamedTuple):
     """A row: how the workers learn. `every`: steps between outer steps, of DiLoCo; 0 for an exchange at each step.
 
     `beta2`: of the mean squares that DeMo divides gradients by; None: it does not. `down`: what a server compresses the
-    workers' sum with; empty: there is no server, and all send to all.
+    workers' sum with; empty: there is no server, and all send to all. `feedback`: what a codec drops from an outer step
+    is added to the next one.
     """
 
     spec: str
@@ -74,6 +80,7 @@ class Method(NamedTuple):
     momentum: float = 0.9
     overlap: bool = False
     down: str = ""
+    feedback: bool = False
 
 
 METHODS: Final[dict[str, Method]] = {
@@ -84,20 +91,31 @@ METHODS: Final[dict[str, Method]] = {
     "DeMo k=32": Method("demo:k=32"),
     "DeMo k=15 normalized": Method("demo:k=15,beta=0.99,alpha=0.1", beta2=0.99),
     "DeMo k=4 normalized": Method("demo:k=4,beta=0.99,alpha=0.1", beta2=0.99),
+    "DeMo k=40 normalized, server k=64": Method(
+        "demo:k=40,beta=0.99,alpha=0.1", beta2=0.99, down="topk:k=64,dct=true,values=sign"
+    ),
     "DeMo k=40 normalized, server k=40": Method(
         "demo:k=40,beta=0.99,alpha=0.1", beta2=0.99, down="topk:k=40,dct=true,values=sign"
     ),
-    "DeMo k=8 no DCT": Method("demo:k=8,dct=false"),
+    "DeMo k=5 no DCT": Method("demo:k=5,dct=false"),
     "DeMo k=32 one step late": Method("demo:k=32", overlap=True),
     "DiLoCo fp32": Method("raw", every=20),
     "DiLoCo nf4": Method("nf4", every=20),
-    "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
+    "DiLoCo nf4 with feedback": Method("nf4:double_quant=true", every=20, feedback=True),
+    "SparseLoCo k=600 2bit": Method("topk:k=600", every=20),
+    "SparseLoCo k=64 2bit, rate 3": Method("topk:k=64,beta=0.95", every=20, rate=3.0, momentum=0.0),
     "DiLoCo rank 2": Method("lowrank:rank=2,k=16", every=20),
     "AdamW lr 0.004": Method("adamw", lr=4e-3),
     "DeMo k=40 normalized lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3, beta2=0.99),
 }
 # One of each class.
-TINY: Final = ("AdamW", "DeMo k=32", "DeMo k=40 normalized, server k=40", "SparseLoCo k=64 2bit")
+TINY: Final = (
+    "AdamW",
+    "DeMo k=32",
+    "DeMo k=40 normalized, server k=40",
+    "DiLoCo nf4 with feedback",
+    "SparseLoCo k=64 2bit, rate 3",
+)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
@@ -235,7 +253,7 @@ class ThroughServer:
         """The server's message, for a worker's."""
         if dist.get_rank() == _SERVER:
             messages = [message if rank == _SERVER else _receive(rank) for rank in range(WORKERS)]
-            message = self._server.compress(combine(messages, how="present")).data
+            message = self._server.compress(combine(messages)).data
         else:
             self.sent += _send(message, _SERVER)
         message = _broadcast(message)
@@ -265,11 +283,41 @@ class Outer:
         self._outer.step()
 
 
+class OuterWithFeedback(Outer):
+    """The same with a codec: what it drops from an outer step is added to the next one."""
+
+    def __init__(self, model: Model, method: Method) -> None:
+        super().__init__(model, method)
+        self._codec, self._every, self._steps = method.spec, method.every, 0
+        self._weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        self._base = {name: weight.clone() for name, weight in self._weights.items()}
+        self._dropped = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+
+    def step(self) -> None:
+        """Move, and maybe exchange."""
+        self._steps += 1
+        due = self._steps % self._every == 0
+        self.optimizer.step()
+        if due:
+            self._add_dropped()
+        self._outer.step()
+        if due:
+            self._base = {name: weight.clone() for name, weight in self._weights.items()}
+
+    def _add_dropped(self) -> None:
+        """Move the weights so that the change, which is the base minus the weights, has what was dropped before."""
+        for name, weight in self._weights.items():
+            weight -= self._dropped[name]
+        changes = {name: self._base[name] - weight for name, weight in self._weights.items()}
+        sent = tensorwire.torch.loads(tensorwire.torch.dumps(changes, codec=self._codec))
+        self._dropped = {name: change - sent[name] for name, change in changes.items()}
+
+
 def learner(model: Model, method: Method) -> Any:
     """What makes the steps of a method."""
     kind: Callable[[Model, Method], Any] = Decoupled
     if method.every:
-        kind = Outer
+        kind = OuterWithFeedback if method.feedback else Outer
     elif method.spec == "adamw":
         kind = AllReduce
     elif method.down:
@@ -351,7 +399,7 @@ def worker(rank: int, folder: str, jobs: list[tuple[str, Method, int]], steps: i
             starts[seed] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         model.load_state_dict(starts[seed])
         run = {"method": name, **method._asdict(), "seed": seed, "steps": steps}
-        method = method._replace(every=min(method.every, steps))
+        method = method._replace(every=min(method.every, max(steps // 2, 1)))
         run |= train(model, method, texts[rank], held_out, seed=seed, steps=steps)
         if rank == 0:
             with open(Path(folder) / "runs", "a") as file:

@@ -132,7 +132,8 @@ def test_convergence_updates(tmp_path):
     pytest.importorskip("matplotlib")
     lines = run("convergence_updates.py", "--tiny", "--out", tmp_path)
     row = rf"1 \| {NUMBER} \| ([+-]{NUMBER} % )?\| {NUMBER} \| \d+ \| {NUMBER} \| \d+ \| {NUMBER} \|"
-    methods = ("AdamW", "DeMo k=32", "DeMo k=40 normalized, server k=40", "SparseLoCo k=64 2bit")
+    server, feedback = "DeMo k=40 normalized, server k=40", "DiLoCo nf4 with feedback"
+    methods = ("AdamW", "DeMo k=32", server, feedback, "SparseLoCo k=64 2bit, rate 3")
     all_match(
         lines,
         rf"Loss at the start {NUMBER} nats a byte; 4 steps. Means of seeds, and the lowest and highest.",
@@ -146,7 +147,7 @@ def test_convergence_updates(tmp_path):
     assert tuple(up) == tuple(down) == methods
     # Without a server, a worker gets the messages of the three others; with one, a message like its own.
     assert down["DeMo k=32"] == 3 * up["DeMo k=32"][-1]
-    assert down["DeMo k=40 normalized, server k=40"] < 1.1 * up["DeMo k=40 normalized, server k=40"][-1]
+    assert down[server] < 1.1 * up[server][-1]
 
 
 def test_integrity():
