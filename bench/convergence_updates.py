@@ -57,7 +57,7 @@ _COLOURS: Final = {
         ),
         "o",
     ),
-    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85", "#FFC107", "#8D6E63"), "^"),
+    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85", "#FFC107", "#8D6E63", "#FF6F00"), "^"),
 }
 _SERVER: Final = WORKERS - 1  # the rank of it; the first rank writes down what a worker sends
 _LENGTH: Final = 8  # bytes, before a message
@@ -102,10 +102,12 @@ METHODS: Final[dict[str, Method]] = {
     "DiLoCo fp32": Method("raw", every=20),
     "DiLoCo nf4": Method("nf4", every=20),
     "DiLoCo nf4 with feedback": Method("nf4:double_quant=true", every=20, feedback=True),
-    "SparseLoCo k=600 2bit": Method("topk:k=600", every=20),
+    "SparseLoCo k=600 2bit, rate 1.5": Method("topk:k=600", every=20, rate=1.5, momentum=0.0),
     "SparseLoCo k=64 2bit, rate 3": Method("topk:k=64,beta=0.95", every=20, rate=3.0, momentum=0.0),
+    "SparseLoCo k=24 sign, rate 3": Method("topk:k=24,values=sign,beta=0.95", every=20, rate=3.0, momentum=0.0),
     "DiLoCo rank 2": Method("lowrank:rank=2,k=16", every=20),
     "AdamW lr 0.004": Method("adamw", lr=4e-3),
+    "DeMo k=5 normalized, alpha=1, lr 0.004": Method("demo:k=5", lr=4e-3, beta2=0.99),
     "DeMo k=40 normalized lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3, beta2=0.99),
 }
 # One of each class.
