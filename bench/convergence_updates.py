@@ -90,7 +90,7 @@ METHODS: Final[dict[str, Method]] = {
     "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
     "DeMo k=32": Method("demo:k=32"),
     "DeMo k=15 normalized": Method("demo:k=15,beta=0.99,alpha=0.1", beta2=0.99),
-    "DeMo k=4 normalized": Method("demo:k=4,beta=0.99,alpha=0.1", beta2=0.99),
+    "DeMo k=4 normalized, alpha=1": Method("demo:k=4", beta2=0.99),
     "DeMo k=40 normalized, server k=64": Method(
         "demo:k=40,beta=0.99,alpha=0.1", beta2=0.99, down="topk:k=64,dct=true,values=sign"
     ),
@@ -105,7 +105,7 @@ METHODS: Final[dict[str, Method]] = {
     "SparseLoCo k=600 2bit, rate 1.5": Method("topk:k=600", every=20, rate=1.5, momentum=0.0),
     "SparseLoCo k=64 2bit, rate 3": Method("topk:k=64,beta=0.95", every=20, rate=3.0, momentum=0.0),
     "SparseLoCo k=24 sign, rate 3": Method("topk:k=24,values=sign,beta=0.95", every=20, rate=3.0, momentum=0.0),
-    "DiLoCo rank 2": Method("lowrank:rank=2,k=16", every=20),
+    "DiLoCo rank 3, rate 1": Method("lowrank:rank=3,k=8", every=20, rate=1.0, momentum=0.0),
     "AdamW lr 0.004": Method("adamw", lr=4e-3),
     "DeMo k=5 normalized, alpha=1, lr 0.004": Method("demo:k=5", lr=4e-3, beta2=0.99),
     "DeMo k=40 normalized lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3, beta2=0.99),
