@@ -90,7 +90,6 @@ METHODS: Final[dict[str, Method]] = {
     "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
     "DeMo k=32": Method("demo:k=32"),
     "DeMo k=15 normalized": Method("demo:k=15,beta=0.99,alpha=0.1", beta2=0.99),
-    "DeMo k=4 normalized, alpha=1": Method("demo:k=4", beta2=0.99),
     "DeMo k=40 normalized, server k=64": Method(
         "demo:k=40,beta=0.99,alpha=0.1", beta2=0.99, down="topk:k=64,dct=true,values=sign"
     ),
@@ -108,6 +107,7 @@ METHODS: Final[dict[str, Method]] = {
     "DiLoCo rank 3, rate 1": Method("lowrank:rank=3,k=8", every=20, rate=1.0, momentum=0.0),
     "AdamW lr 0.004": Method("adamw", lr=4e-3),
     "DeMo k=5 normalized, alpha=1, lr 0.004": Method("demo:k=5", lr=4e-3, beta2=0.99),
+    "DeMo k=4 normalized, alpha=1, lr 0.004": Method("demo:k=4", lr=4e-3, beta2=0.99),
     "DeMo k=40 normalized lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3, beta2=0.99),
 }
 # One of each class.
