@@ -1,15 +1,16 @@
 """What compressed training loses: loss over bytes of DeMo, DiLoCo and their kin, in real processes over gloo.
 
     python bench/convergence_updates.py --out DIR
-    python bench/convergence_updates.py --out DIR --seeds 3 --methods "demo k=32" adamw
+    python bench/convergence_updates.py --out DIR --seeds 3 --methods AdamW "DeMo k=32"
     python bench/convergence_updates.py --out DIR --tiny       # whether it runs at all
 
 Four workers, each with packages of the Python standard library of its own, train a model of bytes of 1.06 million
 parameters from a common warm start. All methods of a seed see the same text in the same order. Writes DIR/updates.json
 (one run a line, as soon as it is done; runs that are there already are not repeated), .md and .png.
 
-Bytes are those that a worker gives to its process group, framing included. Seconds are of the processor: of a worker's
-whole step, and of what the method has of it (its optimizer, compression, exchange).
+Bytes are those that a worker gives to its process group (up) and gets from it (down), framing included; of a method
+with a server, those of a worker that is not the server. Seconds are of the processor: of a worker's whole step, and of
+what the method has of it (its optimizer, compression, exchange).
 """
 
 import argparse
@@ -29,8 +30,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+import tensorwire
 from tensorwire.fl.task import split
 from tensorwire.integrations.torch_distributed import DeMo, DiLoCo
+from tensorwire.updates import Compressor, Normalizer, combine
 
 Run = dict[str, Any]
 Text = np.ndarray[Any, np.dtype[np.uint8]]
@@ -48,18 +51,25 @@ _WARM: Final = (3e-3, 200)  # learning rate and steps of the warm start
 _COLOURS: Final = {
     "whole gradients": (("#000000", "#888888"), "s"),
     "each step": (
-        ("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8", "#AFB42B", "#E91E63"),
+        (
+            *("#08306B", "#2171B5", "#6BAED6", "#00695C", "#26A69A", "#7B1FA2", "#BA68C8", "#AFB42B", "#E91E63"),
+            *("#5D4037", "#A1887F", "#455A64", "#90A4AE"),
+        ),
         "o",
     ),
-    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85"), "^"),
+    "outer steps": (("#7F2704", "#D94801", "#FD8D3C", "#FDBE85", "#FFC107", "#8D6E63", "#FF6F00"), "^"),
 }
+_SERVER: Final = WORKERS - 1  # the rank of it; the first rank writes down what a worker sends
+_LENGTH: Final = 8  # bytes, before a message
 _WARM_UP: Final = 20  # steps until the learning rate is reached; then it falls to a tenth along a cosine
 
 
 class Method(NamedTuple):
     """A row: how the workers learn. `every`: steps between outer steps, of DiLoCo; 0 for an exchange at each step.
 
-    `beta2`: of the mean squares that DeMo divides gradients by; None: it does not.
+    `beta2`: of the mean squares that DeMo divides gradients by; None: it does not. `down`: what a server compresses the
+    workers' sum with; empty: there is no server, and all send to all. `feedback`: what a codec drops from an outer step
+    is added to the next one.
     """
 
     spec: str
@@ -69,6 +79,8 @@ class Method(NamedTuple):
     rate: float = 0.7
     momentum: float = 0.9
     overlap: bool = False
+    down: str = ""
+    feedback: bool = False
 
 
 METHODS: Final[dict[str, Method]] = {
@@ -78,16 +90,34 @@ METHODS: Final[dict[str, Method]] = {
     "DeMo k=32 alpha=0.2": Method("demo:k=32,beta=0.995,alpha=0.2"),
     "DeMo k=32": Method("demo:k=32"),
     "DeMo k=15 normalized": Method("demo:k=15,beta=0.99,alpha=0.1", beta2=0.99),
-    "DeMo k=4 normalized": Method("demo:k=4,beta=0.99,alpha=0.1", beta2=0.99),
-    "DeMo k=8 no DCT": Method("demo:k=8,dct=false"),
+    "DeMo k=40 normalized, server k=64": Method(
+        "demo:k=40,beta=0.99,alpha=0.1", beta2=0.99, down="topk:k=64,dct=true,values=sign"
+    ),
+    "DeMo k=40 normalized, server k=40": Method(
+        "demo:k=40,beta=0.99,alpha=0.1", beta2=0.99, down="topk:k=40,dct=true,values=sign"
+    ),
+    "DeMo k=5 no DCT": Method("demo:k=5,dct=false"),
     "DeMo k=32 one step late": Method("demo:k=32", overlap=True),
     "DiLoCo fp32": Method("raw", every=20),
     "DiLoCo nf4": Method("nf4", every=20),
-    "SparseLoCo k=64 2bit": Method("topk:k=64,beta=0.95", every=20, rate=1.0, momentum=0.0),
-    "DiLoCo rank 2": Method("lowrank:rank=2,k=16", every=20),
+    "DiLoCo nf4 with feedback": Method("nf4:double_quant=true", every=20, feedback=True),
+    "SparseLoCo k=600 2bit, rate 1.5": Method("topk:k=600", every=20, rate=1.5, momentum=0.0),
+    "SparseLoCo k=64 2bit, rate 3": Method("topk:k=64,beta=0.95", every=20, rate=3.0, momentum=0.0),
+    "SparseLoCo k=24 sign, rate 3": Method("topk:k=24,values=sign,beta=0.95", every=20, rate=3.0, momentum=0.0),
+    "DiLoCo rank 3, rate 1": Method("lowrank:rank=3,k=8", every=20, rate=1.0, momentum=0.0),
     "AdamW lr 0.004": Method("adamw", lr=4e-3),
+    "DeMo k=5 normalized, alpha=1, lr 0.004": Method("demo:k=5", lr=4e-3, beta2=0.99),
+    "DeMo k=4 normalized, alpha=1, lr 0.004": Method("demo:k=4", lr=4e-3, beta2=0.99),
     "DeMo k=40 normalized lr 0.004": Method("demo:k=40,beta=0.99,alpha=0.1", lr=4e-3, beta2=0.99),
 }
+# One of each class.
+TINY: Final = (
+    "AdamW",
+    "DeMo k=32",
+    "DeMo k=40 normalized, server k=40",
+    "DiLoCo nf4 with feedback",
+    "SparseLoCo k=64 2bit, rate 3",
+)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
@@ -155,6 +185,10 @@ class AllReduce:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=method.lr)
         self.sent = 0
 
+    @property
+    def received(self) -> int:
+        return self.sent
+
     def step(self) -> None:
         """Exchange and move."""
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
@@ -178,9 +212,55 @@ class Decoupled:
     def sent(self) -> int:
         return self.optimizer.sent
 
+    @property
+    def received(self) -> int:
+        return self.optimizer.sent * (WORKERS - 1)
+
     def step(self) -> None:
         """Exchange and move."""
         self.optimizer.step()
+
+
+class ThroughServer:
+    """DeMo whose workers send to one of them only, the server.
+
+    The server compresses the sum of the messages for the way back and keeps what that leaves out. What a worker sends
+    and receives does not grow with the number of workers.
+    """
+
+    def __init__(self, model: Model, method: Method) -> None:
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=method.lr)
+        self._matrices = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
+        self._vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+        self._worker, self._server = Compressor(method.spec), Compressor(method.down)
+        self._normalizer = None if method.beta2 is None else Normalizer(method.beta2)
+        self.sent = self.received = 0
+
+    def step(self) -> None:
+        """Exchange and move."""
+        gradients = {name: weight.grad.numpy() for name, weight in self._matrices.items()}
+        gradients["vectors"] = torch.cat([weight.grad for weight in self._vectors]).numpy()
+        if self._normalizer is not None:
+            gradients = self._normalizer.divide(gradients)
+        message = self._exchange(self._worker.compress(gradients).data)
+        signs = {name: torch.from_numpy(np.sign(change)) for name, change in combine([message]).items()}
+        for name, weight in self._matrices.items():
+            weight.grad = signs[name]
+        parts = signs["vectors"].split([weight.numel() for weight in self._vectors])
+        for weight, part in zip(self._vectors, parts, strict=True):
+            weight.grad = part
+        self.optimizer.step()  # by the learning rate times the signs
+
+    def _exchange(self, message: bytes) -> bytes:
+        """The server's message, for a worker's."""
+        if dist.get_rank() == _SERVER:
+            messages = [message if rank == _SERVER else _receive(rank) for rank in range(WORKERS)]
+            message = self._server.compress(combine(messages)).data
+        else:
+            self.sent += _send(message, _SERVER)
+        message = _broadcast(message)
+        self.received += len(message) + _LENGTH
+        return message
 
 
 class Outer:
@@ -195,15 +275,55 @@ class Outer:
     def sent(self) -> int:
         return self._outer.sent
 
+    @property
+    def received(self) -> int:
+        return self._outer.sent * (WORKERS - 1)
+
     def step(self) -> None:
         """Move, and maybe exchange."""
         self.optimizer.step()
         self._outer.step()
 
 
+class OuterWithFeedback(Outer):
+    """The same with a codec: what it drops from an outer step is added to the next one."""
+
+    def __init__(self, model: Model, method: Method) -> None:
+        super().__init__(model, method)
+        self._codec, self._every, self._steps = method.spec, method.every, 0
+        self._weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        self._base = {name: weight.clone() for name, weight in self._weights.items()}
+        self._dropped = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+
+    def step(self) -> None:
+        """Move, and maybe exchange."""
+        self._steps += 1
+        due = self._steps % self._every == 0
+        self.optimizer.step()
+        if due:
+            self._add_dropped()
+        self._outer.step()
+        if due:
+            self._base = {name: weight.clone() for name, weight in self._weights.items()}
+
+    def _add_dropped(self) -> None:
+        """Move the weights so that the change, which is the base minus the weights, has what was dropped before."""
+        for name, weight in self._weights.items():
+            weight -= self._dropped[name]
+        changes = {name: self._base[name] - weight for name, weight in self._weights.items()}
+        sent = tensorwire.torch.loads(tensorwire.torch.dumps(changes, codec=self._codec))
+        self._dropped = {name: change - sent[name] for name, change in changes.items()}
+
+
 def learner(model: Model, method: Method) -> Any:
     """What makes the steps of a method."""
-    kind: Callable[[Model, Method], Any] = Outer if method.every else AllReduce if method.spec == "adamw" else Decoupled
+    kind: Callable[[Model, Method], Any] = Decoupled
+    if method.every:
+        kind = OuterWithFeedback if method.feedback else Outer
+    elif method.spec == "adamw":
+        kind = AllReduce
+    elif method.down:
+        kind = ThroughServer
     return kind(model, method)
 
 
@@ -225,13 +345,43 @@ def train(model: Model, method: Method, text: Text, held_out: Text, *, seed: int
         if (step + 1) % max(steps // _EVALUATIONS, 1) == 0:
             losses.append(evaluate(model, held_out))
             sent.append(made.sent)
-    return {"losses": losses, "bytes": sent, "ms": 1e3 * whole / steps, "method_ms": 1e3 * spent / steps}
+    milliseconds = {"ms": 1e3 * whole / steps, "method_ms": 1e3 * spent / steps}
+    return {"losses": losses, "bytes": sent, "received": made.received, **milliseconds}
 
 
 def _share(step: int, steps: int) -> float:
     """Of the learning rate."""
     warm = min(1.0, (step + 1) / _WARM_UP)
     return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+
+
+# ---- messages of any length ------------------------------------------------------------------------------------
+
+
+def _send(message: bytes, rank: int) -> int:
+    """Send a message after its length; returns the bytes sent."""
+    dist.send(torch.tensor([len(message)]), rank)
+    dist.send(torch.frombuffer(bytearray(message), dtype=torch.uint8), rank)
+    return len(message) + _LENGTH
+
+
+def _receive(rank: int) -> bytes:
+    length = torch.empty(1, dtype=torch.int64)
+    dist.recv(length, rank)
+    message = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(message, rank)
+    return message.numpy().tobytes()
+
+
+def _broadcast(message: bytes) -> bytes:
+    """The server's message, on every rank; what the others give does not matter."""
+    length = torch.tensor([len(message)])
+    dist.broadcast(length, _SERVER)
+    data = torch.empty(int(length), dtype=torch.uint8)
+    if dist.get_rank() == _SERVER:
+        data.numpy()[:] = np.frombuffer(message, np.uint8)
+    dist.broadcast(data, _SERVER)
+    return data.numpy().tobytes()
 
 
 # ---- processes -------------------------------------------------------------------------------------------------
@@ -251,7 +401,7 @@ def worker(rank: int, folder: str, jobs: list[tuple[str, Method, int]], steps: i
             starts[seed] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         model.load_state_dict(starts[seed])
         run = {"method": name, **method._asdict(), "seed": seed, "steps": steps}
-        method = method._replace(every=min(method.every, steps))
+        method = method._replace(every=min(method.every, max(steps // 2, 1)))
         run |= train(model, method, texts[rank], held_out, seed=seed, steps=steps)
         if rank == 0:
             with open(Path(folder) / "runs", "a") as file:
@@ -309,19 +459,19 @@ def table(runs: list[Run]) -> str:
     lines = [
         f"Loss at the start {begin} nats a byte; {runs[0]['steps']} steps. Means of seeds, and the lowest and highest.",
         "",
-        "| method | seeds | loss | above AdamW, same rate | MB a worker | times fewer | ms a step | of it method |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | seeds | loss | above AdamW, same rate | MB up | times fewer | MB down | ms a step | of it method |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, each in found.items():
         ratios = [
             100 * (run["losses"][-1] / plain[key] - 1) for run in each if (key := (run["lr"], run["seed"])) in plain
         ]
-        sent = mean(run["bytes"][-1] for run in each)
+        sent, received = mean(run["bytes"][-1] for run in each), mean(run["received"] for run in each)
         whole_ms, method_ms = (mean(run[key] for run in each) for key in ("ms", "method_ms"))
         loss = _spread([run["losses"][-1] for run in each], ".4f")
         lines.append(
             f"| {name} | {len(each)} | {loss} | {_spread(ratios, '+.2f', ' %')} | {sent / 1e6:.2f} "
-            f"| {whole / sent:.0f} | {whole_ms:.0f} | {method_ms:.1f} |"
+            f"| {whole / sent:.0f} | {received / 1e6:.2f} | {whole_ms:.0f} | {method_ms:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -377,11 +527,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0, help="settings are chosen on seeds that are not reported")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--tiny", action="store_true", help="three methods, four steps")
+    parser.add_argument("--tiny", action="store_true", help="a method of each class, four steps")
     options = parser.parse_args()
     names, steps, warm = options.methods, options.steps, _WARM[1]
     if options.tiny:
-        names, steps, warm = ["AdamW", "DeMo k=32", "SparseLoCo k=64 2bit"], 4, 1
+        names, steps, warm = list(TINY), 4, 1
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     runs = experiment(options.out, names, seeds=seeds, steps=steps, warm=warm)
     (options.out / "updates.md").write_text(table(runs))

@@ -132,16 +132,23 @@ def test_idle_connections():
 def test_convergence_updates(tmp_path):
     pytest.importorskip("matplotlib")
     lines = run("convergence_updates.py", "--tiny", "--out", tmp_path)
-    row = rf"1 \| {NUMBER} \| ([+-]{NUMBER} % )?\| {NUMBER} \| \d+ \| \d+ \| {NUMBER} \|"
+    row = rf"1 \| {NUMBER} \| ([+-]{NUMBER} % )?\| {NUMBER} \| \d+ \| {NUMBER} \| \d+ \| {NUMBER} \|"
+    server, feedback = "DeMo k=40 normalized, server k=40", "DiLoCo nf4 with feedback"
+    methods = ("AdamW", "DeMo k=32", server, feedback, "SparseLoCo k=64 2bit, rate 3")
     all_match(
         lines,
         rf"Loss at the start {NUMBER} nats a byte; 4 steps. Means of seeds, and the lowest and highest.",
         "",
         *[r"\|.*\|"] * 2,
-        *(rf"\| {name} \| {row}" for name in ("AdamW", "DeMo k=32", "SparseLoCo k=64 2bit")),
+        *(rf"\| {name} \| {row}" for name in methods),
     )
     assert {path.name for path in tmp_path.iterdir()} == {"updates.json", "updates.md", "updates.png"}
-    assert len((tmp_path / "updates.json").read_text().splitlines()) == 3
+    runs = [json.loads(line) for line in (tmp_path / "updates.json").read_text().splitlines()]
+    up, down = ({run["method"]: run[key] for run in runs} for key in ("bytes", "received"))
+    assert tuple(up) == tuple(down) == methods
+    # Without a server, a worker gets the messages of the three others; with one, a message like its own.
+    assert down["DeMo k=32"] == 3 * up["DeMo k=32"][-1]
+    assert down[server] < 1.1 * up[server][-1]
 
 
 def test_integrity():
