@@ -82,6 +82,17 @@ def test_bundles_carry_what_frames_do_under_every_codec(codec: str, tmp_path: Pa
         assert np.array_equal(file.get_slice("7")[5:9], few[7][5:9])
 
 
+def test_payloads_of_equal_items_may_differ_in_length() -> None:
+    """What is checked once for items that are described alike does not include the length of their payloads."""
+    rng = np.random.default_rng(0)
+    state = {f"{number}": rng.integers(0, number + 1, 600).astype(np.float32) for number in range(20)}
+    stream = tw.dumps(state, codec="raw|zstd")
+    assert types(stream).count("BUNDLE") == 1
+    with Receiver(DEFAULT, encoded=True) as receiver:
+        lengths = {len(event.data) for event in receiver.events(stream) if isinstance(event, Payload)}
+    assert len(lengths) > 10 and same(tw.loads(stream), state)
+
+
 def test_items_of_a_bundle_are_read_one_by_one(tmp_path: Path) -> None:
     state = experts(100) | {"none": np.zeros((0, 3), np.float32), "steps": 7, "tied": None}
     state["tied"] = state["experts.3.w"]
