@@ -51,7 +51,7 @@ private:
     bool full_ = false;
 };
 
-// Once bits were wanted that are not there, or that nobody writes, it is not good any more.
+// `good` becomes false once bits are read that are not there.
 class BitReader {
 public:
     BitReader(const uint8_t* data, size_t size) : data_(data), size_(size), end_(8 * size) {}

@@ -1,7 +1,7 @@
 // The two-dimensional DCT-II of chunks, and its inverse, by Lee's recursion (IEEE Trans. ASSP 32, 1984).
 //
-// What is calculated, and in which order, is said in tensorwire/kernels/_numpy_dct.py. Numbers of one place in many
-// columns are transformed at once; what lies in rows is turned first.
+// tensorwire/kernels/_numpy_dct.py defines the arithmetic and its order. kWide columns are transformed at a time; rows are
+// transposed first.
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,7 @@
 namespace tw {
 namespace {
 
-// As many columns as are transformed at once: a vector, or what compilers make vectors of.
+// kWide columns: one vector, or for the portable tier an array whose loops compilers vectorize.
 #if defined(TW_AVX512) || defined(TW_AVX2)
 
 constexpr size_t kWide = kLanes;
@@ -70,8 +70,8 @@ inline void interleave(Wide a, Wide b, Wide& low, Wide& high) {
 
 #endif
 
-// Each row of a square of vectors becomes a column: every round moves the upper half of the rows between the lower.
-inline void turn(Wide (&rows)[kWide]) {
+// Transposes a square of vectors: each round interleaves the upper half of the rows with the lower half.
+inline void transpose(Wide (&rows)[kWide]) {
     for (size_t round = 1; round < kWide; round *= 2) {
         Wide next[kWide];
         for (size_t i = 0; i < kWide / 2; ++i) interleave(rows[i], rows[i + kWide / 2], next[2 * i], next[2 * i + 1]);
@@ -79,14 +79,14 @@ inline void turn(Wide (&rows)[kWide]) {
     }
 }
 
-// The transform of one length, in columns, without the factors that make it orthonormal.
+// The one-dimensional transform of columns, without the factors that make it orthonormal.
 class Dct {
 public:
     explicit Dct(const float* tables) : tables_(tables) {}
 
     const float* cosines(size_t n) const { return tables_ + (n - 1) * n * (2 * n - 1) / 6; }
 
-    // In place. `spare`: as many more.
+    // In place. `spare`: room for as many.
     void forward(Wide* x, size_t n, Wide* spare) const {
         switch (n) {
             case 1: return;
@@ -179,7 +179,7 @@ private:
         }
     }
 
-    // Two steps of the recursion in one.
+    // Two steps of the recursion in one, so that intermediate results are stored half as often.
     void forward_by_quarters(Wide* x, size_t n, Wide* spare) const {
         const size_t half = n / 2, q = n / 4;
         const float *outer = secants(n), *inner = secants(half);
@@ -238,7 +238,7 @@ private:
         }
     }
 
-    // Of an odd length: number i of the result is the sum of x[j] * cosines[i * by_row + j * by_sum], over ascending j.
+    // For odd lengths: result i is the sum of x[j] * cosines[i * by_row + j * by_sum] over ascending j.
     void by_cosines(Wide* x, size_t n, size_t by_row, size_t by_sum, Wide* spare) const {
         const float* table = cosines(n);
         for (size_t i = 0; i < n; ++i) {

@@ -1,4 +1,4 @@
-// What a compressor takes in.
+// A compressor's update: what it keeps of a tensor, with a new gradient added.
 #pragma once
 
 #include "simd.h"

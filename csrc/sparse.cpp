@@ -45,15 +45,15 @@ struct alignas(64) Matrix {
     float at[kMostSide][kMostSide];
 };
 
-// Of each place in a row or column of a chunk, vectors of all columns or rows. One more, so that those of equal places
-// do not share a set of the caches.
+// A chunk as strips of kWide columns, a vector for each row. (In Forward, also of kWide rows, a vector for each column.) One
+// vector more than needed keeps equal rows of different strips out of the same cache set.
 struct Strips {
     Wide at[kMostSide / kWide][kMostSide + 1];
 };
 
 constexpr size_t strips_of(size_t n) { return (n + kWide - 1) / kWide; }
 
-// What makes coefficients orthonormal: of the first row and column of a chunk, and of others.
+// The factors that make the transform orthonormal. They differ only in the first row and the first column.
 class Factors {
 public:
     void prepare(size_t height, size_t width) {
@@ -66,7 +66,7 @@ public:
         }
     }
     float at(size_t u, size_t v) const { return at_[u > 0][v > 0]; }
-    // Of the columns from `v` on, a multiple of kWide.
+    // For kWide columns from `v` on, a multiple of kWide.
     Wide across(size_t u, size_t v) const { return v ? wide_of(at_[u > 0][1]) : load_wide(first_[u > 0]); }
 
 private:
@@ -80,12 +80,12 @@ private:
     float first_[2][kWide];
 };
 
-// The coefficients of chunks.
+// Computes the coefficients of a chunk.
 class Forward {
 public:
     explicit Forward(const float* tables) : dct_(tables) {}
 
-    // Row by row, `chunk.width` apart.
+    // `coefficients`: row by row, without gaps.
     void operator()(const Chunk& chunk, const float* from, float* coefficients) {
         const size_t height = chunk.height, width = chunk.width;
         for (size_t i = 0; i < height; ++i) {
@@ -101,7 +101,7 @@ public:
             for (size_t block = 0; block < strips_of(width); ++block) {
                 Wide square[kWide];
                 for (size_t i = 0; i < kWide; ++i) square[i] = columns_.at[block][s * kWide + i];
-                turn(square);
+                transpose(square);
                 for (size_t i = 0; i < kWide; ++i) strip[block * kWide + i] = square[i];
             }
             dct_.forward(strip, width, spare_);
@@ -110,14 +110,14 @@ public:
     }
 
 private:
-    // The coefficients of the rows from `first` on.
+    // Writes kWide rows of coefficients, from row `first` on.
     void write(const Chunk& chunk, const Wide* strip, size_t first, float* coefficients) {
         factors_.prepare(chunk.height, chunk.width);
         const size_t rows = min_of(kWide, chunk.height - first);
         for (size_t col = 0; col < chunk.width; col += kWide) {
             Wide square[kWide];
             for (size_t i = 0; i < kWide; ++i) square[i] = strip[col + i];
-            turn(square);
+            transpose(square);
             for (size_t i = 0; i < rows; ++i) {
                 float* to = coefficients + (first + i) * chunk.width + col;
                 store_wide(to, mul(square[i], factors_.across(first + i, col)), chunk.width - col);
@@ -160,7 +160,7 @@ int32_t kth_largest(const int32_t* x, size_t n, size_t k, size_t enough) {
     return found;
 }
 
-// Calls `visit` for the place of each of n numbers, a multiple of 16, that reaches `low`.
+// Calls `visit` with the place of each number that is at least `low`. `n`: a multiple of 16.
 template <class Visit>
 void each_reaching(const int32_t* x, size_t n, int32_t low, Visit visit) {
     for (size_t i = 0; i < n; i += 16) {
@@ -226,7 +226,7 @@ float largest_of(const float* x, size_t n) {
     return float_of(largest);
 }
 
-// `prepare(from, n)`: makes a row of a chunk ready, and says how large its largest magnitude is.
+// `prepare(start, n)` makes a row of a chunk ready and returns its largest magnitude.
 template <class Prepare>
 float select_each(const float* values, uint16_t* positions, float* coefficients, size_t n, const Grid& grid,
                   const float* tables, Prepare prepare) {
@@ -287,7 +287,7 @@ void add_row(Sum* sums, const float* elements, size_t n, Sum weight) {
     for (; i < n; ++i) put(sums + i, get(sums + i) + weight * static_cast<Sum>(elements[i]));
 }
 
-// What has been selected of one chunk, transformed back.
+// Computes the elements of a chunk from the few coefficients that were selected.
 class Inverse {
 public:
     explicit Inverse(const float* tables) : dct_(tables) {}
@@ -318,7 +318,7 @@ public:
     }
 
 private:
-    // The cosines of rows of a length, with zeros behind.
+    // Copies the cosines of one length, with zeros behind each row.
     void prepare(size_t width) {
         if (width == width_) return;
         memset(&across_, 0, sizeof across_);
@@ -542,7 +542,7 @@ void nothing_of(uint16_t* positions, size_t kept) {
     for (size_t i = 0; i < kept; ++i) put(positions + i, kNothing);
 }
 
-// The positions of a chunk from their number; false: there is none such.
+// Reads the positions of a chunk as one number. False: no positions have this number.
 bool take_number(BitReader& bits, uint16_t* positions, size_t kept, size_t size) {
     const unsigned length = enumerated_bits(size, kept), low = length < 32 ? length : 32;
     uint64_t number = bits.take(low);
@@ -558,7 +558,7 @@ bool take_number(BitReader& bits, uint16_t* positions, size_t kept, size_t size)
     return true;
 }
 
-// The same from how many elements are left out before each. Reads from a copy, which the compiler keeps in registers.
+// Reads them as gaps. Works on a copy of the reader, which the compiler keeps in registers.
 bool take_gaps(BitReader& bits, uint16_t* positions, size_t kept, size_t size, unsigned rice) {
     BitReader in = bits;
     size_t next = 0;
