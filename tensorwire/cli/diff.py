@@ -8,6 +8,7 @@ from typing import Any, Final
 from tensorwire.cli import inputs
 from tensorwire.cli.common import PIPE, add_limits, tracked, verb, write_stream
 from tensorwire.cli.outputs import add_force, check_output
+from tensorwire.errors import counted
 from tensorwire.files import versions
 from tensorwire.streams import Report, size_text
 
@@ -39,5 +40,6 @@ def _run(arguments: argparse.Namespace) -> int:
     write_stream(arguments.output, tracked(buffers, None, lambda: report.bytes_in))
     size = sum(map(os.path.getsize, inputs.files(arguments.new)))
     written = "" if arguments.output == PIPE else f": {arguments.output}"
-    print(f"{size_text(size)} -> {size_text(report.bytes_out)}, {report.items} items changed{written}", file=sys.stderr)
+    changed = f"{counted(report.items, 'item')} changed"
+    print(f"{size_text(size)} -> {size_text(report.bytes_out)}, {changed}{written}", file=sys.stderr)
     return 0

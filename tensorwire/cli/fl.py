@@ -17,7 +17,7 @@ from tensorwire.cli.network import where as show_address
 from tensorwire.cli.outputs import add_force
 from tensorwire.cli.process import run_async
 from tensorwire.cli.settings import add_settings, plan_of
-from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.errors import TensorwireError, TransportError, counted
 from tensorwire.fl.plan import Plan
 from tensorwire.storage import write_file
 from tensorwire.streams import size_text
@@ -229,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(rows)
     last = rows[-1]
-    loss = f"loss {_shown(rows[0]['loss'])} -> {_shown(last['loss'])} in {last['round']} rounds"
+    loss = f"loss {_shown(rows[0]['loss'])} -> {_shown(last['loss'])} in {counted(last['round'], 'round')}"
     print(f"{loss}, {size_text(last['bytes'])} moved (fp32: {size_text(last['fp32_bytes'])})", file=sys.stderr)
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
     return 0

@@ -7,7 +7,7 @@ import time
 from typing import Any, Final
 
 from tensorwire.cli.common import UsageError, print_json
-from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.errors import TensorwireError, TransportError, counted
 from tensorwire.transports import client_tls, is_loopback, server_tls
 
 PORT: Final = 7453
@@ -104,5 +104,5 @@ def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> No
         return
     rate = result["moved"] / max(result["seconds"], 1e-9) / 1e6
     resumed = f", {result['moved']:,} of them now" if result["moved"] < result["bytes"] else ""
-    line = f"{verb} {name}: {result['bytes']:,} bytes{resumed} in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
+    line = f"{verb} {name}: {counted(result['bytes'], 'byte')}{resumed} in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
     print(f"{line}, stream digest {result['stream_digest']}", file=sys.stderr)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any, Final
 
-from tensorwire.errors import AuthError, EncodeError, FormatError, LimitError, UnsupportedError, show
+from tensorwire.errors import AuthError, EncodeError, FormatError, LimitError, UnsupportedError, counted, show
 from tensorwire.files.source import File, opened, read_some
 
 # RFC 2104 discourages keys shorter than the digest, 32 bytes; less than 16 can be guessed.
@@ -138,7 +138,7 @@ def _mac(key: bytes) -> hmac.HMAC:
     if not isinstance(key, (bytes, bytearray)):
         raise TypeError(f"a key is bytes, not {type(key).__name__}")
     if len(key) < MIN_KEY:
-        raise AuthError(f"a key of {len(key)} bytes: take at least {MIN_KEY}, better 32 random ones")
+        raise AuthError(f"a key of {counted(len(key), 'byte')}: take at least {MIN_KEY}, better 32 random ones")
     return hmac.new(key, digestmod=sha256)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tensorwire import dtypes
 from tensorwire.dtypes import DType
-from tensorwire.errors import FormatError, LimitError, TruncatedError, UnsupportedError, WireError, show
+from tensorwire.errors import FormatError, LimitError, TruncatedError, UnsupportedError, WireError, counted, show
 from tensorwire.files.source import HEAD, File, Source, is_path, name_error, source
 from tensorwire.limits import DEFAULT
 from tensorwire.memory import Pool
@@ -61,7 +61,7 @@ class Checkpoint(Mapping[str, TensorView]):
         return open_checkpoint, (self._file,)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({name_of(self._file)!r}, {len(self)} tensors)"
+        return f"{type(self).__name__}({name_of(self._file)!r}, {counted(len(self), 'tensor')})"
 
     def __getitem__(self, name: str) -> TensorView:
         return self._views[name]

@@ -12,7 +12,16 @@ import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec
-from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError, WireError, show
+from tensorwire.errors import (
+    EncodeError,
+    FormatError,
+    TensorwireError,
+    TruncatedError,
+    WireError,
+    check_function,
+    counted,
+    show,
+)
 from tensorwire.files.items import read_item
 from tensorwire.files.source import (
     HEAD,
@@ -68,6 +77,7 @@ def save_file(
     `progress` is called as bytes are written, with `total`. Raises StorageError where the system does not take the
     file; one that was at the path is untouched then.
     """
+    check_function(progress, "progress", "done", "total")
     late: Late | None = [] if is_path(file) else None
     if late is None:
         check_writable(file)
@@ -81,6 +91,7 @@ def save_file(
 
 def load_file(file: File, front: Front, *, progress: Progress | None = None, **options: Any) -> Any:
     """The whole container in a `.tw` file, every byte verified: by its path, or as a file object, from where it is."""
+    check_function(progress, "progress", "done", "total")
     with opened(file) as raw:
         value = collect(raw if progress is None else _Counting(raw, progress), front, **options)
         if raw.read(1):
@@ -168,7 +179,7 @@ class TensorFile(Mapping[str, Any]):
     def __repr__(self) -> str:
         if self._is_closed:
             return f"TensorFile({self._name!r}, closed)"
-        return f"TensorFile({self._name!r}{'' if self._opened is None else f', {len(self)} items'})"
+        return f"TensorFile({self._name!r}{'' if self._opened is None else ', ' + counted(len(self), 'item')})"
 
     def __enter__(self) -> "TensorFile":
         return self

@@ -27,6 +27,7 @@ from tensorwire.errors import (
     TransportError,
     TruncatedError,
     WireError,
+    counted,
     show,
 )
 from tensorwire.fl.plan import Order
@@ -272,19 +273,20 @@ class Client:
         if dropped:
             names = ", ".join(dropped[:_SHOWN])
             why = "as they are no finite numbers, or too many"
-            self._on_step(f"round {order.round}: {len(dropped)} metrics are not reported, {why}: {names}")
-        counted = as_number(weight)
-        if counted is None:
+            left_out = f"left {counted(len(dropped), 'metric')} out of the report"
+            self._on_step(f"round {order.round}: {left_out}, {why}: {names}")
+        number = as_number(weight)
+        if number is None:
             raise SchemaError(f"training must give a number as its weight, not {show(weight)}")
-        if not 0 < counted < math.inf:
-            self._add_nothing(order, f"training has the weight {counted:g}")
+        if not 0 < number < math.inf:
+            self._add_nothing(order, f"training has the weight {number:g}")
             return
         if fingerprint(base) != untouched:
             self._on_step(f"round {order.round}: training works in place, so what it began with is read again")
             base = self._load(order)
         try:
             self._encode(order, base, state, Terms(
-                order.run, order.round, order.base, self.name, order.kind, counted, kept))  # fmt: skip
+                order.run, order.round, order.base, self.name, order.kind, number, kept))  # fmt: skip
         except NonFiniteError as error:
             self._add_nothing(order, f"training gave what cannot be sent as {order.up}: {error}")
 

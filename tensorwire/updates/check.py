@@ -14,7 +14,7 @@ import tensorwire
 from tensorwire import Schema, TensorwireError, dtypes
 from tensorwire.codecs import as_floats, is_calculated
 from tensorwire.dtypes import DType
-from tensorwire.errors import CorruptError, EncodeError, SchemaError, show
+from tensorwire.errors import CorruptError, EncodeError, SchemaError, check_function, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Scratch
 from tensorwire.streams import CodecChoice, Piece, Pieces, rule
@@ -110,6 +110,9 @@ class Rules:
     validate: Callable[[Update, Schema], Verdict] | None = None
     limits: Limits = DEFAULT
     down: CodecChoice = "raw"
+
+    def __post_init__(self) -> None:
+        check_function(self.validate, "validate", "update", "schema")
 
 
 def ceilings(model: Arrays, down: CodecChoice) -> dict[str, float]:

@@ -17,6 +17,7 @@ from tensorwire.errors import (
     SequenceError,
     TensorwireError,
     TransportError,
+    check_function,
 )
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.versions.manifest import (
@@ -133,6 +134,7 @@ class Publisher:
         written to, SequenceError if another publisher has written to it.
         """
         pairs = check_metadata(metadata)
+        check_function(progress, "progress", "done", "total")
         if isinstance(state, Iterator):
             raise EncodeError("a version is read more than once: give a container such as a dict, not an iterator")
         before = self._check_alone()

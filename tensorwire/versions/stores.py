@@ -26,6 +26,7 @@ from tensorwire.errors import (
     StorageError,
     TensorwireError,
     TransportError,
+    counted,
 )
 from tensorwire.storage import open_to_read, write_file
 
@@ -369,7 +370,9 @@ class _Remote(io.RawIOBase):
         if self._left is not None:
             self._left -= len(data)
             if not data and len(buffer) and self._left > 0:
-                raise TransportError(f"{self.name}: the connection ended {self._left} bytes before the file does")
+                raise TransportError(
+                    f"{self.name}: the connection ended {counted(self._left, 'byte')} before the file does"
+                )
         buffer[: len(data)] = data
         return len(data)
 

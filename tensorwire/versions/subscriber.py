@@ -19,6 +19,7 @@ from tensorwire.errors import (
     StorageError,
     TensorwireError,
     WireError,
+    check_function,
 )
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
@@ -89,6 +90,7 @@ class Subscriber:
         Raises a WireError or MissingFileError that names the version, SequenceError if the chain to it is broken,
         StorageError and TransportError for a store that does not answer.
         """
+        check_function(progress, "progress", "done", "total")
         have = None if whole else self.have
         avoid: set[str] = set()
         first: TensorwireError | None = None
