@@ -295,7 +295,9 @@ def test_a_broken_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[s
         error = capsys.readouterr().err
         assert error.startswith("tensorwire: error: ") and error.count("\n") == 1, name
         assert name.endswith("safetensors") or name in error
-        assert not name.startswith("pointer") or name.endswith("safetensors") or "git-lfs" in error
+        assert not name.startswith("pointer") or "git-lfs" in error
+        assert not name.startswith("page") or "an HTML or XML page, not the file" in error
+        assert name != "text.pt" or "text, not the file; it begins with 'hello" in error
         assert not (folder / "never.tw").exists()
 
 
@@ -577,3 +579,13 @@ def test_a_sharded_checkpoint_is_one_model_both_ways(folder: Path, capsys: pytes
     assert run("decode", folder / "in.tw", shards, "--max-shard-size", "20kB") != 0
     assert run("decode", folder / "in.tw", "-", "--max-shard-size", "20kB") == 2
     assert contents(shards) == before
+
+
+def test_content_digests_take_limits_and_no_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("encode", folder / "model.safetensors", folder / "m.tw") == 0
+    assert run("digest", folder / "m.tw", "--content", "--limit", "items=1") == 1
+    assert "items is" in capsys.readouterr().err
+    assert run("digest", folder / "m.tw", "--content", "--limit", "items=100") == 0
+    for arguments in ((folder / "m.tw", "--limit", "items=100"), ("-", "--content")):
+        assert run("digest", *arguments) == 2
+        assert "--content" in capsys.readouterr().err

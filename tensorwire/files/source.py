@@ -57,7 +57,7 @@ _KINDS: Final = (
 _PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _PRINTED: Final = bytes([*b"\t\n\r", *range(0x20, 0x7F)])  # what text in ASCII consists of
 _TEXT_SHOWN: Final = 40  # characters
-HEAD: Final = 512  # bytes that `name_error` looks at
+HEAD: Final = 512  # bytes that `kind_of` looks at
 
 
 def is_path(file: object) -> TypeGuard[Path]:
@@ -290,7 +290,7 @@ def _raw(file: Any) -> AbstractContextManager[Any]:
 def name_error(error: TensorwireError, name: str, head: bytes, magic: bytes) -> None:
     """Let an error name the file and, where that begins as something else than a stream, say what it is."""
     error.file = error.file or name
-    kind = _kind(head, magic)
+    kind = kind_of(head, magic) if magic else kind_of(head)
     if kind is not None:
         error.detail = f"this is {kind}"
 
@@ -346,9 +346,12 @@ def _head(file: Any, begin: int) -> bytes:
     return b""
 
 
-def _kind(head: bytes, magic: bytes) -> str | None:
-    """What begins like this, where it is known and something else than expected."""
-    if not head or (magic and head.startswith(magic)):
+def kind_of(head: bytes, *expected: bytes) -> str | None:
+    """What a file is whose first `HEAD` bytes are these; None where it is unknown, or begins as one of `expected` do.
+
+    Where nothing is expected to begin it, a `.safetensors` file is.
+    """
+    if not head or head.startswith(expected):
         return None
     for begin, kind in _KINDS:
         if head.startswith(begin):
@@ -361,7 +364,7 @@ def _kind(head: bytes, magic: bytes) -> str | None:
     if head[257:262] == b"ustar":
         return "a tar file: unpack it first"
     if head[8:10] == b'{"':
-        return "a .safetensors file: read it with tensorwire.safetensors" if magic == MAGIC else None
+        return "a .safetensors file: read it with tensorwire.safetensors" if expected else None
     if len(head) == HEAD and not any(head):
         return "a file that begins with zeros: it was never written to its end"
     if text.startswith(b"{"):
