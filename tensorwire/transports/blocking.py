@@ -14,7 +14,18 @@ from tensorwire.errors import TransportError
 from tensorwire.transfer import Conversation
 from tensorwire.transports.addresses import connected, listening
 from tensorwire.transports.driver import Buffer, Early, Pulse, Transport, completed, run_of
-from tensorwire.transports.pace import HANDSHAKE, LOOKS, MIN_RATE, TIMEOUT, Stall, failed, said, unacknowledged
+from tensorwire.transports.pace import (
+    AGREEING,
+    HANDSHAKE,
+    LOOKS,
+    MIN_RATE,
+    TIMEOUT,
+    Stall,
+    failed,
+    is_plain,
+    said,
+    unacknowledged,
+)
 from tensorwire.transports.tls import common_name, peer_names, require_protection
 
 # What is on its way when a peer dies is sent again: what has not left yet, and what has arrived but was not read.
@@ -306,10 +317,10 @@ def _handshake(connection: ssl.SSLSocket) -> ssl.SSLSocket:
         connection.do_handshake()
         return connection
     except OSError as error:
-        if isinstance(error, ssl.SSLError):
+        if isinstance(error, ssl.SSLError) and not is_plain(error):  # who speaks without TLS would not hear it
             _be_heard(connection)
         connection.close()
-        raise failed("agreeing on TLS", error) from error
+        raise failed(AGREEING, error) from error
 
 
 def _be_heard(connection: ssl.SSLSocket) -> None:
