@@ -22,7 +22,7 @@ from tensorwire.errors import (
     counted,
     show,
 )
-from tensorwire.files.items import read_item
+from tensorwire.files.items import RunningSums, read_item
 from tensorwire.files.source import (
     HEAD,
     File,
@@ -368,8 +368,9 @@ class TensorSlice:
     """A tensor in a file, of which a part is read: index it as an array of its shape.
 
     Integers and a slice at the front decide what is read: the frames that hold it, no others. (A raw tensor that
-    `save_file` wrote is one frame, which is read to be verified, in little memory.) What follows, up to a whole index
-    of the tensor library, picks from that in memory.
+    `save_file` wrote is one frame with one checksum: for its first part all of it is read, in little memory. Later
+    parts, as long as the file is open, read the mebibytes that hold them.) What follows, up to a whole index of the
+    tensor library, picks from that in memory.
     """
 
     __slots__ = ("_file", "_item", "_name")
@@ -429,6 +430,7 @@ class _Opened:
         self.source = source
         self._limits = limits
         self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
+        self._running: RunningSums = {}
 
         def accept(what: StreamInfo | Item) -> None:
             if isinstance(what, TensorItem):
@@ -466,7 +468,16 @@ class _Opened:
     def read(
         self, number: int, item: DataItem, codec: Codec, part: tuple[int, int] | None = None
     ) -> npt.NDArray[np.uint8]:
-        return read_item(self.archive, number, item, codec, self._limits, read_into=self.source.read_into, part=part)
+        return read_item(
+            self.archive,
+            number,
+            item,
+            codec,
+            self._limits,
+            read_into=self.source.read_into,
+            part=part,
+            running=self._running,
+        )
 
     def views(self, value_of: Callable[[str], Any]) -> Any:
         """The container, its tensors as views; `value_of` gives the values."""
