@@ -9,6 +9,7 @@ import mmap
 import os
 import stat
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, BinaryIO, Final, TypeGuard
@@ -18,6 +19,7 @@ import numpy as np
 from tensorwire.errors import (
     ArgumentError,
     ClosedError,
+    CorruptError,
     EncodeError,
     TensorwireError,
     TransportError,
@@ -141,6 +143,7 @@ class PathSource(Source):
             self._file.close()
             raise _no_seek(self.name)
         self.size = status.st_size
+        self.identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
         """`Source.map`."""
@@ -163,6 +166,73 @@ class PathSource(Source):
             raise closed(self.name)
         with storing(self.name, "read"):
             return read_at(self._file.fileno(), buffer, offset)
+
+
+class OpenFiles:
+    """The files that were read last, of many, open: at most `most`, but for those that are being read."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: dict[str, PathSource] = {}  # the one that was used last stands last
+        self._readers: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def take(self, path: str) -> PathSource:
+        """The file of this path, which stays open until `give_back`."""
+        with self._lock:
+            file = self._open.pop(path, None) or PathSource(path)
+            self._open[path] = file
+            self._readers[path] += 1
+            if len(self._open) > self._most:
+                for idle in [each for each in self._open if not self._readers[each]][: len(self._open) - self._most]:
+                    self._open.pop(idle).close()
+            return file
+
+    def give_back(self, path: str) -> None:
+        """One reader less."""
+        with self._lock:
+            self._readers[path] -= 1
+
+    def close(self) -> None:
+        """Close those that are open."""
+        with self._lock:
+            for file in self._open.values():
+                file.close()
+            self._open.clear()
+
+
+class OneOfMany(Source):
+    """A file by its path that is open only while it is among the last ones of `files` that were read.
+
+    Raises CorruptError where another file has its path by then, or its content was changed.
+    """
+
+    def __init__(self, path: str, files: OpenFiles) -> None:
+        super().__init__()
+        self.name = path
+        self._files: OpenFiles | None = files
+        file = files.take(path)
+        self.size, self._identity = file.size, file.identity
+        files.give_back(path)
+
+    def close(self) -> None:
+        """Let go of the file, which others may still read."""
+        super().close()
+        self._files = None
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        files = self._files
+        if files is None:
+            raise closed(self.name)
+        file = files.take(self.name)
+        try:
+            if file.identity != self._identity:
+                error = CorruptError("the file was replaced or written to since it was opened: open it again")
+                error.file = self.name
+                raise error
+            return file._read_some(offset, buffer)
+        finally:
+            files.give_back(self.name)
 
 
 class ObjectSource(Source):
