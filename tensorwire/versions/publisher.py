@@ -66,10 +66,11 @@ class Publisher:
         with tensorwire.versions.Publisher("versions") as publisher:
             publisher.publish(model.state_dict())
 
-    It keeps a copy of the last version in memory, which it first reads from the store if that has versions. A publisher
-    belongs to one thread, and a store to one publisher at a time. A folder is locked, and a second publisher raises
-    StorageError at once. An object store has no lock: a publisher that finds a manifest it did not write stops with a
-    SequenceError, on S3 even if the manifest changes between its read and its write.
+    It keeps a copy of the last version in memory, as many bytes as the state has, which it first reads from the store
+    if that has versions. (A patch is made of the old values; digests would not do. `tensorwire.diff` of two files holds
+    neither.) A publisher belongs to one thread, and a store to one publisher at a time. A folder is locked, and a
+    second publisher raises StorageError at once. An object store has no lock: a publisher that finds a manifest it did
+    not write stops with a SequenceError, on S3 even if the manifest changes between its read and its write.
     """
 
     def __init__(
