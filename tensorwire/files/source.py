@@ -80,6 +80,12 @@ def is_path(file: object) -> TypeGuard[Path]:
     raise ArgumentError(f"expected a path or a binary file object, not {type(file).__name__}")
 
 
+def check_paths(paths: object) -> None:
+    """Raise ArgumentError for one path where there should be several: text is iterable, too."""
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise ArgumentError(f"expected a list of files, not one: give [{paths!r}]")
+
+
 class Source:
     """Bytes at rest: `tensorwire.wire.RandomAccess`. Any thread may read.
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from tensorwire.errors import counted
+from tensorwire.errors import ArgumentError, counted
 
 _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 
@@ -91,6 +91,12 @@ class Report:
         if spec not in self.codecs:
             self.codecs[spec] = Carried()
         return self.codecs[spec]
+
+
+def check_report(report: object) -> None:
+    """Raise ArgumentError for anything but a `Report`, or None."""
+    if report is not None and not isinstance(report, Report):
+        raise ArgumentError(f"report must be a tensorwire.Report to be filled, not {type(report).__name__}")
 
 
 def size_text(count: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from tensorwire.errors import TransportError
 from tensorwire.transfer import Conversation
-from tensorwire.transports.addresses import connected, listening
+from tensorwire.transports.addresses import check_address, connected, listening
 from tensorwire.transports.driver import Buffer, Early, Pulse, Transport, completed, run_of
 from tensorwire.transports.pace import (
     AGREEING,
@@ -107,6 +107,7 @@ class TcpTransport(BlockingTransport):
         `tls`: see `client_tls`; without it only this machine is spoken to, unless `plaintext` says that the network is
         trusted. Raises TransportError, AuthError where the other end is not who it should be.
         """
+        check_address(host, port)
         require_protection(host, tls, plaintext)
         try:
             connection = connected(host, port, timeout)
@@ -236,6 +237,7 @@ class TcpListener:
         timeout: float | None = TIMEOUT,
         min_rate: float = MIN_RATE,
     ) -> None:
+        check_address(host, port)
         require_protection(host, tls, plaintext)
         try:
             self._sockets = listening(host, port)

@@ -12,6 +12,7 @@ import tensorwire
 from tensorwire import Patch
 from tensorwire.errors import (
     ArgumentError,
+    ClosedError,
     EncodeError,
     MissingFileError,
     SequenceError,
@@ -97,6 +98,7 @@ class Publisher:
         self._there: bytes | None = None  # the manifest as it stands in the store
         self._base: Any = None  # a copy of the version of `_base_digest`
         self._base_digest = ""
+        self._is_closed = False
         self._open = ExitStack()
         self._open.enter_context(self._store.lock())
         try:
@@ -113,6 +115,7 @@ class Publisher:
 
     def close(self) -> None:
         """Release the store and the copy of the last version."""
+        self._is_closed = True
         self._open.close()
         self._base, self._base_digest = None, ""
 
@@ -132,8 +135,10 @@ class Publisher:
         is unchanged or already has the version, and the call can be repeated.
 
         Raises EncodeError for a state that cannot be encoded, StorageError and TransportError if the store cannot be
-        written to, SequenceError if another publisher has written to it.
+        written to, SequenceError if another publisher has written to it, ClosedError after `close`.
         """
+        if self._is_closed:
+            raise ClosedError(f"this publisher of {self._store.name} is closed: make a new one")
         pairs = check_metadata(metadata)
         check_function(progress, "progress", "done", "total")
         if isinstance(state, Iterator):
@@ -206,7 +211,7 @@ class Publisher:
 
     def _patch(self, state: Any, done: "_Done") -> "_Made | None":
         """The patch that makes `state` of the newest version; None where only a whole version will do."""
-        if not self._base_digest:
+        if not self._base_digest or self._base is None:  # of None there is no patch
             return None
         began = perf_counter()
         try:

@@ -91,6 +91,8 @@ class Subscriber:
         StorageError and TransportError for a store that does not answer.
         """
         check_function(progress, "progress", "done", "total")
+        if number is not None and type(number) is not int:
+            raise ArgumentError(f"the number of a version is an int, not {number!r:.40}")
         have = None if whole else self.have
         avoid: set[str] = set()
         first: TensorwireError | None = None
