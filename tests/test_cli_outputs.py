@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -589,3 +590,42 @@ def test_content_digests_take_limits_and_no_pipe(folder: Path, capsys: pytest.Ca
     for arguments in ((folder / "m.tw", "--limit", "items=100"), ("-", "--content")):
         assert run("digest", *arguments) == 2
         assert "--content" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["verify", "m.tw", "--limit", "items"], "'items' is not NAME=VALUE, as in items=1000"),
+        (["verify", "m.tw", "--limit", "STREAM=1KB"], "there is no limit 'STREAM'; did you mean stream?"),
+        (["decode", "m.tw", "out", "--max-shard-size", "0"], "must be at least one byte"),
+        (["patch", "m.tw", "p.tw", "out", "--max-shard-size", "0"], "must be at least one byte"),
+        (["patch", "-", "p.tw", "out.tw"], "BASE and OUT must be files"),
+        (["diff", "-", "new.tw", "out.tw"], "which stdin cannot be: give files"),
+        (["send", "m.tw", "localhost:99999"], "there is no port 99999: the last is 65535"),
+        (["send", "m.tw", "localhost:http"], "'localhost:http' is not HOST:PORT"),
+        (["certificate", "a b"], "NAME must be a host name or an address"),
+        (["certificate", "../a"], "NAME must be a host name or an address"),
+        (["bench", "speed", "--size-mib", "abc"], "'abc' is not a number from 1 on"),
+        (["bench", "speed", "--threads", "0"], "'0' is not a number from 1 on"),
+    ],
+)
+def test_what_an_argument_must_be_is_said(
+    arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    try:
+        code = run(*arguments)
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_of_two_shards_with_one_tensor_both_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = folder / "twice"
+    twice.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(folder / "model.safetensors", twice / f"{name}.safetensors")
+    assert run("encode", twice, folder / "never.tw") == 1
+    assert "'a.safetensors' and 'b.safetensors'" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 import tensorwire
-from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, byte_size, reading, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, positive_size, reading, verb
 from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.errors import SchemaError, counted, show
 from tensorwire.limits import Limits
@@ -54,7 +54,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--to", choices=KINDS, help="the kind of OUT, whatever its name")
     parser.add_argument(
         "--max-shard-size",
-        type=byte_size,
+        type=positive_size,
         metavar="SIZE",
         help="make OUT a folder of shards of at most SIZE, such as 5GB",
     )

@@ -6,7 +6,7 @@ import sys
 from typing import Any, Final
 
 from tensorwire.cli import inputs
-from tensorwire.cli.common import PIPE, add_limits, tracked, verb, write_stream
+from tensorwire.cli.common import PIPE, UsageError, add_limits, tracked, verb, write_stream
 from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.errors import counted
 from tensorwire.files import versions
@@ -33,6 +33,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if PIPE in (arguments.old, arguments.new):
+        raise UsageError("both versions are read here and there, which stdin cannot be: give files")
     read = [*inputs.files(arguments.old), *inputs.files(arguments.new)]
     check_output(arguments.output, inputs=read, force=arguments.force)
     report = Report()

@@ -158,7 +158,9 @@ class SafetensorsShards(Checkpoint):
 
     def _add(self, file: "SafetensorsFile") -> None:
         for name in file.keys() & self._views.keys():
-            raise self._wrong("two files have a tensor of this name", item=name)
+            other = next(each.name for each in self._files if name in each)
+            both = f"{show(os.path.basename(other))} and {show(os.path.basename(file.name))}"
+            raise self._wrong(f"two files have a tensor of this name, {both}", item=name)
         self._views |= file
         for key, text in file.own_metadata.items():
             if self.metadata.setdefault(key, text) != text:

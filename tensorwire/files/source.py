@@ -440,7 +440,7 @@ def kind_of(head: bytes, *expected: bytes) -> str | None:
     if head[257:262] == b"ustar":
         return "a tar file: unpack it first"
     if head[8:10] == b'{"':
-        return "a .safetensors file: read it with tensorwire.safetensors" if expected else None
+        return "a .safetensors file: read it with tensorwire.safetensors, or encode it first" if expected else None
     if len(head) == HEAD and not any(head):
         return "a file that begins with zeros: it was never written to its end"
     if text.startswith(b"{"):
