@@ -172,6 +172,11 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def limit_options(limits: Limits) -> list[str]:
+    """Those of some limits that are not the default, as values of the option."""
+    return [f"{each.name}={value}" for each in fields(Limits) if (value := getattr(limits, each.name)) != each.default]
+
+
 class _AddLimit(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         name, value = values
