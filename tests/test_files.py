@@ -246,6 +246,14 @@ INDEXES = [
     None,
     (),
     (slice(0, 2), ..., slice(0, 3)),
+    [0, 1],
+    np.array([0, 1]),
+    np.array([1]),
+    np.array(1),
+    True,
+    np.bool_(True),
+    (slice(0, 2), np.array([1, 0])),
+    (0, np.array([1, 0, 1])),
 ]
 
 

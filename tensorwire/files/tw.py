@@ -414,13 +414,23 @@ def _front_of(index: tuple[Any, ...], item: TensorItem) -> tuple[int, int, tuple
                 shape,
                 rest if rest != (slice(None, None, 1),) else (),
             )
-        if isinstance(part, bool) or not hasattr(part, "__index__") or not shape:
+        at = _place(part) if shape else None
+        if at is None:
             return begin, begin + prod(shape), shape, index[place:]
-        at = operator.index(part)
         if not -shape[0] <= at < shape[0]:
             raise IndexError(f"index {at} is out of range for a dimension of {shape[0]} of {show(item.name)}")
         shape, begin = shape[1:], begin + at % shape[0] * prod(shape[1:])
     return begin, begin + prod(shape), shape, ()
+
+
+def _place(part: Any) -> int | None:
+    """An index that is an integer; None for any other, such as an array of several or a mask."""
+    if isinstance(part, bool) or getattr(part, "shape", ()) != ():
+        return None
+    try:
+        return operator.index(part)
+    except TypeError:
+        return None
 
 
 class _Opened:
