@@ -30,6 +30,8 @@ def encoded(**options: Any) -> bytes:
         (lambda: tw.name_of("w"), "a path is a tuple of keys"),
         (lambda: tw.name_of(5), "a path is a tuple of keys, not 5"),
         (lambda: tw.path_of(5), "the name of an item is text, not 5"),
+        (lambda: Publisher(""), "an empty name is no store's"),
+        (lambda: Subscriber(""), "an empty name is no store's"),
         (lambda: tw.OnDisk(5), "a folder is a path, not int"),
         (lambda: tw.patch("base.tw", "patch.tw", "out.tw"), r"expected a list of files, not one: give \['patch.tw'\]"),
         (lambda: tw.authenticity.manifest("model.tw"), "expected a list of files"),

@@ -98,6 +98,8 @@ class FolderStore:
     """A folder, which a publisher creates if it is missing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise ArgumentError("an empty name is no store's: give a folder or a URL")
         self.name = os.path.abspath(os.fspath(path))  # the current folder may change
 
     def open(self, name: str) -> BinaryIO:
