@@ -110,6 +110,23 @@ def test_tuples_are_values_each_by_itself(bodies):
         unpack_value(payload, DEFAULT)
 
 
+@pytest.mark.parametrize(
+    ("payload", "error"),
+    [
+        (b"\x92\xd4\x02x\xc4\x02\x90\x90", UnsupportedError),
+        (b"\x92\xd4\x01\x01\xc4\x02\x90\x90", FormatError),
+        (b"\x81\xc0\xc4\x02\x90\x90", FormatError),
+        (b"\x81\x90\xc4\x02\x90\x90", FormatError),
+        (b"\x81\xd4\x01\x90\xc4\x02\x90\x90", FormatError),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_is_found_with_containers_counted_and_without(payload, error):
+    for limits in (DEFAULT, Limits(containers=2)):  # that there are no more shows only when they are counted
+        with pytest.raises(error):
+            unpack_value(payload, limits)
+
+
 def test_tuples_are_nested_no_deeper_than_allowed():
     value: Any = ()
     for _ in range(31):

@@ -26,7 +26,7 @@ _RECIPE: Final = (
     "-pkeyopt ec_paramgen_curve:P-256 -nodes -days {days} -keyout {key} -out {cert} -subj /CN={name} "
     "-addext subjectAltName={kind}:{name} makes a certificate that is its own authority: --ca {cert}"
 )
-_NAME: Final = re.compile("[A-Za-z0-9*_][A-Za-z0-9*_.:-]*")  # which also is the name of a file
+_NAME: Final = re.compile("[A-Za-z0-9*_:][A-Za-z0-9*_.:-]*")  # which also is the name of a file
 _PRIVATE: Final = 0o077  # the umask for a key
 _COMMON_NAME: Final = 64  # characters at most
 

@@ -57,9 +57,8 @@ class Schema:
     def check_complete(self) -> None:
         """Raise SchemaError if an expected item has not come."""
         for path in self._missing:
-            raise SchemaError(
-                f"the stream ends without {counted(len(self._missing), 'expected item')}", item=name_of(path)
-            )
+            missing = counted(len(self._missing), "expected item")
+            raise SchemaError(f"the stream ends with {missing} missing", item=name_of(path))
 
 
 def _text(value: Any) -> str:

@@ -651,7 +651,7 @@ for name, says, payload in (
     ("behind", "of which 23 stand", b"\x02" + ABSMAX_PART + CODES_PART + b"\0"),
     ("saves-nothing", "stand for 72", b"\x01" + struct.pack("<IBBI", 72, 1, 0, 62) + bytes(62)),
     ("first-byte-of-planes", "what stands of a slice", b"\x01" + struct.pack("<IBBI", 72, 1, 0, 1) + b"\x03"),
-    ("bytes-behind-planes", "bytes behind", b"\x01" + struct.pack("<IBBI", 72, 1, 0, 2) + b"\x02\0"),
+    ("bytes-behind-planes", "1 byte behind", b"\x01" + struct.pack("<IBBI", 72, 1, 0, 2) + b"\x02\0"),
     ("whole-short", "gives 71 bytes", b"\0" + bytes(71)),
     ("absmax", "absmax", b"\x02" + struct.pack("<IBBI", 8, 1, 0xFF, 1) + b"\x02" + CODES_PART),
     ("longer", "at most", bytes(74)),
