@@ -955,7 +955,8 @@ NB_MODULE(_native, m) {
     const char* forced = std::getenv("TENSORWIRE_ISA");
     if (forced && *forced && !tw::use(forced)) {
         throw nb::import_error(
-            (std::string("TENSORWIRE_ISA=") + forced + " is not supported here; supported: " + supported_names())
+            (std::string("TENSORWIRE_ISA=") + forced + " is not supported here; set it to one of " + supported_names() +
+             ", numpy, or leave it unset for the fastest")
                 .c_str());
     }
 

@@ -23,8 +23,10 @@ try:
 except ImportError as error:
     # A bad environment variable is an ImportError in Python, but one line on the command line.
     # (-m: while Python looks for the module of `python -m tensorwire`)
-    if "TENSORWIRE_" not in str(error) or os.path.basename(sys.argv[0]) not in ("-m", "tensorwire", "tensorwire.exe"):
+    if "TENSORWIRE_" not in str(error):
         raise
+    if os.path.basename(sys.argv[0]) not in ("-m", "tensorwire", "tensorwire.exe"):
+        raise ImportError(str(error)) from None  # without the way through this library, which explains nothing
     print(f"tensorwire: {error}", file=sys.stderr)
     sys.exit(2)
 

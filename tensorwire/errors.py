@@ -17,6 +17,11 @@ def show(name: object) -> str:
     return text if len(text) <= _NAME_SHOWN else text[: _NAME_SHOWN - 3] + "..."
 
 
+def counted(count: int, noun: str) -> str:
+    """A count and what is counted, as messages and summaries say it: `1 item`, `262,144 items`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def near(word: str, known: Iterable[str], most: int = 1) -> list[str]:
     """The known names that `word` may be a misspelling of, nearest first; case, `-` and `_` do not matter."""
     from difflib import get_close_matches  # loaded only after a mistake
@@ -154,6 +159,26 @@ class TransportError(TensorwireError, OSError):
 
 class ArgumentError(TensorwireError, TypeError):
     """An argument has a type or value that the function does not take."""
+
+
+def check_function(function: object, what: str, *arguments: str) -> None:
+    """Raise ArgumentError for a caller's function that cannot be called with these arguments. None is no function."""
+    if function is None:
+        return
+    from inspect import signature  # loaded only where there is a function
+
+    wanted = f"{what} must be a function that takes ({', '.join(arguments)})"
+    if not callable(function):
+        raise ArgumentError(f"{wanted}, not {type(function).__name__}")
+    try:
+        taken = signature(function)
+    except ValueError:  # it is written in C, and does not say
+        return
+    try:
+        taken.bind(*arguments)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ArgumentError(f"{wanted}; {show(name)} takes {taken}: {error}") from None
 
 
 class ClosedError(TensorwireError, ValueError):

@@ -73,6 +73,11 @@ class Limits:
 DEFAULT: Final = Limits()
 
 
+def at_least_default(limits: Limits) -> Limits:
+    """The larger of each limit and its default: for files of one's own, which hold more than what was received."""
+    return Limits(**{each.name: max(getattr(limits, each.name), each.default) for each in fields(Limits)})
+
+
 def check_limits(limits: object) -> None:
     """Raise ArgumentError for anything but `Limits`, including None, which does not mean no limits."""
     if not isinstance(limits, Limits):

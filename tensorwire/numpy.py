@@ -53,7 +53,7 @@ class NumPyFront(Front):
         identity = None
         if array.size and isinstance(value, np.ndarray):
             identity = ("cpu", _address(array), array.shape, array.strides, dtype.number, swapped, False)
-        bits = array.view(_BITS[dtype.itemsize])
+        bits = array if not swapped and array.flags.c_contiguous else array.view(_BITS[dtype.itemsize])
         read = reader(bits, _swap(array.dtype) if swapped else None)
         return TensorView(dtype, array.shape, read, identity=identity)
 
@@ -77,7 +77,7 @@ class NumPyFront(Front):
 def _dtype(dtype: np.dtype[Any]) -> DType | None:
     if dtype.metadata and _METADATA in dtype.metadata:
         return dtypes.BY_NAME.get(dtype.metadata[_METADATA])
-    native = _NATIVE.get(dtype.newbyteorder("="))
+    native = _NATIVE.get(dtype if dtype.isnative else dtype.newbyteorder("="))
     if native is None and dtype.type.__module__.partition(".")[0] == "ml_dtypes":
         return dtypes.BY_NAME.get(dtype.name)
     return native

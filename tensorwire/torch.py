@@ -43,12 +43,13 @@ class TorchFront(Front):
         self._device = device
 
     def on(self, device: Any) -> Front:
-        """A front whose tensors are received on `device`. Raises EncodeError if torch does not know the device."""
+        """A front whose tensors are received on `device`. Raises EncodeError for a device that is not there."""
         if device is None:
             return self
         try:
+            torch.empty(0, device=device)  # it has to be there, not only to have a name
             return TorchFront(torch.device(device))
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
             raise EncodeError(f"device={device!r}: {str(error).partition(chr(10))[0]}") from None
 
     def view(self, value: object) -> TensorView | None:

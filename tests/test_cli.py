@@ -240,7 +240,7 @@ def test_inspect_names_aliases_values_and_containers(tmp_path: Path, capsys: pyt
     tensorwire.save_file({"a": shared, "b": shared, "n": 1, "l": [shared + 1]}, tmp_path / "t.tw", metadata={"k": "v"})
     assert run("inspect", tmp_path / "t.tw", "--frames") == 0
     out = capsys.readouterr().out
-    assert "'b' is #1" in out and "'n' value of 1 bytes" in out and "'l' list" in out and "1 metadata" in out
+    assert "'b' is #1" in out and "'n' value of 1 byte" in out and "'l' list" in out and "1 metadata" in out
 
 
 @pytest.mark.parametrize(

@@ -68,3 +68,13 @@ def test_a_run_of_which_no_client_is_left_says_which_and_why(tmp_path):
     done = run(tmp_path, "--task=mytask:broken", "--clients=2", "--rounds=5")
     assert done.returncode == 1 and "no client is left" in done.stderr
     assert "no data for 0" in done.stderr and "no data for 1" in done.stderr
+
+
+def test_limits_hold_for_all_of_a_run(tmp_path):
+    few = ["--task=mytask:task", "--clients=1", "--rounds=1", "--down=raw"]
+    refused = run(tmp_path, *few, "--limit=items=1")
+    assert refused.returncode == 1 and "items is 2, more than the limit of 1" in refused.stderr
+    done = run(tmp_path, *few, "--limit=items=2", "--limit=name=1", "--force")
+    assert done.returncode == 0, done.stderr
+    for name in ("server", "client-0"):  # whose own options they are
+        assert "error" not in (tmp_path / "run" / f"{name}.log").read_text()

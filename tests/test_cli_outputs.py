@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,7 +296,9 @@ def test_a_broken_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[s
         error = capsys.readouterr().err
         assert error.startswith("tensorwire: error: ") and error.count("\n") == 1, name
         assert name.endswith("safetensors") or name in error
-        assert not name.startswith("pointer") or name.endswith("safetensors") or "git-lfs" in error
+        assert not name.startswith("pointer") or "git-lfs" in error
+        assert not name.startswith("page") or "an HTML or XML page, not the file" in error
+        assert name != "text.pt" or "text, not the file; it begins with 'hello" in error
         assert not (folder / "never.tw").exists()
 
 
@@ -577,3 +580,52 @@ def test_a_sharded_checkpoint_is_one_model_both_ways(folder: Path, capsys: pytes
     assert run("decode", folder / "in.tw", shards, "--max-shard-size", "20kB") != 0
     assert run("decode", folder / "in.tw", "-", "--max-shard-size", "20kB") == 2
     assert contents(shards) == before
+
+
+def test_content_digests_take_limits_and_no_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("encode", folder / "model.safetensors", folder / "m.tw") == 0
+    assert run("digest", folder / "m.tw", "--content", "--limit", "items=1") == 1
+    assert "items is" in capsys.readouterr().err
+    assert run("digest", folder / "m.tw", "--content", "--limit", "items=100") == 0
+    for arguments in ((folder / "m.tw", "--limit", "items=100"), ("-", "--content")):
+        assert run("digest", *arguments) == 2
+        assert "--content" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["verify", "m.tw", "--limit", "items"], "'items' is not NAME=VALUE, as in items=1000"),
+        (["verify", "m.tw", "--limit", "STREAM=1KB"], "there is no limit 'STREAM'; did you mean stream?"),
+        (["decode", "m.tw", "out", "--max-shard-size", "0"], "must be at least one byte"),
+        (["patch", "m.tw", "p.tw", "out", "--max-shard-size", "0"], "must be at least one byte"),
+        (["patch", "-", "p.tw", "out.tw"], "BASE and OUT must be files"),
+        (["diff", "-", "new.tw", "out.tw"], "which stdin cannot be: give files"),
+        (["send", "m.tw", "localhost:99999"], "there is no port 99999: the last is 65535"),
+        (["send", "m.tw", "localhost:http"], "'localhost:http' is not HOST:PORT"),
+        (["certificate", "a b"], "NAME must be a host name or an address"),
+        (["certificate", "../a"], "NAME must be a host name or an address"),
+        (["bench", "speed", "--size-mib", "abc"], "'abc' is not a number from 1 on"),
+        (["bench", "speed", "--threads", "0"], "'0' is not a number from 1 on"),
+    ],
+)
+def test_what_an_argument_must_be_is_said(
+    arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    try:
+        code = run(*arguments)
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_of_two_shards_with_one_tensor_both_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = folder / "twice"
+    twice.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(folder / "model.safetensors", twice / f"{name}.safetensors")
+    assert run("encode", twice, folder / "never.tw") == 1
+    assert "'a.safetensors' and 'b.safetensors'" in capsys.readouterr().err

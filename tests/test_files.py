@@ -25,6 +25,7 @@ import tensorwire.numpy as tw
 from tensorwire.errors import (
     ArgumentError,
     ClosedError,
+    CorruptError,
     EncodeError,
     MissingFileError,
     StorageError,
@@ -245,6 +246,14 @@ INDEXES = [
     None,
     (),
     (slice(0, 2), ..., slice(0, 3)),
+    [0, 1],
+    np.array([0, 1]),
+    np.array([1]),
+    np.array(1),
+    True,
+    np.bool_(True),
+    (slice(0, 2), np.array([1, 0])),
+    (0, np.array([1, 0, 1])),
 ]
 
 
@@ -306,6 +315,44 @@ def test_a_slice_reads_the_frames_that_it_needs(tmp_path: Path) -> None:
             before = counting.read_bytes
             assert file.get_slice("w")[3:5].shape == (2, 1 << 17)
             assert counting.read_bytes - before < most
+
+
+def test_of_a_raw_tensor_all_is_read_for_the_first_part_and_what_is_asked_for_later_ones(tmp_path: Path) -> None:
+    big = np.random.default_rng(0).standard_normal((64, 1 << 17)).astype(np.float32)  # 32 MiB in one frame
+    stored = io.BytesIO()
+    tw.save_file({"w": big, "v": big[:3]}, stored)
+    counting = Counting(stored)
+    with tw.open_file(counting) as file:
+        part, before = file.get_slice("w"), counting.read_bytes
+        assert np.array_equal(part[3:5], big[3:5])
+        assert 32 * 2**20 <= counting.read_bytes - before < 33 * 2**20
+        for begin, end in ((3, 5), (0, 1), (63, 64), (17, 17), (5, 12)):
+            before = counting.read_bytes
+            assert np.array_equal(part[begin:end], big[begin:end])
+            assert counting.read_bytes - before <= (end - begin) * 2**19 + 2 * 2**20
+        view = file.view("v")  # which a file object cannot map
+        before = counting.read_bytes
+        pieces = [view.read(start, start + (1 << 17)) for start in range(0, 3 << 17, 1 << 17)]
+        assert np.array_equal(np.concatenate(pieces).view(np.float32), big[:3].reshape(-1))
+        assert counting.read_bytes - before <= 5 * 2**20
+
+
+def test_a_part_that_has_changed_since_is_found_although_all_was_verified_before(tmp_path: Path) -> None:
+    big = np.arange(1 << 20, dtype=np.int64)  # 8 MiB
+    tw.save_file({"w": big}, tmp_path / "model.tw")
+    with tw.open_file(tmp_path / "model.tw") as file:
+        part = file.get_slice("w")
+        assert np.array_equal(part[:10], big[:10])
+        with open(tmp_path / "model.tw", "r+b") as other:
+            other.seek((4 << 20) + (64 << 10))
+            other.write(b"something else")
+        assert np.array_equal(part[:10], big[:10]) and np.array_equal(part[-10:], big[-10:])
+        with pytest.raises(CorruptError, match=r"changed since it was verified: open the file again \(.*item 'w'"):
+            part[1 << 19]
+    with tw.open_file(tmp_path / "model.tw") as file:
+        for _ in range(2):  # nothing is kept of what does not match
+            with pytest.raises(CorruptError, match="checksum"):
+                file.get_slice("w")[:10]
 
 
 def test_only_tensors_have_slices(path: Path) -> None:

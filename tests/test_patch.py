@@ -500,7 +500,7 @@ def test_patches_are_verified_and_explained(
     (tmp_path / "patch.tw").write_bytes(patch)
     assert main(["inspect", str(tmp_path / "patch.tw")]) == 0
     shown = capsys.readouterr().out
-    assert tensorwire.digest(flat[2]) in shown and "15,153 of 1,500,001 numbers change" in shown
+    assert tensorwire.digest(flat[2]) in shown and "15,153 of 1,500,001 numbers changed" in shown
     assert "/0 is the first item of its base in the order of names" in shown
     damaged = bytearray(patch)
     damaged[-200] ^= 1

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import tensorwire as tw
+from tensorwire.cli import main
+from tensorwire.errors import counted
 from tensorwire.streams import size_text
 
 WEIGHTS = {
@@ -184,3 +186,62 @@ def test_a_pattern_that_another_leaves_nothing_is_refused():
 def test_what_is_no_choice_is_refused(codec, said):
     with pytest.raises(tw.EncodeError, match=said):
         tw.dumps(WEIGHTS, codec=codec)
+
+
+@pytest.mark.parametrize(
+    ("codec", "said"),
+    [
+        (lambda name: "raw", r"takes \(name\): too many positional arguments"),
+        (lambda: "raw", r"takes \(\): too many"),
+        (lambda name, tensor, step: "raw", "missing a required argument: 'step'"),
+    ],
+)
+def test_a_function_must_take_a_name_and_a_tensor(codec, said):
+    with pytest.raises(tw.ArgumentError, match=rf"^codec must be a function that takes \(name, tensor\).*{said}"):
+        tw.dumps(WEIGHTS, codec=codec)
+
+
+def test_functions_that_take_more_kinds_of_arguments_are_called():
+    assert tw.dumps(WEIGHTS, codec=lambda *names: "raw") == tw.dumps(WEIGHTS)
+    assert tw.dumps(WEIGHTS, codec=lambda name, tensor, step=0: "raw") == tw.dumps(WEIGHTS)
+
+
+def test_every_function_that_a_caller_gives_is_checked_first(tmp_path):
+    def alone(done):
+        raise AssertionError("it is never called")
+
+    path = tmp_path / "model.tw"
+    with pytest.raises(tw.ArgumentError, match=r"^progress .*\(done, total\); 'alone' takes \(done\)"):
+        tw.save_file(WEIGHTS, path, progress=alone)
+    assert not path.exists()
+    tw.save_file(WEIGHTS, path)
+    with pytest.raises(tw.ArgumentError, match="^progress must be a function"):
+        tw.load_file(path, progress=alone)
+    with pytest.raises(tw.ArgumentError, match="^progress must be a function"):
+        tw.load_file(path, progress=7)
+    with tw.versions.Publisher(tmp_path / "store") as publisher:
+        with pytest.raises(tw.ArgumentError, match="^progress must be a function"):
+            publisher.publish(WEIGHTS, progress=alone)
+        publisher.publish(WEIGHTS)
+    with pytest.raises(tw.ArgumentError, match="^progress must be a function"):
+        tw.versions.Subscriber(tmp_path / "store").fetch(progress=alone)
+    with pytest.raises(tw.ArgumentError, match=r"^on_note must be a function that takes \(note\)"):
+        tw.versions.follow(tmp_path / "store", tmp_path / "held.safetensors", on_note=lambda: None)
+    with pytest.raises(tw.ArgumentError, match=r"^validate must be a function that takes \(update, schema\)"):
+        tw.updates.Rules(validate=alone)
+
+
+def test_one_of_something_is_in_the_singular(tmp_path, capsys):
+    assert [counted(count, "item") for count in (0, 1, 2, 1000)] == ["0 items", "1 item", "2 items", "1,000 items"]
+    for name, value in (("old", 1), ("new", 2)):
+        tw.safetensors.decode(tw.encode({"w": np.full(1, value, np.int8)}), tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / name) for name in ("old.safetensors", "new.safetensors", "patch.tw")]
+    assert main(["diff", *paths]) == 0
+    assert " 1 item changed" in capsys.readouterr().err
+    assert main(["encode", paths[0], paths[0] + ".tw"]) == 0
+    assert main(["inspect", paths[0] + ".tw"]) == 0
+    assert ": 1 byte as " in capsys.readouterr().out
+    assert main(["verify", paths[0] + ".tw"]) == 0
+    assert "ok: 2 items, " in capsys.readouterr().out  # the dict is one
+    assert main(["decode", paths[0] + ".tw", str(tmp_path / "shards"), "--max-shard-size=1MiB"]) == 0
+    assert " in 1 file\n" in capsys.readouterr().err

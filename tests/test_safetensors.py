@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import tensorwire
 import tensorwire.files.safetensors as front
 from tensorwire.errors import (
     ClosedError,
+    CorruptError,
     EncodeError,
     FormatError,
     LimitError,
@@ -282,6 +284,55 @@ def test_a_checkpoint_of_one_shard_is_one_file(tmp_path: Path) -> None:
     front.decode(tensorwire.dumps({"a": tied, "b": tied}), tmp_path / "two", max_shard_size=1)
     with front.open_checkpoint(tmp_path / "two") as tensors:
         assert np.array_equal(np.frombuffer(tensors["b"].read(0, 100), np.float32), tied)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A checkpoint of 100 shards, more than are opened at once."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(100):  # by hand, as `decode` has each of them on disk
+        entry = {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}
+        header = json.dumps({f"t{number:03}": entry}).encode()
+        data = len(header).to_bytes(8, "little") + header + np.full(1000, number, np.float32).tobytes()
+        (folder / f"model-{number + 1:05}-of-00100.safetensors").write_bytes(data)
+    return folder
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux")
+def test_of_many_shards_the_last_that_were_read_are_open(many: Path) -> None:
+    before = open_files()
+    with front.open_checkpoint(many) as tensors:
+        assert len(tensors) == 100 and open_files() - before <= 64
+        for number in (*range(100), *reversed(range(100)), 7, 93, 7):
+            assert tensors[f"t{number:03}"].read(3, 5).tobytes() == np.full(2, number, np.float32).tobytes()
+            assert open_files() - before <= 64
+        view = tensors["t005"]
+    assert open_files() == before
+    with pytest.raises(ClosedError):
+        view.read(0, 1)
+
+
+def test_a_shard_that_is_replaced_while_it_is_not_open_is_found(many: Path) -> None:
+    with front.open_checkpoint(many) as tensors:
+        for name in sorted(tensors)[1:]:
+            tensors[name].read(0, 1)
+        front.decode(tensorwire.dumps({"t000": np.ones(1000, np.float32)}), many / "other.safetensors")
+        (many / "other.safetensors").replace(many / "model-00001-of-00100.safetensors")
+        with pytest.raises(CorruptError, match=r"replaced or written to since .*00001-of"):
+            tensors["t000"].read(0, 1)
+
+
+def test_threads_read_many_shards_at_once(many: Path) -> None:
+    with front.open_checkpoint(many) as tensors, ThreadPoolExecutor(8) as executor:
+        numbers = [number for turn in range(20) for number in range(turn, 100)]
+        read = executor.map(lambda number: tensors[f"t{number:03}"].read(0, 1000).tobytes(), numbers)
+        for number, data in zip(numbers, read, strict=True):
+            assert data == np.full(1000, number, np.float32).tobytes()
 
 
 def test_transformers_and_the_library_agree_on_shards(shards: Path) -> None:

@@ -494,6 +494,20 @@ def test_tls_to_plain_and_plain_to_tls(blocking: bool, certificates: Certificate
         assert isinstance(error, FormatError) and "TLS" in str(error)
 
 
+def test_streams_without_a_conversation_say_that_one_end_uses_tls(certificates: Certificates) -> None:
+    """Nobody greets, so that bytes of the one arrive where bytes of the other were expected."""
+    stream = [bytes(1 << 20)] * 16  # more than what the systems at both ends hold
+    with blocking_server(lambda transport: None, tls=server_tls(*certificates.server)) as (port, results):
+        with TcpTransport.connect("127.0.0.1", port) as transport:
+            with pytest.raises(TransportError, match="reset|pipe"):
+                transport.send(stream)
+    assert "speaks no TLS" in str(results[0])
+    with blocking_server(lambda transport: tensorwire.loads(transport.receive())) as (port, results):
+        with pytest.raises(TransportError, match="does it use TLS|speaks no TLS"):
+            TcpTransport.connect("127.0.0.1", port, tls=client_tls(ca=certificates.ca))
+    assert "these bytes are TLS" in str(results[0])
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_what_was_sent_before_closing_arrives_also_where_it_is_read_late(
     secure: bool, certificates: Certificates

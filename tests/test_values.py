@@ -1,6 +1,7 @@
 """Plain values of any number: exact, at a cost that is linear in their bytes, and nothing to attack with."""
 
 import gc
+import json
 import random
 import time
 import tracemalloc
@@ -79,6 +80,61 @@ def test_a_large_value_takes_the_bytes_of_msgpack_and_no_multiple_of_its_time(na
     theirs = seconds(lambda: msgpack.unpackb(msgpack.packb(value), strict_map_key=False))
     ours = seconds(lambda: tw.loads(tw.dumps({"x": value})))
     assert ours < 8 * theirs + 0.02  # 1.4 to 3.2 times on a machine of its own
+
+
+@pytest.mark.parametrize(
+    "value", [[(n, n + 1) for n in range(100_000)], [((n,), n) for n in range(50_000)]], ids=["pairs", "nested"]
+)
+def test_tuples_take_no_large_multiple_either(value):
+    lists = json.loads(json.dumps(value))
+    assert exact(tw.loads(tw.dumps({"x": value}))) == exact({"x": value})
+    theirs = seconds(lambda: msgpack.unpackb(msgpack.packb(lists)))
+    ours = seconds(lambda: tw.loads(tw.dumps({"x": value})))
+    assert ours < 14 * theirs + 0.02  # 7 to 10 times on a machine of its own
+
+
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        [b"\x92\x01", b"\x02"],  # together one array
+        [b"\x91", b"\x01\x90"],  # together two, with the border elsewhere
+        [b"\x90\x90", b""],
+        [b"\x01", b"\x90"],
+        [b"\x90", b"\xdd\xff\xff\xff\xff"],
+    ],
+    ids=repr,
+)
+def test_tuples_are_values_each_by_itself(bodies):
+    payload = b"\x92" + b"".join(b"\xc7" + bytes([len(body), 1]) + body for body in bodies)
+    with pytest.raises(FormatError):
+        unpack_value(payload, DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("payload", "error"),
+    [
+        (b"\x92\xd4\x02x\xc4\x02\x90\x90", UnsupportedError),
+        (b"\x92\xd4\x01\x01\xc4\x02\x90\x90", FormatError),
+        (b"\x81\xc0\xc4\x02\x90\x90", FormatError),
+        (b"\x81\x90\xc4\x02\x90\x90", FormatError),
+        (b"\x81\xd4\x01\x90\xc4\x02\x90\x90", FormatError),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_is_found_with_containers_counted_and_without(payload, error):
+    for limits in (DEFAULT, Limits(containers=2)):  # that there are no more shows only when they are counted
+        with pytest.raises(error):
+            unpack_value(payload, limits)
+
+
+def test_tuples_are_nested_no_deeper_than_allowed():
+    value: Any = ()
+    for _ in range(31):
+        value = (value,)
+    assert unpack_value(pack_value(value, DEFAULT), DEFAULT) == value
+    packed = pack_value((value,), Limits(nesting=33))
+    with pytest.raises(LimitError, match="nesting is 33, more than the limit of 32"):
+        unpack_value(packed, DEFAULT)
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from tensorwire.bench.tables import Row
+from tensorwire.errors import counted
 from tensorwire.fl.plan import Plan
 
 _BLUE: Final = "#0072B2"
@@ -49,7 +50,7 @@ def draw_run(rows: list[Row], plan: Plan, path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     names = {"weights": "weights", "difference": "differences", "patch": "patches"}
     up, down = f"{names[plan.kind]} up as {plan.up}", f"{names[plan.down_kind]} down as {plan.down}"
-    figure.suptitle(f"{plan.clients} clients, {up}, {down}")
+    figure.suptitle(f"{counted(plan.clients, 'client')}, {up}, {down}")
     by_round, by_bytes, memory = figure.subplots(1, 3)
     rounds, losses = [row["round"] for row in rows], [row["loss"] for row in rows]
     unit, name = (1e6, "MB") if rows[-1]["fp32_bytes"] >= 1e6 else (1e3, "kB")
@@ -107,7 +108,7 @@ def _speed(rows: list[Row]) -> Figure:
     handles = [_patch(impl) for impl in _IMPLS if impl in shown]
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(handles) or 1)
     threads = rows[0]["threads"]
-    figure.suptitle(f"GB/s of fp32, {size} MiB, {threads} thread{'s' if threads > 1 else ''}, outputs warm (* fresh)")
+    figure.suptitle(f"GB/s of fp32, {size} MiB, {counted(threads, 'thread')}, outputs warm (* fresh)")
     return figure
 
 

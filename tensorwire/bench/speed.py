@@ -37,6 +37,7 @@ from tensorwire.bench.rivals import Contender
 from tensorwire.bench.tables import Column, Row
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import Codec, Take
+from tensorwire.errors import counted
 from tensorwire.memory import SPARE
 from tensorwire.tensor import Extent
 
@@ -60,8 +61,7 @@ COLUMNS: Final = (
 def title(rows: list[Row]) -> str:
     """What stands above the table."""
     threads = rows[0]["threads"]
-    plural = "s" if threads > 1 else ""
-    return f"speed with {threads} thread{plural}, GB/s of fp32, medians of {ROUNDS} rounds"
+    return f"speed with {counted(threads, 'thread')}, GB/s of fp32, medians of {ROUNDS} rounds"
 
 
 def run(options: Options, note: Note) -> Iterator[Row]:

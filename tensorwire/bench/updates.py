@@ -17,6 +17,7 @@ from tensorwire.bench.models import VIEWS, Model, default, read_all, resolve
 from tensorwire.bench.options import BenchError, Note, Options
 from tensorwire.bench.tables import Column, Row
 from tensorwire.codecs import as_floats
+from tensorwire.errors import counted
 from tensorwire.tensor import TensorView
 from tensorwire.updates import Compressor, combine
 
@@ -56,7 +57,7 @@ def run(options: Options, note: Note) -> Iterator[Row]:
     if not tensors:
         raise BenchError(f"{model.name} has no tensors in {', '.join(_TAKEN)}")
     if len(tensors) < len(model.tensors):
-        note(f"{len(model.tensors) - len(tensors)} tensors left out, which no compressor takes")
+        note(f"left out {counted(len(model.tensors) - len(tensors), 'tensor')}, which no compressor takes")
     if not model.values:
         note(f"energy and speed on seeded normal numbers ({model.name}): of real updates more is kept")
     parameters = sum(view.numel for view in tensors.values())

@@ -119,7 +119,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _fail(error: BaseException | str, code: int) -> int:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+        text = f"{error.filename or repr(error.filename)}: {error.strerror}"
     with suppress(OSError):  # stderr may be closed; the exit code tells too
         print(f"tensorwire: error: {' '.join(text.splitlines())}", file=sys.stderr)
     return code

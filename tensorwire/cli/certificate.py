@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_address
@@ -25,6 +26,7 @@ _RECIPE: Final = (
     "-pkeyopt ec_paramgen_curve:P-256 -nodes -days {days} -keyout {key} -out {cert} -subj /CN={name} "
     "-addext subjectAltName={kind}:{name} makes a certificate that is its own authority: --ca {cert}"
 )
+_NAME: Final = re.compile("[A-Za-z0-9*_:][A-Za-z0-9*_.:-]*")  # which also is the name of a file
 _PRIVATE: Final = 0o077  # the umask for a key
 _COMMON_NAME: Final = 64  # characters at most
 
@@ -41,7 +43,7 @@ def add_parser(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     name, days = arguments.names[0], arguments.days
-    if days < 1 or any(not each or os.sep in each for each in arguments.names):
+    if days < 1 or not all(map(_NAME.fullmatch, arguments.names)):
         raise UsageError("NAME must be a host name or an address, and --days at least 1")
     stem = os.path.join(arguments.folder, name)
     cert, key, authority = f"{stem}.pem", f"{stem}.key", os.path.join(arguments.folder, "authority.pem")

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from hashlib import sha256
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TextIO, TypeAlias, TypeVar
 
 import tensorwire
 from tensorwire import codecs
-from tensorwire.errors import AuthError, EncodeError, TensorwireError
+from tensorwire.errors import AuthError, EncodeError, TensorwireError, near
 from tensorwire.files import opened
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import write_file
@@ -173,6 +172,11 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def limit_options(limits: Limits) -> list[str]:
+    """Those of some limits that are not the default, as values of the option."""
+    return [f"{each.name}={value}" for each in fields(Limits) if (value := getattr(limits, each.name)) != each.default]
+
+
 class _AddLimit(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         name, value = values
@@ -181,13 +185,23 @@ class _AddLimit(argparse.Action):
 
 def _limit(text: str) -> tuple[str, int]:
     """NAME=VALUE as a limit and its number."""
-    name, _, value = text.partition("=")
+    name, equals, value = text.partition("=")
     names = [each.name for each in fields(Limits)]
     if name not in names:
-        close = get_close_matches(name, names, 1)
+        close = near(name, names)
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
         raise argparse.ArgumentTypeError(f"there is no limit {name!r}{hint}")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, as in {text}=1000")
     return name, byte_size(value)
+
+
+def positive_size(text: str) -> int:
+    """An argument that is a number of bytes, at least one."""
+    size = byte_size(text)
+    if size < 1:
+        raise argparse.ArgumentTypeError("must be at least one byte")
+    return size
 
 
 def byte_size(text: str) -> int:

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 import tensorwire
-from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, byte_size, reading, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, binary_stdout, positive_size, reading, verb
 from tensorwire.cli.outputs import add_force, check_output
-from tensorwire.errors import SchemaError, show
+from tensorwire.errors import SchemaError, counted, show
 from tensorwire.limits import Limits
 from tensorwire.storage import Output, OutputFile, replacing
 from tensorwire.storage.parts import scratch
@@ -54,7 +54,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--to", choices=KINDS, help="the kind of OUT, whatever its name")
     parser.add_argument(
         "--max-shard-size",
-        type=byte_size,
+        type=positive_size,
         metavar="SIZE",
         help="make OUT a folder of shards of at most SIZE, such as 5GB",
     )
@@ -92,7 +92,7 @@ def _decode_shards(arguments: argparse.Namespace) -> int:
             iter(source), output, max_shard_size=arguments.max_shard_size, limits=arguments.limits
         )
     made = [os.path.getsize(entry.path) for entry in os.scandir(output)]
-    print(f"{size_text(source.size)} -> {size_text(sum(made))} in {len(made)} files", file=sys.stderr)
+    print(f"{size_text(source.size)} -> {size_text(sum(made))} in {counted(len(made), 'file')}", file=sys.stderr)
     return 0
 
 

@@ -6,8 +6,9 @@ import sys
 from typing import Any, Final
 
 from tensorwire.cli import inputs
-from tensorwire.cli.common import PIPE, add_limits, tracked, verb, write_stream
+from tensorwire.cli.common import PIPE, UsageError, add_limits, tracked, verb, write_stream
 from tensorwire.cli.outputs import add_force, check_output
+from tensorwire.errors import counted
 from tensorwire.files import versions
 from tensorwire.streams import Report, size_text
 
@@ -32,6 +33,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if PIPE in (arguments.old, arguments.new):
+        raise UsageError("both versions are read here and there, which stdin cannot be: give files")
     read = [*inputs.files(arguments.old), *inputs.files(arguments.new)]
     check_output(arguments.output, inputs=read, force=arguments.force)
     report = Report()
@@ -39,5 +42,6 @@ def _run(arguments: argparse.Namespace) -> int:
     write_stream(arguments.output, tracked(buffers, None, lambda: report.bytes_in))
     size = sum(map(os.path.getsize, inputs.files(arguments.new)))
     written = "" if arguments.output == PIPE else f": {arguments.output}"
-    print(f"{size_text(size)} -> {size_text(report.bytes_out)}, {report.items} items changed{written}", file=sys.stderr)
+    changed = f"{counted(report.items, 'item')} changed"
+    print(f"{size_text(size)} -> {size_text(report.bytes_out)}, {changed}{written}", file=sys.stderr)
     return 0

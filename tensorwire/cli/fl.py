@@ -11,13 +11,13 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.bench import highest
-from tensorwire.cli.common import UsageError, print_json, verb
+from tensorwire.cli.common import UsageError, add_limits, print_json, verb
 from tensorwire.cli.network import PORT, SECURITY, add_security, address, connection_tls, listener_tls
 from tensorwire.cli.network import where as show_address
 from tensorwire.cli.outputs import add_force
 from tensorwire.cli.process import run_async
 from tensorwire.cli.settings import add_settings, plan_of
-from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.errors import TensorwireError, TransportError, counted
 from tensorwire.fl.plan import Plan
 from tensorwire.storage import write_file
 from tensorwire.streams import size_text
@@ -48,6 +48,7 @@ def add_parser(verbs: Any) -> None:
     _add_task(run)
     run.add_argument("--out", metavar="DIR", default="fl-run", help="rows.json, curves.png and the model (fl-run)")
     run.add_argument("--json", action="store_true", help="also print the rows as JSON on stdout")
+    add_limits(run)
     add_force(run, "the files of an earlier run in DIR")
     run.set_defaults(run=_run)
 
@@ -71,6 +72,7 @@ def add_parser(verbs: Any) -> None:
         "--dashboard", metavar="HOST:PORT", type=address, help="serve a read-only page with figures of the run there"
     )
     add_security(server, listens=True)
+    add_limits(server)
     server.set_defaults(run=_server)
 
     client = parts.add_parser("client", help="one client")
@@ -87,6 +89,7 @@ def add_parser(verbs: Any) -> None:
         "--patience", type=float, default=60, metavar="S", help="give up after S s without success (60)"
     )
     add_security(client, listens=False)
+    add_limits(client)
     client.set_defaults(run=_client)
 
 
@@ -130,13 +133,17 @@ def _task(arguments: argparse.Namespace) -> Any:
 def _server(arguments: argparse.Namespace) -> int:
     from tensorwire.fl.server import Server
 
+    limits = arguments.limits
+
     def initial() -> Any:
-        return tensorwire.load_file(arguments.initial) if arguments.initial else _task(arguments).initial()
+        if arguments.initial:
+            return tensorwire.load_file(arguments.initial, limits=limits)
+        return _task(arguments).initial()
 
     def on_round(row: dict[str, Any]) -> None:
         print(json.dumps({**row, "server_mib": highest() / (1 << 20)}), flush=True)
 
-    server = Server(_plan(arguments), initial, arguments.state, on_round=on_round, on_note=_say)
+    server = Server(_plan(arguments), initial, arguments.state, on_round=on_round, on_note=_say, limits=limits)
     with ExitStack() as stack:
         if arguments.dashboard:
             _open_dashboard(stack, server, *arguments.dashboard)
@@ -186,6 +193,7 @@ def _client(arguments: argparse.Namespace) -> int:
         patience=arguments.patience,
         on_refusal=_complain,
         on_step=_say,
+        limits=arguments.limits,
     ).run()
     return 0
 
@@ -223,13 +231,13 @@ def _run(arguments: argparse.Namespace) -> int:
     for path in left:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     asked = [f"--task={arguments.task}", *(f"--set={option}" for option in arguments.options)]
-    rows = list(_tracked(local.run(task, plan, out, asked, on_note=_say), plan.rounds))
+    rows = list(_tracked(local.run(task, plan, out, asked, on_note=_say, limits=arguments.limits), plan.rounds))
     write_file(out / "rows.json", [json.dumps(rows, indent=1).encode()])
     drawn = _drawn(rows, plan, out / "curves.png")
     if arguments.json:
         print_json(rows)
     last = rows[-1]
-    loss = f"loss {_shown(rows[0]['loss'])} -> {_shown(last['loss'])} in {last['round']} rounds"
+    loss = f"loss {_shown(rows[0]['loss'])} -> {_shown(last['loss'])} in {counted(last['round'], 'round')}"
     print(f"{loss}, {size_text(last['bytes'])} moved (fp32: {size_text(last['fp32_bytes'])})", file=sys.stderr)
     print(f"{out}/rows.json{', curves.png' if drawn else ''}, state/model.tw", file=sys.stderr)
     return 0

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ import tensorwire
 from tensorwire import Report, streams
 from tensorwire.cli.common import PIPE, CodecArgument, UsageError
 from tensorwire.errors import EncodeError, TensorwireError
-from tensorwire.files import safetensors
+from tensorwire.files import HEAD, kind_of, safetensors
 from tensorwire.limits import Limits
 from tensorwire.storage.parts import scratch
 from tensorwire.tensor import ViewFront
@@ -36,14 +36,10 @@ IN, by its name or by --from:
 _SUFFIXES: Final = {".safetensors": "safetensors", ".npz": "npz", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
 _INDEX: Final = ".index.json"
 _CHUNK: Final = 1 << 20
-_HEAD: Final = 64
 _REASON: Final = 160  # characters of another library's error
-# The first bytes of files that are often found in place of a model.
-_MISTAKEN: Final = {
-    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer to the file; run `git lfs pull`",
-    b"<!doctype html": "a web page, not the file to be downloaded",
-    b"<html": "a web page, not the file to be downloaded",
-}
+# How files begin that NumPy and torch read: zip files, .npy files, and pickles as torch once wrote them.
+_ARRAYS: Final = (b"PK\x03\x04", b"\x93NUMPY")
+_CHECKPOINTS: Final = (b"PK\x03\x04", b"\x80")
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Input:
         """The content of a file that `loads`. Raises EncodeError if it is broken or would need pickle."""
         if self.kind == "pt":
             return _checkpoint(self.path)
-        with _reading(self.path, f"a .{self.kind} file"):
+        with _reading(self.path, f"a .{self.kind} file", _ARRAYS):
             loaded = np.load(self.path, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return loaded
@@ -144,12 +140,12 @@ def _checkpoint(path: str) -> Any:
         import torch
     except ImportError:
         raise UsageError("reading a torch checkpoint needs torch: pip install torch") from None
-    with _reading(path, "a torch checkpoint"):
+    with _reading(path, "a torch checkpoint", _CHECKPOINTS):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager
-def _reading(path: str, what: str) -> Iterator[None]:
+def _reading(path: str, what: str, expected: Sequence[bytes]) -> Iterator[None]:
     """Turn other libraries' errors, which are undocumented for broken files, into an EncodeError about the file."""
     try:
         with warnings.catch_warnings():
@@ -162,7 +158,7 @@ def _reading(path: str, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise EncodeError(f"{path} cannot be read as {what}: {_mistaken(path) or _reason(error)}") from error
+        raise EncodeError(f"{path} cannot be read as {what}: {_mistaken(path, expected) or _reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -173,10 +169,9 @@ def _reason(error: Exception) -> str:
     return reason[:_REASON] if " " in reason else f"it is another kind of file, or broken ({type(error).__name__})"
 
 
-def _mistaken(path: str) -> str | None:
-    """What a file really is, if it is one of the common mistakes."""
-    if os.path.getsize(path) == 0:
-        return "it is empty"
+def _mistaken(path: str, expected: Sequence[bytes]) -> str | None:
+    """What a file really is, if that can be told by how it begins."""
     with open(path, "rb") as file:
-        head = file.read(_HEAD).lstrip().lower()
-    return next((f"it is {what}" for begin, what in _MISTAKEN.items() if head.startswith(begin)), None)
+        head = file.read(HEAD)
+    kind = kind_of(head, *expected)
+    return "it is empty" if not head else None if kind is None else f"it is {kind}"

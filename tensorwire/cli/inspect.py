@@ -8,7 +8,7 @@ from typing import Any, Final
 import tensorwire
 from tensorwire.bench.tables import Column, render
 from tensorwire.cli.common import add_limits, error_fields, line_width, print_json, reading, verb
-from tensorwire.errors import show
+from tensorwire.errors import counted, show
 from tensorwire.files.examine import Inspection, ItemReport, describe_codec
 from tensorwire.streams import size_text
 from tensorwire.transfer import Frame
@@ -144,11 +144,12 @@ def _text(report: Inspection, *, items: bool) -> str:
         lines += [f"a patch for version {report.info.base.hex()}", f"that makes version {report.info.target.hex()}"]
         ways = ", ".join(f"{count} {way}" for way, count in sorted(report.ways.items()))
         numbers = sum(prod(item.shape) for item in report.items if item.shape is not None)
-        lines.append(f"{report.changed:,} of {numbers:,} numbers change; slices: {ways or 'none'}")
+        lines.append(f"{report.changed:,} of {counted(numbers, 'number')} changed; slices: {ways or 'none'}")
         if items and rows:
             lines.append("a patch holds no names: /0 is the first item of its base in the order of names, /1 the next")
+    counts = f"{counted(len(report.items), 'item')} in {counted(report.frames, 'frame')}"
     lines.append(
-        f"{len(report.items)} items in {report.frames} frames: {report.size:,} bytes as {report.wire_size:,}, "
+        f"{counts}: {counted(report.size, 'byte')} as {report.wire_size:,}, "
         f"ratio {report.size / report.wire_size:.2f}, framing {100 * report.framing / report.wire_size:.3f} %"
         + ("" if report.error is None else "; then the stream breaks")
     )
@@ -185,7 +186,7 @@ def _explain(frame: Frame) -> str:
     if frame.type_name == "DATA":
         return f"#{header.item} elements [{header.start}, {header.start + header.count})"
     if frame.type_name == "BUNDLE":
-        return f"#{header.item} and {header.count - 1} more items"
+        return f"#{header.item} and {counted(header.count - 1, 'more item')}"
     if isinstance(event, ItemsStart):
         return "\n".join(f"#{number} {_describe(item)}" for number, item in enumerate(event.items, event.number))
     if isinstance(event, StreamStart):
@@ -193,7 +194,7 @@ def _explain(frame: Frame) -> str:
         extra += [f"{len(event.info.metadata)} metadata"] if event.info.metadata else []
         return ", ".join([f"align {event.info.align}", *extra])
     if isinstance(event, StreamEnd):
-        return f"{event.summary.items} items, stream digest {event.summary.digest.hex()[:16]}..."
+        return f"{counted(event.summary.items, 'item')}, stream digest {event.summary.digest.hex()[:16]}..."
     return f"#{header.item}" if frame.type_name == "ITEM" else ""
 
 
@@ -204,7 +205,7 @@ def _describe(item: Item) -> str:
     if isinstance(item, AliasItem):
         return f"{name} is #{item.of}"
     if isinstance(item, FileItem):
-        size = "unknown length" if item.size is None else f"{item.size} bytes"
+        size = "unknown length" if item.size is None else counted(item.size, "byte")
         return f"{name} file of {size}, {describe_codec(item.codec)}"
-    size = f" of {item.size} bytes" if isinstance(item, ValueItem) else ""
+    size = f" of {counted(item.size, 'byte')}" if isinstance(item, ValueItem) else ""
     return f"{name} {item.kind.name.lower()}{size}"

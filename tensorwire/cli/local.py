@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import tensorwire
+from tensorwire.cli.common import limit_options
 from tensorwire.cli.settings import options_of
 from tensorwire.errors import TensorwireError
 from tensorwire.fl.plan import Plan
 from tensorwire.fl.task import Task
+from tensorwire.limits import DEFAULT, Limits
 from tensorwire.transfer import greet, hear, say
 from tensorwire.transports import TcpTransport
 
@@ -37,7 +39,13 @@ class RunError(TensorwireError):
 
 
 def run(
-    task: Task, plan: Plan, out: Path, asked: Sequence[str], *, on_note: Callable[[str], None] = lambda text: None
+    task: Task,
+    plan: Plan,
+    out: Path,
+    asked: Sequence[str],
+    *,
+    on_note: Callable[[str], None] = lambda text: None,
+    limits: Limits = DEFAULT,
 ) -> Iterator[Row]:
     """Run a plan, and give a row as each round ends; the first row is the model at the start.
 
@@ -45,10 +53,12 @@ def run(
     sockets until then and the `fp32_bytes` of the same tensors without codecs, `server_mib`, `seconds`, and of the
     round `clients`, `missing`, `ended` and `counted`. `out`: where folders and logs stand. `asked`: options of
     `tensorwire fl` that name the task. `on_note`: called with a text when a client dies, without which the run goes
-    on. Raises RunError where the server fails, or all clients have died.
+    on. `limits`: of all that is sent, received and kept. Raises RunError where the server fails, or all clients have
+    died.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tensorwire.save_file(dict(task.initial()), out / "initial.tw")
+    tensorwire.save_file(dict(task.initial()), out / "initial.tw", limits=limits)
+    asked = [*asked, *(f"--limit={each}" for each in limit_options(limits))]
     clients: list[_Process] = []
     listen = ["--listen=127.0.0.1:0", f"--state={out / 'state'}", f"--initial={out / 'initial.tw'}"]
     server = _Process(out, "server", [*listen, *options_of(plan), *asked])
@@ -58,7 +68,7 @@ def run(
             mine = [f"--number={number}", f"--clients={plan.clients}", f"--folder={out / f'client-{number}'}"]
             mine += ["--evaluate"] if number == 0 else []
             clients.append(_Process(out, f"client-{number}", [f"127.0.0.1:{port}", *mine, *asked]))
-        yield from _rows(task, _watched(server, clients, port, on_note), out / "state", plan)
+        yield from _rows(task, _watched(server, clients, port, on_note), out / "state", plan, limits)
         until = time.monotonic() + _END
         while time.monotonic() < until and any(client.alive() for client in clients):
             time.sleep(_LOOK)
@@ -133,7 +143,7 @@ def leftovers(out: Path) -> list[Path]:
     return sorted(path for name in names for path in out.glob(name))
 
 
-def _rows(task: Task, lines: Iterable[str], state: Path, plan: Plan) -> Iterator[Row]:
+def _rows(task: Task, lines: Iterable[str], state: Path, plan: Plan, limits: Limits) -> Iterator[Row]:
     # What a round would move without codecs: the model to every client that it asks, and as much back.
     plain = 2 * plan.asked_of(plan.clients) * sum(4 * _elements(tensor) for tensor in task.initial().values())
     before: Row = {"round": 0, "bytes": 0, "fp32_bytes": 0, "server_mib": 0.0, "seconds": 0.0}
@@ -149,18 +159,19 @@ def _rows(task: Task, lines: Iterable[str], state: Path, plan: Plan) -> Iterator
             "fp32_bytes": number * plain,
             **{name: row[name] for name in ("server_mib", "seconds", "clients", "missing", "ended", "counted")},
         }
-    yield {**before, "loss": task.evaluate(_like(task.initial(), tensorwire.load_file(state / "model.tw")))}
+    model = tensorwire.load_file(state / "model.tw", limits=limits)
+    yield {**before, "loss": task.evaluate(_like(task.initial(), model, limits))}
 
 
 def _elements(tensor: Any) -> int:
     return prod(tensor.shape)
 
 
-def _like(initial: Any, model: Any) -> Any:
+def _like(initial: Any, model: Any, limits: Limits) -> Any:
     """Arrays as tensors of the kind that the task works with."""
     if all(type(tensor).__module__.partition(".")[0] != "torch" for tensor in initial.values()):
         return model
-    return tensorwire.torch.loads(tensorwire.dumps(model))
+    return tensorwire.torch.loads(tensorwire.dumps(model, limits=limits), limits=limits)
 
 
 class _Process:

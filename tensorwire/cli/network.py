@@ -7,10 +7,11 @@ import time
 from typing import Any, Final
 
 from tensorwire.cli.common import UsageError, print_json
-from tensorwire.errors import TensorwireError, TransportError
+from tensorwire.errors import TensorwireError, TransportError, counted
 from tensorwire.transports import client_tls, is_loopback, server_tls
 
 PORT: Final = 7453
+_LAST_PORT: Final = 65535
 _REMINDER: Final = 30.0  # seconds
 SECURITY: Final = """\
 Connections beyond this machine use TLS 1.3: the receiver needs --cert and --key, and the sender checks its certificate
@@ -24,8 +25,10 @@ def address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or port.endswith("]") or (":" in host and not host.endswith("]")):
         host, port = text, str(PORT)
-    if not port.isdecimal() or int(port) > 65535:
+    if not port.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    if int(port) > _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"there is no port {port}: the last is {_LAST_PORT}")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -104,5 +107,5 @@ def report(verb: str, name: str, result: dict[str, Any], *, as_json: bool) -> No
         return
     rate = result["moved"] / max(result["seconds"], 1e-9) / 1e6
     resumed = f", {result['moved']:,} of them now" if result["moved"] < result["bytes"] else ""
-    line = f"{verb} {name}: {result['bytes']:,} bytes{resumed} in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
+    line = f"{verb} {name}: {counted(result['bytes'], 'byte')}{resumed} in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
     print(f"{line}, stream digest {result['stream_digest']}", file=sys.stderr)

@@ -5,7 +5,7 @@ import sys
 from typing import Any, Final
 
 from tensorwire.cli import inputs
-from tensorwire.cli.common import PIPE, UsageError, add_limits, byte_size, verb
+from tensorwire.cli.common import PIPE, UsageError, add_limits, positive_size, verb
 from tensorwire.cli.outputs import add_force, check_output
 from tensorwire.files import versions
 
@@ -28,7 +28,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("output", metavar="OUT", help="a .safetensors or .tw file")
     parser.add_argument(
         "--max-shard-size",
-        type=byte_size,
+        type=positive_size,
         metavar="SIZE",
         help="make OUT a folder of shards of at most SIZE, such as 5GB",
     )
@@ -38,8 +38,8 @@ def add_parser(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     output, patches = arguments.output, arguments.patches
-    if output == PIPE or patches.count(PIPE) > 1:
-        raise UsageError("OUT must be a file, and at most one PATCH can be stdin")
+    if PIPE in (arguments.base, output) or patches.count(PIPE) > 1:
+        raise UsageError("BASE and OUT must be files, and at most one PATCH can be stdin")
     if arguments.max_shard_size is None:
         check_output(output, inputs=[*inputs.files(arguments.base), *patches], force=arguments.force)
     made = versions.patch(

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import tensorwire
 from tensorwire.cli.common import PIPE, UsageError, add_limits, error_fields, print_json, read_key, reading, verb
-from tensorwire.errors import TensorwireError
+from tensorwire.errors import TensorwireError, counted
 from tensorwire.files import authenticity
 
 _TEXT: Final = """\
@@ -54,7 +54,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"ok": True, **result})
     else:
-        print("ok: {items:,} items, {frames:,} frames, {bytes:,} bytes".format(**result))
+        counts = (verified.items, "item"), (verified.frames, "frame"), (verified.size, "byte")
+        print(f"ok: {', '.join(counted(*each) for each in counts)}")
         print(f"stream digest {verified.digest}")
         if source.sha256 is not None:
             print(f"SHA-256       {source.sha256}  {arguments.input}")

@@ -17,7 +17,7 @@ from tensorwire import dtypes, kernels
 from tensorwire.codecs.stage import Bytes, Encoded, Packer, Sizes, Take
 from tensorwire.codecs.zstd import compress, decompress
 from tensorwire.dtypes import DType
-from tensorwire.errors import FormatError
+from tensorwire.errors import FormatError, counted
 from tensorwire.tensor import Extent
 
 # Elements of a slice that cannot be divided, and those that are left out together where they are zeros.
@@ -149,7 +149,7 @@ class _Reader:
     def end(self) -> None:
         """Nothing may be left."""
         if self._at != self._payload.size:
-            raise FormatError(f"planes with {self._payload.size - self._at} bytes behind them")
+            raise FormatError(f"planes with {counted(self._payload.size - self._at, 'byte')} behind them")
 
 
 def _blocks(size: int, width: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import zstandard
 
 from tensorwire.codecs.stage import Compressor, Range, parameter
-from tensorwire.errors import FormatError
+from tensorwire.errors import FormatError, counted
 from tensorwire.tensor import Extent
 
 _MAX_WINDOW: Final = 8 << 20
@@ -76,10 +76,16 @@ def _check_frame(payload: memoryview, size: int, *, exact: bool) -> None:
     except zstandard.ZstdError as error:
         raise FormatError(f"not a zstd frame: {error}") from None
     content = frame.content_size
-    right = content == size if exact else content <= size  # without a size, content_size is 2^64 - 1
-    if not right or frame.dict_id or frame.window_size > max(_MAX_WINDOW, size):
-        most = "" if exact else "at most "
-        raise FormatError(f"zstd frame must say {most}{size} bytes, no dictionary and a window of at most 8 MiB")
+    if content == zstandard.CONTENTSIZE_UNKNOWN:
+        raise FormatError("zstd frame does not say how many bytes are in it")
+    if content > size or (exact and content != size):
+        raise FormatError(f"zstd frame says {content} bytes where {'' if exact else 'at most '}{size} belong")
+    if frame.dict_id:
+        raise FormatError(f"zstd frame needs dictionary {frame.dict_id}, and may need none")
+    # The window is the memory that decoding takes beside the content.
+    if frame.window_size > max(_MAX_WINDOW, size):
+        most = f"{_MAX_WINDOW} or, of more content, its size"
+        raise FormatError(f"zstd frame has a window of {frame.window_size} bytes, more than {most}")
     _check_blocks(payload, begin, min(frame.window_size, _MAX_BLOCK), 4 if frame.has_checksum else 0)
 
 
@@ -95,7 +101,7 @@ def _check_blocks(payload: memoryview, at: int, most: int, behind: int) -> None:
         if kind == _RESERVED or size > most:
             raise FormatError(f"zstd block of a reserved type or of {size} bytes, more than {most}")
     if at != end:
-        raise FormatError(f"zstd frame with {end - at} bytes behind it")
+        raise FormatError(f"zstd frame with {counted(end - at, 'byte')} behind it")
 
 
 def _memory_error(error: zstandard.ZstdError, otherwise: Exception | None = None) -> Exception:

@@ -1,10 +1,11 @@
 """What stands on a disk: `.tw` files, files of any kind, `.safetensors` files, what is in them, and whose they are."""
 
 from tensorwire.files.any import decode_file, encode_file
-from tensorwire.files.source import File, opened
+from tensorwire.files.source import HEAD, File, kind_of, opened
 from tensorwire.files.tw import Progress, TensorFile, TensorSlice, iterate_file, load_file, save_file
 
 __all__ = [
+    "HEAD",
     "File",
     "Progress",
     "TensorFile",
@@ -12,6 +13,7 @@ __all__ = [
     "decode_file",
     "encode_file",
     "iterate_file",
+    "kind_of",
     "load_file",
     "opened",
     "save_file",

@@ -19,8 +19,17 @@ from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any, Final
 
-from tensorwire.errors import AuthError, EncodeError, FormatError, LimitError, UnsupportedError, show
-from tensorwire.files.source import File, opened, read_some
+from tensorwire.errors import (
+    ArgumentError,
+    AuthError,
+    EncodeError,
+    FormatError,
+    LimitError,
+    UnsupportedError,
+    counted,
+    show,
+)
+from tensorwire.files.source import File, check_paths, opened, read_some
 
 # RFC 2104 discourages keys shorter than the digest, 32 bytes; less than 16 can be guessed.
 MIN_KEY: Final = 16
@@ -103,6 +112,7 @@ def manifest(paths: Iterable[str | os.PathLike[str]]) -> str:
     It proves nothing by itself: sign it. Raises EncodeError for no file, and for two of one name.
     """
     subjects = {}
+    check_paths(paths)
     for path in paths:
         name = os.path.basename(os.fsdecode(path))
         if name in subjects:
@@ -126,6 +136,7 @@ def check_manifest(manifest: str | bytes, paths: Iterable[str | os.PathLike[str]
     FormatError, UnsupportedError or LimitError for what is no such manifest.
     """
     subjects = _subjects(manifest)
+    check_paths(paths)
     for path in paths:
         name = os.path.basename(os.fsdecode(path))
         if name not in subjects:
@@ -136,9 +147,9 @@ def check_manifest(manifest: str | bytes, paths: Iterable[str | os.PathLike[str]
 
 def _mac(key: bytes) -> hmac.HMAC:
     if not isinstance(key, (bytes, bytearray)):
-        raise TypeError(f"a key is bytes, not {type(key).__name__}")
+        raise ArgumentError(f"a key is bytes, not {type(key).__name__}")
     if len(key) < MIN_KEY:
-        raise AuthError(f"a key of {len(key)} bytes: take at least {MIN_KEY}, better 32 random ones")
+        raise AuthError(f"a key of {counted(len(key), 'byte')}: take at least {MIN_KEY}, better 32 random ones")
     return hmac.new(key, digestmod=sha256)
 
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from tensorwire import dtypes
 from tensorwire.dtypes import DType
-from tensorwire.errors import FormatError, LimitError, TruncatedError, UnsupportedError, WireError, show
-from tensorwire.files.source import HEAD, File, Source, is_path, name_error, source
+from tensorwire.errors import FormatError, LimitError, TruncatedError, UnsupportedError, WireError, counted, show
+from tensorwire.files.source import HEAD, File, OneOfMany, OpenFiles, Source, is_path, name_error, source
 from tensorwire.limits import DEFAULT
 from tensorwire.memory import Pool
 from tensorwire.storage.output import file_name, name_of, open_to_read, storing
@@ -20,6 +20,7 @@ MAX_HEADER: Final = 100_000_000
 # More are in several files. What Python makes of a header takes up to thirty times its bytes.
 MAX_TENSORS: Final = 1 << 19
 _MAX_PARTS: Final = 16 * MAX_TENSORS  # a tensor of four dimensions has ten; text of the metadata may hold some too
+_MOST_OPEN: Final = 64  # shards: most systems let a process open 256 to 1,024 files, of which the program needs some
 METADATA: Final = "__metadata__"
 NAMES: Final = {
     dtypes.BOOL: "BOOL",
@@ -61,7 +62,7 @@ class Checkpoint(Mapping[str, TensorView]):
         return open_checkpoint, (self._file,)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({name_of(self._file)!r}, {len(self)} tensors)"
+        return f"{type(self).__name__}({name_of(self._file)!r}, {counted(len(self), 'tensor')})"
 
     def __getitem__(self, name: str) -> TensorView:
         return self._views[name]
@@ -102,6 +103,9 @@ def open_checkpoint(file: File) -> Checkpoint:
 class SafetensorsShards(Checkpoint):
     """A sharded checkpoint: the files that an index lists, or all `.safetensors` files of a folder.
 
+    At most 64 of them are open at once, the last that were read; of more, one that has changed meanwhile is a
+    CorruptError.
+
     Raises FormatError where the index and the files disagree, or two files have a tensor of one name.
     """
 
@@ -114,9 +118,10 @@ class SafetensorsShards(Checkpoint):
         folder = self._path if wanted is None else os.path.dirname(self._path)
         names = set(wanted.values()) if wanted is not None else _shards_in(folder)
         packed: dict[str, Any] = {}
+        self._open = OpenFiles(_MOST_OPEN) if len(names) > _MOST_OPEN else None
         try:
             for name in sorted(names):
-                file = SafetensorsFile(os.path.join(folder, name))
+                file = SafetensorsFile(os.path.join(folder, name), files=self._open)
                 self._files.append(file)
                 packed |= file.packed
                 self._add(file)
@@ -130,6 +135,8 @@ class SafetensorsShards(Checkpoint):
         """Close all files; views can no longer be read."""
         for file in self._files:
             file.close()
+        if self._open is not None:
+            self._open.close()
 
     def _read_index(self) -> dict[str, str]:
         """File names by tensor. Raises FormatError, also for a name that leads out of the folder."""
@@ -151,7 +158,9 @@ class SafetensorsShards(Checkpoint):
 
     def _add(self, file: "SafetensorsFile") -> None:
         for name in file.keys() & self._views.keys():
-            raise self._wrong("two files have a tensor of this name", item=name)
+            other = next(each.name for each in self._files if name in each)
+            both = f"{show(os.path.basename(other))} and {show(os.path.basename(file.name))}"
+            raise self._wrong(f"two files have a tensor of this name, {both}", item=name)
         self._views |= file
         for key, text in file.own_metadata.items():
             if self.metadata.setdefault(key, text) != text:
@@ -192,11 +201,12 @@ class SafetensorsFile(Checkpoint):
 
     Offsets, sizes and dtypes are checked against the file before anything is read through them. `own_metadata`: as it
     stands in the file; `metadata`: with what `packed` says of tensors that travel as bytes, by name: dtype and shape.
+    `files`: of which this is one, a path, and which closes it while others are read.
     """
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, *, files: OpenFiles | None = None) -> None:
         self._file = os.path.abspath(file_name(file)) if is_path(file) else file
-        self._source = source(file)
+        self._source = OneOfMany(os.fspath(file), files) if files is not None and is_path(file) else source(file)
         self.name = self._source.name
         self.packed: dict[str, Any] = {}
         try:

@@ -1,5 +1,6 @@
 """An item of an archive, or a part of it, into memory."""
 
+from array import array
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import Codec
-from tensorwire.errors import TensorwireError
+from tensorwire.errors import CorruptError, TensorwireError
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import GrowingMemory, Scratch
 from tensorwire.streams.receiver import check_slice
@@ -19,6 +20,10 @@ from tensorwire.wire import Archive, DataItem, Header, ValueItem
 _STEP: Final = 1 << 20  # bytes that are read and checksummed before the next ones are, while they are in the caches
 _SMALL: Final = 64 << 10
 
+ReadInto = Callable[[int, memoryview], None]
+# By where the payload of a raw frame begins: its checksum before the first step and behind each.
+RunningSums = dict[int, "array[int]"]
+
 
 def read_item(
     archive: Archive,
@@ -27,20 +32,24 @@ def read_item(
     codec: Codec,
     limits: Limits = DEFAULT,
     *,
-    read_into: Callable[[int, memoryview], None] | None = None,
+    read_into: ReadInto | None = None,
     part: tuple[int, int] | None = None,
+    running: RunningSums | None = None,
 ) -> npt.NDArray[np.uint8]:
     """The decoded bytes of the item of this number: a tensor's elements, a value's encoding, a file's content.
 
     `part`: of elements [begin, end) only. `read_into` fills memory from an offset of the archive's source on.
+    `running`: what was learned of raw frames when a part of them was read first, for which all of one is. Later parts
+    read what they cover, in steps.
     """
-    reading = _Reading(item, codec, limits, part)
+    reading = _Reading(item, codec, limits, part, {} if running is None else running)
     # What is small comes with the headers around it.
     small = item.total is not None and item.total * reading.itemsize <= _SMALL
     fetch = None if read_into is None or small else partial(reading.fetch, read_into)
     for stored, extent in archive.slices(number, reading.check, fetch):
         try:
             reading.decode(stored.payload, extent)
+            reading.learn()
         except TensorwireError as error:
             error.item, error.frame, error.offset = item.name, stored.header.sequence, stored.frame_offset
             raise
@@ -50,7 +59,9 @@ def read_item(
 class _Reading:
     """An item, or elements [begin, end) of it, on its way into memory."""
 
-    def __init__(self, item: DataItem, codec: Codec, limits: Limits, part: tuple[int, int] | None) -> None:
+    def __init__(
+        self, item: DataItem, codec: Codec, limits: Limits, part: tuple[int, int] | None, running: RunningSums
+    ) -> None:
         self._item = item
         self._codec = codec
         self._limits = limits
@@ -59,6 +70,8 @@ class _Reading:
         self._scratch = Scratch()
         self.memory = GrowingMemory((self._end - self._begin) * self.itemsize)
         self.filled = 0  # bytes
+        self._running = running
+        self._learned: RunningSums = {}  # of frames whose checksum is not known to match yet
 
     def check(self, header: Header) -> Extent | None:
         """The extent of a slice; None where nothing of it is wanted."""
@@ -66,19 +79,28 @@ class _Reading:
         begin, end = self._wanted(extent)
         return extent if begin < end else None
 
-    def fetch(
-        self, read_into: Callable[[int, memoryview], None], offset: int, size: int, extent: Extent
-    ) -> tuple[memoryview, int]:
+    def learn(self) -> None:
+        """What was fetched has turned out to be what was written."""
+        self._running |= self._learned
+
+    def fetch(self, read_into: ReadInto, offset: int, size: int, extent: Extent) -> tuple[memoryview, int]:
         """The payload of a slice and its checksum: a raw one in its place, as far as it is wanted."""
         if not self._codec.in_place:
             payload = self._scratch.payload(size).data
             return payload, _read_summed(read_into, offset, payload, 0)
         begin, end = self._wanted(extent)
         place = self._region(begin, end).data
-        before, behind = (begin - extent.start) * self.itemsize, (extent.start + extent.count - end) * self.itemsize
-        crc = self._pass_over(read_into, offset, before, 0)
-        crc = _read_summed(read_into, offset + before, place, crc)
-        return place, self._pass_over(read_into, offset + before + len(place), behind, crc)
+        if len(place) == size:
+            return place, _read_summed(read_into, offset, place, 0)
+        first = (begin - extent.start) * self.itemsize
+        sums = self._running.get(offset)
+        if sums is not None:
+            self._read_steps(read_into, offset, size, place, first, sums)
+            return place, sums[-1]
+        sums = self._read_all(read_into, offset, size, place, first)
+        if size > _STEP:
+            self._learned[offset] = sums
+        return place, sums[-1]
 
     def decode(self, payload: memoryview, extent: Extent) -> None:
         """Decode what is wanted of a slice into the memory."""
@@ -103,15 +125,40 @@ class _Reading:
         self.filled = max(self.filled, stop)
         return self.memory.region(start, stop)
 
-    def _pass_over(self, read_into: Callable[[int, memoryview], None], offset: int, size: int, crc: int) -> int:
-        """The checksum, continued over bytes that are not kept."""
+    def _read_all(self, read_into: ReadInto, offset: int, size: int, place: memoryview, first: int) -> "array[int]":
+        """Read a whole payload, whose bytes from `first` on fill `place`; returns its running checksum."""
+        sums = array("I", [0])
         for done in range(0, size, _STEP):
-            step = self._scratch.payload(min(_STEP, size - done)).data
-            crc = _read_summed(read_into, offset + done, step, crc)
-        return crc
+            sums.append(self._read_step(read_into, offset, done, size, place, first, sums[-1]))
+        return sums
+
+    def _read_steps(
+        self, read_into: ReadInto, offset: int, size: int, place: memoryview, first: int, sums: "array[int]"
+    ) -> None:
+        """Fill `place` with the bytes of a payload from `first` on, of which the steps are read that hold them."""
+        for number in range(first // _STEP, -(-(first + len(place)) // _STEP)):
+            got = self._read_step(read_into, offset, number * _STEP, size, place, first, sums[number])
+            if got != sums[number + 1]:
+                raise CorruptError("it has changed since it was verified: open the file again")
+
+    def _read_step(
+        self, read_into: ReadInto, offset: int, done: int, size: int, place: memoryview, first: int, crc: int
+    ) -> int:
+        """Read one step of a payload and put what of it belongs there into `place`; returns the checksum behind it."""
+        end = min(done + _STEP, size)
+        low, high = max(done, first), min(end, first + len(place))
+        if (low, high) == (done, end):
+            step = place[low - first : high - first]
+            read_into(offset + done, step)
+            return crc32c(step, crc)
+        step = self._scratch.payload(end - done).data
+        read_into(offset + done, step)
+        if low < high:
+            place[low - first : high - first] = step[low - done : high - done]
+        return crc32c(step, crc)
 
 
-def _read_summed(read_into: Callable[[int, memoryview], None], offset: int, memory: memoryview, crc: int) -> int:
+def _read_summed(read_into: ReadInto, offset: int, memory: memoryview, crc: int) -> int:
     """Fill `memory`, and continue the checksum over it while it is in the caches."""
     for done in range(0, len(memory), _STEP):
         step = memory[done : done + _STEP]

@@ -9,6 +9,7 @@ import mmap
 import os
 import stat
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, BinaryIO, Final, TypeGuard
@@ -18,6 +19,7 @@ import numpy as np
 from tensorwire.errors import (
     ArgumentError,
     ClosedError,
+    CorruptError,
     EncodeError,
     TensorwireError,
     TransportError,
@@ -57,7 +59,7 @@ _KINDS: Final = (
 _PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _PRINTED: Final = bytes([*b"\t\n\r", *range(0x20, 0x7F)])  # what text in ASCII consists of
 _TEXT_SHOWN: Final = 40  # characters
-HEAD: Final = 512  # bytes that `name_error` looks at
+HEAD: Final = 512  # bytes that `kind_of` looks at
 
 
 def is_path(file: object) -> TypeGuard[Path]:
@@ -76,6 +78,12 @@ def is_path(file: object) -> TypeGuard[Path]:
             raise closed(name_of(file))
         return False
     raise ArgumentError(f"expected a path or a binary file object, not {type(file).__name__}")
+
+
+def check_paths(paths: object) -> None:
+    """Raise ArgumentError for one path where there should be several: text is iterable, too."""
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise ArgumentError(f"expected a list of files, not one: give [{paths!r}]")
 
 
 class Source:
@@ -141,6 +149,7 @@ class PathSource(Source):
             self._file.close()
             raise _no_seek(self.name)
         self.size = status.st_size
+        self.identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
         """`Source.map`."""
@@ -163,6 +172,73 @@ class PathSource(Source):
             raise closed(self.name)
         with storing(self.name, "read"):
             return read_at(self._file.fileno(), buffer, offset)
+
+
+class OpenFiles:
+    """The files that were read last, of many, open: at most `most`, but for those that are being read."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: dict[str, PathSource] = {}  # the one that was used last stands last
+        self._readers: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def take(self, path: str) -> PathSource:
+        """The file of this path, which stays open until `give_back`."""
+        with self._lock:
+            file = self._open.pop(path, None) or PathSource(path)
+            self._open[path] = file
+            self._readers[path] += 1
+            if len(self._open) > self._most:
+                for idle in [each for each in self._open if not self._readers[each]][: len(self._open) - self._most]:
+                    self._open.pop(idle).close()
+            return file
+
+    def give_back(self, path: str) -> None:
+        """One reader less."""
+        with self._lock:
+            self._readers[path] -= 1
+
+    def close(self) -> None:
+        """Close those that are open."""
+        with self._lock:
+            for file in self._open.values():
+                file.close()
+            self._open.clear()
+
+
+class OneOfMany(Source):
+    """A file by its path that is open only while it is among the last ones of `files` that were read.
+
+    Raises CorruptError where another file has its path by then, or its content was changed.
+    """
+
+    def __init__(self, path: str, files: OpenFiles) -> None:
+        super().__init__()
+        self.name = path
+        self._files: OpenFiles | None = files
+        file = files.take(path)
+        self.size, self._identity = file.size, file.identity
+        files.give_back(path)
+
+    def close(self) -> None:
+        """Let go of the file, which others may still read."""
+        super().close()
+        self._files = None
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        files = self._files
+        if files is None:
+            raise closed(self.name)
+        file = files.take(self.name)
+        try:
+            if file.identity != self._identity:
+                error = CorruptError("the file was replaced or written to since it was opened: open it again")
+                error.file = self.name
+                raise error
+            return file._read_some(offset, buffer)
+        finally:
+            files.give_back(self.name)
 
 
 class ObjectSource(Source):
@@ -290,7 +366,7 @@ def _raw(file: Any) -> AbstractContextManager[Any]:
 def name_error(error: TensorwireError, name: str, head: bytes, magic: bytes) -> None:
     """Let an error name the file and, where that begins as something else than a stream, say what it is."""
     error.file = error.file or name
-    kind = _kind(head, magic)
+    kind = kind_of(head, magic) if magic else kind_of(head)
     if kind is not None:
         error.detail = f"this is {kind}"
 
@@ -346,9 +422,12 @@ def _head(file: Any, begin: int) -> bytes:
     return b""
 
 
-def _kind(head: bytes, magic: bytes) -> str | None:
-    """What begins like this, where it is known and something else than expected."""
-    if not head or (magic and head.startswith(magic)):
+def kind_of(head: bytes, *expected: bytes) -> str | None:
+    """What a file is whose first `HEAD` bytes are these; None where it is unknown, or begins as one of `expected` do.
+
+    Where nothing is expected to begin it, a `.safetensors` file is.
+    """
+    if not head or head.startswith(expected):
         return None
     for begin, kind in _KINDS:
         if head.startswith(begin):
@@ -361,7 +440,7 @@ def _kind(head: bytes, magic: bytes) -> str | None:
     if head[257:262] == b"ustar":
         return "a tar file: unpack it first"
     if head[8:10] == b'{"':
-        return "a .safetensors file: read it with tensorwire.safetensors" if magic == MAGIC else None
+        return "a .safetensors file: read it with tensorwire.safetensors, or encode it first" if expected else None
     if len(head) == HEAD and not any(head):
         return "a file that begins with zeros: it was never written to its end"
     if text.startswith(b"{"):

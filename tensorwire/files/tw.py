@@ -12,8 +12,17 @@ import numpy.typing as npt
 
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import RAW, Codec
-from tensorwire.errors import EncodeError, FormatError, TensorwireError, TruncatedError, WireError, show
-from tensorwire.files.items import read_item
+from tensorwire.errors import (
+    EncodeError,
+    FormatError,
+    TensorwireError,
+    TruncatedError,
+    WireError,
+    check_function,
+    counted,
+    show,
+)
+from tensorwire.files.items import RunningSums, read_item
 from tensorwire.files.source import (
     HEAD,
     File,
@@ -68,6 +77,7 @@ def save_file(
     `progress` is called as bytes are written, with `total`. Raises StorageError where the system does not take the
     file; one that was at the path is untouched then.
     """
+    check_function(progress, "progress", "done", "total")
     late: Late | None = [] if is_path(file) else None
     if late is None:
         check_writable(file)
@@ -81,6 +91,7 @@ def save_file(
 
 def load_file(file: File, front: Front, *, progress: Progress | None = None, **options: Any) -> Any:
     """The whole container in a `.tw` file, every byte verified: by its path, or as a file object, from where it is."""
+    check_function(progress, "progress", "done", "total")
     with opened(file) as raw:
         value = collect(raw if progress is None else _Counting(raw, progress), front, **options)
         if raw.read(1):
@@ -168,7 +179,7 @@ class TensorFile(Mapping[str, Any]):
     def __repr__(self) -> str:
         if self._is_closed:
             return f"TensorFile({self._name!r}, closed)"
-        return f"TensorFile({self._name!r}{'' if self._opened is None else f', {len(self)} items'})"
+        return f"TensorFile({self._name!r}{'' if self._opened is None else ', ' + counted(len(self), 'item')})"
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -357,8 +368,9 @@ class TensorSlice:
     """A tensor in a file, of which a part is read: index it as an array of its shape.
 
     Integers and a slice at the front decide what is read: the frames that hold it, no others. (A raw tensor that
-    `save_file` wrote is one frame, which is read to be verified, in little memory.) What follows, up to a whole index
-    of the tensor library, picks from that in memory.
+    `save_file` wrote is one frame with one checksum: for its first part all of it is read, in little memory. Later
+    parts, as long as the file is open, read the mebibytes that hold them.) What follows, up to a whole index of the
+    tensor library, picks from that in memory.
     """
 
     __slots__ = ("_file", "_item", "_name")
@@ -402,13 +414,23 @@ def _front_of(index: tuple[Any, ...], item: TensorItem) -> tuple[int, int, tuple
                 shape,
                 rest if rest != (slice(None, None, 1),) else (),
             )
-        if isinstance(part, bool) or not hasattr(part, "__index__") or not shape:
+        at = _place(part) if shape else None
+        if at is None:
             return begin, begin + prod(shape), shape, index[place:]
-        at = operator.index(part)
         if not -shape[0] <= at < shape[0]:
             raise IndexError(f"index {at} is out of range for a dimension of {shape[0]} of {show(item.name)}")
         shape, begin = shape[1:], begin + at % shape[0] * prod(shape[1:])
     return begin, begin + prod(shape), shape, ()
+
+
+def _place(part: Any) -> int | None:
+    """An index that is an integer; None for any other, such as an array of several or a mask."""
+    if isinstance(part, bool) or getattr(part, "shape", ()) != ():
+        return None
+    try:
+        return operator.index(part)
+    except TypeError:
+        return None
 
 
 class _Opened:
@@ -418,6 +440,7 @@ class _Opened:
         self.source = source
         self._limits = limits
         self._codecs: dict[tuple[CodecSpec, int], Codec] = {}  # by what they carry: a few for many items
+        self._running: RunningSums = {}
 
         def accept(what: StreamInfo | Item) -> None:
             if isinstance(what, TensorItem):
@@ -455,7 +478,16 @@ class _Opened:
     def read(
         self, number: int, item: DataItem, codec: Codec, part: tuple[int, int] | None = None
     ) -> npt.NDArray[np.uint8]:
-        return read_item(self.archive, number, item, codec, self._limits, read_into=self.source.read_into, part=part)
+        return read_item(
+            self.archive,
+            number,
+            item,
+            codec,
+            self._limits,
+            read_into=self.source.read_into,
+            part=part,
+            running=self._running,
+        )
 
     def views(self, value_of: Callable[[str], Any]) -> Any:
         """The container, its tensors as views; `value_of` gives the values."""

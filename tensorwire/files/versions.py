@@ -20,7 +20,7 @@ from tensorwire.codecs import CHUNK, Checksums
 from tensorwire.errors import ArgumentError, CorruptError, TensorwireError
 from tensorwire.files import safetensors
 from tensorwire.files.checkpoint import open_checkpoint
-from tensorwire.files.source import File, is_path, opened, source
+from tensorwire.files.source import File, check_paths, is_path, opened, source
 from tensorwire.files.tw import TensorFile, save_file
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage.output import file_name
@@ -92,6 +92,7 @@ def patch(
 
         tensorwire.patch("step-100.safetensors", ["to-200.tw", "to-300.tw"], "step-300.safetensors")
     """
+    check_paths(patches)
     with _Opened(base, limits) as file:
         container, target = file.stored.container, ""
         sums: Sums | None = None

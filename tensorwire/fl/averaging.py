@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from tensorwire import Schema
 from tensorwire.fl.plan import Plan
-from tensorwire.limits import DEFAULT, Limits
+from tensorwire.limits import DEFAULT, Limits, at_least_default
 from tensorwire.streams import CodecChoice
 from tensorwire.updates import (
     Arrays,
@@ -48,13 +48,13 @@ class Averaging:
 
     def save(self, path: str) -> None:
         """Save the optimizer's state."""
-        self._optimizer.save(path)
+        self._optimizer.save(path, limits=at_least_default(self.rules.limits))
 
     def load(self, path: str) -> None:
         """Restore the optimizer's state, if the file exists. Raises a WireError if it is damaged."""
         self._optimizer = self._new_optimizer()
         if os.path.exists(path):
-            self._optimizer.load(path)
+            self._optimizer.load(path, limits=at_least_default(self.rules.limits))
 
     def _new_optimizer(self) -> ServerOptimizer:
         return ServerOptimizer(self._plan.optimizer, rate=self._plan.rate)

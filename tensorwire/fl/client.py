@@ -27,11 +27,13 @@ from tensorwire.errors import (
     TransportError,
     TruncatedError,
     WireError,
+    counted,
     show,
 )
 from tensorwire.fl.plan import Order
 from tensorwire.fl.task import Task
 from tensorwire.fl.versions import STEPS, stream
+from tensorwire.limits import DEFAULT, Limits, at_least_default
 from tensorwire.storage import rename, write_file
 from tensorwire.storage.parts import discard_parts
 from tensorwire.streams import size_text
@@ -81,7 +83,8 @@ class Client:
     `number`: selects its share of the task's data. `connect`: opens a connection to the server; called as often as
     needed. `patience`: seconds without success after which the last error is raised. `hold`: seconds after which a
     waiting client asks again, at most. `on_refusal`: called when the server refuses an update; the client then waits
-    for the next round. `on_step`: called with a line of text for each step.
+    for the next round. `on_step`: called with a line of text for each step. `limits`: of the models that are received,
+    which the task's own bounds further, and of the files in `folder`.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Client:
         hold: float = 10.0,
         on_refusal: Callable[[RefusedError], None] = lambda error: None,
         on_step: Callable[[str], None] = lambda line: None,
+        limits: Limits = DEFAULT,
     ) -> None:
         self.name = name
         self._number = number
@@ -106,6 +110,7 @@ class Client:
         self._hold = hold
         self._on_refusal = on_refusal
         self._on_step = on_step
+        self._limits = limits
         self._reached = 0  # bytes of the transfer in progress that the receiver has
         self._nothing: tuple[str, str] | None = None  # the base that we add nothing to, and why
         self._rotten = 0
@@ -201,7 +206,8 @@ class Client:
             kind = offer.name if offer.name == "encoded" or (held and offer.name in STEPS) else "model"
             convert = None if kind == "model" else partial(self._follow, order, kind)
             key, patch = _transfer(order, kind, held), kind == "patch"
-            recordings.append(BoundedRecording(path, key, self._task.initial(), patch=patch, convert=convert))
+            model, limits = self._task.initial(), self._limits
+            recordings.append(BoundedRecording(path, key, model, patch=patch, convert=convert, limits=limits))
             return recordings[0]
 
         try:
@@ -224,12 +230,12 @@ class Client:
             model = empty_like(self._task.initial())
         with open(received, "rb", buffering=0) as file:
             if kind == "patch":
-                terms = receive_patch(file, model, held=held)
+                terms = receive_patch(file, model, held=held, limits=self._limits)
             else:
-                terms, _ = receive(file, model, held=held)
+                terms, _ = receive(file, model, held=held, limits=self._limits)
         if not before < terms.round <= order.round:  # so that it comes to an end
             raise SchemaError(f"a {kind} leads from round {before} to {terms.round}, not towards the order's")
-        write_file(made, stream(views(model), terms.run, terms.round))
+        write_file(made, stream(views(model), terms.run, terms.round, limits=self._limits))
 
     def _read(self) -> tuple[dict[str, Any], Terms, str]:
         """The model that is here, its terms and its name. What has not stayed on the disk as it came is removed.
@@ -239,7 +245,7 @@ class Client:
         path, model = self._path("model.tw"), empty_like(self._task.initial())
         try:
             with open(path, "rb", buffering=0) as file:
-                return model, *receive(file, model)
+                return model, *receive(file, model, limits=self._limits)
         except (WireError, OSError) as error:
             _remove(path, error)
             raise
@@ -272,19 +278,20 @@ class Client:
         if dropped:
             names = ", ".join(dropped[:_SHOWN])
             why = "as they are no finite numbers, or too many"
-            self._on_step(f"round {order.round}: {len(dropped)} metrics are not reported, {why}: {names}")
-        counted = as_number(weight)
-        if counted is None:
+            left_out = f"left {counted(len(dropped), 'metric')} out of the report"
+            self._on_step(f"round {order.round}: {left_out}, {why}: {names}")
+        number = as_number(weight)
+        if number is None:
             raise SchemaError(f"training must give a number as its weight, not {show(weight)}")
-        if not 0 < counted < math.inf:
-            self._add_nothing(order, f"training has the weight {counted:g}")
+        if not 0 < number < math.inf:
+            self._add_nothing(order, f"training has the weight {number:g}")
             return
         if fingerprint(base) != untouched:
             self._on_step(f"round {order.round}: training works in place, so what it began with is read again")
             base = self._load(order)
         try:
             self._encode(order, base, state, Terms(
-                order.run, order.round, order.base, self.name, order.kind, counted, kept))  # fmt: skip
+                order.run, order.round, order.base, self.name, order.kind, number, kept))  # fmt: skip
         except NonFiniteError as error:
             self._add_nothing(order, f"training gave what cannot be sent as {order.up}: {error}")
 
@@ -292,9 +299,9 @@ class Client:
         feedback = self._feedback(order, base) if order.feedback else None
         update, part = self._update(order), self._path("update.part")
         codec, seed = exact_vectors(order.up), order.seed_of(terms.run, terms.round, terms.client)
-        write_update(part, state, base, terms, codec=codec, stochastic=seed, feedback=feedback)
+        write_update(part, state, base, terms, codec=codec, stochastic=seed, feedback=feedback, limits=self._limits)
         if feedback is not None:
-            feedback.save(f"{update}.residual")
+            feedback.save(f"{update}.residual", limits=at_least_default(self._limits))
         rename(part, update)
 
     def _add_nothing(self, order: Order, why: str) -> None:
@@ -343,7 +350,7 @@ class Client:
     def _feedback(self, order: Order, base: Mapping[str, Any]) -> ErrorFeedback:
         """What the last update that counted left out, less for each round since that did not ask us."""
         try:
-            feedback = ErrorFeedback(self._path("residual.tw"))
+            feedback = ErrorFeedback(self._path("residual.tw"), limits=at_least_default(self._limits))
             feedback.add(views(base))
         except (WireError, EncodeError, OSError) as error:  # damaged, or of another model
             self._on_step(f"round {order.round}: nothing is carried over: {error}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tensorwire.errors import SchemaError
+from tensorwire.errors import SchemaError, counted
 from tensorwire.fl.plan import Plan
 from tensorwire.updates import Update
 
@@ -79,7 +79,7 @@ class Members:
             raise SchemaError("a client must be named in 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'")
         if name not in self._members:
             if len(self._members) >= self._plan.clients:
-                raise SchemaError(f"the run has its {self._plan.clients} clients")
+                raise SchemaError(f"the run already has its {counted(self._plan.clients, 'client')}")
             self._members[name] = Member(name, asked=not self._plan.samples)
         return self._members[name]
 

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
 import tensorwire
-from tensorwire.errors import SchemaError
+from tensorwire.errors import SchemaError, counted
 
 T = TypeVar("T")
 
@@ -92,7 +92,9 @@ class Plan(Answer):
         if self.fraction is not None and self.fraction > 1:
             raise ValueError(f"fraction must be at most 1, not {self.fraction}")
         if self.quorum > self.asked_of(self.clients):
-            raise ValueError(f"quorum is {self.quorum}, but a round asks {self.asked_of(self.clients)} clients")
+            raise ValueError(
+                f"quorum is {self.quorum}, but a round asks {counted(self.asked_of(self.clients), 'client')}"
+            )
 
     @property
     def samples(self) -> bool:

@@ -64,7 +64,8 @@ class Server:
 
     `initial`: returns the initial model, if `folder` has none of this run yet; its tensors are written to.
     `on_round`: called with a row of figures after each round. `on_note`: called with lines of text for the operator.
-    `validate`: as in `tensorwire.updates.Rules`.
+    `validate`: as in `tensorwire.updates.Rules`. `limits`: of the updates that are received, which the model itself
+    bounds further, and of the files in `folder`.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class Server:
         self.rows: deque[dict[str, Any]] = deque(maxlen=_ROWS)
         self._on_round = on_round
         self._on_note = on_note
-        self._store = Store(folder, plan.name, on_note)
-        self._versions = Versions(folder, plan, on_note)
+        self._store = Store(folder, plan.name, on_note, limits=limits)
+        self._versions = Versions(folder, plan, on_note, limits=limits)
         self.round, self.model = self._store.load(initial)
         self._averaging.check(self.model)
         self._load_optimizer()

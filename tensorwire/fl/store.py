@@ -17,6 +17,7 @@ import numpy.typing as npt
 import tensorwire
 from tensorwire.errors import SchemaError, StorageError, WireError
 from tensorwire.fl.members import NAME
+from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import write_file
 from tensorwire.storage.parts import discard_parts
 from tensorwire.updates import Terms, arrays
@@ -31,8 +32,16 @@ _UPDATE: Final = re.compile(rf"update-({NAME.pattern})\.tw")
 class Store:
     """The folder of one run. `on_note`: called with a line of text for each unexpected or damaged file."""
 
-    def __init__(self, folder: str | os.PathLike[str], run: str, on_note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        run: str,
+        on_note: Callable[[str], None],
+        *,
+        limits: Limits = DEFAULT,
+    ) -> None:
         self._folder = os.fspath(folder)
+        self._limits = limits
         self._run = run
         self._on_note = on_note
         os.makedirs(self._folder, exist_ok=True)
@@ -50,7 +59,7 @@ class Store:
             model = arrays(initial())
             self.save(0, model)
             return 0, model
-        with tensorwire.open_file(path) as file:
+        with tensorwire.open_file(path, limits=self._limits) as file:
             terms = Terms.parse(file.metadata)
         if terms.run != self._run:
             raise SchemaError(f"{self._folder} holds run {terms.run!r}, not {self._run!r}")
@@ -59,7 +68,7 @@ class Store:
     def model(self) -> Model:
         """The model on disk. Raises a WireError that says what to do if it is damaged."""
         try:
-            model: Model = tensorwire.numpy.load_file(self._path("model.tw"))
+            model: Model = tensorwire.numpy.load_file(self._path("model.tw"), limits=self._limits)
             return model
         except WireError as error:
             error.detail += f"; put back a copy of the model, or remove {self._folder} to begin anew"
@@ -67,7 +76,8 @@ class Store:
 
     def save(self, number: int, model: Model) -> None:
         """Begin round `number` with `model`, and remove files that only earlier rounds needed."""
-        tensorwire.numpy.save_file(model, self._path("model.tw"), metadata=Terms(self._run, number).metadata())
+        metadata = Terms(self._run, number).metadata()
+        tensorwire.numpy.save_file(model, self._path("model.tw"), metadata=metadata, limits=self._limits)
         for other in self._rounds():
             if other < number:
                 self._remove(f"round-{other}")

@@ -21,11 +21,13 @@ from typing import Any, Final, NamedTuple
 import tensorwire
 from tensorwire.errors import TensorwireError
 from tensorwire.fl.plan import Plan
+from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import write_file
 from tensorwire.streams import size_text
 from tensorwire.transfer import Recorded
 from tensorwire.updates import (
     Arrays,
+    Rules,
     Terms,
     Views,
     check_update,
@@ -60,9 +62,15 @@ class Versions:
     """The versions of a run in a folder. `on_note`: called with lines of text for the operator."""
 
     def __init__(
-        self, folder: str | os.PathLike[str], plan: Plan, on_note: Callable[[str], None] = lambda line: None
+        self,
+        folder: str | os.PathLike[str],
+        plan: Plan,
+        on_note: Callable[[str], None] = lambda line: None,
+        *,
+        limits: Limits = DEFAULT,
     ) -> None:
         self._folder = os.fspath(folder)
+        self._limits = limits
         self._plan = plan
         self._codec = exact_vectors(plan.down)
         self._on_note = on_note
@@ -103,7 +111,7 @@ class Versions:
             except (TensorwireError, OSError) as error:
                 self._on_note(f"round {number} is sent whole, and not as a {kind}: {error}")
                 self._remove(kind, number)
-        write_file(path, stream(views(version), terms.run, number))
+        write_file(path, stream(views(version), terms.run, number, limits=self._limits))
 
     def _sent(self, model: Arrays, terms: Terms) -> Arrays:
         """What the codec makes of a model."""
@@ -112,27 +120,28 @@ class Versions:
         version, path = empty_like(model), self._path("whole", terms.round)
         write_file(path, self._encoded(views(model), terms))
         with open(path, "rb", buffering=0) as file:
-            receive(file, version)
+            receive(file, version, limits=self._limits)
         return version
 
     def _step_towards(self, version: Arrays, terms: Terms) -> Arrays:
         """Write what leads on from the version before. Returns where to: a difference gets there as far as it can."""
         before, path = self._path("broadcast", terms.round - 1), self._path(self._plan.down_kind, terms.round)
-        held: Arrays = tensorwire.numpy.load_file(before)
+        held: Arrays = tensorwire.numpy.load_file(before, limits=self._limits)
         terms = replace(terms, base=Recorded(before).digest)
         if self._plan.down_kind == "patch":
-            write_file(path, encode_patch(version, held, terms))
+            write_file(path, encode_patch(version, held, terms, limits=self._limits))
             return version
         write_file(path, self._encoded(subtract(version, held), replace(terms, kind="difference")))
         with open(path, "rb", buffering=0) as file:
-            check_update(file, held, terms)  # the difference of two finite numbers need not be one
+            # The difference of two finite numbers need not be one.
+            check_update(file, held, terms, Rules(limits=self._limits))
         with open(path, "rb", buffering=0) as file:
-            receive(file, held, held=terms.base)
+            receive(file, held, held=terms.base, limits=self._limits)
         return held
 
     def _encoded(self, tensors: Views, terms: Terms) -> Iterator[Any]:
         seed = self._plan.seed_of(terms.run, terms.round, "")
-        return encode(tensors, terms, codec=self._codec, stochastic=seed)
+        return encode(tensors, terms, codec=self._codec, stochastic=seed, limits=self._limits)
 
     def _newest(self, number: int) -> Way:
         """What leads to version `number` from nothing. One that is not to be had in its codec is sent as it stands."""
@@ -190,6 +199,6 @@ class Versions:
         return os.path.join(self._folder, f"{kind}-{number}.tw")
 
 
-def stream(tensors: Views, run: str, number: int) -> Iterator[Any]:
+def stream(tensors: Views, run: str, number: int, *, limits: Limits = DEFAULT) -> Iterator[Any]:
     """The buffers of a version as a stream: the same for everybody who holds the same tensors."""
-    return encode(tensors, Terms(run, number))
+    return encode(tensors, Terms(run, number), limits=limits)

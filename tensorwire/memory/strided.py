@@ -27,9 +27,9 @@ def reader(array: Array, fix: Callable[[Array], None] | None = None) -> Callable
     """
     if not array.flags.c_contiguous:
         return _Strided(array, fix).read
-    flat = array if array.ndim == 1 else array.reshape(-1)
     if fix is None:
-        return _Contiguous(flat.view(np.uint8), array.itemsize)
+        return _Contiguous(array)
+    flat = array.reshape(-1)
 
     def read(start: int, stop: int) -> ByteArray:
         part: ByteArray = flat[start:stop].copy().view(np.uint8)
@@ -40,17 +40,20 @@ def reader(array: Array, fix: Callable[[Array], None] | None = None) -> Callable
 
 
 class _Contiguous:
-    """Memory that is in order, as bytes."""
+    """Memory that is in order, as bytes from when it is first read: until then many of them wait."""
 
-    __slots__ = ("_itemsize", "_memory")
+    __slots__ = ("_array", "_memory")
 
-    def __init__(self, memory: ByteArray, itemsize: int) -> None:
-        self._memory = memory
-        self._itemsize = itemsize
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self._memory: ByteArray | None = None
 
     def __call__(self, start: int, stop: int) -> ByteArray:
         """Elements [start, stop)."""
-        return self._memory[start * self._itemsize : stop * self._itemsize]
+        memory, itemsize = self._memory, self._array.itemsize
+        if memory is None:
+            memory = self._memory = self._array.reshape(-1).view(np.uint8)
+        return memory[start * itemsize : stop * itemsize]
 
 
 class Piece(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from tensorwire.codecs import CHUNK, Binding, Checksums, binding_of, chunk_checksums, patch_slice
-from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, show
+from tensorwire.errors import CorruptError, EncodeError, SchemaError, TensorwireError, counted, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.memory import Pool
 from tensorwire.streams.encoded import InMemory, Store
@@ -271,7 +271,8 @@ class _Plan:
     def _name(self, rank: int) -> str:
         if rank >= len(self._names):
             raise SchemaError(
-                f"the patch changes item {rank} of its base, and the state has {len(self._names)} items: it is version "
+                f"the patch changes item {rank} of its base, and the state has "
+                f"{counted(len(self._names), 'item')}: it is version "
                 f"{self._digest()}, and the patch for {self._patch.base}. Nothing was written"
             )
         return self._names[rank]

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tensorwire import dtypes
 from tensorwire.codecs import RAW, Codec, Stage, parse
-from tensorwire.errors import EncodeError, near, show
+from tensorwire.errors import EncodeError, check_function, near, show
 from tensorwire.streams.report import Report
 from tensorwire.tensor import TensorView
 
@@ -41,7 +41,7 @@ def rule(choice: CodecChoice, report: Report | None = None) -> "CodecRule":
     codes must come first.
 
     A tensor with several names gets the codec that keeps the most of it: a lossless one if any name asks for one.
-    Raises EncodeError.
+    Raises EncodeError; ArgumentError for a function that does not take a name and a tensor.
     """
     explicit = callable(choice) and not isinstance(choice, (Stage, Codec))
     return CodecRule(_selector(choice), report, exact_scales=not explicit)
@@ -145,6 +145,7 @@ def _selector(choice: Any) -> Callable[[str, Any], Codec]:
         codec = parse(choice)
         return lambda name, value: codec
     if callable(choice) and not isinstance(choice, type):
+        check_function(choice, "codec", "name", "tensor")
         return lambda name, value: parse(choice(name, value))
     given = f"the class {choice.__name__}" if isinstance(choice, type) else type(choice).__name__
     raise EncodeError(f"codec must be a spec, a stage, a mapping of patterns or a function, not {given}")

@@ -1,5 +1,6 @@
 """Tensors that are kept encoded and decoded when they are needed: once, slice by slice, or never."""
 
+import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from tensorwire.checksum import crc32c
 from tensorwire.codecs import Codec, add_weighted, from_stages
 from tensorwire.dtypes import DType
-from tensorwire.errors import CorruptError
+from tensorwire.errors import ArgumentError, CorruptError
 from tensorwire.limits import Limits
 from tensorwire.memory import SPARE, Scratch
 from tensorwire.streams.receiver import Completed, Event, ItemStart, Payload, Piece, Receiver, reject_files
@@ -59,7 +60,9 @@ class OnDisk:
     decoder = tensorwire.torch.decoder(keep_encoded=tensorwire.OnDisk("/fast/disk"))
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
+            raise ArgumentError(f"a folder is a path, not {type(folder).__name__}")
         self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed when it is dropped
         self._seeking = Lock()
         self._end = 0

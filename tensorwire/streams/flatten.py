@@ -234,7 +234,7 @@ class _Walk:
                 if survey.values <= self._limits.composite and survey.containers <= self._limits.containers:
                     # So are those in it, and no larger: a history in a dict is not looked at twice.
                     inner = survey._replace(height=survey.height - 1)
-                    self._surveys.update((id(child), inner) for child in children)
+                    self._surveys |= dict.fromkeys(map(id, children), inner)
                 return survey
         plain, builtin, height, values, containers = True, _is_builtin(value), 0, 0, 1
         for key, child in _children(value):

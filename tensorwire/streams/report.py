@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from tensorwire.errors import ArgumentError, counted
+
 _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 
 
@@ -63,7 +65,7 @@ class Report:
         ratio = f" ({self.bytes_in / self.bytes_out:.1f}x)" if self.bytes_in else ""
         parts = [f"{size_text(self.bytes_in)} -> {size_text(self.bytes_out)}{ratio}"]
         for (used, reason), count in Counter((row.used, row.reason) for row in self.otherwise).items():
-            parts.append(f"{count:,} item{'s' * (count > 1)} {used} ({reason})")
+            parts.append(f"{counted(count, 'item')} {used} ({reason})")
         return ", ".join(parts)
 
     def __repr__(self) -> str:
@@ -89,6 +91,12 @@ class Report:
         if spec not in self.codecs:
             self.codecs[spec] = Carried()
         return self.codecs[spec]
+
+
+def check_report(report: object) -> None:
+    """Raise ArgumentError for anything but a `Report`, or None."""
+    if report is not None and not isinstance(report, Report):
+        raise ArgumentError(f"report must be a tensorwire.Report to be filled, not {type(report).__name__}")
 
 
 def size_text(count: int) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from tensorwire.errors import SchemaError, show
+from tensorwire.errors import SchemaError, counted, show
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import flatten
@@ -45,7 +45,7 @@ class Schema:
         """Raise SchemaError unless `item` is as expected."""
         expected = self._items.get(item.path)
         if expected is None:
-            raise SchemaError(f"not expected; {len(self._items)} other items are")
+            raise SchemaError(f"not expected; this receiver expects {counted(len(self._items), 'other item')}")
         if item.kind is not expected.kind:
             raise SchemaError(f"kind is {_text(item.kind)}, expected {_text(expected.kind)}")
         for field in _COMPARED.get(item.kind, ()):
@@ -57,7 +57,8 @@ class Schema:
     def check_complete(self) -> None:
         """Raise SchemaError if an expected item has not come."""
         for path in self._missing:
-            raise SchemaError(f"{len(self._missing)} expected items are missing", item=name_of(path))
+            missing = counted(len(self._missing), "expected item")
+            raise SchemaError(f"the stream ends with {missing} missing", item=name_of(path))
 
 
 def _text(value: Any) -> str:

@@ -27,7 +27,7 @@ from tensorwire.streams.codec_choice import CodecChoice, rule
 from tensorwire.streams.flatten import BareLeaf, Leaf, Rule, TensorLeaf, ValueLeaf, as_pair, flatten
 from tensorwire.streams.overlap import in_order
 from tensorwire.streams.receiver import EXPANDED
-from tensorwire.streams.report import Report
+from tensorwire.streams.report import Report, check_report
 from tensorwire.tensor import Buffer, ByteArray, Extent, Front, as_buffer
 from tensorwire.wire import ContainerItem, FileItem, Kind, StreamInfo, TensorItem, Writer
 from tensorwire.wire.frames import HEADER_SIZE, MOST_BUNDLED, bundle_table
@@ -107,7 +107,7 @@ def gather(buffers: Iterable[Any], size: int) -> Iterator[bytes]:
 def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, at_rest: bool = False) -> StreamInfo:
     """StreamInfo in canonical form. Raises EncodeError for metadata that is not text."""
     if metadata is not None and not isinstance(metadata, Mapping):
-        raise EncodeError(f"metadata must map text to text; it is a {type(metadata).__name__}")
+        raise EncodeError(f"metadata must map text to text; it is of type {type(metadata).__name__}")
     pairs = tuple((metadata or {}).items())
     if not all(type(key) is str and type(text) is str for key, text in pairs):
         raise EncodeError("metadata must map text to text")
@@ -163,7 +163,8 @@ class Sender:
         report: Report | None = None,
     ) -> None:
         check_limits(limits)
-        if not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
+        check_report(report)
+        if type(frame_size) is not int or not _MIN_FRAME_SIZE <= frame_size <= limits.frame:
             raise EncodeError(f"frame_size must be from {_MIN_FRAME_SIZE} to {limits.frame} bytes, not {frame_size!r}")
         self._writer = Writer(crc32c, limits, index=at_rest)
         self._frame_size = frame_size

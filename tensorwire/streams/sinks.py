@@ -119,7 +119,7 @@ class Items:
         overlap: bool = True,
     ) -> None:
         if into is not None and not isinstance(into, Mapping):
-            raise ArgumentError(f"into= maps names to tensors to be filled; it is a {type(into).__name__}")
+            raise ArgumentError(f"into= maps names to tensors to be filled; it is of type {type(into).__name__}")
         self._front = front
         self._into = dict(into or {})
         self._metadata = metadata_into

@@ -10,12 +10,27 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, Final
 
+from tensorwire.errors import ArgumentError, show
+
 AHEAD: Final = 0.25  # seconds that an address has before the next is tried beside it (RFC 8305, section 5)
 _TRIES: Final = 16  # ports that one family has free and the other may not
+_LAST_PORT: Final = (1 << 16) - 1
 _BACKLOG: Final = 1024
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
 
 _Info = tuple[Any, ...]  # of `getaddrinfo`: family, type, protocol, name, address
+
+
+def check_address(host: object, port: object) -> None:
+    """Raise ArgumentError for what is no host and port: of a port beyond 65535 the system takes what is left over."""
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port <= _LAST_PORT:
+        raise ArgumentError(f"a port is a number from 0 to {_LAST_PORT}, not {port!r:.40}")
+    if not isinstance(host, str):
+        raise ArgumentError(f"a host is text, not {type(host).__name__}")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ArgumentError(f"{show(host)} is no name of a host: between dots stand 1 to 63 characters") from None
 
 
 def connected(host: str, port: int, timeout: float | None) -> socket.socket:

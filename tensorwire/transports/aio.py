@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transfer import Conversation
-from tensorwire.transports.addresses import AHEAD, listening
+from tensorwire.transports.addresses import AHEAD, check_address, listening
 from tensorwire.transports.aio_protocol import ProtocolWire
 from tensorwire.transports.driver import Buffer, Transport
 from tensorwire.transports.pace import MIN_RATE, TIMEOUT, failed, said
@@ -43,6 +43,7 @@ class AsyncTransport(Transport):
         min_rate: float = MIN_RATE,
     ) -> "AsyncTransport":
         """Connect to a listener; as `TcpTransport.connect`."""
+        check_address(host, port)
         require_protection(host, tls, plaintext)
         loop = asyncio.get_running_loop()
         try:
@@ -138,6 +139,7 @@ class AsyncListener:
         connections: int = 1024,
         on_error: Callable[[TensorwireError], None] = lambda error: None,
     ) -> None:
+        check_address(host, port)
         require_protection(host, tls, plaintext)
         self._serve = serve
         self._tls = tls

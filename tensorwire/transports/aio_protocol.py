@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from tensorwire.errors import TensorwireError, TransportError
 from tensorwire.transports.blocking import tune
 from tensorwire.transports.driver import Early, Pulse, run_of
-from tensorwire.transports.pace import HANDSHAKE, Stall, failed, unacknowledged
+from tensorwire.transports.pace import AGREEING, HANDSHAKE, Stall, failed, unacknowledged
 from tensorwire.transports.tls import common_name, peer_names
 
 _SPARE: Final = 64 << 10
@@ -172,7 +172,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         except BaseException as error:
             self._loop.call_soon(_settle, self.closed, None)  # nobody else will
             if isinstance(error, OSError):
-                raise failed("agreeing on TLS", error) from error
+                raise failed(AGREEING, error) from error
             raise
         if transport is None:
             raise TransportError("the peer has closed the connection")

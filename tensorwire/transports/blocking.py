@@ -12,9 +12,20 @@ from typing import Any, Final, TypeVar
 
 from tensorwire.errors import TransportError
 from tensorwire.transfer import Conversation
-from tensorwire.transports.addresses import connected, listening
+from tensorwire.transports.addresses import check_address, connected, listening
 from tensorwire.transports.driver import Buffer, Early, Pulse, Transport, completed, run_of
-from tensorwire.transports.pace import HANDSHAKE, LOOKS, MIN_RATE, TIMEOUT, Stall, failed, said, unacknowledged
+from tensorwire.transports.pace import (
+    AGREEING,
+    HANDSHAKE,
+    LOOKS,
+    MIN_RATE,
+    TIMEOUT,
+    Stall,
+    failed,
+    is_plain,
+    said,
+    unacknowledged,
+)
 from tensorwire.transports.tls import common_name, peer_names, require_protection
 
 # What is on its way when a peer dies is sent again: what has not left yet, and what has arrived but was not read.
@@ -96,6 +107,7 @@ class TcpTransport(BlockingTransport):
         `tls`: see `client_tls`; without it only this machine is spoken to, unless `plaintext` says that the network is
         trusted. Raises TransportError, AuthError where the other end is not who it should be.
         """
+        check_address(host, port)
         require_protection(host, tls, plaintext)
         try:
             connection = connected(host, port, timeout)
@@ -225,6 +237,7 @@ class TcpListener:
         timeout: float | None = TIMEOUT,
         min_rate: float = MIN_RATE,
     ) -> None:
+        check_address(host, port)
         require_protection(host, tls, plaintext)
         try:
             self._sockets = listening(host, port)
@@ -306,10 +319,10 @@ def _handshake(connection: ssl.SSLSocket) -> ssl.SSLSocket:
         connection.do_handshake()
         return connection
     except OSError as error:
-        if isinstance(error, ssl.SSLError):
+        if isinstance(error, ssl.SSLError) and not is_plain(error):  # who speaks without TLS would not hear it
             _be_heard(connection)
         connection.close()
-        raise failed("agreeing on TLS", error) from error
+        raise failed(AGREEING, error) from error
 
 
 def _be_heard(connection: ssl.SSLSocket) -> None:

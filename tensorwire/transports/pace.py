@@ -16,6 +16,7 @@ HANDSHAKE: Final = 10.0  # seconds for TLS and for the greeting
 MIN_RATE: Final = 1024.0  # bytes a second, over
 LOOKS: Final = 4  # at what has left, in the time after which a peer is given up
 _WINDOW: Final = 30.0  # seconds of waiting
+AGREEING: Final = "agreeing on TLS"
 _ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")  # in OpenSSL's word for what a peer has against ours
 _PLAIN: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
 
@@ -91,6 +92,13 @@ def failed(doing: str, error: OSError) -> TransportError | AuthError:
     reason = getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLError) and any(word in reason for word in _ALERTS):
         return AuthError(f"the other end refuses our certificate, or one of us has none: {reason}")
-    if isinstance(error, ssl.SSLError) and any(word in reason for word in _PLAIN):
+    if is_plain(error):
         return TransportError("the other end speaks no TLS: one of the two commands runs without it (--plaintext)")
+    if doing == AGREEING and isinstance(error, (ConnectionError, ssl.SSLEOFError)):
+        return TransportError(f"the peer has closed the connection while {doing}: does it use TLS?")
     return TransportError(f"connection failed while {doing}: {error}")
+
+
+def is_plain(error: OSError) -> bool:
+    """Whether an error of TLS is that the peer speaks without."""
+    return isinstance(error, ssl.SSLError) and any(word in (error.reason or "") for word in _PLAIN)

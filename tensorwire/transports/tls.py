@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Any, Final
 
-from tensorwire.errors import AuthError, TransportError
+from tensorwire.errors import ArgumentError, AuthError, TransportError
 
 Path = str | os.PathLike[str]
 
@@ -23,6 +23,8 @@ def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.S
 
     Raises AuthError where a file is missing or no PEM, or key and certificate do not belong together.
     """
+    if certificate is None or key is None:
+        raise ArgumentError("a listener has a certificate and its key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _load(context, certificate, key, ca)
     if ca is not None:
@@ -48,6 +50,8 @@ def client_tls(*, ca: Path | None = None, certificate: Path | None = None, key: 
 
 def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -> None:
     """Refuse plain text to or from anywhere but this machine, unless it was asked for. Raises TransportError."""
+    if tls is not None and not isinstance(tls, ssl.SSLContext):
+        raise ArgumentError(f"tls is what client_tls or server_tls gives, not {type(tls).__name__}")
     if tls is None and not plaintext and not is_loopback(host):
         raise TransportError(
             f"{host or 'every address'} is not this machine: use TLS, or say that the network is trusted "

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tensorwire.limits import DEFAULT, Limits
 from tensorwire.storage import write_file
 from tensorwire.streams import CodecChoice
 from tensorwire.updates.difference import subtract
@@ -22,6 +23,7 @@ def write_update(
     codec: CodecChoice = "raw",
     stochastic: int | None = None,
     feedback: ErrorFeedback | None = None,
+    limits: Limits = DEFAULT,
 ) -> None:
     """Encode the update from `base` to the trained `state` into a file, and keep in `feedback` what the codec drops.
 
@@ -36,7 +38,7 @@ def write_update(
         sent = subtract(sent, base)
     if feedback is not None:
         sent = feedback.add(sent)
-    write_file(path, encode(sent, terms, codec=codec, stochastic=stochastic))
+    write_file(path, encode(sent, terms, codec=codec, stochastic=stochastic, limits=limits))
     if feedback is not None:
         with open(path, "rb", buffering=0) as file:
-            feedback.settle(sent, file)
+            feedback.settle(sent, file, limits=limits)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,8 @@ import tensorwire
 from tensorwire import Schema, TensorwireError, dtypes
 from tensorwire.codecs import as_floats, is_calculated
 from tensorwire.dtypes import DType
-from tensorwire.errors import CorruptError, EncodeError, SchemaError, show
-from tensorwire.limits import DEFAULT, Limits
+from tensorwire.errors import ArgumentError, CorruptError, EncodeError, SchemaError, check_function, show
+from tensorwire.limits import DEFAULT, Limits, check_limits
 from tensorwire.memory import Scratch
 from tensorwire.streams import CodecChoice, Piece, Pieces, rule
 from tensorwire.updates.difference import Bytes, key_of, views
@@ -24,6 +24,7 @@ from tensorwire.updates.terms import Terms, UpdateKind, check_weight
 from tensorwire.wire import Item
 
 Verdict = Literal["accept", "reject", "clip"]
+OnNorm = Literal["reject", "clip"]
 Recording = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 # Elements that are worked on at a time: float64 temporaries of this size stay in the second-level cache.
@@ -106,10 +107,19 @@ class Rules:
 
     max_weight: float = 1e9
     max_norm: float | None = None
-    on_norm: Literal["reject", "clip"] = "reject"
+    on_norm: OnNorm = "reject"
     validate: Callable[[Update, Schema], Verdict] | None = None
     limits: Limits = DEFAULT
     down: CodecChoice = "raw"
+
+    def __post_init__(self) -> None:
+        check_function(self.validate, "validate", "update", "schema")
+        check_limits(self.limits)
+        if self.on_norm not in get_args(OnNorm):
+            raise ArgumentError(f"on_norm must be one of {', '.join(get_args(OnNorm))}, not {self.on_norm!r:.40}")
+        for name, number in (("max_weight", self.max_weight), ("max_norm", self.max_norm)):
+            if number is not None and (not isinstance(number, (int, float)) or not number > 0):
+                raise ArgumentError(f"{name} must be a number above 0, not {number!r:.40}")
 
 
 def ceilings(model: Arrays, down: CodecChoice) -> dict[str, float]:

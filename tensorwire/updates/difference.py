@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire.codecs import as_floats, from_floats, is_calculated
-from tensorwire.errors import EncodeError
+from tensorwire.errors import ArgumentError, EncodeError
 from tensorwire.kernels import default_environment
 from tensorwire.numpy import FRONT
 from tensorwire.tensor import TensorView
@@ -19,8 +19,15 @@ Bytes = npt.NDArray[np.uint8]
 Views = dict[str, TensorView]
 
 
+def check_state(state: object) -> None:
+    """Raise ArgumentError for anything but a mapping."""
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"expected a mapping of names to tensors, not {type(state).__name__}")
+
+
 def views(state: Mapping[str, Any]) -> Views:
     """The tensors of `state` (torch, NumPy, or views already) as views. Raises EncodeError for any other value."""
+    check_state(state)
     return {name: view_of(name, tensor) for name, tensor in state.items()}
 
 

@@ -39,13 +39,17 @@ class ErrorFeedback:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, residual: dict[str, Floats] | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        residual: dict[str, Floats] | None = None,
+        limits: Limits = DEFAULT,
     ) -> None:
         self.residual: dict[str, Floats] = {} if residual is None else residual
         self.round = -1
         if path is not None and os.path.exists(path):
             about: dict[str, str] = {}
-            self.residual = tensorwire.numpy.load_file(path, metadata_into=about)
+            self.residual = tensorwire.numpy.load_file(path, metadata_into=about, limits=limits)
             self.round = _number(about.get(_ROUND, "-1"))
 
     def add(self, tensors: Views) -> Views:
@@ -81,9 +85,9 @@ class ErrorFeedback:
         self.age(factor ** max(number - self.round - 1, 0))
         self.round = number
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> None:
         """Write the residual to a `.tw` file, which appears under its name only when complete."""
-        tensorwire.numpy.save_file(self.residual, path, metadata={_ROUND: str(self.round)})
+        tensorwire.numpy.save_file(self.residual, path, metadata={_ROUND: str(self.round)}, limits=limits)
 
     def _of(self, name: str, view: TensorView) -> Floats:
         dtype = np.dtype(np.float64 if view.dtype.part_size == np.dtype(np.float64).itemsize else np.float32)

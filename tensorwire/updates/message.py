@@ -19,7 +19,7 @@ from tensorwire.numpy import FRONT
 from tensorwire.streams import CodecChoice, Piece, Pieces
 from tensorwire.tensor import ViewFront
 from tensorwire.transfer import Frames
-from tensorwire.updates.difference import Bytes, Views, key_of, view_of
+from tensorwire.updates.difference import Bytes, Views, check_state, key_of, view_of
 from tensorwire.updates.rounding import stochastic_bf16
 from tensorwire.updates.terms import Terms
 from tensorwire.wire import Item, StreamStart
@@ -129,6 +129,7 @@ def arrays(state: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
     bfloat16 becomes an array as `tensorwire.numpy` gives it. Raises EncodeError for tensors that are not contiguous,
     writable and on the CPU.
     """
+    check_state(state)
     made = {}
     for name, tensor in state.items():
         view = view_of(name, tensor)

@@ -95,6 +95,8 @@ METHODS: Final[dict[str, type[Method]]] = {row.name: row for row in (Demo, TopK,
 
 def method(spec: "str | Method") -> Method:
     """The method that a spec string names. Raises EncodeError."""
+    if not isinstance(spec, (str, Method)):
+        raise EncodeError(f"a method is a spec string, such as 'demo:k=16', not {type(spec).__name__}")
     return spec if isinstance(spec, Method) else spelled(spec, _by_name)
 
 

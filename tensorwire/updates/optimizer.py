@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 import tensorwire
 from tensorwire.errors import SchemaError
+from tensorwire.limits import DEFAULT, Limits
 from tensorwire.wire import TensorItem
 
 Method = Literal["average", "momentum", "adagrad", "adam", "yogi"]
@@ -88,13 +89,13 @@ class ServerOptimizer:
         if item.dtype.part_size < _WIDE:
             self._of("dropped", item)[start : start + target.size] = target - rounded
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> None:
         """Write the state to a `.tw` file, which appears under its name only when complete."""
-        tensorwire.numpy.save_file(self._kept, path)
+        tensorwire.numpy.save_file(self._kept, path, limits=limits)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> None:
         """Restore the state from a file written by `save`. Raises SchemaError for any other."""
-        kept = tensorwire.numpy.load_file(path)
+        kept = tensorwire.numpy.load_file(path, limits=limits)
         if not isinstance(kept, dict) or kept.keys() != self._kept.keys():
             raise SchemaError(f"{os.fspath(path)} is no state of a server optimizer")
         self._kept = kept

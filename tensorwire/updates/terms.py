@@ -37,24 +37,37 @@ class Terms:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
-        """The metadata of a stream under these terms. Raises EncodeError for a weight that `check_weight` refuses."""
+        """The metadata of a stream under these terms.
+
+        Raises EncodeError for terms that `parse` would refuse, and a weight that `check_weight` does.
+        """
+        if not self._are_typed():
+            raise EncodeError(
+                "terms are a run, a base and a client as text, an int as round, a kind (weights or difference), and "
+                "metrics that are a dict of finite numbers"
+            )
         try:
             check_weight(self.weight)
-        except ValueError as error:
-            raise EncodeError(str(error)) from None
-        return {_KEY: json.dumps(asdict(self), allow_nan=False)}
+            return {_KEY: json.dumps(asdict(self), allow_nan=False)}
+        except (ValueError, TypeError) as error:
+            raise EncodeError(f"these terms cannot be sent: {error}") from None
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str]) -> "Terms":
         """The terms in the metadata of a received stream. Raises SchemaError; `check_weight` is left to the caller."""
         try:
             terms = cls(**json.loads(metadata[_KEY]))
-            good = all(type(getattr(terms, name)) is kind for name, kind in _TYPES.items()) and terms.kind in _KINDS
-            if good and all(type(value) in (int, float) for value in terms.metrics.values()):
+            if terms._are_typed():
                 return terms
         except (KeyError, TypeError, ValueError, RecursionError):
             pass
         raise SchemaError("the stream's metadata has no valid terms (run, round, base, weight)")
+
+    def _are_typed(self) -> bool:
+        """Whether all but the weight is of the type that it must be."""
+        if self.kind not in _KINDS or any(type(getattr(self, name)) is not kind for name, kind in _TYPES.items()):
+            return False
+        return all(type(value) in (int, float) for value in self.metrics.values())
 
 
 def check_weight(weight: object, most: float = math.inf) -> None:

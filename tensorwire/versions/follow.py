@@ -18,6 +18,7 @@ from tensorwire.errors import (
     TensorwireError,
     TransportError,
     TruncatedError,
+    check_function,
 )
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.tensor import ViewFront
@@ -68,8 +69,11 @@ def follow(
     """
     if not os.fspath(path).endswith(".safetensors"):
         raise ArgumentError(f"{os.fspath(path)!r} must end in .safetensors, because that is its format")
-    if not interval > 0 or (timeout is not None and not timeout >= 0):
+    are_numbers = all(isinstance(each, (int, float)) for each in (interval, timeout) if each is not None)
+    if not are_numbers or not interval > 0 or (timeout is not None and not timeout >= 0):
         raise ArgumentError(f"interval and timeout are seconds, not {interval!r} and {timeout!r}")
+    check_function(progress, "progress", "done", "total")
+    check_function(on_note, "on_note", "note")
     return _following(_File(store, path, progress, limits), interval, timeout, on_note or (lambda note: None))
 
 

@@ -226,6 +226,8 @@ def is_digest(text: str) -> bool:
 
 def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """Metadata as a manifest holds it. Raises EncodeError."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise EncodeError(f"metadata must map text to text; it is of type {type(metadata).__name__}")
     pairs = dict(metadata or {})
     if not all(type(text) is str for pair in pairs.items() for text in pair):
         raise EncodeError("metadata must map text to text")

@@ -12,11 +12,13 @@ import tensorwire
 from tensorwire import Patch
 from tensorwire.errors import (
     ArgumentError,
+    ClosedError,
     EncodeError,
     MissingFileError,
     SequenceError,
     TensorwireError,
     TransportError,
+    check_function,
 )
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.versions.manifest import (
@@ -65,10 +67,11 @@ class Publisher:
         with tensorwire.versions.Publisher("versions") as publisher:
             publisher.publish(model.state_dict())
 
-    It keeps a copy of the last version in memory, which it first reads from the store if that has versions. A publisher
-    belongs to one thread, and a store to one publisher at a time. A folder is locked, and a second publisher raises
-    StorageError at once. An object store has no lock: a publisher that finds a manifest it did not write stops with a
-    SequenceError, on S3 even if the manifest changes between its read and its write.
+    It keeps a copy of the last version in memory, as many bytes as the state has, which it first reads from the store
+    if that has versions. (A patch is made of the old values; digests would not do. `tensorwire.diff` of two files holds
+    neither.) A publisher belongs to one thread, and a store to one publisher at a time. A folder is locked, and a
+    second publisher raises StorageError at once. An object store has no lock: a publisher that finds a manifest it did
+    not write stops with a SequenceError, on S3 even if the manifest changes between its read and its write.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Publisher:
         self._there: bytes | None = None  # the manifest as it stands in the store
         self._base: Any = None  # a copy of the version of `_base_digest`
         self._base_digest = ""
+        self._is_closed = False
         self._open = ExitStack()
         self._open.enter_context(self._store.lock())
         try:
@@ -111,6 +115,7 @@ class Publisher:
 
     def close(self) -> None:
         """Release the store and the copy of the last version."""
+        self._is_closed = True
         self._open.close()
         self._base, self._base_digest = None, ""
 
@@ -130,9 +135,12 @@ class Publisher:
         is unchanged or already has the version, and the call can be repeated.
 
         Raises EncodeError for a state that cannot be encoded, StorageError and TransportError if the store cannot be
-        written to, SequenceError if another publisher has written to it.
+        written to, SequenceError if another publisher has written to it, ClosedError after `close`.
         """
+        if self._is_closed:
+            raise ClosedError(f"this publisher of {self._store.name} is closed: make a new one")
         pairs = check_metadata(metadata)
+        check_function(progress, "progress", "done", "total")
         if isinstance(state, Iterator):
             raise EncodeError("a version is read more than once: give a container such as a dict, not an iterator")
         before = self._check_alone()
@@ -203,7 +211,7 @@ class Publisher:
 
     def _patch(self, state: Any, done: "_Done") -> "_Made | None":
         """The patch that makes `state` of the newest version; None where only a whole version will do."""
-        if not self._base_digest:
+        if not self._base_digest or self._base is None:  # of None there is no patch
             return None
         began = perf_counter()
         try:

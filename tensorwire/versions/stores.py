@@ -26,6 +26,7 @@ from tensorwire.errors import (
     StorageError,
     TensorwireError,
     TransportError,
+    counted,
 )
 from tensorwire.storage import open_to_read, write_file
 
@@ -97,6 +98,8 @@ class FolderStore:
     """A folder, which a publisher creates if it is missing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise ArgumentError("an empty name is no store's: give a folder or a URL")
         self.name = os.path.abspath(os.fspath(path))  # the current folder may change
 
     def open(self, name: str) -> BinaryIO:
@@ -369,7 +372,9 @@ class _Remote(io.RawIOBase):
         if self._left is not None:
             self._left -= len(data)
             if not data and len(buffer) and self._left > 0:
-                raise TransportError(f"{self.name}: the connection ended {self._left} bytes before the file does")
+                raise TransportError(
+                    f"{self.name}: the connection ended {counted(self._left, 'byte')} before the file does"
+                )
         buffer[: len(data)] = data
         return len(data)
 

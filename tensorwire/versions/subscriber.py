@@ -19,6 +19,7 @@ from tensorwire.errors import (
     StorageError,
     TensorwireError,
     WireError,
+    check_function,
 )
 from tensorwire.limits import DEFAULT, Limits
 from tensorwire.numpy import FRONT
@@ -89,6 +90,9 @@ class Subscriber:
         Raises a WireError or MissingFileError that names the version, SequenceError if the chain to it is broken,
         StorageError and TransportError for a store that does not answer.
         """
+        check_function(progress, "progress", "done", "total")
+        if number is not None and type(number) is not int:
+            raise ArgumentError(f"the number of a version is an int, not {number!r:.40}")
         have = None if whole else self.have
         avoid: set[str] = set()
         first: TensorwireError | None = None

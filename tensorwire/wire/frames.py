@@ -15,6 +15,7 @@ from tensorwire.errors import CorruptError, FormatError, UnsupportedError
 MAGIC: Final = b"\x93TWIR\r\n\x1a"
 MAJOR: Final = 1
 MINOR: Final = 0
+_TLS: Final = b"\x16\x03"  # how a handshake begins, in place of a stream
 
 _PREAMBLE: Final = struct.Struct("<8sBBHI")
 PREAMBLE_SIZE: Final = _PREAMBLE.size
@@ -93,7 +94,8 @@ def check_preamble(data: bytes | memoryview, checksum: Checksum) -> int:
     if magic == MAGIC[::-1]:
         raise UnsupportedError("the magic is byte-swapped: written big-endian; streams are little-endian", offset=0)
     if magic != MAGIC:
-        raise FormatError("not a tensorwire stream: wrong magic", offset=0)
+        detail = "these bytes are TLS: one end uses it and the other not" if magic.startswith(_TLS) else "wrong magic"
+        raise FormatError(f"not a tensorwire stream: {detail}", offset=0)
     if checksum(data[:-4], 0) != crc:
         raise CorruptError("preamble checksum mismatch", offset=0)
     if major != MAJOR:

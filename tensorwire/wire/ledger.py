@@ -14,7 +14,7 @@ from enum import IntEnum, auto
 from itertools import groupby
 from typing import Any, Final
 
-from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError, WireError
+from tensorwire.errors import CorruptError, FormatError, LimitError, SequenceError, WireError, counted
 from tensorwire.limits import Limits, check_limits
 from tensorwire.wire.frames import (
     HEADER_SIZE,
@@ -221,7 +221,7 @@ class Ledger:
             detail = f"expected data of item {self.pending.number}, got a bundle from item {header.item} on"
             raise SequenceError(detail, **self._where())
         if not LEAST_BUNDLED <= header.count <= MOST_BUNDLED:
-            raise FormatError(f"a bundle of {header.count} items", **self._where())
+            raise FormatError(f"a bundle of {counted(header.count, 'item')}", **self._where())
         forms = self.pending.forms(header.count)
         if len(forms) < header.count:
             raise SequenceError(f"a bundle of {header.count} items, {len(forms)} are still to come", **self._where())

@@ -28,10 +28,12 @@ def name_of(path: Path) -> str:
 
         tensorwire.name_of(("model", "layer.0.weight"))  # "/model/layer.0.weight"
     """
-    if len(path) == 1:
+    if type(path) is tuple and len(path) == 1:
         key = path[0]
         if type(key) is str and key and key[0] != "/":
             return key
+    if not isinstance(path, (tuple, list)):
+        raise ArgumentError(f"a path is a tuple of keys, not {show(path)}")
     return "".join(map(_pointed, path))
 
 
@@ -42,6 +44,8 @@ def path_of(name: str) -> Path:
 
         tensorwire.path_of("/state/0/exp_avg")  # ("state", 0, "exp_avg")
     """
+    if not isinstance(name, str):
+        raise ArgumentError(f"the name of an item is text, not {show(name)}")
     if not name.startswith("/"):
         return (name,) if name else ()
     path = tuple(map(_key, name[1:].split("/")))

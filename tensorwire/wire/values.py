@@ -8,8 +8,8 @@ at level by level, in loops of C.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import chain, compress
 from typing import Any, Final
 
 import msgpack
@@ -20,6 +20,7 @@ from tensorwire.wire.items import MAX_INT_KEY
 
 _TUPLE: Final = 1
 SCALARS: Final[frozenset[type]] = frozenset({type(None), bool, int, float, str, bytes})
+_DICTS: Final[frozenset[type]] = frozenset({dict, OrderedDict})
 _KEYS: Final[frozenset[type]] = frozenset({str, int})
 # What the first byte of an array or a map may be. Within text and numbers, these bytes mean nothing.
 _CONTAINERS: Final = bytes([*range(0x80, 0xA0), 0xDC, 0xDD, 0xDE, 0xDF])
@@ -48,28 +49,30 @@ def pack_plain(value: Any) -> bytes:
 
 
 def _pack(value: Any) -> bytes:
-    # One packer for each tuple around the value that is packed, since none can be used again within itself.
-    packers: list[msgpack.Packer] = []
-    depth = 0
+    return _packing()(value)
 
-    def pack(value: Any) -> bytes:
-        nonlocal depth
-        if depth == len(packers):
-            # Strict: a tuple, and what is not exactly a list or dict, goes through `to_wire`.
-            packers.append(msgpack.Packer(default=to_wire, strict_types=True, buf_size=_BUFFER))
-        depth += 1
-        payload: bytes = packers[depth - 1].pack(value)
-        depth -= 1
-        return payload
+
+def _packing() -> Callable[[Any], bytes]:
+    """A function that packs values; what is in their tuples it leaves to another such, since it cannot call itself."""
+    pack_in_tuple: Callable[[Any], bytes] | None = None
 
     def to_wire(value: Any) -> Any:
+        nonlocal pack_in_tuple
+        if isinstance(value, tuple):
+            pack_in_tuple = pack_in_tuple or _packing()
+            return _extension(_ExtType, (_TUPLE, pack_in_tuple([*value])))
         if isinstance(value, OrderedDict):
             return dict(value)
-        if type(value) is int:
-            raise EncodeError("an int beyond 64 bits cannot be sent; send it as text")
-        return msgpack.ExtType(_TUPLE, pack([*value]))
+        raise EncodeError("an int beyond 64 bits cannot be sent; send it as text")
 
-    return pack(value)
+    # Strict: a tuple, and what is not exactly a list or dict, goes through `to_wire`.
+    pack: Callable[[Any], bytes] = msgpack.Packer(default=to_wire, strict_types=True, buf_size=_BUFFER).pack
+    return pack
+
+
+# A msgpack.ExtType, made without the checks of its own constructor, which take longer than all else of a small tuple.
+_ExtType: Final = msgpack.ExtType
+_extension: Final = tuple.__new__
 
 
 _BUFFER: Final = 256  # bytes that a packer begins with: most values are small
@@ -99,14 +102,39 @@ def unpack_value(payload: bytes, limits: Limits) -> Any:
 
 
 def _unpack(payload: bytes, limits: Limits) -> Any:
-    # Counting and looking at keys take a call for each container: they are left out where there can be neither too many
-    # containers, nor tuples, of which an attacker can make keys that all have one hash.
+    # Counting takes a call for each container: it is left out where there cannot be too many. Tuples are never keys: an
+    # attacker can make some that all have one hash.
     if len(payload) - len(payload.translate(None, _CONTAINERS)) <= limits.containers:
         try:
             return _unpackb(payload, _refuse_tuple)
         except _TupleSeenError:
-            pass
+            return _with_tuples(payload, limits.nesting, 0)
     return _Careful(limits).unpack(payload)
+
+
+def _with_tuples(payload: bytes, nesting: int, depth: int) -> Any:
+    """A value with tuples in it: they are unpacked together, those in them in the same way, then put in their places.
+
+    Bytes that only together, and not each by itself, are values come out of this as something that packs differently.
+    """
+    _check_depth(depth, nesting)
+    bodies: list[bytes] = []
+
+    def put_aside(code: int, data: bytes) -> Any:
+        if code != _TUPLE:
+            raise UnsupportedError(f"a value holds an unknown extension, type {code}")
+        bodies.append(data)
+        return bodies  # which is no key of a dict
+
+    value = _unpackb(payload, put_aside)
+    if not bodies:
+        return value
+    del value
+    items = _with_tuples(b"\xdd%b%b" % (len(bodies).to_bytes(4, "big"), b"".join(bodies)), nesting, depth + 1)
+    if set(map(type, items)) != {list}:
+        raise FormatError("a tuple is not an array")
+    tuples = map(tuple, items)
+    return _unpackb(payload, lambda code, data: next(tuples))
 
 
 def _unpackb(payload: bytes, extension: Callable[[int, bytes], Any], **hooks: Callable[[Any], Any]) -> Any:
@@ -114,7 +142,10 @@ def _unpackb(payload: bytes, extension: Callable[[int, bytes], Any], **hooks: Ca
         unpacker = msgpack.Unpacker(max_buffer_size=len(payload))
         unpacker.feed(payload)
         unpacker.skip()  # builds nothing, and raises where an array does not have the elements that it claims
-    return msgpack.unpackb(payload, strict_map_key=False, use_list=True, ext_hook=extension, **hooks)
+    try:
+        return msgpack.unpackb(payload, strict_map_key=False, use_list=True, ext_hook=extension, **hooks)
+    except TypeError:  # it cannot be hashed
+        raise FormatError("a dict key is neither text nor an int") from None
 
 
 _SMALL: Final = 1 << 12  # bytes whose claims take no memory to speak of
@@ -171,26 +202,31 @@ def levels(value: Any) -> Iterator[list[Any]]:
 
     A container that stands in several places is given at each.
     """
-    level = _containers([value])
+    level, kinds = _containers([value])
     while level:
         yield level
-        dicts = [each for each in level if isinstance(each, dict)]
-        children: Iterable[Any] = chain.from_iterable(map(dict.values, dicts))
-        if dicts:
-            _check_keys(dicts)
-        if len(dicts) < len(level):
-            children = chain(children, chain.from_iterable(each for each in level if not isinstance(each, dict)))
-        level = _containers(list(children))
+        dicts = _of(kinds & _DICTS, level, kinds)
+        _check_keys(dicts)
+        children = chain.from_iterable(map(dict.values, dicts))
+        others = chain.from_iterable(_of(kinds - _DICTS, level, kinds))
+        level, kinds = _containers([*children, *others])
 
 
-def _containers(values: list[Any]) -> list[Any]:
-    """Those of some values that hold others."""
+def _containers(values: list[Any]) -> tuple[list[Any], set[type]]:
+    """Those of some values that hold others, and the types of those."""
     types = list(map(type, values))
     kinds = set(types[:1] if types.count(types[0]) == len(types) else types) if types else set()
     holding = kinds - SCALARS
     for kind in holding:
         _check_container(kind)
-    return values if holding == kinds else [value for value in values if type(value) in holding] if holding else []
+    return _of(holding, values, kinds), holding
+
+
+def _of(wanted: set[type], values: list[Any], kinds: set[type]) -> list[Any]:
+    """Those of some values, which are of these kinds, that are of a wanted one."""
+    if not wanted or wanted == kinds:
+        return values if wanted else []
+    return list(compress(values, map(wanted.__contains__, map(type, values))))
 
 
 def _check_container(kind: type) -> None:

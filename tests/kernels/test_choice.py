@@ -41,7 +41,8 @@ def test_an_instruction_set_can_be_asked_for_and_an_unknown_one_is_refused() -> 
     for isa in kernels._module.supported():
         done = run("from tensorwire import kernels; print(kernels.isa)", TENSORWIRE_ISA=isa)
         assert done.stdout.split() == [isa]
-    assert "supported" in run("import tensorwire", TENSORWIRE_ISA="avx9").stderr
+    refused = run("import tensorwire", TENSORWIRE_ISA="avx9").stderr
+    assert f"set it to one of {', '.join(kernels._module.supported())}, numpy, or leave it unset" in refused
 
 
 @pytest.mark.skipif(kernels.implementation == "numpy", reason="the extension does not serve here")
@@ -56,7 +57,8 @@ def test_a_wrong_variable_is_one_line_to_a_command_and_an_import_error_to_a_prog
         timeout=60,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
-    assert f"ImportError: {name}" in run("import tensorwire", **{name: "wrong"}).stderr
+    said = run("import tensorwire", **{name: "wrong"}).stderr
+    assert f"ImportError: {name}" in said and said.count("File ") == 2  # the import, and where it is refused
 
 
 def test_threads_are_counted_from_one() -> None:
