@@ -147,7 +147,7 @@ def test_files_that_a_manifest_does_not_describe(model: Path, tmp_path: Path) ->
 def test_a_manifest_needs_files_of_different_names(model: Path, tmp_path: Path) -> None:
     with pytest.raises(EncodeError, match="two files"):
         manifest([model, tmp_path / "folder" / "model.tw"])
-    with pytest.raises(EncodeError, match="no file"):
+    with pytest.raises(EncodeError, match="at least one file"):
         manifest([])
 
 

@@ -86,7 +86,7 @@ def test_frames_of_a_file_that_are_wrong_together(tmp_path):
         ((tensor(1, ["a"], [3]), data(1, b"abcd", 4)), FormatError, "beyond the end"),
         ((tensor(1, ["a"], [3]), data(1, b"", 0)), FormatError, "empty data frame"),
         ((tensor(1, ["a"], [3]), data(1, b"abcd", 3)), FormatError, "must have 3"),
-        ((tensor(1, ["a"], [3], codec=ZRAW), data(1, zstd_frame(b"ab"), 3)), FormatError, "must say 3"),
+        ((tensor(1, ["a"], [3], codec=ZRAW), data(1, zstd_frame(b"ab"), 3)), FormatError, "must declare 3"),
         ((tensor(1, ["a"], [3], FLOAT32, [[INT8, 16]]), data(1, b"\0\0\0\x80abc", 3)), FormatError, "absmax"),
     ],
     ids=["alias of a value", "beyond", "empty", "long", "zstd", "absmax"],
@@ -127,15 +127,15 @@ def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path)
 
     *described, root, empty, first, second = entries
     *_, last = described
-    refused([*described, root, first, first, second], "other items")
-    refused([*described, root, first, second, empty], "other items")
-    refused([*described, root, first, (*second[:2], 7), (0, 0, 0)], "other items")
+    refused([*described, root, first, first, second], "disagree about which items")
+    refused([*described, root, first, second, empty], "disagree about which items")
+    refused([*described, root, first, (*second[:2], 7), (0, 0, 0)], "disagree about which items")
     refused([*described, root, empty, second, second], "leaves out|elsewhere")
-    refused([*described, root, empty, second, (second[0] + 64, second[1] + 1, 7)], "behind itself")
+    refused([*described, root, empty, second, (second[0] + 64, second[1] + 1, 7)], "past its own start")
     refused([*described, root, empty, first, (second[0], second[1], 7)], "points elsewhere")
     refused([*described, root, empty, first, (second[0] + 16, *second[1:])], "elsewhere|leaves out")
-    refused([*described, root, empty, first, (1 << 63, *second[1:])], "behind itself")
-    refused([*described, root, empty, first, (second[0], 0, second[2])], "half an entry")
+    refused([*described, root, empty, first, (1 << 63, *second[1:])], "past its own start")
+    refused([*described, root, empty, first, (second[0], 0, second[2])], "within an entry")
     refused([*described, root, empty, first, (first[0] + 47, *second[1:])], "order of frames")
     refused([*described, root, empty, first, (0, 0, 0)], "before the data|leaves out")
     refused([*described[:-1], root, empty, first, second], "no index of all|leaves out|elsewhere")
@@ -163,7 +163,7 @@ def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor
         ([first, second, a, root, a, b], "leaves out|another frame"),
         ([first, second, (third[0] - 64, *third[1:]), root, a, b], "order of frames|elsewhere"),
         ([first, a, third, root, (0, 0, 0), b], "another frame|leaves out"),
-        ([first, second, b, root, a, (0, 0, 0)], "other items|another frame|leaves out|elsewhere"),
+        ([first, second, b, root, a, (0, 0, 0)], "disagree about which items|another frame|leaves out|elsewhere"),
     ):
         with pytest.raises(FormatError, match=says):
             opened(path, assemble([*frames, Frame(INDEX, packed_index(wrong)), end()], align=64))
@@ -178,14 +178,14 @@ def test_an_index_of_bundles_that_disagrees_with_the_stream_is_refused(tmp_path)
     *others, a, b, c, d, e = index_of(good)
     assert a == b == c
     for data_marks, says in (
-        ([a, b, d, d, e], "other items in a bundle"),
-        ([a, d, d, d, e], "none of the other items"),
-        ([a, b, c, c, e], "other items in a bundle"),
-        ([a, b, c, d, d], "other items in a bundle"),
+        ([a, b, d, d, e], "disagree about the items in a bundle"),
+        ([a, d, d, d, e], "only some of the items in a bundle"),
+        ([a, b, c, c, e], "disagree about the items in a bundle"),
+        ([a, b, c, d, d], "disagree about the items in a bundle"),
         ([a, b, (c[0], c[1], 7), d, e], "order of frames"),
         ([a, b, (c[0] + 64, *c[1:]), d, e], "order of frames"),
         ([a, d, c, d, e], "order of frames"),
-        ([a, b, (0, 0, 0), d, e], "other items"),
+        ([a, b, (0, 0, 0), d, e], "disagree about which items"),
     ):
         path.write_bytes(assemble([*frames, Frame(INDEX, packed_index([*others, *data_marks])), end()], align=64))
         with pytest.raises(FormatError, match=says), tw.open_file(path) as file:

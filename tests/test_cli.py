@@ -557,7 +557,7 @@ def test_a_source_that_is_written_to_while_it_is_sent(
         with monkeypatch.context() as patch:
             patch.setattr("tensorwire.cli.send.tracked", tracked)
             assert run("send", path, where, "--patience", "0.1") == 1
-        assert "has changed meanwhile" in capsys.readouterr().err
+        assert "changed while it was being sent" in capsys.readouterr().err
         assert not (tmp_path / name).exists()
         changed.write_bytes(before)
         assert run("send", path, where) == 0
@@ -738,8 +738,8 @@ def test_the_library_inspects_and_verifies_in_one_call(stream: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "sender_says", "receiver_says"),
     [
-        (True, [], "does it expect TLS", "speaks no TLS"),
-        (False, ["--ca", "authority.pem"], "speaks no TLS", "does one end use TLS"),
+        (True, [], "does it expect TLS", "does not use TLS"),
+        (False, ["--ca", "authority.pem"], "does not use TLS", "does one end use TLS"),
         (True, ["--ca", "other.pem"], "certificate is refused", "refuses our certificate"),
     ],
 )

@@ -289,7 +289,7 @@ def test_parameters_may_be_given_as_python_values() -> None:
     with pytest.raises(EncodeError, match=r"'block_size' \(did you mean blocksize\?\)"):
         parse("nf4", block_size=128)
     for spec in ("nf4|zstd", "nf4:blocksize=64", wanted):
-        with pytest.raises(EncodeError, match="parameters go into the spec"):
+        with pytest.raises(EncodeError, match="give parameters in the spec"):
             parse(spec, double_quant=True)
     assert parse(wanted) is wanted
 

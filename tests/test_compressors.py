@@ -446,7 +446,7 @@ def test_tied_and_empty_tensors_are_combined_and_others_refused() -> None:
 
 def test_a_number_that_is_not_whole_stands_in_no_descriptor() -> None:
     share = tensorwire.codecs.Real(0, 1)
-    with pytest.raises(EncodeError, match="whole numbers only"):
+    with pytest.raises(EncodeError, match="integers only"):
         share.to_wire(0.5)
     assert share.from_wire(1) == 1 and not share.allows(True) and str(share) == "a number from 0 to 1"
 
@@ -465,7 +465,7 @@ def test_signed_values_are_half_a_step_more_than_so_many(bits: int, count: int) 
     assert np.array_equal(signed.pack(expected, step, bits), data)
     if count * bits % 8:
         data[-1] |= 0x80
-        with pytest.raises(tensorwire.FormatError, match="behind the last"):
+        with pytest.raises(tensorwire.FormatError, match="after the last"):
             signed.unpack(data, step, count, bits)
 
 

@@ -107,7 +107,7 @@ def test_a_broken_byte_is_found_and_the_decoder_gives_nothing_afterwards() -> No
     with pytest.raises(WireError) as caught:
         decoder.feed(bytes(data))
     assert caught.value.item == "b"
-    with pytest.raises(ClosedError, match="another decoder"):
+    with pytest.raises(ClosedError, match="new decoder"):
         decoder.feed(b"")
 
 

@@ -272,7 +272,7 @@ def test_no_examples_is_nothing_this_round(tmp_path, weight):
     [
         (lambda state: {"w": state["w"].astype(np.float64)}, "float64"),
         (lambda state: {"w": state["w"][:3]}, "[3]"),
-        (lambda state: {**state, "more": state["w"]}, "which the model has not"),
+        (lambda state: {**state, "more": state["w"]}, "which the model does not have"),
         (lambda state: {}, "which the model has"),
         (lambda state: [state["w"]], "a mapping"),
         (lambda state: {"w": 1.0}, "tensors"),

@@ -298,7 +298,7 @@ def test_with_mutual_tls_a_client_is_who_its_certificate_says(tmp_path):
         with loop.connect() as transport:
             transport.run(greet())
             transport.run(say({"client": "client-1", "want": "task", "hold": 0}))
-            with pytest.raises(RefusedError, match="does not speak for 'client-1'"):
+            with pytest.raises(RefusedError, match="not valid for client 'client-1'"):
                 transport.run(hear())
         take_part(loop, tmp_path, 0).join()
     assert {*loop.rows[0]["clients"]} == {"client-0"}

@@ -131,7 +131,7 @@ def test_a_server_optimizer_is_asked_for_in_words_that_it_knows(tmp_path):
     with pytest.raises(ValueError, match="rate"):
         ServerOptimizer("adam", rate=0)
     tensorwire.numpy.save_file({"w": np.zeros(3)}, tmp_path / "other.tw")
-    with pytest.raises(SchemaError, match=r"other\.tw is no state"):
+    with pytest.raises(SchemaError, match=r"other\.tw is not the state"):
         ServerOptimizer().load(tmp_path / "other.tw")
     optimizer, model = ServerOptimizer("momentum"), {"w": np.zeros(3, np.float32)}
     average([checked(model, 0, {"w": np.ones(3, np.float32)})], into=model, optimizer=optimizer)
@@ -211,7 +211,7 @@ def test_fednova_counts_local_steps_once():
     average(normalized(updates), into=model)
     expected = (10 * 4 + 30 * 16) / 40 * (10 * 1.0 / 4 + 30 * 8.0 / 16) / 40
     assert model["w"] == pytest.approx(expected)
-    with pytest.raises(ValueError, match="'c0' does not report its number of epochs"):
+    with pytest.raises(ValueError, match="'c0' must report its number of epochs"):
         normalized(updates, "epochs")
 
 

@@ -362,9 +362,9 @@ def test_what_is_no_whole_stage_is_not_registered() -> None:
         width: int = 1
 
     for row, says in (
-        (Half, "whole"),
+        (Half, "complete"),
         (Plain, r"width .* parameter\("),
-        (int, "whole"),
+        (int, "complete"),
         (Undecorated, "decorate"),
         (Unsaid, "lossless"),
     ):
@@ -377,7 +377,7 @@ def test_a_payload_that_its_own_reader_would_refuse_is_not_sent() -> None:
         def encode(self, *arguments: Any) -> Encoded:
             return Encoded(bytes(super().encode(*arguments).payload) + b"\0")
 
-    with pytest.raises(EncodeError, match="fault of one of its stages"):
+    with pytest.raises(EncodeError, match="bug in one of its stages"):
         tensorwire.dumps(MODEL, codec=TooLong())
 
 

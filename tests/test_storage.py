@@ -199,7 +199,7 @@ def test_short_writes_and_reads(
 def test_a_system_that_takes_no_bytes_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "pwrite", lambda *arguments: 0)
-        with pytest.raises(StorageError, match="takes no bytes"):
+        with pytest.raises(StorageError, match="accepts no bytes"):
             Output(file.fileno(), "file").write_at(memoryview(b"x"), 0)
 
 
@@ -387,7 +387,7 @@ def test_a_folder_takes_its_name_where_it_was_asked_for(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["here"] and os.listdir(tmp_path / "here") == ["model"]
     monkeypatch.chdir(tmp_path / "here")
     for name in (".", "..", "model"):
-        with pytest.raises(StorageError, match="no empty folder"):
+        with pytest.raises(StorageError, match="not an empty folder"):
             tensorwire.safetensors.decode(stream(), name, max_shard_size=100)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")

@@ -157,7 +157,7 @@ def test_a_long_raw_slice_comes_in_pieces_and_is_verified_by_the_end(tmp_path):
 
 
 def test_slices_take_tensors_only(tmp_path):
-    with pytest.raises(SchemaError, match="no tensors"):
+    with pytest.raises(SchemaError, match="not tensors"):
         list(Pieces(tensorwire.dumps({"a": 1}), lambda item: None))
     (tmp_path / "file").write_bytes(b"abc")
     with pytest.raises(SchemaError, match="decode_file"):
@@ -491,7 +491,7 @@ def test_what_training_made_comes_in_the_order_of_the_model_tied_as_it_is():
     assert len(joined(encode(made, TERMS))) < len(joined(encode(views(trained), TERMS)))
     for wrong, says in (
         ({**trained, "head": np.zeros(3, np.float32)}, "training gave two"),
-        ({**trained, "more": shared}, "which the model has not"),
+        ({**trained, "more": shared}, "which the model does not have"),
         ({"bias": trained["bias"]}, "which the model has"),
         ({**trained, "bias": np.ones(3, np.float32)}, "training gave float32"),
         ([shared], "must give a mapping"),
@@ -665,7 +665,7 @@ def test_error_feedback_counts_less_for_rounds_that_it_missed_also_after_a_resta
         again.begin(number, 0.5)
         assert (again.residual["w"] == left).all() and again.round == number
     tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, path, metadata={"tensorwire.round": "soon"})
-    with pytest.raises(SchemaError, match="'soon', which is no number"):
+    with pytest.raises(SchemaError, match="'soon', which is not a number"):
         ErrorFeedback(path)
 
 

@@ -192,7 +192,7 @@ def test_what_is_staged_in_a_folder_is_what_is_staged_in_memory(tmp_path: Path, 
     assert subscriber.fetch().patches
     subscriber.fetch().apply(follower)
     assert digest(follower) == digest(worker)
-    with pytest.raises(SchemaError, match="patches, or nothing"):
+    with pytest.raises(SchemaError, match="patches or nothing"):
         next(subscriber.fetch().encode())
     assert not list(staging.iterdir())
 
@@ -530,7 +530,7 @@ def test_a_fork_another_store_and_an_older_one_are_errors_that_name_the_version(
     with pytest.raises(SequenceError, match="a fork: version 3"):
         seen.fetch()
     (tmp_path / MANIFEST).write_bytes(three.replace(json.loads(three)["run"].encode(), b"0" * 16))
-    with pytest.raises(SequenceError, match="another store"):
+    with pytest.raises(SequenceError, match="a different store"):
         seen.fetch()
 
 

@@ -59,7 +59,7 @@ class Entropy(Compressor):
         """The parts, one behind the other. Raises FormatError."""
         given = np.frombuffer(payload, np.uint8)
         if not given.size or given[0] > _MAX_PARTS:
-            raise FormatError(f"entropy payload says nothing of its parts, or that they are more than {_MAX_PARTS}")
+            raise FormatError(f"entropy payload does not state its number of parts, or states more than {_MAX_PARTS}")
         if given[0] == 0:
             return given[1:]
         parts = _read_parts(given, size, exact=exact)
@@ -101,19 +101,19 @@ def _read_parts(given: Bytes, size: int, *, exact: bool) -> list[tuple[int, int,
         head = given[at : at + _HEAD.itemsize]
         at += _HEAD.itemsize
         if at > given.size:
-            raise FormatError("entropy payload ends within what is said of a part")
+            raise FormatError("entropy payload ends within the header of a part")
         length, width, fill, coded = head.view(_HEAD)[0].tolist()
         total += length
         if not length or width not in _WIDTHS or length % width:
-            raise FormatError(f"a part of {length} bytes in numbers of {width}")
+            raise FormatError(f"a part of {length} bytes cannot hold numbers of {width} bytes")
         if coded > given.size - at:
-            raise FormatError(f"entropy payload ends after {given.size - at} bytes of {coded} of a part")
+            raise FormatError(f"entropy payload ends after {given.size - at} of the {coded} bytes of a part")
         parts.append((length, width, fill, given[at : at + coded]))
         at += coded
     if total > size or (exact and total != size):
-        raise FormatError(f"parts of {total} bytes where {'' if exact else 'at most '}{size} belong")
+        raise FormatError(f"the parts decode to {total} bytes, expected {'' if exact else 'at most '}{size}")
     if at != given.size or at > total:
-        raise FormatError(f"entropy payload of {given.size} bytes, of which {at} stand for {total}")
+        raise FormatError(f"entropy payload has {given.size} bytes; its parts take {at} and decode to {total}")
     return parts
 
 

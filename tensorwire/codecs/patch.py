@@ -104,7 +104,7 @@ class Patch(Packer):
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
         """The elements of a slice that is against nothing. Raises FormatError, and SchemaError for any other."""
         if binding_of(payload, extent).base is not None:
-            raise SchemaError("these elements are against a base: tensorwire.apply makes them of that")
+            raise SchemaError("these elements are encoded against a base: use tensorwire.apply with it")
         patch_slice(payload, extent, out)
 
 
@@ -117,14 +117,14 @@ def patch_slice(payload: Any, extent: Extent, out: Bytes, take: Take = _fresh) -
     given = np.frombuffer(payload, np.uint8)
     at, binding = _unbind(given, extent)
     if binding.base is not None and chunk_checksums(out) != binding.base:
-        raise SchemaError("these elements are not those that the patch is against")
+        raise SchemaError("these elements are not the ones that the patch is against")
     if binding.way == WAYS[_UNCHANGED]:
         return
     changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out, take)
     if chunk_checksums(out) != binding.target:
-        raise FormatError("the patch does not make what it says")
+        raise FormatError("the result of the patch does not have the checksums that it states")
     if binding.changed not in (None, changed):
-        raise FormatError(f"the patch changes {changed} numbers, and says {binding.changed}")
+        raise FormatError(f"the patch changes {changed} numbers, but states {binding.changed}")
 
 
 def binding_of(payload: Any, extent: Extent) -> Binding:
@@ -164,17 +164,17 @@ def _unbind(payload: Bytes, extent: Extent) -> tuple[int, Binding]:
     chunks = _chunks(extent.count * extent.dtype.itemsize)
     mode = int(payload[0]) if payload.size else len(WAYS)
     if mode >= len(WAYS):
-        raise FormatError(f"the first byte of a patch says nothing that is known: {payload[:1].tolist()}")
+        raise FormatError(f"the first byte of a patch is not a known mode: {payload[:1].tolist()}")
     alone = mode in (_WHOLE, _UNCHANGED)
     at = 1 + _WORD * (chunks if alone else 1 + 2 * chunks)
     if payload.size < at or (mode == _UNCHANGED and payload.size > at):
-        raise FormatError(f"a patch has {payload.size} bytes, of which {at} say what it is bound to")
+        raise FormatError(f"a patch has {payload.size} bytes, but {at} belong to its checksums")
     words = tuple(payload[1:at].view("<u4").tolist())
     if alone:
         return at, Binding(WAYS[mode], None if mode == _WHOLE else 0, None if mode == _WHOLE else words, words)
     changed, numbers = words[0], extent.count * extent.dtype.parts
     if not 0 < changed <= numbers:
-        raise FormatError(f"a patch says that {changed} of {numbers} numbers change")
+        raise FormatError(f"a patch states that {changed} of {numbers} numbers change")
     return at, Binding(WAYS[mode], changed, words[1 + chunks :], words[1 : 1 + chunks])
 
 
@@ -200,10 +200,10 @@ def _take_sparse(codes: Bytes, dtype: DType, out: Bytes, take: Take) -> int:
     """Make the changes that `_put_sparse` was given; how many there are. Raises FormatError."""
     floats = _SPARSE_DTYPES.get(dtype)
     if floats is None:
-        raise FormatError(f"no {dtype} changes one by one")
+        raise FormatError(f"changes cannot be listed one by one for {dtype}")
     changed = kernels.decode_changes(codes, out.view(floats), take(4 * out.size).view(np.uint32))
     if not changed:
-        raise FormatError(f"{codes.size} bytes are no changes of {out.size} bytes of {dtype}")
+        raise FormatError(f"{codes.size} bytes are not valid changes to {out.size} bytes of {dtype}")
     return changed
 
 

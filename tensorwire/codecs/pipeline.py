@@ -35,7 +35,7 @@ class Codec:
         if ranks != sorted(ranks) or ranks.count(1) != 1:
             raise EncodeError(f"stages {self} are not in order: transforms, one packer (raw, nf4, ...), compressors")
         if len({stage.id for stage in self.pipeline}) != len(self.pipeline) or len(self.pipeline) > MAX_STAGES:
-            raise EncodeError(f"stages {self}: each may stand there once, and at most {MAX_STAGES}")
+            raise EncodeError(f"stages {self}: each may appear once, and there may be at most {MAX_STAGES}")
         for stage in self.pipeline:
             _check_registered(stage)
 
@@ -221,7 +221,7 @@ class Codec:
         try:
             self.check_length(memoryview(encoded.payload).nbytes, extent)
         except FormatError as error:
-            raise EncodeError(f"{error.detail}: a fault of one of its stages") from None
+            raise EncodeError(f"{error.detail}: a bug in one of its stages") from None
 
     def _compressed(self, encoded: Encoded, place: Extent) -> Encoded:
         first, *others = self.compressors
@@ -287,7 +287,7 @@ def _rank(stage: Stage) -> int:
     for rank, kind in enumerate(_ORDER):
         if isinstance(stage, kind):
             return rank
-    raise EncodeError(f"{stage!r} is no Transform, Packer or Compressor")
+    raise EncodeError(f"{stage!r} is not a Transform, Packer or Compressor")
 
 
 def _check_registered(stage: Stage) -> None:
@@ -299,4 +299,4 @@ def _check_registered(stage: Stage) -> None:
             f"{type(stage).__qualname__} is not registered: nobody could read it; call tensorwire.register with it"
         ) from None
     if not isinstance(stage, known):
-        raise EncodeError(f"id {stage.id} of {type(stage).__qualname__} is that of {known.__qualname__}")
+        raise EncodeError(f"id {stage.id} of {type(stage).__qualname__} already belongs to {known.__qualname__}")

@@ -106,7 +106,7 @@ def put_planes(values: Bytes, width: int, payload: Bytes, take: Take, *, worth: 
 def take_planes(payload: Bytes, width: int, out: Bytes) -> None:
     """What `put_planes` was given, of the length of `out`. Raises FormatError."""
     given = _Reader(payload)
-    form = given.byte("what stands of a slice", _NOTHING)
+    form = given.byte("the form of a slice", _NOTHING)
     if form == _NOTHING:
         given.end()
         out[:] = 0
@@ -135,7 +135,9 @@ class _Reader:
         """The next bytes."""
         part = self._payload[self._at : self._at + size]
         if part.size != size:
-            raise FormatError(f"planes end after {self._payload.size} bytes, within {size} that belong there")
+            raise FormatError(
+                f"planes payload of {self._payload.size} bytes ends too early: {size} bytes were to come at {self._at}"
+            )
         self._at += size
         return part
 
@@ -149,7 +151,7 @@ class _Reader:
     def end(self) -> None:
         """Nothing may be left."""
         if self._at != self._payload.size:
-            raise FormatError(f"planes with {self._payload.size - self._at} bytes behind them")
+            raise FormatError(f"planes payload has {self._payload.size - self._at} bytes after its end")
 
 
 def _blocks(size: int, width: int) -> int:
@@ -235,5 +237,5 @@ def _take_plane(given: _Reader, count: int) -> Bytes:
         return np.frombuffer(decompress(compressed.data, count, exact=True), np.uint8)
     plane = np.empty(count, np.uint8)
     if not kernels.huffman_decode(compressed, plane):
-        raise FormatError(f"{size} bytes are no Huffman codes of {count} bytes")
+        raise FormatError(f"{size} bytes are not valid Huffman codes of {count} bytes")
     return plane

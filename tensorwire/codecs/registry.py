@@ -88,7 +88,7 @@ def register(stage: S) -> S:
 def _check_row(stage: type[Stage]) -> None:
     """Raise EncodeError unless the class is complete."""
     if not (isinstance(stage, type) and issubclass(stage, (Transform, Packer, Compressor))) or isabstract(stage):
-        raise EncodeError(f"{stage!r} is no whole Transform, Packer or Compressor")
+        raise EncodeError(f"{stage!r} is not a complete Transform, Packer or Compressor")
     for attribute in ("id", "name", "lossless", "exact_length"):
         if not hasattr(stage, attribute):
             raise EncodeError(f"{stage.__qualname__} lacks the class attribute {attribute}")

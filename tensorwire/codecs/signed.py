@@ -52,7 +52,7 @@ def unpack(data: Bytes, steps: Float32, count: int, bits: int) -> Float32:
     """The numbers that `data`, of the right length, stands for. `steps`: one or `count`. Raises FormatError."""
     values = np.empty(count, np.float32)
     if not kernels.unpack_values(data, steps, values, bits=bits):
-        raise FormatError("bits behind the last value are not 0")
+        raise FormatError("unused bits after the last value are not 0")
     return values
 
 

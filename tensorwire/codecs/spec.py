@@ -43,7 +43,7 @@ def _kind(value: object) -> str:
 
 def _with_parameters(name: object, parameters: dict[str, Value]) -> Stage:
     if not isinstance(name, str) or "|" in name or ":" in name:
-        raise EncodeError(f"parameters go into the spec or behind the name of one stage, not with {name!r}")
+        raise EncodeError(f"give parameters in the spec, or as keywords with the name of one stage, not with {name!r}")
     return _made(by_name(name.strip()), parameters)
 
 

@@ -73,7 +73,7 @@ class Real(NamedTuple):
 
     def to_wire(self, value: Any) -> int:
         """Raise EncodeError: a descriptor has whole numbers only."""
-        raise EncodeError(f"{value!r} cannot stand in a descriptor, which has whole numbers only")
+        raise EncodeError(f"{value!r} cannot be stored in a descriptor, which holds integers only")
 
     def from_wire(self, number: int) -> Value:
         """The number that stands there, for `allows` to judge."""

@@ -79,7 +79,7 @@ def _check_frame(payload: memoryview, size: int, *, exact: bool) -> None:
     right = content == size if exact else content <= size  # without a size, content_size is 2^64 - 1
     if not right or frame.dict_id or frame.window_size > max(_MAX_WINDOW, size):
         most = "" if exact else "at most "
-        raise FormatError(f"zstd frame must say {most}{size} bytes, no dictionary and a window of at most 8 MiB")
+        raise FormatError(f"zstd frame must declare {most}{size} bytes, no dictionary and a window of at most 8 MiB")
     _check_blocks(payload, begin, min(frame.window_size, _MAX_BLOCK), 4 if frame.has_checksum else 0)
 
 
@@ -95,7 +95,7 @@ def _check_blocks(payload: memoryview, at: int, most: int, behind: int) -> None:
         if kind == _RESERVED or size > most:
             raise FormatError(f"zstd block of a reserved type or of {size} bytes, more than {most}")
     if at != end:
-        raise FormatError(f"zstd frame with {end - at} bytes behind it")
+        raise FormatError(f"zstd frame has {end - at} bytes after its end")
 
 
 def _memory_error(error: zstandard.ZstdError, otherwise: Exception | None = None) -> Exception:

@@ -85,7 +85,7 @@ def check_tag(file: File, key: bytes, expected: str) -> None:
         file.seek(begin)
     if not hmac.compare_digest(bytes.fromhex(found), bytes.fromhex(expected)):
         raise AuthError(
-            f"{_called(file)} does not have this tag: its bytes or the tag were changed, or the key is another"
+            f"{_called(file)} does not have this tag: its bytes or the tag were changed, or the key is wrong"
         )
 
 
@@ -109,7 +109,7 @@ def manifest(paths: Iterable[str | os.PathLike[str]]) -> str:
             raise EncodeError(f"two files are called {show(name)}: a manifest names files without their folders")
         subjects[name] = digest(path)
     if not subjects:
-        raise EncodeError("a manifest of no file")
+        raise EncodeError("a manifest must list at least one file")
     statement = {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": subjects[name]}} for name in sorted(subjects)],
@@ -180,5 +180,5 @@ def _subjects(text: str | bytes) -> dict[str, str]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):  # parsers differ in which one they take: a signer and we might not mean the same
-        raise ValueError("a key comes twice in one object")
+        raise ValueError("a key appears twice in one object")
     return found

@@ -146,7 +146,7 @@ class SafetensorsShards(Checkpoint):
             raise self._wrong("the index has no weight_map of tensors to files")
         for name in names.values():
             if os.path.basename(name) != name or name in ("", os.curdir, os.pardir) or "\\" in name or "\0" in name:
-                raise self._wrong(f"the index names {show(name)}, which is no file beside it")
+                raise self._wrong(f"the index names {show(name)}, which cannot be a file in its folder")
         return names  # type: ignore[no-any-return]  # which has just been checked
 
     def _add(self, file: "SafetensorsFile") -> None:
@@ -163,9 +163,11 @@ class SafetensorsShards(Checkpoint):
         for file in self._files:
             for name in file:
                 if wanted.get(name) != os.path.basename(file.name):
-                    raise self._wrong("the index does not list this tensor in the file that has it", item=name)
+                    raise self._wrong("the index does not place this tensor in the file that has it", item=name)
         for name in wanted.keys() - self._views.keys():
-            raise self._wrong(f"the index has this tensor in {show(wanted[name])}, which has not", item=name)
+            raise self._wrong(
+                f"the index places this tensor in {show(wanted[name])}, which does not have it", item=name
+            )
 
     def _wrong(self, detail: str, item: str | None = None) -> FormatError:
         error = FormatError(detail, item=item)
@@ -176,7 +178,7 @@ class SafetensorsShards(Checkpoint):
 def _shards_in(folder: str) -> list[str]:
     names = [name for name in _names_in(folder) if name.endswith(".safetensors")]
     if not names:
-        error = FormatError("a folder without .safetensors files is no checkpoint")
+        error = FormatError("not a checkpoint: the folder has no .safetensors files")
         error.file = folder
         raise error
     return names

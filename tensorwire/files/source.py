@@ -239,7 +239,7 @@ def read_some(file: Any, size: int) -> bytes:
     data = file.read(size)
     if data is None:
         raise TransportError(
-            f"{name_of(file)} is non-blocking and has nothing yet: give one that waits", retryable=False
+            f"{name_of(file)} is non-blocking and has no data yet: give one that blocks", retryable=False
         )
     if isinstance(data, str):
         raise ArgumentError(f"{name_of(file)} gives text: open it in binary mode, with 'rb'")

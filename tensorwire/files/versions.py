@@ -104,7 +104,7 @@ def patch(
                 raise
             target = read.target
         if sums is None:
-            raise ArgumentError("patch takes one patch or more")
+            raise ArgumentError("give at least one patch")
         checked = {name: _checked(name, view, sums) for name, view in _tensors(container, limits).items()}
         _write(replaced(container, checked), {**file.stored.metadata, **(metadata or {})}, path, max_shard_size, limits)
         return target

@@ -212,7 +212,9 @@ class Client:
         what = f"a {kind}" if kind in STEPS else "the model"
         self._on_step(f"round {order.round}: received {what}, {size_text(outcome.end.offset)}")
         if kind not in STEPS and self._held() != order.base:
-            raise SchemaError(f"the server has sent another model than it ordered to train in round {order.round}")
+            raise SchemaError(
+                f"the server sent a different model from the one that its order names for round {order.round}"
+            )
 
     def _follow(self, order: Order, kind: str, received: str, made: str) -> None:
         """Make the version that a stream leads to. One that the server does not know will be asked for whole."""
@@ -228,7 +230,7 @@ class Client:
             else:
                 terms, _ = receive(file, model, held=held)
         if not before < terms.round <= order.round:  # so that it comes to an end
-            raise SchemaError(f"a {kind} leads from round {before} to {terms.round}, not towards the order's")
+            raise SchemaError(f"a {kind} leads from round {before} to {terms.round}, not towards round {order.round}")
         write_file(made, stream(views(model), terms.run, terms.round))
 
     def _read(self) -> tuple[dict[str, Any], Terms, str]:
@@ -248,7 +250,7 @@ class Client:
         """The model of an order. Raises as `_read`, and SchemaError where it is another."""
         base, terms, digest = self._read()
         if (terms.run, terms.round, digest) != (order.run, order.round, order.base):
-            raise SchemaError(f"the model is of round {terms.round}, the order of round {order.round}")
+            raise SchemaError(f"the model is that of round {terms.round}, but the order is for round {order.round}")
         return base
 
     def _answer(self, order: Order) -> None:
@@ -399,5 +401,5 @@ def _remove(path: str, reason: Exception) -> None:
         os.unlink(path)
     except OSError as error:
         raise StorageError(
-            f"{path} is no model ({reason}) and cannot be removed: {error}", errno=error.errno
+            f"{path} is not a model ({reason}) and cannot be removed: {error}", errno=error.errno
         ) from error

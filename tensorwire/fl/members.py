@@ -79,7 +79,7 @@ class Members:
             raise SchemaError("a client must be named in 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'")
         if name not in self._members:
             if len(self._members) >= self._plan.clients:
-                raise SchemaError(f"the run has its {self._plan.clients} clients")
+                raise SchemaError(f"the run already has its {self._plan.clients} clients")
             self._members[name] = Member(name, asked=not self._plan.samples)
         return self._members[name]
 

@@ -88,7 +88,7 @@ class Plan(Answer):
         if self.trim is not None and self.trim >= 0.5:
             raise ValueError(f"trim must be less than 0.5, not {self.trim}")
         if self.sample is not None and self.fraction is not None:
-            raise ValueError("sample and fraction say the same thing twice; leave one out")
+            raise ValueError("sample and fraction set the same thing; leave one out")
         if self.fraction is not None and self.fraction > 1:
             raise ValueError(f"fraction must be at most 1, not {self.fraction}")
         if self.quorum > self.asked_of(self.clients):
@@ -122,7 +122,7 @@ class Order(Answer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not _DIGEST.fullmatch(self.base):
-            raise ValueError("base is no digest of a model")
+            raise ValueError("base is not the digest of a model")
 
     @classmethod
     def of(cls, plan: Plan, number: int, base: str) -> "Order":

@@ -148,7 +148,9 @@ class Server:
                 self._nothing_from(member, request, gone=want == "leave")
                 await transport.run(say({}))
             else:
-                raise SchemaError(f"a request must want a task, the model, to deliver, pass or leave, not {show(want)}")
+                raise SchemaError(
+                    f"a request must want 'task', 'model', 'deliver', 'pass' or 'leave', not {show(want)}"
+                )
             await self._tell()
 
     def status(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class Server:
         if not isinstance(client, str):
             raise SchemaError("a request must name its client")
         if not speaks_for(transport.peer_names, client):
-            raise SchemaError(f"the certificate of {transport.peer_name!r} does not speak for {show(client)}")
+            raise SchemaError(f"the certificate of {transport.peer_name!r} is not valid for client {show(client)}")
         with self._lock:
             return self.members.heard(client)
 
@@ -238,11 +240,11 @@ class Server:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number!r:.40} is not open; the run is in round {self.round}", kind="stale")
             if offer.transfer[:32] != self.base[:32].encode():
-                raise RefusedError("the update is based on another model than this round's", kind="stale")
+                raise RefusedError("the update is not based on the model of this round", kind="stale")
             if member.why:
-                raise RefusedError("no more updates of this client are taken in this round", kind="out")
+                raise RefusedError("no more updates from this client are accepted in this round", kind="out")
             if not member.asked:
-                raise RefusedError("this client is not asked in this round", kind="out")
+                raise RefusedError("this client is not asked to train in this round", kind="out")
             counts = member.update is not None
             if self._transfers.setdefault(name, offer.transfer) != offer.transfer:  # what it began it will not end
                 self._store.drop(self.round, name, parts_only=True)
@@ -251,7 +253,7 @@ class Server:
             upload = _Upload(self, member, self._store.update(self.round, name), offer.transfer)
         if counts and upload.outcome is None:
             upload.discard()
-            raise RefusedError("another update of this client counts already", kind="another")
+            raise RefusedError("another update from this client has already been accepted", kind="another")
         return upload
 
     def accept(self, update: Update, part: str, path: str, number: int) -> None:

@@ -85,7 +85,7 @@ def _check_new_folder(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(mode) or os.listdir(path):
-        raise FileExistsError(errno.EEXIST, "it exists and is no empty folder")
+        raise FileExistsError(errno.EEXIST, "it exists and is not an empty folder")
     if os.path.samefile(path, os.curdir):
         raise FileExistsError(errno.EEXIST, "it is the current folder")
 

@@ -64,7 +64,7 @@ class Output:
             while rest:
                 size = _write_some(self._fd, rest, offset)
                 if size == 0:  # or this would not end
-                    raise OSError(errno.EIO, "the system takes no bytes")
+                    raise OSError(errno.EIO, "the system accepts no bytes")
                 rest, offset = rest[size:], offset + size
         if self._end - self._pushed >= _WINDOW:
             self._push()
@@ -137,7 +137,7 @@ def write_object(file: Any, buffers: Iterable[Any]) -> int:
                 size = file.write(rest)
             if not size:
                 raise StorageError(
-                    "the file object took no bytes: give one that waits until it can", errno=errno.EAGAIN
+                    "the file object accepted no bytes: give one that blocks until it can", errno=errno.EAGAIN
                 )
             rest = rest[size:]
     return total
@@ -189,11 +189,11 @@ def file_name(path: str | os.PathLike[str]) -> str:
     except TypeError:
         raise ArgumentError(f"expected a path, not {type(path).__name__}") from None
     except UnicodeEncodeError:
-        raise StorageError(f"no file is called {show(path)}: it has lone surrogates", errno=errno.EINVAL) from None
+        raise StorageError(f"{show(path)} cannot be a file name: it has lone surrogates", errno=errno.EINVAL) from None
     if "\0" in name:
-        raise StorageError(f"no file is called {show(name)}: it has a NUL character", errno=errno.EINVAL)
+        raise StorageError(f"{show(name)} cannot be a file name: it has a NUL character", errno=errno.EINVAL)
     if not name:
-        raise MissingFileError("an empty name is no file's: give a path", errno=errno.ENOENT)
+        raise MissingFileError("a file name cannot be empty: give a path", errno=errno.ENOENT)
     return name
 
 

@@ -152,7 +152,7 @@ class _Reading:
             self._open(event.number, event.item)
         elif isinstance(event, StreamStart):
             if not event.info.base or not event.info.target:
-                raise SchemaError("the stream stands alone: it is no patch, and is loaded, not applied")
+                raise SchemaError("the stream is not a patch: load it instead of applying it")
             self.start = event
 
     def _open(self, number: int, item: Item) -> None:
@@ -206,7 +206,7 @@ class _Place:
             self._flat = front.device_target(tensor)
             self._memory = np.frombuffer(front.target(tensor), np.uint8) if self._flat is None else None
         except EncodeError as error:
-            raise EncodeError(f"it cannot be written in its place: {error.detail}", item=name) from None
+            raise EncodeError(f"it cannot be written in place: {error.detail}", item=name) from None
 
     def write(self, block: _Block, pool: Pool) -> None:
         """Make a block from its base, and check the result."""
@@ -310,7 +310,7 @@ class _Plan:
         planned = self._planned.setdefault(entry.view.identity, (name, after))
         if planned[1] != after:
             raise SchemaError(
-                f"it is one tensor with {show(planned[0])}, of which the patch makes another. Nothing was written",
+                f"it is the same tensor as {show(planned[0])}, but the patch makes two of it. Nothing was written",
                 item=name,
             )
         return planned[0] != name
@@ -402,7 +402,7 @@ def setter(state: Any, path: Path, value: Any) -> tuple[Any, Any, Any]:
     """Parent, key and value, to be set. Raises EncodeError where that cannot be."""
     parent = value_at(state, path[:-1])
     if not path or not isinstance(parent, (dict, list)):
-        raise EncodeError("a value outside of dicts and lists cannot be set in its place", item=name_of(path))
+        raise EncodeError("a value outside of dicts and lists cannot be set in place", item=name_of(path))
     return parent, path[-1], value
 
 

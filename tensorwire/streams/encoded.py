@@ -84,7 +84,7 @@ class OnDisk:
             while rest and (size := self._file.readinto(rest)):
                 rest = rest[size:]
         if rest or crc32c(data, 0) != kept.crc:
-            raise CorruptError("a payload that was kept on disk is not what it was")
+            raise CorruptError("a payload that was kept on disk has changed")
         return memoryview(data)
 
 

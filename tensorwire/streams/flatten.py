@@ -252,8 +252,8 @@ class _Walk:
                 values += inner.values
                 containers += inner.containers
         if values - self._values > _REPEATED:
-            detail = f"lists or dicts that stand in several places come to {values:,} values once written out; "
-            raise EncodeError(detail + "send each once, and where it is used by name", item=name_of(path))
+            detail = f"lists or dicts that appear in several places come to {values:,} values once written out; "
+            raise EncodeError(detail + "send each once, and refer to it by name", item=name_of(path))
         return _Survey(plain, builtin, height, values, containers)
 
 

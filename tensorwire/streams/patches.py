@@ -105,7 +105,7 @@ def _check_alike(new: Version, base: Version) -> None:
     """Raise EncodeError unless two versions have the same names, dtypes and shapes."""
     for name in new.keys() ^ base.keys():
         missing, there = ("base", "new version") if name in new else ("new version", "base")
-        raise EncodeError(f"the {missing} has no such item, and the {there} has; send the new one whole", item=name)
+        raise EncodeError(f"the {missing} has no such item, but the {there} has; send the new one whole", item=name)
     for name, entry in new.items():
         if entry.describe() != base[name].describe():
             raise EncodeError(

@@ -89,7 +89,7 @@ def gather(buffers: Iterable[Any], size: int) -> Iterator[bytes]:
             queue.put(message)
     """
     if size < 1:
-        raise ArgumentError(f"a portion has at least one byte, not {size!r}")
+        raise ArgumentError(f"a portion must have at least one byte, not {size!r}")
     portion = BytesIO()
     for buffer in buffers:
         rest = memoryview(buffer).cast("B")
@@ -112,7 +112,7 @@ def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, a
     if not all(type(key) is str and type(text) is str for key, text in pairs):
         raise EncodeError("metadata must map text to text")
     if not all(_travels(key) and _travels(text) for key, text in pairs):
-        raise EncodeError("metadata with lone surrogates cannot be sent: it is no UTF-8")
+        raise EncodeError("metadata with lone surrogates cannot be sent: it is not valid UTF-8")
     return StreamInfo(align=ALIGNMENT if at_rest else 1, id=stream_id, metadata=tuple(sorted(pairs)))
 
 

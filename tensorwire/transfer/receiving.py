@@ -101,7 +101,7 @@ class Recording:
         """Begin with nothing: what was received is of another stream. Raises RefusedError where that is complete."""
         if self._done:
             raise RefusedError(
-                "another stream has arrived whole under this name: send it as a new transfer", kind="done"
+                "another stream has already arrived under this name: send this one as a new transfer", kind="done"
             )
         self._part.truncate(0)
         self._written, self._pending = 0, bytearray()

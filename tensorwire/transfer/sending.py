@@ -99,7 +99,7 @@ class Regenerated:
     def _check_version(self) -> None:
         if self._version() != self._first:
             raise EncodeError(
-                "what is sent has changed meanwhile: none of it arrives; send it again once it is written"
+                "the data changed while it was being sent, so none of it arrives; send it again once it is written"
             )
 
 

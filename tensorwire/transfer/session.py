@@ -299,7 +299,7 @@ def _hear_offer() -> Conversation[Offer]:
     message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), anew=bool, about=dict)
     offer = Offer(**message)
     if not 0 < len(offer.transfer) <= _TRANSFER_LIMIT or (offer.size or 0) < 0:
-        raise FormatError("an offer without a transfer of 1 to 64 bytes, or of a negative size")
+        raise FormatError("an offer must have a transfer key of 1 to 64 bytes and a size of at least 0")
     return offer
 
 
@@ -361,7 +361,7 @@ def _read(
         _check_fields(kind, message)
         kind, message = yield from _read_any(until)
     if kind == "wait" and most_waits:
-        raise TransportError("the peer has only asked to wait")
+        raise TransportError("the peer sent nothing but requests to wait")
     if kind == "refuse":
         _check_fields(kind, message, kind=str, detail=str, retryable=bool)
         refused = message["kind"], message["retryable"]
@@ -385,7 +385,7 @@ def _read_any(until: float | None) -> Conversation[tuple[str, dict[str, Any]]]:
         raise CorruptError("message checksum mismatch")
     message = unpack_value(body, DEFAULT)
     if not (type(message) is list and len(message) == 2 and type(message[0]) is str and type(message[1]) is dict):
-        raise FormatError("a message that is no kind and map")
+        raise FormatError("a message must be a kind and a map")
     return message[0], message[1]
 
 

@@ -167,7 +167,7 @@ class Driver:
             return self._timeout
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if left is not None and left <= 0:
-            raise TransportError("the peer takes longer than it may")
+            raise TransportError("the peer takes longer than it is allowed to")
         return max(_SHORTEST, min(seconds for seconds in (self._timeout, within, left) if seconds is not None))
 
 

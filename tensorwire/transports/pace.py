@@ -37,7 +37,7 @@ class Pace:
         if self._moved < self._min_rate * self._waited:
             rate = self._moved / self._waited
             raise TransportError(
-                f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are asked"
+                f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are required"
             )
         self._waited, self._moved = 0.0, 0
 
@@ -92,5 +92,5 @@ def failed(doing: str, error: OSError) -> TransportError | AuthError:
     if isinstance(error, ssl.SSLError) and any(word in reason for word in _ALERTS):
         return AuthError(f"the other end refuses our certificate, or one of us has none: {reason}")
     if isinstance(error, ssl.SSLError) and any(word in reason for word in _PLAIN):
-        return TransportError("the other end speaks no TLS: one of the two commands runs without it (--plaintext)")
+        return TransportError("the other end does not use TLS: one of the two commands runs without it (--plaintext)")
     return TransportError(f"connection failed while {doing}: {error}")

@@ -35,7 +35,9 @@ class Turns:
         comes, unless `is_working()`: what has come is verified, say.
         """
         if self._waiting >= self._line:
-            await transport.run(refuse(RefusedError("many are waiting: come again", kind="busy", retryable=True)))
+            await transport.run(
+                refuse(RefusedError("too many are waiting: try again later", kind="busy", retryable=True))
+            )
             return
         async with self._turn(transport):
             holding = asyncio.ensure_future(transport.run(conversation))
@@ -43,7 +45,7 @@ class Turns:
                 before = transport.received
                 while not (await asyncio.wait([holding], timeout=_STALL))[0]:
                     if self._waiting and not is_working() and transport.received - before < _LEAST:
-                        raise TransportError("others are waiting, and nothing comes: connect again to go on")
+                        raise TransportError("others are waiting, and nothing arrives: connect again to continue")
                     before = transport.received
             finally:
                 holding.cancel()

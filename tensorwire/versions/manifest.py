@@ -160,7 +160,7 @@ class Manifest:
         """Raise SequenceError unless this manifest continues `seen`: not another store, a fork, or an older state."""
         if self.run != seen.run:
             raise SequenceError(
-                f"there is another store here now: run {self.run}, not {seen.run}. Start again with a new Subscriber"
+                f"a different store is here now: run {self.run}, not {seen.run}. Start again with a new Subscriber"
             )
         held = {version.number: version for version in seen.versions}
         for version in self.versions:
@@ -201,8 +201,8 @@ class Manifest:
                 found.append(Route(target, None, patches))
         if not found:
             raise SequenceError(
-                f"{target} cannot be made: the chain of patches breaks at {broken}, and no anchor is left behind it. "
-                "Let the publisher publish a whole one",
+                f"{target} cannot be made: the chain of patches breaks at {broken}, and no anchor follows it. "
+                "Have the publisher publish a whole version",
                 item=broken.number,
             )
         return min(found, key=lambda route: (route.size, route.anchor is not None))
@@ -239,10 +239,10 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
         raise ValueError("no versions")
     for before, version in pairwise(versions):
         if version.number != before.number + 1:
-            raise SequenceError(f"the manifest has {version} after {before}: what is between is missing")
+            raise SequenceError(f"the manifest has {version} after {before}: the versions between them are missing")
         if version.patch is not None and version.patch.base != before.digest:
             raise SequenceError(
-                f"a fork: the patch of {version} is against {version.patch.base[:12]}, and before it stands {before}",
+                f"a fork: the patch of {version} is against {version.patch.base[:12]}, but it comes after {before}",
                 item=version.number,
             )
     run, publisher = (_text(fields[key], _ID, key) for key in ("run", "publisher"))

@@ -263,7 +263,7 @@ class Publisher:
             manifest = self._manifest.adding(version, self._id).keeping(self._keep)
         data = manifest.dump()
         if len(data) > MAX_BYTES:
-            raise EncodeError(f"the manifest has become {len(data)} bytes: keep fewer versions, or less metadata")
+            raise EncodeError(f"the manifest has grown to {len(data)} bytes: keep fewer versions, or less metadata")
         self._store.replace(NAME, data, self._there)
         self._manifest, self._there = manifest, data
 

@@ -205,7 +205,7 @@ class HttpStore:
 
     def _read_only(self) -> StorageError:
         return StorageError(
-            f"{self.name} is read only: publish into the folder that the server shows, or to an object store",
+            f"{self.name} is read only: publish into the folder that the server serves, or to an object store",
             errno=errno.EROFS,
         )
 
@@ -401,7 +401,7 @@ def _reaching(name: str) -> Iterator[None]:
     except TensorwireError:
         raise
     except FileNotFoundError as error:
-        raise MissingFileError(f"{name} is not there", errno=errno.ENOENT) from error
+        raise MissingFileError(f"{name} does not exist", errno=errno.ENOENT) from error
     except Exception as error:
         again = not isinstance(error, PermissionError) and type(error).__name__ not in _NOT_ALLOWED
         raise TransportError(f"{name}: {type(error).__name__}: {error}", retryable=again) from error

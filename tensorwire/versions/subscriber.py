@@ -152,7 +152,9 @@ class Staged:
     def encode(self, *, metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
         """The buffers of a stream of the whole version. Raises SchemaError if no anchor was fetched."""
         if not self.is_whole:
-            raise SchemaError("what was fetched are patches, or nothing: apply it, or fetch(whole=True)")
+            raise SchemaError(
+                "no whole version was fetched, but patches or nothing: apply them, or use fetch(whole=True)"
+            )
         return streams.encode(self._whole, self._front, metadata=metadata, limits=self._limits)
 
     @property
@@ -305,7 +307,7 @@ class _Counted(io.RawIOBase):
         self.seconds += perf_counter() - began
         self._done += count
         if self._done > self._size:
-            raise FormatError(f"it is longer than the {self._size} bytes that the manifest says")
+            raise FormatError(f"it is longer than the {self._size} bytes that the manifest states")
         if self._progress is not None:
             self._progress(self._before + self._done, self._total)
         return count

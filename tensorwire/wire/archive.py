@@ -107,13 +107,13 @@ class _Index:
         sequences = [word & _MAX_UINT32 for word in others]
         if not all(sequences):
             if any(offset or other for offset, other, has in zip(offsets, others, sequences, strict=True) if not has):
-                raise FormatError("the index has half an entry")
+                raise FormatError("the index ends within an entry")
             offsets, others = tuple(compress(offsets, sequences)), tuple(compress(others, sequences))
         # Of the items with data, in order.
         self.numbers = array("I", compress(range(items), sequences))
         self.sequences = array("I", filter(None, sequences))
         if offsets and max(offsets) >= end:
-            raise FormatError("the index points behind itself")
+            raise FormatError("the index points past its own start")
         marks = dict.fromkeys(zip(offsets, others, strict=True))  # those of the items of a bundle are one
         begins, distinct = [offset for offset, _ in marks], [other & _MAX_UINT32 for _, other in marks]
         ordered = all(map(le, self.sequences, self.sequences[1:])) and all(map(lt, distinct, distinct[1:]))
@@ -240,7 +240,7 @@ class Archive:
                 if step is Step.SKIP:
                     self._payload(ledger, header)
                 elif step is Step.BUNDLE:
-                    raise FormatError("the index has none of the other items in a bundle", offset=ledger.offset)
+                    raise FormatError("the index lists only some of the items in a bundle", offset=ledger.offset)
                 elif header.count:
                     checked = check(header)
                     if checked is not None:
@@ -286,7 +286,7 @@ class Archive:
         try:
             header, packed, step = self._header(ledger)
             if step is not Step.BUNDLE or header.count != len(beside):
-                raise FormatError("the index has other items in a bundle than the stream", offset=ledger.offset)
+                raise FormatError("the index and the stream disagree about the items in a bundle", offset=ledger.offset)
             payload = self._payload(ledger, header)
             bundle = _Bundle(beside.start, header, ledger.offset, payload, split_bundle(payload, header.count))
             ledger.pass_frame(header, packed, step)
@@ -333,7 +333,7 @@ class Archive:
         index = self._header_at(where)
         length, data = index.length, summary.items * _MARK.size
         if index.type != FrameType.INDEX or length < data or length % _MARK.size:
-            raise FormatError("no index of all items stands where the end frame says", offset=where)
+            raise FormatError("there is no index of all items where the end frame says", offset=where)
         if length > self._limits.skippable:
             raise LimitError("index", self._limits.skippable, length, field="skippable", offset=where)
         self._index_mark = where, index.sequence, index.link
@@ -398,7 +398,7 @@ class Archive:
             self._passed = bisect_left(index.sequences, mark[1], lo=first)
             self._skip_to(ledger, index.data(first))
             if not ledger.pending.drop_numbers(index.numbers[first : self._passed]):
-                raise FormatError("the index has data for other items than the stream", offset=ledger.offset)
+                raise FormatError("the index and the stream disagree about which items have data", offset=ledger.offset)
             if index.data(self._passed - 1)[0] + HEADER_SIZE > mark[0]:
                 raise FormatError("the index is not in the order of frames", offset=ledger.offset)
             ledger.pass_data(mark)
@@ -409,7 +409,7 @@ class Archive:
         while ledger.offset < mark[0]:
             header, packed, step = self._header(ledger)
             if step is not Step.SKIP:
-                raise FormatError("a frame that the index leaves out", offset=ledger.offset)
+                raise FormatError("the index leaves out a frame", offset=ledger.offset)
             self._payload(ledger, header)
             ledger.pass_frame(header, packed, step)
         if ledger.mark != mark:

@@ -240,7 +240,7 @@ def _feed_bytes(consumer: Consumer[Any], source: _Bytes) -> int:
 def _feed(consumer: Consumer[Any], size: int | None) -> int:
     """Say that `size` bytes were read into the consumer's buffer; returns it."""
     if size is None:
-        raise TransportError("the source is non-blocking and has nothing yet: give one that waits", retryable=False)
+        raise TransportError("the source is non-blocking and has no data yet: give one that blocks", retryable=False)
     consumer.buffer_updated(size)
     return size
 
@@ -262,7 +262,7 @@ class Push(Generic[ResultT]):
         Raises what the consumer raises, FormatError for bytes after the end frame, and ClosedError once either was.
         """
         if self._broken:
-            raise ClosedError("the stream has failed already: begin anew with another decoder")
+            raise ClosedError("the stream has already failed: start again with a new decoder")
         self._broken = True  # unless all of it goes well
         yield from self._feed(_chunk(data))
         self._broken = False

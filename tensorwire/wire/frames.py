@@ -158,7 +158,7 @@ def split_bundle(payload: memoryview, count: int) -> list[tuple[int, int]]:
     lengths = struct.unpack_from(f"<{count}I", payload)
     stops = [*accumulate(lengths, initial=4 * count)]
     if not all(lengths) or stops[-1] != len(payload):
-        raise FormatError("the payloads of a bundle are not those that its table has")
+        raise FormatError("the payloads of a bundle do not match its table")
     return [*pairwise(stops)]
 
 

@@ -46,7 +46,7 @@ def path_of(name: str) -> Path:
         return (name,) if name else ()
     path = tuple(map(_key, name[1:].split("/")))
     if name_of(path) != name:
-        raise ArgumentError(f"{show(name)} is no name of an item; that of its path is {show(name_of(path))}")
+        raise ArgumentError(f"{show(name)} is not the name of an item; its path is written {show(name_of(path))}")
     return path
 
 
@@ -65,5 +65,5 @@ def _key(text: str) -> Key:
     text = text.removeprefix("~2")
     wrong = _ESCAPE.search(text)
     if wrong is not None:
-        raise ArgumentError(f"{show(text)} in the name of an item: behind ~ come 0 (for ~), 1 (for /) or 2")
+        raise ArgumentError(f"{show(text)} in the name of an item: ~ must be followed by 0 (for ~), 1 (for /) or 2")
     return text.replace("~1", "/").replace("~0", "~")

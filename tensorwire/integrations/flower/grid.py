@@ -151,7 +151,7 @@ class WireGrid(Grid):
         copied = copy(message)
         copied.content = content
         if message.content is content or copied.metadata is not message.metadata:
-            raise changed_seam("a copied Message shares its metadata, by which its reply is found, and not its content")
+            raise changed_seam("a copied Message shares its metadata, by which its reply is found, but not its content")
         return copied
 
     def _sealed_record(self, key: str, record: Any) -> Any:
