@@ -61,7 +61,7 @@ def test_a_run_with_clients_that_are_killed_stalled_or_send_nan(tmp_path, monkey
         "nobody else is there",
     ]
     assert "client-1 has failed (exit code -9)" in done.stderr and "round 1: received the model" in done.stderr
-    assert "client-2 is still at work" in done.stderr
+    assert "client-2 is still running" in done.stderr
 
 
 def test_a_run_of_which_no_client_is_left_says_which_and_why(tmp_path):
