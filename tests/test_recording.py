@@ -656,12 +656,12 @@ def test_a_part_that_is_no_file_of_its_own_is_refused(tmp_path: Path) -> None:
     place.discard()
     (tmp_path / "victim").write_text("precious")
     os.link(tmp_path / "victim", part)
-    with pytest.raises(StorageError, match="no file of its own"):
+    with pytest.raises(StorageError, match="not a plain file"):
         Recording(tmp_path / "m.tw", b"t")
     assert (tmp_path / "victim").read_text() == "precious"
     part.unlink()
     os.mkfifo(part)
-    with pytest.raises(StorageError, match="no file of its own"):
+    with pytest.raises(StorageError, match="not a plain file"):
         Recording(tmp_path / "m.tw", b"t")
 
 
