@@ -17,7 +17,7 @@ from tensorwire.tensor import ByteArray, TensorView
 
 # The safetensors library's own ceiling.
 MAX_HEADER: Final = 100_000_000
-# More are in several files. What Python makes of a header takes up to thirty times its bytes.
+# Larger models have several files. A header takes up to thirty times its bytes once Python has parsed it.
 MAX_TENSORS: Final = 1 << 19
 _MAX_PARTS: Final = 16 * MAX_TENSORS  # a tensor of four dimensions has ten; text of the metadata may hold some too
 METADATA: Final = "__metadata__"
@@ -44,7 +44,7 @@ NAMES: Final = {
     dtypes.FLOAT4_E2M1FN_X2: "F4",
 }
 DTYPES: Final = {name: dtype for dtype, name in NAMES.items()}
-# Of those that are no whole bytes; a shape counts elements.
+# Bits per element of dtypes that are not whole bytes; shapes count elements.
 BITS: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 PACKED: Final = "tensorwire.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -79,12 +79,12 @@ class Checkpoint(Mapping[str, TensorView]):
         self.close()
 
     def close(self) -> None:
-        """Close what is open; views can no longer be read."""
+        """Close all files; views can no longer be read."""
         raise NotImplementedError
 
 
 def open_checkpoint(file: File) -> Checkpoint:
-    """Names to views of a `.safetensors` file, or of a sharded checkpoint, by its `.index.json` or its folder.
+    """Open a `.safetensors` file, or a sharded checkpoint (its `.index.json` or folder), as names mapped to views.
 
     with tensorwire.safetensors.open_checkpoint("checkpoint/") as tensors:
         print(len(tensors), tensors["lm_head.weight"].shape)
@@ -102,7 +102,7 @@ def open_checkpoint(file: File) -> Checkpoint:
 class SafetensorsShards(Checkpoint):
     """A sharded checkpoint: the files that an index lists, or all `.safetensors` files of a folder.
 
-    Raises FormatError where the index and the files disagree, or two files have a tensor of one name.
+    Raises FormatError if the index and the files disagree, or if two files have a tensor of the same name.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -192,8 +192,8 @@ def _names_in(folder: str) -> list[str]:
 class SafetensorsFile(Checkpoint):
     """A `.safetensors` file, by its path or as a seekable file object.
 
-    Offsets, sizes and dtypes are checked against the file before anything is read through them. `own_metadata`: as it
-    stands in the file; `metadata`: with what `packed` says of tensors that travel as bytes, by name: dtype and shape.
+    Offsets, sizes and dtypes are checked against the file before they are used. `own_metadata`: as it is in the file.
+    `packed`: dtype and shape, by name, of the tensors that are sent as bytes. `metadata`: both together.
     """
 
     def __init__(self, file: File) -> None:
@@ -241,14 +241,14 @@ class SafetensorsFile(Checkpoint):
             raise FormatError(f"the safetensors header is not JSON: {error}") from None
         if type(header) is not dict:
             raise FormatError("the safetensors header is not a JSON object")
-        if len(header) > MAX_TENSORS + 1:  # and the metadata
+        if len(header) > MAX_TENSORS + 1:  # one is the metadata
             raise LimitError("tensors of a safetensors file", MAX_TENSORS, len(header), field=None)
         return header, 8 + length, size - 8 - length
 
     def _make_views(self, header: dict[str, Any], begin: int, size: int) -> dict[str, TensorView]:
         entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[3:])
         views = {}
-        pool = Pool()  # one for all tensors: they are read one after the other
+        pool = Pool()  # shared by all tensors, which are read one after the other
         end = 0
         for name, stored, shape, start, stop in entries:
             if start != end:
@@ -265,7 +265,7 @@ class SafetensorsFile(Checkpoint):
 
 
 def _check_parts(header: bytes) -> None:
-    """Refuse what Python would make too many objects of, before it does: each takes up to thirty times its bytes."""
+    """Refuse, before parsing it, a header that would become too many Python objects (up to thirty times its bytes)."""
     parts = sum(map(header.count, (b",", b"[", b"{")))
     if parts > _MAX_PARTS:
         raise LimitError("parts of the safetensors header", _MAX_PARTS, parts, field=None)
@@ -283,7 +283,7 @@ def _reader(source: Source, offset: int, itemsize: int, pool: Pool) -> Callable[
 
 
 def _as_sent(stored: str, shape: tuple[int, ...], size: int) -> tuple[DType, tuple[int, ...]]:
-    """The dtype and shape that a tensor of the file travels with."""
+    """The dtype and shape with which a tensor of the file is sent."""
     if stored not in BITS:
         return DTYPES[stored], shape
     if stored in DTYPES and shape and shape[-1] % 2 == 0:
@@ -296,15 +296,15 @@ def _packed_metadata(packed: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unpacked(text: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape, in a file, of tensors that travel as bytes. Raises FormatError."""
+    """Dtype and shape, in a file, of tensors that are sent as bytes. Raises FormatError."""
     try:
         packed = json.loads(text)
         found = {name: (dtype, tuple(shape)) for name, (dtype, shape) in packed.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"the metadata {PACKED} does not say what tensors are") from None
+        raise FormatError(f"the metadata {PACKED} must map names of tensors to dtype and shape, as JSON") from None
     for name, (dtype, shape) in found.items():
         if dtype not in BITS or any(type(n) is not int or n < 0 for n in shape):
-            raise FormatError(f"the metadata {PACKED} does not say what it is", item=name)
+            raise FormatError(f"the metadata {PACKED} has no valid dtype and shape for this tensor", item=name)
     return found
 
 

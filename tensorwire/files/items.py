@@ -1,4 +1,4 @@
-"""An item of an archive, or a part of it, into memory."""
+"""Reads an item of an archive, or a part of it, into memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def read_item(
     `part`: of elements [begin, end) only. `read_into` fills memory from an offset of the archive's source on.
     """
     reading = _Reading(item, codec, limits, part)
-    # What is small comes with the headers around it.
+    # Small items are read together with the headers around them.
     small = item.total is not None and item.total * reading.itemsize <= _SMALL
     fetch = None if read_into is None or small else partial(reading.fetch, read_into)
     for stored, extent in archive.slices(number, reading.check, fetch):
@@ -48,7 +48,7 @@ def read_item(
 
 
 class _Reading:
-    """An item, or elements [begin, end) of it, on its way into memory."""
+    """An item, or elements [begin, end) of it, that is being read into memory."""
 
     def __init__(self, item: DataItem, codec: Codec, limits: Limits, part: tuple[int, int] | None) -> None:
         self._item = item
@@ -61,7 +61,7 @@ class _Reading:
         self.filled = 0  # bytes
 
     def check(self, header: Header) -> Extent | None:
-        """The extent of a slice; None where nothing of it is wanted."""
+        """The extent of a slice; None if no part of it is wanted."""
         extent = check_slice(self._codec, header, self._item, self._limits)
         begin, end = self._wanted(extent)
         return extent if begin < end else None
@@ -69,7 +69,7 @@ class _Reading:
     def fetch(
         self, read_into: Callable[[int, memoryview], None], offset: int, size: int, extent: Extent
     ) -> tuple[memoryview, int]:
-        """The payload of a slice and its checksum: a raw one in its place, as far as it is wanted."""
+        """The payload of a slice and its checksum. A raw payload is read into place, as far as it is wanted."""
         if not self._codec.in_place:
             payload = self._scratch.payload(size).data
             return payload, _read_summed(read_into, offset, payload, 0)
@@ -81,7 +81,7 @@ class _Reading:
         return place, self._pass_over(read_into, offset + before + len(place), behind, crc)
 
     def decode(self, payload: memoryview, extent: Extent) -> None:
-        """Decode what is wanted of a slice into the memory."""
+        """Decode the wanted part of a slice into the memory."""
         begin, end = self._wanted(extent)
         region = self._region(begin, end)
         if end - begin == extent.count:

@@ -114,7 +114,7 @@ class CodecRule:
 
 
 def _kept(view: TensorView, codec: Codec) -> tuple[int, int, str]:
-    """A sort key for how much of a tensor a codec keeps: lossless ones first, then by size, then by spec."""
+    """A sort key that is highest for the codec that keeps the most of a tensor: a lossless one, else the largest."""
     if not codec.accepts(view.dtype):
         return 1, 0, repr(codec)
     if codec.lossless:
