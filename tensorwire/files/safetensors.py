@@ -288,7 +288,7 @@ class _Layout:
         self._places |= {path: (output, 8 + len(text) + begin) for path, begin in begins.items()}
 
     def _as_stored(self, item: TensorItem) -> tuple[str, tuple[int, ...]]:
-        """The dtype and shape that a tensor has in a file. Raises FormatError if the metadata contradicts the tensor."""
+        """The dtype and shape that a tensor has in a file. Raises FormatError if the metadata contradicts them."""
         if _key(item) in self._packed:
             dtype, shape = self._packed[_key(item)]
             if item.dtype != dtypes.UINT8 or prod(shape) * BITS[dtype] != _bytes(item) * 8:

@@ -65,8 +65,8 @@ def save_file(
 ) -> int:
     """Write `value` to a path, which appears only when complete, or into a file object. Returns the bytes written.
 
-    `progress`: called as bytes are written, with `total`. Raises StorageError if the file cannot be written; an existing
-    file at the path is then unchanged.
+    `progress`: called as bytes are written, with `total`. Raises StorageError if the file cannot be written; an
+    existing file at the path is then unchanged.
     """
     late: Late | None = [] if is_path(file) else None
     if late is None:
