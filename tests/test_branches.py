@@ -54,7 +54,7 @@ def opened(path: Path, stream: bytes) -> None:
             file[name]
 
 
-def test_frames_of_a_file_that_are_wrong_together(tmp_path):
+def test_inconsistent_frames_of_a_file_are_refused(tmp_path):
     path = tmp_path / "x.tw"
     good = stored("at-rest")
     opened(path, good)
@@ -91,7 +91,7 @@ def test_frames_of_a_file_that_are_wrong_together(tmp_path):
     ],
     ids=["alias of a value", "beyond", "empty", "long", "zstd", "absmax"],
 )  # fmt: skip
-def test_items_of_a_file_that_reading_from_front_to_back_would_refuse(frames, error, says, tmp_path):
+def test_random_access_refuses_items_that_streaming_refuses(frames, error, says, tmp_path):
     stream = assemble([AT_REST, ROOT, *frames, Frame(INDEX, None), end()], align=64)
     with pytest.raises(WireError):
         tw.loads(stream)
@@ -110,7 +110,7 @@ def test_a_file_is_a_mapping_and_is_read_item_by_item(tmp_path):
     assert sorted(name for name, _ in iterate_file(path, tw.FRONT)) == ["a", "b"]  # what is empty comes first
 
 
-def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path):
+def test_an_index_that_contradicts_the_stream_is_refused(tmp_path):
     """Each within the order of frames, so that only the item that is asked for, or the count of items, shows it."""
     path = tmp_path / "x.tw"
     items = (tensor(1, ["a"], [0]), tensor(2, ["b"], [2]), tensor(3, ["c"], [2]))
@@ -193,7 +193,7 @@ def test_an_index_of_bundles_that_disagrees_with_the_stream_is_refused(tmp_path)
                 file[name]
 
 
-def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):
+def test_an_index_that_points_into_another_item_is_blamed(tmp_path):
     path = tmp_path / "x.tw"
     described = (ROOT, tensor(1, ["b"], [2]), tensor(2, ["c"], [2]))
     slices = (data(1, b"a", 1), data(1, b"b", 1, 1), data(2, b"cd"))
@@ -209,7 +209,7 @@ def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(t
             file["b"]
 
 
-def test_an_index_is_held_to_the_limit_of_skippable_frames(tmp_path):
+def test_an_index_obeys_the_limit_of_skippable_frames(tmp_path):
     path = tmp_path / "x.tw"
     tw.save_file([0, 1, np.ones(1)], path)
     with pytest.raises(LimitError, match="skippable"):
@@ -221,7 +221,7 @@ def mapped(path: Path) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
-def test_a_file_is_let_go_of_when_it_is_closed_and_when_the_last_view_of_it_goes(tmp_path):
+def test_a_file_is_released_by_close_and_with_its_last_view(tmp_path):
     path = tmp_path / "x.tw"
     tw.save_file({"a": np.arange(3), "b": 7}, path)
     file = tw.open_file(path)
@@ -244,7 +244,7 @@ def test_a_file_is_let_go_of_when_it_is_closed_and_when_the_last_view_of_it_goes
     assert not mapped(path)
 
 
-def test_what_is_no_raw_tensor_in_one_frame_cannot_be_mapped(tmp_path):
+def test_only_raw_tensors_in_one_frame_can_be_mapped(tmp_path):
     path = tmp_path / "x.tw"
     frames = (tensor(1, ["a"], [3]), data(1, b"ab", 2), data(1, b"c", 1, 2))
     path.write_bytes(assemble([AT_REST, ROOT, *frames, Frame(INDEX, None), end()], align=64))
@@ -298,13 +298,13 @@ def test_a_file_that_shrinks_while_it_is_sent_is_an_error(tmp_path):
         list(buffers)
 
 
-def test_what_is_no_source_is_the_callers_mistake():
+def test_an_invalid_source_is_an_argument_error():
     for nothing in ("text", 7, None):
         with pytest.raises(TypeError, match="expected a buffer"):
             tw.loads(nothing)
 
 
-def test_an_ordered_dict_travels_inside_a_value():
+def test_an_ordered_dict_can_be_sent_inside_a_value():
     assert tw.loads(tw.dumps({"a": OrderedDict(x=1, y=(OrderedDict(),))})) == {"a": {"x": 1, "y": ({},)}}
 
 
@@ -314,7 +314,7 @@ def packed(item: Item, limits: Limits = DEFAULT) -> bytes:
     return packer.take()[0]
 
 
-def test_a_writer_holds_to_the_limit_of_descriptors():
+def test_a_writer_obeys_the_limit_of_descriptors():
     with pytest.raises(LimitError, match="descriptor"):
         packed(ContainerItem(("a" * 100,), Kind.DICT), Limits(descriptor=64))
     with pytest.raises(FormatError, match="cannot be described"):
@@ -328,7 +328,7 @@ def test_sequence_numbers_end_before_they_repeat():
         ledger.admit(Header(FrameType.ITEM, 0, ledger.sequence, 0, 0, 0, 0, 0, 0, 0))
 
 
-def test_need_data_says_what_it_is():
+def test_need_data_has_a_readable_repr():
     assert repr(NEED_DATA) == "NEED_DATA"
 
 
@@ -354,7 +354,7 @@ class Pieces:
         return size
 
 
-def test_decoding_under_asyncio_gives_what_decoding_gives():
+def test_decoding_under_asyncio_gives_the_same_values():
     stream = tw.dumps({"a": np.arange(1000), "b": [1, np.ones(3)]})
 
     async def received(source: Pieces) -> dict:
@@ -413,7 +413,7 @@ class Copy(Packer):
         pass
 
 
-def test_a_codec_has_a_name_that_specs_can_hold_and_parameters_that_descriptors_can():
+def test_codec_names_and_parameters_are_validated():
     class Shouting(Copy):
         id, name = 40_000, "LOUD NAME"
 
