@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Job(Generic[T]):
-    """Work that is done once, by whoever comes first, and lets go of all it holds when its result is taken."""
+    """Work that is done once, by the first thread to reach it, and releases everything when its result is taken."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work: Callable[[], T] | None = work

@@ -26,7 +26,7 @@ from tensorwire.wire.frames import MOST_BUNDLED, bundle_table
 
 CODEC: Final = parse(Stage())
 BLOCK: Final = 4 << 20  # bytes of elements that are applied or skipped together: a whole number of chunks
-_BUNDLE: Final = 128 << 10  # bytes of payloads that travel in one frame
+_BUNDLE: Final = 128 << 10  # bytes of payloads in one frame
 _PART: Final = 1 << 20  # bytes of a value in one frame
 
 
@@ -83,7 +83,7 @@ class _Change:
         self.items = list(self._described())
 
     def _described(self) -> Iterator[tuple[Item, str]]:
-        """Items, each with its name: the root, then what changed. Tensors tied in both versions travel once."""
+        """Items, each with its name: the root, then what changed. Tensors tied in both versions are sent once."""
         yield ContainerItem((), Kind.DICT), ""
         numbers: dict[tuple[object, ...], int] = {}
         number = 0

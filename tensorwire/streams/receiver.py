@@ -431,7 +431,7 @@ def _decoded(decode: Callable[[], None], piece: Piece, position: _Position) -> t
 
 
 def check_slice(codec: Codec, place: SliceStart | Header, item: DataItem, limits: Limits) -> Extent:
-    """The extent of a slice of `item`. Raises unless it may stand at this place and have this length."""
+    """The extent of a slice of `item`. Raises if its place or length is not valid."""
     extent = extent_of(item, place.start, place.count)
     dtype = extent.dtype
     codec.check_length(place.length, extent)

@@ -211,7 +211,7 @@ class Publisher:
         except (
             EncodeError
         ) as error:  # names, dtypes or shapes have changed; a state that cannot be sent at all fails again
-            done.notes.append(f"published whole, as it is no patch of the version before: {error}")
+            done.notes.append(f"published whole, because there is no patch from the version before: {error}")
             return None
         stream = BytesIO()  # unlike a join, this never holds the parts and the whole at once
         for buffer in buffers:

@@ -325,7 +325,7 @@ class Archive:
         offset = max(self._size - HEADER_SIZE - END_SIZE, 0)
         end = self._header_at(offset)
         if end.type != FrameType.END or end.length != END_SIZE:
-            raise FormatError("the last frame is no end frame", offset=offset)
+            raise FormatError("the last frame is not an end frame", offset=offset)
         summary = Summary.unpack(self._bytes(offset + HEADER_SIZE, END_SIZE))
         where = summary.index_offset
         if not where:

@@ -486,7 +486,7 @@ def test_other_records_are_sent_unchanged(caplog):
     )
     assert reply.content["other"]["tree"].data == b"\x01\x02"
     assert reply.content["c"]["a"] == 1
-    assert "'other' travels as Flower sends it" in caplog.text
+    assert "'other' is sent as without tensorwire" in caplog.text
 
 
 def test_feedback_is_kept_in_the_state_of_the_node():
