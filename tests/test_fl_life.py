@@ -1058,7 +1058,7 @@ def test_an_invalid_patch_ends_a_client_and_leaves_no_files(tmp_path):
         "item 0|is for float32": ({"x": other["x"] + 1}, other),
     }
     sent = {why: [*tensorwire.encode(new, base=old, metadata=terms.metadata())] for why, (new, old) in patches.items()}
-    sent["no patch|against no version"] = [*encode(views(model), terms)]
+    sent["not a patch|against no version"] = [*encode(views(model), terms)]
     sent["another version"] = [*tensorwire.encode(model, base=model, metadata=Terms("run", 1, "0" * 64).metadata())]
     for why, buffers in sent.items():
 
