@@ -1,7 +1,7 @@
 // The Python face of the kernels: checks every argument, releases the GIL, calls through the table.
 //
-// The contract is the docstring of tensorwire.kernels. Arrays are taken by the buffer protocol, which says all there
-// is to check (type, shape, layout, writability) and keeps their memory alive and in place meanwhile.
+// The contract is the docstring of tensorwire.kernels. Arrays are accepted by the buffer protocol, which provides all
+// that must be checked (type, shape, layout, writability), and keeps their memory alive and in place during the call.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 
@@ -40,7 +40,7 @@ const char* type_name(char format) {
 class Array {
 public:
     Array(const char* name, nb::handle object, const char* formats, Access access) : name_(name) {
-        // A bytes object has the layout of a uint8 array but is none.
+        // A bytes object has the layout of a uint8 array, but is not an array.
         if (PyBytes_Check(object.ptr()) || PyObject_GetBuffer(object.ptr(), &view_, PyBUF_RECORDS_RO) != 0) {
             PyErr_Clear();
             view_.obj = nullptr;
@@ -127,8 +127,8 @@ private:
 
 constexpr const char* kFloats = "feH";
 
-// Without the GIL and in the default floating-point environment: the host may have asked for flushed subnormals or
-// another rounding, which would change bits.
+// Releases the GIL and sets the default floating-point environment: the host may have enabled flushing of subnormals
+// or another rounding mode, which would change bits.
 class Released {
 public:
     Released() {
@@ -142,7 +142,7 @@ private:
     std::fenv_t environment_;
 };
 
-// The same for whoever calculates in NumPy: `with default_environment():`, on one thread.
+// The same for calculations in NumPy: `with default_environment():`, on one thread.
 class DefaultEnvironment {
 public:
     void enter() {
@@ -155,7 +155,7 @@ private:
     std::fenv_t environment_;
 };
 
-// Larger outputs bypass the caches, which they would leave again before anyone reads them: half of a common L3.
+// Larger outputs bypass the caches, from which they would be evicted before being read: half of a common L3.
 constexpr size_t kStreamBytes = size_t{16} << 20;
 
 bool streams(const Array& out, std::optional<bool> uncached = {}) {
@@ -168,7 +168,7 @@ void split(size_t n, size_t granule, Work work) {
     tw::share(n, granule, [](void* w, size_t begin, size_t size) { (*static_cast<Work*>(w))(begin, size); }, &work);
 }
 
-// The same for a kernel that judges its input: whether every part was good.
+// The same for a kernel that checks its input; returns whether every part was valid.
 template <class Work>
 bool all_good(size_t n, size_t granule, Work work) {
     std::atomic<bool> good{true};
@@ -178,8 +178,8 @@ bool all_good(size_t n, size_t granule, Work work) {
     return good.load(std::memory_order_relaxed);
 }
 
-// The checksum that an encoder takes along the way, where it is given an array for it: of the metadata, if any, and
-// then of the output, whose parts may come in any order.
+// The checksum that an encoder computes along the way, if it is given an array for it: of the metadata, if any,
+// followed by the output, whose parts may come in any order.
 class Checksum {
 public:
     Checksum(nb::handle crc, const Array& out) : out_(out) {
@@ -199,7 +199,8 @@ public:
     void add(size_t begin, size_t end) {
         if (array_) add(end, tw::kernels().crc32c(0, static_cast<char*>(out_.data<void>()) + begin, end - begin));
     }
-    // What kernel(crc) returns, where the kernel itself takes the checksum of the bytes it writes, which end at `end`.
+    // Returns the result of kernel(crc), for a kernel that computes the checksum of the bytes it writes, which end at
+    // `end`.
     template <class Kernel>
     auto taken_by(size_t end, Kernel kernel) {
         uint32_t crc;
@@ -227,8 +228,8 @@ private:
     std::atomic<uint32_t> sum_{0};
 };
 
-// Calls kernel(begin, size) on parts of [0, n), whole blocks, and takes the checksum of what each wrote, bytes
-// [end_of(begin), end_of(begin + size)), while it is in the cache. Whether all were good.
+// Calls kernel(begin, size) on parts of [0, n), in whole blocks, and computes the checksum of what each wrote, bytes
+// [end_of(begin), end_of(begin + size)), while it is in the cache. Returns whether all parts were valid.
 template <class EndOf, class Kernel>
 bool quantize(size_t n, size_t blocksize, Checksum& checksum, EndOf end_of, Kernel kernel) {
     constexpr size_t kPiece = size_t{1} << 18;
@@ -540,7 +541,7 @@ private:
     std::optional<Array> planes_[8];
 };
 
-// Elements in the blocks that are marked, of `elements`.
+// The number of elements in marked blocks, of `elements` in all.
 size_t marked_elements(const Array& marks, size_t elements) {
     const size_t blocks = block_count(elements, tw::kPlaneBlock);
     marks.expect_size(block_count(blocks, 8));
@@ -634,7 +635,7 @@ bool huffman_decode(nb::handle codes, nb::handle out) {
     return tw::kernels().huffman_decode(c.data<uint8_t>(), c.size(), y.data<uint8_t>(), y.size());
 }
 
-// How a slice of n elements is cut, with every side at least 1, and what is kept of it.
+// How a slice of n elements is cut into chunks, with every side at least 1, and how many elements are kept.
 class CheckedGrid : public tw::Grid {
 public:
     CheckedGrid(Py_ssize_t width, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t k)
@@ -801,7 +802,7 @@ size_t bits_index(Py_ssize_t bits) {
     throw nb::value_error(("bits: expected 1, 2, 4, 8 or 16, got " + std::to_string(bits)).c_str());
 }
 
-// How far apart the steps of n values stand, of which codes have so many bits.
+// Checks the steps and codes of n values. Returns the stride of the steps: 0 if all values share one, else 1.
 size_t checked_steps(const Array& steps, const Array& codes, size_t n, Py_ssize_t bits) {
     if (steps.size() != 1) steps.expect_size(n);
     const size_t width = static_cast<size_t>(bits);
@@ -878,7 +879,7 @@ void add_difference(nb::handle differences, nb::handle values, Py_ssize_t width)
     tw::kernels().add_difference[index](d.data<uint8_t>(), x.data<uint8_t>(), n);
 }
 
-// Memory that sparse changes are sorted in.
+// Work space in which sparse changes are sorted.
 void expect_work(const Array& work, size_t n) {
     work.expect_size(2 * n);
     if (reinterpret_cast<uintptr_t>(work.data<void>()) % alignof(uint32_t)) throw nb::value_error("work: not aligned");

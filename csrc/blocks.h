@@ -1,4 +1,4 @@
-// The walk over the blocks of a quantizer: statistic first, then codes, with memory kept busy throughout.
+// The loop over the blocks of a quantizer: first the statistic, then the codes, with memory kept busy throughout.
 #pragma once
 
 #include "simd.h"
@@ -20,19 +20,19 @@ inline uint32_t absmax_of(const T* x, size_t n) {
     return max_lane(largest);
 }
 
-// Whether one of n scales may take a code, which stands for at most `most`, beyond T.
+// Whether one of n scales may bring a code, whose value is at most `most`, beyond the range of T.
 template <class T, class Scale>
 inline bool overflows(const Scale* scales, size_t n, float most) {
     return !(float_of(absmax_of<kL1>(scales, n)) * most <= kLargest<T>);
 }
 
-// Blocks of fewer elements have their statistic taken some blocks before their turn: enough for the chain of
-// instructions, and few, because reading twice costs the less the nearer the second time is.
+// For blocks of fewer elements, the statistic is computed some blocks ahead: enough to hide the chain of instructions,
+// but few, because the second reading costs less the sooner it comes.
 constexpr size_t kLargeBlock = 1024;
 constexpr size_t kBlocksAhead = 4;
 
-// While a larger block is encoded, the next one, of the same size, is fetched from this many bytes on; but nothing
-// that the second-level cache would lose again.
+// While a larger block is encoded, the next one, of the same size, is prefetched from this many bytes on, but only as
+// much as the second-level cache can keep.
 template <class T>
 inline size_t bytes_to_next(size_t n) {
     return n >= kLargeBlock ? min_size(n, 8192) * sizeof(T) : 0;
@@ -44,7 +44,7 @@ inline float inverse_of(uint32_t absmax_bits) {
     return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f);
 }
 
-// The blocksize that deserves a walk compiled for it: the default of 4-bit quantization. Whole blocks only.
+// The blocksize for which the loop is compiled specially: the default of 4-bit quantization. Whole blocks only.
 struct Fixed64 {
     constexpr operator size_t() const { return 64; }
 };
@@ -52,11 +52,11 @@ struct Fixed64 {
 inline size_t size_of_block(Fixed64, size_t) { return 64; }
 inline size_t size_of_block(size_t blocksize, size_t left) { return min_size(blocksize, left); }
 
-// For each block i from `first`, factor(i, largest magnitude as bits), then encode(x, n, factor); the worst
-// magnitude.
+// For each block i from `first`, calls factor(i, largest magnitude as bits), then encode(x, n, factor). Returns the
+// largest magnitude of all.
 //
-// Small blocks have their statistic taken some blocks before they are encoded: a block's maximum and reciprocal are a
-// long chain of dependent instructions, which would otherwise stand between one block's work and the next's.
+// For small blocks, the statistic is computed some blocks before they are encoded: a block's maximum and reciprocal are
+// a long chain of dependent instructions, which would otherwise delay every block.
 template <class T, class Size, class Factor, class Encode>
 inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, Factor factor, Encode encode) {
     constexpr size_t kRing = 8;
@@ -78,7 +78,7 @@ inline uint32_t walk_blocks(const T* x, size_t n, Size blocksize, size_t first, 
     return worst;
 }
 
-// The walk over all blocks; whether all values are finite.
+// The loop over all blocks. Returns whether all values are finite.
 template <class T, class Factor, class Encode>
 inline bool quantize_blocks(const T* x, size_t n, size_t blocksize, Factor factor, Encode encode) {
     const size_t fixed = blocksize == Fixed64{} ? n / 64 : 0;

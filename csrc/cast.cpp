@@ -1,8 +1,8 @@
 // float32 <-> float16 and bfloat16: rounded to nearest even, subnormals kept, NaN quieted with its top payload bits.
 //
-// A finite value overflows from the midpoint between the largest finite value and what would come next. It becomes an
-// infinity or, saturating, that largest value; it is counted either way.
-// Accumulation stands beside them: values of any of these types, or float32, times a weight, onto float64 sums.
+// A finite value overflows from the midpoint between the largest finite value and the next step beyond it. It becomes
+// an infinity or, saturating, the largest value; it is counted either way.
+// The file also has accumulation: values of any of these types, or float32, times a weight, added to float64 sums.
 #include "kernels.h"
 #include "simd.h"
 

@@ -20,10 +20,10 @@ constexpr size_t kBlock = 64;
 constexpr size_t kTile = 4096;  // numbers whose classes are in the caches while each group looks for its own
 constexpr unsigned kClasses = 32, kNoClass = 255;
 constexpr unsigned kMostRice = 24;
-// What a group costs beside its gaps, about: its counts and parameters.
+// The approximate cost in bits of a group besides its gaps: its counts and parameters.
 constexpr uint64_t kGroupBits = 40;
 
-// 8 exponent bits: those from 2^-31 to 1 are told apart. 5 bits: all of them.
+// With 8 exponent bits, the exponents from 2^-31 to 1 have classes of their own; with 5 bits, all have.
 template <Dtype kDtype>
 uint16_t class_of(uint16_t x) {
     if constexpr (kDtype == kFloat16) return x >> 10 & 31;
@@ -31,7 +31,7 @@ uint16_t class_of(uint16_t x) {
     return static_cast<uint16_t>((least > 127 ? 127 : least) - 96);
 }
 
-// Number i, wherever it stands.
+// Number i, at any alignment.
 uint16_t number(const uint8_t* x, size_t i) {
     uint16_t found;
     memcpy(&found, x + 2 * i, sizeof found);
@@ -48,10 +48,10 @@ unsigned count_ones(uint64_t x) {
 #endif
 }
 
-// The place of the lowest bit that is set; there is one.
+// The index of the lowest set bit; x must not be 0.
 unsigned lowest(uint64_t x) { return count_ones(~x & (x - 1)); }
 
-// The first bits of x, each where `mine` has its next one.
+// Deposits the lowest bits of x at the set bits of `mine`.
 uint64_t spread(uint64_t x, uint64_t mine) {
 #if defined(TW_AVX512) || defined(TW_AVX2)
     return _pdep_u64(x, mine);
@@ -69,7 +69,7 @@ __m512i sixteen_from(uint32_t first) {
 }
 #endif
 
-// Lists the places of the bits of x that are set, the lowest being `first`; how many there are. Writes no more than 64.
+// Lists the indices of the set bits of x, counted from `first`. Returns how many there are. Writes at most 64.
 size_t places(uint64_t x, uint32_t first, uint32_t* out) {
     size_t found = 0;
 #if defined(TW_AVX512)
@@ -107,7 +107,7 @@ uint64_t members(const uint8_t* classes, unsigned first, unsigned more) {
 #endif
 }
 
-// Bit i: whether x[i] is not y[i].
+// Bit i: whether x[i] differs from y[i].
 uint64_t unequal(const uint8_t* x, const uint8_t* y, size_t n) {
     uint64_t bits = 0;
 #if defined(TW_AVX512)
@@ -136,7 +136,7 @@ uint64_t unequal(const uint8_t* x, const uint8_t* y, size_t n) {
 
 constexpr size_t kSigns = 32;
 
-// Bit i: the highest of x[i].
+// Bit i: the highest bit of x[i].
 uint64_t signs(const uint16_t* x) {
 #if defined(TW_AVX512)
     return _mm512_movepi16_mask(_mm512_loadu_si512(x));
@@ -152,7 +152,7 @@ uint64_t signs(const uint16_t* x) {
 #endif
 }
 
-// Some neighbouring numbers, and their classes, in whole blocks.
+// A tile of neighbouring numbers and their classes, in whole blocks.
 struct Tile {
     size_t size, blocks;
     uint8_t classes[kTile];
@@ -169,7 +169,7 @@ struct Tile {
     uint64_t of_block(size_t block, unsigned first, unsigned more) const {
         return members(classes + block * kBlock, first, more);
     }
-    // Bit i: whether number i of a block, of those that the tile was loaded from, is another one in y.
+    // Bit i: whether number i of a block differs between the tile's source and y.
     uint64_t unlike(size_t block, const uint8_t* x, const uint8_t* y) const {
         const size_t at = 2 * block * kBlock;
         return unequal(x + at, y + at, block_size(block));
@@ -178,15 +178,14 @@ struct Tile {
 
 constexpr size_t kTileWords = kTile / kBlock;
 
-// A run of classes. `listed` numbers of it have their gaps written: those that changed or, `inverted`, those that did
-// not.
+// A run of classes. The gaps of `listed` numbers are written: those that changed or, if `inverted`, those that did not.
 struct Group {
     unsigned first, more;
     bool inverted;
     size_t changed, listed;
     uint32_t* gaps;
     uint16_t* changes;
-    // Where a walk over the numbers is.
+    // The position of a walk over the numbers.
     size_t gap, change;
     int64_t run;
 };
@@ -197,9 +196,9 @@ struct Groups {
     uint8_t of[kClasses];  // by class
 };
 
-// The work space: the gaps of all groups, their changes, and what is larger than 1 in one of them. At most half of n
-// numbers change, and fewer gaps are written. Before that, an encoder has all changes in the place of `sizes`, each with
-// the class of its number in the upper half, and where they are.
+// The work space: the gaps of all groups, their changes, and the sizes larger than 1 of one group. At most half of the
+// n numbers change, and fewer gaps are written. Before that, an encoder uses the space of `sizes` for all changes, each
+// with the class of its number in the upper half, and for their places.
 struct Work {
     uint32_t *gaps, *sizes;
     uint16_t* changes;
@@ -211,8 +210,8 @@ struct Work {
 
 // ------------------------------------------------------------------------------------------------ Choice of groups
 
-// What is known of a class, or of several: its numbers; those that changed; of these, those that changed by more than
-// 1; and how far beyond 2 that is, added up.
+// The counts of a class, or of several: all numbers; those that changed; those that changed by more than 1; and the sum
+// of how far those are beyond 2.
 struct Tally {
     uint64_t all = 0, changed = 0, larger = 0, beyond = 0;
 
@@ -224,8 +223,8 @@ struct Tally {
     }
 };
 
-// The least bits that Rice codes of `count` numbers take, about, whose sum is this: a larger parameter is better as long
-// as it takes more from the sum than it adds.
+// The approximate minimum of bits for Rice codes of `count` numbers with this sum: a larger parameter is better as long
+// as it saves more than it adds.
 uint64_t rice_bits(uint64_t count, uint64_t sum) {
     uint64_t least = count + sum;
     for (unsigned k = 1; k <= kMostRice; ++k) {
@@ -297,7 +296,7 @@ void put_count(BitWriter& out, uint64_t n) {
     if (length > 1) out.put(n & ((uint64_t{1} << (length - 1)) - 1), length - 1);
 }
 
-// The parameter that gives these numbers the fewest bits, of those near the mean; and so many bits.
+// The parameter near the mean that gives these numbers the fewest bits; and that number of bits.
 struct Rice {
     unsigned k = 0;
     uint64_t bits = 0;
@@ -365,7 +364,7 @@ public:
             for (size_t j = 0; j < more; ++j) changes[i + j] = static_cast<uint16_t>(1 - 2 * (negative >> j & 1));
         }
     }
-    // A count of no more than `most`.
+    // Reads a count of at most `most`.
     size_t take_count(size_t most) {
         const unsigned length = static_cast<unsigned>(take(5));
         if (length == 0) return 0;
@@ -373,7 +372,7 @@ public:
         if (n > most) good_ = false;
         return good_ ? static_cast<size_t>(n) : 0;
     }
-    // n Rice codes of numbers of no more than `most`.
+    // Reads n Rice codes of numbers of at most `most`.
     void take_rice(uint32_t* x, size_t n, uint64_t most) {
         if (n == 0) return;
         const unsigned k = static_cast<unsigned>(take(5));
@@ -428,7 +427,7 @@ private:
 
 // --------------------------------------------------------------------------------------------------------- Encoding
 
-// By how much a number changed, whatever the sign; without a branch, as nobody can foretell a sign.
+// The magnitude of a change; without a branch, because signs are unpredictable.
 uint32_t size_of(uint16_t change) {
     const uint32_t negative = change >> 15;
     return ((change | (0 - negative) << 16) ^ (0 - negative)) + negative;
@@ -449,8 +448,8 @@ void count_classes(const Tile& tile, Tally* tallies) {
     }
 }
 
-// Lists the changes of a block, each with the class of its number in the upper half, and where in the tile it is; how many
-// there are. Writes up to 16 places more.
+// Lists the changes of a block, each with the class of its number in the upper half, and their places in the tile.
+// Returns how many there are. May write up to 16 places more.
 size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uint8_t* x, uint32_t* out, uint32_t* at) {
     uint64_t bits = tile.unlike(block, base, x);
     const size_t begin = block * kBlock;
@@ -483,8 +482,9 @@ size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uin
 
 // Adds changes of a tile to the tallies of their classes.
 void tally_changes(const uint32_t* listed, size_t n, Tally* tallies) {
-    // Of each class: those that changed, those by more than 1, and how far beyond 2, of 16, 16 and 32 bits. Two sums, as
-    // neighbours are often of one class, and a sum has to be written before it is read.
+    // For each class, in 16, 16 and 32 bits: how many changed, how many by more than 1, and how far beyond 2 in all.
+    // There are two sums, because neighbours often have the same class, and a sum must be stored before it is loaded
+    // again.
     uint64_t sums[2][kClasses] = {}, each[256];
     for (size_t begin = 0; begin < n; begin += 256) {
         const size_t end = n - begin < 256 ? n - begin : 256;
@@ -503,8 +503,8 @@ void tally_changes(const uint32_t* listed, size_t n, Tally* tallies) {
     }
 }
 
-// Fills the tallies of all classes; how many changes there are. Lists these, with the classes of their numbers, and where
-// they are, as far as there is room.
+// Fills the tallies of all classes, and lists the changes, with the classes of their numbers, and their places, as far
+// as there is room. Returns how many changes there are.
 template <Dtype kDtype>
 size_t list_changes(const uint8_t* base, const uint8_t* x, size_t n, const Work& work, Tally* tallies) {
     Tile tile;
@@ -527,7 +527,7 @@ size_t list_changes(const uint8_t* base, const uint8_t* x, size_t n, const Work&
     return changed;
 }
 
-// Gives each group its changes, in their order, and where they are in the place of their gaps.
+// Sorts the changes into groups, in order, and their places into the space for the gaps.
 void sort_changes(const Work& work, size_t n, size_t changed, const Groups& groups) {
     const uint32_t *const listed = work.unsorted(), *const places = work.unsorted_places(n);
     size_t next[kClasses];
@@ -539,7 +539,7 @@ void sort_changes(const Work& work, size_t n, size_t changed, const Groups& grou
     }
 }
 
-// Makes gaps of the places of a group's changes in a tile, which begins at number `begin`.
+// Turns the places of a group's changes in a tile, which begins at number `begin`, into gaps.
 void count_gaps(Group& g, const Tile& tile, size_t begin) {
     uint64_t mine[kTileWords];
     int64_t before[kTileWords], size = 0, run = g.run;
@@ -559,7 +559,7 @@ void count_gaps(Group& g, const Tile& tile, size_t begin) {
     g.run = run + size;
 }
 
-// Lists the gaps of what did not change of a group in a tile; whether there are no more of them than were counted.
+// Lists the gaps between unchanged numbers of a group in a tile. Returns whether there are no more than were counted.
 bool list_gaps(Group& g, const Tile& tile, const uint64_t* unlike) {
     int64_t size = 0;
     for (size_t b = 0; b < tile.blocks; ++b) {
@@ -582,7 +582,8 @@ void put_signs(BitWriter& out, const uint16_t* changes, size_t n) {
     for (; i < n; ++i) out.put(changes[i] >> 15, 1);
 }
 
-// Signs; then the size of each change, or which ones are larger than 1 and by how much, whichever is shorter.
+// Writes the signs; then the size of each change, or which ones are larger than 1 and by how much, whichever is
+// shorter.
 void put_changes(BitWriter& out, const Group& g, uint32_t* work) {
     put_signs(out, g.changes, g.changed);
     for (size_t i = 0; i < g.changed; ++i) work[i] = size_of(g.changes[i]) - 1;
@@ -650,7 +651,7 @@ size_t encode_changes(const uint8_t* base, const uint8_t* x, size_t n, uint32_t*
 
 // --------------------------------------------------------------------------------------------------------- Decoding
 
-// Gives a change, which is 1 or 0xFFFF, its size; whether there is such a change.
+// Gives a change, which is 1 or 0xFFFF, its size. Returns whether such a change is possible.
 bool set_size(uint16_t& change, uint32_t size) {
     const uint32_t negative = change >> 15;
     change = static_cast<uint16_t>((size ^ (0 - negative)) + negative);
@@ -711,7 +712,7 @@ bool take_groups(ChangesReader& in, size_t n, Work work, Groups& groups) {
     return in.finished();
 }
 
-// Marks the numbers of a tile that a group changes; whether its lists say so much.
+// Marks the numbers of a tile that a group changes. Returns whether its lists are long enough.
 bool mark_changes(Group& g, const Tile& tile, uint64_t* changed) {
     uint64_t mine[kTileWords], listed[kTileWords + 2];
     int64_t size = 0;
@@ -723,7 +724,7 @@ bool mark_changes(Group& g, const Tile& tile, uint64_t* changed) {
         g.run -= size;
         return true;
     }
-    // The group's numbers, one behind the other, and a word more: which of them are listed.
+    // A bit for each of the group's numbers in order, and one word more: whether it is listed.
     const size_t before = g.gap;
     for (int64_t w = 0; w <= size / 64 + 1; ++w) {
         const int64_t end = 64 * w + 64 < size ? 64 * w + 64 : size;
@@ -781,7 +782,7 @@ size_t decode_changes(const uint8_t* codes, size_t size, uint8_t* x, size_t n, u
 
 // ------------------------------------------------------------------------------------------------------ Differences
 
-// The upper 16 bits of a number rotated right by one, which planes undo.
+// The upper 16 bits of a number rotated right by one; `planes` rotates them back.
 template <typename Word>
 Word turned_right(Word x) {
     if constexpr (sizeof(Word) == 1) {

@@ -1,4 +1,4 @@
-// CRC-32C of memory. Kernels that fold it into their own loop: Summed in simd.h.
+// CRC-32C of memory. Kernels that compute it in their own loop use Summed in simd.h.
 #include "crc32c.h"
 
 #include "kernels.h"
@@ -19,7 +19,7 @@ inline void fetch(const uint8_t*) {}
 inline uint32_t append(uint32_t r, uint64_t eight) { return __crc32cd(r, eight); }
 inline uint32_t append(uint32_t r, uint8_t one) { return __crc32cb(r, one); }
 
-// Without a carry-less multiplier at hand: bit by bit, 32 steps.
+// For lack of a carry-less multiplication: bit by bit, in 32 steps.
 template <size_t kBits>
 inline uint32_t shifted(uint32_t r) {
     constexpr uint32_t kFactor = x_to_the(kBits);
@@ -30,8 +30,8 @@ inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>
 inline uint32_t append(uint32_t r, uint64_t eight) { return static_cast<uint32_t>(_mm_crc32_u64(r, eight)); }
 inline uint32_t append(uint32_t r, uint8_t one) { return _mm_crc32_u8(r, one); }
 
-// The product of two reflected 32-bit polynomials, read as 64 bits, has an x too many, and the crc32 instruction that
-// reduces it multiplies by x^32.
+// The product of two reflected 32-bit polynomials, read as 64 bits, has one factor x too many, and the crc32
+// instruction that reduces it multiplies by x^32.
 template <size_t kBits>
 inline uint32_t shifted(uint32_t r) {
     constexpr uint32_t kFactor = x_to_the(kBits - 33);
@@ -100,7 +100,7 @@ uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) { return append_b
 
 #else
 
-// No instruction for it: slicing by sixteen. of[k][b] is byte b followed by k zero bytes.
+// Without an instruction for it: slicing by sixteen. of[k][b] is the CRC of byte b followed by k zero bytes.
 constexpr size_t kSliced = 16;
 
 struct SliceTables {
@@ -131,7 +131,7 @@ inline uint32_t append_sixteen(uint32_t r, const uint8_t* p) {
     return slice(r ^ four_at(p), 12) ^ slice(four_at(p + 4), 8) ^ slice(four_at(p + 8), 4) ^ slice(four_at(p + 12), 0);
 }
 
-// Each step waits for the last one's look-ups: two stripes side by side fill the time.
+// Each step waits for the look-ups of the step before, so two stripes are processed side by side.
 uint32_t append_all(uint32_t r, const uint8_t* p, size_t size) {
     constexpr size_t kStripe = 8192;
     constexpr uint32_t kOverStripe = x_to_the(8 * kStripe);

@@ -1,8 +1,8 @@
 // Arithmetic of CRC-32C (Castagnoli, RFC 3720): reflected, initial and final complement.
 //
-// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k zero bits multiplies it by x^k,
-// and what is appended adds; so parts of a message can be taken separately, moved into place by a multiplication, and
-// added. The constants x^k mod P come from the compiler.
+// A register holds a polynomial over GF(2) modulo P with bit 31 as x^0. Appending k bits multiplies it by x^k and adds
+// the appended bits. So the parts of a message can be processed separately, moved into place by a multiplication, and
+// added. The constants x^k mod P are computed at compile time.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Which tier runs: asks the processor what it has and the operating system what it saves, once.
+// Chooses the tier to run: asks once what the processor has and which registers the operating system saves.
 #include "dispatch.h"
 
 #include <atomic>

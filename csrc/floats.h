@@ -74,9 +74,9 @@ inline unsigned lowest_bit(uint64_t bits) {
 
 inline size_t blocks_in(size_t n, size_t blocksize) { return n / blocksize + (n % blocksize != 0); }
 
-// How far ahead the vector tiers fetch what they read in order: two pages, since hardware stops at the end of one.
-// Into the first-level cache where little happens to each line. A kernel that works on it for longer, or comes back to
-// it, fetches into the second: too many lines under way to the first would hold up its own loads.
+// How far ahead the vector tiers prefetch what they read in order: two pages, since hardware stops at the end of one.
+// Kernels that do little work per line prefetch into the first-level cache. Kernels that work longer on a line, or come
+// back to it, prefetch into the second: too many pending fills of the first would delay their own loads.
 constexpr size_t kPrefetchBytes = 8192;
 enum Cache { kL1, kL2 };
 

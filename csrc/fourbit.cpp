@@ -1,4 +1,4 @@
-// 4 bits: NF4 and FP4, a float32 absmax per block, two codes a byte with the even element in the high nibble.
+// 4 bits: NF4 and FP4, a float32 absmax per block, two codes per byte with the even element in the high nibble.
 //
 // y = fl32(x * fl32(1 / max(absmax, 1e-38))). NF4's code is the number of thresholds strictly below y. FP4's level is
 // the number of thresholds strictly below |y|, with bit 3 of the code set iff y < 0. The last low nibble of an odd n

@@ -1,10 +1,11 @@
-// Bytes in Huffman codes of at most 11 bits, as exponents of floats come: few different ones, two to three bits each.
+// Bytes in Huffman codes of at most 11 bits. Made for exponents of floats: few different ones, of two to three bits
+// each.
 //
-// Segments of 2^17 bytes, the last maybe shorter, each with codes of its own: first and last byte that occur, the
-// lengths of the codes between them in 4 bits each (low half first), then four streams, one after the other, of which
-// the sizes stand before them (u16). Stream s holds a quarter of the segment, rounded up; the last ones may be shorter.
-// Codes are canonical, by length and then by byte, and stand in the streams from the lowest bit on, their first bit
-// first; the bits behind the last code are 0.
+// Segments have 2^17 bytes, the last one possibly fewer, and each has its own codes: first and last byte that occur,
+// the lengths of the codes between them in 4 bits each (low half first), the sizes of four streams (u16), and the
+// streams, one after the other. Each stream holds a quarter of the segment, rounded up; the last ones may hold less.
+// Codes are canonical, by length and then by byte, and are stored from the lowest bit on, their first bit first; the
+// bits after the last code are 0.
 //
 // Decoding looks up 11 bits at a time, for up to seven bytes that they begin with, in four streams at once.
 #include "floats.h"
@@ -22,9 +23,9 @@ namespace {
 
 constexpr unsigned kBits = 11, kEntries = 1u << kBits;
 constexpr size_t kSegment = size_t{1} << 17, kStreams = 4;
-// Codes that are sure to be in a word of 64 bits which begins up to 7 bits before them.
+// The number of codes that certainly fit into a word of 64 bits that begins up to 7 bits before them.
 constexpr int kCodesInWord = 5;
-// Bytes of output that a word may give, with those that are written behind them.
+// Bytes of output that a word may give, including those that are written past the valid ones.
 constexpr size_t kMostFromWord = kCodesInWord * 7 + 8;
 
 inline uint64_t little(uint64_t word) {
@@ -47,8 +48,8 @@ inline void store_word(uint8_t* to, uint64_t word) {
 size_t quarter(size_t n) { return (n + kStreams - 1) / kStreams; }
 size_t stream_begin(size_t n, size_t stream) { return min_size(stream * quarter(n), n); }
 
-// How often each byte occurs in each quarter. Two counters for each, because adjacent bytes are often the same, and a
-// counter has to be written before it can be read again.
+// How often each byte occurs in each quarter. Each has two counters, because adjacent bytes are often equal, and a
+// counter must be stored before it is loaded again.
 void count_bytes(const uint8_t* x, size_t n, uint32_t (*counts)[256]) {
     uint32_t others[kStreams][256] = {};
     memset(counts, 0, sizeof others);
@@ -66,7 +67,7 @@ void count_bytes(const uint8_t* x, size_t n, uint32_t (*counts)[256]) {
     }
 }
 
-// The bytes that occur, by count and then by value; how many.
+// Lists the bytes that occur, sorted by count and then by value. Returns how many there are.
 unsigned sorted(const uint32_t* counts, uint8_t* order) {
     unsigned found = 0;
     for (unsigned byte = 0; byte < 256; ++byte) {
@@ -78,7 +79,7 @@ unsigned sorted(const uint32_t* counts, uint8_t* order) {
     return found;
 }
 
-// Depths in the tree of `n` leaves, at least two, whose weights ascend. Of equal weights a leaf is taken first.
+// The depths in the tree of `n` leaves, at least two, sorted by weight. Among equal weights, leaves come first.
 void depths_of(const uint64_t* leaves, unsigned n, uint8_t* depths) {
     uint64_t weights[256];
     uint16_t parents[512];
@@ -104,8 +105,8 @@ void depths_of(const uint64_t* leaves, unsigned n, uint8_t* depths) {
     }
 }
 
-// Holds depths to kBits: the rarest bytes get longer codes until all codes fit, then the most frequent shorter ones
-// until nothing is left over.
+// Limits depths to kBits: the rarest bytes get longer codes until all codes fit, then the most frequent ones get
+// shorter codes until the code is complete.
 void limit(uint8_t* depths, unsigned n) {
     unsigned used = 0;
     for (unsigned i = 0; i < n; ++i) {
@@ -122,7 +123,7 @@ void limit(uint8_t* depths, unsigned n) {
     }
 }
 
-// The canonical codes of these lengths, turned round: the first bit is the lowest.
+// The canonical codes of these lengths, with reversed bits: the first bit is the lowest.
 void codes_of(const uint8_t* lengths, Code* codes) {
     unsigned next = 0;
     for (unsigned length = 1; length <= kBits; ++length) {
@@ -137,7 +138,7 @@ void codes_of(const uint8_t* lengths, Code* codes) {
     }
 }
 
-// Writes whole words: up to 8 bytes behind the stream, where the next one follows.
+// Writes whole words, up to 8 bytes past the end of the stream, where the next stream follows.
 void encode_stream(const uint8_t* x, size_t n, const Code* table, const Codes& codes, uint8_t* out) {
     uint64_t word = 0;
     uint64_t bits = 0;
@@ -159,7 +160,7 @@ void encode_stream(const uint8_t* x, size_t n, const Code* table, const Codes& c
     store_word(out, word);
 }
 
-// The lengths of the codes for bytes that occur so often, 0 for those that do not.
+// The lengths of the codes for bytes with these counts; 0 for bytes that do not occur.
 void lengths_of(const uint32_t* counts, uint8_t* lengths) {
     uint8_t order[256], depths[256];
     uint64_t weights[256];
@@ -176,7 +177,7 @@ void lengths_of(const uint32_t* counts, uint8_t* lengths) {
     for (unsigned i = 0; i < found; ++i) lengths[order[i]] = depths[i];
 }
 
-// Writes which bytes have codes, and their lengths; the bytes that this takes, at most 130.
+// Writes which bytes have codes, and their lengths. Returns the bytes that this takes, at most 130.
 size_t write_lengths(const uint8_t* lengths, uint8_t* out) {
     unsigned first = 0, last = 255;
     while (!lengths[first]) ++first;
@@ -191,7 +192,7 @@ size_t write_lengths(const uint8_t* lengths, uint8_t* out) {
     return head;
 }
 
-// The bytes of the segment, or 0 where they do not fit in `room`.
+// Returns the bytes that the encoded segment takes, or 0 if they do not fit in `room`.
 size_t encode_segment(const uint8_t* x, size_t n, uint8_t* out, size_t room) {
     uint32_t counts[kStreams][256], total[256];
     uint8_t lengths[256], head[130];
@@ -275,7 +276,7 @@ struct Stream {
     bool has_room() const { return bit / 8 + sizeof(uint64_t) <= size && size_t(end - out) >= kMostFromWord; }
 };
 
-// What is left of a stream, byte by byte; whether it ends where it should, with zeros.
+// Decodes the rest of a stream, byte by byte. Returns whether it ends where it should, with zeros.
 bool finish(Stream& s, const Tables& t) {
     const auto bits_at = [&](size_t bit) {
         unsigned word = 0;
@@ -292,7 +293,7 @@ bool finish(Stream& s, const Tables& t) {
     return (s.bit + 7) / 8 == s.size && bits_at(s.bit) == 0;
 }
 
-// Reads the lengths of codes; the bytes that they take, or 0 where no encoder writes such ones.
+// Reads the lengths of codes. Returns the bytes that they take, or 0 if no encoder writes such lengths.
 size_t read_lengths(const uint8_t* data, size_t size, uint8_t* lengths) {
     if (size < 3 || data[0] >= data[1]) return 0;
     const unsigned first = data[0], last = data[1];
@@ -309,7 +310,7 @@ size_t read_lengths(const uint8_t* data, size_t size, uint8_t* lengths) {
     return used == kEntries && lengths[first] && lengths[last] && !unused_half ? head : 0;
 }
 
-// The bytes that the segment takes, or 0 where no encoder writes such ones.
+// Decodes a segment. Returns the bytes that it takes, or 0 if no encoder writes such bytes.
 size_t decode_segment(const uint8_t* data, size_t size, uint8_t* out, size_t n) {
     uint8_t lengths[256] = {};
     size_t at = read_lengths(data, size, lengths);

@@ -1,4 +1,4 @@
-// Codes of several bytes put together as huffman.cpp takes them: looked up in registers, 64 at once.
+// Joins the codes of several bytes for huffman.cpp: looked up in registers, 64 at once.
 #pragma once
 
 #include <immintrin.h>
@@ -14,11 +14,11 @@ struct Code {
     uint8_t length;
 };
 
-// Bytes that are encoded at once, in so many groups at most.
+// Bytes that are encoded at once, and the most groups that they give.
 constexpr size_t kAtOnce = 64, kGroups = 16;
 
-// Codes that stand one behind the other, the first lowest, and their bits: at most 56, which leaves a word room for 7
-// before them.
+// Joined codes, the first one lowest, and the number of their bits: at most 56, which leaves room for 7 bits before
+// them in a word.
 struct Groups {
     uint64_t codes[kGroups];
     uint64_t lengths[kGroups];
@@ -40,8 +40,8 @@ public:
         }
     }
 
-    // Neighbours are joined to two codes, these to four, of at most 44 bits, and these to eight, where all of them fit:
-    // nearly always, as codes have two to three bits. How many groups there are.
+    // Joins neighbouring codes to pairs, these to four codes of at most 44 bits, and these to eight if all of them fit:
+    // nearly always, as codes have two to three bits. Returns the number of groups.
     size_t encode(const uint8_t* x, Groups& groups) const {
         const __m512i bytes = _mm512_loadu_si512(x), even = _mm512_set1_epi16(0xFF);
         const __m512i length = looked_up(lengths_, bytes), low = looked_up(low_, bytes), high = looked_up(high_, bytes);
@@ -68,7 +68,7 @@ public:
     }
 
 private:
-    // Of 256 entries, 64 a vector, those that these bytes ask for.
+    // Looks these bytes up in 256 entries, 64 per vector.
     static __m512i looked_up(const __m512i* entries, __m512i bytes) {
         const __m512i small = _mm512_permutex2var_epi8(entries[0], bytes, entries[1]);
         const __m512i large = _mm512_permutex2var_epi8(entries[2], bytes, entries[3]);

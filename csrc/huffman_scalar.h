@@ -1,4 +1,4 @@
-// Codes of several bytes put together as huffman.cpp takes them, one after the other.
+// Joins the codes of several bytes for huffman.cpp, one after the other.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +12,11 @@ struct Code {
     uint8_t length;
 };
 
-// Bytes that are encoded at once, in so many groups at most.
+// Bytes that are encoded at once, and the most groups that they give.
 constexpr size_t kAtOnce = 5, kGroups = 1;
 
-// Codes that stand one behind the other, the first lowest, and their bits: at most 56, which leaves a word room for 7
-// before them.
+// Joined codes, the first one lowest, and the number of their bits: at most 56, which leaves room for 7 bits before
+// them in a word.
 struct Groups {
     uint64_t codes[kGroups];
     uint64_t lengths[kGroups];
@@ -26,7 +26,7 @@ class Codes {
 public:
     explicit Codes(const Code* codes) : codes_(codes) {}
 
-    // How many groups there are.
+    // Returns the number of groups.
     size_t encode(const uint8_t* x, Groups& groups) const {
         uint64_t codes = 0, length = 0;
         for (size_t i = 0; i < kAtOnce; ++i) {

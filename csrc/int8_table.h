@@ -1,4 +1,4 @@
-// The level of |y| for int8, by one look-up: for the tiers that cannot hold the bounds in registers.
+// The level of |y| for int8 by one look-up, for tiers that cannot hold the bounds in registers.
 //
 // The top bits of |y| name a bucket that at most one bound divides: 1/64 of an octave. From 2^-22, below which all is
 // level 0, to 1 these are 1408, and one more for 1 itself. An entry is the level at the bucket's lower end in units

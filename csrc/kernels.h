@@ -1,14 +1,15 @@
 // The kernel table: one function per kernel and element type, filled once per instruction set ("tier").
 //
-// Kernels are pure loops over memory the caller owns. They hold no Python, allocate nothing, start no thread and
-// check nothing: sizes and types are the callers' promise (bindings.cpp). Contents are not: a decoder takes any codes
-// and any scales. Pointers need not be aligned. The arithmetic is defined by tensorwire/kernels/_numpy.py, bit for
-// bit, under the default floating-point environment (round to nearest even, subnormals kept).
+// Kernels are pure loops over memory that the caller owns. They contain no Python, allocate nothing, start no threads
+// and check nothing: the caller (bindings.cpp) guarantees sizes and types. It does not guarantee contents: a decoder
+// accepts any codes and any scales. Pointers need not be aligned. The arithmetic is defined by
+// tensorwire/kernels/_numpy.py, bit for bit, under the default floating-point environment (round to nearest even,
+// subnormals kept).
 //
 // n counts elements; block i is elements [i * blocksize, (i + 1) * blocksize), the last one may be shorter.
 // `stream` asks for stores that bypass the caches: right for an output that will not stay in them anyway.
-// `crc`, where not null, receives the CRC-32C of all bytes of `codes` or `out`. Kernels have it that wait for memory
-// more than they work, so that it costs little or nothing; for the others a second look at fresh codes is as good.
+// `crc`, if not null, receives the CRC-32C of all bytes of `codes` or `out`. Only kernels that are bound by memory
+// have it, where it costs little or nothing; for the others, a second reading of fresh codes costs no more.
 #pragma once
 
 #include <cstddef>
@@ -19,14 +20,14 @@ namespace tw {
 enum Dtype { kFloat32, kFloat16, kBfloat16, kDtypes };
 enum QuantType { kNf4, kFp4, kQuantTypes };
 
-// Elements that have one mark, and bytes that are counted together.
+// Elements that share a mark, and bytes that are counted together.
 constexpr size_t kPlaneBlock = 64;
 // Widths of elements that have planes: 1, 2, 4 and 8 bytes.
 constexpr int kPlaneWidths = 4;
 // Sizes of codes of numbers: 1, 2, 4, 8 and 16 bits.
 constexpr int kValueBits = 5;
 
-// One byte of every element; or of all of them, if it is the same.
+// One byte of every element; or a single byte, if it is the same for all.
 struct Plane {
     const uint8_t* bytes;
     bool constant;
@@ -50,7 +51,7 @@ constexpr size_t kDctTables = kCosines + kMostSide / 2 * (kMostSide / 2 + 1) / 2
 struct Kernels {
     const char* isa;
 
-    // The checksum of what came before, in; including `data`, out. 0 to begin with.
+    // Takes the checksum of the preceding bytes, 0 at the beginning; returns that including `data`.
     uint32_t (*crc32c)(uint32_t checksum, const void* data, size_t size);
 
     // float32 to dtype; the number of finite values that overflowed. kFloat32 has no entry.
@@ -87,15 +88,17 @@ struct Kernels {
     bool (*accumulate_linear[kDtypes])(const int8_t* codes, const uint16_t* scales, double* sums, size_t n,
                                        size_t blocksize, double weight);
 
-    // Sets bit i of `marks` if block i has a byte that is not 0, clears the others up to the end of its byte; how many
-    // are set.
+    // Sets bit i of `marks` if block i has a byte that is not 0, and clears the others up to the end of the byte.
+    // Returns how many are set.
     size_t (*nonzero_blocks)(const uint8_t* data, size_t n, size_t blocksize, uint8_t* marks);
-    // How often each byte stands in every `every`th block of 64.
+    // Counts how often each byte occurs in every `every`th block of 64.
     void (*byte_histogram)(const uint8_t* data, size_t n, size_t every, uint32_t* counts);
-    // Bytes to Huffman codes: how many they take, or 0 for more than `room`. Back: whether an encoder writes such codes.
+    // Bytes to Huffman codes; returns their size, or 0 for more than `room`. Decoding returns whether an encoder writes
+    // such
+// codes.
     size_t (*huffman_encode)(const uint8_t* data, size_t n, uint8_t* out, size_t room);
     bool (*huffman_decode)(const uint8_t* codes, size_t size, uint8_t* out, size_t n);
-    // The bytes of n elements to planes and back, of the blocks of 64 whose bit in `marks` is set.
+    // The bytes of n elements to planes and back, for the blocks of 64 whose bit in `marks` is set.
     void (*split_planes[kPlaneWidths])(const uint8_t* values, const uint8_t* marks, uint8_t* const* planes, size_t n);
     void (*merge_planes[kPlaneWidths])(const Plane* planes, const uint8_t* marks, uint8_t* out, size_t n);
 

@@ -1,11 +1,12 @@
 // int8 linear: symmetric, one bfloat16 scale per block, any blocksize.
 //
 // scale = bfloat16(fl32(absmax / 127)), 0 if that is below 2^-126, and with it all codes of the block;
-// code = the integer nearest to fl32(x * fl32(1 / scale)), ties to even; decoding is fl32(code * scale),
-// then one rounding to the output's type, which saturates: 127 times a scale that was rounded up may lie beyond it. That
-// goes for -128 as well, which is noticed: no encoder makes it.
-// Codes stay within +-127: a normal scale is at most 2^-8 too small, and 127 * (1 + 2^-8) rounds to 127. They are held
-// to -127 nevertheless, because another thread may write to the values between the two looks at them, and a decoder
+// code = the integer nearest to fl32(x * fl32(1 / scale)), ties to even; decoding is fl32(code * scale), then one
+// rounding to the output's type, which saturates: 127 times a scale that was rounded up may be beyond it. The same
+// holds for -128, which is reported, because no encoder makes it.
+//
+// Codes stay within +-127: a normal scale is at most 2^-8 too small, and 127 * (1 + 2^-8) rounds to 127. They are
+// clamped to -127 nevertheless, because another thread may write to the values between the two readings, and a decoder
 // refuses -128.
 #include "blocks.h"
 #include "kernels.h"

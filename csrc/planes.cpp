@@ -1,7 +1,7 @@
-// Byte planes: plane p is byte p of every element, once the upper 16 bits of each are rotated left by one. That moves
-// the sign of a float below its exponent, whose upper 8 bits are a plane of their own then.
+// Byte planes: plane p is byte p of every element, after rotating the upper 16 bits of each left by one. The rotation
+// moves the sign of a float below its exponent, so that the exponent's upper 8 bits form a plane of their own.
 //
-// Elements stand in blocks of 64. A block whose bit of `marks` is not set is left out of the planes and is all zeros.
+// Elements form blocks of 64. A block whose bit in `marks` is not set is all zeros and is left out of the planes.
 #include "kernels.h"
 
 #if defined(TW_AVX512)
@@ -43,7 +43,7 @@ size_t nonzero_blocks(const uint8_t* x, size_t n, size_t blocksize, uint8_t* mar
     return found;
 }
 
-// Adjacent counters would wait for one another where a byte is repeated.
+// With a single counter, repeated bytes would wait for one another.
 void byte_histogram(const uint8_t* x, size_t n, size_t every, uint32_t* counts) {
     uint32_t tables[4][256] = {};
     for (size_t i = 0; i < n; i += every * kPlaneBlock) {
@@ -55,7 +55,7 @@ void byte_histogram(const uint8_t* x, size_t n, size_t every, uint32_t* counts) 
     }
 }
 
-// kWidth vectors of elements, each a `step`th part of what has been separated, to planes first, first + step, ...
+// Separates kWidth vectors of elements, recursively, into planes first, first + step, ...
 template <size_t kWidth>
 void separate(const Vector* v, uint8_t* const* planes, size_t first, size_t step, size_t at) {
     if constexpr (kWidth == 1) {

@@ -1,4 +1,4 @@
-// Vectors of bytes as planes.cpp takes them, on AVX2, whose packing works within halves of 128 bits.
+// The vectors of bytes that planes.cpp uses, on AVX2, whose packing works within 128-bit halves.
 #pragma once
 
 #include <immintrin.h>

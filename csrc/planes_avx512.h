@@ -1,4 +1,4 @@
-// Vectors of bytes as planes.cpp takes them, on AVX-512 (BW, VBMI).
+// The vectors of bytes that planes.cpp uses, on AVX-512 (BW, VBMI).
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// Vectors of bytes as planes.cpp takes them, in loops that compilers vectorise.
+// The vectors of bytes that planes.cpp uses, in loops that compilers vectorise.
 #pragma once
 
 #include <cstddef>

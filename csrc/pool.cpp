@@ -74,7 +74,7 @@ public:
     }
 
 private:
-    // As many helpers as asked for, or as the system grants.
+    // Starts the requested number of helpers, or as many as the system allows.
     void start(int helpers) {
         try {
             for (; started_ < helpers; ++started_) std::thread(&Pool::help, this, started_).detach();
@@ -96,8 +96,8 @@ private:
         }
     }
 
-    // The counter holds the epoch and the next chunk. A helper that comes late finds another epoch or no chunk left,
-    // and so never touches a job whose caller may have returned.
+    // The counter holds the epoch and the next chunk. A late helper finds a different epoch or no chunk left, so it
+    // never touches a job whose caller may have returned.
     void take_chunks(const Job& job) {
         uint64_t next = next_.load(std::memory_order_acquire);
         while (next >> 32 == job.epoch && static_cast<uint32_t>(next) < job.chunks) {

@@ -1,8 +1,8 @@
 // A small pool of helper threads that share the work of the calling one.
 //
-// Off (one thread) unless asked for. The caller takes part and never waits for a helper that is not running: it waits
-// only for chunks that were taken. On a busy machine, where a barrier would stall for a scheduler slice, this stays
-// near the speed of one thread. The pool survives fork: a child starts its own.
+// Off (one thread) by default. The caller takes part and never waits for a helper that is not running: it waits only
+// for chunks that were taken. On a busy machine, where a barrier would stall for a scheduler slice, this stays near the
+// speed of one thread. The pool survives fork: a child starts its own.
 #pragma once
 
 #include <cstddef>

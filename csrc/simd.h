@@ -2,13 +2,13 @@
 //
 // The tier being compiled (TW_AVX512, TW_AVX2, or neither) chooses the file. Each defines kLanes; Floats, Words and
 // Mask; load for float, Float16 and Bfloat16, and load_part for the first n < kLanes of them; narrow, back to those
-// types; a little arithmetic, in which NaN stays NaN; int8 loads; and store_bytes, for the first bytes of a vector. Results of fewer than 32
-// bits fill a vector together: kHalves of them by narrowed, kInt8s by rounded.
+// types; a little arithmetic, in which NaN stays NaN; int8 loads; and store_bytes, for the first bytes of a vector.
+// Results of fewer than 32 bits fill a vector together: narrowed returns kHalves of them, rounded kInt8s.
 //
-// On top stand the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter end.
-// Plain stores where it is told. Stream stores whole aligned vectors past the caches, wherever the output begins.
-// Summed takes the checksum of what passes on to another sink. Added keeps nothing: it adds each value, times a weight,
-// to sums in float64.
+// Built on these are the sinks, which take a kernel's results in order: put(v), and put_part(v, size) for a shorter
+// end. Plain stores them at the given address. Stream stores whole aligned vectors past the caches, whatever the
+// alignment of the output. Summed computes the checksum of what it passes on to another sink. Added stores nothing: it
+// adds each value, times a weight, to sums in float64.
 //
 // All of it is in unnamed namespaces: two tiers must never share a function (see floats.h).
 #pragma once
@@ -103,7 +103,7 @@ private:
 
 #if defined(TW_AVX512)
 
-// What has passed is kept as one vector that could stand for it: multiplied by x^(bits of V) and added to the next.
+// Everything so far is kept as one vector with the same remainder: multiplied by x^(bits of V) and added to the next.
 template <class V, class Sink>
 class Summed {
 public:
@@ -133,7 +133,7 @@ private:
     size_t part_size_ = 0;
 };
 
-// The checksum of what body(sink) puts into a sink.
+// Returns the checksum of what body(sink) puts into a sink.
 template <class V, class Sink, class Body>
 inline uint32_t sum_of(Sink& sink, Body body) {
     Summed<V, Sink> summed(sink);
@@ -159,7 +159,7 @@ inline void write_to(void* out, bool stream, Body body) {
     body(sink);
 }
 
-// The same with the checksum of the whole output, `size` bytes, where `crc` is not null. `whole`: only the last result
+// The same, with the checksum of the whole output of `size` bytes if `crc` is not null. `whole`: only the last result
 // may be partial.
 template <class V, class Body>
 inline void write_to(void* out, size_t size, bool whole, bool stream, uint32_t* crc, Body body) {
@@ -178,8 +178,8 @@ template <class Half>
 using Halves = decltype(narrowed(AnyGroup{}, Half{}));
 using Int8s = decltype(rounded(AnyGroup{}));
 
-// What decoders make of a code's value and the scale of its block: their product, rounded to T, which saturates. That
-// takes up to a third of the time, so it is done only where a scale reaches so far: hardly ever.
+// The decoded element for a code's value and the scale of its block: their product, rounded to T with saturation.
+// Saturating takes up to a third of the time, so it is done only if a scale is large enough to need it: hardly ever.
 template <class T, bool kSaturate>
 inline Packed<T> decoded(Floats value, Floats scale) {
     const Floats product = mul(value, scale);

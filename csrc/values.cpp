@@ -1,4 +1,4 @@
-// Numbers as a sign and a magnitude of a few bits, (m + 1/2) * step; and what a compressor takes in before it makes them.
+// Numbers as a sign and a magnitude of a few bits, (m + 1/2) * step; and the update of a compressor's state.
 //
 // Codes stand one behind the other, from the lowest bit of the first byte on; the highest bit of a code is the sign.
 // `steps` has one for all numbers, or one each: it is read at i * every.
@@ -13,7 +13,7 @@ namespace {
 
 double absolute(float x) { return float_of(bits_of(x) & ~kSignBit); }
 
-// Magnitudes in units of 2^-32 of the largest are whole numbers, whose sum does not depend on its order.
+// In units of 2^-32 of the largest, magnitudes are integers, so their sum does not depend on the order.
 void sum_magnitudes(const float* values, size_t n, float* largest, uint64_t* sum, uint64_t* count) {
     uint32_t top = 0;
     for (size_t i = 0; i < n; ++i) top = max_of(top, bits_of(get(values + i)) & ~kSignBit);

@@ -92,7 +92,7 @@ _NESTING = 32
 
 
 class _Unpacker:
-    """Canonical msgpack, and no other spelling."""
+    """Canonical msgpack, and no other encoding."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at, self.containers = data, 0, 0
@@ -218,7 +218,7 @@ def read_preamble(data: bytes) -> None:
 
 
 def read_header(data: bytes, at: int, sequence: int, link: int, align: int) -> Header:
-    """The header at `at`, checked as far as it can be alone."""
+    """The header at `at`, with all checks that need nothing else."""
     header = Header(*_HEADER.unpack(data))
     check(header.crc == crc32c(data[:44]), "header: CRC")
     check(header.reserved1 == header.reserved2 == 0, "header: reserved bits")
@@ -301,7 +301,7 @@ def read_item_payload(payload: bytes) -> list["Item"]:
 
 
 class Item:
-    """What is described of an item, and what its data frames have brought so far."""
+    """The description of an item, and the data received for it so far."""
 
     def __init__(self, fields: Any, path: list) -> None:
         check(type(fields) is dict, "ITEM: a form that is no map")
@@ -479,7 +479,7 @@ def floats_of(dtype: str, width: int, count: int) -> tuple[int, int]:
 def read_zstd(
     frame: bytes, length: int, decompress: Callable[[bytes], bytes] | None, *, exact: bool = True
 ) -> bytes | None:
-    """The content of one zstd frame; what RFC 8878 says around its compressed blocks is checked here.
+    """The content of one zstd frame. Checks everything in RFC 8878 except compressed blocks.
 
     It has `length` bytes or, unless `exact`, at most so many.
     """
@@ -526,7 +526,7 @@ def most_behind(stage: list, length: int) -> int:
 def read_entropy(
     payload: bytes, length: int, decompress: Callable[[bytes], bytes] | None, *, exact: bool = True
 ) -> bytes | None:
-    """What stands in an entropy payload: `length` bytes or, unless `exact`, at most so many."""
+    """The content of an entropy payload: `length` bytes or, unless `exact`, at most `length`."""
     check(len(payload) > 0 and payload[0] <= 8, "entropy: number of parts")
     if payload[0] == 0:
         check(len(payload) - 1 == length or (len(payload) - 1 < length and not exact), "entropy: length")
@@ -582,7 +582,7 @@ def read_huffman(data: bytes, count: int) -> bytes:
 
 
 def read_segment(data: bytes, count: int) -> tuple[bytes, bytes]:
-    """What stands behind a segment, and what is in it."""
+    """What follows a segment, and the bytes in it."""
     check(len(data) >= 3 and data[0] < data[1], "huffman: bytes")
     first, last = data[0], data[1]
     at = 2 + (last - first) // 2 + 1
@@ -687,7 +687,7 @@ class _Bits:
 
 
 def signed_values(data: bytes, bits: int, steps: list[float]) -> list[float]:
-    """A number for each of `steps`: half a step more than so many, and its sign."""
+    """A number for each of `steps`: its sign, and a magnitude of m + 1/2 steps."""
     given, values = _Bits(data), []
     for step in steps:
         code = given.take(bits)
@@ -706,7 +706,7 @@ def read_steps(data: bytes, bits: int, exponent: int) -> list[float]:
 
 
 def read_positions(given: _Bits, size: int, k: int, rice: int) -> list[int] | None:
-    """The positions that are kept of a chunk; None: nothing is."""
+    """The positions that are kept of a chunk; None if nothing is kept."""
     kept = min(k, size)
     if k <= 6:
         number, found = given.take(position_bits(size, k)), []
@@ -769,7 +769,7 @@ def inverse_dct2(coefficients: list[float], height: int, width: int) -> list[flo
 
 
 def sum_of_products(left: list[float], right: list[float]) -> float:
-    """In order, each product and each sum rounded to float32."""
+    """Calculated in order, with each product and each sum rounded to float32."""
     total = 0.0
     for a, b in zip(left, right, strict=True):
         if a and b:
@@ -834,7 +834,7 @@ def checksums_of(data: bytes) -> list[int]:
 def decode_patch(
     dtype: str, width: int, count: int, payload: bytes, decompress: Callable[[bytes], bytes] | None, base: bytes | None
 ) -> bytes | None:
-    """The elements that a slice makes of those of its base."""
+    """The elements of the target, made by a slice from those of its base."""
     chunks = mebibytes_of(count * width)
     check(len(payload) > 0 and payload[0] <= 4, "patch: first byte")
     mode, begin = payload[0], 1 if payload[0] in (0, 4) else 5
@@ -997,7 +997,7 @@ def read_scales(payload: bytes, at: int, count: int) -> list[float]:
 
 
 def decode_payload(codec: list, dtype: str, width: int, count: int, payload: bytes) -> bytes:
-    """`count` elements of `dtype` out of a payload of the right length."""
+    """`count` elements of `dtype` from a payload of the right length."""
     number, *parameters = codec[0]
     if number == RAW:
         check(dtype != "bool" or not {*payload} - {0, 1}, "payload: a bool that is neither 0 nor 1")
@@ -1316,7 +1316,7 @@ def digest(held: dict[str, tuple[Item, bytes]]) -> bytes:
 
 
 def apply(data: bytes, base: bytes, decompress: Callable[[bytes], bytes] | None = None) -> dict[str, bytes]:
-    """What the patch `data` makes of the container in the stream `base`: the bytes of each item, by name."""
+    """The result of the patch `data` for the container in the stream `base`: the bytes of each item, by name."""
     before = _Reader(base, decompress)
     before.read()
     held = version(before.items)

@@ -230,7 +230,7 @@ def test_memory_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
 
 
-def test_what_does_not_fit_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_do_not_fit_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1 << 30)
     notes: list[str] = []
     options = Options(model="llama-3.2-1b", codecs=("raw",), modes=("regular",))
@@ -245,7 +245,7 @@ def test_a_process_that_fails_says_why() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory can be reset on Linux only")
-def test_a_rise_is_the_peak_and_not_what_is_left() -> None:
+def test_a_memory_rise_is_the_peak_and_not_the_remainder() -> None:
     rise = Rise()
     data = np.ones(32 * MIB, np.uint8)
     del data
@@ -295,7 +295,7 @@ def test_every_suite_has_a_picture(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 5000 for path in paths)
 
 
-def test_lossless_rows_are_of_what_was_compressed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lossless_rows_count_the_compressed_tensors(capsys: pytest.CaptureFixture[str]) -> None:
     """Each contender, where it is installed, gives the content back, or there would be an error."""
     assert main(["bench", "lossless", "--model", "tiny", "--codec", "planes", "zstd", "--json", "-"]) == 0
     captured = capsys.readouterr()
@@ -308,7 +308,7 @@ def test_lossless_rows_are_of_what_was_compressed(capsys: pytest.CaptureFixture[
     assert "updates left out" in captured.err and "as planes" in captured.err
 
 
-def test_what_stands_behind_a_quantizer_is_measured_as_lossless(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_compressor_after_a_quantizer_is_measured_as_lossless(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "lossless", "--model", "tiny", "--codec", "nf4|entropy", "bf16|entropy", "--json", "-"]
     assert main(command) == 0
     rows = [row for row in json.loads(capsys.readouterr().out) if row["impl"] in ("native", "numpy")]
@@ -330,7 +330,7 @@ def test_patch_rows_count_all_of_the_stream(capsys: pytest.CaptureFixture[str]) 
     assert "made up" in captured.err and "bits a changed weight" in captured.err
 
 
-def test_a_step_takes_what_a_compressor_sends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_bytes_are_those_that_a_compressor_sends(capsys: pytest.CaptureFixture[str]) -> None:
     methods = ["demo:k=4", "topk:k=64,values=16bit", "lowrank:rank=2"]
     assert main(["bench", "updates", "--model", "tiny", "--method", *methods, "--json", "-"]) == 0
     captured = capsys.readouterr()
@@ -353,14 +353,14 @@ def test_a_step_takes_what_a_compressor_sends(capsys: pytest.CaptureFixture[str]
     assert "seeded normal numbers" in captured.err and "MB as demo:k=4" in captured.err
 
 
-def test_the_published_run_is_beside_its_model() -> None:
+def test_the_published_run_is_shown_for_its_model() -> None:
     table = shapes.NAMED["llama-2-1.2b"]
     assert sum(int(np.prod(shape)) for shape in table.values()) == 1_204_881_408
     rows = suite("updates").run(Options(model="llama-2-1.2b"), quiet)
     assert [next(rows)["method"] for _ in range(3)][2] == "DisTrO, published"
 
 
-def test_methods_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_methods_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "updates", "--method", "demo:q=1"])
     assert "no parameter 'q'" in capsys.readouterr().err
@@ -395,7 +395,7 @@ assert main(["bench", "size", "--plot", "x"]) == 2
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_ends_with_what_one_would_repeat(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_ends_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "size", "error", "--model", "tiny"]) == 0
     *_, heading, sizes, errors = capsys.readouterr().out.splitlines()
     assert heading == "in short:"
@@ -418,7 +418,7 @@ def test_a_run_fits_a_terminal_of_80_columns_and_cuts_no_name(
     assert "| int8-linear | encode   |" in text
 
 
-def test_one_line_a_suite() -> None:
+def test_the_summary_has_one_line_per_suite() -> None:
     ours = tensorwire.kernels.implementation
     common = {"suite": "speed", "output": "warm"}
     speeds = [
@@ -440,7 +440,7 @@ def test_one_line_a_suite() -> None:
     assert summary.lines(speeds[:1]) == ["memcpy runs at 9.0 GB/s; the codecs measured send memory as it is."]
 
 
-def test_a_table_is_cut_where_it_is_wide() -> None:
+def test_wide_tables_are_cut() -> None:
     rows = [{"name": "a.long.name.of.a.tensor", "other": "x" * 30, "n": 1234}]
     columns = [Column("name", "name"), Column("other", "other"), Column("n", "n")]
     assert max(map(len, render(rows, columns, width=40).splitlines())) == 40

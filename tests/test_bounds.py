@@ -142,7 +142,7 @@ def test_casts_stay_within_half_a_unit_saturate_or_name_the_element(spec, recipe
 
 @pytest.mark.parametrize("spec", [*SPECS, "fp16", "bf16", "zstd"])
 @pytest.mark.parametrize("dtype", [dtype.name for dtype in dtypes.ALL if dtype.name not in FLOATS])
-def test_every_other_dtype_travels_exactly(spec, dtype):
+def test_every_other_dtype_is_sent_exactly(spec, dtype):
     described = dtypes.BY_NAME[dtype]
     raw = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 256, 64 * described.itemsize, np.uint8)
     codec = parse(spec)
@@ -153,7 +153,7 @@ def test_every_other_dtype_travels_exactly(spec, dtype):
 
 @pytest.mark.parametrize("spec", [*SPECS, "fp16", "bf16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused_by_name_or_kept(spec, value):
+def test_nonfinite_values_are_refused_by_name_or_kept(spec, value):
     weights = np.linspace(-1, 1, 200, dtype=np.float32)
     weights[123] = value
     if spec in ("fp16", "bf16"):

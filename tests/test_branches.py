@@ -54,7 +54,7 @@ def opened(path: Path, stream: bytes) -> None:
             file[name]
 
 
-def test_frames_of_a_file_that_are_wrong_together(tmp_path):
+def test_inconsistent_frames_of_a_file_are_refused(tmp_path):
     path = tmp_path / "x.tw"
     good = stored("at-rest")
     opened(path, good)
@@ -91,7 +91,7 @@ def test_frames_of_a_file_that_are_wrong_together(tmp_path):
     ],
     ids=["alias of a value", "beyond", "empty", "long", "zstd", "absmax"],
 )  # fmt: skip
-def test_items_of_a_file_that_reading_from_front_to_back_would_refuse(frames, error, says, tmp_path):
+def test_random_access_refuses_items_that_streaming_refuses(frames, error, says, tmp_path):
     stream = assemble([AT_REST, ROOT, *frames, Frame(INDEX, None), end()], align=64)
     with pytest.raises(WireError):
         tw.loads(stream)
@@ -110,7 +110,7 @@ def test_a_file_is_a_mapping_and_is_read_item_by_item(tmp_path):
     assert sorted(name for name, _ in iterate_file(path, tw.FRONT)) == ["a", "b"]  # what is empty comes first
 
 
-def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path):
+def test_an_index_that_contradicts_the_stream_is_refused(tmp_path):
     """Each within the order of frames, so that only the item that is asked for, or the count of items, shows it."""
     path = tmp_path / "x.tw"
     items = (tensor(1, ["a"], [0]), tensor(2, ["b"], [2]), tensor(3, ["c"], [2]))
@@ -127,15 +127,15 @@ def test_an_index_that_disagrees_with_a_good_stream_is_refused_as_such(tmp_path)
 
     *described, root, empty, first, second = entries
     *_, last = described
-    refused([*described, root, first, first, second], "other items")
-    refused([*described, root, first, second, empty], "other items")
-    refused([*described, root, first, (*second[:2], 7), (0, 0, 0)], "other items")
+    refused([*described, root, first, first, second], "disagree about which items")
+    refused([*described, root, first, second, empty], "disagree about which items")
+    refused([*described, root, first, (*second[:2], 7), (0, 0, 0)], "disagree about which items")
     refused([*described, root, empty, second, second], "leaves out|elsewhere")
-    refused([*described, root, empty, second, (second[0] + 64, second[1] + 1, 7)], "behind itself")
+    refused([*described, root, empty, second, (second[0] + 64, second[1] + 1, 7)], "past its own start")
     refused([*described, root, empty, first, (second[0], second[1], 7)], "points elsewhere")
     refused([*described, root, empty, first, (second[0] + 16, *second[1:])], "elsewhere|leaves out")
-    refused([*described, root, empty, first, (1 << 63, *second[1:])], "behind itself")
-    refused([*described, root, empty, first, (second[0], 0, second[2])], "half an entry")
+    refused([*described, root, empty, first, (1 << 63, *second[1:])], "past its own start")
+    refused([*described, root, empty, first, (second[0], 0, second[2])], "an incomplete entry")
     refused([*described, root, empty, first, (first[0] + 47, *second[1:])], "order of frames")
     refused([*described, root, empty, first, (0, 0, 0)], "before the data|leaves out")
     refused([*described[:-1], root, empty, first, second], "no index of all|leaves out|elsewhere")
@@ -163,7 +163,7 @@ def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor
         ([first, second, a, root, a, b], "leaves out|another frame"),
         ([first, second, (third[0] - 64, *third[1:]), root, a, b], "order of frames|elsewhere"),
         ([first, a, third, root, (0, 0, 0), b], "another frame|leaves out"),
-        ([first, second, b, root, a, (0, 0, 0)], "other items|another frame|leaves out|elsewhere"),
+        ([first, second, b, root, a, (0, 0, 0)], "disagree about which items|another frame|leaves out|elsewhere"),
     ):
         with pytest.raises(FormatError, match=says):
             opened(path, assemble([*frames, Frame(INDEX, packed_index(wrong)), end()], align=64))
@@ -178,14 +178,14 @@ def test_an_index_of_bundles_that_disagrees_with_the_stream_is_refused(tmp_path)
     *others, a, b, c, d, e = index_of(good)
     assert a == b == c
     for data_marks, says in (
-        ([a, b, d, d, e], "other items in a bundle"),
-        ([a, d, d, d, e], "none of the other items"),
-        ([a, b, c, c, e], "other items in a bundle"),
-        ([a, b, c, d, d], "other items in a bundle"),
+        ([a, b, d, d, e], "disagree about the items in a bundle"),
+        ([a, d, d, d, e], "only some of the items in a bundle"),
+        ([a, b, c, c, e], "disagree about the items in a bundle"),
+        ([a, b, c, d, d], "disagree about the items in a bundle"),
         ([a, b, (c[0], c[1], 7), d, e], "order of frames"),
         ([a, b, (c[0] + 64, *c[1:]), d, e], "order of frames"),
         ([a, d, c, d, e], "order of frames"),
-        ([a, b, (0, 0, 0), d, e], "other items"),
+        ([a, b, (0, 0, 0), d, e], "disagree about which items"),
     ):
         path.write_bytes(assemble([*frames, Frame(INDEX, packed_index([*others, *data_marks])), end()], align=64))
         with pytest.raises(FormatError, match=says), tw.open_file(path) as file:
@@ -193,7 +193,7 @@ def test_an_index_of_bundles_that_disagrees_with_the_stream_is_refused(tmp_path)
                 file[name]
 
 
-def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(tmp_path):
+def test_an_index_that_points_into_another_item_is_blamed(tmp_path):
     path = tmp_path / "x.tw"
     described = (ROOT, tensor(1, ["b"], [2]), tensor(2, ["c"], [2]))
     slices = (data(1, b"a", 1), data(1, b"b", 1, 1), data(2, b"cd"))
@@ -209,7 +209,7 @@ def test_an_index_that_points_into_another_item_is_to_blame_and_not_the_stream(t
             file["b"]
 
 
-def test_an_index_is_held_to_the_limit_of_skippable_frames(tmp_path):
+def test_an_index_obeys_the_limit_of_skippable_frames(tmp_path):
     path = tmp_path / "x.tw"
     tw.save_file([0, 1, np.ones(1)], path)
     with pytest.raises(LimitError, match="skippable"):
@@ -221,7 +221,7 @@ def mapped(path: Path) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
-def test_a_file_is_let_go_of_when_it_is_closed_and_when_the_last_view_of_it_goes(tmp_path):
+def test_a_file_is_released_by_close_and_with_its_last_view(tmp_path):
     path = tmp_path / "x.tw"
     tw.save_file({"a": np.arange(3), "b": 7}, path)
     file = tw.open_file(path)
@@ -244,7 +244,7 @@ def test_a_file_is_let_go_of_when_it_is_closed_and_when_the_last_view_of_it_goes
     assert not mapped(path)
 
 
-def test_what_is_no_raw_tensor_in_one_frame_cannot_be_mapped(tmp_path):
+def test_only_raw_tensors_in_one_frame_can_be_mapped(tmp_path):
     path = tmp_path / "x.tw"
     frames = (tensor(1, ["a"], [3]), data(1, b"ab", 2), data(1, b"c", 1, 2))
     path.write_bytes(assemble([AT_REST, ROOT, *frames, Frame(INDEX, None), end()], align=64))
@@ -298,13 +298,13 @@ def test_a_file_that_shrinks_while_it_is_sent_is_an_error(tmp_path):
         list(buffers)
 
 
-def test_what_is_no_source_is_the_callers_mistake():
+def test_an_invalid_source_is_an_argument_error():
     for nothing in ("text", 7, None):
         with pytest.raises(TypeError, match="expected a buffer"):
             tw.loads(nothing)
 
 
-def test_an_ordered_dict_travels_inside_a_value():
+def test_an_ordered_dict_can_be_sent_inside_a_value():
     assert tw.loads(tw.dumps({"a": OrderedDict(x=1, y=(OrderedDict(),))})) == {"a": {"x": 1, "y": ({},)}}
 
 
@@ -314,7 +314,7 @@ def packed(item: Item, limits: Limits = DEFAULT) -> bytes:
     return packer.take()[0]
 
 
-def test_a_writer_holds_to_the_limit_of_descriptors():
+def test_a_writer_obeys_the_limit_of_descriptors():
     with pytest.raises(LimitError, match="descriptor"):
         packed(ContainerItem(("a" * 100,), Kind.DICT), Limits(descriptor=64))
     with pytest.raises(FormatError, match="cannot be described"):
@@ -328,7 +328,7 @@ def test_sequence_numbers_end_before_they_repeat():
         ledger.admit(Header(FrameType.ITEM, 0, ledger.sequence, 0, 0, 0, 0, 0, 0, 0))
 
 
-def test_need_data_says_what_it_is():
+def test_need_data_has_a_readable_repr():
     assert repr(NEED_DATA) == "NEED_DATA"
 
 
@@ -354,7 +354,7 @@ class Pieces:
         return size
 
 
-def test_decoding_under_asyncio_gives_what_decoding_gives():
+def test_decoding_under_asyncio_gives_the_same_values():
     stream = tw.dumps({"a": np.arange(1000), "b": [1, np.ones(3)]})
 
     async def received(source: Pieces) -> dict:
@@ -413,7 +413,7 @@ class Copy(Packer):
         pass
 
 
-def test_a_codec_has_a_name_that_specs_can_hold_and_parameters_that_descriptors_can():
+def test_codec_names_and_parameters_are_validated():
     class Shouting(Copy):
         id, name = 40_000, "LOUD NAME"
 

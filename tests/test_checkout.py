@@ -54,7 +54,7 @@ def test_python_m_pytest_stops_before_the_first_test(checkout: Path) -> None:
     assert "passed" not in done.stdout
 
 
-def test_who_asks_for_numpy_gets_the_tests_on_numpy(checkout: Path) -> None:
+def test_tests_run_on_numpy_if_requested(checkout: Path) -> None:
     done = python(checkout, "-m", "pytest", "-p", "no:cacheprovider", TENSORWIRE_ISA="numpy")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"tensorwire: {checkout}" in done.stdout

@@ -70,7 +70,7 @@ def shell(arguments: list[object], data: bytes = b"") -> "subprocess.CompletedPr
     return subprocess.run(command, input=data, capture_output=True, timeout=60, cwd=HOME)
 
 
-def test_arrays_there_and_back(npz: Path, tmp_path: Path) -> None:
+def test_arrays_round_trip(npz: Path, tmp_path: Path) -> None:
     assert run("encode", npz, tmp_path / "a.tw") == 0
     assert run("decode", tmp_path / "a.tw", tmp_path / "b.npz") == 0
     with np.load(tmp_path / "b.npz") as got:
@@ -95,7 +95,7 @@ def test_a_single_array_is_a_root(tmp_path: Path) -> None:
         assert np.array_equal(got["arr_0"], MODEL["w"])
 
 
-def test_safetensors_there_and_back(safetensors: Path, tmp_path: Path) -> None:
+def test_safetensors_round_trip(safetensors: Path, tmp_path: Path) -> None:
     assert run("encode", safetensors, tmp_path / "a.tw", "--codec", "raw|zstd") == 0
     assert run("decode", tmp_path / "a.tw", tmp_path / "back.safetensors") == 0
     assert (tmp_path / "back.safetensors").read_bytes() == safetensors.read_bytes()
@@ -132,7 +132,7 @@ def test_tensors_through_a_pipe_to_safetensors(safetensors: Path) -> None:
     assert decoded.stdout == safetensors.read_bytes()
 
 
-def test_a_reader_that_has_enough_is_no_accident(stream: Path) -> None:
+def test_a_reader_may_close_the_pipe_early(stream: Path) -> None:
     command = f"{sys.executable} -m tensorwire inspect {stream} --frames --json | head -c 20"
     done = subprocess.run(command, shell=True, capture_output=True, timeout=60, cwd=HOME)
     assert len(done.stdout) == 20 and done.stderr == b""
@@ -152,7 +152,7 @@ def test_every_truncation_and_every_flip_is_refused(verb: str, tmp_path: Path) -
     assert run(verb, broken) == 1
 
 
-def test_one_line_and_no_output_for_a_broken_stream(stream: Path, tmp_path: Path) -> None:
+def test_a_broken_stream_gives_one_line_and_no_output(stream: Path, tmp_path: Path) -> None:
     broken = stream.read_bytes()[:-1]
     out = tmp_path / "out.safetensors"
     done = shell(["decode", "-", out], broken)
@@ -167,7 +167,7 @@ def test_bytes_after_the_stream_leave_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_verify_says_what_it_saw(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_what_it_read(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", stream) == 0
     assert capsys.readouterr().out.startswith("ok: 4 items")
     assert run("verify", stream, "--sha256") == 0
@@ -178,7 +178,7 @@ def test_verify_says_what_it_saw(stream: Path, capsys: pytest.CaptureFixture[str
     assert result["sha256"] == sha256(stream.read_bytes()).hexdigest() != result["stream_digest"]
 
 
-def test_verify_decodes_what_checksums_cannot_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_errors_that_checksums_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Wrong(tensorwire.codecs.Int8):
         """Writes a NaN for its absmax, under a good checksum."""
 
@@ -210,7 +210,7 @@ def test_inspect_counts_every_byte(stream: Path, capsys: pytest.CaptureFixture[s
     assert all(item["complete"] for item in items.values())
 
 
-def test_inspect_explains_itself(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_a_stream(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", stream) == 0
     summary = capsys.readouterr().out
     assert "| 'w'" in summary and "40 x 130" in summary and "4 items in" in summary
@@ -261,7 +261,7 @@ def test_exit_codes(arguments: list[str], code: int, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("verb", ["verify", "inspect", "decode"])
-def test_a_file_that_is_no_stream_is_named_for_what_it_is(
+def test_a_file_that_is_not_a_stream_is_identified(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pointer, cut = tmp_path / "pointer.tw", tmp_path / "cut.tw"
@@ -278,7 +278,7 @@ def test_a_file_that_is_no_stream_is_named_for_what_it_is(
 
 
 @pytest.mark.parametrize("verb", [["receive", "out.tw"], ["fl", "server", "--state", "state"]])
-def test_to_listen_beyond_this_machine_names_what_makes_a_certificate(
+def test_listening_beyond_this_machine_suggests_a_certificate(
     verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -289,7 +289,7 @@ def test_to_listen_beyond_this_machine_names_what_makes_a_certificate(
     assert "`tensorwire certificate` makes a pair" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_one_plain_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_gives_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["receive", str(tmp_path / "out.tw"), "--listen", f"127.0.0.1:{port}"]) == 3
@@ -297,13 +297,13 @@ def test_a_port_that_is_taken_is_one_plain_sentence(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("arguments", [[], ["encode", "a", "b", "--codec", "nonsense"], ["bench", "--threads", "0"]])
-def test_usage_errors_are_2(arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2
 
 
-def test_what_cannot_be_encoded_as_asked_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_encoding_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "nan.npz", x=np.array([1, np.nan], np.float32))
     assert run("encode", tmp_path / "nan.npz", tmp_path / "nan.tw", "--codec", "nf4") == 1
     assert "element 1" in capsys.readouterr().err
@@ -322,7 +322,7 @@ def test_an_npz_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
         assert not (tmp_path / "out.npz").exists()
 
 
-def test_an_archive_holds_no_paths_that_lead_out_of_it(tmp_path: Path) -> None:
+def test_an_archive_holds_no_paths_outside_its_folder(tmp_path: Path) -> None:
     """A name is data: neither what it was sent as, nor where an item stood, may become a place when it is unpacked."""
     names = ["../../.ssh/keys", "/etc/cron.d/x", "C:x", "a\\..\\b", "ok", "dense/kernel:0"]
     value = {name: np.full(3, number) for number, name in enumerate(names)} | {"m": {"w": np.ones(2)}}
@@ -338,7 +338,7 @@ def test_an_archive_holds_no_paths_that_lead_out_of_it(tmp_path: Path) -> None:
         assert len(np.load(tmp_path / "two.npz").files) == 2
 
 
-def test_json_says_what_is_wrong_with_the_file_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_reports_errors_about_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path / "missing.tw", tmp_path):
         assert run("verify", path, "--json") == 3
         said = json.loads(capsys.readouterr().out)
@@ -390,7 +390,7 @@ def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str], monkey
     assert verb or "exit codes:" in text
 
 
-def test_help_is_filled_anew_as_prose_rows_and_commands() -> None:
+def test_help_is_wrapped_as_prose_rows_and_commands() -> None:
     text = """\
 rows of two columns:
   one    a text that goes on
@@ -461,7 +461,7 @@ def test_a_model_goes_to_another_machine(safetensors: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("name", ["out.tw", "out.npz"])
-def test_what_out_becomes(name: str, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_decides_the_kind_of_file(name: str, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with receiving(tmp_path / name) as (process, where):
         assert run("send", npz, where, "--codec", "nf4") == 0
         assert "sent" in capsys.readouterr().err
@@ -482,7 +482,7 @@ def test_any_file_from_stdin_to_stdout() -> None:
         assert came.result()[:2] == (0, data)
 
 
-def test_what_nobody_reads_gets_no_receipt(tmp_path: Path) -> None:
+def test_no_receipt_if_nobody_reads_the_output(tmp_path: Path) -> None:
     """The reader of the pipe leaves, as `head` does, or reads nothing and the receiver is stopped."""
     (tmp_path / "in.bin").write_bytes(bytes(9 << 20))
     with receiving("-") as (process, where):
@@ -509,7 +509,7 @@ def test_what_nobody_reads_gets_no_receipt(tmp_path: Path) -> None:
         assert process.wait(60) == 3
 
 
-def test_between_receipt_and_goodbye_nobody_else_is_let_in(tmp_path: Path) -> None:
+def test_no_other_sender_is_admitted_before_the_goodbye(tmp_path: Path) -> None:
     """A transfer is through when its sender is told so, not when the sender has said that it heard."""
     with receiving(tmp_path / "out.tw", "--force") as (process, where):
         host, _, port = where.rpartition(":")
@@ -532,7 +532,7 @@ def test_between_receipt_and_goodbye_nobody_else_is_let_in(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("source", ["in.safetensors", "in.npz", "in.bin", "shards"])
-def test_a_source_that_is_written_to_while_it_is_sent(
+def test_a_source_written_to_while_it_is_sent_is_refused(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / source
@@ -557,14 +557,14 @@ def test_a_source_that_is_written_to_while_it_is_sent(
         with monkeypatch.context() as patch:
             patch.setattr("tensorwire.cli.send.tracked", tracked)
             assert run("send", path, where, "--patience", "0.1") == 1
-        assert "has changed meanwhile" in capsys.readouterr().err
+        assert "changed while it was being sent" in capsys.readouterr().err
         assert not (tmp_path / name).exists()
         changed.write_bytes(before)
         assert run("send", path, where) == 0
         assert ended(process)[0] == 0
 
 
-def test_a_pipe_by_its_name_is_sent_although_its_times_change(tmp_path: Path) -> None:
+def test_a_named_pipe_is_sent_although_its_times_change(tmp_path: Path) -> None:
     """As the shell's <(command) gives."""
     os.mkfifo(tmp_path / "pipe")
     data = bytes(range(256)) * 9_999
@@ -581,7 +581,7 @@ def test_a_pipe_by_its_name_is_sent_although_its_times_change(tmp_path: Path) ->
     assert (tmp_path / "out.bin").read_bytes() == data
 
 
-def test_another_file_of_the_same_name_size_and_time_gets_through(tmp_path: Path) -> None:
+def test_another_file_of_the_same_name_size_and_time_is_sent(tmp_path: Path) -> None:
     """As from a git checkout, an OCI layer or Nix. Half of the first was received."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -618,7 +618,7 @@ def until_goodbye(sending: Conversation[Any]) -> Conversation[Any]:
 
 
 @pytest.mark.parametrize("name", ["out.tw", "out.npz"])
-def test_what_appears_at_out_meanwhile_is_not_replaced(name: str, npz: Path, tmp_path: Path) -> None:
+def test_a_file_that_appears_at_out_meanwhile_is_kept(name: str, npz: Path, tmp_path: Path) -> None:
     def late() -> Iterator[Any]:
         yield from tensorwire.encode(MODEL)
         (tmp_path / name).write_bytes(b"mine")
@@ -632,7 +632,7 @@ def test_what_appears_at_out_meanwhile_is_not_replaced(name: str, npz: Path, tmp
     assert (tmp_path / name).read_bytes() == b"mine"
 
 
-def test_what_is_not_wanted_is_refused_and_the_receiver_waits_on(
+def test_an_unwanted_kind_is_refused_and_the_receiver_continues(
     npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.bin").write_bytes(b"hello")
@@ -646,7 +646,7 @@ def test_what_is_not_wanted_is_refused_and_the_receiver_waits_on(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_whoever_speaks_nonsense_ends_nothing(tmp_path: Path) -> None:
+def test_a_nonsense_peer_does_not_end_the_receiver(tmp_path: Path) -> None:
     (tmp_path / "in.bin").write_bytes(b"hello")
     with receiving(tmp_path / "out.bin") as (process, where):
         host, _, port = where.rpartition(":")
@@ -696,7 +696,7 @@ def test_addresses(text: str, parsed: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["host:x", "host:70000", "host:-1"])
-def test_addresses_that_are_none(text: str) -> None:
+def test_invalid_addresses_are_refused(text: str) -> None:
     with pytest.raises(ArgumentTypeError):
         address(text)
 
@@ -738,12 +738,12 @@ def test_the_library_inspects_and_verifies_in_one_call(stream: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "sender_says", "receiver_says"),
     [
-        (True, [], "does it expect TLS", "speaks no TLS"),
-        (False, ["--ca", "authority.pem"], "speaks no TLS", "does one end use TLS"),
+        (True, [], "does it expect TLS", "does not use TLS"),
+        (False, ["--ca", "authority.pem"], "does not use TLS", "does one end use TLS"),
         (True, ["--ca", "other.pem"], "certificate is refused", "refuses our certificate"),
     ],
 )
-def test_who_speaks_another_way_is_told_so_at_both_ends(
+def test_tls_mismatches_are_explained_at_both_ends(
     ours: bool,
     theirs: list[str],
     sender_says: str,
@@ -786,7 +786,7 @@ def test_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_send_says_at_once_that_it_tries_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_send_reports_retries_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     (tmp_path / "in.bin").write_bytes(b"hello")

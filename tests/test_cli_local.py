@@ -61,10 +61,10 @@ def test_a_run_with_clients_that_are_killed_stalled_or_send_nan(tmp_path, monkey
         "nobody else is there",
     ]
     assert "client-1 has failed (exit code -9)" in done.stderr and "round 1: received the model" in done.stderr
-    assert "client-2 is still at work" in done.stderr
+    assert "client-2 is still running" in done.stderr
 
 
-def test_a_run_of_which_no_client_is_left_says_which_and_why(tmp_path):
+def test_a_run_without_clients_left_says_which_and_why(tmp_path):
     done = run(tmp_path, "--task=mytask:broken", "--clients=2", "--rounds=5")
     assert done.returncode == 1 and "no client is left" in done.stderr
     assert "no data for 0" in done.stderr and "no data for 1" in done.stderr

@@ -84,7 +84,7 @@ writing = pytest.mark.parametrize(
 
 
 @writing
-def test_what_is_read_is_never_written(
+def test_inputs_are_never_overwritten(
     verb: str, source: str, target: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.symlink(folder / source, folder / f"link-{target}")
@@ -98,7 +98,7 @@ def test_what_is_read_is_never_written(
 
 
 @writing
-def test_what_is_there_is_replaced_with_force_only(
+def test_existing_files_are_replaced_only_with_force(
     verb: str, source: str, target: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / target).write_bytes(b"old")
@@ -112,7 +112,7 @@ def test_what_is_there_is_replaced_with_force_only(
     assert {name for name, digest in contents(folder).items() if before[name] != digest} == {target}
 
 
-def test_a_redirection_is_a_name_too(folder: Path) -> None:
+def test_redirections_count_as_names(folder: Path) -> None:
     before = contents(folder)
     with (folder / "any.bin").open("rb") as source, (folder / "any.bin").open("ab") as target:
         for arguments, options in (
@@ -139,7 +139,7 @@ def test_a_receiver_refuses_before_it_listens(name: str, folder: Path, capsys: p
     assert contents(folder) == before
 
 
-def test_what_appears_while_a_receiver_waits_is_not_replaced(folder: Path) -> None:
+def test_a_file_that_appears_while_a_receiver_waits_is_kept(folder: Path) -> None:
     receiver = process("receive", folder / "received.bin", "--listen", "127.0.0.1:0")
     where = receiver.stderr.readline().split()[-1].decode()
     (folder / "received.bin").write_bytes(b"mine")
@@ -149,7 +149,7 @@ def test_what_appears_while_a_receiver_waits_is_not_replaced(folder: Path) -> No
     receiver.communicate()
 
 
-def test_bench_writes_over_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_overwrites_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(folder)
     command = ["bench", "size", "--codec", "nf4", "--model", folder / "model.safetensors"]
     assert run(*command, "--json", folder / "model.safetensors", "--force") == 2
@@ -191,7 +191,7 @@ def test_the_examples_in_help_run_in_order_harm_nothing(
 # What goes in comes out
 
 
-def test_everything_that_goes_in_comes_out(folder: Path) -> None:
+def test_every_input_round_trips(folder: Path) -> None:
     torch = pytest.importorskip("torch")
     nested = {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "lr": 0.5, "betas": (0.9, 0.99), "steps": [1, None]}
     nested["half"] = torch.ones(3, dtype=torch.bfloat16)
@@ -221,7 +221,7 @@ def test_a_model_on_stdin(kind: str, folder: Path) -> None:
     assert str(piped) == str(named)
 
 
-def test_one_line_says_what_was_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_reports_the_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("encode", folder / "model.safetensors", folder / "m.tw", "--codec", "nf4")
     assert re.fullmatch(r"33.8 kB -> [\d.]+ kB \([\d.]+x\), 1 item raw \(float64\)\n", capsys.readouterr().err)
     run("encode", folder / "weights.npz", folder / "n.tw", "--codec", "nf4")
@@ -248,7 +248,7 @@ def test_rules_by_name(text: str, rules: object) -> None:
 
 
 @pytest.mark.parametrize("text", ["*=", "=nf4", "*=rwa", "*=nf4,*=raw", "*=raw,x", "*=nf4:blocksize=128,*x=rwa"])
-def test_rules_that_are_none(text: str) -> None:
+def test_invalid_rules_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         codec_choice(text)
 
@@ -302,7 +302,7 @@ def test_a_broken_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[s
         assert not (folder / "never.tw").exists()
 
 
-def test_a_fault_of_our_own_is_one_line(
+def test_an_internal_error_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(*arguments: object, **options: object) -> None:
@@ -342,7 +342,7 @@ def test_closed_and_full_streams(line: str, code: int, folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have only UTF-8 names")
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_names_that_are_no_utf_8(locale: str, folder: Path) -> None:
+def test_names_that_are_not_utf_8(locale: str, folder: Path) -> None:
     environment = {**os.environ, "LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     environment["PYTHONPATH"] = str(HOME)
     name = os.fsencode(folder) + b"/\xff\xe9.bin"
@@ -407,7 +407,7 @@ def test_killed_at_random_moments(verb: str, source: str, target: str, tmp_path:
 
 @pytest.mark.skipif(not ENDING, reason="no such signals")
 @pytest.mark.parametrize("ending", ENDING)
-def test_a_receiver_that_is_stopped_keeps_what_it_has_and_says_so(ending: int, folder: Path) -> None:
+def test_a_stopped_receiver_keeps_its_data_and_says_so(ending: int, folder: Path) -> None:
     out = folder / "received.bin"
     receiver = process("receive", out, "--listen", "127.0.0.1:0")
     where = receiver.stderr.readline().split()[-1].decode()
@@ -425,7 +425,7 @@ def test_a_receiver_that_is_stopped_keeps_what_it_has_and_says_so(ending: int, f
 
 
 @pytest.mark.skipif(not ENDING, reason="no such signals")
-def test_what_is_ignored_stays_ignored(folder: Path) -> None:
+def test_ignored_signals_stay_ignored(folder: Path) -> None:
     """`nohup tensorwire ...`"""
     ignored: Callable[[], object] = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     command = process("encode", "-", folder / "out.tw", preexec_fn=ignored)
@@ -482,7 +482,7 @@ def running(number: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 @pytest.mark.parametrize("ending", [*ENDING, getattr(signal, "SIGKILL", None)])
-def test_a_run_takes_its_processes_along(ending: int, tmp_path: Path) -> None:
+def test_a_killed_run_ends_its_processes(ending: int, tmp_path: Path) -> None:
     (tmp_path / "mytask.py").write_text(TASK)
     command = ["fl", "run", "--task", "mytask:task", "--set", "wait=60", "--clients", "2", "--out", "run"]
     parent = process(*command, cwd=tmp_path)
@@ -517,7 +517,7 @@ def test_a_task_in_the_current_folder(tmp_path: Path) -> None:
         (["run", "--task", "nothing:here"], "no task 'nothing:here'"),
     ],
 )
-def test_plans_that_make_no_sense(
+def test_invalid_plans_are_refused(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

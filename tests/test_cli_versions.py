@@ -72,9 +72,7 @@ def test_publish_and_follow(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("name", ["npz", "pt", "file"])
-def test_what_is_published_may_be_any_kind_of_model(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_kind_of_model_can_be_published(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     state = {"w": np.ones(5, np.float32)}
     path = tmp_path / f"model.{name}"
     if name == "pt":
@@ -90,7 +88,7 @@ def test_what_is_published_may_be_any_kind_of_model(
     assert tensorwire.versions.Subscriber(tmp_path / "store").manifest().head.digest == tensorwire.digest(state)
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, out = tmp_path / "store", tmp_path / "out.safetensors"
     (path,) = models(tmp_path, 1)
     for code, *arguments in (

@@ -55,7 +55,7 @@ class Model:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_what_is_subtracted_is_what_receivers_decode(spec: str) -> None:
+def test_a_compressor_subtracts_what_receivers_decode(spec: str) -> None:
     compressor = Compressor(spec)
     model = Model(compressor)
     for step in range(4):
@@ -137,7 +137,7 @@ def test_a_lost_message_is_kept_again_once() -> None:
     model.check(compressor)
 
 
-def test_who_was_away_lets_what_is_kept_count_less() -> None:
+def test_missed_rounds_reduce_the_kept_values() -> None:
     compressor = Compressor("demo:k=8")
     compressor.compress(state(0))
     before = kept_of(compressor)
@@ -181,7 +181,7 @@ def test_tied_tensors_are_sent_and_kept_once() -> None:
         ({"w": "text"}, EncodeError, "tensors"),
     ],
 )
-def test_what_is_refused_changes_nothing(given, error, says) -> None:
+def test_refused_input_changes_nothing(given, error, says) -> None:
     compressor = Compressor("topk:k=1")
     good = {"v": np.ones(5, np.float32), "w": np.array([1, 2], np.float32)}
     compressor.compress(good)
@@ -210,7 +210,7 @@ def test_a_spec_is_rebuilt_by_its_repr(spec: str) -> None:
         ("demo:beta=2", "0 to 1"),
     ],
 )
-def test_specs_that_mean_nothing(spec: str, says: str) -> None:
+def test_invalid_specs_are_refused(spec: str, says: str) -> None:
     with pytest.raises(EncodeError, match=says):
         Compressor(spec)
 
@@ -295,7 +295,7 @@ def test_messages_that_are_more_than_their_sums_are_added_up_to_the_same_bits(
             assert got.tobytes() == expected[name].tobytes()
 
 
-def test_what_cannot_be_combined_is_said() -> None:
+def test_messages_that_cannot_be_combined_are_refused() -> None:
     one = Compressor("demo:k=4").compress({"w": state(0)["matrix"]}).data
     other = Compressor("demo:k=5").compress({"w": state(0)["matrix"]}).data
     more = Compressor("demo:k=4").compress({"w": state(0)["matrix"], "x": np.ones(3, np.float32)}).data
@@ -329,7 +329,7 @@ def test_a_server_sends_less_back_than_it_got() -> None:
     assert np.linalg.norm(reached - target) < 1e-3 * np.linalg.norm(target)
 
 
-def test_what_nobody_expects_does_not_become_gigabytes() -> None:
+def test_unexpected_sparse_tensors_cannot_expand_to_gigabytes() -> None:
     data = Compressor("topk:k=1,values=sign").compress({"w": np.zeros((64, 64), np.float32)}).data
     limits = tensorwire.Limits(expanded=64 * 64 * 4 - 1)
     with pytest.raises(tensorwire.LimitError, match=r"Limits\(expanded=") as caught:
@@ -411,7 +411,7 @@ def test_codecs_alone_refuse_what_they_cannot_carry(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["sparse:k=9,dct=true,rows=4,cols=5,width=10", "lowrank:width=10"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_what_is_accumulated_is_what_is_decoded(spec: str, dtype: type) -> None:
+def test_accumulate_adds_what_decode_returns(spec: str, dtype: type) -> None:
     codec = tensorwire.codec(spec)
     values = state(0)["vector"][:75].astype(dtype)
     extent = Extent.whole(dtypes.FLOAT32 if dtype is np.float32 else dtypes.FLOAT16, values.shape)
@@ -444,16 +444,16 @@ def test_tied_and_empty_tensors_are_combined_and_others_refused() -> None:
             combine([tensorwire.dumps(other)])
 
 
-def test_a_number_that_is_not_whole_stands_in_no_descriptor() -> None:
+def test_descriptors_hold_only_integers() -> None:
     share = tensorwire.codecs.Real(0, 1)
-    with pytest.raises(EncodeError, match="whole numbers only"):
+    with pytest.raises(EncodeError, match="integers only"):
         share.to_wire(0.5)
     assert share.from_wire(1) == 1 and not share.allows(True) and str(share) == "a number from 0 to 1"
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("count", [7, 2047, 5001, 40_003])
-def test_signed_values_are_half_a_step_more_than_so_many(bits: int, count: int) -> None:
+def test_signed_values_decode_to_half_steps(bits: int, count: int) -> None:
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, count).astype(np.int64)
     bit_rows = codes[:, None] >> np.arange(bits) & 1
@@ -465,7 +465,7 @@ def test_signed_values_are_half_a_step_more_than_so_many(bits: int, count: int) 
     assert np.array_equal(signed.pack(expected, step, bits), data)
     if count * bits % 8:
         data[-1] |= 0x80
-        with pytest.raises(tensorwire.FormatError, match="behind the last"):
+        with pytest.raises(tensorwire.FormatError, match="after the last"):
             signed.unpack(data, step, count, bits)
 
 

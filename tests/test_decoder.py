@@ -57,7 +57,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("size", [4099, MIB, 1 << 30])
 @pytest.mark.parametrize("codec", CODECS)
-def test_fed_in_portions_a_stream_gives_what_it_gives_whole(codec: str, size: int) -> None:
+def test_feeding_in_portions_gives_the_same_values(codec: str, size: int) -> None:
     data = tensorwire.dumps(STATE, codec=codec, metadata={"step": "7"})
     whole = tensorwire.loads(data)
     decoder = tensorwire.decoder(expect=STATE)
@@ -67,13 +67,13 @@ def test_fed_in_portions_a_stream_gives_what_it_gives_whole(codec: str, size: in
     assert decoder.ended and decoder.metadata == {"step": "7"}
 
 
-def test_fed_byte_by_byte_it_does_too() -> None:
+def test_feeding_byte_by_byte_gives_the_same_values() -> None:
     small = {"a": np.arange(100, dtype=np.float32), "step": 3, "words": ["x", None]}
     got = fed(tensorwire.decoder(), tensorwire.dumps(small, codec="int8"), 1)
     assert got["step"] == 3 and got["words"] == ["x", None] and got["a"].size == 100
 
 
-def test_fed_memory_may_change_afterwards_and_tensors_land_where_they_are_to() -> None:
+def test_fed_memory_may_change_and_into_is_filled() -> None:
     target = {"a": np.zeros(1000, np.float32)}
     decoder, buffer = tensorwire.decoder(into=target), bytearray(1000)
     for portion in portions(tensorwire.dumps({"a": BIG[:1000]}), 1000):
@@ -83,7 +83,7 @@ def test_fed_memory_may_change_afterwards_and_tensors_land_where_they_are_to() -
     assert np.array_equal(target["a"], BIG[:1000])
 
 
-def test_an_end_that_comes_too_early_and_bytes_that_come_too_late() -> None:
+def test_truncated_input_and_trailing_bytes_raise() -> None:
     data = tensorwire.dumps({"a": BIG[:1000]})
     decoder = tensorwire.decoder()
     decoder.feed(data[:-1])
@@ -100,18 +100,18 @@ def test_an_end_that_comes_too_early_and_bytes_that_come_too_late() -> None:
         decoder.feed(b"x")
 
 
-def test_a_broken_byte_is_found_and_the_decoder_gives_nothing_afterwards() -> None:
+def test_a_broken_byte_raises_and_ends_the_decoder() -> None:
     data = bytearray(tensorwire.dumps({"a": BIG[:1000], "b": BIG[1000:2000]}))
     data[-200] ^= 1
     decoder = tensorwire.decoder()
     with pytest.raises(WireError) as caught:
         decoder.feed(bytes(data))
     assert caught.value.item == "b"
-    with pytest.raises(ClosedError, match="another decoder"):
+    with pytest.raises(ClosedError, match="new decoder"):
         decoder.feed(b"")
 
 
-def test_what_was_not_expected_is_refused_as_it_is_described() -> None:
+def test_unexpected_items_are_refused_once_described() -> None:
     data = tensorwire.dumps({"a": BIG})
     with pytest.raises(SchemaError):
         tensorwire.decoder(expect={"a": BIG[:1]}).feed(data[:1000])
@@ -149,7 +149,7 @@ def test_gathering_cuts_no_buffer_that_fits() -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("store", [tensorwire.InMemory, tensorwire.OnDisk])
-def test_what_is_kept_encoded_decodes_to_what_would_have_been_given(codec: str, store: Any) -> None:
+def test_kept_encoded_tensors_decode_to_the_same_values(codec: str, store: Any) -> None:
     data = tensorwire.dumps(STATE, codec=codec)
     whole = tensorwire.loads(data)
     kept = fed(tensorwire.decoder(keep_encoded=store()), data, 100_000)
@@ -184,7 +184,7 @@ def test_kept_encoded_takes_the_memory_of_the_wire() -> None:
     assert held < 6 * MIB  # of scratch memory, and next to nothing that is not the messages' own
 
 
-def test_a_disk_that_loses_what_it_was_given_is_found() -> None:
+def test_payloads_lost_on_disk_are_detected() -> None:
     store = tensorwire.OnDisk()
     ((_, tensor),) = tensorwire.decoder(keep_encoded=store).feed(tensorwire.dumps({"a": BIG}, codec="nf4"))
     os.pwrite(store._file.fileno(), b"\xff\xff", 1000)
@@ -242,7 +242,7 @@ def test_the_mean_of_integers_bools_and_complex_numbers() -> None:
     assert mean_of([np.empty((0, 3), np.float16)] * 2, [1, 1]).shape == (0, 3)
 
 
-def test_what_has_no_mean() -> None:
+def test_tensors_without_a_mean_are_refused() -> None:
     with pytest.raises(SchemaError, match="cannot be averaged"):
         mean_of([np.zeros(2), np.zeros(3)], [1, 1])
     with pytest.raises(SchemaError, match="cannot be averaged"):
@@ -269,7 +269,7 @@ def test_the_mean_of_torch_tensors_is_one() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_number_that_is_none_is_found(bad: float) -> None:
+def test_a_single_nan_is_found(bad: float) -> None:
     for dtype in (np.float16, np.float32, np.float64, np.complex64):
         values = np.full(300_000, np.finfo(dtype).max, dtype)  # whose sum is beyond its dtype, and finite all the same
         assert is_finite(values)

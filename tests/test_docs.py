@@ -61,7 +61,7 @@ def check_snippets(page: Path, folder: Path) -> None:
     )
 
 
-def test_what_is_to_be_installed_exists_and_is_installed_for_these_tests() -> None:
+def test_extras_in_the_docs_exist_and_are_installed() -> None:
     """Every `pip install` of a page or an error names this checkout with an extra, or packages of the dev extra."""
     project = (ROOT / "pyproject.toml").read_text()
     extras = re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.MULTILINE)
@@ -106,7 +106,7 @@ def test_the_files_that_the_security_page_names_are_there() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_promises_of_transports_name_tests_that_there_are() -> None:
+def test_the_promises_of_transports_name_existing_tests() -> None:
     page = (ROOT / "docs" / "transports.md").read_text()
     rows = re.findall(r"^\| (P\d+) \|.*\|(.*?)\|$", page, re.MULTILINE)
     assert [name for name, _ in rows] == [f"P{number}" for number in range(1, 12)]

@@ -38,7 +38,7 @@ def bits(spec: str, values: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("spec", PACKERS)
-def test_the_payload_before_it_comes_back(spec: str) -> None:
+def test_the_payload_round_trips(spec: str) -> None:
     for values in (UPDATE, WEIGHTS[:5001], WEIGHTS[:1], np.zeros(3000, np.float32), np.ones(777, np.float32)):
         before = encoded(spec, values)
         assert unpacked(f"{spec}|entropy", encoded(f"{spec}|entropy", values), values.size) == before
@@ -52,7 +52,7 @@ def test_the_payload_before_it_comes_back(spec: str) -> None:
     scale=st.sampled_from([0.0, 1e-38, 1e-3, 1.0, 60000.0]),
     behind=st.sampled_from(["entropy", "zstd|entropy", "entropy|zstd"]),
 )
-def test_decoding_gives_what_it_gives_without(spec: str, count: int, zeros: int, scale: float, behind: str) -> None:
+def test_values_are_the_same_as_without_entropy(spec: str, count: int, zeros: int, scale: float, behind: str) -> None:
     values = (WEIGHTS[:count] * np.float32(scale)).clip(-60000, 60000)
     values[:zeros] = 0
     plain, packed = (tensorwire.loads(tensorwire.dumps(values, codec=each)) for each in (spec, f"{spec}|{behind}"))
@@ -69,7 +69,7 @@ def test_updates_and_weights_shrink(spec: str, update: float, weights: float) ->
     assert bits(f"{spec}|entropy", WEIGHTS) < weights
 
 
-def test_it_knows_where_numbers_of_several_bytes_stand() -> None:
+def test_numbers_of_several_bytes_compress_well() -> None:
     integers = np.arange(100_000) // 7
     assert len(tensorwire.dumps(integers, codec="entropy")) < 0.16 * integers.nbytes
     assert len(tensorwire.dumps(WEIGHTS, codec="entropy")) < 0.84 * WEIGHTS.nbytes
@@ -86,7 +86,7 @@ def test_parts_add_up(packer: type[Packer]) -> None:
                 assert all(part.width in (1, 2, 4, 8) and part.size % part.width == 0 for part in parts)
 
 
-def test_what_gains_nothing_is_one_byte_longer() -> None:
+def test_incompressible_payloads_grow_by_one_byte() -> None:
     noise = RNG.integers(0, 256, 40_000, dtype=np.uint8).view(np.float32)
     for values in (noise, WEIGHTS[:3], np.zeros(63, np.float32)):
         before = encoded("raw", values)
@@ -100,7 +100,7 @@ def test_blocks_of_the_most_frequent_byte_are_left_out() -> None:
     assert len(encoded("nf4|entropy", values)) < 64 + codes / 64 / 8 + 2 * 150
 
 
-def test_slices_are_independent_and_land_in_their_place() -> None:
+def test_slices_decode_independently_into_place() -> None:
     weights = {"a": UPDATE, "b": WEIGHTS[:1000].astype(np.float16), "n": np.arange(10), "zero": np.zeros(3000)}
     stream = b"".join(tensorwire.encode(weights, codec="int8|entropy", frame_size=8192))
     plain = tensorwire.loads(tensorwire.dumps(weights, codec="int8"))
@@ -136,7 +136,7 @@ def test_a_damaged_payload_is_refused_or_gives_bytes_but_never_more(spec: str) -
     assert refused > 100
 
 
-def test_input_is_not_written_to_and_the_output_is_the_same_again() -> None:
+def test_encoding_is_pure_and_deterministic() -> None:
     locked = UPDATE.copy()
     locked.setflags(write=False)
     for spec in PACKERS:

@@ -68,7 +68,7 @@ def changing(monkeypatch: pytest.MonkeyPatch, array: np.ndarray) -> None:
 
 @pytest.mark.parametrize("count", [10, 1 << 18, 1 << 20])
 @pytest.mark.parametrize("codec", ["raw", "zstd", "int8", "bf16|zstd"])
-def test_a_file_and_a_message_hold_what_was_checksummed(tmp_path, monkeypatch, count, codec) -> None:
+def test_files_and_messages_hold_the_checksummed_bytes(tmp_path, monkeypatch, count, codec) -> None:
     array = np.zeros(count, np.float32)
     changing(monkeypatch, array)
     tw.save_file({"w": array}, tmp_path / "x.tw", codec=codec)
@@ -97,7 +97,7 @@ def test_a_thread_that_trains_while_another_saves(tmp_path) -> None:
         thread.join()
 
 
-def test_what_cannot_be_written_over_is_refused_where_it_changes(monkeypatch) -> None:
+def test_changed_tensors_are_refused_if_output_cannot_seek(monkeypatch) -> None:
     array = np.zeros(1 << 20, np.float32)
     changing(monkeypatch, array)
     with pytest.raises(EncodeError, match="was changed while it was written.*item 'w'"):
@@ -113,7 +113,7 @@ def test_a_late_header_makes_the_same_bytes(tmp_path) -> None:
 # ---------------------------------------------------------------------------------------------- Read, and rarely mapped
 
 
-def test_what_map_gives_is_what_the_file_holds(path: Path) -> None:
+def test_map_returns_the_content_of_the_file(path: Path) -> None:
     torch = pytest.importorskip("torch")
     import tensorwire.torch as front
 
@@ -139,7 +139,7 @@ def test_map_maps_one_item_and_nothing_else_does(path: Path) -> None:
         assert view[4] == 4 and sum(mapped()) <= 2 * 65536
 
 
-def test_a_file_that_is_cut_under_a_reader_is_an_error_and_no_signal(path: Path) -> None:
+def test_a_file_truncated_while_open_raises_an_error(path: Path) -> None:
     code = """
 import os, sys, tensorwire.numpy as tw
 file = tw.open_file(sys.argv[1])
@@ -206,7 +206,7 @@ def test_a_closed_file_says_so(path: Path, use: Callable[[object], object]) -> N
     assert repr(file) == f"TensorFile({str(path)!r}, closed)"
 
 
-def test_a_file_pickles_and_is_opened_where_it_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unpickled_file_opens_on_first_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     for module in (tensorwire, tw):
         data = pickle.dumps(module.open_file("model.tw", limits=tensorwire.Limits(items=100)))
@@ -258,7 +258,7 @@ INDEXES = [
 
 
 @pytest.mark.parametrize("codec", ["raw", "nf4", "zstd"])
-def test_a_slice_of_a_tensor_is_what_the_tensor_would_give(tmp_path: Path, codec: str) -> None:
+def test_a_slice_equals_indexing_the_tensor(tmp_path: Path, codec: str) -> None:
     for value in (LARGE, np.arange(24, dtype=np.int64).reshape(2, 12), np.float32(3), np.zeros((0, 4))):
         tw.save_file({"w": value}, tmp_path / "x.tw", codec=codec)
         with tw.open_file(tmp_path / "x.tw") as file:
@@ -391,7 +391,7 @@ def test_an_object_that_writes_a_little_at_a_time(path: Path) -> None:
     assert slow.getvalue() == path.read_bytes()
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_invalid_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
     with open(tmp_path / "x") as text:
         for call in (tw.load_file, tw.open_file, lambda file: tw.save_file({}, file)):
@@ -406,7 +406,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         tw.open_file(pipe)
 
 
-def test_an_object_that_is_closed_or_open_the_other_way_says_so(path: Path, tmp_path: Path) -> None:
+def test_closed_and_wrong_mode_file_objects_are_refused(path: Path, tmp_path: Path) -> None:
     for use in (tensorwire.load_file, tensorwire.open_file, lambda file: tensorwire.save_file(MODEL, file)):
         with pytest.raises(ClosedError, match="closed"), open(path, "rb") as file:
             file.close()
@@ -442,7 +442,7 @@ def test_a_pipe_is_read_from_front_to_back_only(tmp_path: Path) -> None:
                 read(tmp_path / "pipe")
 
 
-def test_progress_comes_to_its_end(tmp_path: Path) -> None:
+def test_progress_reaches_the_total(tmp_path: Path) -> None:
     calls: list[tuple[int, int | None]] = []
     size = tw.save_file(MODEL, tmp_path / "x.tw", progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (size, size) and [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -451,7 +451,7 @@ def test_progress_comes_to_its_end(tmp_path: Path) -> None:
     assert calls[-1] == (size, size)
 
 
-def test_tensors_come_on_the_device_that_was_asked_for(path: Path) -> None:
+def test_tensors_are_loaded_to_the_requested_device(path: Path) -> None:
     torch = pytest.importorskip("torch")
     import tensorwire.torch as front
 
@@ -518,7 +518,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         (b"", "empty|ended before|too short"),
     ],
 )
-def test_what_is_no_stream_is_called_by_its_name(tmp_path: Path, content: bytes, says: str) -> None:
+def test_other_kinds_of_files_are_identified(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "model.tw"
     path.write_bytes(content)
     calls = [tw.load_file, tw.open_file, tensorwire.verify, tensorwire.safetensors.SafetensorsFile]
@@ -537,7 +537,7 @@ def test_one_kind_of_file_taken_for_another(path: Path, tmp_path: Path) -> None:
         tw.load_file(tmp_path / "m")
 
 
-def test_a_source_that_has_nothing_yet_has_not_ended(tmp_path: Path) -> None:
+def test_a_non_blocking_source_without_data_raises(tmp_path: Path) -> None:
     class NonBlocking(io.RawIOBase):
         def readinto(self, buffer: memoryview) -> None:
             return None
@@ -557,7 +557,7 @@ def test_a_source_that_has_nothing_yet_has_not_ended(tmp_path: Path) -> None:
             call(NonBlocking())
 
 
-def test_text_is_no_source(path: Path, tmp_path: Path) -> None:
+def test_text_sources_are_refused(path: Path, tmp_path: Path) -> None:
     for call in (
         tw.loads,
         tw.load_file,
@@ -697,7 +697,7 @@ def test_a_file_of_fsspec_is_written_and_read(path: Path) -> None:
             assert np.array_equal(opened["tied"], LARGE)
 
 
-def test_an_answer_that_is_cut_is_an_error(url: str) -> None:
+def test_a_truncated_http_answer_raises(url: str) -> None:
     file = Fetched(url)
     Ranges.content = Ranges.content[:-1000]
     with pytest.raises(WireError, match=re.escape(url)):
@@ -746,7 +746,7 @@ def test_the_metadata_of_a_stream_comes_before_its_values(path: Path) -> None:
     assert asyncio.run(received()) == {"step": "7"}
 
 
-def test_an_object_that_has_no_more_than_read(path: Path) -> None:
+def test_file_objects_need_only_read(path: Path) -> None:
     class Reads:
         def __init__(self) -> None:
             self._file = io.BytesIO(path.read_bytes())

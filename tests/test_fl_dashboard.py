@@ -55,7 +55,7 @@ def test_metrics_are_in_the_format_of_prometheus():
     assert all(float(line.rpartition(" ")[2]) >= 0 for line in samples)
 
 
-def test_it_serves_what_there_is_read_only():
+def test_it_is_read_only():
     pytest.importorskip("starlette")
     pytest.importorskip("uvicorn")
     with dashboard(lambda: STATUS, "127.0.0.1", 0) as port:
@@ -158,7 +158,7 @@ def browse(where, folder, until=None):
         return browser.stderr.read()
 
 
-def test_without_the_extra_the_command_says_which(tmp_path, monkeypatch, capsys):
+def test_the_command_names_the_missing_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     tensorwire.save_file({"w": np.zeros(3, np.float32)}, tmp_path / "model.tw")
     files = [f"--state={tmp_path / 'state'}", f"--initial={tmp_path / 'model.tw'}"]

@@ -174,7 +174,7 @@ def not_a_number(state, client, round):
 
 
 @pytest.mark.parametrize("up", ["raw", "nf4", "bf16"])
-def test_nan_is_nothing_this_round_whatever_the_codec(tmp_path, up):
+def test_nan_means_no_update_this_round(tmp_path, up):
     with Loop(tmp_path, exact(rounds=2, clients=2, up=up, kind="weights")) as loop:
         for number in range(2):
             loop.client(f"c{number}", task_of(not_a_number), number=number)
@@ -184,7 +184,7 @@ def test_nan_is_nothing_this_round_whatever_the_codec(tmp_path, up):
         assert "NaN" in row["missing"]["c1"] or "nan" in row["missing"]["c1"]
 
 
-def test_a_round_of_which_nothing_can_count_leaves_the_model_as_it_is(tmp_path):
+def test_a_round_without_valid_updates_keeps_the_model(tmp_path):
     with Loop(tmp_path, exact(rounds=2, clients=2, quorum=2)) as loop:
         for number in range(2):
             loop.client(f"c{number}", task_of(not_a_number), number=number)
@@ -206,7 +206,7 @@ def test_a_task_that_fails_ends_its_client_and_no_round_waits_for_it(tmp_path):
     assert [row["counted"] for row in loop.rows] == [True, True]
 
 
-def test_a_client_that_dies_without_a_word_costs_one_deadline(tmp_path):
+def test_a_client_that_dies_silently_costs_one_deadline(tmp_path):
     with Loop(tmp_path, exact(rounds=4, clients=2, deadline=1.0)) as loop:
         with loop.connect() as transport:
             transport.run(greet())
@@ -255,7 +255,7 @@ def test_numbers_of_any_library_are_numbers(tmp_path, weight, metrics, kept):
 
 
 @pytest.mark.parametrize("weight", [0, np.float32(0), -1, float("nan"), float("inf")])
-def test_no_examples_is_nothing_this_round(tmp_path, weight):
+def test_no_examples_means_no_update_this_round(tmp_path, weight):
     def train(state, client, round):
         return stepping(state, client, round)[0], weight if client == 1 else 1, {}
 
@@ -272,13 +272,13 @@ def test_no_examples_is_nothing_this_round(tmp_path, weight):
     [
         (lambda state: {"w": state["w"].astype(np.float64)}, "float64"),
         (lambda state: {"w": state["w"][:3]}, "[3]"),
-        (lambda state: {**state, "more": state["w"]}, "which the model has not"),
+        (lambda state: {**state, "more": state["w"]}, "which the model does not have"),
         (lambda state: {}, "which the model has"),
         (lambda state: [state["w"]], "a mapping"),
         (lambda state: {"w": 1.0}, "tensors"),
     ],
 )
-def test_another_model_than_the_servers_ends_a_client_once_and_in_words(tmp_path, kind, gives, says):
+def test_a_client_with_another_model_ends_with_a_clear_error(tmp_path, kind, gives, says):
     trained = []
 
     def train(state, client, round):
@@ -291,7 +291,7 @@ def test_another_model_than_the_servers_ends_a_client_once_and_in_words(tmp_path
     assert trained == [0] and says in loop.rows[0]["missing"]["c"]
 
 
-def test_a_client_of_another_model_keeps_nothing_of_the_servers(tmp_path):
+def test_a_client_with_another_model_keeps_no_files(tmp_path):
     with Loop(tmp_path, exact()) as loop:
         loop.client("c", task_of(start=lambda: {"other": np.zeros(3, np.float32)}))
     assert isinstance(loop.ends["c"], SchemaError) and not [*(tmp_path / "c").iterdir()]
@@ -330,7 +330,7 @@ def tied():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_tied_weights_stay_tied_and_travel_once(tmp_path, apart):
+def test_tied_weights_stay_tied_and_are_sent_once(tmp_path, apart):
     """Also where training gives the one tensor twice, in memory of its own each time."""
 
     def train(state, client, round):
@@ -348,7 +348,7 @@ def test_tied_weights_stay_tied_and_travel_once(tmp_path, apart):
     assert len([*simulate(task_of(train, tied), exact())]) == 2
 
 
-def test_tied_weights_that_were_trained_apart_are_an_error_in_words(tmp_path):
+def test_tied_weights_trained_apart_raise_a_clear_error(tmp_path):
     def train(state, client, round):
         return {**state, "head": state["head"] + 1}, 1, {}
 
@@ -405,7 +405,7 @@ def test_a_damaged_update_is_made_again(tmp_path, damage):
     assert loop.ends == {"c": None} and "damaged" in "".join(loop.steps["c"])
 
 
-def test_a_damaged_residual_is_forgotten_with_a_word(tmp_path):
+def test_a_damaged_residual_is_dropped_with_a_message(tmp_path):
     (tmp_path / "c").mkdir()
     tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, tmp_path / "c" / "residual.tw")  # of another model
     with Loop(tmp_path, exact(feedback=True, up="nf4")) as loop:
@@ -425,7 +425,7 @@ def test_a_folder_in_place_of_the_model_is_named(tmp_path):
     assert isinstance(loop.ends["c"], StorageError) and "model.tw" in str(loop.ends["c"])
 
 
-def test_what_rounds_that_were_missed_have_left_is_removed(tmp_path):
+def test_files_of_missed_rounds_are_removed(tmp_path):
     folder = tmp_path / "c"
     folder.mkdir()
     for name in ("update-0123.tw", "update-0123.tw.residual", ".model.tw.0123456789abcdef.part", "residual.tw"):
@@ -522,7 +522,7 @@ ORDER = {"task": "train", **Order.of(exact(), 0, "0" * 64).message()}
         ({"task": "train"}, "lacks"),
     ],
 )
-def test_what_a_client_does_not_understand_ends_it_in_words(tmp_path, answer, says):
+def test_an_unknown_order_ends_a_client_with_a_clear_error(tmp_path, answer, says):
     with Fake(answer) as server, pytest.raises(SchemaError, match=says):
         Client("c", 0, task_of(), server.connect, tmp_path, patience=5).run()
 
@@ -544,7 +544,7 @@ def test_a_server_that_says_wait_is_asked_again_at_a_sensible_pace(tmp_path, sec
     assert not waiting.is_alive()
 
 
-def test_a_server_that_means_harm_fills_no_disk(tmp_path):
+def test_a_malicious_server_cannot_fill_the_disk(tmp_path):
     """Whatever it sends, under whatever name: the client keeps none of it."""
 
     def stream(tensors, **terms):
@@ -583,7 +583,7 @@ def test_a_round_that_closes_while_its_model_is_fetched_is_the_next_round(tmp_pa
     assert (1, 0) not in trained and set(loop.ends.values()) == {None}
 
 
-def test_somebody_who_delivers_nothing_does_not_keep_others_from_it(tmp_path, monkeypatch):
+def test_a_silent_uploader_does_not_block_others(tmp_path, monkeypatch):
     monkeypatch.setattr("tensorwire.transports.turns._STALL", 0.3)
     stop = threading.Event()
 
@@ -666,7 +666,7 @@ def started_again(folder: Path, plan: Plan):
 
 
 @pytest.mark.parametrize("what", ["nothing", "stray", "link", "flipped", "gone", "closed", "broadcast", "rules"])
-def test_a_server_goes_on_from_whatever_its_folder_holds(tmp_path, what):
+def test_a_server_continues_from_any_state_of_its_folder(tmp_path, what):
     plan = exact(clients=2)
     closed_but_not_averaged(tmp_path, plan)
     state = tmp_path / "state" / "round-0"
@@ -709,7 +709,7 @@ def test_a_folder_that_has_lost_its_model_says_what_to_do(tmp_path):
     started_again(tmp_path, exact())
 
 
-def test_an_update_that_rots_between_its_check_and_the_mean_is_left_out(tmp_path):
+def test_an_update_damaged_after_its_check_is_left_out(tmp_path):
     loop = Loop(tmp_path, exact(clients=2))
     real = loop.server._average
 
@@ -810,7 +810,7 @@ def adapted():
     return Task(lambda: copies({**backbone, **adapters}), train, lambda state: float(state["layers.0.lora_A"].sum()))
 
 
-def test_a_frozen_backbone_travels_once(tmp_path):
+def test_a_frozen_backbone_is_sent_once(tmp_path):
     """What a round sends down is no more than its adapters, whatever the codec makes of the rest."""
     task, sizes, models = adapted(), {}, {}
     adapters = 4 * 8192
@@ -868,7 +868,7 @@ def test_steps_between_tensors_of_every_kind(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_a_client_that_comes_late_gets_a_whole_model_and_then_differences(tmp_path, kind):
+def test_a_late_client_gets_a_whole_model_then_differences(tmp_path, kind):
     task = TASKS[kind]()
     loop = Loop(tmp_path, both_ways(deadline=0.3, rounds=5, down_kind=kind), start=task.initial)
     with loop:
@@ -906,7 +906,7 @@ def test_a_client_that_has_missed_rounds_gets_one_difference_after_the_other(tmp
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_what_a_client_holds_outlives_it_and_what_the_server_has_sent_outlives_that(tmp_path, kind):
+def test_versions_survive_restarts_of_client_and_server(tmp_path, kind):
     """A restart on each side is as if it had not been: the same bits, and no whole model a second time."""
     task, plan = TASKS[kind](), both_ways(rounds=3, down_kind=kind)
     for rounds in range(1, 4):
@@ -925,7 +925,7 @@ def test_what_a_client_holds_outlives_it_and_what_the_server_has_sent_outlives_t
 @pytest.mark.parametrize("lost", ["broadcast-0.tw", "step-1.tw", "both"])
 @pytest.mark.parametrize("how", ["gone", "flipped"])
 @pytest.mark.parametrize("kind", STEPS)
-def test_a_server_that_no_longer_knows_what_clients_hold_sends_it_whole(tmp_path, kind, lost, how):
+def test_a_server_sends_unknown_versions_whole(tmp_path, kind, lost, how):
     task, plan = TASKS[kind](), both_ways(clients=1, down_kind=kind)
     rounds = 2 if lost == "step-1.tw" else 1
     with Loop(tmp_path, replace(plan, rounds=rounds), start=task.initial) as loop:
@@ -985,7 +985,7 @@ def test_a_client_killed_while_it_adds_a_difference_adds_it_once(tmp_path, kind,
         assert not [*(folder / "c").glob(".*")]
 
 
-def test_a_difference_that_is_no_number_is_sent_whole(tmp_path):
+def test_a_nonfinite_difference_is_sent_whole(tmp_path):
     """Two finite models may be farther apart than any float."""
     most = np.float32(3e38)
     start = lambda: {"w": np.full((200, 300), most)}  # noqa: E731
@@ -998,7 +998,7 @@ def test_a_difference_that_is_no_number_is_sent_whole(tmp_path):
     assert list(simulate(task, plan))[-1].loss == -most
 
 
-def test_before_the_first_round_there_is_no_model_to_be_had(tmp_path):
+def test_no_model_is_sent_before_the_first_round(tmp_path):
     loop = Loop(tmp_path, exact())
     loop.server._begin_round = lambda began=loop.server._begin_round: (time.sleep(0.5), began())
     with loop:
@@ -1013,7 +1013,7 @@ def test_before_the_first_round_there_is_no_model_to_be_had(tmp_path):
 
 @pytest.mark.parametrize("held", [None, 7, [1], {"a": 1}, "x" * 1000, "0" * 64])
 @pytest.mark.parametrize("kind", STEPS)
-def test_whatever_somebody_says_to_hold_is_no_more_than_unknown(tmp_path, kind, held):
+def test_an_invalid_held_version_counts_as_unknown(tmp_path, kind, held):
     plan = both_ways(clients=1, rounds=1, down_kind=kind)
     with Loop(tmp_path, plan, start=descending().initial) as loop:
         with loop.connect() as transport:
@@ -1027,7 +1027,7 @@ def test_whatever_somebody_says_to_hold_is_no_more_than_unknown(tmp_path, kind, 
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_steps_that_lead_nowhere_end_a_client_in_words(tmp_path, kind):
+def test_invalid_steps_end_a_client_with_a_clear_error(tmp_path, kind):
     """A server that sends differences for ever, none of which leads to the model that it ordered."""
     task, folder = descending(), tmp_path / "c"
     folder.mkdir()
@@ -1046,7 +1046,7 @@ def test_steps_that_lead_nowhere_end_a_client_in_words(tmp_path, kind):
         Client("c", 0, task, server.connect, folder, patience=1).run()
 
 
-def test_a_patch_that_is_none_or_does_not_fit_ends_a_client_in_words_and_leaves_nothing(tmp_path):
+def test_an_invalid_patch_ends_a_client_and_leaves_no_files(tmp_path):
     task, folder = descending(), tmp_path / "c"
     model, other = task.initial(), {"x": np.zeros((3, 4), np.float32)}
     folder.mkdir()
@@ -1058,7 +1058,7 @@ def test_a_patch_that_is_none_or_does_not_fit_ends_a_client_in_words_and_leaves_
         "item 0|is for float32": ({"x": other["x"] + 1}, other),
     }
     sent = {why: [*tensorwire.encode(new, base=old, metadata=terms.metadata())] for why, (new, old) in patches.items()}
-    sent["no patch|against no version"] = [*encode(views(model), terms)]
+    sent["not a patch|against no version"] = [*encode(views(model), terms)]
     sent["another version"] = [*tensorwire.encode(model, base=model, metadata=Terms("run", 1, "0" * 64).metadata())]
     for why, buffers in sent.items():
 

@@ -134,7 +134,7 @@ def test_bytes_on_the_socket_are_those_of_the_streams(tmp_path):
             assert predicted <= row[way] < 1.01 * predicted
 
 
-def test_a_server_that_is_started_again_goes_on_where_it_was(tmp_path):
+def test_a_restarted_server_continues_where_it_was(tmp_path):
     expected = undisturbed(tmp_path / "a", Plan(rounds=4, clients=3))
     undisturbed(tmp_path / "b", Plan(rounds=2, clients=3))
     assert same(undisturbed(tmp_path / "b", Plan(rounds=4, clients=3)), expected)
@@ -174,7 +174,7 @@ BAD = {
 }
 
 
-def test_what_must_not_count_is_refused_with_a_reason_and_harms_nobody(tmp_path):
+def test_invalid_updates_are_refused_and_harm_nobody(tmp_path):
     plan = Plan(rounds=1, clients=2, quorum=1, max_norm=1e6)
     with Loop(tmp_path / "server", plan) as loop:
         loop.folder = tmp_path
@@ -283,7 +283,7 @@ def test_faults_and_kills_do_not_change_a_bit(tmp_path, down):
     assert same(tensorwire.load_file(state / "model.tw"), expected)
 
 
-def test_with_mutual_tls_a_client_is_who_its_certificate_says(tmp_path):
+def test_mutual_tls_binds_a_client_to_its_certificate(tmp_path):
     trustme = pytest.importorskip("trustme")
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -298,7 +298,7 @@ def test_with_mutual_tls_a_client_is_who_its_certificate_says(tmp_path):
         with loop.connect() as transport:
             transport.run(greet())
             transport.run(say({"client": "client-1", "want": "task", "hold": 0}))
-            with pytest.raises(RefusedError, match="does not speak for 'client-1'"):
+            with pytest.raises(RefusedError, match="not valid for client 'client-1'"):
                 transport.run(hear())
         take_part(loop, tmp_path, 0).join()
     assert {*loop.rows[0]["clients"]} == {"client-0"}

@@ -51,7 +51,7 @@ def test_an_answer_need_not_be_an_update(last):
     assert bool(run.ended()) == (last == "left")  # who has left is not waited for, who was refused is
 
 
-def test_who_leaves_and_comes_back_may_still_deliver():
+def test_a_client_that_returns_may_still_deliver():
     run, _ = members(2)
     run.heard("a")
     run.heard("b")
@@ -67,7 +67,7 @@ def test_who_leaves_and_comes_back_may_still_deliver():
     assert not run.wanted("b") and run.ended()
 
 
-def test_those_who_never_came_are_waited_for_until_a_deadline_and_then_no_more():
+def test_absent_clients_are_waited_for_only_until_a_deadline():
     run, clock = members(3)
     clock.now = 1000.0  # before anybody is there no time runs
     assert not run.ended() and run.left() is None
@@ -86,7 +86,7 @@ def test_those_who_never_came_are_waited_for_until_a_deadline_and_then_no_more()
     assert not run.ended() and run.wanted("b")
 
 
-def test_who_misses_a_deadline_costs_one_deadline_and_counts_again_when_heard_of():
+def test_a_client_that_misses_a_deadline_costs_only_one():
     run, clock = members(2)
     run.heard("a")
     run.heard("b")
@@ -102,7 +102,7 @@ def test_who_misses_a_deadline_costs_one_deadline_and_counts_again_when_heard_of
     assert not run.ended()
 
 
-def test_with_nobody_there_no_round_passes():
+def test_no_round_passes_without_clients():
     run, clock = members(2)
     for name in "ab":
         run.heard(name)
@@ -126,7 +126,7 @@ def test_names_and_numbers_of_members_are_bounded():
     run.heard("a")
 
 
-def test_a_round_asks_a_part_once_all_are_there_whoever_came_first():
+def test_a_sample_is_drawn_once_all_are_present():
     drawn = []
     for names in ("abcdefghij", "jihgfedcba"):
         run, _ = members(10, fraction=0.3, seed=5)
@@ -145,7 +145,7 @@ def test_a_round_asks_a_part_once_all_are_there_whoever_came_first():
     assert drawn[0] == drawn[1] and len(drawn[0]) == 3
 
 
-def test_a_draw_waits_no_longer_than_a_deadline_and_passes_over_who_is_gone():
+def test_a_draw_waits_until_a_deadline_and_skips_absent_clients():
     run, clock = members(3, sample=2)
     run.heard("a")
     assert not run.to_draw()
@@ -160,7 +160,7 @@ def test_a_draw_waits_no_longer_than_a_deadline_and_passes_over_who_is_gone():
     assert run.draw() == ["a"]
 
 
-def test_what_was_drawn_before_a_restart_stays():
+def test_a_draw_survives_a_restart():
     run, _ = members(3, sample=1)
     run.begin(4, ["b"])
     run.heard("a")
@@ -169,7 +169,7 @@ def test_what_was_drawn_before_a_restart_stays():
     assert run.ended()
 
 
-def test_all_who_wait_ask_no_more_than_a_hundred_times_a_second():
+def test_waiting_clients_ask_at_most_a_hundred_times_a_second():
     run, _ = members(1000)
     assert run.pause() == 0.1
     for number in range(1000):

@@ -80,20 +80,20 @@ def test_every_setting_is_an_option_with_its_default_in_the_help():
     ],
     ids=str,
 )
-def test_settings_that_make_no_sense_are_refused(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValueError, match="|".join(settings) + "|nf5"):
         Plan(**settings)
 
 
 @pytest.mark.parametrize("plan", [Plan(), OTHER])
-def test_an_order_carries_the_answer_that_the_plan_asks_for(plan):
+def test_an_order_carries_the_answer_settings_of_the_plan(plan):
     order = Order.of(plan, 7, BASE)
     assert Order.parse(order.message()) == order
     assert (order.run, order.round, order.base) == (plan.name, 7, BASE)
     assert {each.name: getattr(order, each.name) for each in fields(Answer)}.items() <= asdict(plan).items()
 
 
-def test_what_is_no_order_is_refused_with_what_is_wrong():
+def test_an_invalid_order_is_refused_with_the_reason():
     message = Order.of(Plan(), 7, BASE).message()
     for name in message:
         with pytest.raises(SchemaError, match=f"lacks {name}"):

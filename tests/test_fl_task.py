@@ -38,7 +38,7 @@ def descend():
 
 
 @pytest.mark.parametrize("kind", ["weights", "difference"])
-def test_federated_averaging_in_fp32_is_what_it_says(kind):
+def test_federated_averaging_in_fp32_equals_the_plain_mean(kind):
     rounds = list(simulate(descend(), exact(kind=kind, clients=4, rounds=5)))
     start = rounds[0].loss
     assert [point.number for point in rounds] == [0, 1, 2, 3, 4, 5]
@@ -46,7 +46,7 @@ def test_federated_averaging_in_fp32_is_what_it_says(kind):
     assert np.diff([point.bytes for point in rounds]) == pytest.approx(4 * 2 * 4000, rel=0.3)
 
 
-def test_what_each_setting_does_to_a_message():
+def test_each_setting_changes_messages_as_documented():
     def ends(**plan):
         return list(simulate(descend(), exact(clients=4, rounds=30, **plan)))[-1]
 
@@ -61,7 +61,7 @@ def test_what_each_setting_does_to_a_message():
     assert lossless.loss < fed.loss / 100
 
 
-def test_sparse_updates_and_small_outer_steps_reach_what_is_left_out_by_feedback_alone():
+def test_sparse_updates_need_feedback_and_small_outer_steps():
     """SparseLoCo's way of a round: what clients leave out waits, and the server takes smaller steps than one."""
     plan = exact(clients=4, rounds=60, kind="difference", up="sparse:k=100,bits=8", rate=0.3)
     fed, dropped = (list(simulate(descend(), replace(plan, feedback=each))) for each in (True, False))

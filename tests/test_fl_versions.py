@@ -60,7 +60,7 @@ def names(folder):
     return {name for name in os.listdir(folder) if name != "mine.tw"}
 
 
-def test_one_difference_a_round_and_as_many_as_are_worth_it(tmp_path):
+def test_differences_are_chained_while_they_are_smaller(tmp_path):
     versions, steady, first = Versions(tmp_path, PLAN), Holder(), None
     for number in range(12):
         versions.begin(number, model_of(number))
@@ -80,7 +80,7 @@ def test_one_difference_a_round_and_as_many_as_are_worth_it(tmp_path):
 
 
 @pytest.mark.parametrize("down", ["raw", "bf16", "nf4"])
-def test_a_patch_a_round_and_the_codec_for_whoever_is_new(tmp_path, down):
+def test_holders_get_patches_and_new_clients_the_codec(tmp_path, down):
     plan, steady = replace(PATCHES, down=down), Holder()
     versions = Versions(tmp_path, plan)
     for number in range(4):
@@ -104,7 +104,7 @@ def same(left, right):
     return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 
-def test_a_patch_that_is_longer_than_the_whole_is_not_kept_and_that_is_said(tmp_path):
+def test_a_patch_longer_than_the_whole_is_dropped_and_reported(tmp_path):
     notes: list[str] = []
     versions, holder = Versions(tmp_path, PATCHES, notes.append), Holder()
     for number in range(3):
@@ -116,7 +116,7 @@ def test_a_patch_that_is_longer_than_the_whole_is_not_kept_and_that_is_said(tmp_
 
 
 @pytest.mark.parametrize("how", ["gone", "cut"])
-def test_a_version_whose_encoded_form_is_lost_is_sent_as_it_stands(tmp_path, how):
+def test_a_version_without_its_encoded_form_is_sent_raw(tmp_path, how):
     versions = Versions(tmp_path, PATCHES)
     versions.begin(0, model_of(0))
     base, path = versions.base, tmp_path / "whole-0.tw"
@@ -128,7 +128,7 @@ def test_a_version_whose_encoded_form_is_lost_is_sent_as_it_stands(tmp_path, how
     assert Holder().follow(versions, tmp_path) == 1
 
 
-def test_nobody_holds_nothing(tmp_path):
+def test_an_empty_name_holds_no_version(tmp_path):
     """A step that says not what it is from is nobody's, least of all theirs who hold nothing."""
     for kind in STEPS:
         versions = Versions(tmp_path, replace(PLAN, down_kind=kind))
@@ -144,7 +144,7 @@ def test_nobody_holds_nothing(tmp_path):
         assert again._whole.held == "" and again._ways == {}
 
 
-def test_a_patch_is_followed_by_whoever_holds_its_base_alone(tmp_path):
+def test_only_holders_of_its_base_can_follow_a_patch(tmp_path):
     versions, holder = Versions(tmp_path, PATCHES), Holder()
     for number in range(2):
         versions.begin(number, frozen_but_for(number))
@@ -162,7 +162,7 @@ def test_a_patch_is_followed_by_whoever_holds_its_base_alone(tmp_path):
     assert same(holder.state, before)
 
 
-def test_whole_models_leave_nothing_behind_and_are_what_their_codec_makes_of_them(tmp_path):
+def test_whole_models_are_their_decoded_codec_and_leave_no_files(tmp_path):
     versions = Versions(tmp_path, replace(PLAN, down_kind="weights"))
     for number in range(3):
         versions.begin(number, model_of(number))
@@ -171,7 +171,7 @@ def test_whole_models_leave_nothing_behind_and_are_what_their_codec_makes_of_the
 
 
 @pytest.mark.parametrize("kinds", [*permutations(("weights", *STEPS), 2)])
-def test_a_run_may_change_its_mind_when_it_is_started_again(tmp_path, kinds):
+def test_a_restarted_run_may_change_its_settings(tmp_path, kinds):
     holder, bases = Holder(), []
     for number, kind in enumerate((kinds[0], kinds[0], kinds[1], kinds[1])):
         versions = Versions(tmp_path, replace(PLAN, down_kind=kind))
@@ -192,7 +192,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(("plan", "least"), [(PLAN, 3), (PATCHES, 4), (replace(PATCHES, down="raw"), 3)])
-def test_a_server_killed_between_any_two_steps_goes_on_to_the_same_version(tmp_path, monkeypatch, plan, least):
+def test_a_server_killed_at_any_step_makes_the_same_version(tmp_path, monkeypatch, plan, least):
     model_of = frozen_but_for if plan.down_kind == "patch" else globals()["model_of"]
     (tmp_path / "calm").mkdir()
     calm = Versions(tmp_path / "calm", plan)

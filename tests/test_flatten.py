@@ -60,7 +60,7 @@ AT_HEART = {
 
 @pytest.mark.parametrize("kind", AT_HEART)
 @pytest.mark.parametrize("with_tensor", [False, True])
-def test_a_container_of_a_subclass_travels_as_what_it_is_at_heart(kind: str, with_tensor: bool) -> None:
+def test_a_container_subclass_is_sent_as_its_base_type(kind: str, with_tensor: bool) -> None:
     value, wanted = AT_HEART[kind]
     tree = {"x": [value, BIG[:1]] if with_tensor else value}
     got = tn.loads(tn.dumps(tree))["x"]
@@ -95,14 +95,14 @@ REMEDIES = {
 
 @pytest.mark.parametrize("kind", REMEDIES)
 @pytest.mark.parametrize("front", [tn, tensorwire])
-def test_what_is_no_value_is_refused_with_what_to_send_instead(kind: str, front: Any) -> None:
+def test_other_objects_are_refused_with_a_remedy(kind: str, front: Any) -> None:
     value, says = REMEDIES[kind]
     with pytest.raises(EncodeError, match=f"cannot be sent.*{says}") as caught:
         front.dumps({"a": [1, {"b": value}], "t": BIG})
     assert caught.value.item == "/a/1/b"
 
 
-def test_a_proxy_that_raises_whatever_is_asked_of_it_is_refused() -> None:
+def test_a_proxy_that_raises_on_any_access_is_refused() -> None:
     class Proxy:
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError("not bound")
@@ -111,7 +111,7 @@ def test_a_proxy_that_raises_whatever_is_asked_of_it_is_refused() -> None:
         tensorwire.dumps({"a": Proxy()})
 
 
-def test_modules_and_their_parameters_say_state_dict() -> None:
+def test_modules_are_refused_with_a_hint_at_state_dict() -> None:
     torch = pytest.importorskip("torch")
     import tensorwire.torch as tw
 
@@ -127,7 +127,7 @@ def test_modules_and_their_parameters_say_state_dict() -> None:
     assert set(tw.loads(tw.dumps(module.named_parameters()))) == {"weight", "bias"}
 
 
-def test_a_training_checkpoint_goes_round(tmp_path: Path) -> None:
+def test_a_training_checkpoint_round_trips(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import tensorwire.torch as tw
 
@@ -155,14 +155,14 @@ def processor_seconds(job: Any) -> float:
     return time.process_time() - began
 
 
-def test_a_list_that_stands_in_several_places_comes_back_at_each() -> None:
+def test_a_list_in_several_places_comes_back_in_each() -> None:
     shared = {"lr": 0.1, "steps": [1, 2]}
     tree = {"a": shared, "b": [shared, shared], "t": BIG[:1]}
     assert repr(tn.loads(tn.dumps(tree))) == repr(tree)
     assert tn.loads(tn.dumps({"x": doubled(10)})) == {"x": doubled(10)}
 
 
-def test_repetition_costs_its_bytes_and_beyond_measure_it_is_refused_at_once() -> None:
+def test_repetition_costs_its_bytes_and_too_much_is_refused() -> None:
     few, many = (processor_seconds(lambda: tn.dumps({"x": doubled(depth)})) for depth in (10, 14))
     assert many < 64 * few + 0.2
     for depth in (24, 30):
@@ -171,7 +171,7 @@ def test_repetition_costs_its_bytes_and_beyond_measure_it_is_refused_at_once() -
                 tn.dumps({"x": doubled(depth, leaf)})
 
 
-def test_a_container_in_itself_and_endless_depth_are_refused() -> None:
+def test_cyclic_and_too_deep_containers_are_refused() -> None:
     ring: dict = {}
     ring["again"] = [ring]
     deep: list = []
@@ -270,7 +270,7 @@ QUANTIZED = {
 
 @pytest.mark.parametrize("codec", ["nf4", "int8", "bf16", "nf4|zstd"])
 @pytest.mark.parametrize("model", QUANTIZED)
-def test_scales_and_tables_of_quantized_weights_travel_exactly_and_the_caller_is_told(model: str, codec: str) -> None:
+def test_scales_of_quantized_weights_stay_exact_and_are_reported(model: str, codec: str) -> None:
     state, exact = QUANTIZED[model]
     other = {"other.weight": BIG, "norm.weight": SCALE.copy()}
     for order in ({**state, **other}, {**other, **dict(reversed(state.items()))}):
@@ -285,7 +285,7 @@ def test_scales_and_tables_of_quantized_weights_travel_exactly_and_the_caller_is
         assert "norm.weight" not in told and "other.weight" not in told
 
 
-def test_codes_beside_large_tensors_keep_nobody_from_being_compressed() -> None:
+def test_codes_beside_large_tensors_do_not_prevent_compression() -> None:
     report = Report()
     got = tn.loads(
         tn.dumps(
@@ -298,7 +298,7 @@ def test_codes_beside_large_tensors_keep_nobody_from_being_compressed() -> None:
     assert {row.name for row in report.otherwise} == {"tokens", "labels", "mask", "step"}
 
 
-def test_a_function_has_the_last_word_on_scales_and_pairs_are_judged_by_what_came_before() -> None:
+def test_a_function_decides_about_scales_and_pairs_look_back() -> None:
     state = QUANTIZED["fp8"][0]
     got = tn.loads(tn.dumps(state, codec=lambda name, value: "bf16"))
     assert not np.array_equal(got["w_scale_inv"], SCALE)

@@ -33,7 +33,7 @@ def test_every_stored_vector_has_a_recipe_and_every_recipe_is_stored():
     assert sorted(path.stem for path in (FOLDER / "bad").glob("*.tw")) == BAD
 
 
-def test_what_the_vectors_hold_is_listed_for_readers_in_any_language():
+def test_expected_values_are_listed_for_readers_in_any_language():
     assert (FOLDER / "vectors.json").read_text() == make.listed(), "run tests/golden/make.py"
     check = [sys.executable, FOLDER / "check.py"]
     run = subprocess.run(check, capture_output=True, text=True, check=False, cwd=FOLDER)
@@ -56,7 +56,7 @@ def test_the_library_and_the_reference_reader_read_the_same(name):
     assert same(verdict.value, content(read_reference(data).root))
 
 
-def test_vectors_hold_what_went_in():
+def test_vectors_hold_their_input():
     assert same(read_reference(stored("values")).root, make.VALUES)
     assert same(read_reference(stored("nested")).root, plain(make.NESTED))
     assert same(read_reference(stored("dtypes-raw")).root, plain(make.every_dtype()))
@@ -105,7 +105,7 @@ UNKNOWN_BY_INDEX = {"end-digest"}
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_stream_at_rest_gets_its_error_by_every_way_in(name):
+def test_a_bad_file_gets_its_error_from_every_reader(name):
     error, _, recipe = bad.BAD[name]
     data, file = recipe(at_rest), "file" in name
     whole = library(data, file=file)
@@ -118,7 +118,7 @@ def test_a_bad_stream_at_rest_gets_its_error_by_every_way_in(name):
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_good_stream_at_rest_holds_the_same_by_every_way_in(name):
+def test_a_good_file_has_the_same_content_for_every_reader(name):
     original, file = stored(name), name.startswith("file")
     data = at_rest(take_apart(original), head=original[:16])
     wanted = library(original, file=file)
@@ -129,7 +129,7 @@ def test_a_good_stream_at_rest_holds_the_same_by_every_way_in(name):
     assert file or len(got) == len(by_name)
 
 
-def test_a_stream_against_a_version_is_for_that_version_alone():
+def test_a_stream_with_a_base_applies_only_to_that_version():
     data, base = stored("bad/stream-base"), bytes(range(32))
     first = next(event for event in Reader(crc32c).feed(data))
     assert isinstance(first, StreamStart)
@@ -144,7 +144,7 @@ def test_a_stream_against_a_version_is_for_that_version_alone():
     assert reference.read(data, base=base).base == base
 
 
-def test_the_version_that_a_stream_makes_is_told_ahead_or_at_the_end():
+def test_the_target_digest_is_the_same_at_both_ends():
     data = stored("target")
     events = [*Reader(crc32c).feed(data)]
     assert events[0].info.target == read_reference(data).target == take_apart(data)[-2].payload

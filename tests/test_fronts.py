@@ -48,7 +48,7 @@ def layouts(draw: Any) -> np.ndarray:
 
 
 @given(layouts(), st.data())
-def test_any_part_of_any_layout_reads_as_it_does_contiguous(array: np.ndarray, data: Any) -> None:
+def test_any_layout_reads_like_contiguous_memory(array: np.ndarray, data: Any) -> None:
     flat, read = np.ascontiguousarray(array).reshape(-1), reader(array)
     for _ in range(5):
         start, stop = sorted(data.draw(st.tuples(st.integers(0, flat.size), st.integers(0, flat.size))))
@@ -56,7 +56,7 @@ def test_any_part_of_any_layout_reads_as_it_does_contiguous(array: np.ndarray, d
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.data())
-def test_pieces_cover_what_was_asked_for_once_and_in_order(shape: list[int], data: Any) -> None:
+def test_pieces_cover_the_range_once_and_in_order(shape: list[int], data: Any) -> None:
     array = np.arange(int(np.prod(shape))).reshape(shape)
     start, stop = sorted(data.draw(st.tuples(st.integers(0, array.size), st.integers(0, array.size))))
     covered = []
@@ -67,7 +67,7 @@ def test_pieces_cover_what_was_asked_for_once_and_in_order(shape: list[int], dat
 
 
 @pytest.mark.parametrize("shape", [(2, 3 * MIB // 4), (3, 5, 7001), (4099, 1031), (64, 100_003)])
-def test_slices_that_are_short_along_the_contiguous_axis_are_read_ahead_and_nothing_stays(shape: tuple) -> None:
+def test_short_slices_are_read_ahead_and_then_released(shape: tuple) -> None:
     array = np.arange(np.prod(shape), dtype=np.uint32).reshape(shape[::-1]).transpose()
     expected, read, step = np.ascontiguousarray(array).reshape(-1), reader(array), 9_973
     for _ in range(2):  # a codec may look at a tensor more than once
@@ -140,7 +140,7 @@ def test_conjugates_and_negatives_are_made_slice_by_slice() -> None:
 
 
 @pytest.mark.parametrize("dtype", [">i2", ">u8", ">f2", ">f4", ">f8", ">c8", ">c16"])
-def test_big_endian_arrays_come_back_to_the_bit(dtype: str) -> None:
+def test_big_endian_arrays_round_trip_bit_exact(dtype: str) -> None:
     bits = np.random.default_rng(0).integers(0, 256, 16 * 60, np.uint8)
     for array in (bits.view(dtype), bits.view(dtype)[::-3], bits.view(dtype)[:60].reshape(10, 6).T):
         native = array.dtype.newbyteorder("=")
@@ -167,7 +167,7 @@ def bools() -> "torch.Tensor":
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_bools_of_any_byte_arrive_as_what_they_mean(codec: str, tmp_path: Path) -> None:
+def test_bools_of_any_byte_arrive_as_true_or_false(codec: str, tmp_path: Path) -> None:
     sources = {
         "torch": (tw, bools()),
         "expanded": (tw, bools()[:3].expand(2, 3)),
@@ -208,7 +208,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("kind", SHORT)
-def test_storage_that_was_freed_or_cut_is_never_read(kind: str) -> None:
+def test_freed_or_truncated_storage_is_never_read(kind: str) -> None:
     for front in (tw, tn, tensorwire):
         with pytest.raises(EncodeError, match=r"storage holds \d+ of the \d+ bytes.*item 'w'"):
             front.dumps({"w": SHORT[kind]()})
@@ -345,7 +345,7 @@ WRAPPED = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_what_carries_more_than_its_memory_is_refused_with_the_remedy(kind: str) -> None:
+def test_subclasses_with_extra_state_are_refused_with_a_remedy(kind: str) -> None:
     make, says = WRAPPED[kind]
     value = make()
     for front in (tw, tn, tensorwire):
@@ -367,7 +367,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_what_is_its_memory_alone_is_sent(kind: str) -> None:
+def test_subclasses_without_extra_state_are_sent(kind: str) -> None:
     for front in (tw, tn):
         got = front.loads(front.dumps({"x": WHOLE[kind]()}))["x"]
         assert type(got) in (torch.Tensor, np.ndarray)
@@ -492,7 +492,7 @@ def test_under_a_fake_mode_real_tensors_are_sent_and_none_are_made() -> None:
 # ---------------------------------------------------------------------------------------------- The other library
 
 
-def test_each_front_sends_the_tensors_of_the_other_and_gives_its_own() -> None:
+def test_each_front_sends_both_libraries_and_returns_its_own() -> None:
     array, tensor = np.arange(6, dtype=np.int16).reshape(2, 3).T, torch.arange(3).bfloat16()
     value = {"array": array, "tensor": tensor, "scalar": np.float64(0.5), "state": [np.int64(3), (np.bool_(True),)]}
     assert tw.dumps(value) == tn.dumps(value) == tensorwire.dumps(value)
@@ -506,7 +506,7 @@ def test_each_front_sends_the_tensors_of_the_other_and_gives_its_own() -> None:
     assert np.array_equal(room["array"], array)
 
 
-def test_random_states_of_both_libraries_and_of_python_go_round() -> None:
+def test_random_states_round_trip() -> None:
     states = {"numpy": np.random.get_state(), "torch": torch.get_rng_state(), "python": random.getstate()}  # noqa: NPY002
     got = tw.loads(tw.dumps(states))
     np.random.set_state((*got["numpy"][:1], got["numpy"][1].numpy(), *(x for x in got["numpy"][2:])))  # noqa: NPY002
@@ -514,7 +514,7 @@ def test_random_states_of_both_libraries_and_of_python_go_round() -> None:
     random.setstate(got["python"])
 
 
-def test_what_numpy_cannot_calculate_with_is_never_given_as_numbers() -> None:
+def test_dtypes_without_numpy_arithmetic_come_as_raw_bits() -> None:
     pairs = torch.arange(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     got = tn.loads(tn.dumps({"x": pairs}))["x"]
     with pytest.raises(TypeError):

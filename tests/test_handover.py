@@ -85,7 +85,7 @@ def test_quantized_parameters_travel_beside_ordinary_ones() -> None:
     assert torch.equal(received["bias"], layer.bias.detach().bfloat16().float())
 
 
-def test_states_that_are_not_bitsandbytes_own_are_refused() -> None:
+def test_foreign_quantization_states_are_refused() -> None:
     codes, state = functional.quantize_4bit(weights(64, 64), quant_type="nf4")
     state.code = state.code.flip(0)
     with pytest.raises(EncodeError, match="code table.*item 'w'"):
@@ -116,7 +116,7 @@ def test_double_quantization_equals_bitsandbytes_given_its_offset() -> None:
 
 @pytest.mark.parametrize("mode", ["meta", "cpu", "float64", "inference"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_no_global_mode_of_torch_changes_what_is_handed_over(mode: str, nested: bool) -> None:
+def test_torch_global_modes_do_not_change_the_result(mode: str, nested: bool) -> None:
     codes, state = functional.quantize_4bit(weights(64, 64), compress_statistics=nested, quant_type="nf4")
     linear, linear_state = functional.quantize_blockwise(weights(5000), blocksize=256)
     sent = {"w": Quantized(codes, state), "i": Quantized(linear, linear_state), "e": torch.empty(0, 3)}
@@ -138,7 +138,7 @@ def test_no_global_mode_of_torch_changes_what_is_handed_over(mode: str, nested: 
         assert torch.equal(flat_decode(theirs), flat_decode(value))
 
 
-def test_a_quantized_model_goes_by_its_state_dict_exactly_under_any_codec() -> None:
+def test_a_quantized_state_dict_is_exact_under_any_codec() -> None:
     layer = bnb.nn.Linear4bit(64, 32, bias=True, quant_type="nf4", compress_statistics=True)
     layer.load_state_dict(torch.nn.Linear(64, 32).state_dict())
     state = {**layer.to("cpu").state_dict(), "other.weight": weights(64, 64)}

@@ -96,7 +96,7 @@ def test_a_case_gets_its_error_however_it_arrives(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_was_delivered_before_is_whole_and_nothing_of_the_broken_item_is(name):
+def test_earlier_items_are_delivered_and_the_broken_one_is_not(name):
     stream = ALL[name].recipe()
     if is_file(name):
         return  # a file is delivered as a whole or not: test_a_refused_stream_leaves_no_file
@@ -123,7 +123,7 @@ def test_what_was_delivered_before_is_whole_and_nothing_of_the_broken_item_is(na
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_command_line_says_the_same(name, tmp_path, capsys):
+def test_the_command_line_gives_the_same_verdict(name, tmp_path, capsys):
     case = ALL[name]
     if case.limits is not DEFAULT:
         pytest.skip("the command line has the default limits")
@@ -141,7 +141,7 @@ def test_the_command_line_says_the_same(name, tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_every_case_costs_a_second_and_memory_of_what_was_fed_at_most():
+def test_every_case_is_bounded_in_time_and_memory():
     """Resident memory by the kernel's own high-water mark, in a process of its own."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs Linux, to reset the high-water mark of memory")
@@ -157,7 +157,7 @@ def test_every_case_costs_a_second_and_memory_of_what_was_fed_at_most():
 
 
 @pytest.mark.parametrize("name", INDEXES)
-def test_an_index_that_points_elsewhere_is_refused_and_ignored_by_who_does_not_need_it(name, tmp_path):
+def test_a_wrong_index_is_refused_only_by_random_access(name, tmp_path):
     error, recipe = INDEXES[name]
     stream = recipe()
     assert same(library(stream).value, library(stored("at-rest")).value)
@@ -168,7 +168,7 @@ def test_an_index_that_points_elsewhere_is_refused_and_ignored_by_who_does_not_n
     assert type(caught.value).__name__ == error
 
 
-def test_an_index_is_held_to_the_limit_of_items(tmp_path):
+def test_an_index_obeys_the_limit_of_items(tmp_path):
     path = tmp_path / "x.tw"
     tw.save_file({"a": np.zeros(3), "b": np.ones(3)}, path)
     with tw.open_file(path, limits=Limits(items=3)) as file:
@@ -211,7 +211,7 @@ NAMES = ["..", "/etc/passwd", "C:\\x", "CON", "a/../../b", "x" * 1024, ".hidden"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_name_of_a_file_is_no_path(name, tmp_path):
+def test_file_names_are_never_paths(name, tmp_path):
     stream = assemble((START, item(0, DICT, []), item(1, FILE, [name], size=3, codec=[[1]]), data(1, b"abc"), end()))
     target = tmp_path / "target"
     assert decode_file(stream, target) == name
@@ -298,7 +298,7 @@ def test_dimensions_that_the_receivers_numpy_lacks_are_unsupported():
         tw.loads(stream, limits=Limits(ndim=ndim))
 
 
-def test_an_error_of_a_value_says_where():
+def test_errors_in_values_say_where():
     with pytest.raises(WireError) as caught:
         tw.loads(stored("bad/value-two-objects"))
     assert (caught.value.item, caught.value.frame) == ("v", 3)

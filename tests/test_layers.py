@@ -158,7 +158,7 @@ ABOVE = [path for path in FILES if LAYER[room_of(path)] > LAYER["__init__"]]
 
 
 @pytest.mark.parametrize("path", ABOVE, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_what_a_stranger_could_have_written_imports_public_names_only(path):
+def test_upper_rooms_import_only_public_names(path):
     """What rooms export, from their `__init__` or from a module that is named as public."""
     for name, _ in imports(path):
         module, _, last = name.rpartition(".")
@@ -194,7 +194,7 @@ def test_import_tensorwire_loads_no_foreign_library_and_no_room_it_does_not_need
     assert rooms <= set().union(*LAYERS[:5]) | {"streams", "files", "api", "numpy"}
 
 
-def test_rooms_come_when_asked_for():
+def test_rooms_are_imported_on_first_use():
     assert "tensorwire.transports" in loaded_by("import tensorwire; tensorwire.transports")
     assert "tensorwire.updates" in loaded_by("import tensorwire; tensorwire.updates")
     assert "torch" not in loaded_by("import tensorwire; tensorwire.loads(tensorwire.dumps({'a': 1}))")

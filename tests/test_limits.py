@@ -56,7 +56,7 @@ def test_a_writer_past_a_limit_is_told_which_and_how_to_raise_it_before_the_firs
     encode(DEFAULT)
 
 
-def test_what_cannot_be_known_ahead_is_refused_when_it_is_reached():
+def test_limits_on_unknown_sizes_apply_when_reached():
     def pairs() -> Iterator[tuple[str, Any]]:
         yield from MODEL.items()
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_known_ahead_is_refused_when_it_is_reached():
     assert caught.value.item == "layer.7" and passed <= SMALL.stream
 
 
-def test_a_receiver_is_told_the_same():
+def test_a_receiver_gets_the_same_message():
     with pytest.raises(LimitError, match=r"Limits\(stream=") as caught:
         tw.loads(tw.dumps(MODEL), limits=Limits(stream=1 << 19))
     assert caught.value.field == "stream"
@@ -107,25 +107,25 @@ def test_a_function_of_files_names_the_limit(tmp_path: Path):
 
 
 @pytest.mark.parametrize("limits", [None, {}, 3, "stream=1"])
-def test_what_is_no_limits_is_refused_in_words(limits: Any):
+def test_invalid_limits_are_refused_with_a_clear_error(limits: Any):
     for call in (lambda: tw.dumps(MODEL, limits=limits), lambda: tw.loads(tw.dumps({}), limits=limits)):
         with pytest.raises(ArgumentError, match=r"limits must be a tensorwire\.Limits, not"):
             call()
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "1", True, None])
-def test_a_limit_is_a_whole_number(value: Any):
+def test_a_limit_is_a_non_negative_integer(value: Any):
     with pytest.raises(ArgumentError, match="the limit items must be a non-negative integer"):
         Limits(items=value)
 
 
 @pytest.mark.parametrize("metadata", ["x", 3, ["a"], {"a": 1}, {"a": "\ud800"}])
-def test_metadata_that_cannot_travel_is_refused_in_words(metadata: Any):
+def test_invalid_metadata_is_refused_with_a_clear_error(metadata: Any):
     with pytest.raises(EncodeError, match="metadata"):
         tw.dumps(MODEL, metadata=metadata)
 
 
 @pytest.mark.parametrize("into", [3, "x", [ONE]])
-def test_what_is_to_be_filled_is_a_mapping(into: Any):
+def test_into_must_be_a_mapping(into: Any):
     with pytest.raises(ArgumentError, match="into= maps names to tensors"):
         list(tw.decode(tw.dumps(MODEL), into=into))

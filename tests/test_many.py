@@ -49,7 +49,7 @@ def test_small_tensors_share_frames(count: int, frames: list[str]) -> None:
     assert tw.encoded_size(experts(count)) == len(stream)
 
 
-def test_a_bundle_has_128_kib_at_most_and_ends_at_what_is_not_small() -> None:
+def test_a_bundle_ends_at_128_kib_or_a_large_item() -> None:
     state = experts(40, 1024) | {"large": np.zeros(1025, np.float32)} | {f"b.{n}": np.zeros(1) for n in range(16)}
     stream = tw.dumps(state)
     assert types(stream)[2:-1] == ["BUNDLE", *["DATA"] * 9, "DATA", "BUNDLE"]
@@ -71,7 +71,7 @@ def test_descriptions_fill_frames() -> None:
 
 
 @pytest.mark.parametrize("codec", ["raw", "nf4", "int8|zstd", "bf16", "zstd"])
-def test_bundles_carry_what_frames_do_under_every_codec(codec: str, tmp_path: Path) -> None:
+def test_bundles_carry_the_same_values_under_every_codec(codec: str, tmp_path: Path) -> None:
     state = {f"{number}": np.linspace(-1, 1, 33 + number, dtype=np.float32) for number in range(30)}
     few = [tw.loads(tw.dumps({name: state[name]}, codec=codec))[name] for name in state]
     assert same(tw.loads(tw.dumps(state, codec=codec)), dict(zip(state, few, strict=True)))
@@ -107,7 +107,7 @@ def test_items_of_a_bundle_are_read_one_by_one(tmp_path: Path) -> None:
     assert tw.load_file(tmp_path / "x.tw")["tied"] is not None
 
 
-def test_what_is_in_a_bundle_lands_where_it_is_wanted() -> None:
+def test_bundled_items_are_received_in_place() -> None:
     state = experts(20)
     into = {name: np.zeros(16, np.float32) for name in [*state][:5]}
     got = tw.loads(tw.dumps(state), into=into)
@@ -116,7 +116,7 @@ def test_what_is_in_a_bundle_lands_where_it_is_wanted() -> None:
         tw.loads(tw.dumps(state), expect=experts(20, 15))
 
 
-def test_small_tensors_of_more_shapes_than_are_remembered() -> None:
+def test_more_shapes_of_small_tensors_than_are_cached() -> None:
     state = {f"{size}": np.full(size, size % 256, np.uint8) for size in range(1, 1100)}
     assert same(tw.loads(tw.dumps(state)), state)
 

@@ -29,7 +29,7 @@ def model():
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_a_buffer_is_opened_as_the_file_is_that_it_holds(model, kind, tmp_path):
+def test_a_buffer_opens_like_the_file_it_holds(model, kind, tmp_path):
     data = held(model)
     path = tmp_path / "model.tw"
     path.write_bytes(data)
@@ -50,7 +50,7 @@ def test_a_raw_tensor_is_mapped_without_a_copy_of_the_buffer(model):
     assert np.array_equal(mapped, model["large"])
 
 
-def test_what_may_be_written_to_is_a_copy(model):
+def test_writable_tensors_are_copies(model):
     torch = pytest.importorskip("torch")
     data = held(model)
     with tensorwire.torch.open_file(data) as file:
@@ -112,7 +112,7 @@ def test_a_view_of_a_damaged_item_is_refused(model, codec):
         file.view("large").read(0, model["large"].size)
 
 
-def test_a_value_is_no_view():
+def test_a_value_cannot_be_viewed():
     with tensorwire.open_file(held({"a": 1})) as file:
         with pytest.raises(EncodeError, match="read a value"):
             file.view("a")
@@ -130,14 +130,14 @@ def test_a_raw_view_is_verified_once(model):
         view.read(8, 10)  # is not looked at again
 
 
-def test_added_is_the_way_back_from_subtract(model):
+def test_added_inverts_subtract(model):
     new = {name: np.asarray(tensor) * np.asarray(2, np.asarray(tensor).dtype) for name, tensor in model.items()}
     back = added(subtract(new, model), model)
     for name, view in back.items():
         assert np.array_equal(np.frombuffer(view.read(0, view.numel), view.dtype.name), np.ravel(new[name]))
 
 
-def test_a_change_in_another_dtype_takes_that_of_the_base():
+def test_a_change_takes_the_dtype_of_its_base():
     base, change = {"w": np.full(3, 1.0, np.float32)}, {"w": np.full(3, 0.5, np.float16)}
     view = added(change, base)["w"]
     assert view.dtype.name == "float32"
@@ -147,12 +147,12 @@ def test_a_change_in_another_dtype_takes_that_of_the_base():
 @pytest.mark.parametrize(
     "base", [{}, {"w": np.zeros(4, np.float32)}, {"w": np.zeros(3, np.complex64)}, {"w": np.zeros(3, np.int32)}]
 )
-def test_a_change_is_to_a_base_like_it(base):
+def test_a_change_needs_a_matching_base(base):
     with pytest.raises(EncodeError, match="w"):
         added({"w": np.zeros(3, np.float32)}, base)
 
 
-def test_feedback_goes_on_from_a_residual_that_was_kept_elsewhere():
+def test_feedback_continues_from_a_given_residual():
     change = subtract({"w": np.linspace(0, 1, 64, dtype=np.float32)}, {"w": np.zeros(64, np.float32)})
     one, kept = ErrorFeedback(), {}
     for _ in range(3):

@@ -54,7 +54,7 @@ def test_two_paths_never_have_one_name(one, other):
 
 
 @given(st.text("/~012a.", max_size=8))
-def test_what_is_no_name_is_refused(name):
+def test_invalid_names_are_refused(name):
     try:
         path = path_of(name)
     except ArgumentError as error:
@@ -78,7 +78,7 @@ def test_the_page_shows_the_names_there_are():
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_every_item_is_found_by_its_name_whichever_way_it_is_asked_for(name, tmp_path):
+def test_every_way_finds_an_item_by_the_same_name(name, tmp_path):
     container = CONTAINERS[name]
     data = tw.dumps(container)
     tw.save_file(container, tmp_path / "m.tw")
@@ -99,7 +99,7 @@ def test_every_item_is_found_by_its_name_whichever_way_it_is_asked_for(name, tmp
 
 
 @pytest.mark.parametrize("name", sorted(set(CONTAINERS) - {"tied"}))
-def test_a_codec_pattern_and_a_report_speak_of_one_item(name):
+def test_patterns_and_reports_use_the_same_names(name):
     container = CONTAINERS[name]
     for one, _ in tw.decode(tw.dumps(container)):
         report = tensorwire.Report()

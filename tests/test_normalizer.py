@@ -30,7 +30,7 @@ def test_it_divides_by_the_root_of_the_mean_square() -> None:
 
 
 @pytest.mark.parametrize("size", [2.0**110, 1.0, 2.0**-20])
-def test_how_large_numbers_are_does_not_matter(size: float) -> None:
+def test_the_scale_of_gradients_does_not_matter(size: float) -> None:
     normalizer, same = Normalizer(eps=1e-30), Normalizer(eps=1e-30)
     for step in range(5):
         new = gradients(step)["matrix"]
@@ -45,7 +45,7 @@ def test_zeros_stay_zeros_and_what_is_not_contiguous_has_its_place() -> None:
     assert np.allclose(Normalizer().divide({"w": turned})["w"], np.sign(turned), rtol=1e-3)
 
 
-def test_it_does_not_depend_on_what_torch_was_told_of_subnormal_numbers() -> None:
+def test_flushing_subnormals_in_torch_changes_nothing() -> None:
     torch = pytest.importorskip("torch")
     tiny = {"w": gradients(0)["matrix"] * np.float32(2.0**-130)}
     expected = Normalizer(eps=1e-45).divide(tiny)["w"]
@@ -57,7 +57,7 @@ def test_it_does_not_depend_on_what_torch_was_told_of_subnormal_numbers() -> Non
     assert np.abs(expected).min() > 0
 
 
-def test_a_restart_goes_on_as_if_nothing_had_been(tmp_path) -> None:
+def test_a_restart_continues_with_the_same_state(tmp_path) -> None:
     through, restarted = Normalizer(), Normalizer()
     for step in range(2):
         through.divide(gradients(step))
@@ -70,7 +70,7 @@ def test_a_restart_goes_on_as_if_nothing_had_been(tmp_path) -> None:
         assert all(np.array_equal(ends[0][name], ends[1][name]) for name in SHAPES)
 
 
-def test_what_cannot_be_taken_in_is_refused_before_anything_is() -> None:
+def test_invalid_gradients_are_refused_before_any_change() -> None:
     for options in ({"beta": 1.0}, {"beta": -0.1}, {"eps": 0.0}, {"eps": float("nan")}):
         with pytest.raises(ValueError, match="less than 1"):
             Normalizer(**options)

@@ -43,7 +43,7 @@ def ratio(data: np.ndarray, dtype: DType) -> float:
 
 
 @pytest.mark.parametrize("dtype", CARRIED, ids=str)
-def test_any_bits_of_any_length_come_back(dtype: DType) -> None:
+def test_any_bits_of_any_length_round_trip(dtype: DType) -> None:
     few = NOISE & 0x83
     holes = np.where((np.arange(NOISE.size) // 700) % 3 == 0, NOISE, 0).astype(np.uint8)
     for count in (1, 2, 63, 64, 65, 500, 1024, 1025, 7000):
@@ -90,19 +90,19 @@ def test_noise_hardly_grows() -> None:
     ],
     ids=["noise", "one byte", "few", "skewed", "one byte but one, which no sample shows", "runs"],
 )
-def test_a_plane_goes_the_way_that_its_bytes_ask_for(plane: np.ndarray, mode: int) -> None:
+def test_each_plane_gets_the_mode_that_suits_its_bytes(plane: np.ndarray, mode: int) -> None:
     payload = encoded(plane, dtypes.FLOAT8_E5M2)
     assert payload[0] == 0 and payload[1] == mode
 
 
-def test_planes_move_up_where_one_before_them_shrinks() -> None:
+def test_planes_follow_one_that_was_compressed() -> None:
     values = np.stack([NOISE[:30_000] & 3, NOISE[30_000:60_000], NOISE[:30_000], NOISE[:30_000]], axis=1)
     payload = encoded(values.reshape(-1), dtypes.FLOAT32)
     assert payload[:2] == b"\0\2" and len(payload) < 30_000 * 3.4
     assert np.array_equal(decoded(payload, dtypes.FLOAT32, 30_000), values.reshape(-1))
 
 
-def test_zero_blocks_are_left_out_and_minus_zero_is_none() -> None:
+def test_zero_blocks_are_left_out_but_not_minus_zeros() -> None:
     values = np.zeros(640, np.float32)
     assert encoded(values, dtypes.FLOAT32) == b"\2"
     values[130] = -0.0
@@ -111,13 +111,13 @@ def test_zero_blocks_are_left_out_and_minus_zero_is_none() -> None:
     assert np.signbit(decoded(payload, dtypes.FLOAT32, 640).view(np.float32)).sum() == 1
 
 
-def test_input_is_not_written_to_and_output_is_the_same_again() -> None:
+def test_encoding_is_pure_and_deterministic() -> None:
     values = WEIGHTS[:5000].copy()
     values.setflags(write=False)
     assert encoded(values, dtypes.FLOAT32) == encoded(values.copy(), dtypes.FLOAT32)
 
 
-def test_slices_are_independent_and_land_in_their_place() -> None:
+def test_slices_decode_independently_into_place() -> None:
     weights = {"a": WEIGHTS, "b": WEIGHTS[:1000].astype(np.float16), "n": np.arange(10), "zero": np.zeros(3000)}
     stream = b"".join(tensorwire.encode(weights, codec="planes", frame_size=16384))
     into = {name: np.full_like(array, 1) for name, array in weights.items()}

@@ -47,7 +47,7 @@ def shared() -> Iterator[None]:
 
 
 class TestSpareMemory:
-    def test_a_dropped_array_is_the_next_one_of_its_size(self, spare: SpareMemory) -> None:
+    def test_a_dropped_array_is_reused_for_the_same_size(self, spare: SpareMemory) -> None:
         first = spare.empty(MIB)
         at = address(first)
         assert spare.take(MIB) is None
@@ -55,7 +55,7 @@ class TestSpareMemory:
         assert spare.take(MIB - 1) is None and spare.take(2 * MIB) is None
         assert address(spare.empty(MIB)) == at
 
-    def test_views_keep_it(self, spare: SpareMemory) -> None:
+    def test_views_keep_memory_in_use(self, spare: SpareMemory) -> None:
         array = spare.empty(MIB)
         array[:] = 7
         view = array.view(np.float32)[5:9].reshape(2, 2)
@@ -80,11 +80,11 @@ class TestSpareMemory:
         assert spare.take(2 * MIB) is None
         assert spare.take(3 * MIB) is not None
 
-    def test_what_is_larger_than_the_limit_is_not_kept(self, spare: SpareMemory) -> None:
+    def test_arrays_above_the_limit_are_not_kept(self, spare: SpareMemory) -> None:
         spare.empty(8 * MIB + 1)
         assert spare.take(8 * MIB + 1) is None
 
-    def test_a_lower_limit_lets_go_at_once_and_holds_for_what_is_lent(self, spare: SpareMemory) -> None:
+    def test_a_lower_limit_applies_at_once(self, spare: SpareMemory) -> None:
         lent = spare.empty(3 * MIB)
         spare.empty(2 * MIB)
         spare.limit = MIB
@@ -106,13 +106,13 @@ class TestSpareMemory:
             spare.limit = 0
         assert spare.take(MIB) is None
 
-    def test_memory_that_the_system_does_not_have(self, spare: SpareMemory) -> None:
+    def test_allocation_failures_raise_memory_error(self, spare: SpareMemory) -> None:
         spare.limit = 1 << 62
         with pytest.raises(MemoryError, match="bytes"):
             spare.empty(1 << 50)
 
     @pytest.mark.parametrize("size", [3 * MIB, 9 * MIB])
-    def test_it_is_given_up_before_memory_runs_out(
+    def test_spare_memory_is_released_when_memory_runs_out(
         self, spare: SpareMemory, size: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Below and above what it keeps; under a limit on the address space, of which spare memory is a part."""
@@ -193,7 +193,7 @@ class TestDecode:
         finally:
             gc.enable()
 
-    def test_none_where_none_is_wanted(self) -> None:
+    def test_a_limit_of_zero_keeps_nothing(self) -> None:
         tensorwire.set_spare_memory(0)
         tensorwire.loads(tensorwire.dumps({"x": X}))
         assert spare_memory.SPARE.take(X.nbytes) is None

@@ -217,7 +217,7 @@ ALL = [*LOSSLESS, *LOSSY, *BEFORE_BUILT_IN]
 
 
 @pytest.mark.parametrize("spec", ALL)
-def test_it_travels_as_a_message_a_stream_and_a_file(spec: str, tmp_path: Path) -> None:
+def test_it_works_in_messages_streams_and_files(spec: str, tmp_path: Path) -> None:
     wanted = expected(spec)
     assert same(tensorwire.loads(tensorwire.dumps(MODEL, codec=spec)), wanted)
     buffers = [bytes(buffer) for buffer in tensorwire.encode(MODEL, codec=spec, frame_size=1 << 17)]
@@ -275,7 +275,7 @@ def test_its_descriptor_is_its_id_and_what_a_reader_needs() -> None:
     assert {40_000, 40_001, 40_002, 40_003, 40_004} <= {*tensorwire.codecs.known_ids()}
 
 
-def test_a_reader_without_it_says_so_and_what_to_do(tmp_path: Path) -> None:
+def test_a_reader_without_it_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "model.tw").write_bytes(tensorwire.dumps(MODEL, codec="fixed"))
     read = f"import tensorwire; tensorwire.load_file({str(tmp_path / 'model.tw')!r})"
     done = subprocess.run(
@@ -298,7 +298,7 @@ def test_the_stored_vector_is_read_by_who_registered_its_stage_and_refused_by_ot
         reference.read(data)
 
 
-def test_what_is_not_registered_is_not_written() -> None:
+def test_an_unregistered_codec_is_not_written() -> None:
     class Mine(Fixed):
         id, name = 40_100, "mine"
 
@@ -312,7 +312,7 @@ def test_what_is_not_registered_is_not_written() -> None:
         tensorwire.dumps(MODEL, codec=Stranger())
 
 
-def test_an_id_or_a_name_stands_for_one_class() -> None:
+def test_an_id_or_name_belongs_to_one_class() -> None:
     assert tensorwire.register(Fixed) is Fixed
 
     class OtherId(Fixed):
@@ -337,13 +337,13 @@ def test_an_id_or_a_name_stands_for_one_class() -> None:
         ({"name": "a|b"}, "lower-case"),
     ],
 )
-def test_a_row_is_checked(attributes: dict[str, Any], says: str) -> None:
+def test_registration_checks_the_class(attributes: dict[str, Any], says: str) -> None:
     row = type("Row", (Runs,), {"id": 40_300, "name": "row"} | attributes)
     with pytest.raises(EncodeError, match=says):
         tensorwire.register(row)
 
 
-def test_what_is_no_whole_stage_is_not_registered() -> None:
+def test_an_incomplete_stage_is_not_registered() -> None:
     class Half(Packer):
         id, name, lossless, exact_length = 40_400, "half", True, True
 
@@ -362,9 +362,9 @@ def test_what_is_no_whole_stage_is_not_registered() -> None:
         width: int = 1
 
     for row, says in (
-        (Half, "whole"),
+        (Half, "complete"),
         (Plain, r"width .* parameter\("),
-        (int, "whole"),
+        (int, "complete"),
         (Undecorated, "decorate"),
         (Unsaid, "lossless"),
     ):
@@ -377,7 +377,7 @@ def test_a_payload_that_its_own_reader_would_refuse_is_not_sent() -> None:
         def encode(self, *arguments: Any) -> Encoded:
             return Encoded(bytes(super().encode(*arguments).payload) + b"\0")
 
-    with pytest.raises(EncodeError, match="fault of one of its stages"):
+    with pytest.raises(EncodeError, match="bug in one of its stages"):
         tensorwire.dumps(MODEL, codec=TooLong())
 
 
@@ -398,7 +398,7 @@ def test_a_length_that_depends_on_data_is_bounded(codec: str) -> None:
             stages.decode(memoryview(payload), extent, np.empty(1000, np.uint8))
 
 
-def test_values_that_a_codec_behind_a_transform_cannot_carry_are_seen() -> None:
+def test_unsupported_values_are_found_after_a_transform() -> None:
     bad = VALUES.copy()
     bad[5, 7] = np.inf
     with pytest.raises(NonFiniteError) as caught:
@@ -407,7 +407,7 @@ def test_values_that_a_codec_behind_a_transform_cannot_carry_are_seen() -> None:
     assert same(tensorwire.loads(tensorwire.dumps({"w": bad}, codec="negated|nf4:nonfinite=raw")), {"w": bad})
 
 
-def test_their_values_are_added_up() -> None:
+def test_accumulate_works_for_private_codecs() -> None:
     """Without a method of their own for it: they are decoded first."""
     values = np.linspace(-3, 3, 96, dtype=np.float32)
     extent = Extent.whole(dtypes.FLOAT32, (96,))

@@ -193,7 +193,7 @@ def test_torch_views_are_resolved_and_tied_tensors_tied_again():
     assert torch.equal(front.loads(front.dumps(image)), image)
 
 
-def test_an_optimizer_state_dict_goes_round():
+def test_an_optimizer_state_dict_round_trips():
     torch = pytest.importorskip("torch")
     from tensorwire import torch as front
 
@@ -234,7 +234,7 @@ def test_any_container_comes_back_with_exact_types_and_order(tree, frame_size):
 
 
 @given(trees, st.data())
-def test_a_stream_may_be_cut_anywhere_on_its_way(tree, data):
+def test_a_stream_may_arrive_in_any_portions(tree, data):
     stream = encoded(tree)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=12)))
     chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
@@ -273,7 +273,7 @@ def test_names_that_look_like_paths_or_attributes_are_plain_data():
     assert same(plain(tw.loads(tw.dumps(tree))), plain(tree))
 
 
-def test_large_values_without_tensors_travel_item_by_item():
+def test_large_values_are_sent_item_by_item():
     tree = {"long": ["x" * 1000] * 300, "text": "y" * 300_000, "bytes": bytes(3 << 20)}
     assert tw.loads(tw.dumps(tree)) == tree
 
@@ -367,7 +367,7 @@ def hard_values(n: int, seed: int) -> np.ndarray:
     st.integers(0, 30_000),
     st.sampled_from(["", "|zstd"]),
 )
-def test_a_codec_gives_what_its_kernel_gives_on_the_whole_whatever_the_frames(spec, n, seed, more, behind):
+def test_a_codec_equals_its_kernel_for_any_frame_size(spec, n, seed, more, behind):
     method, options, least = SPECS[spec]
     values = hard_values(n, seed)
     sent = {"float32": values}
@@ -407,7 +407,7 @@ QUANTIZING = ["int8", "int8-linear", "nf4", "fp4", "nf4:double_quant=true", "int
 @pytest.mark.parametrize("spec", QUANTIZING)
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_what_a_codec_cannot_carry_is_an_error_that_names_item_and_index_or_travels_raw(spec, poison, dtype):
+def test_unsupported_values_raise_with_item_and_index_or_are_sent_raw(spec, poison, dtype):
     values = np.linspace(-1, 1, 40_000).astype(dtype)
     values[33_333] = poison
     values[39_999] = np.nan
@@ -423,7 +423,7 @@ def test_what_a_codec_cannot_carry_is_an_error_that_names_item_and_index_or_trav
 
 
 @pytest.mark.parametrize(("spec", "beyond", "largest"), [("fp16", 65520, 65504), ("bf16", 3.4e38, 3.3895314e38)])
-def test_overflow_of_a_cast_is_an_error_saturated_or_travels_raw(spec, beyond, largest):
+def test_cast_overflow_raises_saturates_or_is_sent_raw(spec, beyond, largest):
     values = np.ones(9000, np.float32)
     values[8000] = -beyond
     values[[7000, 7001]] = np.inf, np.nan  # values like any other
@@ -451,7 +451,7 @@ def test_casts_keep_subnormals_signed_zeros_infinities_and_nan():
 
 
 @given(st.sampled_from(["raw", "zstd", "nf4", "bf16"]), st.integers(0, 3000), seeds, frame_sizes)
-def test_into_fills_the_tensors_given_and_gives_them_back(codec, n, seed, frame_size):
+def test_into_fills_and_returns_the_given_tensors(codec, n, seed, frame_size):
     sent = {"a": hard_values(n, seed), "b": {"c": np.arange(5)}}
     data = encoded(sent, codec=codec, frame_size=frame_size)
     room = {"a": np.full(n, 7, np.float32), "/b/c": np.full(5, 7)}
@@ -587,7 +587,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", [*REFUSED])
-def test_what_cannot_travel_is_refused_before_the_first_byte_naming_the_item(kind):
+def test_unsendable_items_are_refused_by_name_before_any_byte(kind):
     value, says = REFUSED[kind]
     with pytest.raises(EncodeError, match=says) as caught:
         tw.encode({"fine": np.zeros(3), "model": [{"bad": value}]}, limits=Limits(value=16 << 20))
@@ -639,7 +639,7 @@ def test_torch_tensors_without_dense_values_are_refused_with_the_remedy():
      {"codec": "int8", "frame_size": 4100}],
     ids=str,
 )  # fmt: skip
-def test_options_that_make_no_stream_are_refused_before_the_first_byte(options):
+def test_invalid_options_are_refused_before_any_byte(options):
     with pytest.raises(EncodeError):
         tw.encode({"x": np.zeros(9000, np.float32)}, **options)
 
@@ -666,7 +666,7 @@ def test_errors_survive_pickling_and_show_hostile_names_escaped_and_cut():
 
 
 @given(trees, st.sampled_from(["raw", "zstd", "int8", "nf4"]))
-def test_a_saved_file_gives_what_a_message_gives(tree, codec):
+def test_a_saved_file_equals_a_message(tree, codec):
     import tempfile
 
     tree = {"tree": tree, "w": hard_values(500, 1)}
@@ -758,7 +758,7 @@ def test_a_file_of_any_size_arrives_whole_under_the_name_the_receiver_chose(size
         assert sorted(os.listdir(folder)) == ["source.bin", "target"]
 
 
-def test_a_real_pipe_is_sent_as_it_comes(tmp_path):
+def test_a_pipe_is_sent_as_it_is_read(tmp_path):
     reading, writing = os.pipe()
     content = bytes(range(256)) * 2000
 
@@ -809,7 +809,7 @@ def test_a_failed_transfer_leaves_no_temporary_file_and_keeps_the_target(tmp_pat
         tw.loads(stream)
 
 
-def test_files_take_only_codecs_that_carry_bytes_and_names_that_travel(tmp_path):
+def test_files_take_only_byte_codecs_and_valid_names(tmp_path):
     (tmp_path / "f").write_bytes(b"x")
     with pytest.raises(EncodeError, match="cannot carry a file"):
         encode_file(tmp_path / "f", codec="nf4")

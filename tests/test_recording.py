@@ -105,7 +105,7 @@ def test_a_frame_of_any_size_is_not_kept_in_memory(tmp_path: Path, lent: bool, m
     assert max(held) < recording._HELD
 
 
-def test_every_cut_is_taken_up_at_the_last_whole_frame(tmp_path: Path) -> None:
+def test_every_cut_resumes_at_the_last_complete_frame(tmp_path: Path) -> None:
     for cut in range(0, len(STREAM), 37):
         path = tmp_path / f"{cut}.tw"
         break_off(path, STREAM[:cut])
@@ -150,7 +150,7 @@ def test_a_source_that_has_changed_is_another_stream() -> None:
     assert b"".join(source.after(POSITIONS[1])) == OTHER[POSITIONS[1].offset :]  # the beginning is the same
 
 
-def test_a_recorded_file_that_shrinks_is_said(tmp_path: Path) -> None:
+def test_a_recorded_file_that_shrinks_raises(tmp_path: Path) -> None:
     path = tmp_path / "out.tw"
     path.write_bytes(STREAM * 100)  # more than one read
     chunks = Recorded(path).after(Position())
@@ -182,7 +182,7 @@ def test_a_source_that_changes_while_it_is_sent_is_not_received(
 
     source = Regenerated(make, version=lambda: version_of(path))
     error = OSError if what == "removed" else EncodeError
-    with pytest.raises(error, match="changed meanwhile|No such file"):
+    with pytest.raises(error, match="changed while it was being sent|No such file"):
         receive(tmp_path / "out", b"".join(source.after(Position())))
     sent = bytearray()
     with suppress(EncodeError, OSError):
@@ -209,11 +209,11 @@ def test_a_source_that_changes_between_two_attempts_is_noticed(tmp_path: Path) -
     source = Regenerated(lambda: tensorwire.encode_file(path), version=lambda: version_of(path))
     assert list(source.after(Position()))
     path.write_bytes(b"new")
-    with pytest.raises(EncodeError, match="changed meanwhile"):
+    with pytest.raises(EncodeError, match="changed while it was being sent"):
         next(source.after(Position()))
 
 
-def test_only_the_last_bytes_wait_for_the_source_to_be_looked_at() -> None:
+def test_only_the_last_bytes_wait_for_the_source_check() -> None:
     given: list[bytes] = []
     looked: list[int] = []
 
@@ -229,7 +229,7 @@ def test_only_the_last_bytes_wait_for_the_source_to_be_looked_at() -> None:
     assert looked == [0, 0, 0, 2, 4, 6]
 
 
-def test_a_recorded_file_may_go_while_it_is_sent_but_not_be_written_to(tmp_path: Path) -> None:
+def test_a_recorded_file_may_be_removed_but_not_written_to(tmp_path: Path) -> None:
     path = tmp_path / "out.tw"
     path.write_bytes(STREAM * 40)  # more than one read
     source = Recorded(path)
@@ -246,7 +246,7 @@ def test_a_recorded_file_may_go_while_it_is_sent_but_not_be_written_to(tmp_path:
         list(chunks)
 
 
-def test_whatever_stands_in_the_part_is_verified_again(tmp_path: Path) -> None:
+def test_the_content_of_a_part_is_verified_again(tmp_path: Path) -> None:
     """Any byte of it changed, or junk behind it: what is before the broken frame stays, the rest is asked for again."""
     path = tmp_path / "m.tw"
     break_off(path, STREAM[:-1])
@@ -263,7 +263,7 @@ def test_whatever_stands_in_the_part_is_verified_again(tmp_path: Path) -> None:
     assert path.read_bytes() == STREAM
 
 
-def test_another_transfer_has_another_place(tmp_path: Path) -> None:
+def test_every_transfer_has_its_own_part(tmp_path: Path) -> None:
     path = tmp_path / "m.tw"
     break_off(path, STREAM[: POSITIONS[3].offset], b"one")
     place = Recording(path, b"two")
@@ -281,7 +281,7 @@ def test_long_names_and_names_with_any_bytes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == STREAM
 
 
-def test_two_receivers_of_one_transfer_are_one_too_many(tmp_path: Path) -> None:
+def test_a_second_receiver_of_one_transfer_is_refused(tmp_path: Path) -> None:
     first = Recording(tmp_path / "m.tw", b"t")
     with pytest.raises(StorageError, match="somebody else") as caught:
         Recording(tmp_path / "m.tw", b"t")
@@ -290,7 +290,7 @@ def test_two_receivers_of_one_transfer_are_one_too_many(tmp_path: Path) -> None:
     Recording(tmp_path / "m.tw", b"t").discard()
 
 
-def test_the_effect_is_once(tmp_path: Path) -> None:
+def test_a_transfer_takes_effect_once(tmp_path: Path) -> None:
     """Asked again before it is known that the sender has its receipt, a receiver answers from its journal."""
     path = tmp_path / "m.tw"
     outcome = receive(path)
@@ -308,7 +308,7 @@ def test_the_effect_is_once(tmp_path: Path) -> None:
     "journal",
     [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 60_000, b'{"end": 1, "digest": ""}', b'{"end": {"x": 1}, "digest": ""}'],
 )
-def test_a_torn_journal_is_no_journal(journal: bytes, tmp_path: Path) -> None:
+def test_an_incomplete_journal_is_ignored(journal: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.tw"
     receive(path)
     (note,) = tmp_path.glob(".*.done")
@@ -320,7 +320,7 @@ def test_a_torn_journal_is_no_journal(journal: bytes, tmp_path: Path) -> None:
         place.close()
 
 
-def test_a_crash_between_journal_and_name_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_journal_and_rename_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the process had died at each call of the commit in turn; the next attempt has nothing to receive."""
     for call in ("fsync", "replace"):
         for number in range(1, 5):
@@ -348,7 +348,7 @@ def test_a_crash_between_journal_and_name_is_made_good(tmp_path: Path, monkeypat
             assert not list(tmp_path.glob(".*.part"))
 
 
-def test_what_check_refuses_is_removed_and_everything_before_was_verified(tmp_path: Path) -> None:
+def test_streams_that_check_refuses_are_removed(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
     def check() -> Callable:
@@ -369,13 +369,13 @@ def test_what_check_refuses_is_removed_and_everything_before_was_verified(tmp_pa
     assert [names for names in seen if names] == [["", "a", "b"]] * 2
 
 
-def test_a_check_begins_anew_with_every_reading(tmp_path: Path) -> None:
+def test_every_reading_starts_a_new_check(tmp_path: Path) -> None:
     """A schema takes each item once."""
     break_off(tmp_path / "m.tw", STREAM[: POSITIONS[6].offset + 1])
     assert receive(tmp_path / "m.tw", check=lambda: tensorwire.schema(MODEL).check).digest == DIGEST
 
 
-def test_what_finish_makes_of_it(tmp_path: Path) -> None:
+def test_finish_replaces_the_renaming(tmp_path: Path) -> None:
     path = tmp_path / "m"
     receive(path, finish=lambda part: path.write_text(str(Path(part).stat().st_size)))
     assert path.read_text() == str(len(STREAM)) and hidden(tmp_path) == ["done"]
@@ -431,7 +431,7 @@ SINCE: dict[str, Callable[[Path], Any]] = {
 
 @kinds
 @pytest.mark.parametrize("since", SINCE)
-def test_what_became_of_the_file_since_is_looked_at(since: str, kind: str, tmp_path: Path) -> None:
+def test_later_changes_of_the_file_are_noticed(since: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "m"
     receive(path, **KINDS[kind])
     SINCE[since](path)
@@ -439,7 +439,7 @@ def test_what_became_of_the_file_since_is_looked_at(since: str, kind: str, tmp_p
     assert path.read_bytes() == expected(kind)
 
 
-def test_a_stream_that_rotted_under_its_name_gets_no_second_receipt(tmp_path: Path) -> None:
+def test_a_file_damaged_later_gets_no_second_receipt(tmp_path: Path) -> None:
     """Size, time and inode are as they were: it is read again."""
     path = tmp_path / "m.tw"
     receive(path)
@@ -454,7 +454,7 @@ def test_a_stream_that_rotted_under_its_name_gets_no_second_receipt(tmp_path: Pa
 
 
 @kinds
-def test_a_file_that_was_moved_here_is_not_what_was_received(kind: str, tmp_path: Path) -> None:
+def test_a_file_moved_to_the_name_is_not_the_received_one(kind: str, tmp_path: Path) -> None:
     """Disk full, or a kill, between journal and name; the part is removed by hand."""
     path = tmp_path / "m"
     path.write_bytes(OLD)
@@ -474,7 +474,7 @@ def test_a_file_that_was_moved_here_is_not_what_was_received(kind: str, tmp_path
     assert path.read_bytes() == expected(kind) and hidden(tmp_path) == ["done"]
 
 
-def test_what_is_converted_has_the_permissions_of_what_it_replaces(tmp_path: Path) -> None:
+def test_converted_files_keep_the_permissions_of_the_target(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         for name, mode in [("new", None), ("old", 0o600), ("wide", 0o666)]:
@@ -488,7 +488,7 @@ def test_what_is_converted_has_the_permissions_of_what_it_replaces(tmp_path: Pat
         os.umask(before)
 
 
-def test_what_cannot_be_converted_is_removed_or_stays(tmp_path: Path) -> None:
+def test_failed_conversions_remove_or_keep_the_part(tmp_path: Path) -> None:
     def unwanted(part: str, path: str) -> None:
         raise FormatError("no")
 
@@ -506,7 +506,7 @@ def test_what_cannot_be_converted_is_removed_or_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trap", ["fifo", "hard link", "folder", "socket"])
-def test_what_is_no_journal_is_neither_waited_for_nor_written_to(trap: str, tmp_path: Path) -> None:
+def test_anything_but_a_plain_journal_is_ignored(trap: str, tmp_path: Path) -> None:
     path = tmp_path / "m.tw"
     receive(path)
     (journal,) = tmp_path.glob(".*.done")
@@ -535,7 +535,7 @@ def test_what_is_no_journal_is_neither_waited_for_nor_written_to(trap: str, tmp_
 
 
 @pytest.mark.parametrize("number", [1, 20, 60, 97])
-def test_a_broken_byte_keeps_what_is_before(number: int, tmp_path: Path) -> None:
+def test_frames_before_a_broken_byte_are_kept(number: int, tmp_path: Path) -> None:
     cut = len(STREAM) * number // 100
     broken = STREAM[:cut] + bytes([STREAM[cut] ^ 1]) + STREAM[cut + 1 :]
     place = Recording(tmp_path / "m.tw", b"t")
@@ -549,7 +549,7 @@ def test_a_broken_byte_keeps_what_is_before(number: int, tmp_path: Path) -> None
     place.close()
 
 
-def test_a_frame_larger_than_what_is_held_is_written_as_it_comes(tmp_path: Path) -> None:
+def test_large_frames_are_written_as_they_arrive(tmp_path: Path) -> None:
     value = np.zeros(3 << 20, np.float32)
     tensorwire.save_file(value, tmp_path / "big.tw")
     stream = (tmp_path / "big.tw").read_bytes()
@@ -619,7 +619,7 @@ def test_the_nth_call_fails_and_the_next_attempt_goes_on(
     assert not left_open(before)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         Recording(tmp_path / "none" / "m.tw", b"t")
 
@@ -650,23 +650,23 @@ def test_a_journal_that_is_a_link_is_not_written_through_nor_believed(tmp_path: 
     assert journal.is_file() and not journal.is_symlink()
 
 
-def test_a_part_that_is_no_file_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_part_that_is_not_a_plain_file_is_refused(tmp_path: Path) -> None:
     place = Recording(tmp_path / "m.tw", b"t")
     part = Path(place._part.path)
     place.discard()
     (tmp_path / "victim").write_text("precious")
     os.link(tmp_path / "victim", part)
-    with pytest.raises(StorageError, match="no file of its own"):
+    with pytest.raises(StorageError, match="not a plain file"):
         Recording(tmp_path / "m.tw", b"t")
     assert (tmp_path / "victim").read_text() == "precious"
     part.unlink()
     os.mkfifo(part)
-    with pytest.raises(StorageError, match="no file of its own"):
+    with pytest.raises(StorageError, match="not a plain file"):
         Recording(tmp_path / "m.tw", b"t")
 
 
 @pytest.mark.parametrize("trap", ["folder", "fifo"])
-def test_what_no_file_can_replace_is_refused_before_anything_is_received(trap: str, tmp_path: Path) -> None:
+def test_an_irreplaceable_target_is_refused_at_once(trap: str, tmp_path: Path) -> None:
     path = tmp_path / "m.tw"
     path.mkdir() if trap == "folder" else os.mkfifo(path)
     with pytest.raises(StorageError, match="cannot write"):
@@ -709,7 +709,7 @@ def test_a_folder_swapped_for_a_link_redirects_nothing(tmp_path: Path) -> None:
 
 @kinds
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "over an old file"])
-def test_a_crash_at_any_point_leaves_old_or_new_and_a_new_one_is_known_to_be_done(
+def test_a_crash_at_any_point_leaves_the_old_or_new_file(
     old: bytes | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "m.tw"
@@ -758,7 +758,7 @@ class Dying:
 
 @kinds
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "over an old file"])
-def test_a_process_that_dies_between_two_steps_is_taken_up(
+def test_a_process_that_dies_between_two_steps_resumes(
     old: bytes | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is old or new, what comes after finds out which, and then nothing is left but the journal."""

@@ -28,7 +28,7 @@ from tensorwire.wire.values import unpack_value
 FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
-def test_it_needs_the_standard_library_alone():
+def test_it_needs_only_the_standard_library():
     tree = ast.parse(Path(reference.__file__).read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
@@ -95,13 +95,13 @@ values = st.recursive(
 
 
 @given(values)
-def test_both_take_every_value_in_its_one_spelling(value):
+def test_both_accept_every_value_in_canonical_form(value):
     data = msgpack.packb(value)
     assert both_unpack(data) is not WireError
 
 
 @given(values, st.randoms(use_true_random=False))
-def test_both_say_the_same_to_a_value_that_was_changed(value, spread):
+def test_both_agree_on_changed_values(value, spread):
     data = bytearray(msgpack.packb(value))
     for _ in range(3):
         at = spread.randrange(len(data))
@@ -113,11 +113,11 @@ def test_both_say_the_same_to_a_value_that_was_changed(value, spread):
     st.binary(max_size=12)
     | st.tuples(st.integers(0xC0, 0xDF), st.binary(max_size=20)).map(lambda p: bytes([p[0]]) + p[1])
 )
-def test_both_say_the_same_to_any_bytes(data):
+def test_both_agree_on_any_bytes(data):
     both_unpack(data)
 
 
-def test_both_refuse_every_spelling_but_the_shortest():
+def test_both_refuse_non_canonical_values():
     wide = [
         b"\xcc\x7f", b"\xcd\x00\xff", b"\xce\x00\x00\xff\xff", b"\xcf\0\0\0\0\xff\xff\xff\xff",
         b"\xd0\x00", b"\xd0\xe0", b"\xd1\xff\x80", b"\xd2\xff\xff\x80\x00", b"\xd3\xff\xff\xff\xff\x80\0\0\0",
@@ -283,7 +283,7 @@ def decode(stages: tuple, dtype: dtypes.DType, count: int, payload: np.ndarray) 
     return reference.decode_payload(codec, dtype.name, dtype.itemsize, count, payload.tobytes())
 
 
-def test_without_a_decompressor_it_checks_all_but_what_is_compressed():
+def test_without_a_decompressor_it_checks_uncompressed_data():
     whole = read_reference(stored("zstd")).root
     without = reference.read(stored("zstd")).root
     assert [*without] == [*whole]

@@ -26,7 +26,7 @@ async def drain(buffers: Any) -> int:
     return sum([len(memoryview(buffer).cast("B")) async for buffer in buffers])
 
 
-def test_it_counts_each_codec_and_names_what_travelled_otherwise():
+def test_it_counts_codecs_and_lists_items_sent_otherwise():
     report = tw.Report()
     data = tw.dumps(WEIGHTS, codec={"*/weight": "nf4", "*/bias": "bf16|zstd"}, report=report)
     nf4, raw, lossless = report.codecs["nf4"], report.codecs["raw"], report.codecs["raw|zstd"]
@@ -49,7 +49,7 @@ def test_it_counts_each_codec_and_names_what_travelled_otherwise():
         ("bf16:overflow=raw", np.array([1, 3.4e38], np.float32), "beyond bfloat16"),
     ],
 )
-def test_the_reason_is_said(spec, value, reason):
+def test_it_gives_the_reason(spec, value, reason):
     report = tw.Report()
     tw.dumps({"w": value}, codec=spec, report=report)
     assert report.otherwise == [("w", spec, "raw", reason)]
@@ -72,11 +72,11 @@ def test_its_text_is_one_line():
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"), (10**18, "1000.0 PB")],
 )
-def test_sizes_are_read_at_a_glance(count, text):
+def test_sizes_are_readable(count, text):
     assert size_text(count) == text
 
 
-def test_every_way_out_has_one(tmp_path):
+def test_every_encoding_function_takes_a_report(tmp_path):
     sizes = {}
     for name in ("dumps", "encode", "pairs", "encode_async", "save_file", "encode_file", "pipe", "safetensors"):
         report = tw.Report()
@@ -128,7 +128,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names(patter
         assert repr(pattern) in str(raised.value) and repr(nearest) in str(raised.value)
 
 
-def test_where_no_name_is_near_some_are_listed():
+def test_without_similar_names_some_are_listed():
     with pytest.raises(
         tw.EncodeError, match=r"'zzz' matches no tensor; there are '/layers/0/weight', '/layers/0/bias'"
     ):
@@ -160,7 +160,7 @@ def test_an_iterator_ends_without_an_end_frame():
         asyncio.run(drain(tw.encode_async(pairs(), codec={"*.weigth": "nf4"})))
 
 
-def test_a_pattern_is_met_behind_another_by_a_tied_tensor_and_where_there_are_no_tensors():
+def test_patterns_pass_with_ties_or_without_tensors():
     weight = np.zeros(64, np.float32)
     tw.dumps({"a": weight}, codec={"a": "nf4", "*": "raw"})
     tw.dumps({"a": weight, "b": weight}, codec={"a": "nf4", "b": "nf4"})
@@ -168,7 +168,7 @@ def test_a_pattern_is_met_behind_another_by_a_tied_tensor_and_where_there_are_no
     tw.dumps({}, codec={"*.weight": "nf4"})
 
 
-def test_a_pattern_that_another_leaves_nothing_is_refused():
+def test_an_unreachable_pattern_is_refused():
     pairs = [("*", "*/bias"), ("/layers/*", "/layers/0/*"), ("*/weight", "/layers/?/weight"), ("*ias", "*/bias")]
     for wide, narrow in pairs:
         with pytest.raises(tw.EncodeError, match="put it before"):
@@ -183,7 +183,7 @@ def test_a_pattern_that_another_leaves_nothing_is_refused():
     ("codec", "said"),
     [({7: "nf4"}, "a codec pattern is text, not 7"), (bytes, "not the class bytes"), (None, "not NoneType")],
 )
-def test_what_is_no_choice_is_refused(codec, said):
+def test_an_invalid_choice_is_refused(codec, said):
     with pytest.raises(tw.EncodeError, match=said):
         tw.dumps(WEIGHTS, codec=codec)
 

@@ -52,7 +52,7 @@ def handmade(path: Path, header: object, data: bytes) -> Path:
     return path
 
 
-def test_a_raw_file_comes_out_as_it_went_in(tmp_path: Path) -> None:
+def test_a_raw_file_round_trips(tmp_path: Path) -> None:
     source = write(tmp_path / "in.safetensors", MODEL, {"format": "np", "note": "é"})
     front.decode(front.encode(source), tmp_path / "out.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes()[8:] != b""
@@ -65,7 +65,7 @@ def test_a_raw_file_comes_out_as_it_went_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "codec", ["nf4", "bf16|zstd", {"w": "int8"}, lambda name, view: "fp16" if name == "w" else "raw"]
 )
-def test_a_file_through_a_codec_holds_what_decoding_in_memory_gives(tmp_path: Path, codec: object) -> None:
+def test_a_decoded_file_equals_decoding_in_memory(tmp_path: Path, codec: object) -> None:
     source = write(tmp_path / "in.safetensors", MODEL)
     stream = b"".join(front.encode(source, codec=codec, frame_size=1 << 16))
     front.decode(stream, tmp_path / "out.safetensors")
@@ -153,7 +153,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a\n": ENTRY}, EncodeError),
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, error: type) -> None:
+def test_an_inconsistent_header_is_refused(tmp_path: Path, header: object, error: type) -> None:
     path = handmade(tmp_path / "in.safetensors", header, bytes(8))
     with pytest.raises(error):
         list(front.encode(path))
@@ -200,7 +200,7 @@ SUB_BYTE = {
 }
 
 
-def test_every_dtype_of_the_safetensors_library_goes_there_and_back(tmp_path: Path) -> None:
+def test_every_dtype_of_safetensors_round_trips(tmp_path: Path) -> None:
     native = pytest.importorskip("safetensors")
     names = dict.fromkeys([*checkpoint.NAMES.values(), *checkpoint.BITS])
     tensors = {}
@@ -230,7 +230,7 @@ def test_elements_of_less_than_a_byte_pass_from_file_to_file(tmp_path: Path) -> 
     assert stored(tmp_path / "again.safetensors") == SUB_BYTE
 
 
-def test_float4_of_torch_is_that_of_the_file(tmp_path: Path) -> None:
+def test_float4_of_torch_equals_that_of_the_file(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     library = pytest.importorskip("safetensors.torch")
     import tensorwire.torch as tw
@@ -245,7 +245,7 @@ def test_float4_of_torch_is_that_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"w": 3}', '{"w": ["F6_E2M3", [-1]]}', '{"w": ["F4", [3]]}', '{"w": ["F32", [1]]}', "[" * 99999]
 )
-def test_what_the_metadata_says_of_packed_tensors_is_checked(tmp_path: Path, text: str) -> None:
+def test_metadata_about_packed_tensors_is_checked(tmp_path: Path, text: str) -> None:
     stream = tensorwire.dumps({"w": np.zeros(3, np.uint8)}, metadata={"tensorwire.safetensors": text})
     with pytest.raises(FormatError, match="metadata tensorwire.safetensors"):
         front.decode(stream, tmp_path / "out.safetensors")
@@ -344,15 +344,15 @@ def test_transformers_and_the_library_agree_on_shards(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda index: index["weight_map"].pop("flag"), "does not list this tensor"),
-        (lambda index: index["weight_map"].update(more=index["weight_map"]["w"]), "which has not"),
-        (lambda index: index["weight_map"].update(w=index["weight_map"]["b"]), "does not list|which has not"),
-        (lambda index: index["weight_map"].update(w="../../etc/passwd"), "no file beside it"),
-        (lambda index: index["weight_map"].update(w=".."), "no file beside it"),
+        (lambda index: index["weight_map"].pop("flag"), "does not place this tensor"),
+        (lambda index: index["weight_map"].update(more=index["weight_map"]["w"]), "which does not have it"),
+        (lambda index: index["weight_map"].update(w=index["weight_map"]["b"]), "does not place|which does not have it"),
+        (lambda index: index["weight_map"].update(w="../../etc/passwd"), "cannot be a file in its folder"),
+        (lambda index: index["weight_map"].update(w=".."), "cannot be a file in its folder"),
         (lambda index: index.pop("weight_map"), "no weight_map"),
     ],
 )
-def test_an_index_that_lies_is_refused(shards: Path, change: object, says: str) -> None:
+def test_an_inconsistent_index_is_refused(shards: Path, change: object, says: str) -> None:
     path = shards / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     change(index)
@@ -374,7 +374,7 @@ def test_shards_that_contradict_one_another_are_refused(shards: Path, tmp_path: 
     with pytest.raises(FormatError, match="metadata 'format'"):
         front.encode(shards)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FormatError, match="without .safetensors"):
+    with pytest.raises(FormatError, match="has no .safetensors"):
         front.encode(tmp_path / "empty")
 
 
@@ -387,7 +387,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     front.decode(stream, tmp_path / "model", max_shard_size=1000)  # an empty folder may be there
     before = sorted((tmp_path / "model").iterdir())
     for taken in (tmp_path / "model", before[0]):
-        with pytest.raises(StorageError, match="no empty folder"):
+        with pytest.raises(StorageError, match="not an empty folder"):
             front.decode(stream, taken, max_shard_size=1000)
     assert sorted((tmp_path / "model").iterdir()) == before and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(EncodeError, match="max_shard_size"):
@@ -404,7 +404,7 @@ def test_a_safetensors_file_behind_an_object(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["open", "mkdir", "fsync", "pwrite", "replace", "close"])
-def test_a_folder_that_the_system_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_folder_that_cannot_be_written_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     stream, real = tensorwire.dumps(MODEL), getattr(os, call)
     number = 0
     while True:
@@ -435,7 +435,7 @@ def test_a_folder_that_the_system_does_not_take(tmp_path: Path, monkeypatch: pyt
     assert number > 1
 
 
-def test_a_checkpoint_pickles_and_is_shown(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_pickles_and_has_a_repr(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shards.parent)
     for path in ("model", "model/model-00001-of-00003.safetensors"):
         file = front.open_checkpoint(path)
@@ -448,7 +448,7 @@ def test_a_checkpoint_pickles_and_is_shown(shards: Path, monkeypatch: pytest.Mon
             file[next(iter(file))].read(0, 1)
 
 
-def test_a_file_that_is_cut_while_it_is_sent(tmp_path: Path) -> None:
+def test_a_file_truncated_while_it_is_sent_raises(tmp_path: Path) -> None:
     source = write(tmp_path / "in.safetensors", {"w": np.zeros(1 << 20, np.float32)})
     buffers = front.encode(source)
     os.truncate(source, 1 << 20)
@@ -477,7 +477,7 @@ def test_a_header_of_very_many_parts_is_refused_before_it_is_parsed(part: bytes,
         tracemalloc.stop()
 
 
-def test_as_many_tensors_as_a_stream_may_have_and_no_more(tmp_path: Path) -> None:
+def test_the_number_of_tensors_is_limited(tmp_path: Path) -> None:
     entry = '"{}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
     header = ",".join(entry.format(number) for number in range(checkpoint.MAX_TENSORS + 2))
     with pytest.raises(LimitError, match="tensors of a safetensors file is 524290"):

@@ -160,7 +160,7 @@ def test_both_ends_greet() -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 30])
-def test_a_stream_goes_over_and_the_receipt_comes_back(piece: int, tmp_path: Path) -> None:
+def test_a_stream_is_sent_and_a_receipt_returned(piece: int, tmp_path: Path) -> None:
     sending, receiving = converse(
         send_stream(OFFER, outgoing()),
         receive_stream(lambda offer: Recording(tmp_path / "m.tw", offer.transfer), about=lambda: {"x": 1}),
@@ -173,7 +173,7 @@ def test_a_stream_goes_over_and_the_receipt_comes_back(piece: int, tmp_path: Pat
     assert (tmp_path / "m.tw").read_bytes() == STREAM
 
 
-def test_broken_off_at_any_byte_only_the_rest_is_sent(tmp_path: Path) -> None:
+def test_after_a_break_only_the_rest_is_sent(tmp_path: Path) -> None:
     whole = End(send_stream(OFFER, outgoing()), HAVE)
     whole.run()
     offer_size = len(whole.sent) - len(STREAM)
@@ -188,7 +188,7 @@ def test_broken_off_at_any_byte_only_the_rest_is_sent(tmp_path: Path) -> None:
         assert (folder / "m.tw").read_bytes() == STREAM and receiving.result[2]
 
 
-def test_a_lost_receipt_is_given_again_and_nothing_is_received_twice(tmp_path: Path) -> None:
+def test_a_lost_receipt_is_sent_again(tmp_path: Path) -> None:
     first = End(send_stream(OFFER, outgoing()), HAVE)
     first.run()  # sends all, waits for the receipt
     lost = End(receiver(tmp_path), first.sent, closed=True)
@@ -213,14 +213,14 @@ def test_a_changed_source_is_not_mixed_with_the_old_one(tmp_path: Path) -> None:
     assert isinstance(receiving.error, TruncatedError) and not (tmp_path / "m.tw").exists()
 
 
-def test_a_receiver_that_has_another_whole_stream_is_told_apart(tmp_path: Path) -> None:
+def test_a_receiver_with_another_complete_stream_is_detected(tmp_path: Path) -> None:
     converse(send_stream(OFFER, outgoing()), receive_stream(lambda offer: Keeping(tmp_path / "m.tw", offer.transfer)))
     other = Regenerated(lambda: tensorwire.encode({**MODEL, "a": MODEL["a"] + 1}, frame_size=4096))
     sending, _ = converse(send_stream(OFFER, other), receiver(tmp_path))
     assert isinstance(sending.error, SequenceError) and DIGEST in str(sending.error)
 
 
-def test_the_beginning_of_another_stream_gives_way_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_the_beginning_of_another_stream_is_dropped_on_request(tmp_path: Path) -> None:
     first = End(send_stream(OFFER, outgoing()), HAVE)
     first.run()
     for cut in (1, 200, len(STREAM) - 1):  # nothing verified, some of it, nearly all
@@ -232,7 +232,7 @@ def test_the_beginning_of_another_stream_gives_way_where_that_is_asked_for(tmp_p
         assert [path.name for path in tmp_path.iterdir()] == ["m.tw"]
 
 
-def test_a_stream_that_is_complete_gives_way_to_no_other(tmp_path: Path) -> None:
+def test_a_complete_stream_is_never_dropped(tmp_path: Path) -> None:
     converse(send_stream(OFFER, outgoing()), receive_stream(lambda offer: Keeping(tmp_path / "m.tw", offer.transfer)))
     other = Regenerated(lambda: tensorwire.encode({**MODEL, "a": MODEL["a"] + 1}, frame_size=4096))
     sending, _ = converse(send_stream(replace(OFFER, anew=True), other), receiver(tmp_path))
@@ -259,12 +259,12 @@ class Keeping(Recording):
         ({}, FormatError, "fields"),
     ],
 )
-def test_versions_that_do_not_fit_are_named(theirs: dict, error: type, text: str) -> None:
+def test_incompatible_versions_are_named(theirs: dict, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         alone(greet(), message("hello", theirs))
 
 
-def test_a_later_version_may_say_more_in_its_greeting() -> None:
+def test_later_versions_may_add_fields_to_the_greeting() -> None:
     assert alone(greet(), message("hello", {**HELLO, "colour": "blue"})).software == "test"
 
 
@@ -279,7 +279,7 @@ def test_a_later_version_may_say_more_in_its_greeting() -> None:
     ],
     ids=["http", "tls alert", "tls hello", "ssh", "zeros"],
 )
-def test_who_speaks_something_else_is_told_so(garbage: bytes) -> None:
+def test_a_peer_with_another_protocol_raises(garbage: bytes) -> None:
     for conversation in (greet(), hear(), receive_stream(lambda offer: pytest.fail("opened"))):
         with pytest.raises(FormatError, match="does not speak this protocol"):
             alone(conversation, garbage)
@@ -322,7 +322,7 @@ def test_every_prefix_of_every_message_is_a_transport_error(name: str, tmp_path:
             alone(make(tmp_path), before + said[:cut])
 
 
-def test_a_broken_goodbye_is_none(tmp_path: Path) -> None:
+def test_a_broken_goodbye_counts_as_missing(tmp_path: Path) -> None:
     first = End(send_stream(OFFER, outgoing()), HAVE)
     first.run()
     for number, bye in enumerate([b"", b"x", message("bye", {"x": 1}), message("what", {}), message("refuse", {})]):
@@ -350,7 +350,7 @@ OFFERED = {"transfer": b"t", "name": "n", "size": 10, "about": {}, "anew": False
         {},
     ],
 )
-def test_offers_that_make_no_sense(fields: dict) -> None:
+def test_invalid_offers_are_refused(fields: dict) -> None:
     with pytest.raises(FormatError):
         alone(receive_stream(lambda offer: pytest.fail("opened")), message("offer", fields))
 
@@ -366,13 +366,13 @@ def test_offers_that_make_no_sense(fields: dict) -> None:
         {"frames": 0, "offset": 0, "link": float("nan")},
     ],
 )
-def test_positions_that_make_no_sense(have: dict) -> None:
+def test_invalid_positions_are_refused(have: dict) -> None:
     with pytest.raises(FormatError):
         alone(send_stream(OFFER, outgoing()), message("have", have))
 
 
 @pytest.mark.parametrize("offset", [1, 15, 16, 17, len(STREAM) - 1, len(STREAM) + 1, (1 << 64) - 1])
-def test_positions_that_are_not_in_this_stream(offset: int) -> None:
+def test_positions_of_another_stream_are_refused(offset: int) -> None:
     with pytest.raises(SequenceError, match="another stream"):
         alone(send_stream(OFFER, outgoing()), message("have", {"frames": 1, "offset": offset, "link": 1}))
 
@@ -381,7 +381,7 @@ def test_positions_that_are_not_in_this_stream(offset: int) -> None:
     "body",
     [b"", b"\xc1", pack_value({}, tensorwire.Limits()), pack_value(["a"], tensorwire.Limits()), b"\x92\xa1a\x81\x01"],
 )
-def test_bodies_that_are_no_message(body: bytes) -> None:
+def test_invalid_message_bodies_are_refused(body: bytes) -> None:
     with pytest.raises(FormatError):
         alone(hear(), raw_message(body))
 
@@ -401,17 +401,17 @@ def test_messages_have_a_limit_on_either_side() -> None:
     assert isinstance(end.error, LimitError)
 
 
-def test_waiting_ends(tmp_path: Path) -> None:
+def test_waiting_is_limited(tmp_path: Path) -> None:
     wait = message("wait", {})
     note = message("note", {"note": {"a": 1}})
     assert alone(hear(), wait * 900 + note) == {"a": 1}
-    with pytest.raises(TransportError, match="only asked to wait"):
+    with pytest.raises(TransportError, match="nothing but requests to wait"):
         alone(hear(), wait * 1000 + note)
     with pytest.raises(FormatError):
         alone(hear(), message("wait", {"for": "ever"}) + note)
 
 
-def test_who_has_to_say_something_cannot_ask_to_wait_instead(tmp_path: Path) -> None:
+def test_a_peer_that_owes_a_request_cannot_ask_to_wait(tmp_path: Path) -> None:
     """An offer, a goodbye and, where the caller says so, a request: or a place would be held for hours by nothing."""
     wait = message("wait", {})
     for conversation, rest in (
@@ -466,7 +466,9 @@ def test_a_refusal_in_mid_stream_reaches_the_sender(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
-def test_no_memory_is_refused_and_resumed(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_refused_and_resumed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The receiver's N-th allocation for what it holds fails."""
     left = [number]
 
@@ -505,7 +507,7 @@ class Brittle:
         self.closed = True
 
 
-def test_whatever_fails_in_a_place_it_is_closed_and_the_sender_hears(tmp_path: Path) -> None:
+def test_a_failing_destination_is_closed_and_reported(tmp_path: Path) -> None:
     number = 0
     while True:
         number += 1
@@ -531,7 +533,7 @@ def test_whatever_fails_in_a_place_it_is_closed_and_the_sender_hears(tmp_path: P
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_a_conversation_given_up_closes_its_place(tmp_path: Path) -> None:
+def test_an_abandoned_conversation_closes_its_destination(tmp_path: Path) -> None:
     end = End(receiver(tmp_path), message("offer", OFFERED))
     end.run()
     with pytest.raises(StorageError, match="somebody else"):
@@ -541,7 +543,7 @@ def test_a_conversation_given_up_closes_its_place(tmp_path: Path) -> None:
     Recording(tmp_path / "m.tw", b"t").close()
 
 
-def test_last_words_are_heard_where_sending_fails() -> None:
+def test_a_refusal_is_read_when_sending_fails() -> None:
     class Breaking:
         digest = ""
 

@@ -222,7 +222,7 @@ def test_any_state_of_bitsandbytes_is_sent_or_refused():
     assert STATES // 20 < sent < STATES
 
 
-def test_any_arguments_of_a_kernel_are_taken_or_refused():
+def test_any_kernel_arguments_are_accepted_or_refused():
     """The extension checks what it is given, whoever gives it: sizes, types, overlaps, blocks."""
     spread = random.Random(1)
     types = [np.float32, np.float16, np.uint16, np.uint8, np.int8, np.float64, np.int32]

@@ -196,10 +196,10 @@ def test_short_writes_and_reads(
     assert content(tmp_path / "target") == good
 
 
-def test_a_system_that_takes_no_bytes_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
+def test_a_system_that_accepts_no_bytes_raises(tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "pwrite", lambda *arguments: 0)
-        with pytest.raises(StorageError, match="takes no bytes"):
+        with pytest.raises(StorageError, match="accepts no bytes"):
             Output(file.fileno(), "file").write_at(memoryview(b"x"), 0)
 
 
@@ -272,7 +272,7 @@ def test_two_threads_at_one_descriptor_where_seeking_takes_a_call(
 # The errors themselves
 
 
-def test_the_error_says_where_why_and_what_to_do(tmp_path: Path) -> None:
+def test_errors_say_where_why_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         tensorwire.save_file(MODEL, tmp_path / "missing" / "model.tw")
     error = caught.value
@@ -338,7 +338,7 @@ def test_a_folder_fifo_socket_or_device_is_refused_before_anything_is_written(in
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
-def test_a_link_to_what_is_no_file_is_left_as_it_is(kind: str, inputs: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_device_or_folder_is_refused(kind: str, inputs: Path, tmp_path: Path) -> None:
     """/dev/stdout is one: a rename would take it from every process of the machine."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
@@ -359,7 +359,7 @@ NO_NAMES = {
 
 
 @pytest.mark.parametrize("name", NO_NAMES, ids=ascii)
-def test_what_no_file_can_be_called_is_refused_before_anything_is_read(name: Any, tmp_path: Path) -> None:
+def test_impossible_file_names_are_refused_at_once(name: Any, tmp_path: Path) -> None:
     path = os.path.join(tmp_path, name) if isinstance(name, str) and name else name
     stream = b"".join(tensorwire.encode({"w": np.ones(3)}))
     for write in (
@@ -375,7 +375,7 @@ def test_what_no_file_can_be_called_is_refused_before_anything_is_read(name: Any
             read(path)
 
 
-def test_a_folder_takes_its_name_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_folder_ignores_a_changed_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -387,7 +387,7 @@ def test_a_folder_takes_its_name_where_it_was_asked_for(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["here"] and os.listdir(tmp_path / "here") == ["model"]
     monkeypatch.chdir(tmp_path / "here")
     for name in (".", "..", "model"):
-        with pytest.raises(StorageError, match="no empty folder"):
+        with pytest.raises(StorageError, match="not an empty folder"):
             tensorwire.safetensors.decode(stream(), name, max_shard_size=100)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -395,9 +395,7 @@ def test_a_folder_takes_its_name_where_it_was_asked_for(tmp_path: Path, monkeypa
         tensorwire.safetensors.decode(stream(), ".", max_shard_size=100)
 
 
-def test_a_file_is_the_one_that_had_the_name_when_it_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_opened_when_it_is_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("blob").write_bytes(b"right")
     stream = tensorwire.encode_file("blob")
@@ -407,7 +405,7 @@ def test_a_file_is_the_one_that_had_the_name_when_it_was_asked_for(
 
 
 @pytest.mark.parametrize("trap", ["link", "fifo", "folder"])
-def test_a_target_that_becomes_a_trap_while_the_file_is_written(trap: str, tmp_path: Path) -> None:
+def test_a_target_replaced_while_writing_is_never_written_through(trap: str, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.write_bytes(OLD)
 
@@ -430,7 +428,7 @@ def test_a_target_that_becomes_a_trap_while_the_file_is_written(trap: str, tmp_p
 
 
 @pytest.mark.parametrize("trap", ["file", "link", "fifo"])
-def test_a_temporary_name_that_is_taken_is_not_written_to(
+def test_an_existing_temporary_name_is_not_written_to(
     trap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if somebody could guess it between the choice of the name and the open."""
@@ -591,7 +589,7 @@ def in_namespace(options: str, script: str, folder: Path) -> None:
     [("size=4m", ON_A_SMALL_DISK), ("size=4m,nr_inodes=1", WITHOUT_INODES), ("size=4m,ro", READ_ONLY)],
     ids=["full", "no inodes", "read-only"],
 )
-def test_a_real_disk(options: str, script: str, tmp_path: Path) -> None:
+def test_a_real_disk_that_is_full_or_read_only(options: str, script: str, tmp_path: Path) -> None:
     in_namespace(options, script, tmp_path)
 
 
@@ -639,7 +637,7 @@ os._exit(code)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS bites on Linux only")
-def test_memory_that_runs_out_for_real(tmp_path: Path) -> None:
+def test_memory_that_really_runs_out(tmp_path: Path) -> None:
     """Address space ends at places between nothing left and enough."""
     target, codes = tmp_path / "target", []
     for extra in (0, 200_000, 400_000, 800_000, 1_600_000, 64 << 20):
@@ -734,7 +732,7 @@ def content_of(data: bytes, folder: Path) -> bytes:
 
 @actions
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "over an old file"])
-def test_a_crash_at_any_point_leaves_nothing_half(
+def test_a_crash_at_any_point_leaves_no_partial_file(
     action: Callable, old: bytes | None, inputs: Path, tmp_path: Path
 ) -> None:
     ops = [*recorded(action, inputs)]
@@ -784,7 +782,7 @@ def test_a_rename_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest
     assert [op.kind for op in disk.ops] == ["rename", "sync folder"]
 
 
-def test_what_parts_have_left_goes_but_for_what_is_named(tmp_path: Path) -> None:
+def test_leftover_parts_are_removed_except_named_ones(tmp_path: Path) -> None:
     target = tmp_path / "model.tw"
     for key in (b"old", b"new"):
         part = Part(target, key)
@@ -804,7 +802,7 @@ def test_what_parts_have_left_goes_but_for_what_is_named(tmp_path: Path) -> None
     assert {*tmp_path.iterdir()} == {*others}
 
 
-def test_scratch_goes_with_its_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_scratch_is_removed_with_its_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with scratch() as path:
         assert os.stat(os.path.dirname(path)).st_mode & 0o777 == 0o700
@@ -881,7 +879,7 @@ def await_temporary(process: subprocess.Popen, folder: Path) -> None:
         time.sleep(0.001)
 
 
-def test_a_stream_that_breaks_still_is_a_wire_error(tmp_path: Path) -> None:
+def test_a_broken_stream_is_still_a_wire_error(tmp_path: Path) -> None:
     data = bytearray(b"".join(tensorwire.encode_file(io.BytesIO(BLOB))))
     data[-500] ^= 1
     with pytest.raises(CorruptError):

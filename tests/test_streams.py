@@ -41,7 +41,7 @@ MIB = 1 << 20
 BIG = (np.random.default_rng(2).standard_normal(6 * MIB) * 0.02).astype(np.float32)
 
 
-def test_results_come_in_order_whoever_does_the_work() -> None:
+def test_results_come_in_order_in_any_thread() -> None:
     def job(number: int) -> tuple[int, str]:
         time.sleep(0.001 * (number % 3))
         return number, threading.current_thread().name
@@ -52,7 +52,7 @@ def test_results_come_in_order_whoever_does_the_work() -> None:
     assert len({name for _, name in results}) == 2
 
 
-def test_a_helper_that_never_gets_the_core_holds_nobody_up() -> None:
+def test_a_starved_helper_blocks_nobody() -> None:
     helper = Helper()
     gate = threading.Event()
     helper.submit(gate.wait, 1 << 20)  # the helper's thread is busy with this
@@ -65,7 +65,7 @@ def test_a_helper_that_never_gets_the_core_holds_nobody_up() -> None:
     helper.close()
 
 
-def test_errors_of_jobs_reach_the_caller_in_their_turn() -> None:
+def test_errors_of_jobs_are_raised_in_order() -> None:
     def fail() -> None:
         raise NonFiniteError("x", index=3)
 
@@ -154,7 +154,7 @@ def test_a_tensor_smaller_than_a_block_needs_no_frame_for_a_block() -> None:
     assert np.abs(tensorwire.loads(data)["bias"] - small["bias"]).max() < 1e-3
 
 
-def test_no_thread_to_be_had_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_works_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -172,7 +172,7 @@ def kept(event: Any) -> Any:
     return event._replace(data=event.data.copy()) if isinstance(event, Piece) else event
 
 
-def test_a_receiver_gives_pieces_in_order_and_says_what_is_complete() -> None:
+def test_a_receiver_yields_pieces_in_order_and_completions() -> None:
     data = tensorwire.dumps({"a": BIG, "b": 7, "c": BIG, "e": np.ones((0, 3))}, codec="nf4", metadata={"k": "v"})
     events = [kept(event) for event in Receiver(DEFAULT).events(iter([data]))]
     assert isinstance(events[0], StreamStart) and dict(events[0].info.metadata) == {"k": "v"}
@@ -191,7 +191,7 @@ def test_a_receiver_gives_pieces_in_order_and_says_what_is_complete() -> None:
 
 
 @pytest.mark.parametrize("codec", ["raw", "bf16"])
-def test_an_item_lands_where_its_consumer_says(codec: str) -> None:
+def test_an_item_is_received_into_the_given_memory(codec: str) -> None:
     data = tensorwire.dumps({"a": BIG}, codec=codec)
     memory = np.zeros(BIG.nbytes, np.uint8)
     with Receiver(DEFAULT) as receiver:
@@ -218,7 +218,7 @@ def test_payloads_can_stay_encoded() -> None:
     assert sum(map(len, payloads.values())) > BIG.size * 2
 
 
-def test_what_a_consumer_raises_over_an_event_is_located() -> None:
+def test_errors_of_a_consumer_are_located() -> None:
     data = tensorwire.dumps({"first": np.ones(3), "second": np.ones(3)})
 
     def consume(refused: str) -> None:
@@ -236,7 +236,7 @@ def test_what_a_consumer_raises_over_an_event_is_located() -> None:
     assert (caught.value.item, caught.value.frame) == (None, None)
 
 
-def test_an_error_over_a_part_of_a_large_slice_is_located(tmp_path: Path) -> None:
+def test_errors_in_a_part_of_a_large_slice_are_located(tmp_path: Path) -> None:
     tensorwire.save_file({"a": BIG}, tmp_path / "x.tw")  # in one frame
 
     def consume() -> None:
@@ -292,7 +292,7 @@ def test_a_layer_is_delivered_before_the_next_one_is_made(codec: str) -> None:
     assert received == 5
 
 
-def test_an_empty_buffer_stands_wherever_the_producer_may_take_its_time() -> None:
+def test_an_empty_buffer_precedes_every_wait() -> None:
     asked: list[int] = []
     flushed = [asked[-1] if asked else None for buffer in tensorwire.encode(layers(asked)) if len(buffer) == 0]
     assert flushed == [None, 0, 1, 2, 3, 4]
@@ -399,7 +399,7 @@ def test_the_size_of_a_stream_is_known_without_encoding_it(codec: str, value: An
     assert real <= size if "zstd" in codec else real == size
 
 
-def test_the_size_of_what_is_still_to_be_made_is_not_known() -> None:
+def test_the_size_of_an_iterator_is_unknown() -> None:
     with pytest.raises(EncodeError, match="iterator"):
         tensorwire.encoded_size(layers([]))
 
@@ -445,7 +445,7 @@ def test_a_stream_against_a_version_is_refused_unless_that_version_is_named(tmp_
 
 
 @pytest.mark.parametrize("codec", ["raw", "raw|zstd"])
-def test_what_cannot_be_decoded_on_a_device_is_copied_there_piece_by_piece(codec: str) -> None:
+def test_pieces_are_copied_to_devices_without_a_decoder(codec: str) -> None:
     """With tensors on the CPU in the place of a device."""
     torch = pytest.importorskip("torch")
 

@@ -156,7 +156,7 @@ def test_a_peer_that_does_not_read_is_a_timeout() -> None:
             sender.send(memoryview(bytes(1 << 20)) for _ in range(64))
 
 
-def test_nobody_listening_is_a_transport_error() -> None:
+def test_no_listener_is_a_transport_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(TransportError, match="cannot connect"):
@@ -281,7 +281,7 @@ def test_loopback_by_all_its_names(host: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "host", ["", "0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "example.org", "127.0.0.1.example.org"]
 )
-def test_plain_text_stays_on_this_machine(host: str) -> None:
+def test_plaintext_is_refused_beyond_this_machine(host: str) -> None:
     async def serve(transport: AsyncTransport) -> None: ...
 
     async def connect() -> None:
@@ -331,7 +331,7 @@ def test_a_refusal_while_the_sender_still_sends(
         assert all(isinstance(error, SchemaError) for error in server.errors)
 
 
-def test_a_receiver_that_says_no_and_closes_without_reading_on() -> None:
+def test_a_refusal_arrives_although_the_receiver_closes() -> None:
     """As another implementation may: its word is there although the connection is reset right behind it."""
     from test_session import HAVE, HELLO, message
 
@@ -354,7 +354,7 @@ def test_a_receiver_that_says_no_and_closes_without_reading_on() -> None:
             thread.join()
 
 
-def test_busy_is_refused_and_comes_through_later(tmp_path: Path) -> None:
+def test_a_busy_receiver_is_retried(tmp_path: Path) -> None:
     held = Recording(tmp_path / "m", b"t")
     with Server(receiving(tmp_path)) as server:
         with pytest.raises(RefusedError) as caught:
@@ -365,7 +365,7 @@ def test_busy_is_refused_and_comes_through_later(tmp_path: Path) -> None:
         assert receipt.sent == len(STREAM)
 
 
-def test_errors_that_trying_again_cannot_mend_are_raised_at_once(tmp_path: Path) -> None:
+def test_permanent_errors_are_raised_at_once(tmp_path: Path) -> None:
     tries = 0
 
     def connect() -> TcpTransport:
@@ -423,7 +423,7 @@ def test_only_tls_1_3_is_spoken(certificates: Certificates) -> None:
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "asyncio"])
 @pytest.mark.parametrize("case", ["wrong authority", "wrong name", "expired", "no authority"])
-def test_a_server_that_is_not_who_it_should_be(case: str, blocking: bool, certificates: Certificates) -> None:
+def test_a_server_with_a_wrong_certificate_is_refused(case: str, blocking: bool, certificates: Certificates) -> None:
     identity = {"wrong name": certificates.elsewhere, "expired": certificates.expired}.get(case, certificates.server)
     ca = {"wrong authority": certificates.foreign_ca, "no authority": None}.get(case, certificates.ca)
     connect = TcpTransport.connect if blocking else lambda *to, **how: asyncio.run(AsyncTransport.connect(*to, **how))
@@ -509,9 +509,7 @@ def test_streams_without_a_conversation_say_that_one_end_uses_tls(certificates: 
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_what_was_sent_before_closing_arrives_also_where_it_is_read_late(
-    secure: bool, certificates: Certificates
-) -> None:
+def test_data_sent_before_closing_arrives_even_if_read_late(secure: bool, certificates: Certificates) -> None:
     model = {"a": np.random.default_rng(0).standard_normal(1_000_000, np.float32)}
     received: list[Any] = []
 
@@ -540,7 +538,7 @@ def test_what_was_sent_before_closing_arrives_also_where_it_is_read_late(
     assert received[:3] == [{"n": 0}, {"n": 1}, {"n": 2}] and np.array_equal(received[3]["a"], model["a"])
 
 
-def test_certificates_that_are_none(certificates: Certificates, tmp_path: Path) -> None:
+def test_invalid_certificates_are_refused(certificates: Certificates, tmp_path: Path) -> None:
     (tmp_path / "text.pem").write_text("hello")
     for arguments in [
         (certificates.server[0], tmp_path / "missing.key"),
@@ -615,7 +613,7 @@ def test_a_greeting_has_a_deadline_however_it_trickles() -> None:
 
 
 @pytest.mark.parametrize("where", ["message", "stream"])
-def test_whoever_trickles_is_given_up(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_trickles_is_dropped(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_session import HELLO, OFFERED, message
 
     monkeypatch.setattr(pace, "_WINDOW", 0.4)
@@ -648,7 +646,7 @@ def test_whoever_trickles_is_given_up(where: str, tmp_path: Path, monkeypatch: p
     assert "too slow" in str(results[0])
 
 
-def test_a_peer_that_does_not_read_slowly_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_reads_too_slowly_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """What leaves in time is not slow, however long it takes in all."""
     rate = pace.Pace(1000)
     for _ in range(100):
@@ -725,7 +723,7 @@ class SlowReader:
     ("kind", "rate", "piece"),
     [("asyncio", 2 << 20, 6 << 20), ("asyncio", 1 << 20, 64 << 10), ("blocking", 1 << 20, 64 << 10)],
 )
-def test_a_slow_peer_is_not_given_up_while_bytes_flow(kind: str, rate: int, piece: int) -> None:
+def test_a_slow_peer_is_kept_while_bytes_flow(kind: str, rate: int, piece: int) -> None:
     """Sending takes several times the time-out: also of one buffer, and of what leaves the system in one go."""
     pieces = [bytes(piece)] * (rate * 3 // piece)
 
@@ -782,7 +780,7 @@ def test_a_second_address_has_its_share_of_the_time(kind: str, first: str, monke
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
-def test_addresses_that_all_fail(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_all_addresses_are_reported(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -800,7 +798,7 @@ def test_addresses_that_all_fail(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address of this machine on Linux only")
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
-def test_an_address_that_swallows_everything_ends_in_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_address_times_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with two_addresses(monkeypatch) as (good, port), nothing_left():
         good.close()
         with pytest.raises(TransportError, match="timed out"):
@@ -851,7 +849,7 @@ def test_one_port_at_all_addresses_that_a_host_stands_for(kind: str, host: str) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address of this machine on Linux only")
-def test_a_port_that_one_family_lacks_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_taken_at_one_address_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Port 0 picks one for the first address; somebody else has it at the second."""
     left = [2]
     real = socket.socket.bind
@@ -870,7 +868,7 @@ def test_a_port_that_one_family_lacks_is_another_one(monkeypatch: pytest.MonkeyP
         assert listener.port and not left[0]
 
 
-def test_no_clock_but_the_monotonic_one() -> None:
+def test_only_the_monotonic_clock_is_used() -> None:
     """Nothing in transports and streams asks for the time of day."""
     package = Path(tensorwire.__file__).parent
     for path in [path for room in ("transports", "transfer", "streams") for path in (package / room).glob("*.py")]:
@@ -943,7 +941,7 @@ def test_decode_async_says_what_is_broken() -> None:
         assert isinstance(server.error(), TruncatedError)
 
 
-def test_cancelling_lets_go_of_the_place_even_while_it_opens(tmp_path: Path) -> None:
+def test_cancelling_closes_a_destination_that_is_opening(tmp_path: Path) -> None:
     opening = threading.Event()
 
     def slowly(offer: Offer) -> Recording:
@@ -961,7 +959,7 @@ def test_cancelling_lets_go_of_the_place_even_while_it_opens(tmp_path: Path) -> 
             transport.run(greet())
             with pytest.raises(TransportError):
                 transport.run(send_stream(Offer(b"t"), source()))
-        assert opening.is_set() and "longer than it may" in str(server.error())
+        assert opening.is_set() and "longer than it is allowed" in str(server.error())
         Recording(tmp_path / "m", b"t").discard()  # nobody holds it
 
 
@@ -1005,7 +1003,7 @@ def test_long_work_does_not_look_like_death(receiver: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("receiver", ["blocking", "asyncio"])
-def test_a_peer_that_goes_during_long_work_leaves_no_lock(receiver: str, tmp_path: Path) -> None:
+def test_a_peer_that_leaves_during_long_work_leaves_no_lock(receiver: str, tmp_path: Path) -> None:
     def slowly(offer: Offer) -> Recording:
         place = Recording(tmp_path / "m", offer.transfer)
         time.sleep(0.6)
@@ -1062,7 +1060,7 @@ def test_a_conversation_within_its_time_and_not_beyond(tmp_path: Path) -> None:
             yield from hear()
 
     with nothing_left(), Server(serve) as server, TcpTransport.connect("127.0.0.1", server.port) as transport:
-        with pytest.raises(TransportError, match="longer than it may|timed out"):
+        with pytest.raises(TransportError, match="longer than it is allowed|timed out"):
             transport.run(listen_for_ever(), within=0.3)
 
 
@@ -1136,7 +1134,7 @@ def test_closing_a_listener_ends_what_it_serves(tmp_path: Path) -> None:
             assert "timed out" not in str(caught.value)
 
 
-def test_nobody_listening_is_a_transport_error_under_asyncio() -> None:
+def test_no_listener_is_a_transport_error_under_asyncio() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(TransportError, match="connecting to"):
@@ -1147,7 +1145,7 @@ def test_nobody_listening_is_a_transport_error_under_asyncio() -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_strangers_make_room(tls: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_unknown_peers_make_room(tls: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """All places are held by peers that never greet: an honest one comes in, and those who greeted stay."""
     theirs, ours = {}, {}
     if tls:
@@ -1179,7 +1177,7 @@ def test_a_listener_never_takes_all_descriptors(monkeypatch: pytest.MonkeyPatch,
             stranger.close()
 
 
-def test_where_all_have_greeted_a_newcomer_is_turned_away(tmp_path: Path) -> None:
+def test_a_newcomer_is_refused_if_all_peers_have_greeted(tmp_path: Path) -> None:
     with nothing_left(), Server(receiving(tmp_path), connections=2) as server:
         known = [TcpTransport.connect("127.0.0.1", server.port) for _ in range(2)]
         for transport in known:
@@ -1194,7 +1192,7 @@ def test_where_all_have_greeted_a_newcomer_is_turned_away(tmp_path: Path) -> Non
         known.pop().close()
 
 
-def test_a_crowd_costs_an_honest_peer_little() -> None:
+def test_a_crowd_delays_an_honest_peer_little() -> None:
     """bench/idle_connections.py, small."""
     bench = Path(__file__).parent.parent / "bench" / "idle_connections.py"
     options = ["--idle", "40", "--trickling", "40", "--mib", "48", "--turns", "5"]

@@ -71,7 +71,7 @@ def visitors(hall, number, pause):
     return threads
 
 
-def test_so_many_have_their_turn_at_a_time_and_all_have_it(monkeypatch):
+def test_turns_are_limited_and_everyone_gets_one(monkeypatch):
     monkeypatch.setattr("tensorwire.transports.turns._KEPT", 0.05)  # those who wait are told so, often
     with Hall(2, line=16) as hall:
         for thread in visitors(hall, 6, 0.2):
@@ -79,14 +79,14 @@ def test_so_many_have_their_turn_at_a_time_and_all_have_it(monkeypatch):
     assert sorted(hall.heard) == [*"012345"] and hall.most == 2 and hall.at_once == 0
 
 
-def test_where_too_many_wait_one_is_told_to_come_again():
+def test_a_peer_is_told_to_retry_if_too_many_wait():
     with Hall(1, line=0) as hall, pytest.raises(RefusedError) as caught:
         hall.visit("never")
     assert caught.value.kind == "busy" and caught.value.retryable and hall.heard == []
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_place_is_lost_by_whoever_sends_nothing_while_others_wait_unless_we_work_on_it(monkeypatch, busy):
+def test_a_silent_peer_loses_its_turn_while_others_wait(monkeypatch, busy):
     monkeypatch.setattr("tensorwire.transports.turns._STALL", 0.1)
     ended = {}
 

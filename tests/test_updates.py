@@ -129,7 +129,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("frame_size", [1 << 12, 1 << 16, 1 << 20])
 @pytest.mark.parametrize("codec", CODECS)
-def test_slices_are_what_decode_gives(codec, frame_size):
+def test_pieces_equal_the_result_of_decode(codec, frame_size):
     model = make_model()
     try:
         data = joined(tensorwire.encode(model, codec=codec, frame_size=frame_size))
@@ -156,8 +156,8 @@ def test_a_long_raw_slice_comes_in_pieces_and_is_verified_by_the_end(tmp_path):
             pass
 
 
-def test_slices_take_tensors_only(tmp_path):
-    with pytest.raises(SchemaError, match="no tensors"):
+def test_pieces_accept_only_tensors(tmp_path):
+    with pytest.raises(SchemaError, match="not tensors"):
         list(Pieces(tensorwire.dumps({"a": 1}), lambda item: None))
     (tmp_path / "file").write_bytes(b"abc")
     with pytest.raises(SchemaError, match="decode_file"):
@@ -253,14 +253,14 @@ def test_bfloat16_models_are_averaged_and_rounded_once():
     assert model["a"].tobytes() == expected.view(torch.int16).numpy().tobytes()
 
 
-def test_views_can_be_put_in_a_row_and_be_made_of_views():
+def test_views_compose_with_views():
     model = make_model()
     state = trained(model, 1)
     plain = joined(encode(subtract(state, model), TERMS))
     assert joined(encode(ErrorFeedback().add(subtract(views(state), views(model))), TERMS)) == plain
 
 
-def test_tied_tensors_stay_tied_and_travel_once():
+def test_tied_tensors_stay_tied_and_are_sent_once():
     shared = np.ones((20, 10), np.float32)
     model = {"embed": shared, "head": shared, "bias": np.zeros(3, np.float32)}
     state_shared = np.full((20, 10), 3, np.float32)
@@ -291,7 +291,7 @@ def test_memory_does_not_grow_with_clients():
     assert peaks[0] < 16 and peaks[1] < peaks[0] + 1.5, peaks
 
 
-def test_what_all_updates_describe_alike_is_kept_once():
+def test_equal_descriptions_are_kept_once():
     """16 KiB for another client with 100 tensors; three times as much where each has items of its own."""
     model = {f"layers.{number}.self_attn.weight": np.ones((16, 1024), np.float32) for number in range(100)}
     changed = subtract(model, model)
@@ -310,7 +310,7 @@ def test_what_all_updates_describe_alike_is_kept_once():
     assert peaks[1] - peaks[0] < 8 * 20 * 1024
 
 
-def test_a_recording_that_rots_after_it_was_checked_is_an_error(tmp_path):
+def test_a_recording_damaged_after_its_check_raises(tmp_path):
     model = make_model()
     data, terms, _ = upload(model, 0)
     path = tmp_path / "c0.tw"
@@ -329,7 +329,7 @@ def test_a_recording_that_rots_after_it_was_checked_is_an_error(tmp_path):
         average([update, replace(update, terms=replace(terms, client="c1"), recording=data)], into=model)
 
 
-def test_average_wants_one_update_of_each_client():
+def test_average_needs_one_update_per_client():
     model = make_model()
     data, terms, _ = upload(model, 0)
     update = check_update(data, model, terms, Rules())
@@ -404,7 +404,7 @@ def test_a_difference_that_would_overflow_the_model_is_refused():
 
 
 @pytest.mark.parametrize("weight", [True, "3", 0, -1.0, float("nan"), float("inf"), 1e10, None, 10**400])
-def test_a_weight_that_is_none_is_refused(weight):
+def test_an_invalid_weight_is_refused(weight):
     model = {"a": np.ones(3, np.float32)}
     metadata = {"tensorwire.terms": json.dumps({**TERMS.__dict__, "weight": weight})}
     data = joined(tensorwire.encode(model, metadata=metadata))
@@ -419,7 +419,7 @@ def test_a_weight_that_is_none_is_refused(weight):
              '{"run": "r", "round": 0, "kind": "sum"}', '{"run": "r", "round": 0, "more": 0}',
              '{"run": "r", "round": 0, "metrics": {"loss": "low"}}', '{"run": "r", "round": 0, "metrics": 3}'],
 )  # fmt: skip
-def test_terms_that_are_none_are_refused(text):
+def test_invalid_terms_are_refused(text):
     model = {"a": np.ones(3, np.float32)}
     data = joined(tensorwire.encode(model, metadata={"tensorwire.terms": text}))
     assert isinstance(refused(data, model), SchemaError)
@@ -443,7 +443,7 @@ def test_norms_are_measured_from_the_base_rejected_and_clipped(kind):
         assert np.allclose(model[name] - before[name], (values[name] - before[name]) / 2, atol=1e-6)
 
 
-def test_validate_has_the_last_word():
+def test_validate_decides_last():
     model = make_model()
     data, terms, _ = upload(model, 0, kind="weights")
     seen = []
@@ -470,7 +470,7 @@ def test_validate_has_the_last_word():
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_copies_are_of_the_same_library_tied_as_they_were_and_memory_of_their_own(library):
+def test_copies_keep_library_and_ties_in_new_memory(library):
     make = np.arange if library == "numpy" else pytest.importorskip("torch").arange
     one = make(6).reshape(2, 3)
     state = {"a": one, "b": one, "strided": make(6).reshape(2, 3).T, "scalar": make(1).reshape(())}
@@ -482,7 +482,7 @@ def test_copies_are_of_the_same_library_tied_as_they_were_and_memory_of_their_ow
     assert [tuple(tensor.shape) for tensor in empty_like(state).values()] == [(2, 3), (2, 3), (3, 2), ()]
 
 
-def test_what_training_made_comes_in_the_order_of_the_model_tied_as_it_is():
+def test_trained_tensors_take_order_and_ties_of_the_model():
     shared = np.ones(3, np.float32)
     base = {"embed": shared, "head": shared, "bias": np.zeros(2, np.float32)}
     trained = {"bias": np.ones(2, np.float32), "head": np.full(3, 2, np.float32), "embed": np.full(3, 2, np.float32)}
@@ -491,7 +491,7 @@ def test_what_training_made_comes_in_the_order_of_the_model_tied_as_it_is():
     assert len(joined(encode(made, TERMS))) < len(joined(encode(views(trained), TERMS)))
     for wrong, says in (
         ({**trained, "head": np.zeros(3, np.float32)}, "training gave two"),
-        ({**trained, "more": shared}, "which the model has not"),
+        ({**trained, "more": shared}, "which the model does not have"),
         ({"bias": trained["bias"]}, "which the model has"),
         ({**trained, "bias": np.ones(3, np.float32)}, "training gave float32"),
         ([shared], "must give a mapping"),
@@ -503,7 +503,7 @@ def test_what_training_made_comes_in_the_order_of_the_model_tied_as_it_is():
 # Updates
 
 
-def test_what_a_client_receives_is_what_was_broadcast():
+def test_a_client_receives_the_broadcast_model():
     model = make_model()
     data = joined(encode(views(model), Terms("run", 3), codec="bf16"))
     into = {name: np.zeros_like(array) for name, array in model.items()}
@@ -516,7 +516,7 @@ def test_what_a_client_receives_is_what_was_broadcast():
         receive(data, {**into, "more": np.zeros(1)})
 
 
-def test_differences_are_the_same_bits_whatever_torch_was_told_of_subnormal_numbers():
+def test_flushing_subnormals_in_torch_does_not_change_differences():
     torch = pytest.importorskip("torch")
     base = {"w": np.linspace(1e-37, 2e-37, 4096, dtype=np.float32)}
     model = {"w": base["w"] + np.linspace(0, 1e-38, 4096, dtype=np.float32)}  # apart by subnormal numbers
@@ -545,7 +545,7 @@ def test_differences_are_the_same_bits_whatever_torch_was_told_of_subnormal_numb
     assert found == expected
 
 
-def test_a_difference_is_added_to_what_its_receivers_hold_and_to_nothing_else():
+def test_a_difference_applies_only_to_its_base():
     model = make_model()
     held = {name: np.zeros_like(array) for name, array in model.items()}
     first = joined(encode(views(model), Terms("run", 0), codec="bf16"))
@@ -595,7 +595,7 @@ def described(data):
 
 
 @pytest.mark.parametrize("codec", ["nf4", "fp4", "int8", "bf16"])
-def test_error_feedback_delivers_in_the_long_run_what_quantization_drops(codec):
+def test_error_feedback_eventually_delivers_what_quantization_drops(codec):
     base = {"a": np.zeros(4096, np.float32)}
     state = {"a": np.random.default_rng(0).standard_normal(4096).astype(np.float32)}
     errors = {}
@@ -613,7 +613,7 @@ def test_error_feedback_delivers_in_the_long_run_what_quantization_drops(codec):
     assert errors[True] < errors[False] / 8, errors
 
 
-def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
+def test_error_feedback_survives_restarts_and_checks_its_model(tmp_path):
     model, state = make_model(), trained(make_model(), 1)
     feedback = ErrorFeedback(tmp_path / "residual.tw")
     sent = feedback.add(subtract(state, model))
@@ -638,7 +638,7 @@ def test_error_feedback_outlives_its_process_and_knows_its_model(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["weights", "difference"])
-def test_an_answer_is_written_as_its_terms_say_and_what_it_drops_is_kept(tmp_path, kind):
+def test_an_update_follows_its_terms_and_keeps_the_residual(tmp_path, kind):
     base, state = make_model(), trained(make_model(), 1)
     before, path, feedback = copies(base), tmp_path / "update.tw", ErrorFeedback()
     terms = Terms("run", 0, kind=kind)
@@ -653,7 +653,7 @@ def test_an_answer_is_written_as_its_terms_say_and_what_it_drops_is_kept(tmp_pat
     assert terms_of(path) is None
 
 
-def test_error_feedback_counts_less_for_rounds_that_it_missed_also_after_a_restart(tmp_path):
+def test_error_feedback_fades_with_missed_rounds(tmp_path):
     path = tmp_path / "residual.tw"
     feedback = ErrorFeedback(path)
     feedback.begin(4, 0.5)  # its first, of which nothing is left
@@ -665,7 +665,7 @@ def test_error_feedback_counts_less_for_rounds_that_it_missed_also_after_a_resta
         again.begin(number, 0.5)
         assert (again.residual["w"] == left).all() and again.round == number
     tensorwire.numpy.save_file({"w": np.ones(3, np.float32)}, path, metadata={"tensorwire.round": "soon"})
-    with pytest.raises(SchemaError, match="'soon', which is no number"):
+    with pytest.raises(SchemaError, match="'soon', which is not a number"):
         ErrorFeedback(path)
 
 
@@ -708,7 +708,7 @@ def test_stochastic_rounding_is_right_on_average_and_the_same_for_the_same_seed(
     assert np.isfinite(got[:2]).all() and np.isinf(got[2]) and np.isnan(got[3])
 
 
-def test_tensors_are_equal_to_the_bit_and_in_what_they_are():
+def test_equal_means_same_bits_dtype_and_shape():
     large = np.arange(1 << 18, dtype=np.float32)
     other = large.copy()
     assert tensorwire.updates.is_equal(large, other) and tensorwire.updates.is_equal(large, views({"w": other})["w"])

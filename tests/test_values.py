@@ -65,13 +65,13 @@ def exact(value: Any) -> Any:
 
 
 @given(VALUES)
-def test_a_value_comes_back_exact(value):
+def test_a_value_round_trips_exactly(value):
     assert exact(unpack_value(pack_value(value, DEFAULT), DEFAULT)) == exact(value)
     assert exact(tw.loads(tw.dumps({"x": value}))) == exact({"x": value})
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_value_takes_the_bytes_of_msgpack_and_no_multiple_of_its_time(name):
+def test_a_large_value_costs_about_as_much_as_msgpack(name):
     value = LARGE[name]()
     packed = msgpack.packb(value)
     data = tw.dumps({"x": value})
@@ -138,7 +138,7 @@ def test_tuples_are_nested_no_deeper_than_allowed():
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_so_does_a_root(name):
+def test_a_large_root_costs_about_as_much_as_msgpack(name):
     value = LARGE[name]()
     data = tw.dumps(value)
     assert tw.loads(data) == value
@@ -168,7 +168,7 @@ def test_beside_a_tensor_a_large_value_is_still_one_item():
     assert names == ["weight", "log", "nested"]
 
 
-def test_what_is_more_than_one_value_may_be_travels_in_parts():
+def test_values_beyond_the_limit_are_sent_in_parts():
     limits = Limits(composite=1000, containers=20)
     for value in ({str(n): [0.5] * 50 for n in range(10)}, {str(n): [[n]] * 9 for n in range(10)}):
         assert tw.loads(tw.dumps({"x": value}, limits=limits), limits=limits) == {"x": value}
@@ -185,7 +185,7 @@ def test_containers_are_counted_before_they_are_too_many(unit):
     tracemalloc.stop()
 
 
-def test_an_array_takes_no_memory_for_elements_that_it_only_announces():
+def test_an_array_takes_no_memory_for_missing_elements():
     claims = b"\xdd\x00\xff\xff\xff" * 30 + bytes(1 << 20)
     tracemalloc.start()
     with pytest.raises(FormatError):
@@ -194,7 +194,7 @@ def test_an_array_takes_no_memory_for_elements_that_it_only_announces():
     tracemalloc.stop()
 
 
-def test_keys_that_collide_cost_nothing():
+def test_colliding_keys_cost_nothing():
     many = [(1 << 61) - 1, 0]
     keys = [tuple(many[n >> bit & 1] for bit in range(12)) for n in range(4096)]
     one = b"".join(msgpack.packb(msgpack.ExtType(1, msgpack.packb(list(key)))) + b"\xc0" for key in keys)
@@ -212,7 +212,7 @@ def test_keys_that_collide_cost_nothing():
      [msgpack.ExtType(1, b"\x90")]],
     ids=repr,
 )  # fmt: skip
-def test_what_would_not_come_back_is_refused_wherever_it_stands(value):
+def test_values_that_would_change_are_refused_at_any_depth(value):
     for nested in (value, [value], {"a": (value, 1)}, [OrderedDict(x=value)]):
         with pytest.raises(EncodeError):
             pack_value(nested, DEFAULT)

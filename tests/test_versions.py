@@ -160,7 +160,7 @@ def test_a_version_that_comes_back_is_a_new_number_of_the_same_digest(tmp_path: 
     assert Subscriber(tmp_path, have=digests[1]).fetch().target.number == 3
 
 
-def test_a_newcomer_gets_an_anchor_and_what_came_behind_it(tmp_path: Path) -> None:
+def test_a_newcomer_gets_an_anchor_and_later_patches(tmp_path: Path) -> None:
     digests = published(tmp_path, 4)
     staged = Subscriber(tmp_path).fetch()
     assert digest(staged.state) == digests[-1]
@@ -174,7 +174,7 @@ def test_a_newcomer_gets_an_anchor_and_what_came_behind_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("behind", [0, 1, 3])
-def test_what_is_staged_in_a_folder_is_what_is_staged_in_memory(tmp_path: Path, behind: int) -> None:
+def test_staging_in_a_folder_equals_staging_in_memory(tmp_path: Path, behind: int) -> None:
     store, staging = tmp_path / "store", tmp_path / "staging"
     staging.mkdir()
     digests = published(store, 1 + behind)
@@ -192,14 +192,12 @@ def test_what_is_staged_in_a_folder_is_what_is_staged_in_memory(tmp_path: Path, 
     assert subscriber.fetch().patches
     subscriber.fetch().apply(follower)
     assert digest(follower) == digest(worker)
-    with pytest.raises(SchemaError, match="patches, or nothing"):
+    with pytest.raises(SchemaError, match="patches or nothing"):
         next(subscriber.fetch().encode())
     assert not list(staging.iterdir())
 
 
-def test_a_folder_for_staging_that_is_full_or_spoiled_is_an_error_and_harmless(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_or_damaged_staging_folder_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (target,) = published(tmp_path, 1)
     with pytest.raises(StorageError, match="stage in"):
         Subscriber(tmp_path, staging=tmp_path / "nowhere").fetch()
@@ -243,7 +241,7 @@ def test_following_takes_no_memory_of_the_size_of_the_model(tmp_path: Path) -> N
     assert peak < size / 2
 
 
-def test_whichever_is_fewer_bytes_is_fetched() -> None:
+def test_the_route_with_the_fewest_bytes_is_fetched() -> None:
     def version(number: int, patch: int, anchor: int | None) -> Version:
         digests = f"{number:064x}", f"{number - 1:064x}"
         name = f"{number:012}-{number:016x}"
@@ -275,7 +273,7 @@ def test_whichever_is_fewer_bytes_is_fetched() -> None:
         manifest.route(None, 11)
 
 
-def test_an_anchor_comes_every_so_often_and_old_versions_go(tmp_path: Path) -> None:
+def test_anchors_are_written_regularly_and_old_versions_removed(tmp_path: Path) -> None:
     digests = published(tmp_path, 12, anchor_every=3, keep=2)
     manifest = Subscriber(tmp_path).manifest()
     anchored = [version.number for version in manifest.versions if version.anchor is not None]
@@ -288,7 +286,7 @@ def test_an_anchor_comes_every_so_often_and_old_versions_go(tmp_path: Path) -> N
         Subscriber(tmp_path).fetch(number=6)
 
 
-def test_an_anchor_comes_when_the_patches_have_become_more_than_one(tmp_path: Path) -> None:
+def test_an_anchor_is_written_when_patches_exceed_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     with Publisher(tmp_path, anchor_every=100) as publisher:
         anchors = [
@@ -297,7 +295,7 @@ def test_an_anchor_comes_when_the_patches_have_become_more_than_one(tmp_path: Pa
     assert anchors[0] and 2 <= sum(anchors) < 8
 
 
-def test_what_was_dropped_stays_for_whoever_is_in_the_middle(tmp_path: Path) -> None:
+def test_dropped_files_stay_for_one_more_publish(tmp_path: Path) -> None:
     """One publish longer; after that, whoever comes too late takes another way."""
     with Publisher(tmp_path, anchor_every=2, keep=1) as publisher:
         for step in range(2):
@@ -315,7 +313,7 @@ def test_what_was_dropped_stays_for_whoever_is_in_the_middle(tmp_path: Path) -> 
     assert digest(worker) == digest(model(3))
 
 
-def test_a_file_that_goes_away_while_it_is_fetched_costs_another_look(tmp_path: Path) -> None:
+def test_a_file_removed_during_a_fetch_is_retried(tmp_path: Path) -> None:
     published(tmp_path, 3)
 
     class Slow(FolderStore):
@@ -347,14 +345,14 @@ def test_names_dtypes_and_shapes_may_change_from_version_to_version(tmp_path: Pa
     assert digest(staged.state) == digest({**model(2), "more": torch.ones(2)})
 
 
-def test_a_publisher_that_begins_again_goes_on_from_the_last_version(tmp_path: Path) -> None:
+def test_a_restarted_publisher_continues_from_the_last_version(tmp_path: Path) -> None:
     published(tmp_path, 2)
     with Publisher(tmp_path) as publisher:
         done = publisher.publish(model(2))
     assert done.number == 3 and done.patch and done.anchor is None and "read" in done.seconds
 
 
-def test_a_store_that_cannot_be_read_gets_a_whole_version(tmp_path: Path) -> None:
+def test_an_unreadable_store_gets_a_whole_version(tmp_path: Path) -> None:
     """A trainer goes on; whoever is behind finds an anchor."""
     published(tmp_path, 3)
     files(tmp_path, "patch")[0].unlink()
@@ -391,7 +389,7 @@ def test_a_damaged_file_is_refused_by_name_before_a_byte_is_written(tmp_path: Pa
     assert digest(worker) == digest(model(1))
 
 
-def test_without_a_damaged_patch_another_way_is_taken(tmp_path: Path) -> None:
+def test_another_route_avoids_a_damaged_patch(tmp_path: Path) -> None:
     published(tmp_path, 4, anchor_every=2)
     path = files(tmp_path, "patch")[1]
     path.write_bytes(path.read_bytes()[:100])
@@ -415,7 +413,7 @@ def test_a_wrong_base_is_refused_by_name_before_a_byte_is_written(tmp_path: Path
     assert digest(worker) == digest(model(2))
 
 
-def test_an_apply_that_was_interrupted_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_apply_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two patches of a chain, in the middle of one, in the middle of an anchor."""
     published(tmp_path, 4)
     worker = model(0)
@@ -503,7 +501,7 @@ def test_versions_behind_an_fsspec_url(memory: str) -> None:
     assert {name for name in store.names() if name.endswith(".tw")} == subscriber.manifest().files
 
 
-def test_of_two_publishers_without_a_lock_the_second_one_to_write_stops(memory: str) -> None:
+def test_without_a_lock_the_second_publisher_to_write_stops(memory: str) -> None:
     first, second = Publisher(memory), Publisher(memory)
     first.publish(model(0))
     with pytest.raises(SequenceError, match="another one is at work"):
@@ -530,11 +528,11 @@ def test_a_fork_another_store_and_an_older_one_are_errors_that_name_the_version(
     with pytest.raises(SequenceError, match="a fork: version 3"):
         seen.fetch()
     (tmp_path / MANIFEST).write_bytes(three.replace(json.loads(three)["run"].encode(), b"0" * 16))
-    with pytest.raises(SequenceError, match="another store"):
+    with pytest.raises(SequenceError, match="a different store"):
         seen.fetch()
 
 
-def test_whatever_is_no_manifest_is_refused(tmp_path: Path) -> None:
+def test_invalid_manifests_are_refused(tmp_path: Path) -> None:
     published(tmp_path, 3)
     good = json.loads((tmp_path / MANIFEST).read_bytes())
     file = good["versions"][0]["anchor"]["file"]
@@ -581,7 +579,7 @@ def test_whatever_is_no_manifest_is_refused(tmp_path: Path) -> None:
         assert MANIFEST in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_every_flip_of_a_manifest_is_refused_or_leads_nowhere_else(tmp_path: Path) -> None:
+def test_a_flipped_manifest_is_refused_or_harmless(tmp_path: Path) -> None:
     """It has no checksum: what it names is verified."""
     digests = published(tmp_path, 2)
     good = (tmp_path / MANIFEST).read_bytes()
@@ -597,7 +595,7 @@ def test_every_flip_of_a_manifest_is_refused_or_leads_nowhere_else(tmp_path: Pat
         assert digest(worker) in digests
 
 
-def test_what_a_publisher_cannot_publish_changes_nothing(tmp_path: Path) -> None:
+def test_a_failed_publish_changes_nothing(tmp_path: Path) -> None:
     with Publisher(tmp_path) as publisher:
         with pytest.raises(EncodeError):
             publisher.publish({"a": object()})
@@ -650,7 +648,7 @@ def test_a_full_disk_keeps_the_version_that_was_there(
     assert before <= {path.name for path in tmp_path.iterdir()} and not [*tmp_path.glob(".*.part")]
 
 
-def test_what_a_killed_publisher_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_a_killed_publisher_are_removed(tmp_path: Path) -> None:
     published(tmp_path, 2)
     half = tmp_path / f".{files(tmp_path, 'patch')[0].name[:24]}.0123456789abcdef.part"
     orphan = tmp_path / "000000000003-0123456789abcdef.patch.tw"
@@ -767,9 +765,7 @@ def flat(step: int) -> STATE:
     return state
 
 
-def test_a_server_that_breaks_off_or_is_not_there_is_worth_another_try(
-    served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_failures_are_retryable(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, url = served
     (target,) = published(folder, 1)
     worker = model(5)
@@ -796,7 +792,7 @@ def test_a_server_that_breaks_off_or_is_not_there_is_worth_another_try(
     assert caught.value.retryable
 
 
-def test_a_file_that_is_there_is_gone_on_from(tmp_path: Path) -> None:
+def test_following_continues_from_an_existing_file(tmp_path: Path) -> None:
     store, path = tmp_path / "store", tmp_path / "model.safetensors"
     with Publisher(store) as publisher:
         for step in range(3):
@@ -813,7 +809,7 @@ def test_a_file_that_is_there_is_gone_on_from(tmp_path: Path) -> None:
     assert digest(tensorwire.loads(tensorwire.safetensors.encode(path))) == digest(flat(2))
 
 
-def test_following_waits_for_what_may_come_and_says_what_it_waits_for(tmp_path: Path) -> None:
+def test_following_waits_and_says_why(tmp_path: Path) -> None:
     store, path, notes = tmp_path / "store", tmp_path / "model.safetensors", []
 
     def on_note(note: str) -> None:
@@ -851,7 +847,7 @@ def test_a_file_that_could_not_be_written_is_written_the_next_time(tmp_path: Pat
     assert next(follow(store, path, timeout=0)).version.number == 1
 
 
-def test_versions_that_such_a_file_cannot_hold_are_refused(tmp_path: Path) -> None:
+def test_versions_that_safetensors_cannot_hold_are_refused(tmp_path: Path) -> None:
     published(tmp_path / "store", 1)
     with pytest.raises(SchemaError, match="flat dict"):
         next(follow(tmp_path / "store", tmp_path / "model.safetensors"))
@@ -872,7 +868,7 @@ def test_a_file_of_many_slices_is_patched_whichever_thread_reads_first(tmp_path:
             )
 
 
-def test_patches_are_no_whole_version(tmp_path: Path) -> None:
+def test_patches_are_not_a_whole_version(tmp_path: Path) -> None:
     published(tmp_path, 2)
     staged = Subscriber(tmp_path, have=digest(model(0))).fetch()
     assert not staged.is_whole and len(staged.patches) == 1
@@ -885,7 +881,7 @@ def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
     assert isinstance(open_store(tmp_path.as_uri()), FolderStore) and len(files(tmp_path, "anchor")) == 1
 
 
-def test_what_an_object_store_does_not_take_is_removed_again(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upload_is_removed(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     published(memory, 1)
     store = open_store(memory)
     before = store.names()
@@ -907,7 +903,7 @@ def refused() -> list[str]:
     raise TransportError("no listing here")
 
 
-def test_a_version_behind_many_damaged_files_is_given_up(tmp_path: Path) -> None:
+def test_too_many_damaged_files_end_a_fetch(tmp_path: Path) -> None:
     published(tmp_path, 12, anchor_every=1, keep=12)
     for path in files(tmp_path, "anchor"):
         path.write_bytes(b"")

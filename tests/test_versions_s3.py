@@ -114,7 +114,7 @@ def test_a_file_of_many_parts_is_written_and_read_in_parts(
     assert np.array_equal(Subscriber(store).fetch().state["w"], state["w"])
 
 
-def test_a_file_ends_where_it_ends(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_any_size_are_read_completely(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "_REQUEST", 100)
     for size in (0, 1, 99, 100, 101, 300):
         store.write("000000000001-0123456789abcdef.patch.tw", [bytes(size)])
@@ -122,7 +122,7 @@ def test_a_file_ends_where_it_ends(store: FsspecStore, monkeypatch: pytest.Monke
             assert file.read() == bytes(size)
 
 
-def test_what_another_process_has_published_is_seen_by_whoever_has_listed_the_folder(url: str, port: int) -> None:
+def test_stale_listings_do_not_hide_new_versions(url: str, port: int) -> None:
     here = FsspecStore(url, options=options(port))
     subscriber = Subscriber(here)
     with Publisher(here) as publisher:
@@ -167,9 +167,7 @@ def test_of_two_publishers_that_write_at_once_one_is_refused(url: str, port: int
     assert {name for name in store.names() if name.endswith(".tw")} == Subscriber(store).manifest().files
 
 
-def test_a_manifest_that_has_arrived_although_its_answer_has_not_is_published(
-    store: FsspecStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_answer_to_a_manifest_write_still_publishes(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = store._fs.pipe_file
 
     def silent(*arguments: Any, **condition: Any) -> None:
@@ -185,7 +183,7 @@ def test_a_manifest_that_has_arrived_although_its_answer_has_not_is_published(
     assert tensorwire.digest(Subscriber(store).fetch().state) == tensorwire.digest(model(2))
 
 
-def test_a_server_without_conditional_writes_will_do(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_without_conditional_writes_work(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = store._fs.pipe_file
 
     def old(path: str, data: bytes, **condition: Any) -> None:
@@ -198,9 +196,7 @@ def test_a_server_without_conditional_writes_will_do(store: FsspecStore, monkeyp
         assert [publisher.publish(model(step)).number for step in range(3)] == [1, 2, 3]
 
 
-def test_a_put_that_fails_leaves_the_version_before_and_is_tried_again(
-    store: FsspecStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_put_keeps_the_old_version_and_is_retried(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with Publisher(store) as publisher:
         publisher.publish(model(0))
         for what in ("pipe_file", "open"):
@@ -218,7 +214,7 @@ def refused(*arguments: Any, **options: Any) -> None:
     raise OSError(errno.EIO, "no more")
 
 
-def test_a_connection_that_is_cut_is_a_transport_error_and_worth_another_try(url: str, port: int) -> None:
+def test_a_cut_connection_is_a_retryable_transport_error(url: str, port: int) -> None:
     with Publisher(FsspecStore(url, options=options(port))) as publisher:
         digest = publisher.publish(model(0)).digest
     quick = {"config_kwargs": {"retries": {"max_attempts": 1}}}
@@ -236,7 +232,7 @@ def test_a_connection_that_is_cut_is_a_transport_error_and_worth_another_try(url
     assert tensorwire.digest(worker) == digest
 
 
-def test_whoever_may_not_need_not_try_again(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permissions_are_not_retryable(store: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*arguments: Any, **options: Any) -> None:
         raise PermissionError("access denied")
 
@@ -246,7 +242,7 @@ def test_whoever_may_not_need_not_try_again(store: FsspecStore, monkeypatch: pyt
     assert not caught.value.retryable
 
 
-def test_a_bucket_that_is_not_there_is_to_be_made_first(port: int) -> None:
+def test_a_missing_bucket_must_be_made_first(port: int) -> None:
     with Publisher(FsspecStore("s3://nowhere/run", options=options(port))) as publisher:
         with pytest.raises(StorageError, match="Make it first"):
             publisher.publish(model(0))
@@ -287,7 +283,7 @@ def test_a_publisher_at_work_and_followers_by_the_same_address(url: str, tmp_pat
 
 
 @pytest.mark.usefixtures("account")
-def test_the_recipe_runs_over_s3_as_it_says(tmp_path: Path) -> None:
+def test_the_recipe_runs_over_s3(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     page = (ROOT / "docs" / "recipes" / "versions.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))

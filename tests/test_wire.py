@@ -109,7 +109,7 @@ def frames_for(state: State, step: Step) -> list[Frame]:
 
 @pytest.mark.parametrize("step", [*Step])
 @pytest.mark.parametrize("state", [*BEFORE])
-def test_the_reader_takes_a_step_where_the_table_has_one_and_refuses_it_elsewhere(state, step):
+def test_the_reader_follows_the_table_of_transitions(state, step):
     reader = Reader(crc32c)
     stream = assemble(frames_for(state, step))
     if step in TRANSITIONS[state]:
@@ -217,7 +217,7 @@ def test_events_come_in_order_and_account_for_every_frame(name):
 
 
 @pytest.mark.parametrize("name", [*GOOD, *(f"bad/{name}" for name in BAD)])
-def test_readers_that_share_what_they_unpack_say_the_same_of_the_same_items(name):
+def test_readers_that_share_descriptions_agree(name):
     def told(reader: Reader) -> tuple[list[Item], str]:
         found: list[Item] = []
         try:
@@ -239,7 +239,7 @@ def test_readers_that_share_what_they_unpack_say_the_same_of_the_same_items(name
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_no_byte_beyond_the_end_frame_is_asked_for(name):
+def test_no_byte_after_the_end_frame_is_requested(name):
     stream = stored(name)
     reader = Reader(crc32c)
     asked = 0
@@ -256,7 +256,7 @@ def test_no_byte_beyond_the_end_frame_is_asked_for(name):
         reader.next_event()
 
 
-def test_feed_says_how_much_it_took():
+def test_feed_returns_how_many_bytes_it_used():
     stream = stored("tied")
 
     def taken(generator) -> int:
@@ -273,7 +273,7 @@ def test_feed_says_how_much_it_took():
     assert taken(reader.feed(b"more")) == 0
 
 
-def test_an_error_stays():
+def test_an_error_is_raised_again():
     stream = bytearray(stored("tied"))
     stream[300] ^= 1
     reader = Reader(crc32c)
@@ -291,7 +291,7 @@ def test_an_error_stays():
             reader.next_event()
 
 
-def test_a_payload_lands_where_it_is_directed_and_nowhere_else():
+def test_a_payload_is_received_only_into_the_directed_memory():
     reader = Reader(crc32c)
     room = bytearray(6)
     for event in pull(reader, assemble([START, ROOT, OPEN, data(1, b"abc"), end()])):
@@ -342,7 +342,7 @@ def lent(reader: Reader, stream: bytes, most: int) -> Iterator[Any]:
 
 @pytest.mark.parametrize("anywhere", [False, True])
 @pytest.mark.parametrize("most", [1, 2, 3, 1 << 20])
-def test_a_lent_payload_is_used_where_it_stands_if_it_may_and_is_whole(anywhere: bool, most: int) -> None:
+def test_a_complete_lent_payload_is_used_in_place(anywhere: bool, most: int) -> None:
     stream = assemble([START, ROOT, OPEN, data(1, b"abc"), end()])
     room = bytearray(3)
     reader = Reader(crc32c)
@@ -402,7 +402,7 @@ def test_every_limit_has_a_case():
 
 
 @pytest.mark.parametrize("field", [*AT_LIMIT])
-def test_a_limit_admits_what_it_says_and_not_one_more(field):
+def test_a_limit_allows_its_value_and_no_more(field):
     stream, needed = AT_LIMIT[field]
     tw.loads(stream, limits=replace(DEFAULT, **{field: needed}))
     with pytest.raises(LimitError) as caught:
@@ -470,7 +470,7 @@ def test_memory_follows_what_has_arrived_not_what_is_declared(what, limits, tmp_
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole():
+def test_a_large_frame_arrives_in_pieces_and_is_verified_whole():
     """A frame's checksum comes before any complaint about its content, however many pieces it lands in."""
     size = 9 * MIB + 5
     flags = bytearray(size)
@@ -487,14 +487,14 @@ def test_a_large_frame_lands_in_pieces_and_is_judged_as_a_whole():
         tw.loads(damaged)
 
 
-def test_a_file_of_unknown_size_is_in_no_bundle():
+def test_a_file_of_unknown_size_is_never_bundled():
     described = items(1, [{"kind": FILE, "size": None, "codec": [[1]]}], [[0, "a"], [0, "b"]])
     stream = assemble([START, ROOT, described, bundle(1, [b"abc", b"def"])])
     with pytest.raises(FormatError, match="unknown size"):
         [*Reader(crc32c).feed(stream)]
 
 
-def test_a_writer_bundles_no_more_than_there_are():
+def test_a_writer_bundles_no_more_items_than_exist():
     writer = Writer(zlib.crc32)
     writer.start(StreamInfo())
     with pytest.raises(SequenceError, match="without an item"):
@@ -524,13 +524,13 @@ def slices_seen(count: int) -> int:
     return seen
 
 
-def test_a_hundred_thousand_tiny_frames_are_read_and_none_is_remembered():
+def test_a_hundred_thousand_tiny_frames_use_no_memory():
     assert slices_seen(100_000) == 100_000
     few, many = (peak(lambda count=count: slices_seen(count)) for count in (1000, 10_000))
     assert many < few + 8192
 
 
-def test_frames_of_no_use_are_bounded_by_the_limit_of_the_stream():
+def test_useless_frames_are_bounded_by_the_stream_limit():
     def endless() -> Iterator[bytes]:
         yield from cut(assemble([START, ROOT]))
         pieces = [*cut(assemble([START, ROOT, *[Frame(0x80)] * 50]))][3:]
@@ -616,7 +616,7 @@ def test_a_consumer_is_fed_from_every_asynchronous_source(how):
 
 
 @pytest.mark.parametrize("how", [*WAITING])
-def test_what_is_one_stream_ends_with_it_and_what_is_a_file_goes_on(how):
+def test_buffers_end_with_their_stream_and_files_may_continue(how):
     longer = STREAM_OF_TWO + b"?"
     goes_on = how in ("file", "coroutine")
     with nullcontext() if goes_on else pytest.raises(FormatError, match="after the end"):
@@ -626,7 +626,7 @@ def test_what_is_one_stream_ends_with_it_and_what_is_a_file_goes_on(how):
             [*drive_blocking(Collected(), as_source(BLOCKING[how](longer)))]
 
 
-def test_a_source_that_has_nothing_yet_has_not_ended():
+def test_a_non_blocking_source_without_data_raises():
     class Nothing:
         def readinto(self, buffer: memoryview) -> None:
             return None
@@ -637,7 +637,7 @@ def test_a_source_that_has_nothing_yet_has_not_ended():
         asyncio.run(drive(Nothing()))
 
 
-def test_what_is_no_source_is_refused_by_name():
+def test_invalid_sources_are_refused_by_name():
     for make in (as_source, as_async_source):
         with pytest.raises(TypeError, match="not int"):
             make(7)

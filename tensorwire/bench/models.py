@@ -49,7 +49,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """A named model whose tensors are read when asked for.
+    """A named model whose tensors are read on request.
 
     `values`: whether they are more than seeded numbers. `path`: their `.safetensors` file.
     """
@@ -70,7 +70,7 @@ class Model:
         return sum(view.numel * _fp32_itemsize(view) for view in self.tensors.values())
 
     def codecs(self, codec: str) -> Iterator[tuple[TensorView, Codec]]:
-        """The tensors that travel (tied ones once), and the codec that `codec=` means for each."""
+        """The tensors that are sent (tied ones once), and the codec that `codec=` chooses for each."""
         choose, seen = rule(codec), set()
         for name, view in self.tensors.items():
             choose.notice(name, view)
@@ -157,7 +157,7 @@ def weights(count: int, *, phase: int = 0) -> Weights:
 
 
 def release() -> None:
-    """Let go of the seeded block, so that it does not count as anybody's memory."""
+    """Release the seeded block, so that it does not count towards measured memory."""
     _block.cache_clear()
 
 

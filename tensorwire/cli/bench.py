@@ -116,7 +116,7 @@ def _measure(names: list[str], options: Options, out: TextIO, *, every: bool) ->
             module = suite(name)
             rows = list(_shown(name, module.run(options, _note)))
             if not rows:
-                raise BenchError(f"nothing of {name} could be measured")
+                raise BenchError(f"nothing in suite {name} could be measured")
             shown = rows if every else [row for row in rows if _is_main(row)]
             columns = [column for column in module.COLUMNS if every or column.key != _WARM_ONLY]
             table = tables.render(shown, columns, width=line_width(out))
@@ -145,7 +145,7 @@ def _note(line: str) -> None:
 
 
 def _shown(name: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, with each one's name shown on a terminal as it comes: a large model takes minutes."""
+    """The rows, with the latest one's name shown on a terminal, because a large model takes minutes."""
     for row in rows:
         if sys.stderr.isatty():
             print(

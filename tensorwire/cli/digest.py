@@ -11,8 +11,8 @@ from tensorwire.limits import DEFAULT
 _TEXT: Final = """\
 Prints one line per file, as sha256sum does: its SHA-256 or, with --key-file, its HMAC-SHA256. With --manifest, prints
 an in-toto statement of all files instead, as JSON, for cosign, gpg, openssl or the like to sign. With --content, prints
-the content digest of each model, of its names, dtypes, shapes and values alone, whatever the file: its version.
-The key is every byte of the key file: openssl rand -out key 32
+the content digest of each model, which identifies its version: it depends on names, dtypes, shapes and values, and not
+on the kind of file. The key is every byte of the key file: openssl rand -out key 32
 
 examples:
   tensorwire digest model.tw

@@ -69,7 +69,7 @@ def add_parser(verbs: Any) -> None:
         "--initial", metavar="FILE", help="a .tw file to start from instead of the task's initial model"
     )
     server.add_argument(
-        "--dashboard", metavar="HOST:PORT", type=address, help="serve a read-only page with figures of the run there"
+        "--dashboard", metavar="HOST:PORT", type=address, help="serve a read-only page about the run at this address"
     )
     add_security(server, listens=True)
     add_limits(server)
@@ -244,7 +244,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _drawn(rows: list[dict[str, Any]], plan: Plan, path: Path) -> bool:
-    """Whether the curves are drawn, which takes matplotlib."""
+    """Draw the curves. Returns False if matplotlib is missing."""
     try:
         from tensorwire.bench.plots import draw_run
     except ImportError:
@@ -258,7 +258,7 @@ def _shown(loss: float | None) -> str:
 
 
 def _tracked(rows: Iterator[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
-    """`rows`, with a bar of rounds on a terminal for those who have tqdm."""
+    """`rows`, with a progress bar of rounds if stderr is a terminal and tqdm is installed."""
     bar: Any = None
     if sys.stderr.isatty():
         with suppress(ImportError):

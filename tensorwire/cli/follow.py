@@ -15,9 +15,9 @@ from tensorwire.versions import INTERVAL, Followed, follow, version_in
 
 _TEXT: Final = """\
 OUT is a complete version whenever it is read: each new version replaces it by a rename. The command after --run runs
-after each, with TENSORWIRE_VERSION and TENSORWIRE_DIGEST in its environment. Of the versions published while it runs,
-only the newest is taken next. `follow` continues from an OUT that it wrote earlier; any other existing file is
-replaced only with --force.
+after each, with TENSORWIRE_VERSION and TENSORWIRE_DIGEST in its environment. If several versions are published while
+it runs, only the newest is fetched next. `follow` continues from an OUT that it wrote earlier; any other existing file
+is replaced only with --force.
 
 examples:
   tensorwire follow https://host/versions model.safetensors
@@ -40,7 +40,7 @@ def add_parser(verbs: Any) -> None:
         "--timeout",
         type=_seconds,
         metavar="S",
-        help="exit after S s without a new version (never); 0: take what is there and exit",
+        help="exit after S s without a new version (never); 0: fetch the newest version and exit",
     )
     parser.add_argument("--json", action="store_true", help="a line of JSON on stdout for each version")
     add_force(parser)

@@ -58,7 +58,7 @@ class Input:
 
     @property
     def loads(self) -> bool:
-        """Whether the whole of it is loaded into memory to be encoded."""
+        """Whether the whole file is loaded into memory before it is encoded."""
         return self.kind in ("npz", "npy", "pt")
 
     @cached_property
@@ -91,7 +91,7 @@ class Input:
         return None if self.path == PIPE else sum(map(os.path.getsize, files(self.path)))
 
     def stream_size(self) -> int | None:
-        """The bytes of its stream, at most those where values decide; None for stdin."""
+        """The size of its stream in bytes, or an upper bound if the size depends on the values; None for stdin."""
         if self.loads:
             return tensorwire.encoded_size(self.container, codec=self.codec, limits=self.limits)
         if self.kind == "safetensors":
@@ -102,7 +102,7 @@ class Input:
 
 
 def files(path: str) -> list[str]:
-    """The files that a command which is given `path` reads: all beside the index of a sharded checkpoint."""
+    """The files that a command reads when it is given `path`: for a sharded checkpoint, its index and all shards."""
     folder = path if os.path.isdir(path) else os.path.dirname(path) if path.endswith(_INDEX) else None
     if folder is None:
         return [path]

@@ -25,13 +25,13 @@ from tensorwire.transports import TcpTransport
 
 Row = dict[str, Any]
 
-# As the command `tensorwire` does, which does not look for packages in the current folder.
+# Like the installed command, this does not look for packages in the current folder.
 _COMMAND: Final = "import sys; sys.path = [p for p in sys.path if p]; from tensorwire.cli.local import child; child()"
-_START: Final = 60.0  # seconds that the server has to listen
-_END: Final = 5.0  # seconds that clients have to end once the run has
-_LOOK: Final = 0.05  # seconds between two looks at the processes
-_SHOWN: Final = 5  # lines of the log of one that has failed
-_STOP: Final = 0.5  # seconds that all processes have to end once they are told to
+_START: Final = 60.0  # seconds within which the server must listen
+_END: Final = 5.0  # seconds within which clients must exit once the run is over
+_LOOK: Final = 0.05  # seconds between two checks of the processes
+_SHOWN: Final = 5  # lines shown of the log of a failed process
+_STOP: Final = 0.5  # seconds within which all processes must exit once they are told to
 
 
 class RunError(TensorwireError):
@@ -47,7 +47,7 @@ def run(
     on_note: Callable[[str], None] = lambda text: None,
     limits: Limits = DEFAULT,
 ) -> Iterator[Row]:
-    """Run a plan, and give a row as each round ends; the first row is the model at the start.
+    """Run a plan and yield a row as each round ends; the first row describes the initial model.
 
     A row has `round`, the `loss` of the model after it (None where nobody measured it), the `bytes` that went over the
     sockets until then and the `fp32_bytes` of the same tensors without codecs, `server_mib`, `seconds`, and of the
@@ -74,7 +74,7 @@ def run(
             time.sleep(_LOOK)
         for client in clients:
             if client.alive():
-                on_note(f"{client.name} is still at work as the run is over, and is ended")
+                on_note(f"{client.name} is still running after the end of the run, and is stopped")
     finally:
         _stop([server, *clients])
 
@@ -82,12 +82,12 @@ def run(
 def _watched(
     server: "_Process", clients: Sequence["_Process"], port: int, on_note: Callable[[str], None]
 ) -> Iterator[str]:
-    """The lines that the server prints. When a client dies it says so, to the server as well."""
+    """The lines that the server prints. When a client dies, `on_note` and the server are told."""
     living = [*clients]
-    begun = ""  # of a line that the server is still writing
+    begun = ""  # the beginning of a line that the server is still writing
     with server.output.open() as output:
         while True:
-            ended = not server.alive()  # before what it printed last is read
+            ended = not server.alive()  # checked before its last output is read
             *lines, begun = (begun + output.read()).split("\n")
             yield from lines
             if ended:
@@ -112,7 +112,7 @@ def _tell_of_death(client: "_Process", port: int) -> None:
 
 
 def child() -> None:
-    """One process of a run, which ends with the run's own: also where that was killed, or just about to know of us."""
+    """The main function of each process of a run. It ends when the run's own process ends, even if that was killed."""
     from tensorwire.cli import main
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -120,14 +120,14 @@ def child() -> None:
 
 
 def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # a pipe that nobody writes to: it ends with whoever holds its other end
+    os.read(sys.stdin.fileno(), 1)  # nobody writes to this pipe: the read ends when the run's process does
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_STOP)
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def _stop(processes: "Sequence[_Process]") -> None:
-    """End what still runs, all at once."""
+    """End all processes that still run, at the same time."""
     for process in processes:
         process.terminate()
     until = time.monotonic() + _STOP
@@ -138,7 +138,7 @@ def _stop(processes: "Sequence[_Process]") -> None:
 
 
 def leftovers(out: Path) -> list[Path]:
-    """What a run has left in a folder, or what stands where one would write."""
+    """Files of an earlier run in a folder, and anything else under the names that a run would write to."""
     names = ("state", "initial.tw", "rows.json", "curves.png", "server.log", "server.out", "client-*")
     return sorted(path for name in names for path in out.glob(name))
 
@@ -149,7 +149,7 @@ def _rows(task: Task, lines: Iterable[str], state: Path, plan: Plan, limits: Lim
     before: Row = {"round": 0, "bytes": 0, "fp32_bytes": 0, "server_mib": 0.0, "seconds": 0.0}
     for line in lines:
         row = json.loads(line)
-        # What a client measured is the loss of the model that the round began with.
+        # A client measures the loss of the model that the round began with.
         loss = next((report["loss"] for report in row["clients"].values() if "loss" in report), None)
         yield {**before, "loss": loss}
         number = row["round"] + 1
@@ -175,7 +175,7 @@ def _like(initial: Any, model: Any, limits: Limits) -> Any:
 
 
 class _Process:
-    """`tensorwire fl PART ...` with a log. `output`: where what it prints goes."""
+    """`tensorwire fl PART ...` with a log. `output`: the file that gets its standard output."""
 
     def __init__(self, out: Path, name: str, arguments: Sequence[str]) -> None:
         self.name = name
@@ -201,12 +201,12 @@ class _Process:
         return self._log.read_text(errors="replace").splitlines()
 
     def obituary(self) -> str:
-        """That it has failed, and how its log ends."""
+        """A text that says that it has failed, and how its log ends."""
         end = "\n".join(f"  {line}" for line in self.said()[-_SHOWN:])
         return f"{self.failed()}; {self._log} ends with\n{end}"
 
     def failed(self) -> str:
-        """That it has failed."""
+        """A text that says that it has failed."""
         return f"{self.name} has failed (exit code {self.code()})"
 
     def terminate(self) -> None:
@@ -215,7 +215,7 @@ class _Process:
             self._process.terminate()
 
     def close(self) -> None:
-        """Whatever it does, it is gone after this."""
+        """Kill it if it still runs, and wait for it."""
         if self.alive():
             self._process.kill()
         self._process.wait()

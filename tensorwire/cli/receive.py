@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    """Refuse an OUT that cannot be written or exists, unless a transfer to it may lack only its receipt."""
+    """Refuse an OUT that cannot be written, or exists and is not the result of a transfer that may lack its receipt."""
     output = arguments.output
     read = (arguments.cert, arguments.key, arguments.ca)
     check_output(output, inputs=read, force=arguments.force or (output != PIPE and has_note(output)))
@@ -82,7 +82,7 @@ class _Reception:
         self._out = out
         self._arrival: _Arrival | None = None
         self._through: bytes | None = None  # the transfer that is complete
-        self._broken: OSError | None = None  # why `out` takes no more
+        self._broken: OSError | None = None  # why writing to `out` failed
         self._deciding = threading.Lock()  # guards who may send, and what is complete
         self._stopping = threading.Event()
 
@@ -152,7 +152,7 @@ class _Reception:
             self._deciding.release()
 
     def _finish(self, commit: Callable[[], Outcome], transfer: bytes) -> Outcome:
-        """Make a transfer the complete one, after its file is in place and before its sender is told."""
+        """Commit a transfer and record it as the complete one, before its sender gets the receipt."""
         with self._deciding:
             if self._through is None and not (self._arguments.force or self._may_write(transfer)):
                 raise _exists()  # since the last check
@@ -224,7 +224,7 @@ class _Arrival(Recording):
         try:
             with open(part, "rb", buffering=0) as file:
                 decode.write(self._chunks(file), made, self._kind, self._accepts)
-        except StorageError as error:  # which names the hidden file
+        except StorageError as error:  # its text names the hidden file
             error.detail = error.detail.replace(made, self.path)
             raise
 
@@ -235,7 +235,7 @@ class _Arrival(Recording):
 
 
 def _write_on(out: BinaryIO, chunks: Iterable[bytes], stopping: threading.Event) -> None:
-    """Write to a stream that may be slow, from a thread, which no signal ends. Raises OSError."""
+    """Write to a stream that may be slow, from a thread, which signals do not interrupt. Raises OSError."""
     waits = hasattr(select, "PIPE_BUF") and stat.S_ISFIFO(os.fstat(out.fileno()).st_mode)  # not on Windows
     most = select.PIPE_BUF if waits else _CHUNK  # a pipe that is ready takes this many bytes at once
     for chunk in chunks:
@@ -253,7 +253,7 @@ def _exists() -> RefusedError:
 
 
 def _check_time(stopping: threading.Event) -> None:
-    """Raise, in a thread, which no signal ends, once the command is to end."""
+    """Raise TransportError once the command is to end. For threads, which signals do not interrupt."""
     if stopping.is_set():
         raise TransportError("this receiver is being stopped")
 

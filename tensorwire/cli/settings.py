@@ -20,18 +20,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:
-            made = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # of a union with None the other
+            made = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # the other member of a union with None
             options |= {"type": made, "metavar": metavar[0] if metavar else None}
         parser.add_argument(_flag(each.name), **options)
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    """The plan that options say. Raises ValueError."""
+    """The plan that the options describe. Raises ValueError."""
     return Plan(**{each.name: getattr(arguments, each.name) for each in fields(Plan)})
 
 
 def options_of(plan: Plan) -> list[str]:
-    """The options that say a plan."""
+    """The options that describe a plan."""
     given = [(each.name, getattr(plan, each.name)) for each in fields(Plan)]
     values = [f"{_flag(name)}={value}" for name, value in given if value is not None and type(value) is not bool]
     return values + [_flag(name) for name, value in given if value is True]

@@ -1,6 +1,6 @@
-"""Tensor slices <-> payloads: codecs, each a row of stages.
+"""Tensor slices <-> payloads: codecs, each a sequence of stages.
 
-The contract is in stage.py, the layouts in docs/codecs.md; a file a family of stages.
+The contract is in stage.py, the layouts are in docs/codecs.md; each family of stages has a file.
 """
 
 from tensorwire.codecs.cast import BFloat16, Float16

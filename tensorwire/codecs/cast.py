@@ -26,7 +26,7 @@ class Cast(Packer):
     """What both casts share.
 
     `overflow`: what becomes of finite values beyond the narrow type: error, saturate (to its largest finite value) or
-    raw (the whole tensor travels losslessly). Infinities and NaN are values like any other.
+    raw (the whole tensor is sent losslessly). Infinities and NaN are values like any other.
     """
 
     overflow: str = parameter("error", Choice(("error", "saturate", "raw")))

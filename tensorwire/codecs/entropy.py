@@ -1,9 +1,9 @@
-"""entropy: what other stages made, as planes of bytes.
+"""entropy: compresses the payloads of other stages as planes of bytes.
 
-Codes of quantized tensors are not all as frequent, updates quantize to runs of one code, and scales and rounded floats
-have few exponents. A packer says which numbers its payload consists of; each part of it is coded as `planes` codes
-floats (docs/format.md has the layout), in which blocks of the part's most frequent byte are left out. A payload that
-gains nothing travels as it is, behind one byte.
+Codes of quantized tensors are not equally frequent, updates quantize to runs of one code, and scales and rounded floats
+have few different exponents. A packer states which numbers its payload consists of. Each such part is coded as `planes`
+codes floats (docs/format.md describes the layout), except that blocks of the part's most frequent byte are left out. A
+payload that would not shrink is stored as it is, after one byte.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from tensorwire.tensor import Extent
 _MAX_PARTS: Final = 8
 _HEAD: Final = np.dtype([("size", "<u4"), ("width", "u1"), ("fill", "u1"), ("coded", "<u4")])
 _WIDTHS: Final = (1, 2, 4, 8)
-# What has fewer bytes is not looked at: codes and what is said of them would take as many.
+# Shorter payloads are stored as they are: codes and their headers would take as many bytes.
 _LEAST: Final = 256
-# Bytes of which two are the same once in 256 pairs are all as frequent; somewhat more often, and codes save 2 %.
+# Equally frequent bytes have one equal pair in 256. At one in 240, codes save 2 %.
 _WORTH: Final = 240
-# The most frequent byte is told from about this many of them.
+# Bytes, approximately, that are sampled to find the most frequent one.
 _SAMPLE: Final = 1 << 13
 
 
 class Entropy(Compressor):
-    """A payload by the frequencies of its bytes. The same bytes on every machine, but for planes in zstd frames."""
+    """Codes a payload by the frequencies of its bytes. The same on every machine, except for planes in zstd frames."""
 
     id = 65
     name = "entropy"
@@ -38,11 +38,11 @@ class Entropy(Compressor):
         return size + 1
 
     def encode(self, data: Any, extent: Extent) -> Bytes:
-        """Bytes of which nothing is known."""
+        """A payload whose parts are not known."""
         return self.encode_parts(data, (Part(memoryview(data).nbytes, 1),), extent)
 
     def encode_parts(self, data: Any, parts: Sequence[Part], extent: Extent) -> Bytes:
-        """The planes of each part, or where these are no fewer bytes, all as it is."""
+        """The planes of each part, or the payload as it is if that is not longer."""
         content = np.frombuffer(data, np.uint8)
         if content.size < _LEAST:
             return _as_it_is(content)
@@ -56,10 +56,10 @@ class Entropy(Compressor):
         return payload[:at] if at <= content.size else _as_it_is(content)
 
     def decode(self, payload: memoryview, extent: Extent, size: int, *, exact: bool) -> Bytes:
-        """The parts, one behind the other. Raises FormatError."""
+        """The parts, one after the other. Raises FormatError."""
         given = np.frombuffer(payload, np.uint8)
         if not given.size or given[0] > _MAX_PARTS:
-            raise FormatError(f"entropy payload says nothing of its parts, or that they are more than {_MAX_PARTS}")
+            raise FormatError(f"entropy payload does not state its number of parts, or states more than {_MAX_PARTS}")
         if given[0] == 0:
             return given[1:]
         parts = _read_parts(given, size, exact=exact)
@@ -81,7 +81,7 @@ def _as_it_is(content: Bytes) -> Bytes:
 
 
 def _put_part(content: Bytes, width: int, payload: Bytes) -> int:
-    """Write a part, and what is said of it before; the bytes that it takes."""
+    """Write the header and the planes of a part. Returns the bytes that they take."""
     fill = _most_frequent(content) if width == 1 else 0
     values = content ^ np.uint8(fill) if fill else content
     coded = put_planes(values, width, payload[_HEAD.itemsize :], _array, worth=_WORTH)
@@ -90,30 +90,30 @@ def _put_part(content: Bytes, width: int, payload: Bytes) -> int:
 
 
 def _most_frequent(content: Bytes) -> int:
-    """The byte that stands most often in a sample, the lowest of several."""
+    """The most frequent byte of a sample; of several, the lowest."""
     return int(np.bincount(content[:: max(content.size // _SAMPLE, 1)], minlength=256).argmax())
 
 
 def _read_parts(given: Bytes, size: int, *, exact: bool) -> list[tuple[int, int, int, Bytes]]:
-    """Size, width and fill of each part, and its planes: as many bytes as they must be. Raises FormatError."""
+    """Size, width, fill and planes of each part, after checking their sizes. Raises FormatError."""
     parts, at, total = [], 1, 0
     for _ in range(int(given[0])):
         head = given[at : at + _HEAD.itemsize]
         at += _HEAD.itemsize
         if at > given.size:
-            raise FormatError("entropy payload ends within what is said of a part")
+            raise FormatError("entropy payload ends within the header of a part")
         length, width, fill, coded = head.view(_HEAD)[0].tolist()
         total += length
         if not length or width not in _WIDTHS or length % width:
-            raise FormatError(f"a part of {length} bytes in numbers of {width}")
+            raise FormatError(f"a part of {length} bytes cannot hold numbers of {width} bytes")
         if coded > given.size - at:
-            raise FormatError(f"entropy payload ends after {given.size - at} bytes of {coded} of a part")
+            raise FormatError(f"entropy payload ends after {given.size - at} of the {coded} bytes of a part")
         parts.append((length, width, fill, given[at : at + coded]))
         at += coded
     if total > size or (exact and total != size):
-        raise FormatError(f"parts of {total} bytes where {'' if exact else 'at most '}{size} belong")
+        raise FormatError(f"the parts decode to {total} bytes, expected {'' if exact else 'at most '}{size}")
     if at != given.size or at > total:
-        raise FormatError(f"entropy payload of {given.size} bytes, of which {at} stand for {total}")
+        raise FormatError(f"entropy payload has {given.size} bytes; its parts take {at} and decode to {total}")
     return parts
 
 

@@ -17,12 +17,12 @@ from tensorwire.errors import EncodeError
 from tensorwire.kernels.contract import Kernels
 from tensorwire.tensor import TensorView
 
-# How kernels see each float type that they take.
+# The NumPy dtype in which kernels take each float type.
 KERNEL_DTYPES: Final[Mapping[DType, type[np.generic]]] = MappingProxyType(
     {dtypes.FLOAT32: np.float32, dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
 )
 _EIGHT_BITS: Final = (dtypes.FLOAT8_E4M3FN, dtypes.FLOAT8_E5M2, dtypes.FLOAT8_E4M3FNUZ, dtypes.FLOAT8_E5M2FNUZ)
-# The types that can be calculated with, and the NumPy type of the arrays; of complex ones, of their two parts.
+# The types that support arithmetic, and the NumPy dtype for it; for complex ones, that of their two parts.
 CALCULATED: Final[Mapping[DType, type[np.floating[Any]]]] = MappingProxyType(
     {
         dtypes.FLOAT16: np.float16,
@@ -35,7 +35,7 @@ CALCULATED: Final[Mapping[DType, type[np.floating[Any]]]] = MappingProxyType(
         **dict.fromkeys(_EIGHT_BITS, np.float32),
     }
 )
-_SCAN: Final = 1 << 20  # elements looked at in one go when a whole tensor has to be seen before its first slice
+_SCAN: Final = 1 << 20  # elements per step when a whole tensor must be scanned before its first slice
 _SCAN_BLOCK: Final = 4096
 
 
@@ -50,11 +50,11 @@ def is_calculated(dtype: DType) -> bool:
 
 
 def as_floats(data: Any, dtype: DType) -> npt.NDArray[Any]:
-    """The little-endian bytes of float elements as an array to calculate with.
+    """The little-endian bytes of float elements as an array for arithmetic.
 
-    float16, float32 and float64 are seen as they stand, without a copy; bfloat16 and floats of eight bits are widened,
-    exactly, to a new float32 array. A complex element gives two floats, the real part first. `data`: a C-contiguous
-    buffer. Raises EncodeError for a dtype that `is_calculated` is False for.
+    float16, float32 and float64 are viewed without a copy; bfloat16 and floats of eight bits are widened exactly to a
+    new float32 array. A complex element gives two floats, the real part first. `data`: a C-contiguous buffer. Raises
+    EncodeError for a dtype for which `is_calculated` is False.
     """
     _check_calculated(dtype)
     if dtype == dtypes.BFLOAT16:
@@ -68,9 +68,9 @@ def as_floats(data: Any, dtype: DType) -> npt.NDArray[Any]:
 def from_floats(values: npt.NDArray[Any], dtype: DType, out: npt.NDArray[np.uint8] | None = None) -> Any:
     """1-D floats rounded to nearest even to the elements of `dtype`: their bytes, a flat uint8 array.
 
-    They are written to `out` if that is given, and come without a copy where `values` have the dtype already.
-    float64 becomes bfloat16 by way of float32. Of complex elements `values` has both parts, as `as_floats` gives them.
-    Raises EncodeError for a dtype that `as_floats` does not take.
+    They are written to `out` if given; without it, nothing is copied if `values` have the dtype already. float64
+    becomes bfloat16 by way of float32. For complex elements, `values` has both parts, as from `as_floats`. Raises
+    EncodeError for a dtype that `as_floats` does not take.
     """
     _check_calculated(dtype)
     if dtype == dtypes.BFLOAT16:
@@ -110,7 +110,7 @@ def on_device(data: Any) -> bool:
 
 
 def kernel_view(data: Any, dtype: DType) -> Any:
-    """A slice as the float array that kernels take: its bytes seen as one, or the device tensor that it is."""
+    """A slice as the float array that kernels take: a view of its bytes, or the device tensor itself."""
     return data if on_device(data) else np.frombuffer(data, KERNEL_DTYPES[dtype])
 
 
@@ -120,7 +120,7 @@ def kernel_target(out: Any, dtype: DType) -> Any:
 
 
 def kernels_for(values: Any) -> Kernels:
-    """The kernels for where a float array lives."""
+    """The kernels for a float array on the host, or on its device."""
     if on_device(values):  # pragma: no cover - tests/test_cuda.py, where there is a CUDA device
         from tensorwire.kernels import cuda
 
@@ -141,7 +141,7 @@ def widen(values: Any) -> npt.NDArray[np.float32]:
 
 
 def largest(view: TensorView) -> float:
-    """max|x| over a whole float tensor, infinity where a NaN or an infinity is in it."""
+    """max|x| over a whole float tensor; infinity if it has a NaN or an infinity."""
     top = 0.0
     for start in range(0, view.numel, _SCAN):
         values = kernel_view((view.device_read or view.read)(start, min(start + _SCAN, view.numel)), view.dtype)

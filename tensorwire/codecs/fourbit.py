@@ -21,14 +21,14 @@ from tensorwire.kernels import tables
 from tensorwire.tensor import Extent, TensorView
 
 NESTED_BLOCKSIZE: Final = 256
-_NEST_BLOCKS: Final = 8192  # blocks quantized in one go where their absmax are quantized in turn
+_NEST_BLOCKS: Final = 8192  # blocks quantized per step if their absmax are quantized too
 _LARGEST: Final = np.finfo(np.float32).max
-_SCAN_BLOCKS: Final = 4096  # blocks looked at in one go for their mean absmax
+_SCAN_BLOCKS: Final = 4096  # blocks per step when computing the mean absmax
 
 
 @dataclass(frozen=True, repr=False)
 class FourBit(TableQuantizer):
-    """The part that both 4-bit types share."""
+    """The common part of both 4-bit types."""
 
     blocksize: int = parameter(64, Range(32, 4096, power_of_two=True), wire=True)
     double_quant: bool = parameter(False, Choice((False, True)), wire=True)
@@ -91,7 +91,7 @@ class FourBit(TableQuantizer):
         )
 
     def _encode_nested(self, values: Any, codes: Bytes, metadata: Bytes, offset: float) -> bool:
-        """In pieces: no memory is needed beside the payload but for the absmax of one of them."""
+        """In steps, so that apart from the payload only the absmax of one step need memory."""
         head_bytes, nested_codes = split(metadata, _nested_head(self.blocks(len(values))))
         head = head_bytes.view(np.float32)
         head[0] = offset
@@ -111,7 +111,7 @@ class FourBit(TableQuantizer):
         return True
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
-        """Table entries times absmax. Raises FormatError for an absmax that is none, or a half byte that is not 0."""
+        """Table entries times absmax. Raises FormatError for an invalid absmax or a nonzero unused half byte."""
         values = kernel_target(out, extent.dtype)
         state = self.state(payload, len(values))
         absmax = unnest(state) if self.double_quant else state.absmax
@@ -134,7 +134,7 @@ class FourBit(TableQuantizer):
         return True
 
     def state(self, payload: Any, count: int) -> QuantizedState:
-        """Codes and absmax. Raises FormatError for an absmax that is none, or a half byte that is not 0."""
+        """Codes and absmax. Raises FormatError for an invalid absmax, or an unused half byte that is not 0."""
         blocks = self.blocks(count)
         metadata, codes = split(np.frombuffer(payload, np.uint8), self._metadata(blocks))
         if count % 2 and codes[-1] & 0x0F:
@@ -178,7 +178,7 @@ def mean_absmax(view: TensorView, blocksize: int) -> float:
 
 
 def unnest(state: QuantizedState) -> npt.NDArray[np.float32]:
-    """The float32 absmax that a nested state stands for, saturated: near the largest float32 they may overshoot it."""
+    """The float32 absmax of a nested state, saturated, because near the largest float32 they may exceed it."""
     assert state.nested_absmax is not None
     assert state.offset is not None
     absmax = np.empty(state.absmax.size, np.float32)

@@ -49,7 +49,7 @@ class Int8(TableQuantizer):
         return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
-        """Table entries times absmax. Raises FormatError for an absmax that is none."""
+        """Table entries times absmax. Raises FormatError for an invalid absmax."""
         values = kernel_target(out, extent.dtype)
         state = self.state(payload, len(values))
         kernels_for(values).dequantize_int8(
@@ -65,7 +65,7 @@ class Int8(TableQuantizer):
         return True
 
     def state(self, payload: Any, count: int) -> QuantizedState:
-        """Codes and absmax. Raises FormatError for an absmax that is none."""
+        """Codes and absmax. Raises FormatError for an invalid absmax."""
         absmax, codes = split(np.frombuffer(payload, np.uint8), 4 * self.blocks(count))
         return QuantizedState(codes, checked_absmax(absmax))
 
@@ -94,7 +94,7 @@ class Int8Linear(Quantizer):
         return Encoded(payload, int(crc[0]))
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
-        """Codes times scales. Raises FormatError for a scale that is none, and for code -128."""
+        """Codes times scales. Raises FormatError for an invalid scale, and for code -128."""
         values = kernel_target(out, extent.dtype)
         codes, scales = self._parts(payload, len(values))
         if not kernels_for(values).dequantize_linear(
@@ -112,7 +112,7 @@ class Int8Linear(Quantizer):
         return True
 
     def _parts(self, payload: Any, count: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint16]]:
-        """Codes and scales. Raises FormatError for a scale that is none."""
+        """Codes and scales. Raises FormatError for an invalid scale."""
         scale_bytes, codes = split(np.frombuffer(payload, np.uint8), 2 * self.blocks(count))
         scales = scale_bytes.view(np.uint16)
         if scales.size and scales.max() >= 0x7F80:

@@ -1,8 +1,9 @@
-"""patch: elements against those of a base, bound by checksums to what they are applied to and to what they make.
+"""patch: elements encoded against a base, and bound by checksums to what they are applied to and what they make.
 
-Whoever sends a version of a model sends mostly what the other side has. A slice says which elements its base must
-have there, and becomes the least of: nothing, where it is unchanged; of floats of 16 bits, which ones changed and by
-how much; the differences of all bit patterns as planes; the new elements as planes. docs/format.md has the layout.
+Most of a new version of a model is what the other side has already. A slice states the checksums of the elements that
+its base must have, and takes the smallest of these forms: nothing, if it is unchanged; for floats of 16 bits, which
+ones changed and by how much; the differences of all bit patterns as planes; the new elements as planes. docs/format.md
+describes the layout.
 """
 
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ CHUNK: Final = 1 << 20  # bytes of elements that have a checksum of their own
 _BLOCK: Final = 1024
 _WORD: Final = 4
 
-# What a slice is made of: itself alone; itself, in place of what its base has there; what changed; nothing new.
+# The forms of a slice: whole without a base; whole over a base; differences; listed changes; unchanged.
 _WHOLE, _REPLACED, _DIFFERENCE, _SPARSE, _UNCHANGED = range(5)
 WAYS: Final = ("whole", "replaced", "difference", "sparse", "unchanged")
-# What takes more of the elements' bytes than this is held against the next way.
+# A form that takes more than one in this many of the elements' bytes is compared with the next one.
 _WORTH_A_LOOK: Final = 8
-# Floats whose changes are told one by one, as kernels take them.
+# Floats whose changes can be listed one by one, and the dtypes that kernels take them as.
 _SPARSE_DTYPES: Final = {dtypes.FLOAT16: np.float16, dtypes.BFLOAT16: np.uint16}
 
 Checksums = tuple[int, ...]
@@ -39,8 +40,8 @@ def _fresh(size: int) -> Bytes:
 class Binding(NamedTuple):
     """What a slice is applied to and what it makes: a CRC-32C for each MiB of its elements.
 
-    `way`: one of `WAYS`. `changed`: how many numbers differ from the base; of a complex element there are two. Both
-    that and `base` are None for a slice that takes nothing of a base.
+    `way`: one of `WAYS`. `changed`: how many numbers differ from the base; a complex element has two. `changed` and
+    `base` are None for a slice that needs no base.
     """
 
     way: str
@@ -53,8 +54,8 @@ class Binding(NamedTuple):
 class Patch(Packer):
     """Lossless, any dtype, against a base; without one, planes under checksums.
 
-    `encode` is given the base's elements of the slice as `context`. What it makes of them, `patch_slice` decodes, which
-    takes them as well.
+    `encode` gets the base's elements of the slice as `context`. `patch_slice` decodes the result, and needs the base's
+    elements too.
     """
 
     id = 9
@@ -71,12 +72,12 @@ class Patch(Packer):
         return _BLOCK
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
-        """The bytes of the elements; and for what is said of the slice, its checksums and its planes."""
+        """The bytes of the elements; and metadata for the form of the slice, its checksums and its planes."""
         size = count * dtype.itemsize
         return Sizes(size, 1 + _WORD * (1 + 2 * _chunks(size)) + planes_bound(size, dtype.part_size) - size)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        """What a slice makes of `context`, the elements that the base has there; of nothing where that is None."""
+        """The slice against `context`, the elements of the base; without a base if that is None."""
         values, width = np.frombuffer(data, np.uint8), extent.dtype.part_size
         payload = take(self.sizes(extent.count, extent.dtype).total)
         target = chunk_checksums(values)
@@ -102,29 +103,29 @@ class Patch(Packer):
         return Encoded(payload[: at + size])
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
-        """The elements of a slice that is against nothing. Raises FormatError, and SchemaError for any other."""
+        """The elements of a slice without a base. Raises FormatError, and SchemaError for a slice with one."""
         if binding_of(payload, extent).base is not None:
-            raise SchemaError("these elements are against a base: tensorwire.apply makes them of that")
+            raise SchemaError("these elements are encoded against a base: use tensorwire.apply with it")
         patch_slice(payload, extent, out)
 
 
 def patch_slice(payload: Any, extent: Extent, out: Bytes, take: Take = _fresh) -> None:
-    """Make of the base's elements of a slice, in `out`, those of the target.
+    """Turn the base's elements of a slice, in `out`, into those of the target.
 
-    `take(size)` is asked for work space, a uint8 array with arbitrary content. Raises FormatError, and SchemaError
-    where `out` is not the base; it then holds anything.
+    `take(size)` returns work space, a uint8 array with arbitrary content. Raises FormatError, and SchemaError if `out`
+    is not the base; the content of `out` is then undefined.
     """
     given = np.frombuffer(payload, np.uint8)
     at, binding = _unbind(given, extent)
     if binding.base is not None and chunk_checksums(out) != binding.base:
-        raise SchemaError("these elements are not those that the patch is against")
+        raise SchemaError("these elements are not the ones that the patch is against")
     if binding.way == WAYS[_UNCHANGED]:
         return
     changed = _MAKERS[WAYS.index(binding.way)](given[at:], extent.dtype, out, take)
     if chunk_checksums(out) != binding.target:
-        raise FormatError("the patch does not make what it says")
+        raise FormatError("the result of the patch does not have the checksums that it states")
     if binding.changed not in (None, changed):
-        raise FormatError(f"the patch changes {changed} numbers, and says {binding.changed}")
+        raise FormatError(f"the patch changes {changed} numbers, but states {binding.changed}")
 
 
 def binding_of(payload: Any, extent: Extent) -> Binding:
@@ -138,7 +139,7 @@ def chunk_checksums(values: Bytes) -> Checksums:
 
 
 def count_unequal(one: Bytes, other: Bytes, width: int = 8) -> int:
-    """How many numbers of `width` bytes are not the same in both; what is left over counts as another."""
+    """How many numbers of `width` bytes differ; a remainder of fewer bytes counts as one number."""
     whole = one.size - one.size % width
     words = f"u{width}"
     return int(np.count_nonzero(one[:whole].view(words) != other[:whole].view(words))) + int(
@@ -151,7 +152,7 @@ def _chunks(size: int) -> int:
 
 
 def _bind(payload: Bytes, mode: int, target: Checksums, base: Checksums = (), changed: int | None = None) -> int:
-    """Write what stands before the coding of a slice; the bytes that it takes."""
+    """Write the mode and checksums before the content of a slice. Returns the bytes that they take."""
     words = [*target, *base] if changed is None else [changed, *target, *base]
     said = np.array(words, "<u4").view(np.uint8)
     payload[0] = mode
@@ -160,26 +161,26 @@ def _bind(payload: Bytes, mode: int, target: Checksums, base: Checksums = (), ch
 
 
 def _unbind(payload: Bytes, extent: Extent) -> tuple[int, Binding]:
-    """Where the coding of a slice begins, and what it is bound to. Raises FormatError."""
+    """The offset of the content of a slice, and what the slice is bound to. Raises FormatError."""
     chunks = _chunks(extent.count * extent.dtype.itemsize)
     mode = int(payload[0]) if payload.size else len(WAYS)
     if mode >= len(WAYS):
-        raise FormatError(f"the first byte of a patch says nothing that is known: {payload[:1].tolist()}")
+        raise FormatError(f"the first byte of a patch is not a known mode: {payload[:1].tolist()}")
     alone = mode in (_WHOLE, _UNCHANGED)
     at = 1 + _WORD * (chunks if alone else 1 + 2 * chunks)
     if payload.size < at or (mode == _UNCHANGED and payload.size > at):
-        raise FormatError(f"a patch has {payload.size} bytes, of which {at} say what it is bound to")
+        raise FormatError(f"a patch has {payload.size} bytes, but {at} belong to its checksums")
     words = tuple(payload[1:at].view("<u4").tolist())
     if alone:
         return at, Binding(WAYS[mode], None if mode == _WHOLE else 0, None if mode == _WHOLE else words, words)
     changed, numbers = words[0], extent.count * extent.dtype.parts
     if not 0 < changed <= numbers:
-        raise FormatError(f"a patch says that {changed} of {numbers} numbers change")
+        raise FormatError(f"a patch states that {changed} of {numbers} numbers change")
     return at, Binding(WAYS[mode], changed, words[1 + chunks :], words[1 : 1 + chunks])
 
 
 def _put_all(mode: int, base: Bytes, values: Bytes, width: int, payload: Bytes, take: Take) -> int:
-    """Write all elements, or their differences to the base, as planes; the bytes that they take."""
+    """Write all elements, or their differences to the base, as planes. Returns the bytes that they take."""
     if mode == _DIFFERENCE:
         differences = take(values.size)
         kernels.difference(base, values, differences, width=width)
@@ -188,7 +189,7 @@ def _put_all(mode: int, base: Bytes, values: Bytes, width: int, payload: Bytes, 
 
 
 def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: Take) -> tuple[int, int]:
-    """Write which floats changed, and how; the bytes that it takes, or 0 where that is no way, and how many changed."""
+    """Write which floats changed, and by how much. Returns its bytes, 0 if that is impossible, and the changes."""
     floats = _SPARSE_DTYPES.get(dtype)
     if floats is None:
         return 0, count_unequal(base, values, dtype.part_size)
@@ -197,18 +198,18 @@ def _put_sparse(base: Bytes, values: Bytes, dtype: DType, payload: Bytes, take: 
 
 
 def _take_sparse(codes: Bytes, dtype: DType, out: Bytes, take: Take) -> int:
-    """Make the changes that `_put_sparse` was given; how many there are. Raises FormatError."""
+    """Apply the changes that `_put_sparse` wrote. Returns how many there are. Raises FormatError."""
     floats = _SPARSE_DTYPES.get(dtype)
     if floats is None:
-        raise FormatError(f"no {dtype} changes one by one")
+        raise FormatError(f"changes cannot be listed one by one for {dtype}")
     changed = kernels.decode_changes(codes, out.view(floats), take(4 * out.size).view(np.uint32))
     if not changed:
-        raise FormatError(f"{codes.size} bytes are no changes of {out.size} bytes of {dtype}")
+        raise FormatError(f"{codes.size} bytes are not valid changes to {out.size} bytes of {dtype}")
     return changed
 
 
 def _take_difference(payload: Bytes, dtype: DType, out: Bytes, take: Take) -> int:
-    """Add differences; how many there are. Raises FormatError."""
+    """Add differences. Returns how many are not 0. Raises FormatError."""
     differences = take(out.size)
     take_planes(payload, dtype.part_size, differences)
     kernels.add_difference(differences, out, width=dtype.part_size)
@@ -216,7 +217,7 @@ def _take_difference(payload: Bytes, dtype: DType, out: Bytes, take: Take) -> in
 
 
 def _take_whole(payload: Bytes, dtype: DType, out: Bytes, take: Take) -> int:
-    """Replace the elements; how many numbers of them differ. Raises FormatError."""
+    """Replace the elements. Returns how many numbers differ. Raises FormatError."""
     before = take(out.size)
     before[:] = out
     take_planes(payload, dtype.part_size, out)

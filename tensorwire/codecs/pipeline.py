@@ -1,4 +1,4 @@
-"""Codecs: rows of stages, which streams use without knowing what they are made of."""
+"""Codecs: sequences of stages, which streams use without knowing the stages."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ _ORDER: Final = (Transform, Packer, Compressor)
 
 @dataclass(frozen=True, repr=False)
 class Codec:
-    """Transforms, one packer, compressors: one way to encode slices. Equal to another of equal stages.
+    """Transforms, one packer, compressors: one way to encode slices. Codecs with equal stages are equal.
 
-    Its repr is the spec string that `parse` rebuilds it from. Raises EncodeError for stages that are in no such order,
-    stand in it twice, or are not registered: what is written could not be read.
+    Its repr is the spec string that `parse` rebuilds it from. Raises EncodeError for stages that are out of order,
+    appear twice, or are not registered, because no reader could decode the result.
     """
 
     pipeline: tuple[Stage, ...]
@@ -35,11 +35,11 @@ class Codec:
         if ranks != sorted(ranks) or ranks.count(1) != 1:
             raise EncodeError(f"stages {self} are not in order: transforms, one packer (raw, nf4, ...), compressors")
         if len({stage.id for stage in self.pipeline}) != len(self.pipeline) or len(self.pipeline) > MAX_STAGES:
-            raise EncodeError(f"stages {self}: each may stand there once, and at most {MAX_STAGES}")
+            raise EncodeError(f"stages {self}: each may appear once, and there may be at most {MAX_STAGES}")
         for stage in self.pipeline:
             _check_registered(stage)
 
-    # What streams ask for with every frame is worked out once.
+    # What streams need for every frame is computed once.
 
     @cached_property
     def transforms(self) -> tuple[Transform, ...]:
@@ -53,7 +53,7 @@ class Codec:
 
     @cached_property
     def compressors(self) -> tuple[Compressor, ...]:
-        """The stages behind the packer."""
+        """The stages after the packer."""
         return tuple(stage for stage in self.pipeline if isinstance(stage, Compressor))
 
     @cached_property
@@ -63,12 +63,12 @@ class Codec:
 
     @cached_property
     def exact_length(self) -> bool:
-        """Whether a payload's length follows from its count (`bound` is it); else `bound` is the most it can be."""
+        """Whether a payload's length follows from its count, and is `bound`; otherwise `bound` is an upper bound."""
         return all(stage.exact_length for stage in self.pipeline)
 
     @cached_property
     def in_place(self) -> bool:
-        """Whether the payload is the tensor's own bytes: it can land in its destination and be mapped from a file."""
+        """Whether the payload is the tensor's own bytes: it can be received in place and be mapped from a file."""
         return self.packer.in_place and len(self.pipeline) == 1
 
     @cached_property
@@ -85,15 +85,15 @@ class Codec:
         return tuple(stage.to_wire() for stage in self.pipeline)
 
     def stages(self) -> tuple[tuple[int, ...], ...]:
-        """The codec as it stands in an item descriptor."""
+        """The codec as an item descriptor states it."""
         return self._stages
 
     def lossless_fallback(self) -> "Codec":
-        """What carries a tensor that this codec cannot represent: its bytes, compressed where the codec compresses."""
+        """The codec for tensors that this one cannot represent: raw, with the compressors of this codec."""
         return self._lossless_fallback
 
     def accepts(self, dtype: DType) -> bool:
-        """Whether tensors of this dtype can be encoded; others travel losslessly."""
+        """Whether tensors of this dtype can be encoded; others are sent losslessly."""
         for transform in self.transforms:
             if not transform.accepts(dtype):
                 return False
@@ -109,20 +109,20 @@ class Codec:
         return lcm(block, self.packer.block(dtype))
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
-        """Bytes that `count` elements take before compressors; at most, where a stage has no exact length."""
+        """Bytes that `count` elements take before compressors; an upper bound if a stage has no exact length."""
         for transform in self.transforms:
             dtype = transform.output(dtype)
         return self.packer.sizes(count, dtype)
 
     def bound(self, count: int, dtype: DType) -> int:
-        """The most bytes that a payload of `count` elements has; with `exact_length`, all that it has."""
+        """The most bytes that a payload of `count` elements can have; with `exact_length`, its exact size."""
         size = self.sizes(count, dtype).total
         for compressor in self.compressors:
             size = compressor.bound(size)
         return size
 
     def fit(self, budget: int, dtype: DType) -> int:
-        """The most elements, a whole number of blocks, whose payload surely fits in `budget` bytes; maybe 0."""
+        """The most elements, in whole blocks, whose payload certainly fits in `budget` bytes; may be 0."""
         for compressor in reversed(self.compressors):
             budget = max(bisect_right(range(budget + 1), budget, key=compressor.bound) - 1, 0)
         block = self.block(dtype)
@@ -136,11 +136,11 @@ class Codec:
             raise FormatError(f"{self} payload of {extent.count} elements has {length} bytes, {must} {bound}")
 
     def fallback(self, view: TensorView) -> str:
-        """Why this tensor's values ask for a lossless codec instead, as the spec's policy says; else nothing."""
+        """Why this tensor's values need a lossless codec under the spec's policy; empty if they do not."""
         return self.packer.fallback(self._transformed(view))
 
     def ceiling(self, dtype: DType) -> float:
-        """The largest magnitude that is never refused; infinity where no finite one is."""
+        """The largest magnitude that is never refused; infinity if no finite value is refused."""
         for transform in self.transforms:
             dtype = transform.output(dtype)
         return self.packer.ceiling(dtype)
@@ -154,7 +154,7 @@ class Codec:
 
         `data`: the slice's little-endian bytes, or with `on_device` maybe a 1-D device tensor; `take(n)`: a uint8
         array of n bytes to write into. Raises NonFiniteError with the offending element's index in the slice, and
-        EncodeError where a stage gives what its own reader would refuse.
+        EncodeError if a stage returns a payload that its own reader would refuse.
         """
         place = extent
         for transform in self.transforms:
@@ -171,8 +171,8 @@ class Codec:
         """Write a slice's elements to `out`.
 
         `payload` has passed `check_length`. `out`: a flat uint8 array of exactly the elements' bytes, or with
-        `on_device` maybe a 1-D device tensor of them. `uncached`: as kernels take it. Raises FormatError for a payload
-        that no encoder produces; `out` then holds anything.
+        `on_device` maybe a 1-D device tensor of them. `uncached`: as for kernels. Raises FormatError for a payload that
+        no encoder produces; the content of `out` is then undefined.
         """
         packed = self.unpack(payload, extent) if self.compressors else payload
         self._decode_packed(packed, extent, out, uncached)
@@ -180,8 +180,8 @@ class Codec:
     def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> None:
         """Add `weight` times each element of a slice to float64 `sums`: one rounding for a product, one for a sum.
 
-        Of complex elements `sums` has both parts, the real one first. `payload` and errors: as for `decode`, and `sums`
-        then holds anything. Raises EncodeError for elements that are no floats.
+        For complex elements, `sums` has both parts, the real one first. `payload` and errors: as for `decode`; after an
+        error the content of `sums` is undefined. Raises EncodeError for elements that are not floats.
         """
         packed = self.unpack(payload, extent) if self.compressors else payload
         if not self.transforms and self.packer.accumulate(packed, extent, sums, weight):
@@ -191,7 +191,7 @@ class Codec:
         add_weighted(out, extent.dtype, sums, weight)
 
     def unpack(self, payload: memoryview, extent: Extent) -> memoryview:
-        """The packer's payload: that of a slice, decompressed. Raises FormatError."""
+        """The payload of a slice, decompressed: what the packer made. Raises FormatError."""
         size, exact = self.sizes(extent.count, extent.dtype).total, self.packer.exact_length
         steps: list[tuple[Compressor, int, bool]] = []
         for compressor in self.compressors:
@@ -213,7 +213,7 @@ class Codec:
 
     @cached_property
     def _proven(self) -> bool:
-        """Whether all stages are the library's own, whose payloads its tests vouch for."""
+        """Whether all stages are the library's own; their payloads are covered by its tests."""
         return all(type(stage) in BUILT_IN for stage in self.pipeline)
 
     def _check_made(self, encoded: Encoded, extent: Extent) -> None:
@@ -221,7 +221,7 @@ class Codec:
         try:
             self.check_length(memoryview(encoded.payload).nbytes, extent)
         except FormatError as error:
-            raise EncodeError(f"{error.detail}: a fault of one of its stages") from None
+            raise EncodeError(f"{error.detail}: a bug in one of its stages") from None
 
     def _compressed(self, encoded: Encoded, place: Extent) -> Encoded:
         first, *others = self.compressors
@@ -232,7 +232,7 @@ class Codec:
         return Encoded(data)
 
     def _places(self, extent: Extent) -> list[Extent]:
-        """A slice as each transform gets it, and last as the packer does."""
+        """The extents of a slice for each transform and, last, for the packer."""
         places = [extent]
         for transform in self.transforms:
             places.append(places[-1]._replace(dtype=transform.output(places[-1].dtype)))
@@ -251,27 +251,27 @@ class Codec:
             data = target
 
     def _transformed(self, view: TensorView) -> TensorView:
-        """A tensor as the packer gets it."""
+        """The tensor as the packer sees it."""
         for transform in self.transforms:
             view = _through(transform, view)
         return view
 
 
 class Readymade(Codec):
-    """Stands for a codec whose slices have been packed already: `encode` takes the packer's payload for data."""
+    """A codec for slices that are packed already: the data for `encode` is the packer's payload."""
 
     on_device = False
 
     def prepare(self, view: TensorView) -> None:
-        """Nothing: the values are not there to be looked at."""
+        """Nothing, because the values are not available."""
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        """The packer's payload as it came, compressed where the codec compresses."""
+        """The given payload of the packer, compressed if the codec compresses."""
         return self._compressed(Encoded(data), extent) if self.compressors else Encoded(data)
 
 
 def _through(transform: Transform, view: TensorView) -> TensorView:
-    """What a transform makes of a tensor, read in whole blocks."""
+    """The tensor after a transform, read in whole blocks."""
     block, output = transform.block(view.dtype), transform.output(view.dtype)
 
     def read(start: int, stop: int) -> Any:
@@ -283,15 +283,15 @@ def _through(transform: Transform, view: TensorView) -> TensorView:
 
 
 def _rank(stage: Stage) -> int:
-    """Where stages of this kind stand. Raises EncodeError for what is of none."""
+    """The position of a stage's kind in the order. Raises EncodeError if it is not a stage."""
     for rank, kind in enumerate(_ORDER):
         if isinstance(stage, kind):
             return rank
-    raise EncodeError(f"{stage!r} is no Transform, Packer or Compressor")
+    raise EncodeError(f"{stage!r} is not a Transform, Packer or Compressor")
 
 
 def _check_registered(stage: Stage) -> None:
-    """Raise EncodeError unless a reader that registered the same would find this stage under its id."""
+    """Raise EncodeError unless a reader with the same registrations would find this stage under its id."""
     try:
         known = by_id(stage.id)
     except UnsupportedError:
@@ -299,4 +299,4 @@ def _check_registered(stage: Stage) -> None:
             f"{type(stage).__qualname__} is not registered: nobody could read it; call tensorwire.register with it"
         ) from None
     if not isinstance(stage, known):
-        raise EncodeError(f"id {stage.id} of {type(stage).__qualname__} is that of {known.__qualname__}")
+        raise EncodeError(f"id {stage.id} of {type(stage).__qualname__} already belongs to {known.__qualname__}")

@@ -1,10 +1,10 @@
 """planes: floats, losslessly, as planes of bytes.
 
-Byte p of every element is plane p. The upper 16 bits of an element are rotated by one first, so that a plane holds
-exponents alone, which take two to three bits; what mantissas hold hardly compresses, and travels as it is. Blocks that
-are all zeros, of which updates have many, are left out. Each plane is raw, one byte that stands throughout, Huffman
-codes where some bytes are more frequent than others, or a zstd frame where there are runs: among exponents, matches
-cost more than they save. docs/format.md has the layout.
+Plane p holds byte p of every element. The upper 16 bits of an element are rotated by one first, so that one plane holds
+only exponents, which take two to three bits. Mantissas hardly compress, and are stored as they are. Blocks of zeros,
+which updates have many of, are left out. A plane is stored raw, as one byte that all elements share, as Huffman codes
+if some bytes are more frequent than others, or as a zstd frame if there are runs; for exponents, matches cost more than
+they save. docs/format.md describes the layout.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,19 @@ from tensorwire.dtypes import DType
 from tensorwire.errors import FormatError, counted
 from tensorwire.tensor import Extent
 
-# Elements of a slice that cannot be divided, and those that are left out together where they are zeros.
+# Elements of an indivisible block of a slice, and of a block that is left out if it is all zeros.
 _BLOCK: Final = 1024
 _MARKED: Final = 64
 
-# What stands of a slice: all blocks, those with marks, none.
+# The blocks of a slice that are stored: all, marked ones, none.
 _ALL, _MARKS, _NOTHING = range(3)
-# How a plane stands there.
+# How a plane is stored.
 _RAW, _CONSTANT, _HUFFMAN, _ZSTD = range(4)
-_LENGTH: Final = 4  # bytes that say how long a compressed plane is
+_LENGTH: Final = 4  # bytes of the length of a compressed plane
 
-# A plane is looked at through about this many of its bytes.
+# Bytes of a plane, approximately, that are sampled.
 _SAMPLE: Final = 1 << 13
-# In so many pairs of its bytes, two are the same at least once where it is worth coding: 256 if all are as frequent.
-# From twice that on, codes save some 5 %.
+# Equally frequent bytes have one equal pair in 256. At one in 128, codes save some 5 %.
 _WORTH: Final = 128
 # Bytes of a float of each dtype; complex elements have two.
 _WIDTHS: Final = {
@@ -59,12 +58,12 @@ class Planes(Packer):
         return _BLOCK
 
     def sizes(self, count: int, dtype: DType) -> Sizes:
-        """The bytes of the elements; and for what is said of the slice, its blocks and its planes."""
+        """The bytes of the elements; and metadata for the form of the slice, its marks and its planes."""
         size = count * dtype.itemsize
         return Sizes(size, planes_bound(size, _WIDTHS[dtype]) - size)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        """What stands of the slice, then its planes."""
+        """The form of the slice and its marks, then its planes."""
         payload = take(self.sizes(extent.count, extent.dtype).total)
         return Encoded(payload[: put_planes(np.frombuffer(data, np.uint8), _WIDTHS[extent.dtype], payload, take)])
 
@@ -79,9 +78,9 @@ def planes_bound(size: int, width: int) -> int:
 
 
 def put_planes(values: Bytes, width: int, payload: Bytes, take: Take, *, worth: int = _WORTH) -> int:
-    """Write elements of `width` bytes as planes, and what stands of them before; the bytes that they take.
+    """Write elements of `width` bytes: the form and marks, then the planes. Returns the bytes that they take.
 
-    A plane is coded where two of its bytes are the same at least once in `worth` pairs.
+    A plane is coded if at least one in `worth` pairs of its bytes is equal.
     """
     at = 1 + _mark_bytes(values.size, width)
     marks = payload[1:at]
@@ -94,7 +93,7 @@ def put_planes(values: Bytes, width: int, payload: Bytes, take: Take, *, worth: 
     if everything:
         marks, at = marks.copy(), 1
     count = _marked_elements(marks, blocks, values.size // width)
-    # Every plane where it will stand if it is raw and those before it are: most often it need not move.
+    # Every plane goes where it belongs if it and all planes before it are raw, so it seldom needs to move.
     places = [at + 1 + p * (1 + count) for p in range(width)]
     planes = [payload[place : place + count] for place in places]
     kernels.split_planes(values, marks, planes)
@@ -104,9 +103,9 @@ def put_planes(values: Bytes, width: int, payload: Bytes, take: Take, *, worth: 
 
 
 def take_planes(payload: Bytes, width: int, out: Bytes) -> None:
-    """What `put_planes` was given, of the length of `out`. Raises FormatError."""
+    """Fill `out` with the elements that `put_planes` was given. Raises FormatError."""
     given = _Reader(payload)
-    form = given.byte("what stands of a slice", _NOTHING)
+    form = given.byte("the form of a slice", _NOTHING)
     if form == _NOTHING:
         given.end()
         out[:] = 0
@@ -123,7 +122,7 @@ def take_planes(payload: Bytes, width: int, out: Bytes) -> None:
 
 
 class _Reader:
-    """A payload from front to back. All methods raise FormatError where it ends too early."""
+    """Reads a payload from front to back. All methods raise FormatError if it ends too early."""
 
     __slots__ = ("_at", "_payload")
 
@@ -135,19 +134,21 @@ class _Reader:
         """The next bytes."""
         part = self._payload[self._at : self._at + size]
         if part.size != size:
-            raise FormatError(f"planes end after {self._payload.size} bytes, within {size} that belong there")
+            raise FormatError(
+                f"planes payload of {self._payload.size} bytes ends too early: {size} bytes were to come at {self._at}"
+            )
         self._at += size
         return part
 
     def byte(self, what: str, most: int) -> int:
-        """The next byte, which says one of a few things."""
+        """The next byte, a number up to `most`. `what`: its name in errors."""
         value = int(self.take(1)[0])
         if value > most:
             raise FormatError(f"{what} is {value}, which is more than {most}")
         return value
 
     def end(self) -> None:
-        """Nothing may be left."""
+        """Raise FormatError if anything is left."""
         if self._at != self._payload.size:
             raise FormatError(f"planes with {counted(self._payload.size - self._at, 'byte')} behind them")
 
@@ -161,21 +162,21 @@ def _mark_bytes(size: int, width: int) -> int:
 
 
 def _full(blocks: int) -> Bytes:
-    """The marks of a slice of which all blocks stand."""
+    """The marks of a slice whose blocks are all stored."""
     marks = np.full(-(-blocks // 8), 255, np.uint8)
     marks[-1] >>= -blocks % 8
     return marks
 
 
 def _marked_elements(marks: Bytes, blocks: int, elements: int) -> int:
-    """How many elements there are in the marked blocks; the last block of a slice may be a shorter one."""
+    """How many elements the marked blocks have; the last block of a slice may be shorter."""
     last = -(-elements // _MARKED) - 1
     missing = -elements % _MARKED if marks[last // 8] >> last % 8 & 1 else 0
     return blocks * _MARKED - missing
 
 
 def _put_plane(plane: Bytes, payload: Bytes, take: Take, worth: int, *, in_place: bool) -> int:
-    """Write a plane, which may stand in the same memory further behind; the bytes that it takes."""
+    """Write a plane, which may be in the same memory further back. Returns the bytes that it takes."""
     counts = np.empty(256, np.uint32)
     kernels.byte_histogram(plane, counts, every=max(plane.size // _SAMPLE, 1))
     first = plane[0]
@@ -196,11 +197,10 @@ def _put_plane(plane: Bytes, payload: Bytes, take: Take, worth: int, *, in_place
 
 
 def _compressed(plane: Bytes, counts: Any, take: Take, worth: int) -> tuple[int, Bytes]:
-    """A plane of which these bytes are a sample, and how it is compressed; itself where it would hardly shrink.
+    """A plane and how it is compressed, judged by a sample of it; the plane itself if it would hardly shrink.
 
-    Told by how likely two bytes of it are the same, in whole numbers, so that every machine decides alike. Where
-    neighbours are the same more often than others, or nearly all bytes are, there are runs, of which zstd may make
-    less.
+    Decides by how often two bytes are equal, in integers, so that every machine decides alike. If neighbours are equal
+    more often than other pairs, or nearly all bytes are equal, there are runs, which zstd may compress better.
     """
     wide = counts.astype(np.int64)
     total = int(wide.sum())
@@ -221,7 +221,7 @@ def _compressed(plane: Bytes, counts: Any, take: Take, worth: int) -> tuple[int,
 
 
 def _take_plane(given: _Reader, count: int) -> Bytes:
-    """A plane of `count` bytes, or the one byte that stands for all of them."""
+    """A plane of `count` bytes, or a single byte if all are equal."""
     mode = given.byte("the mode of a plane", _ZSTD)
     if mode == _RAW:
         return given.take(count)
@@ -235,5 +235,5 @@ def _take_plane(given: _Reader, count: int) -> Bytes:
         return np.frombuffer(decompress(compressed.data, count, exact=True), np.uint8)
     plane = np.empty(count, np.uint8)
     if not kernels.huffman_decode(compressed, plane):
-        raise FormatError(f"{size} bytes are no Huffman codes of {count} bytes")
+        raise FormatError(f"{size} bytes are not valid Huffman codes of {count} bytes")
     return plane

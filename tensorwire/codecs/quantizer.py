@@ -1,4 +1,4 @@
-"""What the quantizing packers share: blocks of elements, each with a scale of its own.
+"""The common part of the quantizing packers: blocks of elements, each with its own scale.
 
 Payload: the scales of all blocks, then the codes.
 """
@@ -42,7 +42,7 @@ class Quantizer(Packer):
         return self.blocksize
 
     def blocks(self, count: int) -> int:
-        """Blocks in `count` elements, the last one maybe partial."""
+        """The number of blocks in `count` elements; the last one may be partial."""
         return -(-count // self.blocksize)
 
     def parts(self, count: int, dtype: DType) -> tuple[Part, ...]:
@@ -51,7 +51,7 @@ class Quantizer(Packer):
         return Part(sizes.metadata, self.scale_size), Part(sizes.data, 1)
 
     def fallback(self, view: TensorView) -> str:
-        """With nonfinite=raw, where there is a NaN or an infinity."""
+        """A reason if nonfinite=raw and the tensor has a NaN or an infinity."""
         return "nonfinite" if self.nonfinite == "raw" and largest(view) == float("inf") else ""
 
     def refuse_nonfinite(self, values: Any) -> None:
@@ -65,7 +65,7 @@ class Quantizer(Packer):
 
 
 class QuantizedState(NamedTuple):
-    """A payload in the parts that bitsandbytes keeps: codes and absmax, the latter maybe quantized in turn.
+    """A payload in the parts that bitsandbytes keeps: codes and absmax, which may be quantized themselves.
 
     `absmax`: float32, or with `nested_absmax` and `offset` the uint8 codes of double quantization.
     """
@@ -77,11 +77,11 @@ class QuantizedState(NamedTuple):
 
     @property
     def nested(self) -> bool:
-        """Whether the absmax are quantized in turn."""
+        """Whether the absmax are quantized themselves."""
         return self.offset is not None
 
     def pack(self) -> Bytes:
-        """The payload: what is there of offset, nested absmax, absmax and codes."""
+        """The payload: offset and nested absmax if present, absmax, codes."""
         parts = (self.offset, self.nested_absmax, self.absmax, self.codes)
         return np.concatenate([part.view(np.uint8) for part in parts if part is not None])
 
@@ -102,7 +102,7 @@ class TableQuantizer(Quantizer):
 
     @abstractmethod
     def state(self, payload: Any, count: int) -> QuantizedState:
-        """The parts of a payload of `count` elements and the right length, where they stand. Raises FormatError."""
+        """The parts of a payload of `count` elements and the right length, without copies. Raises FormatError."""
 
 
 def split(payload: Bytes, at: int) -> tuple[Bytes, Bytes]:
@@ -111,7 +111,7 @@ def split(payload: Bytes, at: int) -> tuple[Bytes, Bytes]:
 
 
 def checked_absmax(data: Bytes) -> npt.NDArray[np.float32]:
-    """Received absmax bytes as float32. Raises FormatError for NaN, infinities and whatever has its sign bit set."""
+    """Received absmax bytes as float32. Raises FormatError for NaN, infinities and anything with its sign bit set."""
     bits = data.view(np.uint32)
     if bits.size and bits.max() >= 0x7F800000:
         raise FormatError("an absmax is negative, infinite or NaN")

@@ -34,11 +34,11 @@ class Raw(Packer):
         return (Part(count * dtype.itemsize, dtype.part_size),)
 
     def encode(self, data: Any, extent: Extent, take: Take, context: Any = None) -> Encoded:
-        """The memory that came in."""
+        """The given memory itself."""
         return Encoded(data)
 
     def decode(self, payload: memoryview, extent: Extent, out: Any, uncached: bool | None = None) -> None:
-        """Copy the bytes, unless they stand in their place already. Raises FormatError for a bool of another value."""
+        """Copy the bytes, unless they are in place already. Raises FormatError for a bool that is neither 0 nor 1."""
         received = np.frombuffer(payload, np.uint8)
         if extent.dtype == dtypes.BOOL and received.size and received.max() > 1:
             raise FormatError("a bool is neither 0 nor 1")
@@ -46,12 +46,12 @@ class Raw(Packer):
             out[:] = received
 
     def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
-        """The elements where they stand."""
+        """Straight from the elements."""
         add_weighted(payload, extent.dtype, sums, weight)
         return True
 
 
 def _address(array: Any) -> int:
-    """Where an array begins; `.ctypes` makes three objects to say so."""
+    """The address of an array; `.ctypes` would make three objects for it."""
     address: int = array.__array_interface__["data"][0]
     return address

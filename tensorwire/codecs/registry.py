@@ -46,7 +46,7 @@ BUILT_IN: Final[tuple[type[Stage], ...]] = (
 _BY_ID: Final[dict[int, type[Stage]]] = {stage.id: stage for stage in BUILT_IN}
 _BY_NAME: Final[dict[str, type[Stage]]] = {stage.name: stage for stage in BUILT_IN}
 
-# What others call it, where the spelling alone does not tell.
+# Common names of codecs that are not close to the spelling of ours.
 _ELSEWHERE: Final = {
     "float16": "fp16",
     "half": "fp16",
@@ -65,11 +65,11 @@ S = TypeVar("S", bound=type[Stage])
 
 
 def register(stage: S) -> S:
-    """Make a stage of one's own known to this process, for reading, writing and spec strings; also as a decorator.
+    """Register a custom stage in this process, for reading, writing and spec strings; also usable as a decorator.
 
-    `stage`: a subclass of `Transform`, `Packer` or `Compressor` with an `id` from 32768 to 65535 and a `name`. To
-    register a class again changes nothing. Raises EncodeError for an id or name that stands for another class, and for
-    what is not a stage.
+    `stage`: a subclass of `Transform`, `Packer` or `Compressor` with an `id` from 32768 to 65535 and a `name`.
+    Registering a class again changes nothing. Raises EncodeError for an id or name that belongs to another class, and
+    for anything but a stage.
 
         @register
         class Negated(Packer):
@@ -88,7 +88,7 @@ def register(stage: S) -> S:
 def _check_row(stage: type[Stage]) -> None:
     """Raise EncodeError unless the class is complete."""
     if not (isinstance(stage, type) and issubclass(stage, (Transform, Packer, Compressor))) or isabstract(stage):
-        raise EncodeError(f"{stage!r} is no whole Transform, Packer or Compressor")
+        raise EncodeError(f"{stage!r} is not a complete Transform, Packer or Compressor")
     for attribute in ("id", "name", "lossless", "exact_length"):
         if not hasattr(stage, attribute):
             raise EncodeError(f"{stage.__qualname__} lacks the class attribute {attribute}")
@@ -108,12 +108,12 @@ def registered() -> tuple[type[Stage], ...]:
 
 
 def known_ids() -> tuple[int, ...]:
-    """Ids of the stages that this process can decode, for a peer to know."""
+    """Ids of the stages that this process can decode, to be told to a peer."""
     return tuple(sorted(_BY_ID))
 
 
 def by_id(number: int) -> type[Stage]:
-    """The stage of an id. Raises UnsupportedError that says what to do."""
+    """The stage with this id. Raises an UnsupportedError that says what to do."""
     if number in _BY_ID:
         return _BY_ID[number]
     if number in PRIVATE_IDS:
@@ -122,7 +122,7 @@ def by_id(number: int) -> type[Stage]:
 
 
 def by_name(name: str) -> type[Stage]:
-    """The stage of a name. Raises EncodeError with what is known."""
+    """The stage with this name. Raises an EncodeError that lists the known ones."""
     if name not in _BY_NAME:
         meant = [_ELSEWHERE[name.lower()]] if name.lower() in _ELSEWHERE else near(name, _BY_NAME)
         raise EncodeError(f"unknown codec {show(name)}{did_you_mean(meant)}; known: {', '.join(_BY_NAME)}")

@@ -1,7 +1,7 @@
 """Numbers as a sign and a magnitude of a few bits: (m + 1/2) * step, with m from 0 on.
 
-What sparse and lowrank keep of a tensor is written this way, with one bit as signs alone. No code means 0: a number
-that is kept is worth it.
+The values that sparse and lowrank keep are stored this way; with one bit, only their signs. No code stands for 0,
+because zeros are not kept.
 """
 
 from functools import lru_cache
@@ -14,7 +14,7 @@ from tensorwire import kernels
 from tensorwire.codecs.stage import Bytes
 from tensorwire.errors import FormatError
 
-# From where on magnitudes are all the same, in multiples of their mean, by their bits; with 16, from the largest on.
+# The magnitude, in multiples of the mean, above which all get the same code, by bits; with 16 bits it is the largest.
 _CLIP: Final = {1: 2.0, 2: 2.0, 4: 4.0, 8: 32.0}
 _WHOLE: Final = 2.0**32
 _BYTE: Final = 8
@@ -23,7 +23,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes of so many codes."""
+    """Bytes of `count` codes."""
     return -(-count * bits // _BYTE)
 
 
@@ -40,7 +40,7 @@ def step_of(values: Float32, bits: int) -> float:
 
 
 def pack(values: Float32, steps: Float32, bits: int) -> Bytes:
-    """The codes of numbers, one behind the other, from the lowest bit of the first byte on. `steps`: one or as many.
+    """The codes of numbers, packed from the lowest bit of the first byte on. `steps`: one for all, or one for each.
 
     The highest bit of a code is the sign, the others are the magnitude.
     """
@@ -53,7 +53,7 @@ def unpack(data: Bytes, steps: Float32, count: int, bits: int) -> Float32:
     """The numbers that `data`, of the right length, stands for. `steps`: one or `count`. Raises FormatError."""
     values = np.empty(count, np.float32)
     if not kernels.unpack_values(data, steps, values, bits=bits):
-        raise FormatError("bits behind the last value are not 0")
+        raise FormatError("unused bits after the last value are not 0")
     return values
 
 

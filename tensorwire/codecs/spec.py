@@ -11,7 +11,7 @@ from tensorwire.codecs.registry import by_id, by_name, did_you_mean
 from tensorwire.codecs.stage import Compressor, Packer, Spelled, Stage, Value
 from tensorwire.errors import EncodeError, FormatError, near, show
 
-# What carries whatever nobody chose a codec for.
+# The codec of tensors for which none was chosen.
 RAW: Final = Codec((Raw(),))
 _REAL: Final = re.compile(r"[0-9]+\.[0-9]+|[0-9]+(\.[0-9]+)?e[-+]?[0-9]+")
 
@@ -21,8 +21,9 @@ Row = TypeVar("Row", bound=Spelled)
 def parse(spec: str | Stage | Codec, /, **parameters: Value) -> Codec:
     """The codec that a spec string names: `"nf4"`, `"nf4:blocksize=128,double_quant=true"`, `"bf16|zstd"`.
 
-    A stage is a codec of its own, and where no stage makes bytes, raw does: `"zstd"` is `"raw|zstd"`. Behind the name
-    of one stage its parameters may be given as arguments. Raises EncodeError with what is known and the nearest match.
+    A single stage is a codec too; without a packer, raw is used: `"zstd"` is `"raw|zstd"`. With the name of one stage,
+    its parameters may be given as keyword arguments. Raises an EncodeError that lists what is known and the nearest
+    match.
 
         codec = tensorwire.codec("nf4", blocksize=128, double_quant=True)
     """
@@ -43,7 +44,7 @@ def _kind(value: object) -> str:
 
 def _with_parameters(name: object, parameters: dict[str, Value]) -> Stage:
     if not isinstance(name, str) or "|" in name or ":" in name:
-        raise EncodeError(f"parameters go into the spec or behind the name of one stage, not with {name!r}")
+        raise EncodeError(f"give parameters in the spec, or as keywords with the name of one stage, not with {name!r}")
     return _made(by_name(name.strip()), parameters)
 
 
@@ -77,7 +78,7 @@ def _stage(text: str) -> Stage:
 
 
 def spelled(text: str, by_name: Callable[[str], type[Row]]) -> Row:
-    """What a name and its parameters mean: `"name:parameter=value,parameter=value"`. Raises EncodeError."""
+    """The name and parameters in `"name:parameter=value,parameter=value"`. Raises EncodeError."""
     name, _, arguments = text.strip().partition(":")
     cls = by_name(name)
     values: dict[str, Value] = {}
@@ -90,7 +91,7 @@ def spelled(text: str, by_name: Callable[[str], type[Row]]) -> Row:
 
 
 def _made(cls: type[Row], values: dict[str, Value]) -> Row:
-    """A stage with these parameters. Raises EncodeError for one that it does not have."""
+    """A stage with these parameters. Raises EncodeError for a parameter that it does not have."""
     legal = [known.name for known in cls.parameters()]
     for key in values:
         if key not in legal:

@@ -1,15 +1,15 @@
 """The contract of stages, of which codecs are made.
 
-A codec is a row of stages: any number of transforms (array -> array), one packer (array -> bytes), any number of
+A codec is a sequence of stages: any number of transforms (array -> array), one packer (array -> bytes), any number of
 compressors (bytes -> bytes). Each gets a slice of a tensor (a whole number of its blocks; the last slice may end in a
 partial block) with its extent: dtype, the tensor's shape and the slice's place in it. Slices are independent of one
 another.
 
 A stage is a small frozen dataclass (a subclass without fields of its own needs no decorator). Its fields, made by
-`parameter`, are what a spec string can say; those marked `wire` also stand in the item's descriptor. It keeps no
+`parameter`, are the parameters in spec strings; those marked `wire` are also in the item's descriptor. It keeps no
 state and never writes to its input. Its class is a row of the registry: `id`, `name`, kind (the base class),
-parameters, `lossless`, `exact_length`. Layout and arithmetic of every stage of this library stand in docs/codecs.md;
-an id names one of them for ever.
+parameters, `lossless`, `exact_length`. docs/codecs.md defines the layout and arithmetic of every stage of this library;
+an id never changes its meaning.
 """
 
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ Row = TypeVar("Row", bound="Stage")
 
 
 class Range(NamedTuple):
-    """Integers from `low` to `high`, both included; maybe only the powers of two among them."""
+    """Integers from `low` to `high`, both included, or only the powers of two among them."""
 
     low: int
     high: int
@@ -50,7 +50,7 @@ class Range(NamedTuple):
         return f"{'a power of two ' if self.power_of_two else ''}from {self.low} to {self.high}"
 
     def to_wire(self, value: Any) -> int:
-        """The number that stands for a value in a descriptor: itself."""
+        """The number for a value in a descriptor: the value itself."""
         return int(value)
 
     def from_wire(self, number: int) -> Value:
@@ -59,7 +59,7 @@ class Range(NamedTuple):
 
 
 class Real(NamedTuple):
-    """Numbers from `low` to `high`, both included. They stand in specs only, and in no descriptor."""
+    """Numbers from `low` to `high`, both included. Allowed in specs, but not in descriptors."""
 
     low: float
     high: float
@@ -72,16 +72,16 @@ class Real(NamedTuple):
         return f"a number from {self.low:g} to {self.high:g}"
 
     def to_wire(self, value: Any) -> int:
-        """Raise EncodeError: a descriptor has whole numbers only."""
-        raise EncodeError(f"{value!r} cannot stand in a descriptor, which has whole numbers only")
+        """Raise EncodeError: a descriptor holds only integers."""
+        raise EncodeError(f"{value!r} cannot be stored in a descriptor, which holds integers only")
 
     def from_wire(self, number: int) -> Value:
-        """The number that stands there, for `allows` to judge."""
+        """The number itself, to be checked by `allows`."""
         return number
 
 
 class Choice(NamedTuple):
-    """One of a few values; on the wire, its place among them."""
+    """One of a few values; on the wire, its index among them."""
 
     values: tuple[bool | str, ...]
 
@@ -103,7 +103,7 @@ class Choice(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One parameter of a stage. `wire`: a reader needs it; the others are the encoder's business."""
+    """One parameter of a stage. `wire`: whether readers need it, so that it is in descriptors."""
 
     name: str
     default: Value
@@ -112,12 +112,12 @@ class Parameter(NamedTuple):
 
 
 def parameter(default: Value, legal: Range | Choice | Real, *, wire: bool = False) -> Any:
-    """A field of a stage: its default, the values it may have, and whether it stands in the descriptor."""
+    """A field of a stage: its default, the values it may have, and whether it is in descriptors."""
     return field(default=default, metadata={"default": default, "legal": legal, "wire": wire})
 
 
 def spell(value: Value) -> str:
-    """A value as a spec string has it."""
+    """A value as it is written in a spec string."""
     return str(value).lower() if type(value) is bool else str(value)
 
 
@@ -134,14 +134,14 @@ class Sizes(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Numbers that stand in a payload: bytes of all of them, and of each one: 1, 2, 4 or 8."""
+    """Numbers in a payload: the bytes of all of them, and of each: 1, 2, 4 or 8."""
 
     size: int
     width: int
 
 
 class Encoded(NamedTuple):
-    """A payload, as one buffer, and its CRC-32C where that was taken while it was made."""
+    """A payload, as one buffer, and its CRC-32C if that was computed while it was made."""
 
     payload: Any
     crc: int | None = None
@@ -149,7 +149,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Spelled:
-    """What a name and its parameters say. The repr is the spec string that rebuilds it."""
+    """A name with parameters. The repr is the spec string that rebuilds it."""
 
     # In spec strings.
     name: ClassVar[str]
@@ -162,7 +162,7 @@ class Spelled:
 
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
-        """The parameters, of a stage those of the descriptor in its order."""
+        """The parameters, in the order in which a stage's descriptor has them."""
         for row in fields(cls):
             if not row.metadata:
                 raise EncodeError(f"{row.name} of {cls.__qualname__} must be made by parameter(...)")
@@ -179,15 +179,15 @@ class Spelled:
 
 @dataclass(frozen=True, repr=False)
 class Stage(Spelled, ABC):
-    """What transforms, packers and compressors share. The repr is the spec string that rebuilds the stage."""
+    """The base of transforms, packers and compressors. The repr is the spec string that rebuilds the stage."""
 
     # On the wire: up to 32767 of this library's, from there to 65535 private (see `tensorwire.codecs.register`).
     id: ClassVar[int]
-    # What goes in and comes out, for people.
+    # Input and output, for people.
     kind: ClassVar[str]
     # Whether decoding gives back what was encoded, bit for bit.
     lossless: ClassVar[bool]
-    # Whether the length of what comes out follows from that of what went in; else only an upper bound does.
+    # Whether the length of the output follows from that of the input; otherwise only an upper bound does.
     exact_length: ClassVar[bool]
 
     def values(self) -> dict[str, Value]:
@@ -195,13 +195,13 @@ class Stage(Spelled, ABC):
         return {known.name: getattr(self, known.name) for known in self.parameters()}
 
     def to_wire(self) -> tuple[int, ...]:
-        """The stage as it stands in a descriptor: its id, then the parameters that a reader needs."""
+        """The stage in a descriptor: its id, then the parameters that a reader needs."""
         wire = (known for known in self.parameters() if known.wire)
         return (self.id, *(known.legal.to_wire(getattr(self, known.name)) for known in wire))
 
     @classmethod
     def from_wire(cls: type[Row], numbers: tuple[int, ...]) -> Row:
-        """The stage that the numbers behind its id describe. Raises FormatError."""
+        """The stage described by the numbers after its id. Raises FormatError."""
         wire = [known for known in cls.parameters() if known.wire]
         if len(numbers) != len(wire):
             raise FormatError(f"codec {cls.name} takes {len(wire)} parameters, not {len(numbers)}")
@@ -212,17 +212,17 @@ class Stage(Spelled, ABC):
 
 
 class Transform(Stage):
-    """Array -> array: as many elements of maybe another dtype. `data` and `out` are flat arrays of their bytes."""
+    """Array -> array: as many elements, possibly of another dtype. `data` and `out` are flat arrays of their bytes."""
 
     kind = "array -> array"
     exact_length = True
 
     @abstractmethod
     def accepts(self, dtype: DType) -> bool:
-        """Whether tensors of this dtype can be transformed; others travel losslessly."""
+        """Whether tensors of this dtype can be transformed; others are sent losslessly."""
 
     def output(self, dtype: DType) -> DType:
-        """The dtype that one of `accepts` becomes."""
+        """The dtype that an accepted dtype becomes."""
         return dtype
 
     def block(self, dtype: DType) -> int:
@@ -231,22 +231,22 @@ class Transform(Stage):
 
     @abstractmethod
     def encode(self, data: Any, extent: Extent) -> Bytes:
-        """The transformed elements of a slice, in memory of their own. `extent`: of what went in."""
+        """The transformed elements of a slice, in new memory. `extent`: of the input."""
 
     @abstractmethod
     def decode(self, data: Bytes, extent: Extent, out: Bytes) -> None:
-        """Write to `out` what `data` was made of. `extent`: of what comes out. Raises FormatError."""
+        """Write to `out` the elements that `data` was made from. `extent`: of the output. Raises FormatError."""
 
 
 class Packer(Stage):
-    """Array -> bytes: the elements of a slice to a payload that stands for itself."""
+    """Array -> bytes: the elements of a slice to a payload that can be decoded alone."""
 
     kind = "array -> bytes"
-    # The payload is the tensor's own bytes: it can land in its destination and be mapped from a file.
+    # The payload is the tensor's own bytes: it can be received in place and be mapped from a file.
     in_place: ClassVar[bool] = False
     # Slices of tensors on a CUDA device are encoded and decoded there.
     on_device: ClassVar[bool] = False
-    # Slices become many times the bytes of their payload: decoded, too, one must be no larger than a frame may be.
+    # Decoding may expand a payload many times, so the decoded slice must obey the limit for frames too.
     expands: ClassVar[bool] = False
 
     @property
@@ -256,7 +256,7 @@ class Packer(Stage):
 
     @abstractmethod
     def accepts(self, dtype: DType) -> bool:
-        """Whether tensors of this dtype can be encoded; others travel losslessly."""
+        """Whether tensors of this dtype can be encoded; others are sent losslessly."""
 
     def block(self, dtype: DType) -> int:
         """Elements that cannot be divided between slices."""
@@ -264,21 +264,21 @@ class Packer(Stage):
 
     @abstractmethod
     def sizes(self, count: int, dtype: DType) -> Sizes:
-        """Bytes that `count` elements take, or where `exact_length` is False take at most.
+        """Bytes that `count` elements take; if `exact_length` is False, the most that they can take.
 
-        Never more for several blocks than for one, times their number.
+        Several blocks never take more than as many times the bytes of one.
         """
 
     def parts(self, count: int, dtype: DType) -> tuple[Part, ...]:
-        """Which numbers the payload of `count` elements consists of, in their order; nothing where it is just bytes."""
+        """The numbers that the payload of `count` elements consists of, in order; nothing if it is just bytes."""
         return ()
 
     def fallback(self, view: TensorView) -> str:
-        """Why this tensor's values ask for a lossless codec instead, as a parameter's policy says; else nothing."""
+        """Why this tensor's values need a lossless codec under a parameter's policy; empty if they do not."""
         return ""
 
     def ceiling(self, dtype: DType) -> float:
-        """The largest magnitude that is never refused; infinity where no finite one is."""
+        """The largest magnitude that is never refused; infinity if no finite value is refused."""
         return float("inf")
 
     def prepare(self, view: TensorView) -> Any:
@@ -304,15 +304,15 @@ class Packer(Stage):
         """
 
     def accumulate(self, payload: memoryview, extent: Extent, sums: Sums, weight: float) -> bool:
-        """Add `weight` times each element of a slice to `sums`; False: `decode` must come first.
+        """Add `weight` times each element of a slice to `sums`; returns False if the caller must `decode` instead.
 
-        For the elements that `decode` gives, one rounding for each product and one for each sum. Raises as `decode`.
+        The elements are those that `decode` gives, with one rounding per product and one per sum. Raises as `decode`.
         """
         return False
 
 
 class Compressor(Stage):
-    """Bytes -> bytes: a payload to a smaller one, without loss."""
+    """Bytes -> bytes: compresses a payload without loss."""
 
     kind = "bytes -> bytes"
     lossless = True
@@ -320,19 +320,19 @@ class Compressor(Stage):
 
     @abstractmethod
     def bound(self, size: int) -> int:
-        """The most bytes that `size` bytes become; no less for more of them."""
+        """The most bytes that `size` bytes can become; never decreases with `size`."""
 
     @abstractmethod
     def encode(self, data: Any, extent: Extent) -> Any:
         """The compressed payload, a buffer."""
 
     def encode_parts(self, data: Any, parts: Sequence[Part], extent: Extent) -> Any:
-        """The same of a payload that consists of these numbers, at least one part, for whom that helps."""
+        """As `encode`, for compressors that can use the payload's parts, of which there is at least one."""
         return self.encode(data, extent)
 
     @abstractmethod
     def decode(self, payload: memoryview, extent: Extent, size: int, *, exact: bool) -> Any:
-        """What was compressed, a buffer of `size` bytes or, unless `exact`, at most so many.
+        """The uncompressed payload, a buffer of `size` bytes or, unless `exact`, at most `size`.
 
-        Takes memory for no more than that, whatever the payload says. Raises FormatError.
+        Allocates no more than that, whatever the payload claims. Raises FormatError.
         """

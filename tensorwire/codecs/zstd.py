@@ -1,7 +1,7 @@
 """zstd: Zstandard (RFC 8878), one zstd frame a slice.
 
 The decompressed size follows from the slice, so a compressed payload can declare nothing: a frame must say that size,
-use no dictionary and a window of at most 8 MiB (or that size, if it is more), and nothing may stand before or after it.
+use no dictionary and a window of at most 8 MiB (or that size, if it is more), and nothing may come before or after it.
 
 libzstd takes frames that the RFC does not allow, and two versions of it may decode such a frame to different bytes.
 What the block headers show of that is refused here, in a few microseconds a frame; damage inside a compressed block
@@ -27,7 +27,7 @@ _RESERVED: Final = 3
 
 @dataclass(frozen=True, repr=False)
 class Zstd(Compressor):
-    """A payload, compressed. The level does not travel."""
+    """A compressed payload. The level is not sent."""
 
     level: int = parameter(3, Range(1, 22))
 
@@ -56,7 +56,7 @@ def compress(data: Any, compressor: zstandard.ZstdCompressor) -> bytes:
 
 
 def decompress(payload: memoryview, size: int, *, exact: bool) -> bytes:
-    """The content of one frame, `size` bytes or, unless `exact`, at most so many. Raises FormatError."""
+    """The content of one frame, `size` bytes or, unless `exact`, at most `size`. Raises FormatError."""
     _check_frame(payload, size, exact=exact)
     try:
         # libzstd refuses content of another length than the frame says.

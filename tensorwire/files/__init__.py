@@ -1,4 +1,4 @@
-"""What stands on a disk: `.tw` files, files of any kind, `.safetensors` files, what is in them, and whose they are."""
+"""Files at rest: `.tw`, `.safetensors` and any other kind; how to inspect, verify and authenticate them."""
 
 from tensorwire.files.any import decode_file, encode_file
 from tensorwire.files.source import HEAD, File, kind_of, opened

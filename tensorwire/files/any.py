@@ -41,7 +41,8 @@ def encode_file(
     if not chosen.accepts(dtypes.UINT8):
         raise EncodeError(f"{chosen} cannot carry a file; use raw or zstd")
     if is_path(file):
-        # Opened here, not where it is read: the file may have another name then, or the program another folder.
+        # Opened now and not when it is read: by then the file may have another name, or the process another current
+        # folder.
         opened, path = open_to_read(file), os.fsdecode(file)
         return _send_opened(opened, path, chosen, name, frame_size, limits, report)
     return _send(None, _piped(file), chosen, name or "-", frame_size, limits, report)
@@ -56,7 +57,7 @@ def _send_opened(
         if stat.S_ISREG(status.st_mode):
             read = file_reader(file.fileno(), path, 0, 1, Pool())
             yield from _send(status.st_size, read, codec, name, frame_size, limits, report)
-        else:  # a FIFO or device, whose size says nothing
+        else:  # a FIFO or device, whose reported size is meaningless
             yield from _send(None, _piped(file), codec, name, frame_size, limits, report)
 
 
@@ -103,7 +104,7 @@ def decode_file(source: Any, path: str | os.PathLike[str], *, limits: Limits = D
     """Receive a stream that carries one file into `path`, which appears only when complete and verified.
 
     Returns the name that the sender gave, which is data and not a path. Raises SchemaError for other streams,
-    StorageError where the system does not take the file.
+    StorageError if the file cannot be written.
 
         name = tensorwire.decode_file(transport.receive(), "received.bin")
     """
@@ -123,7 +124,7 @@ def decode_file(source: Any, path: str | os.PathLike[str], *, limits: Limits = D
 
 
 def _is_file(item: Item) -> bool:
-    """Whether it is one, and not the dict around it. Raises SchemaError for anything else."""
+    """Whether an item is the file, and not the dict around it. Raises SchemaError for any other item."""
     if not item.path and item.kind is Kind.DICT:
         return False
     if not isinstance(item, FileItem):

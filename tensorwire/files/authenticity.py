@@ -1,10 +1,10 @@
-"""Authenticity at rest: that a stream or file is from whom it should be, where checksums say only that it is whole.
+"""Authenticity at rest: proves who made a stream or file, while checksums prove only that it is undamaged.
 
-Two ways, both beside the bytes and not in them, and both made of what other tools know: a keyed digest (HMAC-SHA256)
-for
-those who share a secret, and a manifest, an in-toto Statement, for those who sign with a key of their own.
+There are two ways. Both are kept beside the bytes, not in them, and both are formats that other tools know: a keyed
+digest (HMAC-SHA256) for parties that share a secret, and a manifest, an in-toto Statement, for publishers that sign
+with their own key.
 
-    tag = authenticity.tag("model.tw", key)              # what openssl dgst -sha256 -mac HMAC gives, too
+    tag = authenticity.tag("model.tw", key)              # the same as openssl dgst -sha256 -mac HMAC
     authenticity.check_tag("model.tw", key, tag)         # before anything is decoded
 
     manifest = authenticity.manifest(["model.tw"])       # to be signed by cosign, gpg, openssl ...
@@ -36,7 +36,7 @@ MIN_KEY: Final = 16
 MAX_MANIFEST: Final = 16 << 20  # bytes: about 100,000 files
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
-# What OpenSSF model-signing calls a statement whose subjects are the files, each with its SHA-256.
+# The type that OpenSSF model-signing uses for a statement whose subjects are files, each with its SHA-256.
 PREDICATE_TYPE: Final = "https://model_signing/Digests/v0.1"
 
 _PIECE: Final = 1 << 20
@@ -44,9 +44,9 @@ _DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
 
 
 class Tagged:
-    """Buffers on their way to a transport or file, and their keyed digest once all have passed.
+    """Passes buffers on to a transport or file, and computes their keyed digest.
 
-    Iterate once, then ask for `tag`. Raises AuthError for a key that is too short.
+    Iterate once, then read `tag`. Raises AuthError for a key that is too short.
     """
 
     def __init__(self, buffers: Iterable[Any], key: bytes) -> None:
@@ -71,7 +71,7 @@ class Tagged:
 def tag(file: File, key: bytes) -> str:
     """HMAC-SHA256 over all bytes of a file, in hexadecimal. `key`: at least 16 bytes, better 32 random ones.
 
-    `file`: a path, or an open binary file, read from where it stands. Raises AuthError for a short key.
+    `file`: a path, or an open binary file, read from its current position. Raises AuthError for a short key.
     """
     mac = _mac(key)
     for piece in _pieces(file):
@@ -80,9 +80,10 @@ def tag(file: File, key: bytes) -> str:
 
 
 def check_tag(file: File, key: bytes, expected: str) -> None:
-    """Raise AuthError unless `expected` is the tag of `file` under `key`; the comparison takes the same time always.
+    """Raise AuthError unless `expected` is the tag of `file` under `key`. The comparison takes constant time.
 
-    An open file is left where it stood, to be decoded from there: unlike a path, nobody can put another under its name.
+    An open file is returned to its position, so that it can be decoded from there. Unlike a path, nobody can replace it
+    in between.
     """
     if not isinstance(expected, str) or not _DIGEST.fullmatch(expected):
         raise AuthError("a tag has 64 hexadecimal digits")
@@ -94,7 +95,7 @@ def check_tag(file: File, key: bytes, expected: str) -> None:
         file.seek(begin)
     if not hmac.compare_digest(bytes.fromhex(found), bytes.fromhex(expected)):
         raise AuthError(
-            f"{_called(file)} does not have this tag: its bytes or the tag were changed, or the key is another"
+            f"{_called(file)} does not have this tag: its bytes or the tag were changed, or the key is wrong"
         )
 
 
@@ -119,7 +120,7 @@ def manifest(paths: Iterable[str | os.PathLike[str]]) -> str:
             raise EncodeError(f"two files are called {show(name)}: a manifest names files without their folders")
         subjects[name] = digest(path)
     if not subjects:
-        raise EncodeError("a manifest of no file")
+        raise EncodeError("a manifest must list at least one file")
     statement = {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": subjects[name]}} for name in sorted(subjects)],
@@ -130,10 +131,10 @@ def manifest(paths: Iterable[str | os.PathLike[str]]) -> str:
 
 
 def check_manifest(manifest: str | bytes, paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Raise AuthError unless each file is listed under its name with the digest that it has.
+    """Raise AuthError unless each file is listed under its name with its digest.
 
     Verify the manifest's signature first. It may list more files; its names are compared, never opened. Raises
-    FormatError, UnsupportedError or LimitError for what is no such manifest.
+    FormatError, UnsupportedError or LimitError if it is not such a manifest.
     """
     subjects = _subjects(manifest)
     check_paths(paths)
@@ -164,7 +165,7 @@ def _called(file: File) -> str:
 
 
 def _subjects(text: str | bytes) -> dict[str, str]:
-    """SHA-256 by name. Fields that this version does not know are ignored, as in-toto asks."""
+    """SHA-256 by name. Fields that this version does not know are ignored, as in-toto requires."""
     if len(text) > MAX_MANIFEST:
         raise LimitError("manifest", MAX_MANIFEST, len(text), field=None)
     try:
@@ -190,6 +191,6 @@ def _subjects(text: str | bytes) -> dict[str, str]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):  # parsers differ in which one they take: a signer and we might not mean the same
-        raise ValueError("a key comes twice in one object")
+    if len(found) != len(pairs):  # parsers differ in which one they use, so the signer may have meant the other one
+        raise ValueError("a key appears twice in one object")
     return found

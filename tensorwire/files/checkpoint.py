@@ -17,7 +17,7 @@ from tensorwire.tensor import ByteArray, TensorView
 
 # The safetensors library's own ceiling.
 MAX_HEADER: Final = 100_000_000
-# More are in several files. What Python makes of a header takes up to thirty times its bytes.
+# Larger models have several files. A header takes up to thirty times its bytes once Python has parsed it.
 MAX_TENSORS: Final = 1 << 19
 _MAX_PARTS: Final = 16 * MAX_TENSORS  # a tensor of four dimensions has ten; text of the metadata may hold some too
 _MOST_OPEN: Final = 64  # shards: most systems let a process open 256 to 1,024 files, of which the program needs some
@@ -45,7 +45,7 @@ NAMES: Final = {
     dtypes.FLOAT4_E2M1FN_X2: "F4",
 }
 DTYPES: Final = {name: dtype for dtype, name in NAMES.items()}
-# Of those that are no whole bytes; a shape counts elements.
+# Bits per element of dtypes that are not whole bytes; shapes count elements.
 BITS: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 PACKED: Final = "tensorwire.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -80,12 +80,12 @@ class Checkpoint(Mapping[str, TensorView]):
         self.close()
 
     def close(self) -> None:
-        """Close what is open; views can no longer be read."""
+        """Close all files; views can no longer be read."""
         raise NotImplementedError
 
 
 def open_checkpoint(file: File) -> Checkpoint:
-    """Names to views of a `.safetensors` file, or of a sharded checkpoint, by its `.index.json` or its folder.
+    """Open a `.safetensors` file, or a sharded checkpoint (its `.index.json` or folder), as names mapped to views.
 
     with tensorwire.safetensors.open_checkpoint("checkpoint/") as tensors:
         print(len(tensors), tensors["lm_head.weight"].shape)
@@ -153,7 +153,7 @@ class SafetensorsShards(Checkpoint):
             raise self._wrong("the index has no weight_map of tensors to files")
         for name in names.values():
             if os.path.basename(name) != name or name in ("", os.curdir, os.pardir) or "\\" in name or "\0" in name:
-                raise self._wrong(f"the index names {show(name)}, which is no file beside it")
+                raise self._wrong(f"the index names {show(name)}, which cannot be a file in its folder")
         return names  # type: ignore[no-any-return]  # which has just been checked
 
     def _add(self, file: "SafetensorsFile") -> None:
@@ -172,9 +172,11 @@ class SafetensorsShards(Checkpoint):
         for file in self._files:
             for name in file:
                 if wanted.get(name) != os.path.basename(file.name):
-                    raise self._wrong("the index does not list this tensor in the file that has it", item=name)
+                    raise self._wrong("the index does not place this tensor in the file that has it", item=name)
         for name in wanted.keys() - self._views.keys():
-            raise self._wrong(f"the index has this tensor in {show(wanted[name])}, which has not", item=name)
+            raise self._wrong(
+                f"the index places this tensor in {show(wanted[name])}, which does not have it", item=name
+            )
 
     def _wrong(self, detail: str, item: str | None = None) -> FormatError:
         error = FormatError(detail, item=item)
@@ -185,7 +187,7 @@ class SafetensorsShards(Checkpoint):
 def _shards_in(folder: str) -> list[str]:
     names = [name for name in _names_in(folder) if name.endswith(".safetensors")]
     if not names:
-        error = FormatError("a folder without .safetensors files is no checkpoint")
+        error = FormatError("not a checkpoint: the folder has no .safetensors files")
         error.file = folder
         raise error
     return names
@@ -249,14 +251,14 @@ class SafetensorsFile(Checkpoint):
             raise FormatError(f"the safetensors header is not JSON: {error}") from None
         if type(header) is not dict:
             raise FormatError("the safetensors header is not a JSON object")
-        if len(header) > MAX_TENSORS + 1:  # and the metadata
+        if len(header) > MAX_TENSORS + 1:  # one is the metadata
             raise LimitError("tensors of a safetensors file", MAX_TENSORS, len(header), field=None)
         return header, 8 + length, size - 8 - length
 
     def _make_views(self, header: dict[str, Any], begin: int, size: int) -> dict[str, TensorView]:
         entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[3:])
         views = {}
-        pool = Pool()  # one for all tensors: they are read one after the other
+        pool = Pool()  # shared by all tensors, which are read one after the other
         end = 0
         for name, stored, shape, start, stop in entries:
             if start != end:
@@ -273,7 +275,7 @@ class SafetensorsFile(Checkpoint):
 
 
 def _check_parts(header: bytes) -> None:
-    """Refuse what Python would make too many objects of, before it does: each takes up to thirty times its bytes."""
+    """Refuse, before parsing it, a header that would become too many Python objects (up to thirty times its bytes)."""
     parts = sum(map(header.count, (b",", b"[", b"{")))
     if parts > _MAX_PARTS:
         raise LimitError("parts of the safetensors header", _MAX_PARTS, parts, field=None)
@@ -291,7 +293,7 @@ def _reader(source: Source, offset: int, itemsize: int, pool: Pool) -> Callable[
 
 
 def _as_sent(stored: str, shape: tuple[int, ...], size: int) -> tuple[DType, tuple[int, ...]]:
-    """The dtype and shape that a tensor of the file travels with."""
+    """The dtype and shape with which a tensor of the file is sent."""
     if stored not in BITS:
         return DTYPES[stored], shape
     if stored in DTYPES and shape and shape[-1] % 2 == 0:
@@ -304,15 +306,15 @@ def _packed_metadata(packed: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unpacked(text: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape, in a file, of tensors that travel as bytes. Raises FormatError."""
+    """Dtype and shape, in a file, of tensors that are sent as bytes. Raises FormatError."""
     try:
         packed = json.loads(text)
         found = {name: (dtype, tuple(shape)) for name, (dtype, shape) in packed.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"the metadata {PACKED} does not say what tensors are") from None
+        raise FormatError(f"the metadata {PACKED} must map names of tensors to dtype and shape, as JSON") from None
     for name, (dtype, shape) in found.items():
         if dtype not in BITS or any(type(n) is not int or n < 0 for n in shape):
-            raise FormatError(f"the metadata {PACKED} does not say what it is", item=name)
+            raise FormatError(f"the metadata {PACKED} has no valid dtype and shape for this tensor", item=name)
     return found
 
 

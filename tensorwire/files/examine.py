@@ -1,4 +1,4 @@
-"""What a stream holds, and whether it is good: `inspect` reads frames, `verify` decodes everything and keeps nothing.
+"""Shows what a stream holds and whether it is valid: `inspect` reads frames, `verify` decodes all and keeps nothing.
 
 Both take a path, or a source as `tensorwire.decode` does, and read it from its first byte to its last in
 O(frame) memory.
@@ -42,7 +42,7 @@ PATCH: Final[CodecSpec] = CODEC.stages()
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A stream that is good: its items, frames and bytes, and the SHA-256 that its END frame carries."""
+    """A valid stream: its numbers of items, frames and bytes, and the SHA-256 in its END frame."""
 
     items: int
     frames: int
@@ -52,11 +52,11 @@ class Verified:
 
 @dataclass(slots=True)
 class ItemReport:
-    """One item: what it is, and its bytes decoded (`size`) and as they travel (`wire_size`, without headers).
+    """One item: its description, and its bytes decoded (`size`) and on the wire (`wire_size`, without headers).
 
-    `dtype` and `shape` are None for anything but a tensor, `codec` for what has none, `alias_of` but for an alias.
-    `complete`: whether all of its data has come. Of a tensor in a patch, `changed` counts the numbers that differ from
-    the base, and `ways` the slices by how they are coded (`tensorwire.codecs.WAYS`).
+    `dtype` and `shape` are None except for tensors, `codec` for items without one, `alias_of` except for aliases.
+    `complete`: whether all of its data has arrived. For a tensor in a patch, `changed` counts the numbers that differ
+    from the base, and `ways` the slices by how they are coded (`tensorwire.codecs.WAYS`).
     """
 
     item: Item
@@ -79,7 +79,7 @@ class ItemReport:
 
     @property
     def alias_of(self) -> int | None:
-        """The number of the item that this is another name of."""
+        """The number of the item that this is another name for."""
         return self.item.of if isinstance(self.item, AliasItem) else None
 
     @property
@@ -90,9 +90,9 @@ class ItemReport:
 
 @dataclass(slots=True)
 class Inspection:
-    """What has passed of a stream: all of it, or up to where it breaks (`error`, and `broken`, the frame it broke in).
+    """What a stream holds: all of it, or up to where it breaks (`error`, and `broken`, the frame that it breaks in).
 
-    `digest`: the SHA-256 in the END frame, None where the stream breaks.
+    `digest`: the SHA-256 in the END frame, None if the stream is broken.
     """
 
     info: StreamInfo = field(default_factory=StreamInfo)
@@ -115,22 +115,22 @@ class Inspection:
 
     @property
     def ways(self) -> "Counter[str]":
-        """How the slices of a patch are coded: how many of them in each way."""
+        """The number of slices of a patch by how they are coded."""
         return sum((item.ways for item in self.items), Counter())
 
     @property
     def framing(self) -> int:
-        """Bytes on the wire that are no payload of an item."""
+        """Bytes on the wire that are not payload of an item."""
         return self.wire_size - sum(item.wire_size for item in self.items)
 
 
 def inspect(
     source: Any, *, on_frame: Callable[[Frame], None] = lambda frame: None, limits: Limits = DEFAULT
 ) -> Inspection:
-    """Explain a stream without decoding it; checksums and the order of frames are checked, payloads are not decoded.
+    """Describe a stream without decoding payloads; checksums and the order of frames are checked.
 
-    `source`: a path, or what `decode` takes. `on_frame` is called with each frame as it is verified. A stream that
-    breaks is explained up to there: see `Inspection.error`. Raises OSError where a file cannot be read.
+    `source`: a path, or what `decode` takes. `on_frame`: called with each frame as it is verified. A broken stream is
+    described up to where it breaks: see `Inspection.error`. Raises OSError if a file cannot be read.
 
         report = tensorwire.inspect("model.tw")
         print(report.digest, [(item.item.name, item.codec) for item in report.items])
@@ -155,10 +155,10 @@ def _look_at(report: Inspection, frames: Frames, on_frame: Callable[[Frame], Non
 
 
 def verify(source: Any, *, limits: Limits = DEFAULT) -> Verified:
-    """Check a stream as a receiver would, payloads decoded and dropped. Raises a WireError that says where it breaks.
+    """Check a stream as a receiver would, and drop what it decodes. Raises a WireError that says where it breaks.
 
-    `source`: a path, or what `decode` takes. Of a patch, whose payloads mean something only with its base, all
-    checksums are checked and what each is bound to.
+    `source`: a path, or what `decode` takes. The payloads of a patch need its base, so for a patch only checksums, and
+    what each slice is bound to, are checked.
 
         tensorwire.verify("model.tw").digest
     """
@@ -227,7 +227,7 @@ def _item_report(item: Item) -> ItemReport:
 
 
 def describe_codec(stages: CodecSpec) -> str:
-    """The spec of a codec as it stands in a descriptor, also of one that is not known here."""
+    """The spec of a codec in a descriptor, even if the codec is not known here."""
     try:
         return repr(from_stages(stages))
     except WireError:

@@ -1,4 +1,4 @@
-"""An item of an archive, or a part of it, into memory."""
+"""Reads an item of an archive, or a part of it, into memory."""
 
 from array import array
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def read_item(
 
 
 class _Reading:
-    """An item, or elements [begin, end) of it, on its way into memory."""
+    """An item, or elements [begin, end) of it, that is being read into memory."""
 
     def __init__(
         self, item: DataItem, codec: Codec, limits: Limits, part: tuple[int, int] | None, running: RunningSums
@@ -74,7 +74,7 @@ class _Reading:
         self._learned: RunningSums = {}  # of frames whose checksum is not known to match yet
 
     def check(self, header: Header) -> Extent | None:
-        """The extent of a slice; None where nothing of it is wanted."""
+        """The extent of a slice; None if no part of it is wanted."""
         extent = check_slice(self._codec, header, self._item, self._limits)
         begin, end = self._wanted(extent)
         return extent if begin < end else None
@@ -103,7 +103,7 @@ class _Reading:
         return place, sums[-1]
 
     def decode(self, payload: memoryview, extent: Extent) -> None:
-        """Decode what is wanted of a slice into the memory."""
+        """Decode the wanted part of a slice into the memory."""
         begin, end = self._wanted(extent)
         region = self._region(begin, end)
         if end - begin == extent.count:

@@ -3,12 +3,12 @@
     transport.send(tensorwire.safetensors.encode("model.safetensors", codec="nf4"))
     tensorwire.safetensors.decode(transport.receive(), "received.safetensors")
 
-A sharded checkpoint is one model: its index (`model.safetensors.index.json`) or folder is read as one file is, and
-written where `max_shard_size` is given.
+A sharded checkpoint is one model: give its index (`model.safetensors.index.json`) or folder instead of a file. With
+`max_shard_size`, `decode` writes one.
 
 Needs neither torch nor the safetensors package. File format: https://huggingface.co/docs/safetensors, section Format.
-Elements of less than a byte that no tensor library has (F6, and F4 whose rows end within a byte) travel as bytes; the
-metadata of the stream says under `tensorwire.safetensors` what they are, and `decode` writes them as they were.
+Elements of less than a byte that no tensor library has (F6, and F4 whose rows end within a byte) are sent as bytes. The
+metadata of the stream records their types under `tensorwire.safetensors`, and `decode` writes them as they were.
 """
 
 import json
@@ -67,10 +67,10 @@ def encode(
     """The buffers of a stream of all tensors in a `.safetensors` file, read piece by piece as they are sent.
 
     `file`: a path, a seekable file object, or a sharded checkpoint: its `.index.json`, or a folder of shards. `codec`
-    and `report` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata travels along. With
+    and `report` as in `tensorwire.encode`; a function gets (name, TensorView). The file's metadata is sent along. With
     `at_rest` the stream is laid out as `save_file` does, to become a `.tw` file that `open_file` can open. Raises,
-    before the first buffer, FormatError or TruncatedError for a file that is not valid, EncodeError for what cannot be
-    sent.
+    before the first buffer, FormatError or TruncatedError for a file that is not valid, EncodeError for tensors that
+    cannot be sent.
 
         transport.send(tensorwire.safetensors.encode("checkpoint/", codec="bf16|zstd"))
     """
@@ -104,12 +104,12 @@ def decode(
 ) -> None:
     """Receive a stream of a flat dict of tensors into a `.safetensors` file, decoded, slice by slice.
 
-    The file appears under its name only when the whole stream is verified. With `max_shard_size`, in bytes, `path` is a
-    folder that is made, of files of at most that size (but for a tensor that is larger) and their index, named as
-    Hugging Face names them; it may not exist yet, unless it is empty. The sender must describe all tensors before their
-    data, as every sender does that knows its container. Tied tensors are written once each, since the file format has
-    no ties. Raises SchemaError for streams that such a file cannot hold, StorageError where the system does not take
-    the file.
+    The file appears under its name only when the whole stream is verified. With `max_shard_size`, in bytes, `path`
+    becomes a folder of files of at most that size (except for a tensor that is larger) and their index, with the names
+    that Hugging Face uses; the folder must not exist yet, or be empty. The sender must describe all tensors before
+    their data, as it does unless it encodes an iterator. Tied tensors are written once for each name, because the file
+    format has no ties. Raises SchemaError for streams that such a file cannot hold, StorageError if it cannot be
+    written.
 
         tensorwire.safetensors.decode(transport.receive(), "checkpoint", max_shard_size=5 * 10**9)
     """
@@ -163,7 +163,7 @@ def _receive_shards(
 
 
 def _shard_names(count: int) -> list[str]:
-    """As `transformers` names the files of a checkpoint."""
+    """The names that `transformers` gives to the files of a checkpoint."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -171,12 +171,12 @@ def _shard_names(count: int) -> list[str]:
 
 def _closing(file: Checkpoint, buffers: Iterator[Buffer]) -> Iterator[Buffer]:
     with file:
-        yield b""  # begun, so that the file is closed even if the stream never is
+        yield b""  # started here, so that the file is closed even if the stream is never read
         yield from buffers
 
 
 class _Layout:
-    """The files being written: where each tensor goes is known once the stream has described all of them.
+    """The files being written. The place of each tensor is known once the stream has described all of them.
 
     `outputs` opens as many files as there are shards. `shards`: the number of the shard of each tensor; `size`: bytes
     of all tensors.
@@ -201,12 +201,12 @@ class _Layout:
         self._places: dict[Path, tuple[Output, int]] = {}  # empty until the first data comes
 
     def open(self, metadata: dict[str, str]) -> None:
-        """Take the metadata of the stream. Raises FormatError for what `encode` says in it."""
+        """Take the metadata of the stream. Raises FormatError if the entry that `encode` makes is malformed."""
         self._packed = unpacked(metadata.pop(PACKED)) if PACKED in metadata else {}
         self._metadata = metadata
 
     def describe(self, number: int, item: Item) -> None:
-        """Make room for an item. Raises for what the file cannot hold."""
+        """Make room for an item. Raises if the file cannot hold it."""
         if self._schema is not None:
             self._schema.check(item)
         if not item.path and item.kind is Kind.DICT:
@@ -243,7 +243,7 @@ class _Layout:
                 target.write_at(part, place + done)
 
     def finish(self) -> None:
-        """All data has come."""
+        """Finish the files, after all data has arrived."""
         if not self._places:
             self._settle()
         if self._schema is not None:
@@ -288,11 +288,13 @@ class _Layout:
         self._places |= {path: (output, 8 + len(text) + begin) for path, begin in begins.items()}
 
     def _as_stored(self, item: TensorItem) -> tuple[str, tuple[int, ...]]:
-        """The dtype and shape that a tensor has in a file. Raises FormatError where the metadata says another."""
+        """The dtype and shape that a tensor has in a file. Raises FormatError if the metadata contradicts them."""
         if _key(item) in self._packed:
             dtype, shape = self._packed[_key(item)]
             if item.dtype != dtypes.UINT8 or prod(shape) * BITS[dtype] != _bytes(item) * 8:
-                raise FormatError(f"the metadata {PACKED} says {dtype} {list(shape)}, which it is not", item=item.name)
+                raise FormatError(
+                    f"the metadata {PACKED} says {dtype} {list(shape)}, but the size differs", item=item.name
+                )
             return dtype, shape
         if item.dtype == dtypes.FLOAT4_E2M1FN_X2:
             return NAMES[item.dtype], (*item.shape[:-1], item.shape[-1] * 2) if item.shape else (2,)
@@ -300,7 +302,7 @@ class _Layout:
 
 
 def _key(item: TensorItem) -> str:
-    """What a tensor is called in a file, and was called in the one that it came from: its key, which is text."""
+    """The name of a tensor in a file, and in the file that it came from: its key, which is text."""
     return str(item.path[0])
 
 

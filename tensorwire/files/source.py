@@ -1,6 +1,6 @@
-"""Where the bytes of a file come from: a path, or any seekable file object, read at an offset and never mapped.
+"""Reads the bytes of a file, given by a path or as any seekable file object, at offsets.
 
-Errors about the bytes of a file name it here, and say what it is where it is no stream at all.
+Errors about the bytes of a file get its name here and, if it is not a stream at all, a hint about what it is.
 """
 
 import codecs
@@ -34,11 +34,11 @@ Path = str | os.PathLike[str]
 Memory = bytes | bytearray | memoryview
 File = Path | BinaryIO
 
-# Small reads are served from a window: of this size at first and, where they go from front to back, up to the larger.
+# Small reads are served from a window of the first size, which grows up to the second if they go from front to back.
 _WINDOW: Final = 4 << 10
 _MAX_WINDOW: Final = 256 << 10
 
-# What stands where a stream was expected, by how it begins.
+# Kinds of files that are mistaken for streams, by their first bytes.
 _KINDS: Final = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: fetch that with `git lfs pull`"),
     (b"version https://hawser", "a git-lfs pointer, not the file itself: fetch that with `git lfs pull`"),
@@ -57,7 +57,7 @@ _KINDS: Final = (
     (MAGIC, "a tensorwire stream: open it with tensorwire.open_file or load_file"),
 )
 _PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
-_PRINTED: Final = bytes([*b"\t\n\r", *range(0x20, 0x7F)])  # what text in ASCII consists of
+_PRINTED: Final = bytes([*b"\t\n\r", *range(0x20, 0x7F)])  # the bytes of ASCII text
 _TEXT_SHOWN: Final = 40  # characters
 HEAD: Final = 512  # bytes that `kind_of` looks at
 
@@ -65,7 +65,7 @@ HEAD: Final = 512  # bytes that `kind_of` looks at
 def is_path(file: object) -> TypeGuard[Path]:
     """Whether `file` is a path, not a file object.
 
-    Raises ArgumentError for what is neither, ClosedError for an object that is closed.
+    Raises ArgumentError if it is neither, ClosedError for an object that is closed.
     """
     if hasattr(file, "fs") and hasattr(file, "mode") and not hasattr(file, "read"):  # fsspec.open has a path, too
         raise ArgumentError('an fsspec OpenFile is not open yet: use `with fsspec.open(..., "rb") as file`')
@@ -89,7 +89,7 @@ def check_paths(paths: object) -> None:
 class Source:
     """Bytes at rest: `tensorwire.wire.RandomAccess`. Any thread may read.
 
-    `name` stands in errors and in the repr. Raises TruncatedError where the file has become shorter than it was.
+    `name`: shown in errors and in the repr. Raises TruncatedError if the file has become shorter since it was opened.
     """
 
     name: str
@@ -118,14 +118,14 @@ class Source:
             raise self._shorter(offset + got)
 
     def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
-        """A mapping of these bytes and no others: read-only, or private to whoever writes to it.
+        """A mapping of exactly these bytes: read-only, or writable as a private copy.
 
-        Raises EncodeError where there is nothing to map, StorageError where the system does not.
+        Raises EncodeError if the source cannot be mapped, StorageError if the system refuses.
         """
         raise EncodeError("only a file that was opened by its path can be mapped; read it with file[name]")
 
     def close(self) -> None:
-        """Let go of the file. To read afterwards is a ClosedError."""
+        """Release the file. Reading afterwards raises ClosedError."""
         self._window = 0, memoryview(b"")
 
     def _shorter(self, size: int) -> TruncatedError:
@@ -242,7 +242,7 @@ class OneOfMany(Source):
 
 
 class ObjectSource(Source):
-    """A seekable file object, which stays the caller's: it is not closed, and nobody else may read it meanwhile."""
+    """A seekable file object of the caller. It is not closed, and nothing else may read it meanwhile."""
 
     def __init__(self, file: Any) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class ObjectSource(Source):
         self.size = file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Let go of the object."""
+        """Release the object."""
         super().close()
         self._file = None
 
@@ -272,7 +272,7 @@ class ObjectSource(Source):
 
 
 class MemorySource(Source):
-    """A buffer that holds what a file does: nothing of it is copied."""
+    """A buffer with the content of a file, which is not copied."""
 
     def __init__(self, buffer: Memory) -> None:
         super().__init__()
@@ -285,12 +285,12 @@ class MemorySource(Source):
         return self._memory[offset : offset + size]
 
     def map(self, offset: int, size: int, *, read_only: bool) -> memoryview:
-        """`Source.map`: the memory itself or, for who may write to it, a copy."""
+        """`Source.map`: the memory itself or, if it must be writable, a copy."""
         part = self._memory[offset : offset + size]
         return part if read_only else memoryview(bytearray(part))
 
     def close(self) -> None:
-        """Let go of the buffer."""
+        """Release the buffer."""
         super().close()
         self._memory = memoryview(b"")
 
@@ -308,14 +308,14 @@ def source(file: File | Memory) -> Source:
 
 
 def read_some(file: Any, size: int) -> bytes:
-    """At most `size` bytes from a file object, none only at its end.
+    """At most `size` bytes from a file object; none only at its end.
 
-    Raises TransportError where it is non-blocking and has none yet, ArgumentError where it gives text.
+    Raises TransportError if it is non-blocking and has none yet, ArgumentError if it returns text.
     """
     data = file.read(size)
     if data is None:
         raise TransportError(
-            f"{name_of(file)} is non-blocking and has nothing yet: give one that waits", retryable=False
+            f"{name_of(file)} is non-blocking and has no data yet: give one that blocks", retryable=False
         )
     if isinstance(data, str):
         raise ArgumentError(f"{name_of(file)} gives text: open it in binary mode, with 'rb'")
@@ -324,9 +324,9 @@ def read_some(file: Any, size: int) -> bytes:
 
 @contextmanager
 def opened(file: File) -> Iterator[Any]:
-    """A file to be read from front to back: a path is opened, an object used where it stands.
+    """A file to be read from front to back: a path is opened, an object is read from its current position.
 
-    WireErrors name it, and say what it is where it is no stream.
+    WireErrors inside name it and, if it is not a stream, say what it is.
     """
     with _raw(file) as raw:
         begin = raw.tell() if _seekable(raw) else None
@@ -338,7 +338,7 @@ def opened(file: File) -> Iterator[Any]:
 
 
 class _Reads(io.RawIOBase):
-    """A file object that has no more than `read`."""
+    """A file object that only has `read`."""
 
     def __init__(self, file: Any) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ class _Reads(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill `buffer` as far as one read does."""
+        """Fill `buffer` with the result of one read."""
         data = read_some(self._file, len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -364,7 +364,7 @@ def _raw(file: Any) -> AbstractContextManager[Any]:
 
 
 def name_error(error: TensorwireError, name: str, head: bytes, magic: bytes) -> None:
-    """Let an error name the file and, where that begins as something else than a stream, say what it is."""
+    """Add to an error the name of the file and, if it begins like another kind of file, what it is."""
     error.file = error.file or name
     kind = kind_of(head, magic) if magic else kind_of(head)
     if kind is not None:
@@ -372,7 +372,7 @@ def name_error(error: TensorwireError, name: str, head: bytes, magic: bytes) -> 
 
 
 def bytes_left(file: Any) -> int | None:
-    """Bytes from where a file stands to its end, where that can be known."""
+    """Bytes from the current position of a file to its end, if that can be known."""
     if not _seekable(file):
         return None
     place: int = file.tell()
@@ -393,7 +393,7 @@ def _check_readable(file: Any) -> None:
 
 
 def _says_how_it_is_open(file: Any) -> bool:
-    return isinstance(file, (io.FileIO, io.BufferedIOBase))  # a class of others may say no by default
+    return isinstance(file, (io.FileIO, io.BufferedIOBase))  # other classes may say no by default
 
 
 def _no_seek(name: str) -> EncodeError:
@@ -412,7 +412,7 @@ def _seekable(file: Any) -> bool:
 
 
 def _head(file: Any, begin: int) -> bytes:
-    """How a stream in a file begins, as far as that can be looked at: it only explains another error."""
+    """The first bytes of a file, if they can be read; used only to explain another error."""
     with suppress(OSError, ValueError):
         place = file.tell()
         file.seek(begin)

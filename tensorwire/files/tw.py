@@ -59,7 +59,7 @@ from tensorwire.wire.items import CodecSpec
 from tensorwire.wire.values import unpack_value
 
 _STEP = 1 << 20  # bytes that are verified before the next ones are read
-# Bytes done, and bytes in all, or None where that is not known.
+# Bytes done, and bytes in all or None if that is not known.
 Progress = Callable[[int, int | None], object]
 
 
@@ -74,8 +74,8 @@ def save_file(
 ) -> int:
     """Write `value` to a path, which appears only when complete, or into a file object. Returns the bytes written.
 
-    `progress` is called as bytes are written, with `total`. Raises StorageError where the system does not take the
-    file; one that was at the path is untouched then.
+    `progress`: called as bytes are written, with `total`. Raises StorageError if the file cannot be written; an
+    existing file at the path is then unchanged.
     """
     check_function(progress, "progress", "done", "total")
     late: Late | None = [] if is_path(file) else None
@@ -115,7 +115,7 @@ def _counted(buffers: Iterator[Buffer], progress: Progress, total: int | None) -
 
 
 class _Counting:
-    """A file that says how much of it was read."""
+    """A file that reports how much of it was read."""
 
     def __init__(self, file: Any, progress: Progress) -> None:
         self._file = file
@@ -131,13 +131,13 @@ class _Counting:
 
 
 def _log(message: str, *arguments: object) -> None:
-    import logging  # which takes a tenth of the time that the whole library takes to import
+    import logging  # importing it takes a tenth of the time of importing the whole library
 
     logging.getLogger("tensorwire").debug(message, *arguments)
 
 
 class TensorFile(Mapping[str, Any]):
-    """Random access to the tensors and plain values of a `.tw` file: only what is asked for is read and verified.
+    """Random access to the tensors and plain values of a `.tw` file: only what is requested is read and verified.
 
         with tensorwire.torch.open_file("model.tw") as file:
             weight = file["layer.0.weight"]
@@ -145,13 +145,13 @@ class TensorFile(Mapping[str, Any]):
             view = file.map("layer.0.weight")
 
     A context manager and a read-only mapping of names to tensors and values. `file`: a path; a seekable binary file
-    object, such as fsspec gives for HTTP and S3, which stays the caller's; or a buffer that holds what a file does.
-    Nothing is mapped but by `map` and `view`. The file must have an index, as `save_file` writes; a recorded stream
-    has none. Reading every name checks all that `load_file` checks, but for the digest at the end. `base`: the content
+    object, such as fsspec gives for HTTP and S3, which the caller must close; or a buffer with the content of a file.
+    Only `map` and `view` map memory. The file must have an index, as `save_file` writes; a recorded stream has none.
+    Reading every name checks everything that `load_file` checks, except the digest at the end. `base`: the content
     digest of the version that the file may be against.
 
-    Threads may share it. It pickles, by its path and these arguments (or as its file object does), and is opened again
-    where it is first used. Raises a WireError that names the file; ClosedError once it is closed.
+    Threads may share it. It can be pickled, by its path and these arguments (or as its file object can), and is opened
+    again on first use. Raises a WireError that names the file; ClosedError once it is closed.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class TensorFile(Mapping[str, Any]):
         self.close()
 
     def close(self) -> None:
-        """Let go of the file. Tensors that `map` gave stay valid: each has a mapping of its own, which goes with it."""
+        """Close the file. Tensors from `map` stay valid, because each has a mapping of its own."""
         self._is_closed = True
         opened, self._opened = self._opened, None
         if opened is not None:
@@ -205,7 +205,7 @@ class TensorFile(Mapping[str, Any]):
 
     @property
     def info(self) -> StreamInfo:
-        """What the stream says of itself."""
+        """The content of the STREAM frame."""
         return self._content().archive.info
 
     @property
@@ -235,7 +235,7 @@ class TensorFile(Mapping[str, Any]):
                 raise
 
     def get_slice(self, name: str) -> "TensorSlice":
-        """A tensor of which a part is read: `file.get_slice("w")[0:64]`. Raises KeyError; EncodeError for a value."""
+        """A tensor to be read in parts: `file.get_slice("w")[0:64]`. Raises KeyError; EncodeError for a value."""
         item = self._content().find(name)[1]
         if not isinstance(item, TensorItem):
             raise EncodeError("only tensors have slices; read a value with file[name]", item=name)
@@ -244,9 +244,9 @@ class TensorFile(Mapping[str, Any]):
     def map(self, name: str) -> Any:
         """A raw tensor as a view of the file, verified once here, without a copy.
 
-        Only its own pages are mapped, anew each time; a small tensor that stands in a bundle is read. NumPy arrays are
-        read-only; what is written to a torch tensor stays in that tensor. Whoever truncates the file under a mapping
-        ends the process that looks at it (SIGBUS). Raises EncodeError for a tensor that is not stored raw in one
+        Each call maps only the tensor's own pages; a small tensor in a bundle is read instead. NumPy arrays are
+        read-only; writing to a torch tensor changes only that tensor. If the file is truncated while it is mapped,
+        reading the tensor ends the process (SIGBUS). Raises EncodeError for a tensor that is not stored raw in one
         frame, and for a file object.
         """
         content = self._content()
@@ -260,11 +260,11 @@ class TensorFile(Mapping[str, Any]):
         return tensor
 
     def view(self, name: str) -> TensorView:
-        """A tensor to be read a part at a time, as it is sent or calculated with: see `tensorwire.updates.Views`.
+        """A view of a tensor, which is read part by part as it is sent or used: see `tensorwire.updates.Views`.
 
-        Nothing is read before. A raw tensor is then mapped where `map` can, and verified once; of others, the frames
-        that hold a part are read and verified for it. Names of one tensor are one to whoever looks for ties. Raises
-        KeyError; EncodeError for a plain value.
+        Nothing is read until then. A raw tensor is mapped if `map` can do so, and verified once; for other tensors, the
+        frames that hold a part are read and verified each time. Views of one tensor under several names count as tied.
+        Raises KeyError; EncodeError for a plain value.
         """
         content = self._content()
         number, item = content.find(name)
@@ -282,7 +282,7 @@ class TensorFile(Mapping[str, Any]):
             return content.read(number, item, content.codec(item), part=(begin, end))
 
     def map_bytes(self, name: str) -> ByteArray | None:
-        """The bytes of a tensor where they stand, not to be written to; None where `map` cannot give them."""
+        """The bytes of a tensor as a read-only mapping; None if `map` cannot map it."""
         content = self._content()
         try:
             return self._mapped(name, content, read_only=True)
@@ -312,7 +312,7 @@ class TensorFile(Mapping[str, Any]):
             else:
                 for stored, extent in content.archive.slices(number, check, fetch):
                     data = np.frombuffer(stored.payload, np.uint8)
-                    codec.decode(stored.payload, extent, data)  # in place: only looks
+                    codec.decode(stored.payload, extent, data)  # in place: only checks the values
         return data
 
     def views(self) -> Any:
@@ -365,7 +365,7 @@ class _ItemReader:
 
 
 class TensorSlice:
-    """A tensor in a file, of which a part is read: index it as an array of its shape.
+    """A tensor in a file, to be read in parts: index it like an array of its shape.
 
     Integers and a slice at the front decide what is read: the frames that hold it, no others. (A raw tensor that
     `save_file` wrote is one frame with one checksum: for its first part all of it is read, in little memory. Later
@@ -397,7 +397,7 @@ class TensorSlice:
 
 
 def _front_of(index: tuple[Any, ...], item: TensorItem) -> tuple[int, int, tuple[int, ...], tuple[Any, ...]]:
-    """What the front of an index selects: elements [begin, end), their shape, and the index to be applied to them."""
+    """What the front of an index selects: elements [begin, end), their shape, and the rest of the index."""
     begin, shape = 0, item.shape
     for place, part in enumerate(index):
         if isinstance(part, slice) and shape:
@@ -434,7 +434,7 @@ def _place(part: Any) -> int | None:
 
 
 class _Opened:
-    """A file that is open: its archive, which item has which name, and the codecs of all."""
+    """An open file: its archive, its items by name, and their codecs."""
 
     def __init__(self, source: Source, base: bytes | None, limits: Limits) -> None:
         self.source = source
@@ -465,7 +465,7 @@ class _Opened:
         self.source.close()
 
     def find(self, name: str) -> tuple[int, Item]:
-        """The number and the item that a name stands for. Raises KeyError."""
+        """The number of the item with this name, and the item. Raises KeyError."""
         number = self.numbers[name]
         item = self.archive.items[number]
         if isinstance(item, AliasItem):
@@ -490,7 +490,7 @@ class _Opened:
         )
 
     def views(self, value_of: Callable[[str], Any]) -> Any:
-        """The container, its tensors as views; `value_of` gives the values."""
+        """The container, with its tensors as views; `value_of` returns the values."""
         containers = Unflattener()
         items = [self.archive.items[number] for number in range(len(self.archive.items))]
         made: dict[int, TensorView] = {}
@@ -506,7 +506,7 @@ class _Opened:
         return containers.result()
 
     def whole(self, number: int, item: TensorItem) -> int | None:
-        """Where the payload of a raw tensor in one frame begins, all of it verified; None for any other."""
+        """The offset of the payload of a raw tensor in one frame, after verifying it; None for any other tensor."""
         codec, total, places = self.codec(item), item.total, []
         if not codec.in_place or self.archive.is_bundled(number):
             return None
@@ -530,7 +530,7 @@ class _Opened:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """WireErrors raised inside name the file, and say what it is where it is no stream."""
+        """Add the name of the file to WireErrors inside and, if it is not a stream, what it is."""
         try:
             yield
         except WireError as error:

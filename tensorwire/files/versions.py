@@ -1,10 +1,10 @@
-"""Versions at rest: what changed between two files, and a file made of another one and its patches.
+"""Versions at rest: the patch between two files, and a file made from another one and its patches.
 
     for buffer in diff("old.safetensors", "new.safetensors"): ...
     patch("old.safetensors", ["first.tw", "second.tw"], "new.safetensors")
 
 Files are `.safetensors`, sharded checkpoints (their index or folder) and `.tw`. Tensors are read block by block and
-never loaded; a patch is held as it is, encoded.
+never loaded; a patch is held in memory, encoded.
 """
 
 import os
@@ -32,8 +32,8 @@ from tensorwire.tensor import Buffer, ByteArray, TensorView, ViewFront
 from tensorwire.wire.frames import HEADER_SIZE, MAGIC
 
 _VIEWS: Final = ViewFront()
-_STEP: Final = 1 << 20  # bytes that are read of a patch at once
-_FRAME: Final = CHUNK + HEADER_SIZE  # whose payload is a chunk
+_STEP: Final = 1 << 20  # bytes that are read of a patch at a time
+_FRAME: Final = CHUNK + HEADER_SIZE  # bytes of a frame whose payload is one chunk
 
 
 class Stored(NamedTuple):
@@ -51,10 +51,10 @@ def diff(
     limits: Limits = DEFAULT,
     report: Report | None = None,
 ) -> Iterator[Buffer]:
-    """The buffers of the patch that makes `new` of `old`, two files that are read as it is made.
+    """The buffers of the patch from `old` to `new`, two files that are read as it is made.
 
-    `metadata`: of the patch. Raises EncodeError for versions that differ in more than values, and what opening a file
-    raises: before the first buffer.
+    `metadata`: of the patch. Raises, before the first buffer, EncodeError for versions that differ in more than values,
+    and what opening a file raises.
 
         transport.send(tensorwire.diff("step-100.safetensors", "step-200.safetensors"))
     """
@@ -82,13 +82,12 @@ def patch(
     max_shard_size: int | None = None,
     limits: Limits = DEFAULT,
 ) -> str:
-    """Write what patches make of `base`, one after the other, and return its content digest.
+    """Apply patches to `base`, one after the other, write the result, and return its content digest.
 
-    `patches`: paths, sources as `decode` takes them, or `Patch`es that were read, in the order of their versions.
-    `metadata`: text pairs that the file has beside those of `base`. `path` becomes a `.tw` file
-    where it ends so, else `.safetensors`, with `max_shard_size` a folder of shards as `safetensors.decode` makes it; it
-    appears only when all is verified. Raises SchemaError where a patch is not for the version that those before it
-    make.
+    `patches`: paths, sources as for `decode`, or `Patch`es that were read, in the order of their versions. `metadata`:
+    text pairs for the new file in addition to those of `base`. `path`: a `.tw` file if it ends so, otherwise
+    `.safetensors`; with `max_shard_size`, a folder of shards as `safetensors.decode` makes it. It appears only when
+    everything is verified. Raises SchemaError if a patch is not for the version that the patches before it make.
 
         tensorwire.patch("step-100.safetensors", ["to-200.tw", "to-300.tw"], "step-300.safetensors")
     """
@@ -105,21 +104,21 @@ def patch(
                 raise
             target = read.target
         if sums is None:
-            raise ArgumentError("patch takes one patch or more")
+            raise ArgumentError("give at least one patch")
         checked = {name: _checked(name, view, sums) for name, view in _tensors(container, limits).items()}
         _write(replaced(container, checked), {**file.stored.metadata, **(metadata or {})}, path, max_shard_size, limits)
         return target
 
 
 def digest(file: File, *, limits: Limits = DEFAULT) -> str:
-    """The content digest of what is in a file, as `tensorwire.digest` gives it of a container."""
+    """The content digest of the container in a file, as `tensorwire.digest` computes it."""
     with _Opened(file, limits) as opened_file:
         version = version_of(opened_file.stored.container, _VIEWS, limits)
         return content_digest(version, checksums(version)).hex()
 
 
 class _Opened:
-    """A file whose content is read; a context manager."""
+    """A file that is open for reading; a context manager."""
 
     def __init__(self, file: File, limits: Limits) -> None:
         self._open: Any
@@ -150,7 +149,7 @@ def _is_stream(file: File) -> bool:
 
 def _closing(stack: ExitStack, buffers: Iterator[Buffer]) -> Iterator[Buffer]:
     with stack:
-        yield b""  # begun, so that the files are closed even if the stream never is
+        yield b""  # started here, so that the files are closed even if the stream is never read
         yield from buffers
 
 
@@ -168,12 +167,12 @@ def _tensors(container: Any, limits: Limits) -> dict[str, TensorView]:
 
 
 def _checked(name: str, view: TensorView, sums: Sums) -> TensorView:
-    """The same tensor, whose elements are held against their checksums as they are read."""
+    """The same tensor, with its elements checked against their checksums as they are read."""
     return replace(view, read=_Checked(name, view, sums[name]).read)
 
 
 class _Checked:
-    """`TensorView.read` that raises where a file has changed since it was checked. Slices come in any order."""
+    """A `TensorView.read` that raises if the file has changed since it was checked. Slices may come in any order."""
 
     __slots__ = ("_name", "_sums", "_view")
 

@@ -1,4 +1,4 @@
-"""Turns the updates of a round into the next model, as a plan says: the same over sockets and in the simulator."""
+"""Turns the updates of a round into the next model. The server and the simulator both use it."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class Averaging:
         self, plan: Plan, *, validate: Callable[[Update, Schema], Verdict] | None = None, limits: Limits = DEFAULT
     ) -> None:
         self._plan = plan
-        # A model that no difference can be made of is sent whole and exactly.
+        # With differences, a model is sent whole only where no difference can be taken, and then exactly.
         self._down: CodecChoice = "raw" if plan.down_kind == "difference" else exact_vectors(plan.down)
         self.rules = Rules(plan.max_weight, plan.max_norm, plan.on_norm, validate, limits, down=self._down)
         self._optimizer = self._new_optimizer()

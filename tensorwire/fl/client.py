@@ -1,8 +1,8 @@
 """A client of the loop: it asks the server for orders and carries them out, until it is told to stop.
 
-It is connected only while data moves, not while it trains or waits. Its folder holds what must outlive a killed
-process: the model being received, and the encoded update until the server has acknowledged it, so that the same update
-is delivered again and none is trained twice.
+It is connected only while data moves, not while it trains or waits. Its folder holds what must survive a killed
+process: the model being received, and the encoded update until the server has acknowledged it. A restarted client
+therefore delivers the same update again and never trains a round twice.
 """
 
 import math
@@ -68,13 +68,13 @@ from tensorwire.updates import (
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
-_SHORTEST_WAIT: Final = 0.05  # seconds between two questions, whatever the server says
-_FOR_GOOD: Final = ("schema", "unsupported")  # kinds of refusals that the next update would meet, too
-_ON_THE_WAY: Final = ("corrupt", "format", "limit", "sequence", "truncated")  # that the same update need not meet again
-_FAREWELL: Final = 2.0  # seconds to say that we leave
+_SHORTEST_WAIT: Final = 0.05  # seconds between two requests, whatever the server says
+_FOR_GOOD: Final = ("schema", "unsupported")  # kinds of refusals that every later update would meet too
+_ON_THE_WAY: Final = ("corrupt", "format", "limit", "sequence", "truncated")  # kinds for which sending again may help
+_FAREWELL: Final = 2.0  # seconds to tell the server that we leave
 _WHY: Final = 200  # characters of a reason
 _SHOWN: Final = 10  # names of metrics
-_MOST_ROTTEN: Final = 3  # models in a row that did not stay on the disk as they came
+_MOST_ROTTEN: Final = 3  # models in a row that were damaged on the disk
 
 
 class Client:
@@ -112,7 +112,7 @@ class Client:
         self._on_step = on_step
         self._limits = limits
         self._reached = 0  # bytes of the transfer in progress that the receiver has
-        self._nothing: tuple[str, str] | None = None  # the base that we add nothing to, and why
+        self._nothing: tuple[str, str] | None = None  # the base for which we have no update, and why
         self._rotten = 0
         os.makedirs(self._folder, exist_ok=True)
 
@@ -120,7 +120,7 @@ class Client:
         """Take part until the server says that the run is over.
 
         Raises TransportError, AuthError, RefusedError; SchemaError if the task's model does not match the server's;
-        and errors of the task. It tells the server that it leaves, so that the server does not wait for it.
+        and whatever the task raises. Before an error leaves this function, the server is told not to wait for us.
         """
         try:
             while (order := self._next_order()) is not None:
@@ -131,7 +131,7 @@ class Client:
         self._on_step("the run is over")
 
     def _next_order(self) -> Order | None:
-        """Deliver what there is and ask what to do, over as many connections as it takes; None: the run is over."""
+        """Deliver a pending update and ask what to do, over as many connections as it takes; None: the run is over."""
         backoff = Backoff(patience=self._patience, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
         while True:
             before = self._reached
@@ -152,7 +152,7 @@ class Client:
             time.sleep(pause)
 
     def _errands(self, transport: TcpTransport) -> Order | float | None:
-        """All that takes a connection. Returns the order to train for, or seconds to wait; None: the run is over."""
+        """Everything that needs a connection. Returns an order, seconds to wait, or None when the run is over."""
         while True:
             answer = self._request(transport, want="task")
             task = answer.pop("task", None)
@@ -160,7 +160,7 @@ class Client:
                 return None
             if task == "wait":
                 seconds = as_number(answer.get("seconds")) or 0.0
-                return min(max(_SHORTEST_WAIT, seconds), self._hold)  # in this order NaN is the shortest
+                return min(max(_SHORTEST_WAIT, seconds), self._hold)  # in this order, NaN becomes the shortest wait
             if task != "train":
                 raise SchemaError(f"the server says {show(task)}, which this version of the client does not know")
             order = Order.parse(answer)
@@ -182,19 +182,19 @@ class Client:
         return transport.run(hear())
 
     def _held(self) -> str:
-        """The version of the model that is here, by its digest; "" for none."""
+        """The digest of the model that is here; "" for none."""
         try:
             return Recorded(self._path("model.tw")).digest
         except FileNotFoundError:
             return ""
-        except OSError as error:  # too short to be a model, or no file
+        except OSError as error:  # too short to be a model, or not a file
             _remove(self._path("model.tw"), error)
             return ""
 
     def _fetch(self, transport: TcpTransport, order: Order, held: str) -> None:
-        """Receive the model of an order, or what takes us some way there from the version that we hold.
+        """Receive the model of an order, or a step towards it from the version that we hold.
 
-        Just the tensors that the task has, under a name of our own choosing.
+        Only the tensors of the task are accepted, and the file's name is ours, not the server's.
         """
         path = self._path("model.tw")
         transport.run(say({"client": self.name, "want": "model", "base": order.base, "held": held}))
@@ -218,10 +218,12 @@ class Client:
         what = f"a {kind}" if kind in STEPS else "the model"
         self._on_step(f"round {order.round}: received {what}, {size_text(outcome.end.offset)}")
         if kind not in STEPS and self._held() != order.base:
-            raise SchemaError(f"the server has sent another model than it ordered to train in round {order.round}")
+            raise SchemaError(
+                f"the server sent a different model from the one that its order names for round {order.round}"
+            )
 
     def _follow(self, order: Order, kind: str, received: str, made: str) -> None:
-        """Make the version that a stream leads to. One that the server does not know will be asked for whole."""
+        """Make the version that a stream leads to. If the server does not know it, it answers with a whole one."""
         held, before = "", -1
         if kind in STEPS:
             model, terms, held = self._read()
@@ -238,10 +240,7 @@ class Client:
         write_file(made, stream(views(model), terms.run, terms.round, limits=self._limits))
 
     def _read(self) -> tuple[dict[str, Any], Terms, str]:
-        """The model that is here, its terms and its name. What has not stayed on the disk as it came is removed.
-
-        Raises CorruptError or the like then.
-        """
+        """The model that is here, its terms and its digest. A damaged file is removed, and its error raised."""
         path, model = self._path("model.tw"), empty_like(self._task.initial())
         try:
             with open(path, "rb", buffering=0) as file:
@@ -251,14 +250,14 @@ class Client:
             raise
 
     def _load(self, order: Order) -> dict[str, Any]:
-        """The model of an order. Raises as `_read`, and SchemaError where it is another."""
+        """The model of an order. Raises as `_read`, and SchemaError if the model here is a different one."""
         base, terms, digest = self._read()
         if (terms.run, terms.round, digest) != (order.run, order.round, order.base):
-            raise SchemaError(f"the model is of round {terms.round}, the order of round {order.round}")
+            raise SchemaError(f"the model is that of round {terms.round}, but the order is for round {order.round}")
         return base
 
     def _answer(self, order: Order) -> None:
-        """Train, and put the update that answers an order on the disk; or find that there is none."""
+        """Train, and write the update that answers an order to disk, or note why there is none."""
         try:
             base = self._load(order)
         except SchemaError:
@@ -287,13 +286,13 @@ class Client:
             self._add_nothing(order, f"training has the weight {number:g}")
             return
         if fingerprint(base) != untouched:
-            self._on_step(f"round {order.round}: training works in place, so what it began with is read again")
+            self._on_step(f"round {order.round}: training changed the model in place, so the original is read again")
             base = self._load(order)
         try:
             self._encode(order, base, state, Terms(
                 order.run, order.round, order.base, self.name, order.kind, number, kept))  # fmt: skip
         except NonFiniteError as error:
-            self._add_nothing(order, f"training gave what cannot be sent as {order.up}: {error}")
+            self._add_nothing(order, f"the result of training cannot be sent as {order.up}: {error}")
 
     def _encode(self, order: Order, base: Mapping[str, Any], state: Any, terms: Terms) -> None:
         feedback = self._feedback(order, base) if order.feedback else None
@@ -316,7 +315,7 @@ class Client:
             os.unlink(update)
             return False
         size, outgoing = os.path.getsize(update), Watched(Recorded(update))
-        # A transfer of its own for every update: of another one the server may hold the beginning.
+        # Every update has a transfer key of its own, because the server may hold the beginning of a different update.
         transfer = f"{order.base[:32]}{outgoing.digest[:32]}".encode()
         transport.run(say({"client": self.name, "want": "deliver"}))
         counted = True
@@ -338,7 +337,7 @@ class Client:
         finally:
             self._reached = outgoing.reached
         self._reached = 0
-        # What this update's quantization dropped replaces what earlier ones did only if it counts.
+        # The residual of this update replaces the earlier one only if the update counts.
         if os.path.exists(residual := f"{update}.residual"):
             if counted:
                 rename(residual, self._path("residual.tw"))
@@ -348,7 +347,7 @@ class Client:
         return counted
 
     def _feedback(self, order: Order, base: Mapping[str, Any]) -> ErrorFeedback:
-        """What the last update that counted left out, less for each round since that did not ask us."""
+        """What the last counted update left out, reduced for each round since then that did not ask us."""
         try:
             feedback = ErrorFeedback(self._path("residual.tw"), limits=at_least_default(self._limits))
             feedback.add(views(base))
@@ -359,9 +358,9 @@ class Client:
         return feedback
 
     def _tidy(self, order: Order, held: str) -> None:
-        """Remove what rounds that are over have left.
+        """Remove the files of earlier rounds.
 
-        Of an update whose fate we never learned nothing is carried over: what it dropped is lost, not counted twice.
+        If we never learned whether an update counted, its residual is dropped, so that nothing is counted twice.
         """
         mine = os.path.basename(self._update(order))
         names = os.listdir(self._folder)
@@ -375,7 +374,7 @@ class Client:
         discard_parts(self._path("model.tw"), but=begun)
 
     def _leave(self, error: BaseException) -> None:
-        """Tell the server, as far as that is quickly possible, that nothing more is to come of us."""
+        """Tell the server that nothing more will come from us, if that is quickly possible."""
         if isinstance(error, (TransportError, AuthError)):
             return
         why = f"left: {type(error).__name__}: {error}"[:_WHY]
@@ -397,7 +396,7 @@ class Client:
 
 
 def _transfer(order: Order, kind: str, held: str) -> bytes:
-    """The name of the transfer of what leads towards the version of an order, from the version that we hold or none."""
+    """The transfer key of a stream that leads to the version of an order, or part of the way from the version held."""
     return f"{kind} {order.base} {held if kind in STEPS else ''}".encode()
 
 
@@ -406,5 +405,5 @@ def _remove(path: str, reason: Exception) -> None:
         os.unlink(path)
     except OSError as error:
         raise StorageError(
-            f"{path} is no model ({reason}) and cannot be removed: {error}", errno=error.errno
+            f"{path} is not a model ({reason}) and cannot be removed: {error}", errno=error.errno
         ) from error

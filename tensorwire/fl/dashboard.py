@@ -22,7 +22,7 @@ Columns = dict[str, tuple[str, Callable[[Status], str]]]
 
 _SAFE: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'", "Cache-Control": "no-store"}
 _SHOWN: Final = 50  # rounds on the page
-_GOOD: Final = ("delivered", "training", "not asked")  # states of clients that nobody need look into
+_GOOD: Final = ("delivered", "training", "not asked")  # states that need nobody's attention
 _CURVE: Final = (600, 120)  # width and height of the picture of the loss
 _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="2">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>
@@ -41,7 +41,7 @@ _OF_CLIENTS: Final = {"up": "counter", "down": "counter", "refused": "counter", 
 
 @contextmanager
 def dashboard(status: Callable[[], Status], host: str, port: int) -> Iterator[int]:
-    """Serve the results of `status` (a server's `Server.status`) in a separate thread; returns the port. 0: a free one.
+    """Serve the results of `status` (as `Server.status`) in a separate thread; yields the port. `port`: 0 picks one.
 
     Raises TransportError if it cannot listen.
     """
@@ -104,7 +104,7 @@ def metrics(state: Status) -> str:
 
 
 def _loss(row: Status) -> str:
-    """The mean of what clients measured: of the model that the round began with, else of their training."""
+    """The mean of the losses that clients report: of the round's initial model, or else of their training."""
     for name in ("loss", "train_loss"):
         if values := [report[name] for report in row["clients"].values() if name in report]:
             return f"{sum(values) / len(values):.6g}"
@@ -127,7 +127,7 @@ def _curve(losses: list[float]) -> str:
     return f"<p>loss {losses[0]:.4g} to {losses[-1]:.4g}<br>{picture}"
 
 
-# The columns of the two tables: for each name the class of its cells, and what stands in one.
+# The columns of the two tables: for each name the class of its cells, and a function that gives their text.
 _CLIENT: Final[Columns] = {
     "client": ("", itemgetter("name")),
     "state": ("text", itemgetter("state")),
@@ -160,5 +160,5 @@ def _table(caption: str, columns: Columns, rows: Iterable[Status]) -> str:
 
 
 def _alarm(column: str, text: str) -> str:
-    """The class of a cell that somebody may want to look into."""
+    """The class of a cell that needs attention, or none."""
     return " bad" if column == "state" and text not in _GOOD else ""

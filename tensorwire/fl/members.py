@@ -1,8 +1,8 @@
 """The members of a run, what each has done in the round, and whether any can still deliver. Without I/O.
 
 A round waits for the members that it asked and that have not answered. An answer is an accepted update, a refusal
-after which no other update is taken, "nothing this round", or leaving. A member that missed a deadline or left is not
-waited for until it is heard from again, so that a dead client costs one deadline, not one in every round.
+after which no other update is accepted, "nothing this round", or leaving. A round does not wait for a member that
+missed a deadline or left until it is heard from again, so a dead client costs one deadline, not one in every round.
 """
 
 import re
@@ -15,10 +15,10 @@ from tensorwire.errors import SchemaError, counted
 from tensorwire.fl.plan import Plan
 from tensorwire.updates import Update
 
-NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a file's name
-_WHY: Final = 200  # characters of what somebody else says that are kept
-_PER_MEMBER: Final = 0.01  # seconds between two questions, so that all who wait ask a hundred times a second
-_PAUSES: Final = (0.1, 60.0)  # seconds between two questions of one member: the shortest, the longest
+NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # becomes part of a file name
+_WHY: Final = 200  # characters that are kept of a client's reason
+_PER_MEMBER: Final = 0.01  # seconds; all waiting members together ask at most a hundred times a second
+_PAUSES: Final = (0.1, 60.0)  # seconds between two requests of one member: the shortest, the longest
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Members:
         self._plan = plan
         self._clock = clock
         self._members: dict[str, Member] = {}
-        self._strangers = True  # those of whom nothing was ever heard are waited for
+        self._strangers = True  # whether to wait for clients that were never heard from
         self.told: set[str] = set()  # have heard that the run is over
         self.begin(0, None)
 
@@ -74,7 +74,7 @@ class Members:
             self.add(name).asked = True
 
     def add(self, name: str) -> Member:
-        """The member of this name, a new one unless the run has all of its members. Raises SchemaError."""
+        """The member of this name, created if needed. Raises SchemaError if the run has all of its members."""
         if not NAME.fullmatch(name):
             raise SchemaError("a client must be named in 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'")
         if name not in self._members:
@@ -86,7 +86,7 @@ class Members:
     def heard(self, name: str) -> Member:
         """Note contact with a client: it becomes a present member, and the deadline may start. Raises as `add`."""
         member = self.add(name)
-        if member.gone and member.why == member.gone:  # it left and is back, so the round may still have its update
+        if member.gone and member.why == member.gone:  # it left and is back, so it may still deliver in this round
             member.why = ""
         member.seen, member.gone = time.time(), ""
         if self.due is None:
@@ -107,9 +107,9 @@ class Members:
         member.update, member.why, member.seconds = update, "", self._clock() - self._began
 
     def nothing_from(self, name: str, why: str, *, gone: bool = False) -> None:
-        """Note that a member delivers nothing in this round. `gone`: nor later, until it is heard from again."""
+        """Note that a member delivers nothing in this round. `gone`: it has left, until it is heard from again."""
         member = self.add(name)
-        if member.update is None and not (gone and member.why):  # what it was put out for stays
+        if member.update is None and not (gone and member.why):  # the reason for a refusal stays
             member.why = why[:_WHY]
         if gone:
             member.gone = why[:_WHY]
@@ -124,7 +124,7 @@ class Members:
         return min(max(len(self._members) * _PER_MEMBER, _PAUSES[0]), _PAUSES[1])
 
     def to_draw(self) -> bool:
-        """Whether the round's clients can be drawn: all have come, or the time for the others is over."""
+        """Whether the round's clients can be drawn: all are present, or the deadline for the others has passed."""
         return not self._drawn and bool(self._present()) and (not self._missing_strangers() or self._late())
 
     def draw(self) -> list[str]:

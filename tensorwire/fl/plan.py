@@ -1,7 +1,7 @@
-"""The settings of a run, each once. Orders to clients, their checks and the command line derive from them.
+"""All settings of a run. Orders to clients, the checks of settings and the command line are derived from them.
 
-A new setting is one line: its name, type and default, and for the command line a text and maybe a placeholder. A
-setting that clients must know goes into `Answer`, and thereby into every order; others go into `Plan`.
+A new setting is one line: its name, type and default, and for the command line its help text and an optional
+placeholder. A setting that clients must know goes into `Answer`, and so into every order; others go into `Plan`.
 """
 
 import random
@@ -22,18 +22,16 @@ _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """How clients are to answer. Raises ValueError for a field of the wrong type or value."""
+    """What clients must send. Raises ValueError for a field of the wrong type or value."""
 
-    up: Annotated[str, "codec of the updates", "SPEC"] = "nf4"
+    up: Annotated[str, "codec for the updates", "SPEC"] = "nf4"
     kind: Annotated[Literal["weights", "difference"], "what clients send"] = "difference"
-    feedback: Annotated[bool, "clients carry over what quantization dropped of their differences"] = False
+    feedback: Annotated[bool, "clients carry over what quantization dropped to their next difference"] = False
     stochastic: Annotated[bool, "round up or down at random where the codec is bf16"] = False
-    age: Annotated[float, "what is left of what was carried over, for each round that did not ask the client", "X"] = (
-        0.9
-    )
+    age: Annotated[float, "factor on what a client carries over, for each round that did not ask it", "X"] = 0.9
 
     def seed_of(self, run: str, number: int, who: str) -> int | None:
-        """The seed with which a client, or the server ("") rounds in a round; None: it rounds to nearest."""
+        """The seed for stochastic rounding in one round, by a client or the server (""); None: round to nearest."""
         return zlib.crc32(f"{run}/{number}/{who}".encode()) if self.stochastic else None
 
     def __post_init__(self) -> None:
@@ -59,25 +57,25 @@ class Plan(Answer):
 
     name: Annotated[str, "name of the run"] = "run"
     rounds: Annotated[int, "number of rounds", "N"] = 10
-    clients: Annotated[int, "clients that the run has", "N"] = 4
-    sample: Annotated[int | None, "clients that a round asks (all)", "N"] = None
-    fraction: Annotated[float | None, "the part of the clients that a round asks (all)", "X"] = None
-    seed: Annotated[int, "of the draws of whom a round asks", "N"] = 0
-    quorum: Annotated[int, "updates without which a round does not count", "N"] = 1
+    clients: Annotated[int, "number of clients in the run", "N"] = 4
+    sample: Annotated[int | None, "number of clients that a round asks to train (all)", "N"] = None
+    fraction: Annotated[float | None, "fraction of the clients present that a round asks to train (all)", "X"] = None
+    seed: Annotated[int, "seed for choosing the clients that a round asks", "N"] = 0
+    quorum: Annotated[int, "number of updates that a round needs to count", "N"] = 1
     deadline: Annotated[float, "seconds that a round may take", "S"] = 600.0
-    down: Annotated[str, "codec of the models, or of their differences", "SPEC"] = "bf16"
+    down: Annotated[str, "codec for the models, or for their differences", "SPEC"] = "bf16"
     down_kind: Annotated[
-        Literal["weights", "difference", "patch"], "what the server sends to whoever holds the last model"
+        Literal["weights", "difference", "patch"], "what the server sends to clients that hold the previous model"
     ] = "weights"
-    max_weight: Annotated[float, "refuse updates of a larger weight", "X"] = 1e9
+    max_weight: Annotated[float, "refuse updates with a larger weight", "X"] = 1e9
     max_norm: Annotated[float | None, "the largest L2 norm of an update (any)", "X"] = None
-    on_norm: Annotated[Literal["reject", "clip"], "what to do with larger updates"] = "reject"
-    keep_outliers: Annotated[bool, "count updates that stand out from the others, too"] = False
-    trim: Annotated[float | None, "the part of the values that the mean leaves out at each end (none)", "X"] = None
+    on_norm: Annotated[Literal["reject", "clip"], "what to do with updates above the largest norm"] = "reject"
+    keep_outliers: Annotated[bool, "also count updates that stand out from the others"] = False
+    trim: Annotated[float | None, "fraction of the values that the mean leaves out at each end (none)", "X"] = None
     optimizer: Annotated[
         Literal["average", "momentum", "adagrad", "adam", "yogi"], "what the server does with the mean"
     ] = "average"
-    rate: Annotated[float, "how far the server goes towards the mean, or its learning rate", "X"] = 1.0
+    rate: Annotated[float, "the server's learning rate; with average, how far it moves towards the mean", "X"] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +86,7 @@ class Plan(Answer):
         if self.trim is not None and self.trim >= 0.5:
             raise ValueError(f"trim must be less than 0.5, not {self.trim}")
         if self.sample is not None and self.fraction is not None:
-            raise ValueError("sample and fraction say the same thing twice; leave one out")
+            raise ValueError("sample and fraction set the same thing; leave one out")
         if self.fraction is not None and self.fraction > 1:
             raise ValueError(f"fraction must be at most 1, not {self.fraction}")
         if self.quorum > self.asked_of(self.clients):
@@ -98,16 +96,16 @@ class Plan(Answer):
 
     @property
     def samples(self) -> bool:
-        """Whether rounds ask some of the clients only."""
+        """Whether rounds ask only some of the clients."""
         return self.sample is not None or self.fraction is not None
 
     def draw(self, number: int, present: Sequence[T]) -> list[T]:
-        """Whom round `number` asks of those that are there, in their order: by the seed and the round alone."""
+        """The members of `present` that round `number` asks, in their order. Depends only on the seed and the round."""
         chosen = random.Random(f"{self.seed}/{number}").sample(range(len(present)), self.asked_of(len(present)))
         return [present[place] for place in sorted(chosen)]
 
     def asked_of(self, present: int) -> int:
-        """How many a round asks of so many clients that are there."""
+        """How many clients a round asks when `present` are there."""
         if self.sample is not None:
             return min(self.sample, present)
         return present if self.fraction is None else max(1, round(self.fraction * present))
@@ -115,7 +113,7 @@ class Plan(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class Order(Answer):
-    """The server's order to a client: train the model with digest `base`, and answer in this way."""
+    """The server's order to a client: train the model with digest `base`, and answer as the settings state."""
 
     run: str
     round: int
@@ -124,16 +122,16 @@ class Order(Answer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not _DIGEST.fullmatch(self.base):
-            raise ValueError("base is no digest of a model")
+            raise ValueError("base is not the digest of a model")
 
     @classmethod
     def of(cls, plan: Plan, number: int, base: str) -> "Order":
-        """The order of round `number`, which begins with the model with digest `base`."""
+        """The order for round `number`, which starts from the model with digest `base`."""
         answer = {each.name: getattr(plan, each.name) for each in fields(Answer)}
         return cls(run=plan.name, round=number, base=base, **answer)
 
     def message(self) -> dict[str, Any]:
-        """The order as it travels."""
+        """The order as a message."""
         return asdict(self)
 
     @classmethod

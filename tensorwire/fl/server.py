@@ -1,9 +1,10 @@
 """The server of the loop: it sends the model, receives updates, and closes rounds.
 
-In each round it encodes the model once and sends it to every client that asks. An update counts once it is received
-whole, checked and synced; then its sender gets a receipt. To close the round, the server records which updates count,
-and then writes the next model. `Store` keeps all of this, so that a server killed at any point continues with the same
-updates and gets the same model, bit for bit. Memory: the model and a few slices, for any number of clients.
+In each round it encodes the model once and sends it to every client that asks. An update counts once it is completely
+received, checked and synced; only then does its sender get a receipt. To close a round, the server records which
+updates count, and then writes the next model. `Store` keeps all of this on disk, so a server killed at any point
+continues with the same updates and gets the same model, bit for bit. Memory: the model and a few slices, for any number
+of clients.
 """
 
 import asyncio
@@ -51,18 +52,18 @@ from tensorwire.updates import (
     finite_metrics,
 )
 
-_HOLD: Final = 10.0  # seconds that somebody who would rather wait than ask again is kept at most
-_UPLOADS: Final = 2  # that are received and checked at a time, so that memory does not grow with the clients
-_LINE: Final = 16  # who may wait for that on a connection; others are told to come again
-_MOST_CORRUPT: Final = 3  # broken uploads of one client in a round before it is out of it
-_LAST_WORDS: Final = 10.0  # seconds in which clients hear that the run is over
-_ROWS: Final = 1000  # that are kept for whoever looks
+_HOLD: Final = 10.0  # seconds that a request for a task may wait for one, at most
+_UPLOADS: Final = 2  # received and checked at a time, so that memory does not grow with the number of clients
+_LINE: Final = 16  # clients that may wait for this on an open connection; others are told to try again
+_MOST_CORRUPT: Final = 3  # broken uploads of one client that a round accepts before it excludes the client
+_LAST_WORDS: Final = 10.0  # seconds in which clients can learn that the run is over
+_ROWS: Final = 1000  # rows of past rounds kept for `status`
 
 
 class Server:
     """One run. Hand `serve` to an `AsyncListener` and await `run`.
 
-    `initial`: returns the initial model, if `folder` has none of this run yet; its tensors are written to.
+    `initial`: called for the initial model if `folder` has none yet; the tensors it returns are written to.
     `on_round`: called with a row of figures after each round. `on_note`: called with lines of text for the operator.
     `validate`: as in `tensorwire.updates.Rules`. `limits`: of the updates that are received, which the model itself
     bounds further, and of the files in `folder`.
@@ -93,7 +94,7 @@ class Server:
         self._load_optimizer()
         self._lock = threading.Lock()  # uploads are checked in threads
         self._open = False
-        self._transfers: dict[str, bytes] = {}  # what each client was last received as
+        self._transfers: dict[str, bytes] = {}  # the transfer key of each client's latest upload
         self._traffic = {"down": 0, "up": 0}
         self._changed = asyncio.Condition()
         self._turns = Turns(_UPLOADS, line=_LINE)
@@ -106,7 +107,8 @@ class Server:
     async def run(self) -> None:
         """Run the remaining rounds, then wait until every client present has been told that the run is over.
 
-        This wait takes some seconds at most. Sets the event loop's executor, because each of its threads keeps memory.
+        The wait takes a few seconds at most. The event loop's default executor is replaced by one with few threads,
+        because each thread holds memory.
         """
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_UPLOADS))
         while self.round < self.plan.rounds:
@@ -116,7 +118,7 @@ class Server:
             ended = await self._until_over()
             await asyncio.to_thread(self._end_round, began, ended)
         await self._tell()
-        with suppress(asyncio.TimeoutError):  # one that is not there will not hear it
+        with suppress(asyncio.TimeoutError):  # an absent client cannot be told
             await asyncio.wait_for(self.all_told(), _LAST_WORDS)
 
     async def all_told(self) -> None:
@@ -149,7 +151,9 @@ class Server:
                 self._nothing_from(member, request, gone=want == "leave")
                 await transport.run(say({}))
             else:
-                raise SchemaError(f"a request must want a task, the model, to deliver, pass or leave, not {show(want)}")
+                raise SchemaError(
+                    f"a request must want 'task', 'model', 'deliver', 'pass' or 'leave', not {show(want)}"
+                )
             await self._tell()
 
     def status(self) -> dict[str, Any]:
@@ -159,16 +163,16 @@ class Server:
             return {**about, "clients": self.members.status(), "rows": list(self.rows)}
 
     def _admitted(self, client: object, transport: AsyncTransport) -> Member:
-        """The client of this name, if it may take part; with mutual TLS a client is who its certificate says."""
+        """The member with this name, if it may take part. With mutual TLS, the certificate must carry the name."""
         if not isinstance(client, str):
             raise SchemaError("a request must name its client")
         if not speaks_for(transport.peer_names, client):
-            raise SchemaError(f"the certificate of {transport.peer_name!r} does not speak for {show(client)}")
+            raise SchemaError(f"the certificate of {transport.peer_name!r} is not valid for client {show(client)}")
         with self._lock:
             return self.members.heard(client)
 
     async def _task(self, member: Member, hold: Any) -> dict[str, Any]:
-        """What a client is to do now; one that would rather wait here than ask again is kept for `hold` seconds."""
+        """What a client is to do now. `hold`: how many seconds the client is willing to wait here for a task."""
         hold = min(hold, _HOLD) if type(hold) in (int, float) and hold >= 0 else 0
         with suppress(asyncio.TimeoutError):
             async with self._changed:
@@ -190,7 +194,7 @@ class Server:
                 self.members.nothing_from(member.name, why or "it gave no reason", gone=gone)
 
     async def _send_model(self, member: Member, request: Mapping[str, Any], transport: AsyncTransport) -> None:
-        """Send what takes a client on from the version that it holds: the step to the next, or a whole one."""
+        """Send the step that leads on from the version that the client holds, or a whole version."""
         if not self.base or request.get("base", self.base) != self.base:
             stale = RefusedError(f"the run is in round {self.round}: ask for its task", kind="stale", retryable=True)
             await transport.run(refuse(stale))
@@ -218,14 +222,14 @@ class Server:
             await self._tell()
 
     def refuse(self, member: Member, error: TensorwireError) -> None:
-        """Take no more updates of this client in this round."""
+        """Accept no more updates from this client in this round."""
         with self._lock:
             member.refused += 1
             self.members.nothing_from(member.name, f"refused: {error}")
 
     @contextmanager
     def working(self, member: Member) -> Iterator[None]:
-        """While a client's update is verified or checked, during which no bytes need come of it."""
+        """Mark a client's update as being verified or checked: meanwhile no bytes are expected from the client."""
         member.working = True
         try:
             yield
@@ -233,26 +237,26 @@ class Server:
             member.working = False
 
     def _open_upload(self, member: Member, offer: Offer) -> "_Upload":
-        """Where an update goes. Raises RefusedError for one that could not count anyway."""
+        """The recording for an update. Raises RefusedError for an update that could not count."""
         number, name = offer.about.get("round"), member.name
         with self._lock:
             if not self._open or number != self.round:
                 raise RefusedError(f"round {number!r:.40} is not open; the run is in round {self.round}", kind="stale")
             if offer.transfer[:32] != self.base[:32].encode():
-                raise RefusedError("the update is based on another model than this round's", kind="stale")
+                raise RefusedError("the update is not based on the model of this round", kind="stale")
             if member.why:
-                raise RefusedError("no more updates of this client are taken in this round", kind="out")
+                raise RefusedError("no more updates from this client are accepted in this round", kind="out")
             if not member.asked:
-                raise RefusedError("this client is not asked in this round", kind="out")
+                raise RefusedError("this client is not asked to train in this round", kind="out")
             counts = member.update is not None
-            if self._transfers.setdefault(name, offer.transfer) != offer.transfer:  # what it began it will not end
+            if self._transfers.setdefault(name, offer.transfer) != offer.transfer:  # it will not finish the old upload
                 self._store.drop(self.round, name, parts_only=True)
                 self._transfers[name] = offer.transfer
         with self.working(member):
             upload = _Upload(self, member, self._store.update(self.round, name), offer.transfer)
         if counts and upload.outcome is None:
             upload.discard()
-            raise RefusedError("another update of this client counts already", kind="another")
+            raise RefusedError("another update from this client has already been accepted", kind="another")
         return upload
 
     def accept(self, update: Update, part: str, path: str, number: int) -> None:
@@ -264,7 +268,7 @@ class Server:
             self.members.accept(replace(update, recording=path))
 
     def check(self, client: str, path: str) -> Update:
-        """The update in a recording. Raises UpdateError or a WireError for what must not count."""
+        """The update in a recording. Raises UpdateError or a WireError if it must not count."""
         expected = Terms(self.plan.name, self.round, self.base, client)
         with open(path, "rb", buffering=0) as file:
             return check_update(file, self.model, expected, self.rules, recording=path)
@@ -281,7 +285,7 @@ class Server:
             self._open = store.read(number, "closed") is None
 
     def _take_up(self, clients: list[str]) -> None:
-        """Let those of the updates on the disk count that may; the senders of others may come again."""
+        """Accept the valid updates on the disk. The senders of the others may send theirs again."""
         for client in clients:
             path = self._store.update(self.round, client)
             try:
@@ -332,9 +336,9 @@ class Server:
         self._on_round(row)
 
     def _average(self, survivors: list[str]) -> tuple[dict[str, Update], list[LeftOut]]:
-        """Make the next model. Returns those updates of `survivors` that are whole, and whose of them do not count.
+        """Make the next model. Returns the undamaged updates of `survivors`, and those of them that were left out.
 
-        With fewer than the quorum the model stays as it is.
+        With fewer updates than the quorum the model stays as it is.
         """
         while True:
             accepted = self.members.accepted()
@@ -343,7 +347,7 @@ class Server:
                 return updates, []
             try:
                 return updates, self._averaging.average([*updates.values()], self.model)
-            except (TensorwireError, OSError) as error:  # the disk: some update is not what it was when it was checked
+            except (TensorwireError, OSError) as error:  # an update on the disk has changed since it was checked
                 self._on_note(f"round {self.round} is averaged again: {error}")
                 for name, array in self._store.model().items():
                     self.model[name][...] = array
@@ -352,14 +356,14 @@ class Server:
                     member.update = None
                 self._take_up([*updates])
                 if self.members.accepted().keys() >= updates.keys():
-                    raise  # all are whole, so trying again cannot help
+                    raise  # none is damaged, so trying again cannot help
 
     def _load_optimizer(self) -> None:
         path = self._store.optimizer(self.round)
         try:
             self._averaging.load(path)
         except (TensorwireError, OSError) as error:
-            self._on_note(f"the optimizer begins anew: {path}: {error}")
+            self._on_note(f"the optimizer starts from scratch: {path}: {error}")
 
     async def _tell(self) -> None:
         async with self._changed:
@@ -367,10 +371,10 @@ class Server:
 
 
 class _Model(Recorded):
-    """A version, or what leads to it, on its way out."""
+    """A version, or a step to one, that is being sent."""
 
     def after(self, position: Position) -> Iterator[Any]:
-        """The buffers from `position` on. Raises TransportError where the round has ended."""
+        """The buffers from `position` on. Raises TransportError if the round has ended."""
         try:
             yield from super().after(position)
         except FileNotFoundError:
@@ -378,7 +382,7 @@ class _Model(Recorded):
 
 
 class _Upload(BoundedRecording):
-    """An update on its way in. It takes its name, and counts, once it has been checked."""
+    """An update that is being received. It gets its file name, and counts, once it has been checked."""
 
     def __init__(self, server: Server, member: Member, path: str, transfer: bytes) -> None:
         self._server = server
@@ -387,10 +391,10 @@ class _Upload(BoundedRecording):
         super().__init__(path, transfer, server.model, finish=self._check_and_accept, limits=server.rules.limits)
 
     def forget(self) -> None:
-        """The journal stays as long as the round, for a client that asks once more."""
+        """Do nothing: the journal stays for the whole round, for a client that asks for its receipt again."""
 
     def steps(self) -> Generator[Any, None, None]:
-        """`Recording.steps`. Who sends other tensors than the model's would do so again."""
+        """As `Recording.steps`. A client whose tensors do not match the model's is refused in this round."""
         try:
             yield from super().steps()
         except SchemaError as error:

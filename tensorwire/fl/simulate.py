@@ -1,7 +1,7 @@
 """The loop in one process: the same functions as between machines, with files in place of connections.
 
-It shows the effect of a setting on learning within minutes. Memory is that of the model, whatever the number of
-clients: their updates and their error feedback are kept in a temporary folder.
+It shows the effect of a setting on learning within minutes. Memory does not grow with the number of clients, whose
+updates and error feedback are kept in a temporary folder.
 """
 
 import os
@@ -59,7 +59,7 @@ def simulate(task: Task, plan: Plan) -> Iterator[Round]:
         versions = Versions(folder, plan)
         clients = [_Client(task, plan, number, Path(folder)) for number in range(plan.clients)]
         for number in range(plan.rounds):
-            # Server out, once for all clients; client in, which is the same for each.
+            # The server encodes once for all clients, and all of them decode the same model.
             versions.begin(number, model)
             with open(versions.way("")[0].path, "rb", buffering=0) as file:
                 receive(file, held)
@@ -90,7 +90,7 @@ class _Client:
         self._number = number
 
     def update(self, held: Any, model: Any, number: int, rules: Rules) -> Update:
-        """Train and send: the client's work, and what the server makes of it. Raises UpdateError, NonFiniteError."""
+        """Train, write the update, and check it as the server does. Raises UpdateError, NonFiniteError."""
         plan = self._plan
         state, weight, metrics = self._task.train(copies(held), self._number, number)
         counted = as_number(weight)

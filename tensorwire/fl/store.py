@@ -1,8 +1,8 @@
 """The server's state on disk: one folder, in which each file gets its name only when it is complete.
 
-`model.tw` is the model at the beginning of the round; `versions` has it encoded, for clients. `round-N/asked.json`
-names the clients that the round asks, if they were drawn. `round-N/update-CLIENT.tw` is an update that counts;
-`round-N/closed.json` names the clients whose updates the round counts. Other files are left alone.
+`model.tw` is the model at the beginning of the round; `versions.py` writes what clients receive beside it.
+`round-N/asked.json` names the clients that the round asks, if they were drawn. `round-N/update-CLIENT.tw` is an update
+that counts; `round-N/closed.json` names the clients whose updates the round counts. Other files are left alone.
 """
 
 import json
@@ -47,9 +47,9 @@ class Store:
         os.makedirs(self._folder, exist_ok=True)
 
     def load(self, initial: Callable[[], Mapping[str, Any]]) -> tuple[int, Model]:
-        """The current round and its model; the first time `initial()`, whose tensors become the model's.
+        """The current round and its model; the first time, `initial()`, whose tensors are then used as the model.
 
-        Raises SchemaError if the folder holds another run, StorageError if its model is missing.
+        Raises SchemaError if the folder holds a different run, StorageError if its model is missing.
         """
         path = self._path("model.tw")
         rounds = self._rounds()
@@ -71,7 +71,7 @@ class Store:
             model: Model = tensorwire.numpy.load_file(self._path("model.tw"), limits=self._limits)
             return model
         except WireError as error:
-            error.detail += f"; put back a copy of the model, or remove {self._folder} to begin anew"
+            error.detail += f"; put back a copy of the model, or remove {self._folder} to start again"
             raise
 
     def save(self, number: int, model: Model) -> None:
@@ -103,7 +103,7 @@ class Store:
             if match := _UPDATE.fullmatch(name):
                 found.append(match[1])
             elif not _OURS.fullmatch(name):
-                self._on_note(f"{self._path(f'round-{number}', name)} is no update of this run and is left alone")
+                self._on_note(f"{self._path(f'round-{number}', name)} is not an update of this run and is left alone")
         return found
 
     def drop(self, number: int, client: str, *, parts_only: bool = False) -> None:
@@ -125,15 +125,15 @@ class Store:
                 names = json.load(file)
             if isinstance(names, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
                 return names
-            self._on_note(f"{path} is no list of clients, and is decided anew")
+            self._on_note(f"{path} is not a list of clients, and is decided again")
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            self._on_note(f"{path} cannot be read ({error}), and is decided anew")
+            self._on_note(f"{path} cannot be read ({error}), and is decided again")
         return None
 
     def _remove(self, folder: str) -> None:
-        """Remove the files of a round that is over, and its folder unless there is something else in it."""
+        """Remove the files of an earlier round, and its folder unless other files are in it."""
         with suppress(OSError):
             for name in filter(_OURS.fullmatch, os.listdir(self._path(folder))):
                 os.unlink(self._path(folder, name))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 State = Mapping[str, Any]
 Text = npt.NDArray[np.uint8]
 
-# Not what people write: generated tables, vendored trees, other people's packages.
+# Files that are not hand-written or not the standard library's: generated tables, vendored trees, installed packages.
 _SKIPPED: Final = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
 )

@@ -1,13 +1,13 @@
 """What a server sends: the model of each round, whole, and the changes from one round to the next.
 
 A version is the model as clients hold it. If a plan sends whole models or patches, it is the model as decoded from
-their codec. If it sends differences, it is the version before plus a difference that was encoded once; what the codec
-drops is part of the next difference. Differences and patches give every client with the version before the same bits.
+their codec. If it sends differences, it is the previous version plus a difference that was encoded once; what the codec
+drops is part of the next difference. Differences and patches give every client with the previous version the same bits.
 
 Each version is a stream in `broadcast-N.tw`, and its name is the digest of that stream, however it was sent. The same
 tensors under the same terms are the same bytes, so a client that has applied a step writes the same file as the server,
 and verifies it by its digest. `difference-N.tw` or `patch-N.tw` is the step from version N - 1 to version N, and is
-kept only while it leads to the newest version. A client from whose version no steps lead to the newest gets it whole:
+kept only while it leads to the newest version. A client that cannot reach the newest version by steps gets it whole:
 the version itself or, with patches, `whole-N.tw`, which decodes to the version.
 """
 
@@ -85,7 +85,7 @@ class Versions:
                 self._remove(kind, number)
             self._make(number, model)
         new = self._newest(number)
-        # In this order, as clients may ask meanwhile: whoever hears of the new version finds the ways to it.
+        # The ways come first, because clients may ask meanwhile: one that hears of the new version can fetch it.
         self._ways, self._whole = self._steps(number, new.size), new
         self.base = Recorded(path).digest
         self._forget(number)
@@ -99,7 +99,7 @@ class Versions:
         return [self._whole]
 
     def _make(self, number: int, model: Arrays) -> None:
-        """Write version `number`, and before it what leads there."""
+        """Write version `number`, after the step that leads to it."""
         path, terms, kind = self._path("broadcast", number), Terms(self._plan.name, number), self._plan.down_kind
         if kind == "weights":
             write_file(path, self._encoded(views(model), terms))
@@ -114,7 +114,7 @@ class Versions:
         write_file(path, stream(views(version), terms.run, number, limits=self._limits))
 
     def _sent(self, model: Arrays, terms: Terms) -> Arrays:
-        """What the codec makes of a model."""
+        """The model as clients decode it."""
         if self._plan.down == "raw":
             return model
         version, path = empty_like(model), self._path("whole", terms.round)
@@ -124,7 +124,7 @@ class Versions:
         return version
 
     def _step_towards(self, version: Arrays, terms: Terms) -> Arrays:
-        """Write what leads on from the version before. Returns where to: a difference gets there as far as it can."""
+        """Write the step from the previous version. Returns what it leads to: with differences, nearly `version`."""
         before, path = self._path("broadcast", terms.round - 1), self._path(self._plan.down_kind, terms.round)
         held: Arrays = tensorwire.numpy.load_file(before, limits=self._limits)
         terms = replace(terms, base=Recorded(before).digest)
@@ -144,23 +144,23 @@ class Versions:
         return encode(tensors, terms, codec=self._codec, stochastic=seed, limits=self._limits)
 
     def _newest(self, number: int) -> Way:
-        """What leads to version `number` from nothing. One that is not to be had in its codec is sent as it stands."""
+        """The whole version `number`: in its codec if there is such a file, otherwise the version itself."""
         kind, path = "encoded", self._path("whole", number)
         if self._standing(path) is None:
             kind, path = "model", self._path("broadcast", number)
         return Way(kind, path, os.path.getsize(path))
 
     def _steps(self, number: int, most: int) -> dict[int, Way]:
-        """Those that lead to version `number`, as many as take no more than `most` bytes.
+        """The steps that lead to version `number`, as long as they take no more than `most` bytes together.
 
-        Those that were found for the version before are not read again.
+        Steps that are already known from the previous version are not read again.
         """
         found: dict[int, Way] = {}
         while number > 0:
             way = self._ways.get(number) or self._step(number)
             if way is None or way.size > most:
                 if way is not None and way.kind == "patch" and not found:
-                    sizes = f"{size_text(way.size)}, and the whole {size_text(most)}"
+                    sizes = f"{size_text(way.size)} instead of {size_text(most)}"
                     self._on_note(f"round {number} is sent whole, and not as a patch, which takes {sizes}")
                 break
             found[number] = way
@@ -176,7 +176,7 @@ class Versions:
         return None
 
     def _forget(self, number: int) -> None:
-        """Remove versions before this one, and steps that nobody is sent any more."""
+        """Remove earlier versions, and steps that no client is sent any more."""
         for name in os.listdir(self._folder):
             if match := _OURS.fullmatch(name):
                 kept = self._ways.keys() if match[1] in STEPS else {number}
@@ -184,10 +184,10 @@ class Versions:
                     os.unlink(os.path.join(self._folder, name))
 
     def _standing(self, path: str) -> Terms | None:
-        """The terms of a stream that stands there whole; a damaged one is removed."""
+        """The terms of the stream in a file, if there is an undamaged one; a damaged one is removed."""
         terms = terms_of(path)
         if terms is None and os.path.lexists(path):
-            self._on_note(f"{path} is damaged, and made anew or done without")
+            self._on_note(f"{path} is damaged and removed; it is made again if it is needed")
             os.unlink(path)
         return terms
 

@@ -1,4 +1,4 @@
-"""Frame buffers that are used again, and memory that grows with what has arrived."""
+"""Frame buffers that are reused, and memory that grows with what has arrived."""
 
 import sys
 import threading
@@ -10,11 +10,11 @@ from tensorwire.memory.spare import SPARE, SPARE_FROM
 from tensorwire.tensor import ByteArray
 
 _KEPT: Final = 8
-# Taken for an item when its first bytes come. Beyond it memory grows by this factor: what is taken and not yet written
-# to costs addresses only, and little is left to copy.
+# Allocated for an item when its first bytes arrive. Beyond that, memory grows by this factor: memory that is not yet
+# written to costs only addresses, and few growths mean little copying.
 _FIRST_TAKE: Final = 4 << 20
 _GROWTH: Final = 16
-# Tensors of more bytes would leave the caches before they are whole: half of a common L3.
+# Tensors of more bytes would leave the caches before they are complete: half of a common L3.
 _UNCACHED_FROM: Final = 16 << 20
 _NOTHING: Final = np.empty(0, np.uint8)
 
@@ -29,8 +29,8 @@ _FREE: Final = _count([np.empty(0, np.uint8)], 0)
 def _for_frames(size: int) -> ByteArray:
     """At least `size` bytes.
 
-    Payloads of compressed slices all differ by a few bytes, and spare memory would keep one of each size: they are
-    rounded up to one.
+    Compressed slices all differ by a few bytes, so large sizes are rounded up. Otherwise spare memory would keep one
+    buffer of each size.
     """
     return SPARE.empty(-(-size // SPARE_FROM) * SPARE_FROM if size >= SPARE_FROM else size)
 
@@ -38,8 +38,8 @@ def _for_frames(size: int) -> ByteArray:
 class Pool:
     """A few warm buffers, shared by the threads of one stream.
 
-    First touch of fresh memory costs ten times more than writing warm memory, so frames share a few buffers. Whether
-    one is free is read off its reference count: a consumer that keeps what it was given simply keeps it.
+    Touching fresh memory costs ten times more than writing to warm memory, so frames share a few buffers. A buffer is
+    free when nobody else refers to it, as its reference count shows: a consumer may simply keep what it was given.
     """
 
     def __init__(self) -> None:
@@ -66,18 +66,18 @@ class Memory(Protocol):
 
     @property
     def stable(self) -> bool:
-        """Whether regions stay where they are when the next one is asked for."""
+        """Whether regions keep their addresses when the next one is requested."""
 
     @property
     def uncached(self) -> bool | None:
-        """How kernels are to write to it: past the caches (True), or as they see fit (None)."""
+        """How kernels should write to it: bypassing the caches (True), or as they choose (None)."""
 
     def region(self, start: int, stop: int) -> Any:
         """Bytes [start, stop): a writable flat uint8 array, or a device tensor for codecs that decode there."""
 
 
 class FixedMemory:
-    """Memory that is there already: `data`, a flat array or device tensor of elements of `itemsize` bytes."""
+    """Memory that exists already: `data`, a flat array or device tensor of elements of `itemsize` bytes."""
 
     __slots__ = ("_data", "_itemsize", "uncached")
 
@@ -94,10 +94,11 @@ class FixedMemory:
 
 
 class GrowingMemory:
-    """`size` bytes for an item that a peer declared: unless trusted, only as much is taken as has arrived.
+    """`size` bytes for an item that a peer declared. Unless trusted, it allocates only in step with what arrives.
 
-    Nothing is taken before the first region is asked for: a stream may describe a quarter of a million items in a few
-    megabytes, and bring none of them. `data` is what there is, all of it once the last region was asked for.
+    Nothing is allocated before the first region is requested, because a stream may describe a quarter of a million
+    items in a few megabytes without sending any of them. `data` is what is allocated so far, and complete once the last
+    region was requested.
     """
 
     __slots__ = ("_reused", "_size", "data", "stable")
@@ -106,11 +107,11 @@ class GrowingMemory:
         self.stable = trusted
         self.data = _NOTHING
         self._size = size
-        self._reused = False  # whether the memory was in use before, and not only taken from the system
+        self._reused = False  # whether the memory was used before, rather than fresh from the system
 
     @property
     def uncached(self) -> bool | None:
-        """Past the caches where it is large and was written to before: kernels see to the rest."""
+        """True for large memory that was used before; kernels decide about the rest."""
         return (self._reused and self.data.size >= _UNCACHED_FROM) or None
 
     def region(self, start: int, stop: int) -> ByteArray:
@@ -118,14 +119,14 @@ class GrowingMemory:
         if self.data is _NOTHING:
             self.data = self._first(stop)
         elif stop > self.data.size:
-            # Not ndarray.resize: that fills what it adds with zeros, in small pages.
+            # Not ndarray.resize, which fills the added part with zeros, in small pages.
             grown = self._taken(max(stop, _GROWTH * self.data.size))
             grown[: self.data.size] = self.data
             self.data = grown
         return self.data[start:stop]
 
     def _first(self, stop: int) -> ByteArray:
-        if self._size < SPARE_FROM:  # which is no more than is taken in any case, and never kept
+        if self._size < SPARE_FROM:  # less than the first allocation in any case, and never kept as spare memory
             return np.empty(self._size, np.uint8)
         spare = SPARE.take(self._size)
         self._reused = spare is not None

@@ -1,4 +1,4 @@
-"""Memory of dropped tensors, kept for the next ones (docs/decisions/0011-spare-memory.md)."""
+"""Memory of dropped tensors, kept for later ones (docs/decisions/0011-spare-memory.md)."""
 
 import mmap
 import os
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tensorwire.tensor import ByteArray
 
-# Smaller memory the C library keeps by itself.
+# The C library already keeps smaller memory.
 SPARE_FROM: Final = 256 << 10
 
 
@@ -33,19 +33,20 @@ def _initial_limit(asked: str) -> int:
 
 
 class SpareMemory:
-    """Memory of large arrays that were dropped, for new ones of the same size; at most `limit` bytes of it.
+    """Keeps the memory of dropped large arrays for new ones of the same size, at most `limit` bytes.
 
-    Filling memory for the first time costs three to ten times what filling it again does: the system clears each page
-    before. A training loop that decodes the same model every round pays that in the first round only. What is kept is
-    marked as free (madvise, MADV_FREE): the system takes it when it runs short, at no cost but to the next array.
+    Filling memory for the first time costs three to ten times as much as filling it again, because the system clears
+    each page first. A training loop that decodes the same model every round pays this only in the first round. Kept
+    memory is marked as free (madvise, MADV_FREE): the system takes it when it runs short, which costs nothing but the
+    saving for the next array.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._size = 0
-        self._free: dict[int, list[_Mapping]] = {}  # by size, the one that was given back last at the end
-        # Tried, never waited for: finalizers run in any thread at any time, that of its holder included, and a child of
-        # a fork may find it held for ever. Whoever does not get it does without spare memory.
+        self._free: dict[int, list[_Mapping]] = {}  # by size; the last one given back is at the end
+        # Never waited for: finalizers run in any thread at any time, even in the one that holds the lock, and after a
+        # fork the child may find it held for ever. A caller that does not get the lock does without spare memory.
         self._lock = threading.Lock()
 
     @property
@@ -65,7 +66,7 @@ class SpareMemory:
             return array
         try:
             return self._new(size)
-        except MemoryError:  # of an address space that is limited, spare memory is a part
+        except MemoryError:  # spare memory counts towards a limit on the address space
             self._shrink(0)
             return self._new(size)
 
@@ -75,7 +76,7 @@ class SpareMemory:
         return _Loan(_Mapping(size), self).array()
 
     def take(self, size: int) -> ByteArray | None:
-        """The same if there is spare memory of that size: nothing is asked of the system."""
+        """As `empty`, but only from spare memory of that size; None if there is none."""
         mapping = None
         if self._lock.acquire(blocking=False):
             try:
@@ -85,7 +86,7 @@ class SpareMemory:
         return None if mapping is None else _Loan(mapping, self).array()
 
     def give_back(self, mapping: "_Mapping") -> None:
-        """Keep a mapping that nobody uses any more, or let it go."""
+        """Keep a mapping that is no longer used, or release it."""
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -105,7 +106,7 @@ class SpareMemory:
         return mapping
 
     def _shrink(self, size: int) -> None:
-        """Let go of what is kept beyond `size` bytes, what was not used for longest first."""
+        """Release kept memory beyond `size` bytes, the least recently used first."""
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -116,7 +117,7 @@ class SpareMemory:
 
 
 class _Mapping:
-    """Anonymous memory of its own, in huge pages where the system gives them when asked."""
+    """A private anonymous mapping, in huge pages if the system grants them."""
 
     __slots__ = ("_memory", "address", "size")
 
@@ -126,7 +127,7 @@ class _Mapping:
         except OSError as error:
             raise MemoryError(f"{size} bytes: {error.strerror}") from None
         if hasattr(mmap, "MADV_HUGEPAGE"):  # pragma: no branch - another platform
-            with suppress(OSError):  # a kernel without them
+            with suppress(OSError):  # a kernel without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.size = size
         self.address = np.frombuffer(self._memory, np.uint8).ctypes.data

@@ -1,4 +1,4 @@
-"""Memory of any layout, read in order: slices of a strided array as contiguous bytes, in memory of a slice."""
+"""Reads arrays of any memory layout in element order, slice by slice, in the memory of a slice."""
 
 from collections.abc import Callable, Iterator
 from math import prod
@@ -11,19 +11,19 @@ from tensorwire.tensor import ByteArray
 
 Array = npt.NDArray[Any]
 
-# Bytes that are turned from one order of axes to another at a time: they stay in the first-level cache.
+# Bytes that are transposed at a time; they stay in the first-level cache.
 _STRIP: Final = 32 << 10
-# Bytes that memory is fetched in. A slice that takes less of each line would fetch all of them many times over.
+# Bytes of a cache line. A slice that uses less of each line would make the same lines be fetched many times.
 _LINE: Final = 64
 # The most bytes that are read ahead to avoid that.
 _AHEAD: Final = 16 << 20
 
 
 def reader(array: Array, fix: Callable[[Array], None] | None = None) -> Callable[[int, int], ByteArray]:
-    """`TensorView.read` over an array of unsigned ints or complex128, which stand for bits, of any layout.
+    """`TensorView.read` over an array of any layout, of unsigned ints or complex128 that hold the tensor's bits.
 
-    Contiguous memory is given as it stands. Other slices are copied, in about the time of a contiguous copy. `fix`
-    makes of the copy of a slice, in place, what the tensor stands for: another byte order, conjugates.
+    Contiguous memory is returned without a copy. Other slices are copied, in about the time of a contiguous copy.
+    `fix`: changes the copy of a slice in place to the tensor's values, for another byte order or conjugates.
     """
     if not array.flags.c_contiguous:
         return _Strided(array, fix).read
@@ -57,7 +57,7 @@ class _Contiguous:
 
 
 class Piece(NamedTuple):
-    """A block of a tensor: at which of the elements that were asked for it stands, its index, its shape."""
+    """A block of a tensor. `place`: its offset among the requested elements. `at`: its index in the tensor."""
 
     place: int
     at: tuple[int | slice, ...]
@@ -67,8 +67,8 @@ class Piece(NamedTuple):
 class _Strided:
     """An array that is not contiguous.
 
-    Where the axis that is contiguous in memory is an outer one and the slices are short along it, several slices are
-    read at once, and kept until the end of the tensor is read.
+    If the axis that is contiguous in memory is an outer one, and slices are short along it, several slices are read at
+    once and kept until the end of the tensor.
     """
 
     __slots__ = ("_ahead", "_array", "_fix", "_kept")
@@ -117,7 +117,7 @@ def _coalesced(array: Array) -> Array:
 
 
 def _by_stride(array: Array) -> list[int]:
-    """The axes in the order of memory, that of the longest steps first. Axes without steps come before all others."""
+    """The axes by decreasing stride. Axes without a stride come first."""
     steps = [abs(stride) if size > 1 else 0 for size, stride in zip(array.shape, array.strides, strict=True)]
     return sorted(range(array.ndim), key=lambda axis: -(steps[axis] or 1 << 62))
 
@@ -141,7 +141,7 @@ def pieces(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Piece]:
 
 
 def _copy(out: Array, block: Array) -> None:
-    """`out[...] = block`, where the memory of `block` is read in its own order."""
+    """`out[...] = block`, reading `block` in the order of its memory."""
     order = _by_stride(block)
     if order[-1] == block.ndim - 1:
         out[...] = block
@@ -150,7 +150,7 @@ def _copy(out: Array, block: Array) -> None:
 
 
 def _turn(out: Array, block: Array) -> None:
-    """`out[...] = block`, of which `block` is in the order of its memory and `out` is not."""
+    """`out[...] = block`, with the axes of `block` in the order of its memory, and those of `out` not."""
     row = block.nbytes // len(block)
     if row > _STRIP and block.ndim > 2:
         for target, part in zip(out, block, strict=True):
@@ -158,5 +158,5 @@ def _turn(out: Array, block: Array) -> None:
         return
     step = max(_STRIP // row, 1)
     for begin in range(0, len(block), step):
-        # Compact first: what lies far apart, by a power of two at worst, has few places in a cache.
+        # Compact first: elements at large strides, powers of two at worst, compete for few places in a cache.
         out[begin : begin + step] = np.ascontiguousarray(block[begin : begin + step])

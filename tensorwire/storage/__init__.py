@@ -1,6 +1,6 @@
 """Files that appear under their name only when they are complete: the only way a file gets its name.
 
-`storage.parts`, which `import tensorwire` does without, has files that are written over several attempts.
+`storage.parts` has files that are written over several attempts. `import tensorwire` does not load it.
 """
 
 from tensorwire.storage.atomic import Target, new_folder, rename, replacing, write_file

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete, and errors that say what keeps them from it."""
+"""Files that appear under their name only when they are complete."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from typing import Any, Final
 from tensorwire.errors import StorageError
 from tensorwire.storage.output import Output, file_name, storing
 
-# A link is not followed, and a FIFO, which would have us wait for whoever writes to it, is opened at once.
+# Do not follow links, and do not wait for a writer when opening a FIFO.
 _ALWAYS: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NAME_SHOWN: Final = 24  # characters of the target's name in the temporary one: at most 96 bytes, names may have 255
 _HAS_FOLDER_FDS: Final = os.open in os.supports_dir_fd  # not on Windows: there, names are joined to the folder's path
@@ -50,8 +50,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[int]:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     """The path of a new folder that takes the name `path` on success, to make files in with `replacing`.
 
-    On any error it is removed with all that is in it. Raises StorageError, at once where something has this name that
-    is no empty folder. The current folder may change meanwhile.
+    On any error it is removed with everything in it. Raises StorageError, at once if `path` exists and is not an empty
+    folder. The current folder may change meanwhile.
     """
     shown = file_name(path)
     path = os.path.abspath(shown)
@@ -79,27 +79,26 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _check_new_folder(path: str) -> None:
-    """Raise OSError unless a folder may take this name: nothing has it, or an empty folder that nobody works in."""
+    """Raise OSError unless a folder may take this name: it is free, or an empty folder other than the current one."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(mode) or os.listdir(path):
-        raise FileExistsError(errno.EEXIST, "it exists and is no empty folder")
+        raise FileExistsError(errno.EEXIST, "it exists and is not an empty folder")
     if os.path.samefile(path, os.curdir):
         raise FileExistsError(errno.EEXIST, "it is the current folder")
 
 
 class Target:
-    """The name of a file to come, in a folder that is held open; a context manager. Raises StorageError.
+    """The name of a file to be written, in a folder that is held open; a context manager. Raises StorageError.
 
-    `name`: the last part of `path`. `mode`: the permissions that the file may have, those of the one that it replaces.
+    `name`: the last part of `path`. `mode`: the permissions for the file, which are those of the file that it replaces.
 
-    Files are made, renamed and removed relative to the open folder: one that is swapped for a link meanwhile redirects
-    nothing. A folder, FIFO, socket or device at `path` is refused here, and a link to one, such as /dev/stdout; another
-    symbolic link is replaced, never followed.
-    What else takes the name between here and `rename` is replaced like a file (a folder fails): nothing is ever
-    written through it.
+    Files are made, renamed and removed relative to the open folder, so swapping the folder for a link meanwhile has no
+    effect. A folder, FIFO, socket or device at `path`, or a link to one, such as /dev/stdout, is refused here; any
+    other symbolic link is replaced, never followed. Whatever takes the name between here and `rename` is replaced like
+    a file (a folder raises an error), and never written through.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -125,14 +124,14 @@ class Target:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         fd, self._fd = self._fd, None
         if fd is not None:
             with suppress(OSError):
                 os.close(fd)
 
     def temporary(self) -> str:
-        """A name nobody else uses, in the same folder."""
+        """An unused name in the same folder."""
         return f".{self.name[:_NAME_SHOWN]}.{os.urandom(8).hex()}.part"
 
     def create(self, name: str) -> int:
@@ -141,18 +140,18 @@ class Target:
             return self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def open(self, name: str, flags: int) -> int:
-        """A descriptor of a file in the folder that is no link, made with the permissions `mode`, less the umask.
+        """A descriptor of a file in the folder, not of a link. A new file gets the permissions `mode`, less the umask.
 
         Raises OSError.
         """
         return os.open(self._at(name), flags | _ALWAYS, self.mode, dir_fd=self._fd)
 
     def status(self, name: str) -> os.stat_result:
-        """That of the file or link in the folder that has this name. Raises OSError."""
+        """The status of the file or link with this name in the folder. Raises OSError."""
         return os.stat(self._at(name), dir_fd=self._fd, follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
-        """Whether a file in the folder has this name, if only a link. Raises OSError."""
+        """Whether a file or link in the folder has this name. Raises OSError."""
         try:
             self.status(name)
         except FileNotFoundError:
@@ -160,24 +159,24 @@ class Target:
         return True
 
     def is_at(self, name: str, status: os.stat_result) -> bool:
-        """Whether `status` is that of the file in the folder that has this name. Raises OSError."""
+        """Whether `status` belongs to the file with this name in the folder. Raises OSError."""
         try:
             return os.path.samestat(status, self.status(name))
         except FileNotFoundError:
             return False
 
     def rename(self, name: str) -> None:
-        """Give a file in the folder the final name, over whatever has it."""
+        """Give a file in the folder the final name, replacing any file that has it."""
         with self.storing("rename a file to"):
             os.replace(self._at(name), self._at(self.name), src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def remove(self, name: str) -> None:
-        """Remove a file from the folder as far as that is possible."""
+        """Remove a file from the folder, if possible."""
         with suppress(OSError):
             os.unlink(self._at(name), dir_fd=self._fd)
 
     def sync(self) -> None:
-        """Put the folder on disk, where the system can, and so what was renamed."""
+        """Sync the folder, and with it any renaming, if the system can."""
         if self._fd is None:
             return
         try:
@@ -190,7 +189,7 @@ class Target:
 
     @contextmanager
     def storing(self, doing: str) -> Iterator[None]:
-        """What the system refuses inside becomes a StorageError that names the path."""
+        """Turn an OSError inside into a StorageError that names the path."""
         with storing(self.path, doing):
             yield
 
@@ -223,9 +222,9 @@ class Target:
 
 
 def rename(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
-    """Give a complete file the name `new`, over whatever has it, and put that on disk.
+    """Give a complete file the name `new`, replacing any file that has it, and sync the folder.
 
-    Both are in one folder. Raises StorageError.
+    Both names must be in the same folder. Raises StorageError.
     """
     folder, name = os.path.split(file_name(old))
     with Target(new) as target:
@@ -238,9 +237,9 @@ def rename(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
 
 
 def write_file(path: str | os.PathLike[str], buffers: Iterable[Any], late: Iterable[tuple[int, bytes]] = ()) -> int:
-    """Write a file that appears only when complete, of these buffers; returns its size. Raises StorageError.
+    """Write buffers to a file that appears only when it is complete; returns its size. Raises StorageError.
 
-    `late`: (offset, bytes) that are known once the buffers have passed, and written over what they left there.
+    `late`: pairs of offset and bytes that are known only after the last buffer, and overwrite what is there.
     """
     with replacing(path) as fd:
         output = Output(fd, path)
@@ -254,5 +253,5 @@ def _sync_folder(fd: int) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that know no sync of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that cannot sync folders
             raise

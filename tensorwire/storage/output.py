@@ -1,4 +1,4 @@
-"""Writing to open files: whole, at an offset, written behind, and with errors that say what to do."""
+"""Writes to open files: completely, at an offset, with write-behind, and with errors that say what to do."""
 
 import errno
 import io
@@ -11,7 +11,7 @@ from typing import Any, Final
 from tensorwire.errors import ArgumentError, MissingFileError, StorageError, TensorwireError, show
 
 _WINDOW: Final = 64 << 20  # bytes that may wait to be written to the disk
-_SEEKING: Final = threading.Lock()  # where reading and writing at an offset takes two calls
+_SEEKING: Final = threading.Lock()  # for systems where reading or writing at an offset takes two calls
 _REMEDIES: Final = {
     errno.ENOSPC: "free some space and try again",
     errno.EDQUOT: "the quota is used up: free some space, have it raised, and try again",
@@ -29,7 +29,7 @@ _REMEDIES: Final = {
     errno.ENFILE: "too many files are open on this machine: close some",
     errno.EIO: "the device failed: check it before trying again",
 }
-# The same of files that are to be read.
+# The same for files that are read.
 _READ_REMEDIES: Final = {
     **_REMEDIES,
     errno.EACCES: "you may not read it: ask whose it is",
@@ -42,10 +42,10 @@ _READ_REMEDIES: Final = {
 
 
 class Output:
-    """Writes to an open file, and has the system put on disk what was written a while ago. Raises StorageError.
+    """Writes to an open file, and makes the system write data to disk continuously. Raises StorageError.
 
-    Left alone, it would let gigabytes gather in the page cache and write them at the sync, twice as slow in all as
-    when writing goes on beside receiving; and the cache of whatever else the machine does would be gone.
+    Otherwise the system would collect gigabytes in the page cache and write them at the sync. This takes twice as long
+    as writing while more data arrives, and evicts everything else from the cache.
     `path`: the name that the file will have, for errors.
     """
 
@@ -64,7 +64,7 @@ class Output:
             while rest:
                 size = _write_some(self._fd, rest, offset)
                 if size == 0:  # or this would not end
-                    raise OSError(errno.EIO, "the system takes no bytes")
+                    raise OSError(errno.EIO, "the system accepts no bytes")
                 rest, offset = rest[size:], offset + size
         if self._end - self._pushed >= _WINDOW:
             self._push()
@@ -84,16 +84,16 @@ class Output:
         return total
 
     def _push(self) -> None:
-        # Advice on dirty pages starts writing them, and drops those that an earlier advice has had written.
+        # This advice starts writing dirty pages, and drops pages that were written after an earlier call.
         begin = max(self._begin, self._pushed - _WINDOW)
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # advice only: an error of the disk comes back from the sync
+            with suppress(OSError):  # only advice: the sync will report an error of the disk
                 os.posix_fadvise(self._fd, begin, self._end - begin, os.POSIX_FADV_DONTNEED)
         self._pushed = self._end
 
 
 class OutputFile(io.RawIOBase):
-    """An Output for code that wants a file to write and seek in, such as zipfile. Does not close the descriptor."""
+    """An Output as a file object, for code such as zipfile that writes and seeks. Does not close the descriptor."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class OutputFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a place; returns it."""
+        """Change the position; returns it."""
         self._offset = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._end}[whence]
         return self._offset
 
@@ -123,9 +123,9 @@ class OutputFile(io.RawIOBase):
 
 
 def write_object(file: Any, buffers: Iterable[Any]) -> int:
-    """Write every buffer into a file object, from where it stands; returns the bytes written.
+    """Write every buffer into a file object, from its current position; returns the bytes written.
 
-    Raises StorageError for one that takes nothing, or that the system behind it refuses.
+    Raises StorageError if the object accepts no bytes, or raises an OSError.
     """
     total = 0
     name = name_of(file)
@@ -137,7 +137,7 @@ def write_object(file: Any, buffers: Iterable[Any]) -> int:
                 size = file.write(rest)
             if not size:
                 raise StorageError(
-                    "the file object took no bytes: give one that waits until it can", errno=errno.EAGAIN
+                    "the file object accepted no bytes: give one that blocks until it can", errno=errno.EAGAIN
                 )
             rest = rest[size:]
     return total
@@ -174,7 +174,7 @@ def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def name_of(file: Any) -> str:
-    """What a file is called: fsspec's have a path, others a name, which may be a descriptor."""
+    """The name of a file. Files of fsspec have a path, others a name, which may be a descriptor."""
     if isinstance(file, (str, os.PathLike)):
         return os.fsdecode(file)
     name = getattr(file, "path", None) or getattr(file, "name", None)
@@ -182,18 +182,18 @@ def name_of(file: Any) -> str:
 
 
 def file_name(path: str | os.PathLike[str]) -> str:
-    """A path as text. Raises ArgumentError for what is no path, StorageError for one that no file can have."""
+    """A path as text. Raises ArgumentError if it is not a path, StorageError if no file can have it."""
     try:
         name = os.fsdecode(path)
         os.fsencode(name)
     except TypeError:
         raise ArgumentError(f"expected a path, not {type(path).__name__}") from None
     except UnicodeEncodeError:
-        raise StorageError(f"no file is called {show(path)}: it has lone surrogates", errno=errno.EINVAL) from None
+        raise StorageError(f"{show(path)} cannot be a file name: it has lone surrogates", errno=errno.EINVAL) from None
     if "\0" in name:
-        raise StorageError(f"no file is called {show(name)}: it has a NUL character", errno=errno.EINVAL)
+        raise StorageError(f"{show(name)} cannot be a file name: it has a NUL character", errno=errno.EINVAL)
     if not name:
-        raise MissingFileError("an empty name is no file's: give a path", errno=errno.ENOENT)
+        raise MissingFileError("a file name cannot be empty: give a path", errno=errno.ENOENT)
     return name
 
 
@@ -206,10 +206,10 @@ def open_to_read(path: str | os.PathLike[str]) -> io.FileIO:
 
 @contextmanager
 def storing(path: str, doing: str, remedies: Mapping[int, str] = _REMEDIES) -> Iterator[None]:
-    """What the system refuses inside becomes a StorageError that names the path and says what to do."""
+    """Turn an OSError inside into a StorageError that names the path and says what to do."""
     try:
         yield
-    except TensorwireError:  # some of which are OSErrors too
+    except TensorwireError:  # some of them are OSErrors too
         raise
     except OSError as error:
         remedy = remedies.get(error.errno or 0, "try again, or choose another place")

@@ -1,7 +1,4 @@
-"""Files under hidden names.
-
-Parts are written over several attempts before they get their name; scratch never gets one.
-"""
+"""Files under hidden names: parts, which may take several attempts to complete, and scratch files."""
 
 import errno
 import json
@@ -20,7 +17,7 @@ from tensorwire.storage.output import Output, read_at
 
 try:
     import fcntl
-except ImportError:  # Windows: two writers of one part are not told from one another
+except ImportError:  # Windows: two writers of the same part are not detected
     fcntl = None  # type: ignore[assignment]
 
 _NAME_BYTES: Final = 200  # of the target's name in the hidden one; file systems stop at 255
@@ -31,20 +28,20 @@ _NO_NOTE: Final = (errno.ENOENT, errno.ELOOP, errno.ENXIO)  # nothing there, a l
 class Part:
     """A file that several attempts may write, each in a process of its own, before it takes the name `path`.
 
-    It stands beside its target under a hidden name made of the target's and of `key`, so that the next attempt finds
-    it. Whoever has called `open` has it alone. No link is followed: a part that is one, or is no file of its own, is
-    refused. Permissions are those of the file that it replaces, less the umask.
+    It is in the folder of its target, under a hidden name made from the target's name and `key`, so that the next
+    attempt finds it. `open` gives exclusive access. Links are not followed: a part that is a link, or has a second
+    name, is refused. Permissions are those of the file that it replaces, less the umask.
 
-    A note outlives it, and tells an attempt that comes later what became of it. It is written when the file that takes
-    the name is complete, and before it does: it says which file that is (inode, size and time of its last change), so
-    that it is believed only while that very file has the name. It stays until `forget`. What a crash leaves is one of
+    A note outlives the part and tells later attempts its result. It is written once the file is complete, and before
+    the file gets its final name. It identifies the file (inode, size and time of the last change), and is believed only
+    while that very file has the name. It stays until `forget`. A crash leaves one of these states:
 
-        part   note   has the name        the next attempt
-        any    any    the file noted      is told the note; what else is left is removed
-        yes    any    another, or none    goes on with the part
-        no     any    another, or none    begins with nothing
+        part   note   file at `path`      the next attempt
+        any    any    the noted file      gets the note, and removes what else is left
+        yes    any    another, or none    continues the part
+        no     any    another, or none    starts from the beginning
 
-    Raises StorageError; with errno EWOULDBLOCK where somebody else has the part open.
+    Raises StorageError, with errno EWOULDBLOCK if the part is open elsewhere.
     """
 
     def __init__(self, path: str | os.PathLike[str], key: bytes) -> None:
@@ -55,23 +52,23 @@ class Part:
 
     @property
     def path(self) -> str:
-        """Where the part stands."""
+        """The path of the part itself."""
         return self._beside(self._name)
 
     def note(self) -> bytes | None:
-        """What was noted of the file that has the name now; None where there is none, or it is another."""
+        """The note about the file that has the name now; None if there is no such file or no note about it."""
         with self._keeping("look beside"):
             text = self._read_note()
             try:
                 wanted, note = json.loads(text)
                 done = wanted == self._identity(self._target.name) and isinstance(note, str)
-            except (ValueError, TypeError, RecursionError, FileNotFoundError):  # torn, or of something else
+            except (ValueError, TypeError, RecursionError, FileNotFoundError):  # incomplete, or something else
                 return None
             return note.encode("utf-8", "surrogateescape") if done else None
 
     @contextmanager
     def named(self) -> Iterator[Callable[[memoryview, int], int]]:
-        """Read from the file that has the name, as `read_at` does from the part."""
+        """A function that reads from the file that has the final name, as `read_at` does from the part."""
         with self._keeping("read back"):
             fd = self._target.open(self._target.name, os.O_RDONLY)
             try:
@@ -80,7 +77,7 @@ class Part:
                 os.close(fd)
 
     def open(self) -> int:
-        """Take hold of the part, made where there is none. Returns its size."""
+        """Open the part exclusively, creating it if needed. Returns its size."""
         with self._keeping("write"):
             self._fd = self._open_alone()
             self._output = Output(self._fd, self._target.path)
@@ -97,7 +94,7 @@ class Part:
             self._output.write_at(data, offset)
 
     def truncate(self, size: int) -> None:
-        """Cut the part off behind `size` bytes."""
+        """Cut the part off after `size` bytes."""
         with self._keeping("cut"):
             os.ftruncate(self._open_fd, size)
 
@@ -108,11 +105,11 @@ class Part:
         convert: Callable[[str, str], None] | None = None,
         name: Callable[[str], None] | None = None,
     ) -> None:
-        """Give the part its final name, and leave a note, once all is on disk.
+        """Give the part its final name, and leave a note, once everything is on disk.
 
-        `convert` makes the file that takes the name from the part, given the paths of both; it has permissions already.
-        `name` is called instead of the renaming, with the path of the file to be renamed. What either raises is raised
-        here, and the part stays.
+        `convert`: writes another file from the part, which then gets the name instead; called with the paths of the
+        part and of that file, which exists and has its permissions already. `name`: called with the path of the file
+        instead of renaming it. If either raises, the part stays.
         """
         with self._keeping("sync"):
             os.fsync(self._open_fd)
@@ -139,19 +136,19 @@ class Part:
         self._remove(self._note_name)
 
     def discard(self) -> None:
-        """Remove the part, what was made of it, and its note."""
+        """Remove the part, the file converted from it, and its note."""
         self.close()
         self._remove(self._name, self._made_name, self._note_name)
 
     def tidy(self) -> None:
-        """The file has its name: remove what a crash has left beside it."""
+        """Remove what a crash has left, once the file has its name."""
         self._remove(self._name, self._made_name)
 
     def close(self) -> None:
-        """Let go of the part; what was written stays for the next attempt."""
+        """Close the part; what was written stays for the next attempt."""
         fd, self._fd = self._fd, None
         if fd is not None:
-            with suppress(OSError):  # what counts was synced
+            with suppress(OSError):  # what matters was synced
                 os.close(fd)
         self._target.close()
 
@@ -173,19 +170,23 @@ class Part:
             except BaseException:
                 os.close(fd)
                 raise
-            os.close(fd)  # whoever had it has just renamed or removed it
+            os.close(fd)  # its previous owner has just renamed or removed it
 
     def _check(self, fd: int, status: os.stat_result) -> None:
         if not _is_own_file(status):
             raise self._not_ours(self._name)
         kept = status.st_mode & self._target.mode & 0o777
-        if kept != status.st_mode & 0o777 and hasattr(os, "fchmod"):  # the target's have become fewer since it was made
+        if kept != status.st_mode & 0o777 and hasattr(
+            os, "fchmod"
+        ):  # the target has lost permissions since the part was made
             os.fchmod(fd, kept)
 
     def _convert(self, convert: Callable[[str, str], None]) -> None:
         with self._keeping("make"):
             self._target.remove(self._made_name)
-            os.close(self._target.open(self._made_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # hands on its mode
+            os.close(
+                self._target.open(self._made_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            )  # created with the right mode
             try:
                 convert(self.path, self._beside(self._made_name))
             except BaseException:
@@ -193,7 +194,7 @@ class Part:
                 raise
 
     def _identity(self, name: str) -> list[int]:
-        """Which file has this name. A rename keeps that; whoever writes another file, or into this one, does not."""
+        """An identity of the file with this name. It survives renaming, but not replacing the file or writing to it."""
         status = self._target.status(name)
         return [status.st_ino, status.st_size, status.st_mtime_ns]
 
@@ -210,7 +211,7 @@ class Part:
             os.close(fd)
 
     def _write_note(self, note: bytes) -> None:
-        with suppress(FileNotFoundError):  # a name gives way, of a link or of a note that was not believed, and no more
+        with suppress(FileNotFoundError):  # replaces a link, or a note that was not believed, and nothing else
             mode = self._target.status(self._note_name).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
                 raise self._not_ours(self._note_name)
@@ -231,12 +232,12 @@ class Part:
         return os.path.join(os.path.dirname(self._target.path), name)
 
     def _not_ours(self, name: str) -> StorageError:
-        what = "is no file of its own but a link, a pipe, a device or a second name of another file; remove it"
+        what = "is not a plain file, but a link, a pipe, a device or a second name of another file; remove it"
         return StorageError(f"{self._beside(name)!r} {what}", errno=errno.EEXIST)
 
     @contextmanager
     def _keeping(self, doing: str) -> Iterator[None]:
-        """What the system refuses inside becomes a StorageError that says what is left."""
+        """Turn an OSError inside into a StorageError that says what remains."""
         try:
             with self._target.storing(doing):
                 yield
@@ -249,7 +250,7 @@ class Part:
 
 
 def has_note(path: str | os.PathLike[str]) -> bool:
-    """Whether some part has taken this name, and its note was not forgotten yet."""
+    """Whether there is a note of a part for this name that was not forgotten yet."""
     try:
         return any(name.endswith(".done") for name in _left_beside(path))
     except OSError:
@@ -257,9 +258,9 @@ def has_note(path: str | os.PathLike[str]) -> bool:
 
 
 def discard_parts(path: str | os.PathLike[str], *, but: Iterable[bytes] = (), notes: bool = True) -> None:
-    """Remove what parts with this name have left beside it, but for those of the keys `but`.
+    """Remove what parts for this name have left in its folder, except those with the keys in `but`.
 
-    `notes`: their notes, too. Nobody may be writing them.
+    `notes`: remove their notes, too. The parts must not be open anywhere.
     """
     folder, name = os.path.split(os.fsdecode(path))
     kept = tuple(f"{_stem(name, key)}." for key in but)
@@ -270,7 +271,7 @@ def discard_parts(path: str | os.PathLike[str], *, but: Iterable[bytes] = (), no
 
 
 def _left_beside(path: str | os.PathLike[str]) -> list[str]:
-    """The names of what parts with this name have left beside it."""
+    """The names of files that parts for this name have left in its folder."""
     folder, name = os.path.split(os.fsdecode(path))
     begin = f".{_shortened(name)}."
     return [name for name in os.listdir(folder or os.curdir) if name.startswith(begin)]
@@ -290,10 +291,10 @@ def _shortened(name: str) -> str:
 
 @contextmanager
 def scratch() -> Iterator[str]:
-    """The path of a file to come that is nobody else's business and ends with the block. Raises StorageError.
+    """The path for a private temporary file, which is removed when the block ends. Raises StorageError.
 
-    It ends where a signal raises too: its folder has a name before it is made, and what interrupts the removal does so
-    once.
+    It is removed even if a signal handler raises: the folder's name is known before the folder is made, and a removal
+    that is interrupted is tried again.
     """
     folder = ""
     try:

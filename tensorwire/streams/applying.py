@@ -1,11 +1,11 @@
 """Applies patches: turns a container into the next version, in place.
 
-    patch = Patch.read(source)                                # all of it, verified, before anything is applied
+    patch = Patch.read(source)                                # read and verified before anything is applied
     patch.apply(state, front)                                 # in place: checked first, then block by block
 
-Nothing is written before the whole state has been read once and every block found to be that of the base or, after an
-earlier attempt, that of the target. A block is made elsewhere, checked, copied into its place, and checked again there.
-So an interrupted attempt can be repeated: the next one reaches the target, or raises an error that says why not.
+Nothing is written before the whole state has been read once and every block matches the base or, after an earlier
+attempt, the target. A block is made in other memory, checked, copied into place, and checked again there. So an
+interrupted attempt can be repeated: the next one reaches the target, or raises an error that says why not.
 """
 
 from bisect import bisect_right
@@ -30,7 +30,7 @@ from tensorwire.wire.values import pack_plain
 
 
 class _Block(NamedTuple):
-    """A block of a tensor: its first byte and the one behind its last, what it is bound to, where its payload is."""
+    """A block of a tensor: bytes [begin, end), the checksums it is bound to, and the key of its payload."""
 
     begin: int
     end: int
@@ -95,8 +95,8 @@ class Patch:
     def apply(self, state: Any, front: Front, *, limits: Limits = DEFAULT) -> Applied:
         """Turn `state`, in place, into the patch's target.
 
-        Every block of it must be that of the base or, after an earlier attempt, that of the target. Raises SchemaError
-        if a block is neither, or if an item is missing or different; nothing is written then.
+        Every block of it must match the base or, after an earlier attempt, the target. Raises SchemaError if a block
+        matches neither, or if an item is missing or different; nothing is written then.
         """
         plan = _Plan(self, version_of(state, front, limits))
         places = {
@@ -132,7 +132,7 @@ class Patch:
 
 
 class _Reading:
-    """A patch as it comes in."""
+    """A patch that is being received."""
 
     def __init__(self, limits: Limits, keep: Store) -> None:
         self.receiver = Receiver(limits, any_base=True, overlap=False)
@@ -152,7 +152,7 @@ class _Reading:
             self._open(event.number, event.item)
         elif isinstance(event, StreamStart):
             if not event.info.base or not event.info.target:
-                raise SchemaError("the stream stands alone: it is no patch, and is loaded, not applied")
+                raise SchemaError("the stream is not a patch: load it instead of applying it")
             self.start = event
 
     def _open(self, number: int, item: Item) -> None:
@@ -189,7 +189,7 @@ def _is_rank(path: Path) -> bool:
 
 
 def _rank(item: DataItem | AliasItem) -> int:
-    """The rank of an item that was found to have one."""
+    """The rank of an item, which was checked before."""
     rank = item.path[0]
     assert type(rank) is int
     return rank
@@ -206,7 +206,7 @@ class _Place:
             self._flat = front.device_target(tensor)
             self._memory = np.frombuffer(front.target(tensor), np.uint8) if self._flat is None else None
         except EncodeError as error:
-            raise EncodeError(f"it cannot be written in its place: {error.detail}", item=name) from None
+            raise EncodeError(f"it cannot be written in place: {error.detail}", item=name) from None
 
     def write(self, block: _Block, pool: Pool) -> None:
         """Make a block from its base, and check the result."""
@@ -231,9 +231,9 @@ class _Place:
 
 
 class _Plan:
-    """The work that applying a patch to a state takes. Reads all of the state, and writes nothing.
+    """The steps that apply a patch to a state. Reads the whole state, and writes nothing.
 
-    `todo`: names and blocks to make. `skipped`: number of blocks that are done. `values`: values to set.
+    `todo`: names and blocks to make. `skipped`: number of blocks that are already done. `values`: values to set.
     `after`: the checksums of all tensors afterwards.
     """
 
@@ -245,7 +245,7 @@ class _Plan:
         self._patch = patch
         self._names = list(held)
         self._sums = checksums(held) if sums is None else sums
-        # What the version is when all blocks are at the base, and when all is done.
+        # The checksums with all blocks at the base, and with all blocks at the target.
         self._before, self.after, self._target = dict(self._sums), dict(self._sums), dict(held)
         self._planned: dict[tuple[object, ...], tuple[str, Checksums]] = {}  # by memory: its first name
         for changed in patch.tensors:
@@ -311,7 +311,7 @@ class _Plan:
         planned = self._planned.setdefault(entry.view.identity, (name, after))
         if planned[1] != after:
             raise SchemaError(
-                f"it is one tensor with {show(planned[0])}, of which the patch makes another. Nothing was written",
+                f"it is the same tensor as {show(planned[0])}, but the patch makes two of it. Nothing was written",
                 item=name,
             )
         return planned[0] != name
@@ -335,7 +335,7 @@ class _Plan:
 
 
 class _Last:
-    """The block that was made last, of all tensors that are read in turns."""
+    """The last block that was made, shared by tensors that are read in turns."""
 
     def __init__(self) -> None:
         self.made: tuple[tuple[int, int] | None, ByteArray] = None, np.empty(0, np.uint8)
@@ -343,7 +343,7 @@ class _Last:
 
 
 class _Patched:
-    """A tensor whose blocks are made of those of its base as they are read."""
+    """A tensor whose blocks are made from its base as they are read."""
 
     def __init__(self, base: Entry, blocks: list[_Block], last: _Last) -> None:
         self._base = base
@@ -371,7 +371,7 @@ class _Patched:
 
     def _made(self, block: _Block) -> ByteArray:
         key = id(self), block.begin
-        last, data = self._last.made  # one look: an encoder reads slices in two threads
+        last, data = self._last.made  # read once: an encoder reads slices in two threads
         if last != key:
             data = self._base.read(block.begin, block.end).copy()
             _decode(block, self._base, data, self._last.pool)
@@ -380,7 +380,7 @@ class _Patched:
 
 
 def _decode(block: _Block, base: Entry, data: ByteArray, pool: Pool) -> None:
-    """Make of the base's elements of a block, in `data`, those of the target."""
+    """Turn the base's elements of a block, in `data`, into those of the target."""
     view = base.tensor
     width = view.dtype.itemsize
     extent = Extent(view.dtype, view.shape, block.begin // width, (block.end - block.begin) // width)
@@ -388,7 +388,7 @@ def _decode(block: _Block, base: Entry, data: ByteArray, pool: Pool) -> None:
 
 
 def replaced(value: Any, made: Mapping[str, Any], path: Path = ()) -> Any:
-    """A container with others in the place of the tensors and values of these names."""
+    """The container, with the tensors and values of these names replaced."""
     name = name_of(path)
     if name in made:
         return made[name]
@@ -400,10 +400,10 @@ def replaced(value: Any, made: Mapping[str, Any], path: Path = ()) -> Any:
 
 
 def setter(state: Any, path: Path, value: Any) -> tuple[Any, Any, Any]:
-    """Parent, key and value, to be set. Raises EncodeError where that cannot be."""
+    """Parent, key and value for setting a value in place. Raises EncodeError if that is impossible."""
     parent = value_at(state, path[:-1])
     if not path or not isinstance(parent, (dict, list)):
-        raise EncodeError("a value outside of dicts and lists cannot be set in its place", item=name_of(path))
+        raise EncodeError("a value outside of dicts and lists cannot be set in place", item=name_of(path))
     return parent, path[-1], value
 
 

@@ -15,15 +15,15 @@ from tensorwire.tensor import TensorView
 CodecSpec = str | Stage | Codec
 CodecChoice = CodecSpec | Mapping[str, CodecSpec] | Callable[[str, Any], CodecSpec]
 
-_NAMES_KEPT: Final = 4096  # to find those in that look like a pattern that matches none
+_NAMES_KEPT: Final = 4096  # for suggestions when a pattern matches nothing
 _NAMES_SHOWN: Final = 3
-# What quantized weights are stored as: a code an element, or several in 32 bits.
+# The dtypes of quantized weights: one code per element, or several in 32 bits.
 _CODES: Final = frozenset(
     dtype
     for dtype in dtypes.ALL
     if (dtype.itemsize == 1 and dtype != dtypes.BOOL) or dtype in (dtypes.INT32, dtypes.UINT32)
 )
-_CUT: Final = re.compile("[._/]")  # where a name may go on behind that of the codes
+_CUT: Final = re.compile("[._/]")  # characters that may follow the name of the codes
 _TABLE: Final = 4096  # bytes that the scales and tables of the smallest weights may have
 
 
@@ -62,8 +62,8 @@ class CodecRule:
         self._report = report
         self._exact_scales = exact_scales
         self._names: list[str] = []
-        self._codes: dict[str, int] = {}  # bytes of codes, by their name,
-        self._modules: dict[str, int] = {}  # and of the largest matrix of them in a module
+        self._codes: dict[str, int] = {}  # bytes of codes, by name
+        self._modules: dict[str, int] = {}  # bytes of the largest matrix of codes, by module
 
     def notice(self, name: str, view: TensorView, /) -> None:
         """Note that there is a tensor of this name."""
@@ -74,11 +74,11 @@ class CodecRule:
         if self._patterns is not None:
             if len(self._names) < _NAMES_KEPT:
                 self._names.append(name)
-            if view.codec is not None:  # and nobody will ask
+            if view.codec is not None:  # this rule will not be asked
                 self._patterns(name, view)
 
     def __call__(self, name: str, value: Any, view: TensorView, /, *, others: Sequence[str] = ()) -> Codec:
-        """The codec that the choice means for a tensor."""
+        """The codec that the choice gives to a tensor."""
         chosen = self._select(name, value)
         if others:
             chosen = max(chosen, *(self._select(each, value) for each in others), key=partial(_kept, view))
@@ -96,7 +96,7 @@ class CodecRule:
         return used
 
     def _is_scale(self, name: str, view: TensorView) -> bool:
-        """Whether a tensor that a codec would round belongs to codes."""
+        """Whether a tensor that a codec would round is a scale or table of quantized weights."""
         if not self._codes or not self._exact_scales:
             return False
         stems = (name[: cut.start()] for cut in _CUT.finditer(name))
@@ -114,7 +114,7 @@ class CodecRule:
 
 
 def _kept(view: TensorView, codec: Codec) -> tuple[int, int, str]:
-    """How much of a tensor a codec keeps: all of it, or by the bytes it makes; equals in the order of their specs."""
+    """A sort key that is highest for the codec that keeps the most of a tensor: a lossless one, else the largest."""
     if not codec.accepts(view.dtype):
         return 1, 0, repr(codec)
     if codec.lossless:
@@ -127,7 +127,7 @@ def _module(name: str) -> str:
 
 
 def _near(pattern: str, names: list[str]) -> list[str]:
-    """The names that look most like what a pattern says between its wildcards, as a whole or at either end."""
+    """The names most similar to the text of a pattern between its wildcards, as a whole or at either end."""
     wanted = pattern.strip("*?./").replace("/", ".")
     parts = wanted.count(".") + 1
     pieces: dict[str, str] = {}
@@ -171,16 +171,17 @@ class _Patterns:
 
 
 def _checked(choice: Mapping[str, CodecSpec]) -> list[str]:
-    """The patterns. Raises EncodeError for one that is no text, and one that another leaves nothing to match."""
+    """The patterns. Raises EncodeError for one that is not text, or that an earlier one makes unreachable."""
     before: list[str] = []
     for pattern in choice:
         if type(pattern) is not str:
             raise EncodeError(f"a codec pattern is text, not {pattern!r}")
-        # With no wildcard but *, what matches the text of a pattern matches all that the pattern does.
+        # If * is the only wildcard, a pattern that matches the text of another also matches everything that the other
+        # does.
         wider = next((text for text in before if not set(text) & set("?[") and fnmatchcase(pattern, text)), None)
         if wider is not None:
             raise EncodeError(
-                f"codec pattern {show(pattern)} stands behind {show(wider)}, which matches all that it does; "
+                f"codec pattern {show(pattern)} comes after {show(wider)}, which matches everything that it does; "
                 "the first match wins: put it before"
             )
         before.append(pattern)

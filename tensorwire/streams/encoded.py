@@ -87,7 +87,7 @@ class OnDisk:
             while rest and (size := self._file.readinto(rest)):
                 rest = rest[size:]
         if rest or crc32c(data, 0) != kept.crc:
-            raise CorruptError("a payload that was kept on disk is not what it was")
+            raise CorruptError("a payload that was kept on disk has changed")
         return memoryview(data)
 
 
@@ -103,7 +103,7 @@ _start = attrgetter("start")
 
 
 class _Last:
-    """The slice that was decoded last for a part of it, of all tensors of a stream: the next part is often of it."""
+    """The last slice that was decoded in part, shared by all tensors of a stream: the next part is often in it."""
 
     __slots__ = ("decoded",)
 
@@ -114,7 +114,7 @@ class _Last:
 class EncodedTensor:
     """A whole, verified, encoded tensor, from `tensorwire.decoder(keep_encoded=...)`.
 
-    `dtype`, `shape`: of the decoded tensor. `codec`: with which it was sent. `nbytes`: bytes of the kept payloads.
+    `dtype`, `shape`: of the decoded tensor. `codec`: as it was sent. `nbytes`: bytes of the kept payloads.
     """
 
     __slots__ = ("_front", "_last", "_slices", "_store", "codec", "dtype", "nbytes", "shape")
@@ -175,10 +175,10 @@ class EncodedTensor:
         return TensorView(self.dtype, self.shape, self.read)
 
     def accumulate(self, sums: npt.NDArray[np.float64], weight: float, start: int = 0) -> None:
-        """Add `weight` times each of the elements from `start` on to float64 `sums`, as many as it has room for.
+        """Add `weight` times each element from `start` on to float64 `sums`, as many as it has room for.
 
-        One rounding for a product, one for a sum. Of complex elements `sums` has both parts, the real one first.
-        Raises EncodeError for elements that are no floats.
+        Each product and each sum is rounded once. For complex elements, `sums` has both parts, the real one first.
+        Raises EncodeError for elements that are not floats.
         """
         each_size = self.dtype.itemsize // self.dtype.part_size
         for each, first, last in self._within(start, start + sums.size // each_size):
@@ -189,7 +189,7 @@ class EncodedTensor:
                 add_weighted(self._part(each, first, last), self.dtype, place, weight)
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[_Slice, int, int]]:
-        """The slices that have elements of [start, stop), and which of those."""
+        """The slices that overlap [start, stop), and the overlapping elements of each."""
         for number in range(max(bisect_right(self._slices, start, key=_start) - 1, 0), len(self._slices)):
             each = self._slices[number]
             first, last = max(start, each.start), min(stop, each.start + each.count)
@@ -199,7 +199,7 @@ class EncodedTensor:
 
     def _part(self, each: _Slice, first: int, last: int) -> ByteArray:
         size = self.dtype.itemsize
-        decoded, whole = self._last.decoded  # one look: an encoder reads slices in two threads
+        decoded, whole = self._last.decoded  # read once: an encoder reads slices in two threads
         if decoded is not each:
             whole = np.empty(each.count * size, np.uint8)
             self._decode(each, whole)
@@ -214,7 +214,7 @@ class EncodedTensor:
 
 
 def collect_encoded(source: Any, store: Store, *, limits: Limits) -> Any:
-    """The whole container, once all of the stream is verified; its tensors are views, decoded as they are read."""
+    """The whole container, once the whole stream is verified; its tensors are views, decoded as they are read."""
     items, containers = EncodedItems(ViewFront(), None, limits, None, store), Unflattener()
     with items.receiver as receiver:
         for event in receiver.events(source):
@@ -226,13 +226,13 @@ def collect_encoded(source: Any, store: Store, *, limits: Limits) -> Any:
 
 
 class EncodedItems:
-    """Receives a stream of tensors without decoding it, but to see that it can be."""
+    """Receives a stream of tensors and keeps it encoded; decodes only to check that it is valid."""
 
     def __init__(self, front: Front, expect: Any, limits: Limits, base: bytes | None, store: Store) -> None:
         self._front = front
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._store = store
-        self._slices: list[_Slice] = []  # of the item whose data is coming
+        self._slices: list[_Slice] = []  # of the current item
         self._nbytes = 0
         self._codecs: dict[CodecSpec, Codec] = {}  # a few for many items
         self._trial = Scratch()
@@ -263,7 +263,7 @@ class EncodedItems:
             self._schema.check_complete()
 
     def _try(self, event: Payload) -> None:
-        """Decode a payload, so that what is wrong with it is found now and not when it is needed."""
+        """Decode a payload to find errors now, and not when it is needed."""
         assert isinstance(event.item, TensorItem)  # files are refused
         extent = Extent(event.item.dtype, event.item.shape, event.start, event.count)
         out = self._trial.values(event.count * event.item.dtype.itemsize)

@@ -20,11 +20,11 @@ from tensorwire.wire.items import check_key
 from tensorwire.wire.names import Key, Path, name_of
 from tensorwire.wire.values import SCALARS, is_plain_dict, is_plain_tuple, levels, pack_plain, pack_value
 
-# Containers that stand in several places are written out at each. Beyond this many values that is refused: a few lines
-# of nested lists could stand for more than any disk holds.
+# A container that appears in several places is written out at each. Beyond this many values it is refused: a few lines
+# of nested lists could describe more than any disk holds.
 _REPEATED: Final = 1 << 22
-# The children of an outermost dict or list have names of their own, where they are no more than this. One of more
-# values, and no tensors, is a vocabulary or a history, and travels as one value.
+# The children of an outermost dict or list become items of their own if there are at most this many. A larger one
+# without tensors is a vocabulary or a history, and is sent as one value.
 _NAMED: Final = 1 << 14
 _BUILTIN: Final = frozenset({dict, list, tuple})
 _PLAIN: Final = SCALARS | _BUILTIN | {OrderedDict}
@@ -83,7 +83,7 @@ def flatten(
             rule.notice(leaf.name, leaf.view)
     found.reverse()
     for number in range(len(found)):
-        leaf = found.pop()  # so that nothing is held twice
+        leaf = found.pop()  # keeps no second reference
         if type(leaf) is not _Tensor:
             yield leaf  # type: ignore[misc]  # which narrows with isinstance only, and that takes twice as long
         elif number in aliases:
@@ -114,7 +114,7 @@ class _Tensor(NamedTuple):
 
 
 def _ties(found: list[Leaf | _Tensor]) -> tuple[dict[int, int], dict[int, list[str]]]:
-    """For each tensor met before, by number: the number of the first; and by that the names of the further ones."""
+    """For each tensor, the number of the first one with the same memory; and by that number, its other names."""
     firsts: dict[tuple[object, ...], int] = {}
     aliases: dict[int, int] = {}
     names: dict[int, list[str]] = {}
@@ -137,13 +137,13 @@ def _with_codec(leaf: _Tensor, rule: Rule, others: Sequence[str]) -> TensorLeaf:
 
 
 class _Survey(NamedTuple):
-    """What is known of a container before it is walked, with all that is in it."""
+    """What is known about a container, including its children, before it is walked."""
 
-    plain: bool  # there are values only, so that it may travel as one
-    builtin: bool  # of the types that values have, none of a subclass
-    height: int  # levels of containers in it
-    values: int  # those of containers in several places counted at each
-    containers: int  # counted likewise, with itself
+    plain: bool  # holds only values, so it may be sent as one
+    builtin: bool  # only exact types of values, no subclasses
+    height: int  # levels of containers below it
+    values: int  # a container in several places counts at each
+    containers: int  # counted likewise, including itself
 
 
 class _Walk:
@@ -153,10 +153,10 @@ class _Walk:
         self._front = front
         self._limits = limits
         self._found: list[Leaf | _Tensor] = []
-        self._surveys: dict[int, _Survey] = {}  # by id; all are held by the outermost container
+        self._surveys: dict[int, _Survey] = {}  # by id; the outermost container keeps all of them alive
         self._packed: dict[int, bytes | None] = {}
         self._around: set[int] = set()  # the containers around the one that is being surveyed
-        self._values = 0  # surveyed, those of containers in several places counted once
+        self._values = 0  # surveyed so far; a container in several places counts once
 
     def leaves(self, value: Any, path: Path) -> list[Leaf | _Tensor]:
         if _container(value) is not None:
@@ -190,15 +190,15 @@ class _Walk:
         return BareLeaf(ContainerItem(path, kind)) if packed is None else _value(path, packed)
 
     def _pack(self, value: Any, path: Path) -> bytes | None:
-        """A container as one value; None where it has to travel item by item."""
+        """A container as one value; None if it must be sent item by item."""
         survey, place, most = self._survey(value, path), id(value), min(self._limits.composite, self._limits.value)
         if not survey.plain or survey.containers > self._limits.containers:
             return None
-        if survey.values > most:  # of which each takes a byte or more
+        if survey.values > most:  # each takes at least a byte
             return None
         if place not in self._packed:
             self._packed[place] = None
-            with suppress(EncodeError):  # of something in it that cannot be sent: the walk comes to it, and names it
+            with suppress(EncodeError):  # something in it cannot be sent: the walk will find and name it
                 packed = pack_plain(value) if survey.builtin else pack_value(_builtin(value), self._limits)
                 self._packed[place] = packed if len(packed) <= most else None
         return self._packed[place]
@@ -212,7 +212,7 @@ class _Walk:
         return key  # type: ignore[no-any-return]  # which has just been checked
 
     def _survey(self, value: Any, path: Path) -> _Survey:
-        """Raise EncodeError for what is nested too deep, or without end, or repeated beyond measure."""
+        """Survey a container. Raises EncodeError if it is nested too deep, holds itself, or repeats too much."""
         place = id(value)
         if place in self._around:
             raise EncodeError("nested too deep: the container holds itself", item=name_of(path))
@@ -232,7 +232,7 @@ class _Walk:
             if survey is not None:
                 self._values += survey.values
                 if survey.values <= self._limits.composite and survey.containers <= self._limits.containers:
-                    # So are those in it, and no larger: a history in a dict is not looked at twice.
+                    # Containers in it satisfy the same limits: a history in a dict is not surveyed twice.
                     inner = survey._replace(height=survey.height - 1)
                     self._surveys |= dict.fromkeys(map(id, children), inner)
                 return survey
@@ -252,13 +252,13 @@ class _Walk:
                 values += inner.values
                 containers += inner.containers
         if values - self._values > _REPEATED:
-            detail = f"lists or dicts that stand in several places come to {values:,} values once written out; "
-            raise EncodeError(detail + "send each once, and where it is used by name", item=name_of(path))
+            detail = f"lists or dicts that appear in several places come to {values:,} values once written out; "
+            raise EncodeError(detail + "send each once, and refer to it by name", item=name_of(path))
         return _Survey(plain, builtin, height, values, containers)
 
 
 def _plain_tree(value: Any, nesting: int) -> tuple[_Survey | None, list[Any]]:
-    """The survey of a container, and the containers right in it; None unless it holds values, and nothing twice."""
+    """The survey of a container, and its direct children that are containers; None unless it is a tree of values."""
     height, values, containers, children = -1, 0, 0, []
     first = next(iter(value.values() if type(value) is dict else value), None)
     if type(first) not in _PLAIN:
@@ -278,7 +278,7 @@ def _plain_tree(value: Any, nesting: int) -> tuple[_Survey | None, list[Any]]:
 
 
 def _zeros_and_ones(view: TensorView) -> TensorView:
-    """A tensor of bools whose bytes may be any: what is not 0 is true, as for torch and NumPy."""
+    """A tensor of bools with arbitrary bytes: all but 0 are true, as in torch and NumPy."""
 
     def read(start: int, stop: int) -> ByteArray:
         data = np.frombuffer(view.read(start, stop), np.uint8)
@@ -301,8 +301,8 @@ def _container(value: Any) -> Kind | None:
 
 
 def _children(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Keys and children of a container, whatever a subclass makes of them."""
-    if isinstance(value, OrderedDict):  # whose order is its own
+    """Keys and children of a container, even if a subclass overrides the methods of dict or list."""
+    if isinstance(value, OrderedDict):  # its order is not that of the dict beneath it
         return OrderedDict.items(value)
     if isinstance(value, dict):
         return dict.items(value)
@@ -310,14 +310,14 @@ def _children(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _is_builtin(value: Any) -> bool:
-    """Whether a container, but for its children, is of the types that values have."""
+    """Whether a container, apart from its children, has exact types of values."""
     if is_plain_dict(value):
         return set(map(type, value)) <= {str, int}
     return type(value) is list or isinstance(value, tuple)
 
 
 def _builtin(value: Any) -> Any:
-    """A container of values with subclasses as what they are at heart."""
+    """A container of values with subclasses replaced by their base types."""
     kind = _container(value)
     if kind is None:
         return value
@@ -328,7 +328,7 @@ def _builtin(value: Any) -> Any:
 
 
 def _builtin_key(key: Any) -> Any:
-    """An int of NumPy, or of a subclass, as an int: they are the same key."""
+    """An int of NumPy or of a subclass as an int: both are the same key."""
     return int(key) if issubclass(type(key), (int, np.integer)) and type(key) is not bool else key
 
 
@@ -337,7 +337,7 @@ def _type(value: Any) -> str:
 
 
 def _remedy(value: Any) -> str:
-    """What to send in place of something that is neither tensor nor value. Asks its type only: it may be anything."""
+    """What to send instead of something that is neither tensor nor value. Looks only at its type."""
     kind = type(value)
     if callable(getattr(kind, "state_dict", None)):
         return "send its .state_dict()"

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Job(Generic[T]):
-    """Work that is done once, by whoever comes first, and lets go of all it holds when its result is taken."""
+    """Work that is done once, by the first thread to reach it, and releases everything when its result is taken."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work: Callable[[], T] | None = work
@@ -53,7 +53,9 @@ class _Job(Generic[T]):
             try:
                 raise error
             finally:
-                del error  # its traceback holds this frame: together they would outlive the stream, and hold its files
+                del (
+                    error
+                )  # its traceback refers to this frame: the cycle would outlive the stream and keep its files open
         return value  # type: ignore[return-value]  # which work that raised nothing gave
 
 
@@ -74,7 +76,7 @@ class Helper(Generic[T]):
         if size >= _WORTHWHILE:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorwire")
-            with suppress(RuntimeError):  # no thread to be had: the caller does the work when its turn comes
+            with suppress(RuntimeError):  # no thread available: the caller does the work when its turn comes
                 self._executor.submit(job.attempt)
 
     @property

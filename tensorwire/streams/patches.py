@@ -1,6 +1,6 @@
 """Patches: streams from one version of a container to the next.
 
-    for buffer in encode_patch(new, old, front): ...          # has both digests, and the changes
+    for buffer in encode_patch(new, old, front): ...          # both digests, and the changes
 
 A patch is a stream with a `base` and a `target`. Its root is a dict of the items that changed, each under its rank: its
 position among the items of the base in the order of their names, which both sides know. Tensors are sent in blocks of
@@ -26,7 +26,7 @@ from tensorwire.wire.frames import MOST_BUNDLED, bundle_table
 
 CODEC: Final = parse(Stage())
 BLOCK: Final = 4 << 20  # bytes of elements that are applied or skipped together: a whole number of chunks
-_BUNDLE: Final = 128 << 10  # bytes of payloads that travel in one frame
+_BUNDLE: Final = 128 << 10  # bytes of payloads in one frame
 _PART: Final = 1 << 20  # bytes of a value in one frame
 
 
@@ -83,7 +83,7 @@ class _Change:
         self.items = list(self._described())
 
     def _described(self) -> Iterator[tuple[Item, str]]:
-        """Items, each with its name: the root, then what changed. Tensors tied in both versions travel once."""
+        """Items, each with its name: the root, then what changed. Tensors tied in both versions are sent once."""
         yield ContainerItem((), Kind.DICT), ""
         numbers: dict[tuple[object, ...], int] = {}
         number = 0
@@ -105,7 +105,7 @@ def _check_alike(new: Version, base: Version) -> None:
     """Raise EncodeError unless two versions have the same names, dtypes and shapes."""
     for name in new.keys() ^ base.keys():
         missing, there = ("base", "new version") if name in new else ("new version", "base")
-        raise EncodeError(f"the {missing} has no such item, and the {there} has; send the new one whole", item=name)
+        raise EncodeError(f"the {missing} has no such item, but the {there} has; send the new one whole", item=name)
     for name, entry in new.items():
         if entry.describe() != base[name].describe():
             raise EncodeError(
@@ -114,14 +114,14 @@ def _check_alike(new: Version, base: Version) -> None:
 
 
 def _pair(new: Entry, base: Entry) -> tuple[object, ...] | None:
-    """Equal for what is one tensor in either version, under several names; None where that is not known."""
+    """A key that is equal for names that share a tensor in both versions; None if that is not known."""
     if new.view is None or base.view is None or new.view.identity is None or base.view.identity is None:
         return None
     return new.view.identity, base.view.identity
 
 
 def _compared(new: Entry, base: Entry) -> tuple[Checksums, Checksums, bool]:
-    """The checksums of a tensor, those of its base, and whether they differ in any bit. Both are read once."""
+    """The checksums of a tensor and of its base, and whether the two differ in any bit. Both are read once."""
     sums, base_sums, changed = [], [], False
     for start, stop in parts(new.size, CHUNK):
         values, before = new.read(start, stop), base.read(start, stop)
@@ -132,7 +132,7 @@ def _compared(new: Entry, base: Entry) -> tuple[Checksums, Checksums, bool]:
 
 
 def _framed(change: _Change, writer: Writer, head: bytes, report: Report) -> Iterator[Buffer]:
-    """All buffers: what is small goes together."""
+    """All buffers; small items are sent together."""
     yield head
     report.framing += len(head)
     waiting: list[tuple[int, memoryview]] = []
@@ -190,9 +190,9 @@ def _tensor_slices(change: _Change, name: str, pool: Pool) -> Iterator[tuple[int
         binding = binding_of(payload, extent)
         if binding.target != _of_block(change.sums[name], begin, end):
             raise EncodeError("it was changed while it was encoded: copy it before, or wait", item=name)
-        if binding.changed and binding.base == binding.target:  # by a chance of 1 in 2^32
+        if binding.changed and binding.base == binding.target:  # a collision, with a chance of 1 in 2^32
             raise EncodeError("no checksum tells the new elements from the old ones: send them whole", item=name)
-        # Whoever keeps a small payload must not keep the block's buffer.
+        # A consumer that keeps a small payload must not keep the whole buffer of the block.
         yield extent.start, extent.count, memoryview(bytes(payload) if 2 * len(payload) < end - begin else payload)
 
 
@@ -202,5 +202,5 @@ def _value_slices(data: bytes) -> Iterator[tuple[int, int, memoryview]]:
 
 
 def _of_block(sums: Checksums, begin: int, end: int) -> Checksums:
-    """Those of the checksums of a tensor that are of its bytes [begin, end)."""
+    """The checksums of bytes [begin, end) of a tensor, from those of the whole tensor."""
     return sums[begin // CHUNK : -(-end // CHUNK)]

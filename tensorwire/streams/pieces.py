@@ -57,4 +57,4 @@ class Pieces:
         reject_files(item)
         self._open_item(item)
         if isinstance(item, ValueItem):
-            raise SchemaError("the stream carries values that are no tensors; receive it with decode")
+            raise SchemaError("the stream carries values that are not tensors; receive it with decode")

@@ -42,11 +42,11 @@ from tensorwire.wire.items import (
 from tensorwire.wire.reader import NeedData, Reader
 from tensorwire.wire.values import unpack_value
 
-# Of a codec that expands, a slice may be so many times as large, decoded, as a frame may be.
+# For a codec that expands, a decoded slice may be this many times as large as a frame.
 EXPANDED: Final = 4
-# A raw payload lands in parts of at most this, so that memory follows what arrives and not what a header claims.
+# A raw payload is received in parts of at most this, so that memory grows with what arrives, not with what is claimed.
 _PART: Final = 4 << 20
-_CHECKED: Final = 1024  # whole small items that are remembered: many are alike
+_CHECKED: Final = 1024  # results of `_whole` that are kept, because many small items are alike
 
 
 class ItemStart(NamedTuple):
@@ -56,7 +56,7 @@ class ItemStart(NamedTuple):
     item: Item
 
 
-# Memory for an item by its number; None: what comes of it need not stay.
+# Returns memory for an item by its number; None if its data need not be kept.
 Take = Callable[[int, DataItem], Memory | None]
 
 
@@ -111,7 +111,7 @@ class _Position(NamedTuple):
     offset: int
 
     def locate(self, error: TensorwireError) -> None:
-        """Say so in an error that does not yet."""
+        """Add the item, frame and offset to an error that lacks them."""
         error.item = self.item.name if error.item is None else error.item
         if error.frame is None:
             error.frame, error.offset = self.frame, self.offset
@@ -163,10 +163,10 @@ class Receiver:
         self._any_base = any_base
         self._take = take
         self._overlap = overlap and scratch is None
-        # Taken in turns by slices: one is decoded, or in the hands of the consumer, while the next one is received.
+        # Slices use them in turns: one is decoded, or used by the consumer, while the next one is received.
         self._scratches = cycle([Scratch(), Scratch()] if scratch is None else [scratch])
         self._scratch = next(self._scratches)
-        # What the consumer said of items that are to come, by number. There may be many: nothing else is kept of them.
+        # What the consumer chose for items to come, by number. There may be many, so nothing else is kept about them.
         self._memory: dict[int, Memory] = {}
         self._all_encoded = encoded
         self._encoded: set[int] = set()
@@ -175,11 +175,11 @@ class Receiver:
         # Of whole items, by what they are; with a length that a payload may have.
         self._checked: dict[tuple[CodecSpec, int, tuple[int, ...]], tuple[Codec, Extent, int]] = {}
         self._aliases: dict[int, list[AliasItem]] = {}
-        self._file: object = None  # what the source is called
+        self._file: object = None  # the name of the source
         self._helper: Helper[tuple[_Position, Piece]] = Helper()
-        self._at: _Position | None = None  # where the event that is handled now came from
-        # The part of a raw slice that is being filled: its first byte and its memory. And what was wrong with an
-        # earlier part, an error once the slice is verified.
+        self._at: _Position | None = None  # the origin of the event that is being handled
+        # The part of a raw slice that is being filled: its first byte and its memory. `_unfit`: what is wrong with an
+        # earlier part; it becomes an error once the slice is verified.
         self._landing: tuple[int, Any] = 0, None
         self._unfit = ""
 
@@ -217,7 +217,7 @@ class Receiver:
             yield from self._receive()
         except WireError as error:
             self._locate(error)
-            self._helper.drain()  # an earlier slice's error comes first, whatever the threads did
+            self._helper.drain()  # an error in an earlier slice comes first, whatever the timing of the threads
             raise
         finally:
             self._helper.close()
@@ -273,7 +273,7 @@ class Receiver:
                 yield self._complete(self._arriving(number, item))
 
     def _codec(self, item: DataItem) -> Codec:
-        """The codec of an item. Raises where there is none or it cannot carry the dtype."""
+        """The codec of an item. Raises if it is unknown or cannot carry the dtype."""
         if isinstance(item, ValueItem):
             return RAW
         key = item.codec, item.dtype.number
@@ -289,7 +289,7 @@ class Receiver:
         return self._incoming
 
     def _place(self, number: int, item: DataItem) -> tuple[Memory | None, bool]:
-        """Where an item lands, whose data begins to come, and whether it is kept encoded."""
+        """The memory for an item whose data begins to arrive, and whether the item is kept encoded."""
         if self._all_encoded or number in self._encoded:
             self._encoded.discard(number)
             return None, True
@@ -315,7 +315,7 @@ class Receiver:
             self._reader.direct(self._scratch.payload(event.length).data, anywhere=True)
 
     def _direct(self, incoming: _Incoming, begin: int, left: int) -> None:
-        """Let the next part of a raw slice land in its place."""
+        """Direct the next part of a raw slice into its place."""
         region = self._region(incoming, begin, min(left, _PART))
         self._landing = begin, region
         self._reader.direct(memoryview(region))
@@ -326,11 +326,11 @@ class Receiver:
         return incoming.memory.region(begin, begin + size)
 
     def _landed(self, incoming: _Incoming) -> Iterator[Piece]:
-        """A part of a raw slice is there."""
+        """Handle a part of a raw slice that has arrived."""
         begin, region = self._landing
         extent = extent_of(incoming.item, begin // incoming.itemsize, region.size // incoming.itemsize)
         try:
-            incoming.codec.decode(memoryview(region), extent, region)  # in place: only looks
+            incoming.codec.decode(memoryview(region), extent, region)  # in place: only checks the values
         except FormatError as error:
             self._unfit = self._unfit or error.detail
         if isinstance(incoming.item, ValueItem):
@@ -376,7 +376,7 @@ class Receiver:
             yield Completed(number, item, tuple(self._aliases.pop(number, ())))
 
     def _whole(self, item: DataItem, count: int, length: int) -> tuple[Codec, Extent]:
-        """The codec and extent of an item in one payload of `length` bytes. Raises unless it can have them."""
+        """The codec and extent of an item that is one payload of `length` bytes. Raises if that is not valid."""
         if not isinstance(item, TensorItem):
             codec = self._codec(item)
             return codec, check_slice(codec, SliceStart(0, item, 0, count, length), item, self._limits)
@@ -420,7 +420,7 @@ class Receiver:
         return piece
 
     def _position(self, item: Item) -> _Position:
-        """The frame being read now, which is about `item`."""
+        """The position of the current frame, which is about `item`."""
         assert self._reader.frame is not None
         header, offset = self._reader.frame
         return _Position(item, header.sequence, offset)
@@ -436,7 +436,7 @@ def _decoded(decode: Callable[[], None], piece: Piece, position: _Position) -> t
 
 
 def check_slice(codec: Codec, place: SliceStart | Header, item: DataItem, limits: Limits) -> Extent:
-    """The extent of a slice of `item`. Raises unless it may stand at this place and have this length."""
+    """The extent of a slice of `item`. Raises if its place or length is not valid."""
     extent = extent_of(item, place.start, place.count)
     _check_length(codec, place.length, extent, limits)
     block, last = codec.block(extent.dtype), item.total is not None and place.start + place.count == item.total

@@ -71,20 +71,20 @@ class Report:
     def __repr__(self) -> str:
         return f"<Report: {self}>"
 
-    # What streams tell it.
+    # Called by streams.
 
     def add_item(self, spec: str) -> None:
-        """An item that `spec` is to carry."""
+        """Add an item that `spec` will carry."""
         self._carried(spec).items += 1
 
     def add_frame(self, spec: str, bytes_in: int, bytes_out: int) -> None:
-        """A slice that was encoded."""
+        """Add a slice that was encoded."""
         carried = self._carried(spec)
         carried.bytes_in += bytes_in
         carried.bytes_out += bytes_out
 
     def add_otherwise(self, name: str, asked: str, used: str, reason: str) -> None:
-        """An item that `asked` cannot carry."""
+        """Add an item that `asked` cannot carry."""
         self.otherwise.append(Otherwise(name, asked, used, reason))
 
     def _carried(self, spec: str) -> Carried:
@@ -104,6 +104,6 @@ def size_text(count: int) -> str:
     if count < 1000:
         return f"{count} B"
     value, unit = count / 1000, 0
-    while value >= 999.95 and unit < len(_UNITS) - 1:  # which would be shown as 1000.0
+    while value >= 999.95 and unit < len(_UNITS) - 1:  # larger values would be shown as 1000.0
         value, unit = value / 1000, unit + 1
     return f"{value:.1f} {_UNITS[unit]}"

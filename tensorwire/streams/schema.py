@@ -10,12 +10,12 @@ from tensorwire.tensor import AnyFront, Front, TensorView
 from tensorwire.wire import Item, Kind
 from tensorwire.wire.names import Path, name_of
 
-# What must be equal, of items of the same kind. The size of a value is its own business.
+# The fields that must be equal, by kind of item. The size of a value may differ.
 _COMPARED: Final = {Kind.TENSOR: ("dtype", "shape", "codec"), Kind.ALIAS: ("of",)}
 
 
 class _Describing(AnyFront):
-    """Sees tensors by their description alone."""
+    """A front that only looks at the descriptions of tensors."""
 
     def view(self, value: object) -> TensorView | None:
         return self.describe(value)

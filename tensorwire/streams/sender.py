@@ -35,17 +35,17 @@ from tensorwire.wire.frames import HEADER_SIZE, MOST_BUNDLED, bundle_table
 FRAME_SIZE: Final = 1 << 20
 ALIGNMENT: Final = 64  # of payloads in a file
 _MIN_FRAME_SIZE: Final = 1 << 12
-# A codec that shrinks sevenfold would make a frame's slice seven times as much memory on either side.
+# Without this limit, a codec that shrinks sevenfold would need seven times the memory of a frame on either side.
 _DECODED: Final = EXPANDED
 _PART: Final = 1 << 20  # raw frames larger than this are read and checksummed part by part
-# Small items are sent together: with frames of their own, each costs ten times what its bytes do. But where there are
-# only a few of them, that does not matter.
+# Small items are sent together: with frames of their own, each would cost ten times as much as its bytes. With only a
+# few of them, that does not matter.
 _SMALL: Final = 4 << 10  # bytes of a payload
-_SMALL_OF_LARGE: Final = 64 << 10  # where that is a hundredth of the tensor
-_BUNDLE: Final = 128 << 10  # bytes of a frame, all of which is read for any of its items
+_SMALL_OF_LARGE: Final = 64 << 10  # the same, if that is at most a hundredth of the decoded tensor
+_BUNDLE: Final = 128 << 10  # bytes of a frame; reading any of its items reads all of it
 _MANY: Final = 16  # items
 FLUSH: Final = b""
-# (offset, bytes) to be written over what has passed there.
+# Receives (offset, bytes) that must overwrite earlier output.
 Late = list[tuple[int, bytes]]
 
 
@@ -89,7 +89,7 @@ def gather(buffers: Iterable[Any], size: int) -> Iterator[bytes]:
             queue.put(message)
     """
     if size < 1:
-        raise ArgumentError(f"a portion has at least one byte, not {size!r}")
+        raise ArgumentError(f"a portion must have at least one byte, not {size!r}")
     portion = BytesIO()
     for buffer in buffers:
         rest = memoryview(buffer).cast("B")
@@ -112,7 +112,7 @@ def stream_info(metadata: Mapping[str, str] | None, stream_id: bytes = b"", *, a
     if not all(type(key) is str and type(text) is str for key, text in pairs):
         raise EncodeError("metadata must map text to text")
     if not all(_travels(key) and _travels(text) for key, text in pairs):
-        raise EncodeError("metadata with lone surrogates cannot be sent: it is no UTF-8")
+        raise EncodeError("metadata with lone surrogates cannot be sent: it is not valid UTF-8")
     return StreamInfo(align=ALIGNMENT if at_rest else 1, id=stream_id, metadata=tuple(sorted(pairs)))
 
 
@@ -125,9 +125,9 @@ def _travels(text: str) -> bool:
 
 
 class _EncodedSlice(NamedTuple):
-    """A data frame to be sent: what its header says, its payload, and whose data it is.
+    """A data frame to be sent: the fields of its header, its payload, and its item.
 
-    A `crc` that is None is made of the payload as it passes.
+    `crc`: None if it is to be computed when the payload is sent.
     """
 
     start: int
@@ -139,7 +139,7 @@ class _EncodedSlice(NamedTuple):
 
 
 class _EncodedBundle(NamedTuple):
-    """A bundle to be sent: its slices, of whole items, and their payloads together."""
+    """A bundle to be sent: its slices, each a whole item, and their joined payloads."""
 
     slices: list[_EncodedSlice]
     payloads: bytearray
@@ -178,18 +178,18 @@ class Sender:
             self._start = self._framed(self._writer.start(info))
 
     def container(self, leaves: Iterable[Leaf]) -> Iterator[Buffer]:
-        """All buffers. Every item is described, and refused if it must be, before this returns."""
+        """All buffers. Before this returns, every item has been described, or refused."""
         described: list[Leaf] = []
         head = b"".join([self._start, *self._describe(leaves, described)])
         self._check_size(described)
         return self._container(head, described)
 
     def _check_size(self, leaves: Iterable[Leaf]) -> None:
-        """Raise EncodeError where the data of these leaves, at their least, is more than a stream may have."""
+        """Raise EncodeError if even the smallest encoding of these leaves exceeds the limit for a stream."""
         data = [leaf for leaf in leaves if not isinstance(leaf, BareLeaf)]
         begins, most = self._writer.offset, self._limits.stream
         if begins + 2 * sum((leaf.item.total or 0) * _width(leaf) + HEADER_SIZE for leaf in data) <= most:
-            return  # which is the rule, and costs less
+            return  # the usual case, at a lower cost
         size = begins
         for group in gathered(data, self._frame_size):
             if len(group) > 1:
@@ -221,7 +221,7 @@ class Sender:
 
     def pair(self, name: str, value: Any, front: Front, rule: Rule) -> Iterator[Buffer]:
         """The buffers of one pair."""
-        # Memory of tensors that are made one after the other is used again: equal addresses mean nothing.
+        # Equal addresses mean nothing here: tensors that are made one after the other may reuse memory.
         leaves: list[Leaf] = []
         described = self._describe(flatten(value, front, rule, self._limits, path=(name,), tie=False), leaves)
         yield b"".join(described)
@@ -233,15 +233,15 @@ class Sender:
             return self._framed(self._writer.end())
 
     def _framed(self, data: bytes) -> bytes:
-        """What the writer made, counted."""
+        """The writer's output, after counting its bytes."""
         if self._report is not None:
             self._report.framing += len(data)
         return data
 
     def _describe(self, leaves: Iterable[Leaf], described: list[Leaf]) -> Iterator[bytes]:
-        """The ITEM frames of leaves, which go into `described`.
+        """The ITEM frames of leaves; the leaves are appended to `described`.
 
-        Raises EncodeError naming the item, also where its codec's blocks do not fit into a frame.
+        Raises EncodeError, naming the item; among others, if a block of its codec does not fit into a frame.
         """
         try:
             for frame in self._writer.items(self._noted(leaf, described).item for leaf in leaves):
@@ -275,7 +275,7 @@ class Sender:
                     yield from encoded.payload
 
     def _header_late(self, encoded: _EncodedSlice) -> Iterator[Buffer]:
-        """A frame whose payload is read once: its header is made last, to be written over zeros in its place."""
+        """A frame whose payload is read only once: zeros take the place of its header, which is made last."""
         assert self._late is not None
         offset = self._writer.offset
         yield self._framed(bytes(self._writer.data_header_size()))
@@ -292,7 +292,7 @@ class Sender:
             raise EncodeError(error.detail, item=encoded.leaf.item.name) from None
 
     def _jobs(self, leaves: Iterable[Leaf]) -> Iterator[tuple[_Job, int]]:
-        """(job, size in bytes) for every piece of work; a job gives the frames to be sent next."""
+        """(job, size in bytes) for every piece of work; a job returns the frames to be sent next."""
         for group in gathered(leaves, self._frame_size):
             leaf = group[0]
             if len(group) > 1:
@@ -355,7 +355,7 @@ class Sender:
         return [_EncodedSlice(0, view.numel, view.numel * view.dtype.itemsize, None, payload, leaf)]
 
     def _again(self, leaf: TensorLeaf, parts: list[tuple[int, int]], expected: int) -> Iterator[Buffer]:
-        """The parts, read once more. Raises EncodeError behind the last one where they are not what was checksummed."""
+        """The parts, read again. Raises EncodeError after the last one if they differ from what was checksummed."""
         crc = 0
         for start, stop in parts:
             part = self._copied(_read(leaf, start, stop))
@@ -365,14 +365,14 @@ class Sender:
             raise EncodeError("it was changed while it was written: copy it before, or wait", item=leaf.item.name)
 
     def _copied(self, data: Buffer | ByteArray) -> ByteArray:
-        """The same bytes, in memory that nobody else writes to."""
+        """The same bytes, in memory that nothing else writes to."""
         given = np.frombuffer(as_buffer(data), np.uint8)
         copy = self._pool.take(given.size)
         copy[:] = given
         return copy
 
     def _bundle(self, leaves: list[TensorLeaf | ValueLeaf]) -> list[_EncodedBundle]:
-        """Small items whole, copied together."""
+        """Small items, whole, copied into one payload."""
         slices, payloads = [], bytearray()
         for leaf in leaves:
             if isinstance(leaf, ValueLeaf):
@@ -391,7 +391,7 @@ class Sender:
 
 @contextmanager
 def _writing(leaf: Leaf | None = None) -> Iterator[None]:
-    """What the writer refuses is the fault of who asked for it, not of bytes."""
+    """Turn a WireError of the writer into an EncodeError: the caller's input is wrong, not received bytes."""
     try:
         yield
     except WireError as error:
@@ -399,7 +399,7 @@ def _writing(leaf: Leaf | None = None) -> Iterator[None]:
 
 
 def _least(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> int:
-    """Bytes that the frames of an item take at the least: of what a codec compresses, only the headers are sure."""
+    """The fewest bytes that the frames of an item can take: for codecs that compress, only the headers."""
     total = leaf.item.total or 0
     if isinstance(leaf, ValueLeaf):
         return total + HEADER_SIZE
@@ -417,7 +417,7 @@ def _least_payload(leaf: TensorLeaf | ValueLeaf) -> int:
 
 
 def gathered(leaves: Iterable[Leaf], frame_size: int) -> Iterator[list[TensorLeaf | ValueLeaf]]:
-    """The leaves with data, those together that travel in one bundle."""
+    """The leaves with data, grouped: those that are sent in one bundle are together."""
     group: list[TensorLeaf | ValueLeaf] = []
     used = HEADER_SIZE
     for leaf in leaves:
@@ -445,13 +445,13 @@ def _expands(leaf: TensorLeaf | ValueLeaf) -> bool:
 
 
 def _small(leaf: TensorLeaf | ValueLeaf, frame_size: int) -> int:
-    """The bytes that an item takes in a bundle, at most; 0 where it has frames of its own."""
+    """The most bytes that an item takes in a bundle; 0 if it has frames of its own."""
     total, most = leaf.item.total, _SMALL
     if total is None:
         return 0
-    if isinstance(leaf, TensorLeaf) and leaf.codec.packer.expands:  # which lands nowhere and is never mapped
+    if isinstance(leaf, TensorLeaf) and leaf.codec.packer.expands:  # never received in place, and never mapped
         most = _SMALL_OF_LARGE if total * leaf.item.dtype.itemsize <= _DECODED * frame_size else 0
-    elif total > _SMALL:  # of elements, which no other codec makes smaller than half a byte
+    elif total > _SMALL:  # in elements: no other codec makes them smaller than half a byte
         return 0
     size = total if isinstance(leaf, ValueLeaf) else leaf.codec.bound(total, leaf.item.dtype)
     return size + 4 if size <= most else 0
@@ -473,9 +473,9 @@ def cuts(leaf: TensorLeaf | ValueLeaf, frame_size: int, *, at_rest: bool) -> Ite
 def slice_size(codec: Codec, item: TensorItem | FileItem, frame_size: int) -> int:
     """Elements of a full slice of `item`.
 
-    As many whole blocks as fit into a frame, encoded, and into `_DECODED` frames, decoded; at least one block, or an
-    item that is smaller than one. A codec that expands has no block that is larger, decoded. Raises EncodeError where a
-    frame is too small.
+    As many whole blocks as fit into one frame when encoded, and into `_DECODED` frames when decoded; at least one
+    block, or an item that is smaller than a block. For a codec that expands, not even one block may be larger when
+    decoded. Raises EncodeError if a frame is too small.
     """
     budget, dtype = frame_size - HEADER_SIZE, item.dtype
     block = codec.block(dtype)
@@ -524,7 +524,7 @@ class StreamSize(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes of the stream."""
         return self.payloads + self.framing
 
 
@@ -565,7 +565,7 @@ def _stream_size(leaves: list[Leaf], info: StreamInfo, frame_size: int, limits: 
 
 
 def _lengths(leaf: TensorLeaf | ValueLeaf, count: int) -> tuple[int, int]:
-    """Bytes of the payload of a slice, at most, and how many of them are metadata."""
+    """The most bytes that the payload of a slice can take, and how many of them are metadata."""
     if isinstance(leaf, ValueLeaf):
         return count, 0
     dtype = leaf.item.dtype

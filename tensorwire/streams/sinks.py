@@ -98,7 +98,7 @@ class _Taken:
         if not self._trusted and check_codec(item).packer.expands:
             self._expanded += item.total * item.dtype.itemsize
             if self._expanded > self._limits.expanded:
-                what = "what nobody expects of sparse and low-rank tensors"
+                what = "sparse and low-rank tensors, decoded without expect="
                 raise LimitError(what, self._limits.expanded, self._expanded, field="expanded", item=item.name)
         grown = self.memory[number] = GrowingMemory(item.total * item.dtype.itemsize, trusted=self._trusted)
         return grown
@@ -125,8 +125,8 @@ class Items:
         self._metadata = metadata_into
         self._schema = None if expect is None else Schema.of(expect, front, limits=limits)
         self._filled: set[str] = set()
-        self._targets: dict[int, Any] = {}  # those that the caller has preallocated
-        self._copied: dict[int, Any] = {}  # and of those, on a device, what is copied there piece by piece
+        self._targets: dict[int, Any] = {}  # preallocated by the caller
+        self._copied: dict[int, Any] = {}  # those of them on a device that pieces are copied to
         self._taken = _Taken(self._copied, limits, trusted=self._schema is not None)
         self.receiver = Receiver(limits, base=base, take=self._taken, overlap=overlap)
 
@@ -179,7 +179,7 @@ class Items:
         return self._front.wrap(self._taken.memory.pop(number).data, item.dtype, item.shape)
 
     def _other_name(self, alias: AliasItem, value: Any) -> Any:
-        """What an alias gives: the tensor itself, or the tensor that `into` has for it, filled alike."""
+        """The value for an alias: the tensor itself, or the tensor that `into` has for the alias, filled likewise."""
         if alias.name not in self._into:
             return value
         view = self._front.view(value)
@@ -193,7 +193,7 @@ class Items:
         return tensor
 
     def _target(self, name: str, dtype: DType, shape: tuple[int, ...]) -> Any:
-        """The tensor that `into` has under this name. Raises SchemaError where it does not match."""
+        """The tensor that `into` has under this name. Raises SchemaError if it does not match."""
         tensor = self._into[name]
         view = self._front.view(tensor)
         if view is None or (view.dtype, view.shape) != (dtype, shape):

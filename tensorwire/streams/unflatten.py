@@ -17,7 +17,7 @@ class Unflattener:
         self._tuples: list[Path] = []
 
     def declare(self, item: Item) -> None:
-        """Make the place for an item, so that dicts keep the order of the sender."""
+        """Reserve the place of an item, so that dicts keep the order of the sender."""
         node: Any = _MISSING
         if isinstance(item, ContainerItem):
             node = self._nodes[item.path] = {} if item.kind == Kind.DICT else []
@@ -30,10 +30,10 @@ class Unflattener:
         self._put(path, value, grow=False)
 
     def result(self) -> Any:
-        """The whole, once everything is filled in."""
+        """The complete container, once everything is filled in."""
         for path in reversed(self._tuples):
             self._put(path, tuple(self._nodes[path]), grow=False)
-        return self._root  # a stream has one: the ledger sees to it
+        return self._root  # the ledger makes sure that a stream has one
 
     def _put(self, path: Path, value: Any, *, grow: bool) -> None:
         if not path:

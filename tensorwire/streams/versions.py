@@ -22,7 +22,7 @@ from tensorwire.tensor import ByteArray, Front, TensorView
 from tensorwire.wire.names import Path, name_of
 from tensorwire.wire.values import pack_plain
 
-_READ: Final = 4 * CHUNK  # bytes that are asked of a tensor at once: the asking costs as much as a few KiB
+_READ: Final = 4 * CHUNK  # bytes that are read of a tensor at once; a read costs as much as a few KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def tensor(self) -> TensorView:
-        """The view of what is known to be a tensor."""
+        """The view of an entry that is known to be a tensor."""
         assert self.view is not None
         return self.view
 
@@ -117,7 +117,7 @@ def parts(size: int, step: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def about(name: str) -> Iterator[None]:
-    """Errors over a tensor that is read, which say whose it is."""
+    """Adds the item's name to errors about a tensor that is being read."""
     try:
         yield
     except EncodeError as error:

@@ -1,4 +1,4 @@
-"""Resumable transfers of any stream, without I/O: position, sender, receiver, and what both ends say to one another."""
+"""Resumable transfers of any stream, without I/O: position, sender, receiver, and the messages between them."""
 
 from tensorwire.transfer.frames import Frame, Frames
 from tensorwire.transfer.position import Outcome, Position

@@ -1,4 +1,4 @@
-"""A stream frame by frame: each header together with the event it led to, also where the stream breaks."""
+"""A stream frame by frame: each header with the event it led to, and the frame in which a broken stream breaks."""
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from tensorwire.wire.drive import Consumer, Source, pull
 from tensorwire.wire.frames import HEADER_SIZE
 from tensorwire.wire.reader import NeedData
 
-_SCRATCH: Final = 5 << 20  # more than a block of a patch takes; bytes of a payload that are held at once
+_SCRATCH: Final = 5 << 20  # bytes of a payload held at a time; more than a block of a patch takes
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame, the byte its header begins at, and what the reader made of it: None where it broke."""
+    """A frame, the offset of its header, and the event that the reader made of it; None if the stream broke there."""
 
     header: Header
     offset: int
@@ -34,9 +34,9 @@ class Frame:
 
 
 class Frames(Consumer[Frame]):
-    """Iterate for the frames of a stream, each once it is verified; payloads are not kept.
+    """An iterable of the frames of a stream, each given once it is verified; payloads are not kept.
 
-    When the stream breaks, the WireError is raised, and `broken` is the frame it broke in, if its header was good.
+    If the stream is broken, the WireError is raised, and `broken` is the frame it broke in, if its header was valid.
     """
 
     def __init__(self, source: Source | None = None, limits: Limits = DEFAULT) -> None:
@@ -50,11 +50,11 @@ class Frames(Consumer[Frame]):
 
     @property
     def broken(self) -> Frame | None:
-        """The frame whose header has been read but which has not been given."""
+        """The frame whose header has been read but which has not been returned."""
         return Frame(*self._reader.frame, None) if self._reader.frame and not self._reader.ended else None
 
     def steps(self) -> Generator[NeedData | Frame, None, None]:
-        """The same for whoever fills the buffers (`wire.drive.Consumer`): yields NEED_DATA and Frames."""
+        """The same for a caller that fills the buffers itself (`wire.drive.Consumer`): yields NEED_DATA and Frames."""
         reader = self._reader
         self._scratch = memoryview(bytearray(_SCRATCH))
         while not reader.ended:
@@ -74,7 +74,7 @@ class Frames(Consumer[Frame]):
         return self._reader.get_buffer()
 
     def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
+        """Note that `size` bytes were written there; 0: the input has ended."""
         self._reader.buffer_updated(size)
 
     def lend(self, data: memoryview) -> None:

@@ -1,14 +1,14 @@
-"""How far a transfer is, and what came of it."""
+"""How far a transfer has come, and its result."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How much of a stream is whole.
+    """How much of a stream is there, in complete frames.
 
-    The number of frames, their bytes with the preamble, and the last header's CRC, which the next frame repeats as its
-    link and which stands for all before it.
+    The number of frames, their bytes including the preamble, and the CRC of the last header. The next frame repeats
+    this CRC as its link, so it identifies everything before it.
     """
 
     frames: int = 0
@@ -18,7 +18,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A stream that was received whole: where it ended and the SHA-256 that its END frame carries, in hexadecimal."""
+    """A completely received stream: where it ended, and the SHA-256 in its END frame, in hexadecimal."""
 
     end: Position
     digest: str

@@ -1,10 +1,11 @@
-"""A stream received to disk, frame by frame verified, and taken up again after either side was killed.
+"""Receives a stream to disk, verifying frame by frame, and resumes after either side was killed.
 
-What is on disk is the stream itself under a temporary name, so that it says on its own how much of it is whole. The
-next attempt verifies every frame in it again, cuts off a torn tail and asks the sender for the rest. Once the END frame
-has come and all is synced, a journal notes the outcome and which file it is about, and that takes the final name. The
-journal stays until the sender has its receipt: one that asks again is told the digest, and nothing is received twice.
-It is believed only while that very file has the name; docs/transports.md has the states as a table.
+The file on disk is the stream itself under a temporary name, so the file alone shows how much has arrived. The next
+attempt verifies every frame in it again, cuts off an incomplete tail and asks the sender for the rest. Once the END
+frame has arrived and everything is synced, a journal records the outcome and which file it is about, and the file gets
+its final name. The journal stays until the sender has its receipt: a sender that asks again is told the digest, and
+nothing is received twice. The journal is believed only while that very file has the name; docs/transports.md lists the
+states in a table.
 """
 
 import json
@@ -22,21 +23,22 @@ from tensorwire.transfer.session import RefusedError
 from tensorwire.wire import NEED_DATA, Item, ItemsStart, StreamEnd
 from tensorwire.wire.reader import NeedData
 
-_HELD: Final = 4 << 20  # a frame up to this size is written when it is verified, a larger one as it comes
+_HELD: Final = 4 << 20  # a frame up to this size is written once it is verified, a larger one as it arrives
 
 
 class Recording:
-    """The place of one transfer; a `wire.drive.Consumer` that gives no results.
+    """The destination of one transfer; a `wire.drive.Consumer` without results.
 
-    `path`: where the stream will stand. `transfer`: what tells this transfer from any other to `path`. `check` gives a
-    function that is called with each item before its data is taken, and raises to refuse the stream (`lambda:
-    schema(model).check`); it is called anew for every time that the stream is read from its beginning. `convert` makes
-    another file of the stream, given the paths of both, and that takes the name `path`. `finish` is called instead of
-    the renaming, with the path of the temporary file, and has to rename it to `path`, or to raise. What was received is
-    removed where one of them finds it wanting (SchemaError; any WireError of the last two) and stays otherwise.
+    `path`: the final name of the file. `transfer`: the key that distinguishes this transfer from others to `path`.
+    `check`: returns a function that is called with each item before its data is received, and raises to refuse the
+    stream (`lambda: schema(model).check`); a new one is requested each time the stream is read from its beginning.
+    `convert`: called with the path of the stream and that of a new file, which it writes from the stream and which then
+    gets the name `path`. `finish`: called with the path of the temporary file instead of renaming it; it must rename
+    the file to `path`, or raise. If `check` raises SchemaError, or `convert` or `finish` any WireError, what was
+    received is removed; otherwise it stays for the next attempt.
 
-    `position` says where the sender has to go on, `outcome` is set once the stream is whole. Raises StorageError, with
-    errno EWOULDBLOCK where somebody else is receiving the same transfer.
+    `position` says where the sender must continue; `outcome` is set once the stream is complete. Raises StorageError,
+    with errno EWOULDBLOCK if another process or thread is receiving the same transfer.
     """
 
     def __init__(
@@ -73,19 +75,19 @@ class Recording:
         return self._frames.get_buffer()
 
     def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
+        """Note that `size` bytes were written there; 0: the input has ended."""
         self._pending += self._frames.get_buffer()[:size]
         self._frames.buffer_updated(size)
         if len(self._pending) >= _HELD:
             self._store()
 
     def lend(self, data: memoryview) -> None:
-        """The next bytes, which are copied."""
+        """Take `data` as the next bytes, by copying them."""
         self.get_buffer()[: len(data)] = data
         self.buffer_updated(len(data))
 
     def steps(self) -> Generator[NeedData, None, None]:
-        """NEED_DATA until the stream is whole."""
+        """Yields NEED_DATA until the stream is complete."""
         try:
             for event in self._events:
                 if event is NEED_DATA:
@@ -98,17 +100,17 @@ class Recording:
             raise
 
     def begin_anew(self) -> None:
-        """Begin with nothing: what was received is of another stream. Raises RefusedError where that is complete."""
+        """Drop what was received, because it is of another stream. Raises RefusedError if that stream is complete."""
         if self._done:
             raise RefusedError(
-                "another stream has arrived whole under this name: send it as a new transfer", kind="done"
+                "another stream has already arrived under this name: send this one as a new transfer", kind="done"
             )
         self._part.truncate(0)
         self._written, self._pending = 0, bytearray()
         self._replay(self._part.read_at, 0)
 
     def commit(self) -> Outcome:
-        """Give the whole stream its final name, once and for all. Raises StorageError, and what `finish` raises."""
+        """Give the complete stream its final name, once. Raises StorageError, and what `finish` raises."""
         assert self.outcome is not None
         if not self._done:
             try:
@@ -131,14 +133,14 @@ class Recording:
         self._part.discard()
 
     def close(self) -> None:
-        """Let go of the file; what is whole in it stays for the next attempt."""
+        """Close the file; the complete frames in it stay for the next attempt."""
         self._part.close()
-        # Not to wait for the garbage collector where `check` or `finish` know this recording.
+        # Breaks reference cycles through `check` or `finish`, so that nothing waits for the garbage collector.
         self._events, self._pending = iter(()), bytearray()
         self._frames = Frames(limits=self._limits)
 
     def _already_done(self) -> bool:
-        """Whether the whole stream has its final name and is still what it was then."""
+        """Whether the complete stream has its final name and has not changed since."""
         journal = self._part.note()
         if journal is None:
             return False
@@ -161,9 +163,9 @@ class Recording:
             return self._replay(read_at, outcome.end.offset) and self.outcome == outcome
 
     def _take_up(self) -> None:
-        """Verify what an earlier attempt left, and cut it off behind the last frame that is whole."""
+        """Verify what an earlier attempt left, and cut it off after the last complete frame."""
         whole = self._part.open()
-        if not whole and self._already_done():  # somebody else had it until now
+        if not whole and self._already_done():  # another receiver has just completed it
             return
         while not self._replay(self._part.read_at, whole):
             whole = self.position.offset
@@ -171,7 +173,7 @@ class Recording:
         self._written = whole
 
     def _replay(self, read_at: Callable[[memoryview, int], int], size: int) -> bool:
-        """Feed the first `size` bytes of a file back in. Returns whether they are whole frames."""
+        """Read the first `size` bytes of a file as if they arrived now. Returns whether they are complete frames."""
         self._frames = Frames(limits=self._limits)
         self._events = self._frames.steps()
         self._check = self._new_check()

@@ -1,7 +1,4 @@
-"""One stream from here to there, over as many connections as it takes: when to try again, and when to give up.
-
-Without I/O of its own.
-"""
+"""Sends one stream over as many connections as it takes: when to try again, and when to give up. Without I/O."""
 
 import random
 import time
@@ -21,11 +18,11 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """Pauses between attempts, longer each time, and the end of patience.
+    """Pauses between attempts, each longer than the last, until the patience is used up.
 
-    `patience`: seconds, counted from the first failure since the last progress: what goes well may take as long as it
-    takes. A pause is twice as long as the one before it, from `first` to `longest` seconds, less up to a half by
-    chance, so that those who were hit by one failure do not all come back at once.
+    `patience`: seconds since the first failure after the last progress; a transfer that makes progress may take any
+    time. Pauses double from `first` to `longest` seconds. Each is shortened by a random amount of up to a half, so that
+    peers that were hit by the same failure do not all come back at once.
 
         backoff = Backoff(patience=60)
         while True:
@@ -51,14 +48,14 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """There was progress: patience and pauses begin anew."""
+        """Note progress: patience and pauses start again."""
         self._pause = self._first
         self._failing_since: float | None = None
 
     def after(self, error: TensorwireError) -> float:
         """Seconds to wait after this error.
 
-        Raises it where trying again cannot help, or after `patience` seconds of failures.
+        Raises the error if trying again cannot help, or after `patience` seconds of failures.
         """
         now = self._clock()
         if self._failing_since is None:
@@ -70,10 +67,10 @@ class Backoff:
 
 
 class Line(Protocol):
-    """A connection that conversations can be held over; the driver of every transport is one."""
+    """A connection that can run conversations; the driver of every transport is one."""
 
     async def converse(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation, `within` so many seconds in all."""
+        """Run a conversation, which may take `within` seconds in all."""
 
     async def hang_up(self) -> None:
         """Close the connection."""
@@ -91,12 +88,12 @@ async def send_over(
     on_retry: Callable[[TensorwireError, float], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> Receipt:
-    """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
+    """Send a stream. Whenever the connection breaks, connect again and continue at the receiver's position.
 
-    `patience`: seconds of failures without any progress after which the last error is raised. `greeting`: seconds
-    that it may take. What a receiver has of another stream under this transfer's name it is asked once to give up.
-    Errors that trying again cannot mend are raised at once. `check_peer` may raise before anything is
-    offered. `on_retry`: called with the error and the seconds until the next attempt.
+    `patience`: seconds of failures without any progress after which the last error is raised. `greeting`: seconds that
+    the greeting may take. `check_peer`: may raise before anything is offered. `on_retry`: called with the error and the
+    seconds until the next attempt. A receiver that has the beginning of another stream under this transfer key is asked
+    once to drop it. Errors that cannot go away by trying again are raised at once.
     """
     backoff = Backoff(patience=patience, clock=clock)
     reached = -1
@@ -110,13 +107,13 @@ async def send_over(
                 return await line.converse(send_stream(replace(offer, anew=anew), watched))
             finally:
                 await line.hang_up()
-        except SequenceError:  # it has the beginning of another stream
+        except SequenceError:  # the receiver has the beginning of another stream
             if begun_anew:
                 raise
             anew = begun_anew = True
             continue
         except (TransportError, CorruptError) as error:
-            if watched.position.offset >= 0:  # it has begun anew by now
+            if watched.position.offset >= 0:  # the receiver has dropped it by now
                 anew = False
             if watched.reached > reached:
                 reached = watched.reached
@@ -127,7 +124,7 @@ async def send_over(
 
 
 class Watched:
-    """An Outgoing that remembers where its receiver was, and how far sending has come since."""
+    """An Outgoing that remembers the receiver's position, and how much has been sent since."""
 
     def __init__(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
@@ -143,5 +140,5 @@ class Watched:
 
     @property
     def digest(self) -> str:
-        """What the END frame said."""
+        """The digest in the END frame."""
         return self._outgoing.digest

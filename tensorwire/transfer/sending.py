@@ -1,9 +1,9 @@
-"""The sending side of a transfer that may be taken up again: the rest of a stream from where its receiver is.
+"""The sending side of a resumable transfer: the rest of a stream from the receiver's position on.
 
 The same input gives the same bytes, so a sender needs no state: it makes the stream again and leaves out what the
-receiver has. The receiver's position carries the CRC of its last header, which stands for every byte before it; that
-the next frame repeats it as its link shows that it is still the same stream. The last bytes are given once the source
-was found to be the same as at the start: without them nothing is received.
+receiver has. The receiver's position carries the CRC of its last header, which identifies every byte before it. If the
+next frame has this CRC as its link, it is still the same stream. The last bytes are sent only after a check that the
+source has not changed since the start; without them the receiver gets nothing.
 """
 
 import os
@@ -18,27 +18,28 @@ from tensorwire.transfer.position import Position
 from tensorwire.wire.frames import HEADER_SIZE, unpack_header
 
 _DIGEST_SIZE: Final = 32  # the last bytes of a stream are the SHA-256 in its END frame
-_CHUNK: Final = 128 << 10  # held for each receiver of a recording, of which there may be many
+_CHUNK: Final = 128 << 10  # held for each receiver of a recorded stream; there may be many
 
 
 class Outgoing(Protocol):
-    """A stream to be sent, as often as it takes."""
+    """A stream to be sent, in as many attempts as it takes."""
 
     def after(self, position: Position) -> Iterator[Any]:
         """The buffers from `position` on.
 
-        Raises SequenceError where the receiver has the beginning of another stream.
+        Raises SequenceError if the receiver has the beginning of another stream.
         """
 
     @property
     def digest(self) -> str:
-        """What the END frame said, once `after` is exhausted."""
+        """The digest in the END frame, once `after` is exhausted."""
 
 
 def version_of(*paths: str | os.PathLike[str]) -> object:
-    """What tells one state of some files from another: which they are, their sizes, and when they were changed last.
+    """A value that differs between two states of some files: their identity, sizes and times of the last change.
 
-    Also where somebody has put the times back. A pipe or device has one state only. Raises OSError.
+    It differs even if somebody has set the modification times back. A pipe or device has only one state. Raises
+    OSError.
     """
     return [_version(os.stat(path)) for path in paths]
 
@@ -51,11 +52,11 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 
 class Regenerated:
-    """A stream that `make` gives anew each time, as `lambda: tensorwire.encode(state_dict, codec="nf4")` does.
+    """A stream that `make` produces again for each attempt: `lambda: tensorwire.encode(state_dict, codec="nf4")`.
 
-    `version` tells one state of the source from another, as `lambda: version_of("model.safetensors")` does. It is asked
-    now, at the beginning of each attempt and before the last bytes are given: where it has changed, `after` raises
-    EncodeError, and the receiver gets nothing.
+    `version`: returns a value that differs between two states of the source: `lambda: version_of("model.safetensors")`.
+    It is called now, at the beginning of each attempt, and before the last bytes. If its value has changed, `after`
+    raises EncodeError, and the receiver gets nothing.
     """
 
     def __init__(self, make: Callable[[], Iterable[Any]], *, version: Callable[[], object] = lambda: None) -> None:
@@ -70,7 +71,7 @@ class Regenerated:
         self._check_version()
         for buffer in self._make():
             view = _bytes_of(buffer)
-            if not view:  # the transport should not hold back what it has, and we neither
+            if not view:  # the transport should send what it has, so this must not hold anything back either
                 self._check_version()
                 yield from (held, view) if held else (view,)
                 held = view
@@ -93,20 +94,20 @@ class Regenerated:
 
     @property
     def digest(self) -> str:
-        """What the END frame said, once `after` is exhausted."""
+        """The digest in the END frame, once `after` is exhausted."""
         return self._tail.hex()
 
     def _check_version(self) -> None:
         if self._version() != self._first:
             raise EncodeError(
-                "what is sent has changed meanwhile: none of it arrives; send it again once it is written"
+                "the data changed while it was being sent, so none of it arrives; send it again once it is written"
             )
 
 
 class Recorded:
-    """A stream that stands in a file: encoded once, sent to many.
+    """A stream in a file, which is encoded once and sent to many.
 
-    The file may be removed or replaced while it is sent. One that is written to raises StorageError.
+    The file may be removed or replaced while it is sent. If it is written to, `after` raises StorageError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -138,7 +139,7 @@ class Recorded:
 
     @property
     def digest(self) -> str:
-        """What the END frame says."""
+        """The digest in the END frame."""
         if self._digest is None:
             with open(self._path, "rb", buffering=0) as file:
                 self._digest = _last_bytes(file)

@@ -1,13 +1,13 @@
-"""What two ends say to one another around a stream: versions, what is offered, how much of it is there, the receipt.
+"""The messages that two ends exchange around a stream: greeting, offer, position, receipt.
 
-Without I/O: a conversation is a generator that yields what is to be done next, `Fill`, `Send` or `Do`, and is sent the
-result. The same conversations run over blocking sockets (`TcpTransport.run`) and under asyncio (`AsyncTransport.run`).
+Without I/O: a conversation is a generator that yields what to do next, `Fill`, `Send` or `Do`, and is sent the result.
+The same conversations run over blocking sockets (`TcpTransport.run`) and under asyncio (`AsyncTransport.run`).
 
     greet               greet
     send_stream  ---->  receive_stream      offer, have (position), the rest of the stream, receipt, bye
     say          ---->  hear                a message of the application's own
 
-Messages are small msgpack maps behind 12 bytes of magic, length and CRC-32. docs/transports.md has them all.
+Messages are small msgpack maps after 12 bytes of magic, length and CRC-32. docs/transports.md lists them all.
 """
 
 import errno
@@ -42,12 +42,12 @@ from tensorwire.wire.values import pack_value, unpack_value
 
 VERSION: Final = 1
 _MAGIC: Final = b"\x93TWM"
-_HEAD: Final = struct.Struct("<II")  # behind the magic: length, CRC-32
-_MESSAGE_LIMIT: Final = 64 << 10  # bytes that somebody we know nothing of yet can make us hold
+_HEAD: Final = struct.Struct("<II")  # after the magic: length, CRC-32
+_MESSAGE_LIMIT: Final = 64 << 10  # bytes that an unknown peer can make us hold
 _TEXT_LIMIT: Final = 500
 _TRANSFER_LIMIT: Final = 64
-_MOST_WAITS: Final = 1000  # in a row; at one in 15 s, four hours of work between two bytes
-_LAST_WORDS: Final = 2.0  # seconds to hear or to be heard once a stream has failed
+_MOST_WAITS: Final = 1000  # in a row; at one every 15 s, four hours of work between two bytes
+_LAST_WORDS: Final = 2.0  # seconds to exchange the reason once a stream has failed
 _SCRATCH: Final = 64 << 10
 
 
@@ -55,8 +55,8 @@ _SCRATCH: Final = 64 << 10
 class Fill:
     """Receive at least one byte into `buffer`; the answer is how many, 0 once the peer has closed.
 
-    `steady`: something is on its way, so that a peer that only trickles is given up. `within`: seconds to wait at most,
-    where that is less than the transport's time-out.
+    `steady`: data is expected now, so a peer that sends too slowly is dropped. `within`: seconds to wait at most, if
+    less than the transport's timeout.
     """
 
     buffer: memoryview
@@ -66,7 +66,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send all buffers; the answer is the number of bytes. `alert`: stop as soon as the peer says something."""
+    """Send all buffers; the answer is the number of bytes. `alert`: stop as soon as the peer sends anything."""
 
     buffers: Iterable[Any]
     alert: bool = False
@@ -74,10 +74,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Do:
-    """Call `work`, which may take long, and answer with what it gives.
+    """Call `work`, which may take long, and answer with its result.
 
-    `meanwhile` is sent now and then until it is done, so that the peer knows that we are alive. Whatever happens,
-    `work` has ended when the conversation goes on.
+    `meanwhile` is sent from time to time until it is done, so that the peer knows that we are alive. Whatever happens,
+    `work` has ended when the conversation continues.
     """
 
     work: Callable[[], Any]
@@ -90,7 +90,7 @@ Conversation = Generator[Fill | Send | Do, Any, T]
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What the other end said of itself. `codecs`: ids it can decode. `software`: for people."""
+    """What the other end has declared. `codecs`: ids that it can decode. `software`: for people."""
 
     format: int
     codecs: tuple[int, ...]
@@ -99,11 +99,11 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A stream that somebody wants to send.
+    """A stream that a sender offers.
 
-    `transfer`: 1 to 64 bytes that name this transfer, the same on every attempt. `name`: what it is, data and never a
-    path. `size`: bytes of the stream where known. `anew`: what the receiver has of this transfer is the beginning of
-    another stream, and gives way. `about`: the application's own.
+    `transfer`: a key of 1 to 64 bytes, the same on every attempt. `name`: what the stream is, for display and never a
+    path. `size`: bytes of the stream, if known. `anew`: the receiver must drop what it has under this key, which is the
+    beginning of another stream. `about`: free for the application.
     """
 
     transfer: bytes
@@ -115,9 +115,9 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A stream has arrived whole and verified and is on disk, or wherever the receiver keeps it.
+    """A stream has arrived completely, is verified, and is on disk or wherever the receiver keeps it.
 
-    `sent`: bytes that this attempt sent. `about`: the application's own.
+    `sent`: bytes that this attempt sent. `about`: free for the application.
     """
 
     digest: str
@@ -127,9 +127,9 @@ class Receipt:
 
 
 class RefusedError(TransportError):
-    """The receiver said no.
+    """The receiver refuses.
 
-    `kind`: the reason in one word, "busy", "storage", "corrupt", "schema", or the application's own.
+    `kind`: the reason in one word: "busy", "storage", "corrupt", "schema", or a word of the application.
     """
 
     def __init__(self, detail: str, *, kind: str, retryable: bool = False) -> None:
@@ -138,51 +138,51 @@ class RefusedError(TransportError):
 
 
 class Destination(Protocol):
-    """Where a stream is received to; `transfer.receiving.Recording` is one."""
+    """Where a stream is received; `transfer.receiving.Recording` is one."""
 
     position: Position
     outcome: Outcome | None
 
     def steps(self) -> Generator[Any, None, None]:
-        """Yields whenever bytes are needed, until the stream is whole."""
+        """Yields whenever bytes are needed, until the stream is complete."""
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go."""
 
     def buffer_updated(self, size: int) -> None:
-        """`size` bytes went there; 0: the input has ended."""
+        """Note that `size` bytes were written there; 0: the input has ended."""
 
     def begin_anew(self) -> None:
-        """Let go of the beginning of another stream. Raises RefusedError where that cannot be."""
+        """Drop the beginning of another stream. Raises RefusedError if that is not possible."""
 
     def commit(self) -> Any:
-        """The stream is whole: keep it. A receipt says so to the sender."""
+        """Keep the complete stream. The sender gets a receipt after this."""
 
     def forget(self) -> None:
-        """The sender has its receipt."""
+        """Note that the sender has its receipt."""
 
     def close(self) -> None:
-        """Let go, whatever has happened."""
+        """Release all resources, whatever has happened."""
 
 
 def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) -> Conversation[Peer]:
-    """Both ends begin so: nothing is offered before each knows that it understands the other.
+    """Exchange greetings, as both ends do first: nothing is offered before each knows that it understands the other.
 
-    `codecs`: ids that this end can decode; None for all that are registered here. Who only keeps streams may name any.
-    Raises UnsupportedError naming both versions, FormatError where the peer speaks something else.
+    `codecs`: ids that this end can decode; None for all that are registered here. A receiver that only stores streams
+    may name any. Raises UnsupportedError naming both versions, FormatError if the peer speaks another protocol.
     """
     decodes = list(known_ids() if codecs is None else codecs)
     mine = {"session": VERSION, "format": FORMAT, "codecs": decodes, "software": software}
     yield Send([_pack("hello", mine)])
     try:
         kind, hello = yield from _read_any(None)
-    except TransportError as error:  # no alert of TLS reaches us from where asyncio listens
+    except TransportError as error:  # a TLS alert does not reach us if the listener uses asyncio
         raise TransportError(
             f"{error.detail}, before its greeting: does it expect TLS, refuse our certificate, or have too many peers?"
         ) from error
     if kind != "hello":
         raise SequenceError(f"expected the message 'hello', got {show(kind)}")
-    hello = {name: hello[name] for name in mine if name in hello}  # later versions may say more
+    hello = {name: hello[name] for name in mine if name in hello}  # later versions may add fields
     _check_fields("hello", hello, session=int, format=int, codecs=list, software=str)
     theirs = hello["session"], hello["format"]
     if theirs != (VERSION, FORMAT):
@@ -196,11 +196,11 @@ def greet(software: str = "tensorwire", *, codecs: Iterable[int] | None = None) 
 
 
 def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
-    """Send a stream from where the receiver has it.
+    """Send a stream from the receiver's position on.
 
-    Raises RefusedError, and SequenceError where the receiver has another stream, or the beginning of one, which an
-    offer to begin `anew` replaces. After an error the connection is of no more use, unless a RefusedError came before
-    any byte of the stream.
+    Raises RefusedError, and SequenceError if the receiver has another stream, or the beginning of one, which an offer
+    with `anew` replaces. After an error the connection cannot be used again, unless it was a RefusedError that came
+    before any byte of the stream.
     """
     yield Send([_pack("offer", asdict(offer))])
     have = yield from _read("have", most_waits=_MOST_WAITS, frames=int, offset=int, link=int)
@@ -210,7 +210,7 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
     try:
         sent = yield Send(outgoing.after(position), alert=True)
     except TransportError:
-        try:  # whether the peer said why
+        try:  # perhaps the peer has said why
             yield from _read("receipt", until=time.monotonic() + _LAST_WORDS, most_waits=_MOST_WAITS)
         except RefusedError:
             raise
@@ -229,17 +229,17 @@ def send_stream(offer: Offer, outgoing: Outgoing) -> Conversation[Receipt]:
 def receive_stream(
     open_destination: Callable[[Offer], Destination], *, about: Callable[[], Mapping[str, Any]] = dict
 ) -> Conversation[tuple[Offer, Outcome, bool]]:
-    """Receive a stream to where `open_destination` says.
+    """Receive a stream into the destination that `open_destination` returns.
 
-    What that raises of this library's errors refuses the offer; a RefusedError gives the reason in the caller's own
-    word. The receipt is sent after `commit`, with what `about` gives then.
+    If `open_destination` raises an error of this library, the offer is refused; a RefusedError may give a reason in a
+    word of the caller's own. The receipt is sent after `commit`, with the result of `about`.
 
-    Returns the offer, what was received, and whether the sender has said that it has its receipt. On any error what was
-    received so far stays for the next attempt; the connection is of no more use, unless `open_destination` has refused
+    Returns the offer, the outcome, and whether the sender has confirmed its receipt. After any error, what was received
+    so far stays for the next attempt, and the connection cannot be used again, unless `open_destination` has refused
     the offer.
     """
     offer = yield from _hear_offer()
-    opened: list[Destination] = []  # by the work itself: it may end after this conversation was given up
+    opened: list[Destination] = []  # filled by the work itself, which may end after this conversation was abandoned
     try:
         try:
             yield Do(lambda: opened.append(open_destination(offer)), _WAIT)
@@ -271,14 +271,14 @@ def receive_stream(
 
 
 def say(message: Mapping[str, Any]) -> Conversation[None]:
-    """Send a message of the application's own: a map of plain values, 64 KiB at most."""
+    """Send a message of the application: a map of plain values, 64 KiB at most."""
     yield Send([_pack("note", {"note": dict(message)})])
 
 
 def hear(*, patient: bool = True) -> Conversation[dict[Any, Any]]:
-    """Receive a message of the application's own. It is not to be trusted: check every field.
+    """Receive a message of the application. Do not trust it: check every field.
 
-    `patient`: the peer may ask us to `wait`. Who answers requests, and has something to lose by it, need not.
+    `patient`: whether the peer may ask us to `wait`. A server that answers requests should not allow it.
     """
     message = yield from _read("note", most_waits=_MOST_WAITS if patient else 0, note=dict)
     note: dict[Any, Any] = message["note"]
@@ -286,12 +286,12 @@ def hear(*, patient: bool = True) -> Conversation[dict[Any, Any]]:
 
 
 def wait() -> Conversation[None]:
-    """Tell a peer that waits for an answer that one will come."""
+    """Tell a waiting peer that an answer will come."""
     yield Send([_WAIT])
 
 
 def refuse(error: TensorwireError) -> Conversation[None]:
-    """Answer no to a message, whatever the peer waits for: it gets a RefusedError that says why."""
+    """Refuse, whatever message the peer waits for: it gets a RefusedError that says why."""
     yield Send([_refusal(error)])
 
 
@@ -299,7 +299,7 @@ def _hear_offer() -> Conversation[Offer]:
     message = yield from _read("offer", transfer=bytes, name=str, size=(int, type(None)), anew=bool, about=dict)
     offer = Offer(**message)
     if not 0 < len(offer.transfer) <= _TRANSFER_LIMIT or (offer.size or 0) < 0:
-        raise FormatError("an offer without a transfer of 1 to 64 bytes, or of a negative size")
+        raise FormatError("an offer must have a transfer key of 1 to 64 bytes and a size of at least 0")
     return offer
 
 
@@ -312,10 +312,10 @@ def _acknowledged() -> Conversation[bool]:
 
 
 def _refuse(error: TensorwireError, *, sending: bool) -> Conversation[None]:
-    """Say no.
+    """Send a refusal.
 
-    To a peer that is `sending`, also take in what it sends until it has heard: closing at once would reset the
-    connection, and our word be lost.
+    If the peer is `sending`, keep receiving until it has noticed: closing at once would reset the connection, and the
+    refusal would be lost.
     """
     yield Send([_refusal(error)])
     scratch = memoryview(bytearray(_SCRATCH))
@@ -328,7 +328,7 @@ def _refusal(error: TensorwireError) -> bytes:
     detail = str(error)
     if isinstance(error, RefusedError):
         kind, retryable = error.kind, error.retryable
-    elif isinstance(error, StorageError):  # its own text has a path, which is no business of the peer's
+    elif isinstance(error, StorageError):  # its text has a path, which the peer must not see
         kind, retryable = "busy" if error.errno == errno.EWOULDBLOCK else "storage", True
         detail = "somebody else is sending this" if kind == "busy" else os.strerror(error.errno or errno.EIO)
     else:
@@ -351,8 +351,7 @@ def _read(
 ) -> Conversation[dict[str, Any]]:
     """The next message that is not "wait", with exactly these fields of these types.
 
-    `until`: when not to wait any longer. `most_waits`: how often in a row a peer that owes us an answer may ask for
-    time.
+    `until`: the time at which to stop waiting. `most_waits`: how often in a row the peer may ask us to wait.
     """
     kind, message = yield from _read_any(until)
     for _ in range(1, most_waits):
@@ -361,7 +360,7 @@ def _read(
         _check_fields(kind, message)
         kind, message = yield from _read_any(until)
     if kind == "wait" and most_waits:
-        raise TransportError("the peer has only asked to wait")
+        raise TransportError("the peer sent nothing but requests to wait")
     if kind == "refuse":
         _check_fields(kind, message, kind=str, detail=str, retryable=bool)
         refused = message["kind"], message["retryable"]
@@ -385,7 +384,7 @@ def _read_any(until: float | None) -> Conversation[tuple[str, dict[str, Any]]]:
         raise CorruptError("message checksum mismatch")
     message = unpack_value(body, DEFAULT)
     if not (type(message) is list and len(message) == 2 and type(message[0]) is str and type(message[1]) is dict):
-        raise FormatError("a message that is no kind and map")
+        raise FormatError("a message must be a kind and a map")
     return message[0], message[1]
 
 

@@ -1,4 +1,4 @@
-"""Which of a host's addresses to talk to, and at which to listen: as many as there are, none waited for alone."""
+"""Chooses among the addresses of a host: connects to the first that answers, and listens at all of them."""
 
 import errno
 import os
@@ -36,8 +36,8 @@ def check_address(host: object, port: object) -> None:
 def connected(host: str, port: int, timeout: float | None) -> socket.socket:
     """A connection to the first of the host's addresses that answers, all within `timeout` seconds.
 
-    Each is tried a quarter of a second after the one before it, or once that has failed, and they go on beside one
-    another, so that one that swallows everything does not take the time of the others. Raises OSError.
+    Each address is tried a quarter of a second after the previous one, or once that has failed, and the attempts run in
+    parallel, so an address that never answers does not use up the time of the others. Raises OSError.
     """
     race = _Race(_interleaved(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -50,7 +50,7 @@ def connected(host: str, port: int, timeout: float | None) -> socket.socket:
 
 
 class _Race:
-    """Attempts to connect that go on beside one another."""
+    """Parallel attempts to connect."""
 
     def __init__(self, infos: Iterator[_Info]) -> None:
         self._infos = infos
@@ -60,7 +60,7 @@ class _Race:
         self._error: OSError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
 
     def step(self, deadline: float | None) -> socket.socket | None:
-        """Begin what is due, and wait for what comes of those under way; the one that stands, if there is one."""
+        """Start the attempts that are due, and wait for running ones. Returns a connection, if there is one."""
         now = time.monotonic()
         if deadline is not None and now >= deadline:
             raise TimeoutError(errno.ETIMEDOUT, "timed out")
@@ -75,7 +75,7 @@ class _Race:
         return None
 
     def close(self) -> None:
-        """Give up those that are under way."""
+        """Abandon the running attempts."""
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]  # a socket of ours
         self._selector.close()
@@ -86,7 +86,7 @@ class _Race:
         self._info, self._begin_at = next(self._infos, None), now + AHEAD
         try:
             attempt = socket.socket(family, kind, protocol)
-        except OSError as error:  # a family that this machine does not speak
+        except OSError as error:  # a family that this machine does not support
             self._error = error
             return None
         attempt.setblocking(False)
@@ -146,7 +146,7 @@ def _listening(infos: list[_Info], port: int) -> list[socket.socket]:
             except OSError:
                 if len(infos) == 1:
                     raise
-                continue  # a family that this machine does not speak
+                continue  # a family that this machine does not support
             sockets.append(made)
             if os.name == "posix":
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""asyncio's callbacks as a `Wire`: at most one read and one drain are waited for at a time."""
+"""asyncio's callbacks as a `Wire`: at most one read and one drain are pending at a time."""
 
 import asyncio
 import math
@@ -14,11 +14,11 @@ from tensorwire.transports.pace import AGREEING, HANDSHAKE, Stall, failed, unack
 from tensorwire.transports.tls import common_name, peer_names
 
 _SPARE: Final = 64 << 10
-_TLS_HELD: Final = 1 << 20  # bytes, more than asyncio reads ahead of a TLS connection that nobody reads from
+_TLS_HELD: Final = 1 << 20  # bytes; more than asyncio reads ahead on a TLS connection that nobody reads
 _TLS_RECORDS: Final = 256 << 10  # bytes that asyncio reads of one at a time
 _MOST_AT_ONCE: Final = 1 << 20  # bytes of one write
 _POLL: Final = 0.001  # seconds
-_LINGER: Final = 2.0  # seconds that last words have to leave after a connection is closed
+_LINGER: Final = 2.0  # seconds in which waiting data may be sent after a connection is closed
 
 T = TypeVar("T")
 
@@ -26,8 +26,8 @@ T = TypeVar("T")
 class _Scratch:
     """Memory that all connections of an event loop share.
 
-    What the loop delivers is taken out of it again before it serves another connection, so that one that merely waits
-    holds none.
+    What the loop delivers is moved out before another connection is served, so a connection that merely waits holds no
+    memory.
     """
 
     def __init__(self) -> None:
@@ -36,15 +36,16 @@ class _Scratch:
 
     @staticmethod
     def of(loop: asyncio.AbstractEventLoop) -> "_Scratch":
-        """That of a loop."""
+        """The scratch memory of a loop."""
         if loop not in _SCRATCH:
             _SCRATCH[loop] = _Scratch()
         return _SCRATCH[loop]
 
     def lend_records(self, transport: Any) -> None:
-        """Let a TLS connection of asyncio read from the socket through our memory, not through some of its own.
+        """Let a TLS connection of asyncio read from the socket through this memory instead of its own.
 
-        It allocates a quarter of a mebibyte for each, from Python 3.11 on. Where it is called otherwise, it keeps that.
+        From Python 3.11 on, asyncio allocates a quarter of a mebibyte per connection. If its attribute has another
+        name, nothing changes.
         """
         protocol: Any = getattr(transport, "_ssl_protocol", None)
         if len(getattr(protocol, "_ssl_buffer", b"")) == _TLS_RECORDS and hasattr(protocol, "_ssl_buffer_view"):
@@ -57,9 +58,9 @@ _SCRATCH: "WeakKeyDictionary[asyncio.AbstractEventLoop, _Scratch]" = WeakKeyDict
 class ProtocolWire(asyncio.BufferedProtocol):
     """A connection of asyncio.
 
-    Without a read nothing is taken from the socket, so that whoever sends has to wait as well.
+    Without a read, nothing is taken from the socket, so the sender has to wait as well.
 
-    `accepted` is told once it is made. `known`: whether a conversation has been held over it. `leaving`: whether it is
+    `accepted`: called once it is connected. `known`: whether it has completed a conversation. `leaving`: whether it is
     being closed.
     """
 
@@ -68,14 +69,14 @@ class ProtocolWire(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._reading: asyncio.Future[int] = self._loop.create_future()
         self._draining: asyncio.Future[None] = self._loop.create_future()
-        self._reading.cancel()  # nobody waits for either yet
+        self._reading.cancel()  # neither is pending yet
         self._draining.cancel()
-        self._wanted = memoryview(b"")  # where the read that is waited for wants its bytes
-        self._scratch = _Scratch.of(self._loop)  # where those go that the loop delivers although nobody reads
+        self._wanted = memoryview(b"")  # the memory of the pending read
+        self._scratch = _Scratch.of(self._loop)  # for bytes that the loop delivers without a pending read
         self.early = Early()
         self._direct = self._tls = False
         self._full = self._alert = self._agreeing = False
-        self._peer_gone = self._ended = False  # whether the peer has ended, and whether all that it said has been read
+        self._peer_gone = self._ended = False  # whether the peer has ended, and whether all its data has been read
         self._broken: TensorwireError | None = None  # what reading meets,
         self._gone: TensorwireError | None = None  # and what writing does
         self.known = False
@@ -94,14 +95,14 @@ class ProtocolWire(asyncio.BufferedProtocol):
         return await _in_time(self._reading, patience, "receiving")
 
     async def write(self, views: list[memoryview], patience: float | None) -> int:
-        """`Wire.write`: done when all is with the system, or the peer has been `heard`.
+        """`Wire.write`: ends when the system has everything, or the peer was `heard`.
 
-        Not `writelines`, which before Python 3.12 copies all, and before 3.12.9 never says that it is full
+        Not `writelines`, which copies everything before Python 3.12, and never reports a full buffer before 3.12.9
         (CVE-2024-12254).
         """
         if self._gone is not None:
             raise self._gone
-        data = run_of(views)[:_MOST_AT_ONCE]  # asyncio copies what does not leave at once
+        data = run_of(views)[:_MOST_AT_ONCE]  # asyncio copies what cannot be sent at once
         self._draining = self._loop.create_future()
         self._transport.write(data)
         if not self._full:  # TLS may have said so already
@@ -110,7 +111,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         return len(data)
 
     async def flush(self, patience: float | None) -> None:
-        """`Wire.flush`. Without TLS `write` has done it; with it, nobody says when the encrypted bytes have left."""
+        """`Wire.flush`. Without TLS, `write` has done it; with TLS, nothing tells when the encrypted bytes are sent."""
         stall = Stall(math.inf if patience is None else patience, self._left)
         while self._plain.get_write_buffer_size() and self._gone is None and not (self._alert and self.early):
             if stall.is_over():
@@ -118,7 +119,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
             await asyncio.sleep(_POLL)
 
     async def heard(self) -> bool:
-        """`Wire.heard`. If not, the next `write` ends when it is."""
+        """`Wire.heard`. If it is False, the next `write` ends when that changes."""
         if self.early or self._peer_gone:
             return True
         self._alert = True
@@ -132,11 +133,11 @@ class ProtocolWire(asyncio.BufferedProtocol):
             while not (await asyncio.wait([working], timeout=pause))[0]:
                 await pulse()
         finally:
-            await asyncio.wait([working])  # also when we are cancelled: a thread cannot be
+            await asyncio.wait([working])  # even if we are cancelled, because a thread cannot be
         return working.result()
 
     def close(self) -> None:
-        """Send what waits to be sent, for a while, and close."""
+        """Send waiting data for a limited time, then close."""
         if not self.leaving:
             self.leaving = True
             if (
@@ -158,7 +159,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         await asyncio.wait([self.closed])
 
     async def start_tls(self, context: ssl.SSLContext, *, server_hostname: str | None = None) -> None:
-        """Agree on TLS, as the one who connects to `server_hostname` or listens. Raises AuthError, TransportError."""
+        """Start TLS, as a client of `server_hostname` or as a server. Raises AuthError, TransportError."""
         self._agreeing = True
         try:
             transport = await self._loop.start_tls(
@@ -170,7 +171,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
                 ssl_handshake_timeout=HANDSHAKE,
             )
         except BaseException as error:
-            self._loop.call_soon(_settle, self.closed, None)  # nobody else will
+            self._loop.call_soon(_settle, self.closed, None)  # nothing else will
             if isinstance(error, OSError):
                 raise failed(AGREEING, error) from error
             raise
@@ -201,7 +202,8 @@ class ProtocolWire(asyncio.BufferedProtocol):
         self._transport, self._agreeing = transport, False
         self._tls = transport.get_extra_info("sslcontext") is not None
         transport.pause_reading()
-        # Whoever sends waits until all is with the system: memory is lent until then. (TLS takes 0 for always full.)
+        # Senders wait until the system has everything, because their memory is lent until then. (To TLS, 0 would mean
+        # always full.)
         transport.set_write_buffer_limits(high=int(self._tls))
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -209,12 +211,12 @@ class ProtocolWire(asyncio.BufferedProtocol):
         self._direct = not self._reading.done() and (not self._tls or len(self._wanted) >= _TLS_HELD)
         if self._direct:
             return self._wanted
-        # At the end of a TLS connection asyncio asks once and drops what it holds beyond: there must be room for all of
-        # that.
+        # At the end of a TLS connection, asyncio asks only once and drops what does not fit, so there must be room for
+        # all that it holds.
         return self._scratch.spare[: _TLS_HELD if self._tls else _SPARE]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """asyncio: so many bytes went there."""
+        """asyncio: `size` bytes were written there."""
         if not self._agreeing:  # then TLS reads, and may give us the first bytes before its transport
             self._transport.pause_reading()
         if not self._direct:
@@ -224,16 +226,16 @@ class ProtocolWire(asyncio.BufferedProtocol):
             self._reading.set_result(nbytes if self._direct else self.early.take(self._wanted))
 
     def pause_writing(self) -> None:
-        """asyncio: what is written waits to be sent."""
+        """asyncio: written data waits to be sent."""
         self._full = True
 
     def resume_writing(self) -> None:
-        """asyncio: all is with the system."""
+        """asyncio: the system has everything."""
         self._full = False
         _settle(self._draining, None)
 
     def eof_received(self) -> bool:
-        """asyncio: the peer says no more. Returns whether to keep the connection."""
+        """asyncio: the peer will send no more. Returns whether to keep the connection."""
         self._peer_gone = True
         self._wake()
         if self._tls:  # which knows no half: the connection is about to be lost, and only that says whether by an alert
@@ -243,7 +245,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         return True  # stay open for our answer
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio: there is no connection any more."""
+        """asyncio: the connection has ended."""
         self._ended = self._peer_gone = True
         if isinstance(exc, OSError):
             self._broken = self._gone = failed("talking to the peer", exc)
@@ -255,7 +257,7 @@ class ProtocolWire(asyncio.BufferedProtocol):
         _settle(self.closed, None)
 
     async def _moving(self, future: "asyncio.Future[None]", patience: float | None) -> None:
-        """Wait for it as long as what was written leaves."""
+        """Wait for a future as long as written data is being sent."""
         if future.done() or patience is None:
             return await future
         stall = Stall(patience, self._left)

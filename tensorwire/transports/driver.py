@@ -1,7 +1,7 @@
-"""What every transport does, written once and without I/O: conversations, gathering, pace, deadlines, counters.
+"""The common part of all transports, without I/O: conversations, gathering, minimum rates, deadlines, counters.
 
-A transport is a `Driver` over a `Wire`, behind a skin that offers the calls. The driver's methods are coroutines. Over
-asyncio they wait; over a blocking wire nothing in them ever does, so that `completed` runs them like functions.
+A transport is a `Driver` over a `Wire`, wrapped by a thin class with the public calls. The driver's methods are
+coroutines. Over asyncio they wait. Over a blocking wire they never do, so `completed` can run them like functions.
 """
 
 import time
@@ -15,9 +15,9 @@ from tensorwire.transports.pace import Pace
 
 _GATHER_BYTES: Final = 1 << 20  # buffers are gathered up to this many bytes,
 _GATHER_COUNT: Final = 64  # or this many buffers (IOV_MAX is at least 1024 where it matters)
-_SMALL: Final = 16 << 10  # buffers of fewer bytes cost less to copy than a call, or a record of TLS, of their own
-_SHORTEST: Final = 0.001  # seconds; a patience of 0 would be none
-_PULSES: Final = 4  # signs of life in the time after which a peer would give us up
+_SMALL: Final = 16 << 10  # smaller buffers cost less to copy than a call or a TLS record of their own
+_SHORTEST: Final = 0.001  # seconds; a patience of 0 would mean none
+_PULSES: Final = 4  # signs of life that we send within the peer's timeout
 
 T = TypeVar("T")
 Buffer: TypeAlias = Any  # whatever memoryview() takes; Python has a name for it from 3.12 on
@@ -25,7 +25,7 @@ Pulse: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Wire(Protocol):
-    """A connection, or what stands for one. Calls raise TransportError after `patience` seconds without progress."""
+    """A connection, or a replacement for one. Calls raise TransportError after `patience` seconds without progress."""
 
     @property
     def early(self) -> "Early":
@@ -46,19 +46,19 @@ class Wire(Protocol):
         """Send some bytes of `views`, none of which is empty, in order; returns how many."""
 
     async def flush(self, patience: float | None) -> None:
-        """Wait until the bytes that were written are with the system, and leave without anybody's doing."""
+        """Wait until the system has all bytes that were written, and sends them without further calls."""
 
     async def heard(self) -> bool:
-        """Whether the peer has said something that was not read yet, or is gone."""
+        """Whether the peer has sent something that was not read yet, or is gone."""
 
     async def work(self, work: Callable[[], Any], pause: float | None, pulse: Pulse) -> Any:
-        """The result of `work`; until it is there, `pulse` every `pause` seconds. On return `work` has ended."""
+        """The result of `work`; until then, call `pulse` every `pause` seconds. On return, `work` has ended."""
 
     def close(self) -> None:
-        """Close it; what waits to be sent may still leave."""
+        """Close it; data that waits to be sent may still be sent."""
 
     async def wait_closed(self) -> None:
-        """Until nothing is left of it, once `close` was called."""
+        """Wait until it is completely closed, after `close`."""
 
 
 class Driver:
@@ -72,8 +72,8 @@ class Driver:
         self._pace = Pace(min_rate)
 
     async def converse(self, conversation: Conversation[T], *, within: float | None = None) -> T:
-        """Hold a conversation and return its result; what a step raises is raised in it, and it may go on."""
-        # Not `wait_for`: before Python 3.12 it may lose a cancellation that comes as the conversation ends.
+        """Run a conversation and return its result. Errors of a step are raised inside it, and it may continue."""
+        # Not `wait_for`, which before Python 3.12 may lose a cancellation that comes as the conversation ends.
         self._deadline = None if within is None else time.monotonic() + within
         try:
             step = next(conversation)
@@ -94,8 +94,8 @@ class Driver:
     async def send(self, buffers: Iterable[Buffer] | AsyncIterable[Buffer], *, alert: bool = False) -> int:
         """Send every buffer in order; returns the bytes sent.
 
-        Buffers are gathered up to a mebibyte; an empty one says that the next may be long in coming, so that what is
-        gathered leaves. `alert`: stop once the peer has said something.
+        Buffers are gathered up to a mebibyte; an empty one means that the next may take time, so everything gathered is
+        sent. `alert`: stop once the peer has sent anything.
         """
         before = self.sent
         batch = _Batch()
@@ -126,7 +126,7 @@ class Driver:
         return got
 
     async def hang_up(self) -> None:
-        """Close the connection and wait until nothing is left of it."""
+        """Close the connection and wait until it is completely closed."""
         self.wire.close()
         await self.wire.wait_closed()
 
@@ -139,14 +139,14 @@ class Driver:
 
     async def _do(self, step: Do) -> Any:
         async def pulse() -> None:
-            with suppress(TransportError):  # whether the peer is still there shows when the work is done
+            with suppress(TransportError):  # the end of the work will show whether the peer is still there
                 await self.send([step.meanwhile])
 
         pause = self._timeout / _PULSES if step.meanwhile and self._timeout else None
         return await self.wire.work(step.work, pause, pulse)
 
     async def _leave(self, batch: "_Batch", alert: bool) -> bool:
-        """Send what is gathered. Returns whether to go on: with `alert`, not where the peer has said something."""
+        """Send what is gathered. Returns whether to continue: with `alert`, not after the peer has sent anything."""
         if alert and await self.wire.heard():
             return False
         while batch.views:
@@ -162,21 +162,21 @@ class Driver:
         return True
 
     def _patience(self, within: float | None = None) -> float | None:
-        """Seconds that the next call may wait. Raises TransportError where the conversation's time is over."""
+        """Seconds that the next call may wait. Raises TransportError if the conversation's time is over."""
         if self._deadline is None and within is None:
             return self._timeout
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if left is not None and left <= 0:
-            raise TransportError("the peer takes longer than it may")
+            raise TransportError("the peer takes longer than it is allowed to")
         return max(_SHORTEST, min(seconds for seconds in (self._timeout, within, left) if seconds is not None))
 
 
 class Transport:
-    """What every skin tells of its connection.
+    """The properties that every transport has.
 
-    `driver` has its calls as coroutines, for code that serves all kinds. `peer_name` is the common name in the peer's
-    certificate, None without one: to be shown. `peer_names` are all its names, None where no certificate was asked for:
-    `speaks_for` says whom that lets it speak for.
+    `driver`: its calls as coroutines, for code that serves all kinds. `peer_name`: the common name in the peer's
+    certificate, None without one; for display. `peer_names`: all its names, None if no certificate was requested;
+    `speaks_for` tells which names the peer may use.
     """
 
     def __init__(self, wire: Wire, *, timeout: float | None, min_rate: float) -> None:
@@ -195,15 +195,15 @@ class Transport:
         return self.driver.received
 
     def close(self) -> None:
-        """Close the connection. What waits to be sent still leaves: under asyncio within two seconds."""
+        """Close the connection. Data that waits to be sent is still sent, under asyncio within two seconds."""
         self.driver.wire.close()
 
 
 class Early(bytearray):
-    """Bytes that have arrived although nobody was reading, for whoever reads next."""
+    """Bytes that have arrived while nobody was reading, kept for the next read."""
 
     def take(self, buffer: memoryview) -> int:
-        """Move as many into `buffer` as there are and fit; returns how many."""
+        """Move as many of them as fit into `buffer`; returns how many."""
         size = min(len(buffer), len(self))
         buffer[:size] = self[:size]
         del self[:size]
@@ -211,7 +211,7 @@ class Early(bytearray):
 
 
 class _Batch:
-    """Buffers that leave together. `pauses`: whether what comes next may be long in coming."""
+    """Buffers that are sent together. `pauses`: whether the next buffer may take time."""
 
     __slots__ = ("_size", "pauses", "views")
 
@@ -221,7 +221,7 @@ class _Batch:
         self._size = 0
 
     def add(self, buffer: Buffer) -> bool:
-        """Take one more buffer. Returns whether the batch has to leave: it is full, or the buffer was empty."""
+        """Add a buffer. Returns whether the batch must be sent, because it is full or the buffer was empty."""
         view = memoryview(buffer)
         if view.nbytes == 0:
             self.pauses = True
@@ -232,7 +232,7 @@ class _Batch:
         return self._size >= _GATHER_BYTES or len(self.views) == _GATHER_COUNT
 
     def drop(self, size: int) -> None:
-        """Forget the first `size` bytes, which were sent."""
+        """Remove the first `size` bytes, which were sent."""
         views = self.views
         self._size -= size
         while views and size >= len(views[0]):
@@ -242,7 +242,7 @@ class _Batch:
 
 
 def run_of(views: list[memoryview]) -> bytes | memoryview:
-    """What leaves next through a call that takes one buffer: a large one, or all small ones before it."""
+    """The next data for a call that takes one buffer: a large buffer, or all small ones before it, joined."""
     small = 0
     while small < len(views) and len(views[small]) < _SMALL:
         small += 1
@@ -250,7 +250,7 @@ def run_of(views: list[memoryview]) -> bytes | memoryview:
 
 
 def completed(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine in which nothing waits, because over a blocking wire all that it awaits has blocked."""
+    """The result of a coroutine that never waits, because everything that it awaits on a blocking wire has blocked."""
     try:
         coroutine.send(None)
     except StopIteration as stop:

@@ -8,7 +8,7 @@ from tensorwire.errors import TransportError
 from tensorwire.transports.blocking import BlockingTransport, BlockingWire
 from tensorwire.transports.pace import MIN_RATE, TIMEOUT
 
-_DEPTH: Final = 8  # buffers on their way in each direction
+_DEPTH: Final = 8  # buffers in transit in each direction
 
 
 class MemoryTransport(BlockingTransport):

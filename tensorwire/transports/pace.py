@@ -1,4 +1,4 @@
-"""When a peer is given up: what counts is progress on the monotonic clock, never how long a transfer takes in all."""
+"""When to drop a peer: decided by its progress on the monotonic clock, never by the total time of a transfer."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from tensorwire.errors import AuthError, TransportError
 TIMEOUT: Final = 60.0  # seconds without a byte
 HANDSHAKE: Final = 10.0  # seconds for TLS and for the greeting
 MIN_RATE: Final = 1024.0  # bytes a second, over
-LOOKS: Final = 4  # at what has left, in the time after which a peer is given up
+LOOKS: Final = 4  # checks of what has been sent, within the time after which a peer is dropped
 _WINDOW: Final = 30.0  # seconds of waiting
 AGREEING: Final = "agreeing on TLS"
 _ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")  # in OpenSSL's word for what a peer has against ours
@@ -30,7 +30,7 @@ class Pace:
         self._moved = 0
 
     def moved(self, size: int, seconds: float) -> None:
-        """`size` bytes moved after so long a wait. Raises TransportError for a peer that is too slow."""
+        """Note that `size` bytes moved after `seconds` of waiting. Raises TransportError if the peer is too slow."""
         self._waited += seconds
         self._moved += size
         if self._waited < _WINDOW:
@@ -38,21 +38,21 @@ class Pace:
         if self._moved < self._min_rate * self._waited:
             rate = self._moved / self._waited
             raise TransportError(
-                f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are asked"
+                f"the peer is too slow: {rate:.0f} bytes a second, at least {self._min_rate:.0f} are required"
             )
         self._waited, self._moved = 0.0, 0
 
 
 def said(error: OSError) -> str:
-    """What the system says of an address, without the number and the place that Python adds."""
+    """The system's text for an error about an address, without the number and address that Python adds."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
 class Stall:
-    """Tells a peer that takes nothing from one that is slow, while bytes wait in the system to be sent.
+    """Distinguishes a peer that takes nothing from a slow one, while bytes wait in the system to be sent.
 
-    The system reports that there is room for more only when a good part has left, which a slow link takes minutes for.
-    `left`: how many bytes wait; fewer than ever before is progress.
+    The system reports room only when a large part of its buffer has been sent, which takes minutes on a slow link.
+    `left`: returns how many bytes wait; fewer than ever before means progress.
     """
 
     def __init__(self, patience: float, left: Callable[[], int]) -> None:
@@ -63,7 +63,7 @@ class Stall:
         self._since = time.monotonic()
 
     def is_over(self) -> bool:
-        """Whether `patience` is. To be asked after every `pause`."""
+        """Whether the patience is used up. Call it after every `pause`."""
         left, now = self._left(), time.monotonic()
         if left < self._least:
             self._least, self._since = left, now
@@ -71,7 +71,7 @@ class Stall:
 
 
 def unacknowledged(connection: socket.socket) -> int:
-    """Bytes that the peer's system has not acknowledged yet; 0 where ours does not tell."""
+    """Bytes that the peer's system has not acknowledged yet; 0 if our system does not tell."""
     with suppress(OSError, ValueError):
         if sys.platform == "linux":
             import fcntl
@@ -82,7 +82,7 @@ def unacknowledged(connection: socket.socket) -> int:
 
 
 def failed(doing: str, error: OSError) -> TransportError | AuthError:
-    """The library's error for one of a socket."""
+    """The error of this library for an error of a socket."""
     if isinstance(error, TransportError):
         return error
     if isinstance(error, TimeoutError):

@@ -1,4 +1,4 @@
-"""`send_resuming`, blocking and for asyncio: one stream from here to there, over as many connections as it takes."""
+"""`send_resuming`, blocking and for asyncio: sends one stream over as many connections as it takes."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from tensorwire.transports.blocking import BlockingTransport
 from tensorwire.transports.driver import Driver, completed
 from tensorwire.transports.pace import HANDSHAKE, TIMEOUT
 
-# A receiver finds out that a connection is dead after TIMEOUT, and until then is busy with it.
+# A receiver notices a dead connection only after TIMEOUT, and is busy until then.
 PATIENCE: Final = 2 * TIMEOUT
 
 
@@ -26,11 +26,11 @@ def send_resuming(
     check_peer: Callable[[Peer], None] = lambda peer: None,
     on_retry: Callable[[TensorwireError, float], None] = lambda error, seconds: None,
 ) -> Receipt:
-    """Send a stream and connect again, from where the receiver is, whenever the connection breaks.
+    """Send a stream. Whenever the connection breaks, connect again and continue at the receiver's position.
 
-    `patience`: seconds of failures without any progress after which the last error is raised. Errors that trying
-    again cannot mend are raised at once. `check_peer` may raise before anything is offered. `on_retry`: called with the
-    error and the seconds until the next attempt.
+    `patience`: seconds of failures without any progress after which the last error is raised. Permanent errors are
+    raised at once. `check_peer`: may raise before anything is offered. `on_retry`: called with the error and the
+    seconds until the next attempt.
     """
 
     async def connected() -> Driver:
@@ -61,7 +61,7 @@ async def send_resuming_async(
     check_peer: Callable[[Peer], None] = lambda peer: None,
     on_retry: Callable[[TensorwireError, float], None] = lambda error, seconds: None,
 ) -> Receipt:
-    """`send_resuming` under asyncio. What `outgoing` does to make its buffers, it does in the event loop."""
+    """`send_resuming` under asyncio. `outgoing` makes its buffers in the event loop."""
 
     async def connected() -> Driver:
         return (await connect()).driver

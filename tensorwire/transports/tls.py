@@ -1,8 +1,7 @@
-"""TLS 1.3 through the standard library, and where plain text may go.
+"""TLS 1.3 through the standard library, and the rule for plaintext.
 
-Certificates come as PEM files. A listener has a certificate and its key; whoever connects checks it against `ca` and
-against the host name. With mutual TLS the one who connects has a certificate too, and the listener checks it against
-its own `ca`.
+Certificates are PEM files. A listener has a certificate and its key; the connecting end checks it against `ca` and the
+host name. With mutual TLS, the connecting end has a certificate too, and the listener checks it against its own `ca`.
 """
 
 import os
@@ -19,9 +18,9 @@ _NAMING: Final = ("DNS", "URI", "email")
 
 
 def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.SSLContext:
-    """For listeners. `ca`: also demand a certificate signed by this authority from whoever connects (mutual TLS).
+    """The TLS context for a listener. `ca`: also require client certificates of this authority (mutual TLS).
 
-    Raises AuthError where a file is missing or no PEM, or key and certificate do not belong together.
+    Raises AuthError if a file is missing or not PEM, or if key and certificate do not belong together.
     """
     if certificate is None or key is None:
         raise ArgumentError("a listener has a certificate and its key")
@@ -29,16 +28,16 @@ def server_tls(certificate: Path, key: Path, *, ca: Path | None = None) -> ssl.S
     _load(context, certificate, key, ca)
     if ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
-    # Tickets for later sessions would lie unread at a peer that only sends: its close would be a reset, and lose what
-    # it sent last.
+    # A peer that only sends would never read session tickets, so its close would reset the connection and lose the last
+    # data that it sent.
     context.num_tickets = 0
     return context
 
 
 def client_tls(*, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
-    """For those who connect.
+    """The TLS context for connecting.
 
-    `ca`: trust this authority alone, and not those the system trusts. `certificate`, `key`: who we are, for mutual TLS.
+    `ca`: trust only this authority, instead of those of the system. `certificate`, `key`: our own, for mutual TLS.
     Raises AuthError as `server_tls` does.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -61,9 +60,9 @@ def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -
 
 
 def peer_names(context: ssl.SSLContext, certificate: Mapping[str, Any] | None) -> frozenset[str] | None:
-    """The names that a peer's certificate gives it: common names, and the DNS names, URIs and e-mail addresses beside.
+    """The names in a peer's certificate: common names, DNS names, URIs and e-mail addresses.
 
-    None where `context` asks for no certificate. `certificate`: as `SSLSocket.getpeercert` gives it.
+    None if `context` requests no certificate. `certificate`: as returned by `SSLSocket.getpeercert`.
     """
     if context.verify_mode == ssl.CERT_NONE:
         return None
@@ -76,16 +75,16 @@ def peer_names(context: ssl.SSLContext, certificate: Mapping[str, Any] | None) -
 def speaks_for(names: frozenset[str] | None, name: str) -> bool:
     """Whether a peer with these `peer_names` may act under a name.
 
-    a certificate was asked for    it has      the peer speaks for
-    no                                         anybody: the network is trusted
-    yes                            no name     nobody
-    yes                            names       these, compared letter by letter
+    certificate requested    names in it    the peer may act as
+    no                                      anybody: the network is trusted
+    yes                      none           nobody
+    yes                      some           these, compared exactly
     """
     return names is None or name in names
 
 
 def common_name(certificate: Mapping[str, Any] | None) -> str | None:
-    """The common name in a certificate as `SSLSocket.getpeercert` gives it, None without. To be shown, not compared."""
+    """The common name in a certificate from `SSLSocket.getpeercert`; None if there is none. Only for display."""
     subject = (certificate or {}).get("subject", ())
     return next((value for part in subject for key, value in part if key == "commonName"), None)
 
@@ -110,7 +109,7 @@ def _load(context: ssl.SSLContext, certificate: Path | None, key: Path | None, c
 
 
 def _check_pem(path: Path | None) -> None:
-    """OpenSSL does not say which of several files it cannot read."""
+    """Raise AuthError for a file that cannot be read: OpenSSL does not say which of several it was."""
     if path is None:
         return
     try:

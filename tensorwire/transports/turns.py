@@ -1,4 +1,4 @@
-"""Turns at receiving from many peers: so many at a time, so that memory does not grow with their number."""
+"""Turns for receiving from many peers: only a few at a time, so that memory does not grow with their number."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -9,13 +9,13 @@ from tensorwire.errors import TransportError
 from tensorwire.transfer import RefusedError, refuse, wait
 from tensorwire.transports.aio import AsyncTransport
 
-_KEPT: Final = 10.0  # seconds after which a peer that waits for its turn hears from us again
-_STALL: Final = 5.0  # seconds in which somebody in whose way others wait must send
-_LEAST: Final = 4096  # bytes, or give up its place
+_KEPT: Final = 10.0  # seconds between signs of life to a peer that waits for its turn
+_STALL: Final = 5.0  # seconds in which a peer must send, while others wait,
+_LEAST: Final = 4096  # this many bytes, or lose its turn
 
 
 class Turns:
-    """Turns of peers, of which `places` have theirs at a time and `line` may wait for one.
+    """Turns of peers: `places` of them have their turn at a time, and `line` may wait for one.
 
     turns = Turns(2, line=16)
     await turns.take(transport, receive_stream(open_recording))
@@ -29,13 +29,15 @@ class Turns:
     async def take(
         self, transport: AsyncTransport, conversation: Any, *, is_working: Callable[[], bool] = lambda: False
     ) -> None:
-        """Hold a conversation when the turn of its peer has come, who is told to wait until then.
+        """Run a conversation once its peer's turn has come; until then, the peer is told to wait.
 
-        Where too many wait already the peer is told to come again. Raises TransportError where others wait and nothing
-        comes, unless `is_working()`: what has come is verified, say.
+        If too many wait already, the peer is told to try again later. Raises TransportError if others wait and the peer
+        sends nothing, unless `is_working()` is true, for example while received data is verified.
         """
         if self._waiting >= self._line:
-            await transport.run(refuse(RefusedError("many are waiting: come again", kind="busy", retryable=True)))
+            await transport.run(
+                refuse(RefusedError("too many are waiting: try again later", kind="busy", retryable=True))
+            )
             return
         async with self._turn(transport):
             holding = asyncio.ensure_future(transport.run(conversation))
@@ -43,7 +45,7 @@ class Turns:
                 before = transport.received
                 while not (await asyncio.wait([holding], timeout=_STALL))[0]:
                     if self._waiting and not is_working() and transport.received - before < _LEAST:
-                        raise TransportError("others are waiting, and nothing comes: connect again to go on")
+                        raise TransportError("others are waiting, and nothing arrives: connect again to continue")
                     before = transport.received
             finally:
                 holding.cancel()

@@ -102,7 +102,7 @@ def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise SchemaError(f"the residual is of round {show(text)}, which is no number") from None
+        raise SchemaError(f"the residual is for round {show(text)}, which is not a number") from None
 
 
 def _sum(view: TensorView, residual: Floats) -> Callable[[int, int], Bytes]:

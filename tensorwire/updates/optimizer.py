@@ -97,7 +97,7 @@ class ServerOptimizer:
         """Restore the state from a file written by `save`. Raises SchemaError for any other."""
         kept = tensorwire.numpy.load_file(path, limits=limits)
         if not isinstance(kept, dict) or kept.keys() != self._kept.keys():
-            raise SchemaError(f"{os.fspath(path)} is no state of a server optimizer")
+            raise SchemaError(f"{os.fspath(path)} is not the state of a server optimizer")
         self._kept = kept
 
     def _of(self, kind: str, item: TensorItem, initial: float = 0.0) -> Numbers:

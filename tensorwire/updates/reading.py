@@ -100,7 +100,7 @@ class _File:
 
 
 class _Slice(NamedTuple):
-    """A slice of an update, as far as the others have not come yet."""
+    """The part of a slice that the other updates have not reached yet."""
 
     codec: Codec
     payload: memoryview
@@ -113,7 +113,7 @@ class _Slice(NamedTuple):
         return Extent(self.item.dtype, self.item.shape, self.start, self.elements)
 
     def split(self, elements: int) -> "tuple[_Slice, _Slice]":
-        """The first so many elements, and the others: decoded, in memory of their own."""
+        """The first `elements` and the rest, decoded, in new memory."""
         size = self.item.dtype.itemsize
         data = np.empty(self.elements * size, np.uint8)
         self.codec.decode(self.payload, self.extent, data)

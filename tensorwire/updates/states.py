@@ -40,7 +40,7 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
     for name in wanted.keys() - got.keys():
         raise SchemaError("training gave no tensor of this name, which the model has", item=name)
     for name in got.keys() - wanted.keys():
-        raise SchemaError("training gave a tensor of this name, which the model has not", item=name)
+        raise SchemaError("training gave a tensor of this name, which the model does not have", item=name)
     made: Views = {}
     firsts: dict[object, str] = {}
     for (name, key), was in zip(_ties(wanted).items(), wanted.values(), strict=True):
@@ -49,7 +49,9 @@ def matched(state: Any, base: Mapping[str, Any]) -> Views:
             detail = f"training gave {view.dtype} {list(view.shape)}, the model has {was.dtype} {list(was.shape)}"
             raise SchemaError(detail, item=name)
         if first != name and view.identity != got[first].identity and not is_equal(view, got[first]):
-            raise SchemaError(f"the model has one tensor for this and {show(first)}, but training gave two", item=name)
+            raise SchemaError(
+                f"the model has one tensor for this name and {show(first)}, but training gave two", item=name
+            )
         made[name] = replace(view, identity=was.identity)
     return made
 

@@ -64,7 +64,9 @@ def normalized(updates: Sequence[Update], metric: str = "steps") -> list[Update]
     steps = [update.terms.metrics.get(metric, 0) for update in updates]
     for update, number in zip(updates, steps, strict=True):
         if not 0 < number < math.inf:
-            raise ValueError(f"{update.client!r} does not report its number of {metric}, but {number!r}")
+            raise ValueError(
+                f"{update.client!r} must report its number of {metric} as a finite number above 0, not {number!r}"
+            )
     weight = math.fsum(update.terms.weight for update in updates)
     mean = math.fsum(u.terms.weight * number for u, number in zip(updates, steps, strict=True)) / weight
     return [replace(u, scale=u.scale * mean / number) for u, number in zip(updates, steps, strict=True)]

@@ -27,8 +27,8 @@ from tensorwire.versions.stores import Store
 from tensorwire.versions.subscriber import Progress, Staged, Subscriber
 
 INTERVAL: Final = 1.0
-MARK: Final = "tensorwire.version"  # in the metadata of a file: the number of the version that it is
-# What may be right a moment later: the store is written to, or does not answer.
+MARK: Final = "tensorwire.version"  # the metadata key for the number of the version in a file
+# Errors that may be gone a moment later: the store is being written to, or does not answer.
 _PASSING: Final = (MissingFileError, TransportError, CorruptError, FormatError, TruncatedError)
 
 
@@ -54,8 +54,8 @@ def follow(
     """Keep a `.safetensors` file at the newest version of a store; yields each version once the file holds it.
 
     The file is replaced by a rename, so that a reader always finds one whole version. If the file exists already and
-    holds a version of the store, `follow` continues from it. Versions that appear while the caller works on the last
-    one are skipped for the newest. `interval`: seconds between reads of the manifest. `timeout`: ends after this many
+    holds a version of the store, `follow` continues from it. If several versions appear while the caller works on one,
+    only the newest is fetched. `interval`: seconds between reads of the manifest. `timeout`: ends after this many
     seconds without a new version; None: never; 0: after the current version. `on_note`: called with a line of text
     when the store does not answer or a file is damaged; the fetch is then retried. Fetched files wait on disk, beside
     the file, so that memory is a few frames, whatever the model.
@@ -78,7 +78,7 @@ def follow(
 
 
 def version_in(path: str | os.PathLike[str]) -> int | None:
-    """The number of the version that `follow` has written to a file; None where it is another file, or none."""
+    """The number of the version that `follow` has written to a file; None for any other file, or none."""
     try:
         with safetensors.open_checkpoint(path) as file:
             number = file.metadata.get(MARK, "")
@@ -138,7 +138,7 @@ class _File:
             raise MissingFileError(f"the folder {folder!r} does not exist: create it first", errno=errno.ENOENT)
 
     def fetch(self) -> Staged:
-        """Fetch the newest version, if it is another than the file holds."""
+        """Fetch the newest version, unless the file holds it already."""
         self._subscriber.have = self._held
         return self._subscriber.fetch(progress=self._progress)
 
@@ -154,7 +154,7 @@ class _File:
         return Followed(staged.target, staged.size, {**staged.seconds, "apply": perf_counter() - began})
 
     def _digest(self) -> str | None:
-        """The content digest of the file that is there, which may be none of ours."""
+        """The content digest of the existing file, which `follow` may not have written."""
         try:
             with safetensors.open_checkpoint(self._path) as file:
                 return streams.digest(dict(file), ViewFront(), self._limits)

@@ -38,7 +38,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version: its number, its content digest, and the files that make it, of which there is at least one.
+    """A version: its number, its content digest, and at least one file that makes it.
 
     `metadata`: text pairs that its publisher gave.
     """
@@ -68,7 +68,7 @@ class Route:
 
     @property
     def size(self) -> int:
-        """Bytes to be fetched."""
+        """Bytes to fetch."""
         return sum(stored.size for stored, _ in self.files)
 
     @property
@@ -89,7 +89,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
-        """The manifest in these bytes. Raises a WireError if they are not one."""
+        """The manifest in these bytes. Raises a WireError if they are not a manifest."""
         if len(data) > MAX_BYTES:
             raise LimitError("manifest", MAX_BYTES, len(data), field=None)
         try:
@@ -124,7 +124,7 @@ class Manifest:
         return {file for version in self.versions for file in version.files}
 
     def version(self, number: int) -> Version:
-        """The version of a number. Raises SequenceError where it is not there, or no longer."""
+        """The version with this number. Raises SequenceError if it does not exist, or no longer."""
         first = self.versions[0].number
         if not first <= number <= self.head.number:
             gone = "it was dropped" if 0 < number < first else "it was never published"
@@ -134,12 +134,12 @@ class Manifest:
         return self.versions[number - first]
 
     def adding(self, version: Version, publisher: str) -> "Manifest":
-        """The same with one more version, or with another entry for the head."""
+        """A copy with one more version, or with a new entry for the head."""
         kept = self.versions[:-1] if version.number == self.head.number else self.versions
         return replace(self, publisher=publisher, versions=(*kept, version))
 
     def keeping(self, anchors: int) -> "Manifest":
-        """The same without versions older than the last `anchors` that have an anchor."""
+        """A copy without the versions before the last `anchors` ones that have an anchor."""
         at = [place for place, version in enumerate(self.versions) if version.anchor is not None]
         return replace(self, versions=self.versions[at[-anchors] :]) if len(at) > anchors else self
 
@@ -160,7 +160,7 @@ class Manifest:
         """Raise SequenceError unless this manifest continues `seen`: not another store, a fork, or an older state."""
         if self.run != seen.run:
             raise SequenceError(
-                f"there is another store here now: run {self.run}, not {seen.run}. Start again with a new Subscriber"
+                f"a different store is here now: run {self.run}, not {seen.run}. Start again with a new Subscriber"
             )
         held = {version.number: version for version in seen.versions}
         for version in self.versions:
@@ -201,15 +201,15 @@ class Manifest:
                 found.append(Route(target, None, patches))
         if not found:
             raise SequenceError(
-                f"{target} cannot be made: the chain of patches breaks at {broken}, and no anchor is left behind it. "
-                "Let the publisher publish a whole one",
+                f"{target} cannot be made: the chain of patches breaks at {broken}, and no anchor follows it. "
+                "Have the publisher publish a whole version",
                 item=broken.number,
             )
         return min(found, key=lambda route: (route.size, route.anchor is not None))
 
 
 def file_name(number: int, token: str, kind: str) -> str:
-    """What a new file is called: `kind` is "anchor" or "patch", `token` 16 hexadecimal digits of its own."""
+    """The name for a new file. `kind`: "anchor" or "patch". `token`: 16 hexadecimal digits, unique to the file."""
     return f"{number:012}-{token}.{kind}.tw"
 
 
@@ -220,7 +220,7 @@ def file_number(name: str) -> int | None:
 
 
 def is_digest(text: str) -> bool:
-    """Whether this is a content digest."""
+    """Whether `value` is a content digest."""
     return _DIGEST.fullmatch(text) is not None
 
 
@@ -235,16 +235,16 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _manifest(fields: dict[str, Any]) -> Manifest:
-    """Raises KeyError, TypeError, ValueError for what is not as `Manifest.dump` makes it."""
+    """The manifest with these fields. Raises KeyError, TypeError, ValueError unless they are as `dump` makes them."""
     versions = tuple(_version(each) for each in fields["versions"])
     if not versions:
         raise ValueError("no versions")
     for before, version in pairwise(versions):
         if version.number != before.number + 1:
-            raise SequenceError(f"the manifest has {version} after {before}: what is between is missing")
+            raise SequenceError(f"the manifest has {version} after {before}: the versions between them are missing")
         if version.patch is not None and version.patch.base != before.digest:
             raise SequenceError(
-                f"a fork: the patch of {version} is against {version.patch.base[:12]}, and before it stands {before}",
+                f"a fork: the patch of {version} is against {version.patch.base[:12]}, but it comes after {before}",
                 item=version.number,
             )
     run, publisher = (_text(fields[key], _ID, key) for key in ("run", "publisher"))

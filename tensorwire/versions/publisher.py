@@ -1,4 +1,4 @@
-"""Publishes versions: each as a patch to the last one, and now and then whole, as an anchor."""
+"""Publishes versions: each as a patch against the previous one, and from time to time whole, as an anchor."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -59,10 +59,10 @@ class Published:
 class Publisher:
     """Publishes versions of a container into a store; a context manager.
 
-    `store`: a folder, a URL that fsspec can write to, or a `Store`. `anchor_every`: an anchor is written with every
-    so many versions, and whenever the patches since the last anchor take more bytes than it. `keep`: the number of
-    anchors that stay, with the versions after the oldest of them; older files are removed one publish later. Choose it
-    so that an anchor outlasts a subscriber's fetch. `codec`: the lossless codec of anchors.
+    `store`: a folder, a URL that fsspec can write to, or a `Store`. `anchor_every`: an anchor is written every
+    `anchor_every` versions, and whenever the patches since the last anchor take more bytes than it. `keep`: the number
+    of anchors that stay, with the versions after the oldest of them; older files are removed one publish later. Choose
+    it so that an anchor outlasts a subscriber's fetch. `codec`: the lossless codec of anchors.
 
         with tensorwire.versions.Publisher("versions") as publisher:
             publisher.publish(model.state_dict())
@@ -95,7 +95,7 @@ class Publisher:
         self._limits = limits
         self._id = os.urandom(8).hex()
         self._manifest: Manifest | None = None
-        self._there: bytes | None = None  # the manifest as it stands in the store
+        self._there: bytes | None = None  # the manifest as it is in the store
         self._base: Any = None  # a copy of the version of `_base_digest`
         self._base_digest = ""
         self._is_closed = False
@@ -183,7 +183,7 @@ class Publisher:
     def _check_alone(self) -> Manifest | None:
         """The manifest. Raises SequenceError unless it is the one that this publisher knows."""
         there = self._read()
-        if there is not None and there.publisher == self._id:  # an interrupt may have come behind the writing of it
+        if there is not None and there.publisher == self._id:  # an interrupt may have come just after it was written
             self._manifest = there
         if there != self._manifest:
             what = "nothing" if there is None else f"{there.head} of publisher {there.publisher}"
@@ -194,7 +194,7 @@ class Publisher:
         return there
 
     def _load_base(self, done: "_Done") -> None:
-        """Read the newest version, where this publisher has not written it."""
+        """Read the newest version, unless this publisher has written it."""
         head = self.head
         if head is None or head.digest == self._base_digest:
             return
@@ -216,10 +216,12 @@ class Publisher:
         began = perf_counter()
         try:
             buffers = tensorwire.encode(state, base=self._base, limits=self._limits)
-        except EncodeError as error:  # names, dtypes or shapes are others; what cannot be sent at all fails again
-            done.notes.append(f"published whole, as it is no patch of the version before: {error}")
+        except (
+            EncodeError
+        ) as error:  # names, dtypes or shapes have changed; a state that cannot be sent at all fails again
+            done.notes.append(f"published whole, because there is no patch from the version before: {error}")
             return None
-        stream = BytesIO()  # which, unlike a join, never holds the parts beside the whole
+        stream = BytesIO()  # unlike a join, this never holds the parts and the whole at once
         for buffer in buffers:
             stream.write(buffer)
         made = _Made(stream.getvalue(), Patch.read(stream.getvalue(), limits=self._limits))
@@ -252,7 +254,7 @@ class Publisher:
         return Version(number, digest, anchor=stored), size
 
     def _write_anchor(self, number: int, done: "_Done") -> tuple[Stored, int]:
-        """Of the copy, which nobody changes meanwhile."""
+        """Write an anchor from the copy, which cannot change meanwhile."""
         began = perf_counter()
         name = file_name(number, self._id, "anchor")
         buffers = tensorwire.encode(self._base, codec=self._codec, limits=self._limits)
@@ -264,19 +266,19 @@ class Publisher:
         return Stored(name, size), size
 
     def _write_manifest(self, version: Version) -> None:
-        """The version is visible from here on."""
+        """Write the manifest, which makes the version visible."""
         if self._manifest is None:
             manifest = Manifest(os.urandom(8).hex(), self._id, (version,))
         else:
             manifest = self._manifest.adding(version, self._id).keeping(self._keep)
         data = manifest.dump()
         if len(data) > MAX_BYTES:
-            raise EncodeError(f"the manifest has become {len(data)} bytes: keep fewer versions, or less metadata")
+            raise EncodeError(f"the manifest has grown to {len(data)} bytes: keep fewer versions, or less metadata")
         self._store.replace(NAME, data, self._there)
         self._manifest, self._there = manifest, data
 
     def _advance(self, patch: Patch, digest: str, done: "_Done") -> None:
-        """Let the copy follow; what ends it in between has it read again the next time."""
+        """Apply the patch to the copy. If this is interrupted, the next publish reads the copy from the store again."""
         began = perf_counter()
         self._base_digest = ""
         tensorwire.apply(patch, self._base, limits=self._limits)
@@ -284,7 +286,7 @@ class Publisher:
         done.count("apply", began)
 
     def _sweep(self, before: Manifest | None, done: "_Done") -> None:
-        """Remove files that neither this manifest nor the one before this publish lists, and that nobody is writing."""
+        """Remove files that neither this manifest nor the previous one lists, and that are not being written."""
         manifest = self._manifest
         assert manifest is not None
         listed = manifest.files | (before.files if before is not None else set())
@@ -293,19 +295,19 @@ class Publisher:
                 number = file_number(name)
                 if number is not None and number <= manifest.head.number and name not in listed:
                     self._store.remove(name)
-        except OSError as error:  # the version is published all the same
+        except OSError as error:  # the version is published nevertheless
             done.notes.append(f"what was dropped could not be removed: {error}")
 
 
 class _Made(NamedTuple):
-    """A patch as a stream, and as it is read from that, of the same memory."""
+    """A patch as a stream, and as it is read from the stream, in the same memory."""
 
     stream: bytes
     patch: Patch
 
 
 class _Done:
-    """Times and notes of one publish, and whom it tells how far it is."""
+    """The times, notes and progress callback of one publish."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
@@ -317,7 +319,7 @@ class _Done:
 
 
 def _told(buffers: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
-    """The same buffers; `progress` hears of each that was written."""
+    """The same buffers; `progress` is called after each that was written."""
     done = 0
     for buffer in buffers:
         yield buffer

@@ -32,15 +32,15 @@ from tensorwire.storage import open_to_read, write_file
 
 try:
     import fcntl
-except ImportError:  # Windows: two publishers are told apart when the second one writes
+except ImportError:  # Windows: a second publisher is noticed only when it writes
     fcntl = None  # type: ignore[assignment]
 
 TIMEOUT: Final = 60.0  # seconds that a web server may be silent
-_REQUEST: Final = 16 << 20  # bytes that are asked of an object store at once: a manifest comes in one piece
+_REQUEST: Final = 16 << 20  # bytes per request to an object store, enough for any manifest
 _LOCK: Final = ".publisher.lock"
 _PART: Final = re.compile(r"\.([0-9]{12}-[0-9a-f]{11}|manifest\.json)\.[0-9a-f]{16}\.part")  # see `storage.atomic`
 
-# Of botocore: nobody has said who asks. These are no PermissionErrors.
+# Errors of botocore for missing credentials, which are not PermissionErrors.
 _NOT_ALLOWED: Final = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
 
 
@@ -53,10 +53,10 @@ class Store(Protocol):
     name: str
 
     def open(self, name: str, /) -> BinaryIO:
-        """A file, to be read from front to back and closed."""
+        """Open a file, to be read from front to back and closed."""
 
     def write(self, name: str, buffers: Iterable[Any], /) -> int:
-        """Write a new file; returns its size. Nobody reads it before it is complete."""
+        """Write a new file; returns its size. It is visible to readers only when complete."""
 
     def replace(self, name: str, data: bytes, before: bytes | None, /) -> None:
         """Replace a small file, so that a reader gets either the old or the new content.
@@ -127,7 +127,7 @@ class FolderStore:
     def lock(self) -> Iterator[None]:
         """`Store.lock`: on a hidden file. The system releases it when the process ends, however it ends.
 
-        A process that was forked meanwhile holds it, too.
+        A process that is forked meanwhile holds it, too.
         """
         try:
             os.makedirs(self.name, exist_ok=True)
@@ -142,7 +142,7 @@ class FolderStore:
             os.close(fd)
 
     def _lock(self, fd: int) -> None:
-        """Take the lock, and remove what a publisher that was killed has half written."""
+        """Take the lock, and remove incomplete files of a killed publisher."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,7 +152,7 @@ class FolderStore:
             ) from None
         except OSError as error:
             raise StorageError(f"{self.name!r} cannot be locked: {error.strerror}", errno=error.errno) from error
-        with suppress(OSError):  # they harm nobody
+        with suppress(OSError):  # they do no harm
             for name in filter(_PART.fullmatch, self.names()):
                 self.remove(name)
 
@@ -203,12 +203,12 @@ class HttpStore:
         raise self._read_only()
 
     def lock(self) -> AbstractContextManager[None]:
-        """`Store.lock`: nobody publishes by HTTP."""
+        """`Store.lock`: none, because HTTP stores are read-only."""
         raise self._read_only()
 
     def _read_only(self) -> StorageError:
         return StorageError(
-            f"{self.name} is read only: publish into the folder that the server shows, or to an object store",
+            f"{self.name} is read only: publish into the folder that the server serves, or to an object store",
             errno=errno.EROFS,
         )
 
@@ -285,8 +285,8 @@ class FsspecStore:
         return nullcontext()
 
     def _condition(self, name: str, before: bytes | None) -> dict[str, Any]:
-        """What lets a request fail unless the file is still `before`. Raises SequenceError where it is not now."""
-        # The tag is asked for first: what changes behind it has another one.
+        """Options that make a request fail unless the file is still `before`. Raises SequenceError if it is not now."""
+        # The tag is requested first, so any later change gets a different one.
         tag = self._fs.info(self._path(name), refresh=True)["ETag"] if self._has_conditions and before else None
         if self._content(name) != before:
             raise self._overtaken(name)
@@ -295,7 +295,7 @@ class FsspecStore:
         return {"mode": "create"} if before is None else {"IfMatch": tag}
 
     def _content(self, name: str) -> bytes | None:
-        """The bytes of a small file; None where there is none."""
+        """The bytes of a small file; None if it does not exist."""
         try:
             return bytes(self._fs.cat_file(self._path(name), start=0, end=_REQUEST))
         except FileNotFoundError:
@@ -312,9 +312,9 @@ class FsspecStore:
 
 
 class _Ranges:
-    """A file of an object store, a request for each 16 MiB.
+    """A file of an object store, read with one request per 16 MiB.
 
-    Not a file of fsspec: that believes in the size that a listing had, and takes memory for what may be read again.
+    A file object of fsspec would rely on the size in a listing, and keep memory for data that may be read again.
     """
 
     def __init__(self, fs: Any, path: str) -> None:
@@ -326,14 +326,14 @@ class _Ranges:
         self._fetch()
 
     def read(self, size: int) -> memoryview:
-        """The next bytes, `size` at most; none at the end."""
+        """The next bytes, at most `size`; none at the end."""
         if not self._part and not self._is_last:
             self._fetch()
         part, self._part = self._part[:size], self._part[size:]
         return part
 
     def close(self) -> None:
-        """Let go of what was read ahead."""
+        """Drop what was read ahead."""
         self._part = memoryview(b"")
 
     def _fetch(self) -> None:
@@ -342,7 +342,7 @@ class _Ranges:
         except OSError as error:
             if error.errno != errno.EINVAL or not self._is_all():
                 raise
-            data = b""  # a range that begins at the end of a file is refused
+            data = b""  # stores refuse a range that begins at the end of a file
         self._end += len(data)
         self._part = memoryview(data)
         self._is_last = len(data) < _REQUEST
@@ -353,7 +353,7 @@ class _Ranges:
 
 
 class _Remote(io.RawIOBase):
-    """A file elsewhere. What goes wrong on the way is a TransportError, an end before `size` bytes too."""
+    """A remote file. Failures on the way, and an end before `size` bytes, raise TransportError."""
 
     def __init__(self, name: str, file: Any, size: int | None) -> None:
         super().__init__()
@@ -366,7 +366,7 @@ class _Remote(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill `buffer` as far as one read does."""
+        """Fill `buffer` with the result of one read."""
         with _reaching(self.name):
             data = self._file.read(len(buffer))
         if self._left is not None:
@@ -381,14 +381,14 @@ class _Remote(io.RawIOBase):
     def close(self) -> None:
         """Close the file."""
         if not self.closed:
-            with suppress(Exception):  # what was read is verified on its own
+            with suppress(Exception):  # what was read is verified independently
                 self._file.close()
         super().close()
 
 
 @contextmanager
 def _writing(name: str) -> Iterator[None]:
-    """As `_reaching`, where what is missing is not the file, which is to be written, but the place for it."""
+    """As `_reaching`, for writing: if something is missing, it is the place for the file."""
     try:
         with _reaching(name):
             yield
@@ -400,13 +400,13 @@ def _writing(name: str) -> Iterator[None]:
 
 @contextmanager
 def _reaching(name: str) -> Iterator[None]:
-    """Whatever a library raises that reaches elsewhere, which is written down nowhere, becomes an error of ours."""
+    """Turn whatever a remote file system raises, which is undocumented, into an error of this library."""
     try:
         yield
     except TensorwireError:
         raise
     except FileNotFoundError as error:
-        raise MissingFileError(f"{name} is not there", errno=errno.ENOENT) from error
+        raise MissingFileError(f"{name} does not exist", errno=errno.ENOENT) from error
     except Exception as error:
         again = not isinstance(error, PermissionError) and type(error).__name__ not in _NOT_ALLOWED
         raise TransportError(f"{name}: {type(error).__name__}: {error}", retryable=again) from error

@@ -30,7 +30,7 @@ from tensorwire.versions.manifest import MAX_BYTES, NAME, Manifest, Route, Store
 from tensorwire.versions.stores import Store, open_store
 from tensorwire.versions.whole import Overwriting
 
-Progress = Callable[[int, int], None]  # bytes fetched, and all that are to be
+Progress = Callable[[int, int], None]  # bytes fetched, and bytes in all
 
 _ARRAYS: Final = AnyFront(FRONT)
 _VIEWS: Final = ViewFront()
@@ -101,7 +101,7 @@ class Subscriber:
             try:
                 route = manifest.route(have, number, avoid)
             except SequenceError as error:
-                raise first or error from None  # what is wrong with a file says more
+                raise first or error from None  # an error about a file says more
             staged = Staged(self, route, self._limits)
             try:
                 staged.stage(self._store, progress)
@@ -135,8 +135,8 @@ class Staged:
         self._limits = limits
         self.patches: list[Patch] = []
         self._disk: OnDisk | None = None
-        self._whole: Any = None  # arrays, or where it is staged in a folder views
-        self._sums: Any = None  # the checksums that these must have, behind a patch
+        self._whole: Any = None  # arrays, or views if staged in a folder
+        self._sums: Any = None  # the checksums that these must have after a patch
 
     @property
     def is_whole(self) -> bool:
@@ -156,12 +156,14 @@ class Staged:
     def encode(self, *, metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
         """The buffers of a stream of the whole version. Raises SchemaError if no anchor was fetched."""
         if not self.is_whole:
-            raise SchemaError("what was fetched are patches, or nothing: apply it, or fetch(whole=True)")
+            raise SchemaError(
+                "no whole version was fetched, but patches or nothing: apply them, or use fetch(whole=True)"
+            )
         return streams.encode(self._whole, self._front, metadata=metadata, limits=self._limits)
 
     @property
     def _front(self) -> AnyFront | ViewFront:
-        """That of the tensors of the whole version."""
+        """The front for the tensors of the whole version."""
         return _ARRAYS if self._disk is None else _VIEWS
 
     def apply(self, state: Any) -> None:
@@ -177,7 +179,7 @@ class Staged:
         began = perf_counter()
         if self.is_whole:
             overwriting = Overwriting(self._whole, self._front, state, self._limits)
-            self._subscriber.have = None  # until all is written, it is no version
+            self._subscriber.have = None  # until everything is written, the state is not a version
             overwriting.write()
         else:
             self._apply_patches(state)
@@ -206,7 +208,7 @@ class Staged:
             with _about(version, stored), closing(_Counted(store, stored, done, self.size, progress)) as file:
                 try:
                     self._take(stored, version, file)
-                    file.read(1)  # there is no more
+                    file.read(1)  # checks that the file ends here
                 finally:
                     self.seconds["fetch"] += file.seconds
             done += stored.size
@@ -236,7 +238,7 @@ class Staged:
             raise CorruptError(f"{self.target} has digest {digest[:12]}: the store's file holds another version")
 
     def _apply_patches(self, state: Any) -> None:
-        """Apply the chain, from the patch on that fits: an earlier attempt may have come further than the first."""
+        """Apply the chain, starting at the first patch that fits: an earlier attempt may have applied some."""
         refused: list[SchemaError] = []
         for place, patch in enumerate(self.patches):
             try:
@@ -277,7 +279,7 @@ def parse_manifest(store: Store, data: bytes) -> Manifest:
 
 
 def _staging_in(folder: str) -> OnDisk:
-    """A place in a folder. What is wrong with that is a StorageError and not, as of a store, a MissingFileError."""
+    """Payloads on disk in a folder. Errors about it are StorageErrors, since MissingFileError is about the store."""
     try:
         return OnDisk(folder)
     except OSError as error:
@@ -287,7 +289,7 @@ def _staging_in(folder: str) -> OnDisk:
 
 
 class _Counted(io.RawIOBase):
-    """A file of a store while it is read: how long the store took, and how far it is."""
+    """A file of a store that is being read; measures the time that the store takes, and reports progress."""
 
     def __init__(self, store: Store, stored: Stored, before: int, total: int, progress: Progress | None) -> None:
         super().__init__()
@@ -303,13 +305,13 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill `buffer` as far as one read does. Raises FormatError behind the size that the manifest says."""
+        """Fill `buffer` with the result of one read. Raises FormatError beyond the size in the manifest."""
         began = perf_counter()
         count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]  # a raw file has it
         self.seconds += perf_counter() - began
         self._done += count
         if self._done > self._size:
-            raise FormatError(f"it is longer than the {self._size} bytes that the manifest says")
+            raise FormatError(f"it is longer than the {self._size} bytes that the manifest states")
         if self._progress is not None:
             self._progress(self._before + self._done, self._total)
         return count
@@ -323,7 +325,7 @@ class _Counted(io.RawIOBase):
 
 @contextmanager
 def _about(version: Version, stored: Stored) -> Iterator[None]:
-    """Errors about a file of the store, which say which version it leads to."""
+    """Adds to errors about a file of the store the version that it leads to."""
     try:
         yield
     except TensorwireError as error:
@@ -334,7 +336,7 @@ def _about(version: Version, stored: Stored) -> Iterator[None]:
 
 @contextmanager
 def _named(file: str) -> Iterator[None]:
-    """Errors over a file, which name it."""
+    """Adds the name of the file to errors about it."""
     try:
         yield
     except TensorwireError as error:

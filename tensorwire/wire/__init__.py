@@ -1,8 +1,8 @@
 """Bytes <-> events, without I/O: the format of docs/format.md and nothing else.
 
-`Reader` is fed bytes and gives events; `Writer` is given events and gives buffers; `Archive` gives single items of a
-stream at rest. All three walk the one table of legal steps in `ledger.py`: what one of them refuses, each does. Knows
-no codec, socket or thread; the checksum is handed in.
+`Reader` turns bytes into events; `Writer` turns events into buffers; `Archive` gives single items of a stream at rest.
+All three follow the one table of legal steps in `ledger.py`, so whatever one of them refuses, the others refuse too.
+Nothing here knows codecs, sockets or threads; the checksum function is passed in.
 """
 
 from tensorwire.wire.archive import Archive, RandomAccess, StoredSlice

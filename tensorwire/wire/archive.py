@@ -1,9 +1,9 @@
 """A stream at rest and its index: single items, without reading the rest (docs/format.md, section 8).
 
-Every description is read when an archive is opened, data when it is asked for. All frames that are read go through the
-ledger, as they do in the reader. What stands between two of them is either the data of an item, or has to be
-skippable and is read too, so that whoever opens an archive and reads every item has checked all that a reader from
-front to back checks, but for the digest in the END frame.
+Opening an archive reads every description; data is read on request. All frames that are read go through the ledger, as
+in the reader. Between two of them there may only be data of items, or skippable frames, which are read too. Opening an
+archive and reading every item therefore checks everything that a reader from front to back checks, except the digest
+in the END frame.
 """
 
 import struct
@@ -36,8 +36,8 @@ _MARK: Final = struct.Struct("<QII")
 _MAX_UINT32: Final = (1 << 32) - 1
 
 CheckedT = TypeVar("CheckedT")
-# Reads the payload that stands at an offset and has a size, for what `check` said to its header: its bytes, as far as
-# the caller wants them, and the CRC-32C of all of them.
+# Called with the offset and size of a payload and with what `check` returned for its header. Returns those of its bytes
+# that the caller wants, and the CRC-32C of all of them.
 Fetch = Callable[[int, int, CheckedT], tuple[memoryview, int]]
 
 
@@ -53,7 +53,7 @@ class RandomAccess(Protocol):
 
 
 class StoredSlice(NamedTuple):
-    """A verified slice: its header, its payload, and the bytes of the archive that payload and frame begin at."""
+    """A verified slice: its header, its payload, and the offsets of payload and frame in the archive."""
 
     header: Header
     payload: memoryview
@@ -62,7 +62,7 @@ class StoredSlice(NamedTuple):
 
 
 class _Bundle(NamedTuple):
-    """A verified BUNDLE frame: the place of its first item in the index, and where in its payload each item stands."""
+    """A verified BUNDLE frame. `first`: place of its first item in the index. `parts`: begin and end of payloads."""
 
     first: int
     header: Header
@@ -79,23 +79,23 @@ class IndexPacker:
         self._data = bytearray()
 
     def add_items(self, mark: Mark, count: int) -> None:
-        """An ITEM frame, which describes so many items."""
+        """Add an ITEM frame that describes `count` items."""
         self._frames += _MARK.pack(*mark)
         self._data += bytes(count * _MARK.size)
 
     def add_data(self, number: int, mark: Mark) -> None:
-        """The first DATA frame of an item."""
+        """Add the first DATA frame of an item, or the BUNDLE frame that carries it."""
         _MARK.pack_into(self._data, number * _MARK.size, *mark)
 
     def pack(self) -> bytes:
-        """The INDEX payload: where each ITEM frame stands, and the data of each item (zeros for none)."""
+        """The INDEX payload: the mark of each ITEM frame, and that of each item's data (zeros for none)."""
         return bytes(self._frames + self._data)
 
 
 class _Index:
-    """Where frames stand, as an INDEX payload says. Raises FormatError for one that no writer makes.
+    """The marks of frames in an INDEX payload. Raises FormatError for a payload that no writer makes.
 
-    As objects the marks of data would take ten times the memory: they are looked up in the bytes.
+    As objects, the marks of data would take ten times the memory, so they are looked up in the bytes.
     """
 
     def __init__(self, payload: memoryview, items: int, end: int) -> None:
@@ -107,21 +107,21 @@ class _Index:
         sequences = [word & _MAX_UINT32 for word in others]
         if not all(sequences):
             if any(offset or other for offset, other, has in zip(offsets, others, sequences, strict=True) if not has):
-                raise FormatError("the index has half an entry")
+                raise FormatError("the index has an incomplete entry")
             offsets, others = tuple(compress(offsets, sequences)), tuple(compress(others, sequences))
-        # Of the items with data, in order.
+        # The numbers of the items with data, in order.
         self.numbers = array("I", compress(range(items), sequences))
         self.sequences = array("I", filter(None, sequences))
         if offsets and max(offsets) >= end:
-            raise FormatError("the index points behind itself")
-        marks = dict.fromkeys(zip(offsets, others, strict=True))  # those of the items of a bundle are one
+            raise FormatError("the index points past its own start")
+        marks = dict.fromkeys(zip(offsets, others, strict=True))  # the items of a bundle share one mark
         begins, distinct = [offset for offset, _ in marks], [other & _MAX_UINT32 for _, other in marks]
         ordered = all(map(le, self.sequences, self.sequences[1:])) and all(map(lt, distinct, distinct[1:]))
         if not ordered or not all(map(le, [begin + HEADER_SIZE for begin in begins], begins[1:])):
             raise FormatError("the index is not in the order of frames")
 
     def data(self, place: int) -> Mark:
-        """Where the data of the item at this place of `numbers` begins."""
+        """The mark of the first data frame of the item at this place in `numbers`."""
         mark: Mark = _MARK.unpack_from(self._data, self.numbers[place] * _MARK.size)
         return mark
 
@@ -131,13 +131,13 @@ class _Index:
         return range(bisect_left(self.sequences, sequence), bisect_right(self.sequences, sequence))
 
     def find(self, number: int) -> int | None:
-        """The place of an item in `numbers`; None of one without data."""
+        """The place of an item in `numbers`; None for an item without data."""
         place = bisect_left(self.numbers, number)
         return place if place < len(self.numbers) and self.numbers[place] == number else None
 
 
 class Items:
-    """All items of an archive by number, made when they are asked for."""
+    """All items of an archive by number, made on request."""
 
     def __init__(self) -> None:
         self._frames: list[Described] = []
@@ -145,7 +145,7 @@ class Items:
         self._count = 0
 
     def add(self, described: Described) -> None:
-        """Those of the next ITEM frame."""
+        """Add the items of the next ITEM frame."""
         self._firsts.append(self._count)
         self._frames.append(described)
         self._count += len(described)
@@ -159,7 +159,7 @@ class Items:
         return self._frames[place][number - self._firsts[place]]
 
     def pending(self, number: int) -> Pending:
-        """The items whose data comes from an item's on, as far as a bundle goes."""
+        """The items with data from this one on: all that are left, or at least as many as a bundle can hold."""
         pending = Pending()
         place = bisect_right(self._firsts, number) - 1
         first, described = self._firsts[place], self._frames[place]
@@ -171,7 +171,7 @@ class Items:
         return pending
 
     def names(self) -> dict[str, int]:
-        """The number of each item that is no container, by its name."""
+        """The number of each item that is not a container, by its name."""
         names: dict[str, int] = {}
         for first, described in zip(self._firsts, self._frames, strict=True):
             bare = {number for number, form in enumerate(described.forms) if isinstance(form, ContainerItem)}
@@ -185,12 +185,12 @@ class Items:
 
 
 class Archive:
-    """A stream at rest that has an index. `info` is its STREAM frame's, `items` are all items by number.
+    """A stream at rest that has an index. `info`: the content of its STREAM frame. `items`: all items by number.
 
-    `accept` is called with the info and then, in the order of the stream, with an item of each form (dtype, shape and
-    codec of a tensor) that an ITEM frame has, and raises for what the caller does not take. Raises what a reader from
-    front to back would raise of the same bytes; FormatError for an index that is wrong where the stream is not;
-    SchemaError for a stream without an index.
+    `accept` is called with the info and then, in the order of the stream, with one item of each form (dtype, shape and
+    codec of a tensor) in an ITEM frame; it raises for what the caller does not accept. Raises what a reader from front
+    to back would raise for the same bytes; FormatError if only the index is wrong; SchemaError for a stream without an
+    index.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Archive:
         self._index: _Index
         self._index_mark: Mark = 0, 0, 0
         self._bundle: _Bundle | None = None
-        self._passed = 0  # items whose data the account went by, of those with data
+        self._passed = 0  # items with data that the ledger has passed
         try:
             self._open()
         except WireError as error:
@@ -219,11 +219,11 @@ class Archive:
     def slices(
         self, number: int, check: Callable[[Header], CheckedT | None], fetch: "Fetch[CheckedT] | None" = None
     ) -> Iterator[tuple[StoredSlice, CheckedT]]:
-        """The data frames of an item, each with what `check` says to its header.
+        """The data frames of an item, each with what `check` returns for its header.
 
-        `check` is called before the payload is read, and may raise; a payload for which it gives None is passed over.
-        `fetch` reads payloads into memory of the caller. Without the frame that only closes a file. Of an item in a
-        bundle, all of which is read, there is one slice with a header as that of a frame of its own would be.
+        `check` is called before the payload is read, and may raise; a payload for which it returns None is skipped.
+        `fetch` reads payloads into memory of the caller. The frame that only closes a file is left out. An item in a
+        bundle, which is always read as a whole, gives one slice, with the header that a frame of its own would have.
         """
         place = self._index.find(number)
         if place is None:
@@ -240,7 +240,7 @@ class Archive:
                 if step is Step.SKIP:
                     self._payload(ledger, header)
                 elif step is Step.BUNDLE:
-                    raise FormatError("the index has none of the other items in a bundle", offset=ledger.offset)
+                    raise FormatError("the index lists only some of the items in a bundle", offset=ledger.offset)
                 elif header.count:
                     checked = check(header)
                     if checked is not None:
@@ -253,12 +253,12 @@ class Archive:
             raise self._located(error, name, ledger.sequence, ledger.offset) from None
 
     def _located(self, error: WireError, name: str, frame: int, offset: int) -> WireError:
-        """The same error, that of an item in this frame; raises another that comes before it."""
+        """The error with this item and frame; raises any error that comes before it in the stream."""
         error.item, error.frame, error.offset = name, frame, error.offset or offset
         return self._explained(error, until=offset)
 
     def is_bundled(self, number: int) -> bool:
-        """Whether an item stands in one frame with others."""
+        """Whether an item shares a frame with others."""
         place = self._index.find(number)
         return place is not None and len(self._index.beside(place)) > 1
 
@@ -280,13 +280,13 @@ class Archive:
             yield StoredSlice(own, bundle.payload[start:stop], begin, bundle.offset), checked
 
     def _read_bundle(self, name: str, beside: range) -> "_Bundle":
-        """The bundle that holds the items at these places of the index, verified for the sake of one of them."""
+        """The verified bundle that holds the items at these places in the index. `name`: the item to name in errors."""
         pending = self.items.pending(self._index.numbers[beside.start])
         ledger = Ledger.within(self._limits, self._index.data(beside.start), self.info.align, pending)
         try:
             header, packed, step = self._header(ledger)
             if step is not Step.BUNDLE or header.count != len(beside):
-                raise FormatError("the index has other items in a bundle than the stream", offset=ledger.offset)
+                raise FormatError("the index and the stream disagree about the items in a bundle", offset=ledger.offset)
             payload = self._payload(ledger, header)
             bundle = _Bundle(beside.start, header, ledger.offset, payload, split_bundle(payload, header.count))
             ledger.pass_frame(header, packed, step)
@@ -296,7 +296,7 @@ class Archive:
         return bundle
 
     def _after(self, place: int) -> Mark:
-        """The first frame behind the data of an item with data that the index knows."""
+        """The mark of the first frame after this item's data that is in the index, or of the index itself."""
         index = self._index
         place = index.beside(place)[-1]
         frame = bisect_right(index.frames, index.sequences[place], key=_sequence)
@@ -307,7 +307,7 @@ class Archive:
 
     def _open(self) -> None:
         end = self._find_index()
-        ledger = self._begin(digest=False)  # which takes every header
+        ledger = self._begin(digest=False)  # the digest would need every header
         for mark in self._index.frames:
             self._reach(ledger, mark)
             header, packed, step = self._header(ledger)
@@ -321,11 +321,11 @@ class Archive:
         ledger.read_end(self._payload(ledger, header))
 
     def _find_index(self) -> Mark:
-        """Find the index, and where END stands. None of it is verified before the account reaches it."""
+        """Read the index. Returns the mark of the END frame. Both are unverified until the ledger reaches them."""
         offset = max(self._size - HEADER_SIZE - END_SIZE, 0)
         end = self._header_at(offset)
         if end.type != FrameType.END or end.length != END_SIZE:
-            raise FormatError("the last frame is no end frame", offset=offset)
+            raise FormatError("the last frame is not an end frame", offset=offset)
         summary = Summary.unpack(self._bytes(offset + HEADER_SIZE, END_SIZE))
         where = summary.index_offset
         if not where:
@@ -333,7 +333,7 @@ class Archive:
         index = self._header_at(where)
         length, data = index.length, summary.items * _MARK.size
         if index.type != FrameType.INDEX or length < data or length % _MARK.size:
-            raise FormatError("no index of all items stands where the end frame says", offset=where)
+            raise FormatError("there is no index of all items where the end frame says", offset=where)
         if length > self._limits.skippable:
             raise LimitError("index", self._limits.skippable, length, field="skippable", offset=where)
         self._index_mark = where, index.sequence, index.link
@@ -341,14 +341,14 @@ class Archive:
         return offset, end.sequence, end.link
 
     def _explained(self, error: WireError, until: int | None = None) -> WireError:
-        """The same error, for there is none before it in the stream; raises that otherwise."""
+        """The error, if none comes before it in the stream; raises the earlier one otherwise."""
         self._walk(until)
-        if isinstance(error, SequenceError):  # of frames where the index has them, which the stream has in order
+        if isinstance(error, SequenceError):  # the frames of the stream are in order, so the index is wrong
             return FormatError(f"the index points elsewhere: {error.detail}", item=error.item, offset=error.offset)
         return error
 
     def _walk(self, until: int | None = None) -> None:
-        """Read the stream from front to back, all but the payloads of data, and raise for the first fault.
+        """Read the stream from front to back, except the payloads of data, and raise for the first fault.
 
         `until`: the offset of the last frame of interest.
         """
@@ -370,7 +370,7 @@ class Archive:
             raise FormatError("bytes after the end frame", offset=ledger.offset)
 
     def _begin(self, *, digest: bool) -> Ledger:
-        """The account after the preamble and the STREAM frame."""
+        """The ledger after the preamble and the STREAM frame."""
         preamble = bytes(self._bytes(0, PREAMBLE_SIZE))
         link = check_preamble(preamble, self._checksum)
         ledger = Ledger(self._limits, preamble if digest else None, link)
@@ -392,24 +392,24 @@ class Archive:
         return described
 
     def _reach(self, ledger: Ledger, mark: Mark) -> None:
-        """Go on at the frame at `mark`, beyond the data of items that stands before it."""
+        """Continue at the frame at `mark`, past the data of items before it."""
         index, first = self._index, self._passed
         if first < len(index.numbers) and index.sequences[first] < mark[1]:
             self._passed = bisect_left(index.sequences, mark[1], lo=first)
             self._skip_to(ledger, index.data(first))
             if not ledger.pending.drop_numbers(index.numbers[first : self._passed]):
-                raise FormatError("the index has data for other items than the stream", offset=ledger.offset)
+                raise FormatError("the index and the stream disagree about which items have data", offset=ledger.offset)
             if index.data(self._passed - 1)[0] + HEADER_SIZE > mark[0]:
                 raise FormatError("the index is not in the order of frames", offset=ledger.offset)
             ledger.pass_data(mark)
         self._skip_to(ledger, mark)
 
     def _skip_to(self, ledger: Ledger, mark: Mark) -> None:
-        """Go on at the frame at `mark`, over skippable ones, which are verified."""
+        """Continue at the frame at `mark`, past skippable frames, which are verified."""
         while ledger.offset < mark[0]:
             header, packed, step = self._header(ledger)
             if step is not Step.SKIP:
-                raise FormatError("a frame that the index leaves out", offset=ledger.offset)
+                raise FormatError("the index leaves out a frame", offset=ledger.offset)
             self._payload(ledger, header)
             ledger.pass_frame(header, packed, step)
         if ledger.mark != mark:

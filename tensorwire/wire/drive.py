@@ -1,10 +1,8 @@
-"""Who feeds a consumer from what: blocking sources with `pull`, asynchronous ones with `pull_async`.
+"""Feeds a consumer: `pull` from a blocking source, `pull_async` from an asynchronous one, `Push` from a caller.
 
-`Push` is the third way: whoever is called with bytes, when there are some, hands them over.
-
-A source is anything with `readinto`; `as_source` and `as_async_source` make one of a buffer or of an iterable of
+A source is anything with `readinto`; `as_source` and `as_async_source` make one from a buffer or from an iterable of
 buffers. A buffer or an iterable is one stream and nothing else, so bytes after the end frame are an error there; a file
-or a socket may carry on.
+or a socket may continue after it.
 """
 
 import io
@@ -27,7 +25,7 @@ class Source(Protocol):
     def readinto(self, buffer: memoryview, /) -> int | None:
         """Fill `buffer` with at least one byte and return how many; 0 at the end of input.
 
-        None, which a non-blocking file gives when it has nothing yet, is refused by whoever drives.
+        None, which a non-blocking file returns when it has no data yet, is refused by `pull` and `pull_async`.
         """
 
 
@@ -41,8 +39,9 @@ class AsyncSource(Protocol):
 class Consumer(Protocol[ResultT_co]):
     """What takes a stream in, without its input.
 
-    `steps` yields results and NEED_DATA, after which `get_buffer()` is to be filled and `buffer_updated(n)` called (0:
-    the input has ended), or `lend(data)` in place of both. Whoever drives it decides how bytes are waited for.
+    `steps` yields results and NEED_DATA. After NEED_DATA the caller must fill `get_buffer()` and call
+    `buffer_updated(n)` (0: the input has ended), or call `lend(data)` instead of both. The caller decides how to wait
+    for bytes.
     """
 
     def steps(self) -> Generator[ResultT_co | NeedData, None, None]:
@@ -63,7 +62,7 @@ class _Bytes:
 
     def __init__(self, data: Any) -> None:
         self._rest = memoryview(data).cast("B")
-        # Nobody can change it between its verification and its use.
+        # An immutable buffer cannot change between its verification and its use.
         self.lasting = type(data) is bytes
 
     def readinto(self, buffer: memoryview, /) -> int:
@@ -72,7 +71,7 @@ class _Bytes:
         return len(data)
 
     def take(self, size: int) -> memoryview:
-        """The next bytes where they stand, at most `size`."""
+        """The next bytes, at most `size`, without copying them."""
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
 
@@ -240,7 +239,7 @@ def _feed_bytes(consumer: Consumer[Any], source: _Bytes) -> int:
 def _feed(consumer: Consumer[Any], size: int | None) -> int:
     """Say that `size` bytes were read into the consumer's buffer; returns it."""
     if size is None:
-        raise TransportError("the source is non-blocking and has nothing yet: give one that waits", retryable=False)
+        raise TransportError("the source is non-blocking and has no data yet: give one that blocks", retryable=False)
     consumer.buffer_updated(size)
     return size
 
@@ -254,21 +253,21 @@ class Push(Generic[ResultT]):
         self._fed = 0
         self._wanting = False
         self._broken = False
-        self.ended = False  # whether the consumer has all that it wanted
+        self.ended = False  # whether the consumer has everything that it wanted
 
     def feed(self, data: Any) -> Iterator[ResultT]:
-        """What these bytes complete, which is to be iterated to the end before the next bytes are fed.
+        """The results that these bytes complete. Iterate to the end before feeding the next bytes.
 
-        Raises what the consumer raises, FormatError for bytes after the end frame, and ClosedError once either was.
+        Raises what the consumer raises, FormatError for bytes after the end frame, and ClosedError after any error.
         """
         if self._broken:
-            raise ClosedError("the stream has failed already: begin anew with another decoder")
-        self._broken = True  # unless all of it goes well
+            raise ClosedError("the stream has already failed: start again with a new decoder")
+        self._broken = True  # until all of it has succeeded
         yield from self._feed(_chunk(data))
         self._broken = False
 
     def finish(self) -> None:
-        """Say that there is no more. Raises TruncatedError where the consumer wants more."""
+        """Note that the input has ended. Raises TruncatedError if the consumer needs more."""
         if not self.ended:
             self._broken = True
             self._consumer.buffer_updated(0)

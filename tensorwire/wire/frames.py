@@ -44,14 +44,14 @@ class FrameType(IntEnum):
 
     @classmethod
     def label(cls, number: int) -> str:
-        """The name of a type, its number where this version has no name for it."""
+        """The name of a type, or its number if this version has no name for it."""
         return cls(number).name if number in _KNOWN else f"type {number:#04x}"
 
 
 _KNOWN: Final = frozenset(FrameType)
 _ABOUT_ITEMS: Final = frozenset({FrameType.ITEM, FrameType.DATA, FrameType.BUNDLE})
 
-# Of a BUNDLE frame: it must be worth one, and cost little to whoever wants one of its items.
+# Items of a BUNDLE frame: enough to be worth one, and few enough that reading one of them costs little.
 LEAST_BUNDLED: Final = 2
 MOST_BUNDLED: Final = 64
 
@@ -144,23 +144,23 @@ def unpack_header(
 
 
 def check_payload(crc: int, header: Header, *, offset: int, item: str | None = None) -> None:
-    """Raise CorruptError unless `crc` is what the header of the frame at `offset` says of its payload."""
+    """Raise CorruptError unless `crc` is the payload checksum in the header of the frame at `offset`."""
     if crc != header.payload_crc:
         place = offset + HEADER_SIZE
         raise CorruptError("payload checksum mismatch", frame=header.sequence, item=item, offset=place)
 
 
 def bundle_table(lengths: Sequence[int]) -> bytes:
-    """What stands in a BUNDLE before the payloads of its items: their lengths."""
+    """The table at the start of a BUNDLE payload: the lengths of its items' payloads."""
     return struct.pack(f"<{len(lengths)}I", *lengths)
 
 
 def split_bundle(payload: memoryview, count: int) -> list[tuple[int, int]]:
-    """Where in a BUNDLE the payload of each of its `count` items stands. Raises FormatError."""
+    """The begin and end of the payload of each of the `count` items in a BUNDLE payload. Raises FormatError."""
     lengths = struct.unpack_from(f"<{count}I", payload)
     stops = [*accumulate(lengths, initial=4 * count)]
     if not all(lengths) or stops[-1] != len(payload):
-        raise FormatError("the payloads of a bundle are not those that its table has")
+        raise FormatError("the payloads of a bundle do not match its table")
     return [*pairwise(stops)]
 
 

@@ -1,11 +1,11 @@
 """The two msgpack payloads: stream metadata and descriptions of items (docs/format.md, sections 4 and 5).
 
-One encoding per value: keys in their fixed order, smallest msgpack forms. `unpack_*` re-encodes what it read and
-compares, so that any other spelling is refused. Holding an item means that it is valid; it has no field that may be
-missing, but for the size of a file that is not known ahead.
+Each value has one encoding: keys in their fixed order, smallest msgpack forms. `unpack_*` re-encodes what it read and
+compares, so that any other encoding is refused. An item that exists is valid; none of its fields is optional, except
+the size of a file whose size is not known in advance.
 
-Many items are alike but for their place. A frame that describes items says each form once, and of each item its form
-and its path, so that a hundred thousand items are checked as columns and become objects when somebody asks for them.
+Many items differ only in their path. A frame that describes items contains each form once, and for each item the number
+of its form and its path. A hundred thousand items are therefore checked as columns, and become objects only on request.
 """
 
 import re
@@ -56,10 +56,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """What the STREAM frame says.
+    """The content of the STREAM frame.
 
-    `align`: data payloads begin at multiples of it. `id`: the application's. `metadata`: text. `base`, `target`:
-    content digests of the version that the stream is against and of the one that it makes, empty where it has none.
+    `align`: data payloads begin at multiples of it. `id`: free for the application. `metadata`: text. `base`, `target`:
+    content digests of the version that the stream is against and of the one that it makes, empty if there is none.
     """
 
     align: int = 1
@@ -78,19 +78,19 @@ class StreamInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """What every item has: its place among the containers of the stream, () for the root."""
+    """What every item has: its path through the containers of the stream, () for the root."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """The one name of the path, as people and mappings spell it (`wire.names`)."""
+        """The name that belongs to the path, as shown and as used in mappings (`wire.names`)."""
         return name_of(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorItem(_Named):
-    """A tensor: `shape` outermost dimension first, `codec` the stages that its slices went through."""
+    """A tensor. `shape`: outermost dimension first. `codec`: the stages that its slices went through."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -126,7 +126,7 @@ class ValueItem(_Named):
 
 @dataclass(frozen=True, slots=True)
 class FileItem(_Named):
-    """A file of `size` bytes, None where that is not known ahead; for its codec a tensor of bytes."""
+    """A file of `size` bytes, None if that is not known in advance. Its codec treats it as a tensor of bytes."""
 
     size: int | None
     codec: CodecSpec
@@ -135,7 +135,7 @@ class FileItem(_Named):
 
     @property
     def total(self) -> int | None:
-        """Bytes that its data frames carry; None: until a closing frame comes."""
+        """Bytes that its data frames carry; None: data continues until a closing frame."""
         return self.size
 
     def at(self, path: Path) -> "FileItem":
@@ -174,7 +174,7 @@ DataItem = TensorItem | ValueItem | FileItem
 
 _STREAM_KEYS: Final = ("align", "id", "base", "target", "metadata")
 _ITEM_KEYS: Final = ("forms", "items")
-# By the number on the wire.
+# The fields of each kind, by its number on the wire.
 _FIELDS: Final[dict[int, tuple[Kind, tuple[str, ...]]]] = {
     1: (Kind.TENSOR, ("kind", "dtype", "shape", "codec")),
     2: (Kind.VALUE, ("kind", "size")),
@@ -184,7 +184,7 @@ _FIELDS: Final[dict[int, tuple[Kind, tuple[str, ...]]]] = {
     6: (Kind.LIST, ("kind",)),
     7: (Kind.TUPLE, ("kind",)),
 }
-# Forms and paths of more bytes are described in several frames: with what stands around them, these keep the limit.
+# Forms and paths of more bytes than this are split over several frames, so that a frame stays within the limit.
 _FULL: Final = 63 << 10
 
 
@@ -217,7 +217,7 @@ def unpack_stream(payload: bytes, limits: Limits) -> StreamInfo:
 def _unpack_stream(payload: bytes, limits: Limits) -> dict[str, Any]:
     """The map of a STREAM payload, read object by object.
 
-    A payload of this size may hold a million empty containers: nothing is built of what has no place here.
+    A payload of this size may hold a million empty containers, so nothing is built that is not allowed here.
     """
     unpacker = msgpack.Unpacker(max_array_len=0, max_map_len=0, max_ext_len=0, max_buffer_size=len(payload) or 1)
     body: dict[str, Any] = {}
@@ -260,8 +260,8 @@ def _is_map(first: bytes) -> bool:
 class Described:
     """The items of one ITEM frame, in order.
 
-    `forms`: what they are, as items at the root. `numbers`: of each item the number of its form. `carriers`: the
-    indexes of the items that data frames belong to.
+    `forms`: the distinct items apart from their paths, as items at the root. `numbers`: for each item, the number of
+    its form. `carriers`: the indexes of the items that have data frames.
     """
 
     __slots__ = ("_items", "_rows", "carriers", "forms", "numbers")
@@ -288,13 +288,13 @@ class Described:
 
     @property
     def rows(self) -> Sequence[tuple[Any, ...]]:
-        """Of each item the number of its form, and the keys of its path."""
+        """For each item, the number of its form and the keys of its path."""
         if self._items is None:
             return self._rows
         return [(number, *item.path) for number, item in zip(self.numbers, self._items, strict=True)]
 
     def items(self) -> list[Item]:
-        """All of them, which are kept from now on, in place of `rows`."""
+        """All items, which are kept from now on, instead of `rows`."""
         if self._items is None:
             makers = [form.at for form in self.forms]
             self._items = [makers[row[0]](row[1:]) for row in self._rows]
@@ -302,7 +302,7 @@ class Described:
         return self._items
 
     def names(self) -> Iterator[str]:
-        """Their names, where `items` was never asked for."""
+        """Their names. Must not be called after `items`."""
         return (
             row[1] if len(row) == 2 and type(row[1]) is str and row[1][:1] not in ("", "/") else name_of(row[1:])
             for row in self._rows
@@ -313,20 +313,20 @@ Unpack = Callable[[bytes | memoryview, Limits], Described]
 
 
 class ItemPacker:
-    """Descriptions on their way into ITEM frames, each of as many items as fit."""
+    """Packs descriptions of items into the payloads of ITEM frames, as many into each as fit."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._forms: dict[Any, int] = {}  # what was packed, by what it was packed from: the same number
+        self._forms: dict[Any, int] = {}  # the number of each packed form, by its key
         self._packed: list[bytes] = []
         self._rows: list[bytes] = []
         self._size = 0
         self._pack = msgpack.Packer().pack
 
     def add(self, item: Item) -> bool:
-        """Take an item into the next payload, unless it does not fit there beside others: returns whether it did.
+        """Add an item to the next payload. Returns False, and adds nothing, if it does not fit beside the others.
 
-        Raises FormatError naming it for what msgpack has no spelling for.
+        Raises FormatError, naming the item, if msgpack cannot encode it.
         """
         key = _form_key(item)
         number = self._forms.get(key, len(self._packed))
@@ -346,7 +346,7 @@ class ItemPacker:
         return True
 
     def take(self) -> tuple[bytes, Described]:
-        """The payload of what was added, and how it reads; nothing is left. Raises for what a reader would refuse."""
+        """The payload of what was added, and its items. Empties the packer. Raises if a reader would refuse it."""
         parts = [b"\x82\xa5forms", _array(len(self._packed)), *self._packed]
         parts += [b"\xa5items", _array(len(self._rows)), *self._rows]
         self._forms, self._packed, self._rows, self._size = {}, [], [], 0
@@ -355,7 +355,7 @@ class ItemPacker:
 
 
 def _form_key(item: Item) -> tuple[Any, ...]:
-    """What two items have in common that have one form."""
+    """A key that is equal for two items with the same form."""
     if isinstance(item, TensorItem):
         return Kind.TENSOR, item.dtype.number, item.shape, item.codec
     return item.kind, *_form_body(item).values()
@@ -396,14 +396,14 @@ def unpack_items(payload: bytes | memoryview, limits: Limits) -> Described:
     _check({*map(type, rows)} == {tuple} and min(map(len, rows)) > 0, "an item must be an array: its form and its path")
     _check_keys(rows, limits)
     numbers = [row[0] for row in rows]
-    # The order is that of their first use, so that there is one spelling.
+    # Forms must be in the order of their first use, so that there is only one encoding.
     _check([*dict.fromkeys(numbers)] == [*range(len(forms))], "forms are not those of the items, in their order")
     _check(len(forms) == 1 or len({*map(_packed, forms)}) == len(forms), "a form appears twice")
     return Described(tuple(_forms(forms, rows, numbers, limits)), rows, numbers)
 
 
 def sharing() -> Unpack:
-    """An `unpack_items` for readers of streams that describe the same: their items are unpacked, and kept, once."""
+    """An `unpack_items` to be shared by readers of similar streams: equal descriptions are unpacked only once."""
     return cache(unpack_items)
 
 
@@ -443,7 +443,7 @@ def _form(body: Any, limits: Limits) -> Item:
 def _check_keys(rows: tuple[tuple[Any, ...], ...], limits: Limits) -> None:
     """Raise unless each row is a number and a path within the limits, naming the item."""
     if max(map(len, rows)) <= limits.nesting + 1 and _are_keys([*chain.from_iterable(rows)], limits):
-        return  # what the loop below says of them, in a tenth of the time
+        return  # the loop below would find the same, in ten times the time
     for number, *path in rows:
         try:
             if len(path) > limits.nesting:
@@ -457,7 +457,7 @@ def _check_keys(rows: tuple[tuple[Any, ...], ...], limits: Limits) -> None:
 
 
 def _are_keys(values: list[Any], limits: Limits) -> bool:
-    """Whether `check_key` surely takes all of these."""
+    """Whether `check_key` certainly accepts all of these."""
     texts = [value for value in values if type(value) is str]
     ints = [value for value in values if type(value) is int]
     if len(texts) + len(ints) < len(values) or max(map(abs, ints), default=0) > MAX_INT_KEY:
@@ -490,7 +490,7 @@ def _tensor(number: Any, dims: Any, limits: Limits) -> tuple[DType, tuple[int, .
         if type(dim) is not int or dim < 0:
             raise FormatError("shape must be non-negative ints")
         # Python's integers do not wrap. A zero counts as one: no tensor library holds (0, 2**62).
-        # Beyond 64 bits the exact product is nobody's business, and may have more digits than Python prints.
+        # Beyond 64 bits the exact product does not matter, and may have more digits than Python prints.
         size = min(size * (dim or 1), 1 << 64)
     if len(dims) > limits.ndim:
         raise LimitError("ndim", limits.ndim, len(dims))
@@ -534,14 +534,14 @@ def _unpack_map(payload: bytes | memoryview, what: str) -> dict[Any, Any]:
 
 
 def _check_known(keys: Iterable[Any], known: tuple[str, ...], what: str) -> None:
-    """What a later version adds is refused by name: a key says what the rest of the stream means."""
+    """Raise UnsupportedError for a key of a later version: it may change what the rest of the stream means."""
     for key in keys:
         if key not in known:
             raise UnsupportedError(f"{what} has the key {show(key)}, which this version does not define")
 
 
 def _is_bytes(body: dict[str, Any], key: str, least: int, most: int) -> bool:
-    """Whether a key is absent or holds as many bytes."""
+    """Whether a key is absent, or holds from `least` to `most` bytes."""
     return key not in body or (type(body[key]) is bytes and least <= len(body[key]) <= most)
 
 

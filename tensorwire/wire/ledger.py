@@ -98,7 +98,7 @@ _STEPS: Final[dict[int, Step]] = {
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the END frame says: counts over everything before it, offset of the index (0: none), digest."""
+    """The content of the END frame: counts over everything before it, offset of the index (0: none), digest."""
 
     items: int
     frames: int
@@ -117,7 +117,7 @@ class Summary:
 
 
 class Ledger:
-    """The account of one stream."""
+    """The state of one stream."""
 
     __slots__ = (
         "_digest",
@@ -146,7 +146,7 @@ class Ledger:
         self.offset = PREAMBLE_SIZE  # of the next frame, in the stream
         self.align = 1
         self.items = 0
-        self.position = 0  # elements of the current item that have passed
+        self.position = 0  # elements of the current item so far
         self.pending = Pending()
         self._index_offset = 0
         # None: not every frame will be seen.
@@ -156,7 +156,7 @@ class Ledger:
 
     @classmethod
     def within(cls, limits: Limits, mark: Mark, align: int, pending: "Pending") -> "Ledger":
-        """The account from the frame at `mark` on, the first one of the data of the first item of `pending`."""
+        """A ledger that starts at `mark`, the first data frame of the first item of `pending`."""
         ledger = cls(limits, None, 0)
         ledger.state, ledger.align = State.READY, align
         ledger.offset, ledger.sequence, ledger.link = mark
@@ -173,7 +173,7 @@ class Ledger:
         return -(self.offset + HEADER_SIZE) % self.align
 
     def admit(self, header: Header) -> Step:
-        """What a frame with this header does. Raises unless it may come next; changes nothing."""
+        """The step that a frame with this header takes. Raises unless it may come next. Changes nothing."""
         if header.sequence != self.sequence:
             raise SequenceError(f"expected frame {self.sequence}, got {header.sequence}", **self._where())
         if header.link != self.link:
@@ -240,7 +240,7 @@ class Ledger:
             raise FormatError(f"end frame of {header.length} bytes, must be {END_SIZE}", **self._where())
 
     def _admit_size(self, header: Header) -> None:
-        """Hold the header to the limits. Sizes are exact: Python's integers do not wrap."""
+        """Check the header against the limits. Sizes are exact: Python's integers do not wrap."""
         limits, size = self.limits, self.offset + HEADER_SIZE + header.pad + header.length
         if self.sequence == _MAX_SEQUENCE:
             raise LimitError("frames", _MAX_SEQUENCE, self.sequence + 1, field=None, **self._where())
@@ -275,7 +275,7 @@ class Ledger:
         return Step.LAST if last else Step.SLICE
 
     def read_stream(self, payload: bytes | memoryview) -> StreamInfo:
-        """What the verified payload of an admitted STREAM frame says, taken note of."""
+        """Unpack the verified payload of an admitted STREAM frame, and record it."""
         try:
             info = unpack_stream(bytes(payload), self.limits)
         except WireError as error:
@@ -285,7 +285,7 @@ class Ledger:
         return info
 
     def read_items(self, payload: bytes | memoryview) -> Described:
-        """What the verified payload of an admitted ITEM frame says, taken note of."""
+        """Unpack the verified payload of an admitted ITEM frame, and record its items."""
         try:
             described = self._unpack(payload, self.limits)
             self.add_items(described)
@@ -295,7 +295,7 @@ class Ledger:
         return described
 
     def read_bundle(self, header: Header, payload: memoryview) -> list[tuple[int, DataItem, memoryview]]:
-        """The items that an admitted BUNDLE frame carries, by number, and of each its verified payload."""
+        """The number, item and verified payload of each item that an admitted BUNDLE frame carries."""
         try:
             places = split_bundle(payload, header.count)
         except WireError as error:
@@ -305,13 +305,13 @@ class Ledger:
         return [(*item, payload[start:stop]) for item, (start, stop) in zip(items, places, strict=True)]
 
     def read_end(self, payload: bytes | memoryview) -> Summary:
-        """What the verified payload of an admitted END frame says, compared with the account."""
+        """Unpack the verified payload of an admitted END frame. Raises unless it matches the stream so far."""
         summary = Summary.unpack(payload)
         self._check_summary(summary)
         return summary
 
     def add_items(self, described: Described) -> None:
-        """Take note of what the current ITEM frame describes. Raises where an item cannot stand here."""
+        """Record the items that the current ITEM frame describes. Raises if an item is not allowed here."""
         first = self.items
         if first + len(described) > self.limits.items:
             raise LimitError("items", self.limits.items, first + len(described), field="items", **self._where())
@@ -324,9 +324,9 @@ class Ledger:
             self._check_aliases(first, described)
 
     def _check_aliases(self, first: int, described: Described) -> None:
-        """Raise for one of what is no earlier tensor that is still to come.
+        """Raise for an alias whose target is not an earlier tensor with its data still to come.
 
-        So that a receiver knows all names of a tensor when it arrives, and need not keep it for later ones.
+        A receiver therefore knows all names of a tensor when it arrives, and need not keep it for later aliases.
         """
         waiting = self.pending.number if self.pending else self.items
         for at, number in enumerate(described.numbers):
@@ -336,7 +336,7 @@ class Ledger:
                 raise FormatError(detail, item=described[at].name)
 
     def pass_frame(self, header: Header, packed: bytes | bytearray | memoryview, step: Step) -> None:
-        """Enter an admitted and verified frame into the account. `step` is what `admit` said."""
+        """Record an admitted and verified frame. `step` is what `admit` returned."""
         self.state = TRANSITIONS[self.state][step]
         if step is Step.SLICE:
             self.position += header.count
@@ -354,16 +354,16 @@ class Ledger:
         self.offset += HEADER_SIZE + header.pad + header.length
 
     def pass_data(self, mark: Mark) -> None:
-        """Go on at `mark`, a later frame, beyond data that is not read, of items that are pending no more."""
+        """Continue at `mark`, a later frame, past data that is not read, of items that are no longer pending."""
         self.offset, self.sequence, self.link = mark
 
     def summary(self) -> Summary:
-        """What the END frame has to say at this point."""
+        """The summary that an END frame must have at this point."""
         digest = b"" if self._digest is None else self._digest.digest()
         return Summary(self.items, self.sequence, self.offset, self._index_offset, digest)
 
     def _check_summary(self, got: Summary) -> None:
-        """Compare an END frame with the account; the digest only where every frame was seen."""
+        """Compare an END frame with the stream so far; the digest only if every frame was seen."""
         expected = self.summary()
         for field in ("items", "frames", "size", "index_offset"):
             if getattr(got, field) != getattr(expected, field):
@@ -377,14 +377,14 @@ class Ledger:
 
 
 class Pending:
-    """Items whose data is still to come, in order. They become objects one at a time: an archive needs few of them."""
+    """Items whose data is still to come, in order. Objects are made one at a time: an archive needs only a few."""
 
     __slots__ = ("_at", "_head", "_runs")
 
     def __init__(self) -> None:
-        # Those of one ITEM frame: the number of its first item, the frame, and the indexes of those with data,
+        # One run per ITEM frame: the number of its first item, the frame, and the indexes of its items with data.
         self._runs: deque[tuple[int, Described, Sequence[int]]] = deque()
-        self._at = 0  # of which so many of the first run are done.
+        self._at = 0  # how many of the first run are done
         self._head: tuple[int, DataItem] | None = None
 
     def __bool__(self) -> bool:
@@ -392,13 +392,13 @@ class Pending:
 
     @property
     def number(self) -> int:
-        """The number of the first of them."""
+        """The number of the first pending item."""
         first, _, indexes = self._runs[0]
         return first + indexes[self._at]
 
     @property
     def head(self) -> tuple[int, DataItem]:
-        """The number of the first of them, and the item itself."""
+        """The number of the first pending item, and the item itself."""
         if self._head is None:
             first, described, indexes = self._runs[0]
             index = indexes[self._at]
@@ -406,17 +406,17 @@ class Pending:
         return self._head  # type: ignore[return-value]  # which has just been made
 
     def add(self, first: int, described: Described) -> None:
-        """Those of an ITEM frame whose first item has this number."""
+        """Add the items with data of an ITEM frame whose first item has number `first`."""
         indexes = described.carriers
         if indexes:
             self._runs.append((first, described, indexes))
 
     def first(self, count: int) -> list[tuple[int, DataItem]]:
-        """The first ones and their numbers, `count` of them or all that there are."""
+        """The first `count` pending items, or all if there are fewer, with their numbers."""
         return [(number, described[index]) for number, described, index in self._first(count)]  # type: ignore[misc]
 
     def forms(self, count: int) -> list[Item]:
-        """The forms of the same."""
+        """The forms of the first `count` pending items, or of all if there are fewer."""
         return [described.forms[described.numbers[index]] for _, described, index in self._first(count)]
 
     def _first(self, count: int) -> Iterator[tuple[int, Described, int]]:
@@ -430,7 +430,7 @@ class Pending:
                 return
 
     def drop(self, count: int) -> None:
-        """Be done with the first ones."""
+        """Remove the first `count` pending items."""
         self._head = None
         while count:
             step = min(count, len(self._runs[0][2]) - self._at)
@@ -441,7 +441,7 @@ class Pending:
                 self._at = 0
 
     def drop_numbers(self, numbers: Sequence[int]) -> bool:
-        """Be done with the first ones, if they have these numbers; returns whether they have."""
+        """Remove the first pending items if they have these numbers; returns whether they have."""
         done = 0
         while self._runs and done < len(numbers):
             first, _, indexes = self._runs[0]
@@ -454,7 +454,7 @@ class Pending:
 
 
 class _Open:
-    """A container whose children may follow: so many have come, in a dict with these keys."""
+    """A container whose children may follow. `count`: children so far. `keys`: their keys, for a dict."""
 
     __slots__ = ("count", "keys", "kind", "path")
 
@@ -475,7 +475,7 @@ class _Tree:
         self._started = False
 
     def add(self, described: Described) -> None:
-        """The items of a frame, those that stand together in one container at once."""
+        """Add the items of a frame, adjacent children of one container at a time."""
         at = 0
         for parent, rows in groupby(described.rows, _parent):
             siblings = [*rows]
@@ -485,7 +485,7 @@ class _Tree:
                 raise FormatError("a second root item")
             self._started = True
             at += len(siblings)
-            form = described.forms[siblings[-1][0]]  # the others, where they are containers, are closed already
+            form = described.forms[siblings[-1][0]]  # containers before it are closed already
             if isinstance(form, ContainerItem):
                 self._open.append(_Open(siblings[-1][1:], form.kind))
 
@@ -510,5 +510,5 @@ class _Tree:
 
 
 def _parent(row: tuple[Any, ...]) -> Path | None:
-    """The path of the container that an item stands in; None of the root."""
+    """The path of the container that an item is in; None for the root."""
     return row[1:-1] if len(row) > 1 else None

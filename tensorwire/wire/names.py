@@ -3,10 +3,10 @@
     ("layer.0.weight",)          layer.0.weight            a text key of the root is its own name
     ("model", "layer.0.weight")  /model/layer.0.weight     anything deeper is a JSON pointer (RFC 6901)
     ("state", 0, "exp_avg")      /state/0/exp_avg          ints as they are
-    ("state", "0", "a/b~c")      /state/~20/a~1b~0c        ~0 is ~, ~1 is /, ~2 stands before text that reads as an int
+    ("state", "0", "a/b~c")      /state/~20/a~1b~0c        ~0 is ~, ~1 is /, ~2 marks text that looks like an int
     ()                                                     the root has the empty name
 
-No two paths have one name. Names are shown, matched by patterns and looked up; no name is a place in a file system.
+No two paths have the same name. Names are shown, matched by patterns and looked up, but never used as file paths.
 """
 
 import re
@@ -17,12 +17,12 @@ from tensorwire.errors import ArgumentError, show
 Key = str | int
 Path = tuple[Key, ...]
 
-_INT: Final = re.compile("0|-?[1-9][0-9]{0,15}")  # within 2^53, as the keys of items are, there are no longer ones
+_INT: Final = re.compile("0|-?[1-9][0-9]{0,15}")  # keys are within 2^53, so none has more digits
 _ESCAPE: Final = re.compile("~(?![01])")
 
 
 def name_of(path: Path) -> str:
-    """The name of the item at `path`, as `decode` gives it, and `into=`, files and codec patterns take it.
+    """The name of the item at `path`, as used by `decode`, `into=`, files and codec patterns.
 
     `path`: the keys from the root on, text and ints.
 
@@ -50,7 +50,7 @@ def path_of(name: str) -> Path:
         return (name,) if name else ()
     path = tuple(map(_key, name[1:].split("/")))
     if name_of(path) != name:
-        raise ArgumentError(f"{show(name)} is no name of an item; that of its path is {show(name_of(path))}")
+        raise ArgumentError(f"{show(name)} is not the name of an item; its path is written {show(name_of(path))}")
     return path
 
 
@@ -69,5 +69,5 @@ def _key(text: str) -> Key:
     text = text.removeprefix("~2")
     wrong = _ESCAPE.search(text)
     if wrong is not None:
-        raise ArgumentError(f"{show(text)} in the name of an item: behind ~ come 0 (for ~), 1 (for /) or 2")
+        raise ArgumentError(f"{show(text)} in the name of an item: ~ must be followed by 0 (for ~), 1 (for /) or 2")
     return text.replace("~1", "/").replace("~0", "~")

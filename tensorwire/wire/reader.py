@@ -7,11 +7,11 @@
             n = source.readinto(reader.get_buffer())     # straight to where the bytes belong
             reader.buffer_updated(n)                     # n == 0: end of input
         elif isinstance(event, SliceStart):
-            reader.direct(view)                          # optional: where this slice's payload shall land,
-        elif isinstance(event, SlicePart):               # or its first bytes, to be asked for the next when they have
-            reader.direct(view)
+            reader.direct(view)                          # optional: memory for the payload or its first bytes
+        elif isinstance(event, SlicePart):               # those bytes have arrived:
+            reader.direct(view)                          # memory for the next ones
 
-Bytes that are in memory already are handed over by `reader.lend(data)` in place of the two lines that fill the buffer.
+Bytes that are in memory already are passed with `reader.lend(data)`, which replaces the two lines that fill the buffer.
 
 Decode order, never reordered: header CRC, then every field and limit, then the payload's bytes as they arrive,
 then the payload CRC, then the event. The reader never asks for a byte beyond the end frame.
@@ -41,11 +41,11 @@ from tensorwire.wire.ledger import Ledger, Step, Summary
 
 _SKIP_BUFFER: Final = 64 << 10
 _UNDIRECTED: Final = None, False
-_STEP: Final = 4 << 20  # a payload nobody gave a place for is buffered in steps of at most this
+_STEP: Final = 4 << 20  # bytes by which the buffer of a payload grows if the caller gave no memory for it
 
 
 class NeedData(Enum):
-    """The type of `NEED_DATA`, an enumeration of one so that type checkers know what else an outcome may be."""
+    """The type of `NEED_DATA`: an enumeration with one member, so that type checkers can narrow unions with it."""
 
     NEED_DATA = auto()
 
@@ -63,14 +63,14 @@ class StreamStart(NamedTuple):
 
 
 class ItemsStart(NamedTuple):
-    """Items were described, the first of which has this number; data follows later for each whose `total` is not 0."""
+    """Items were described; `number` is that of the first. Data follows later for each whose `total` is not 0."""
 
     number: int
     items: list[Item]
 
 
 class SliceStart(NamedTuple):
-    """A data frame's header is verified, its `length` payload bytes are still to come."""
+    """The header of a data frame is verified; its `length` payload bytes follow."""
 
     number: int
     item: DataItem
@@ -80,7 +80,7 @@ class SliceStart(NamedTuple):
 
 
 class SlicePart(NamedTuple):
-    """The place that was directed is full, not verified yet; `left` bytes of the payload are to be directed."""
+    """The directed memory is full, but not verified yet; the caller must `direct` the `left` bytes that follow."""
 
     number: int
     item: DataItem
@@ -91,7 +91,7 @@ class SlicePart(NamedTuple):
 class Slice(NamedTuple):
     """A verified slice: elements [start, start + count) of an item. Valid until the next `next_event`.
 
-    `payload` is where it was directed (its last part) or, where it was not, a buffer of its own.
+    `payload` is the directed memory (for several parts, the last), or otherwise a buffer of the reader's.
     """
 
     number: int
@@ -127,8 +127,8 @@ Event = StreamStart | ItemsStart | SliceStart | SlicePart | Slice | Bundle | Ski
 class Reader:
     """One stream being read. See the module's docstring.
 
-    `frame` is the header of the frame being read, and the byte of the stream that it begins at, from when the header
-    is verified until the next one is: what an event came of, and where a stream breaks.
+    `frame` is the header of the current frame and its offset in the stream, from the moment that the header is verified
+    until the next one is. It tells which frame an event belongs to, and where a stream breaks.
     """
 
     def __init__(self, checksum: Checksum, limits: Limits = DEFAULT, *, unpack: Unpack = unpack_items) -> None:
@@ -141,8 +141,8 @@ class Reader:
         self._wanted = memoryview(b"")  # the part of the current buffer that is still to be filled
         self._received = 0
         self._destination: tuple[memoryview | None, bool] = _UNDIRECTED
-        self._anywhere = False  # the payload that is wanted may stand in other memory than was directed,
-        self._lent: memoryview | None = None  # and does
+        self._anywhere = False  # whether the payload may be used in other memory than was directed
+        self._lent: memoryview | None = None  # that other memory, if it is used
         self._error: WireError | None = None
         self._steps = self._run()
 
@@ -155,17 +155,17 @@ class Reader:
         try:
             return next(self._steps)
         except WireError as error:
-            self._error = copy(error)  # without the traceback, which holds everything down to the receiver's memory
+            self._error = copy(error)  # without the traceback, which keeps the receiver's memory alive
             raise
         except StopIteration:
             raise FormatError("the stream has ended", offset=self._received) from None
 
     def get_buffer(self) -> memoryview:
-        """Where the next bytes go: exactly what the current structure still lacks. Empty unless NEED_DATA."""
+        """Memory for the next bytes: exactly as many as the current structure lacks. Empty unless NEED_DATA."""
         return self._wanted
 
     def buffer_updated(self, size: int) -> None:
-        """`size` bytes were written to `get_buffer()`; 0 means that the input has ended."""
+        """Note that `size` bytes were written to `get_buffer()`; 0 means that the input has ended."""
         if size == 0 and self._error is None:
             frame = self._ledger.sequence if self._ledger else None
             self._error = TruncatedError("the input ended before the end frame", frame=frame, offset=self._received)
@@ -174,10 +174,10 @@ class Reader:
         self._anywhere = False
 
     def lend(self, data: memoryview) -> None:
-        """`data` are the next bytes, no more than `get_buffer()` has room for; none: the input has ended.
+        """Take `data` as the next bytes, at most as many as `get_buffer()` has room for; none: the input has ended.
 
-        They are copied there unless they are a payload for which any memory will do (`direct`). That is used where it
-        stands, so it must not change until the next `next_event`.
+        They are copied, except for a payload that may stay in any memory (`direct`). Such a payload is used in place,
+        so it must not change until the next `next_event`.
         """
         size = len(data)
         if self._anywhere and size == len(self._wanted):
@@ -187,7 +187,7 @@ class Reader:
         self.buffer_updated(size)
 
     def feed(self, data: Any) -> Generator[Event, None, int]:
-        """Copy `data` in and yield what it completes; returns how many bytes were taken.
+        """Copy `data` in and yield the events that it completes; returns how many bytes were taken.
 
         Fewer bytes than given are taken only when the stream ended within `data`.
         """
@@ -207,14 +207,14 @@ class Reader:
         return taken
 
     def direct(self, destination: memoryview, *, anywhere: bool = False) -> None:
-        """Let the payload of the slice just started, or its next bytes, land in `destination`.
+        """Receive the payload of the slice just started, or its next bytes, into `destination`.
 
-        `anywhere`: or in any other memory, where the payload is there whole; `Slice.payload` says which.
+        `anywhere`: a payload that is completely in other memory already may stay there; `Slice.payload` says where.
         """
         self._destination = destination, anywhere
 
     def close(self) -> None:
-        """Let go of the memory that payloads were directed to, at any point of the stream."""
+        """Release the memory that payloads were directed to, at any point of the stream."""
         self._steps.close()
         self._wanted, self._destination, self._lent = memoryview(b""), _UNDIRECTED, None
 
@@ -297,7 +297,7 @@ class Reader:
 
     def _fill(self, buffer: memoryview) -> Generator[NeedData, None, None]:
         self._wanted = buffer
-        if buffer:  # `next_event` comes back when all of it is filled
+        if buffer:  # `next_event` resumes this once all of it is filled
             yield NEED_DATA
 
     def _fill_checked(

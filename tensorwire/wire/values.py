@@ -1,10 +1,11 @@
 """Plain Python values <-> their msgpack bytes (docs/format.md, section 5.2).
 
 None, bool, int of 64 bits, float, str, bytes, and dict, list and tuple of them; types come back exact. A tuple is
-an extension of type 1 around an array. One encoding per value: what does not re-encode to itself is refused.
+an extension of type 1 around an array. Each value has one encoding: bytes that do not re-encode to themselves are
+refused.
 
-Values of millions of elements are common (histories, vocabularies), so that no Python runs for each: types are looked
-at level by level, in loops of C.
+Values of millions of elements are common (histories, vocabularies), so no Python code runs per element: types are
+checked level by level, in loops of C.
 """
 
 from collections import OrderedDict
@@ -22,12 +23,12 @@ _TUPLE: Final = 1
 SCALARS: Final[frozenset[type]] = frozenset({type(None), bool, int, float, str, bytes})
 _DICTS: Final[frozenset[type]] = frozenset({dict, OrderedDict})
 _KEYS: Final[frozenset[type]] = frozenset({str, int})
-# What the first byte of an array or a map may be. Within text and numbers, these bytes mean nothing.
+# The possible first bytes of an array or a map. They may also occur within text and numbers.
 _CONTAINERS: Final = bytes([*range(0x80, 0xA0), 0xDC, 0xDD, 0xDE, 0xDF])
 
 
 def pack_value(value: Any, limits: Limits) -> bytes:
-    """The bytes of a value. Raises EncodeError for anything that would not come back equal, types included."""
+    """The bytes of a value. Raises EncodeError for anything that would not come back equal and with the same types."""
     try:
         containers = 0
         for depth, level in enumerate(levels(value), 1):
@@ -41,7 +42,7 @@ def pack_value(value: Any, limits: Limits) -> bytes:
 
 
 def pack_plain(value: Any) -> bytes:
-    """The bytes of a value that `levels` has been through. Raises EncodeError for ints and text that cannot travel."""
+    """The bytes of a value that `levels` has checked. Raises EncodeError for ints and text that cannot be encoded."""
     try:
         return _pack(value)
     except UnicodeEncodeError:
@@ -75,13 +76,13 @@ _ExtType: Final = msgpack.ExtType
 _extension: Final = tuple.__new__
 
 
-_BUFFER: Final = 256  # bytes that a packer begins with: most values are small
+_BUFFER: Final = 256  # initial bytes of a packer's buffer: most values are small
 
 
 def unpack_value(payload: bytes, limits: Limits) -> Any:
     """The value of received bytes. Raises FormatError, LimitError or UnsupportedError.
 
-    Nothing is built before all of its bytes are known to be there, and no more containers than `limits` allows.
+    Nothing is built before all of its bytes are known to be there, and never more containers than `limits` allows.
     """
     if payload[:1] and not _is_text(payload[0]) and len(payload) > limits.composite:
         raise LimitError("composite value", limits.composite, len(payload), field="composite")
@@ -148,7 +149,7 @@ def _unpackb(payload: bytes, extension: Callable[[int, bytes], Any], **hooks: Ca
         raise FormatError("a dict key is neither text nor an int") from None
 
 
-_SMALL: Final = 1 << 12  # bytes whose claims take no memory to speak of
+_SMALL: Final = 1 << 12  # bytes; the sizes that so short a value can claim cost no memory to speak of
 
 
 class _TupleSeenError(Exception):
@@ -198,9 +199,9 @@ class _Careful:
 
 
 def levels(value: Any) -> Iterator[list[Any]]:
-    """The containers of a value, level by level from the outermost. Raises for what is of no type that travels.
+    """The containers of a value, level by level from the outermost. Raises for types that cannot be sent.
 
-    A container that stands in several places is given at each.
+    A container that appears in several places is returned for each.
     """
     level, kinds = _containers([value])
     while level:
@@ -257,7 +258,7 @@ def is_plain_dict(value: Any) -> bool:
 
 
 def is_plain_tuple(value: Any) -> bool:
-    """Whether `value` is a tuple and no named one (torch.Size counts as a tuple)."""
+    """Whether `value` is a tuple but not a named one (torch.Size counts as a tuple)."""
     return isinstance(value, tuple) and not hasattr(value, "_fields")
 
 

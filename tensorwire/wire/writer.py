@@ -36,9 +36,9 @@ class Writer:
         return self._preamble + frame
 
     def items(self, items: Iterable[Item]) -> Iterator[bytes]:
-        """ITEM frames of one item or more; the items' data follows in the order in which they were described.
+        """ITEM frames for one or more items; the items' data must follow in the order in which they were described.
 
-        Raises a WireError that names the item for what a reader would refuse.
+        Raises a WireError that names the item if a reader would refuse it.
         """
         packer = ItemPacker(self._limits)
         for item in items:
@@ -102,11 +102,11 @@ class Writer:
         return packed
 
     def data_header_size(self) -> int:
-        """Bytes that `data` will give for the next frame."""
+        """Bytes that `data` will return for the next frame."""
         return HEADER_SIZE + self._ledger.padding()
 
     def end(self) -> bytes:
-        """The INDEX frame where asked for, and the END frame."""
+        """The INDEX frame, if requested, and the END frame."""
         index = b""
         if self._index is not None:
             index = self._message(FrameType.INDEX, self._index.pack())

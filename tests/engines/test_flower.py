@@ -75,7 +75,7 @@ def load(folder, name):
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-def test_the_model_is_what_numpy_makes_of_the_decoded_updates(finished):
+def test_the_model_is_the_numpy_mean_of_the_decoded_updates(finished):
     folder, strategy, _ = finished
     model = made(WIDTH).state_dict()
     for turn in range(1, ROUNDS + 1):
@@ -100,7 +100,7 @@ def test_the_model_is_what_numpy_makes_of_the_decoded_updates(finished):
     assert not torch.equal(final["middle.weight"], made(WIDTH).state_dict()["middle.weight"])
 
 
-def test_the_sockets_carry_what_encoded_size_says(finished):
+def test_encoded_size_matches_bytes_on_the_sockets(finished):
     if not is_alone_on_loopback():
         pytest.skip("others use this network, too: tests/engines/run gives the engine one of its own")
     _, _, result = finished
@@ -110,7 +110,7 @@ def test_the_sockets_carry_what_encoded_size_says(finished):
     assert 1 <= result["loopback"] / (ROUNDS * (HOPS_DOWN * down + HOPS_UP * up)) < 1.03
 
 
-def test_the_app_of_the_page_runs(engine, tmp_path):
+def test_the_documented_app_runs(engine, tmp_path):
     page = (HERE.parents[1] / "docs" / "flower.md").read_text()
     for name, text in re.findall(r'```\w+ title="(.*?)"\n(.*?)```', page, re.DOTALL):
         (tmp_path / name).parent.mkdir(exist_ok=True)

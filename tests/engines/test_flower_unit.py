@@ -179,7 +179,7 @@ def test_two_rounds_keep_every_dtype_and_the_ties(train, kind):
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
 
 
-def test_ties_are_sent_once_and_given_back_tied_and_equal_tensors_are_not():
+def test_tied_tensors_stay_tied_and_equal_tensors_are_not_tied():
     seen = []
 
     def train(message, context):
@@ -198,7 +198,7 @@ def test_ties_are_sent_once_and_given_back_tied_and_equal_tensors_are_not():
         assert state["bn.num_batches_tracked"].shape == ()
 
 
-def test_what_is_on_the_wire_is_what_encoded_size_says():
+def test_encoded_size_matches_bytes_on_the_wire():
     inner = FakeGrid(app_of(with_tensors))
     state = {name: torch.randn(256, 256) for name in "abcd"} | make_state()
     StreamingFedAvg(fraction_evaluate=0.0).start(
@@ -222,7 +222,7 @@ def test_a_broadcast_is_encoded_once():
     assert list(record) == ["arrays", "config"]
 
 
-def test_arrays_look_like_those_of_numpy_and_are_made_anew():
+def test_wire_arrays_give_fresh_writable_arrays():
     state = make_state()
     for name, array in to_record(state).items():
         values = array.numpy()
@@ -236,7 +236,7 @@ def test_arrays_look_like_those_of_numpy_and_are_made_anew():
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.float16, torch.uint8])
-def test_other_dtypes_there_and_back(dtype):
+def test_other_dtypes_round_trip(dtype):
     state = {"w": (torch.randn(40, 3) * 4).to(dtype)}
     seen = []
 
@@ -296,7 +296,7 @@ def run_strategy(made, *, wire, train=stepping, rounds=2, live=False):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_that_averages_gives_what_it_gives_alone(name):
+def test_averaging_strategies_give_the_same_result_as_without_the_grid(name):
     plain, ours = run_strategy(STRATEGIES[name](), wire=False), run_strategy(STRATEGIES[name](), wire=True)
     assert list(plain) == list(ours)
     for key in plain:
@@ -322,7 +322,7 @@ def behind(base, *, in_place, **options):
     ],
 )
 @pytest.mark.parametrize("in_place", [False, True])
-def test_behind_another_strategy_the_mean_is_the_same(name, options, in_place):
+def test_the_mean_is_the_same_under_another_strategy(name, options, in_place):
     ours = behind(getattr(strategy, name), in_place=in_place, **options)
     plain = run_strategy(STRATEGIES[name](), wire=False)
     streamed = run_strategy(ours, wire=True, live=True)
@@ -330,7 +330,7 @@ def test_behind_another_strategy_the_mean_is_the_same(name, options, in_place):
         assert np.allclose(plain[key].numpy(), streamed[key].numpy(), atol=1e-5)
 
 
-def test_only_in_place_writes_over_what_the_caller_has():
+def test_only_in_place_overwrites_the_callers_arrays():
     for in_place in (False, True):
         model = {"w": np.zeros((32, 32), np.float32)}
         held = to_record(model)
@@ -354,7 +354,7 @@ def messages_to(*nodes, **records):
     return [Message(content, dst_node_id=node, message_type="train") for node in nodes]
 
 
-def test_a_server_without_the_grid_finds_the_mod_transparent():
+def test_the_mod_is_transparent_without_the_grid():
     plain = FakeGrid(app_of(stepping, mods=[])).send_and_receive(messages_to(11))
     ours = FakeGrid(app_of(stepping)).send_and_receive(messages_to(11))
     assert plain[0].content["arrays"] == ours[0].content["arrays"]
@@ -392,7 +392,7 @@ def test_plain_replies_count_in_the_streamed_mean():
         [wire_mod, LocalDpMod(clipping_norm=1e6, sensitivity=1e-9, epsilon=1.0, delta=1e-5)],
     ],
 )
-def test_beside_other_mods(mods):
+def test_other_mods_can_run_beside_it(mods):
     result = strategy.FedAvg(fraction_evaluate=0.0).start(
         grid=WireGrid(FakeGrid(app_of(stepping, mods)), poll=0),
         initial_arrays=record_of(same_start()),
@@ -401,7 +401,7 @@ def test_beside_other_mods(mods):
     assert result.arrays is not None
 
 
-def test_behind_the_clipping_of_differential_privacy():
+def test_works_after_differential_privacy_clipping():
     wrapped = strategy.DifferentialPrivacyClientSideFixedClipping(
         strategy.FedAvg(fraction_evaluate=0.0), noise_multiplier=0.0, clipping_norm=1e6, num_sampled_clients=2
     )
@@ -429,7 +429,7 @@ def test_order_of_names_is_kept():
     assert all(np.array_equal(reply.content["arrays"][name].numpy(), state[name]) for name in names)
 
 
-def test_differences_are_to_the_servers_own_model():
+def test_differences_are_against_the_servers_model():
     """Not to what the codec has made of it on the way: steps below half a unit of bf16 add up."""
     state = {"w": np.full((64, 64), 1.0, np.float32)}
 
@@ -463,7 +463,7 @@ def test_adapters_alone_come_back():
     assert np.allclose(reply.content["arrays"]["b"].numpy(), same_start()["b"] + STEP, atol=1e-5)
 
 
-def test_new_arrays_and_other_shapes_come_whole():
+def test_new_arrays_and_changed_shapes_are_sent_whole():
     def train(message, context):
         return reply_of(message, ArrayRecord({"b": Array(np.ones(4, np.float32)), "new": Array(np.ones(3))}))
 
@@ -472,7 +472,7 @@ def test_new_arrays_and_other_shapes_come_whole():
     assert reply.content["arrays"]["new"].numpy().tolist() == [1.0] * 3
 
 
-def test_records_of_other_things_travel_as_flower_sends_them(caplog):
+def test_other_records_are_sent_unchanged(caplog):
     def train(message, context):
         content = message.content
         return Message(
@@ -486,7 +486,7 @@ def test_records_of_other_things_travel_as_flower_sends_them(caplog):
     )
     assert reply.content["other"]["tree"].data == b"\x01\x02"
     assert reply.content["c"]["a"] == 1
-    assert "'other' travels as Flower sends it" in caplog.text
+    assert "'other' is sent as without tensorwire" in caplog.text
 
 
 def test_feedback_is_kept_in_the_state_of_the_node():
@@ -534,7 +534,7 @@ def test_a_damaged_reply_is_an_error_of_its_node(kind):
     assert all(np.allclose(array.numpy(), start[key] + STEP, atol=1e-5) for key, array in result.arrays.items())
 
 
-def test_nan_is_refused_where_it_is_made():
+def test_nan_is_refused_at_the_node_that_makes_it():
     def train(message, context):
         arrays = {k: v.numpy() for k, v in message.content["arrays"].items()}
         arrays["a" if context.node_id == 11 else "bias"].flat[3] = np.nan
@@ -562,7 +562,7 @@ def test_an_update_of_another_shape_is_left_out_of_the_streamed_mean(caplog):
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan")])
-def test_a_weight_that_is_none_is_left_out_of_the_streamed_mean(weight):
+def test_an_invalid_weight_is_left_out_of_the_streamed_mean(weight):
     def train(message, context):
         reply = stepping(message, context)
         if context.node_id == 12:
@@ -577,7 +577,7 @@ def test_a_weight_that_is_none_is_left_out_of_the_streamed_mean(weight):
     assert np.allclose(result.arrays["a"].numpy(), same_start()["a"] + STEP, atol=1e-5)
 
 
-def test_a_round_in_which_nothing_counts_changes_nothing():
+def test_a_round_without_valid_updates_changes_nothing():
     def train(message, context):
         raise RuntimeError("out of memory")
 
@@ -587,7 +587,7 @@ def test_a_round_in_which_nothing_counts_changes_nothing():
     assert not result.arrays
 
 
-def test_a_difference_to_something_else_is_refused():
+def test_a_difference_against_another_model_is_refused():
     inner = FakeGrid(app_of(stepping))
     grid = WireGrid(inner, poll=0)
     first, second = grid.push_messages(messages_to(11)), grid.push_messages(messages_to(12))
@@ -609,7 +609,7 @@ def test_a_reply_that_never_comes_is_forgotten():
     assert not grid._sent
 
 
-def test_a_later_version_is_refused_by_both():
+def test_both_sides_refuse_a_later_version():
     def newer(reply):
         array = reply.content["arrays"]["tensorwire"]
         reply.content["arrays"]["tensorwire"] = Array("", (), "tensorwire/2", array.data)
@@ -629,7 +629,7 @@ def test_a_later_version_is_refused_by_both():
     "terms",
     [{}, {"up": "nf4"}, {"up": '"nf5"', "difference": True, "feedback": False}, {"up": "[1]", "difference": True}],
 )
-def test_terms_that_are_none_are_refused(terms):
+def test_invalid_terms_are_refused(terms):
     content = RecordDict({"tensorwire": ConfigRecord({"version": 1, **terms})})
     context = Context(run_id=7, node_id=11, node_config={}, state=RecordDict(), run_config={})
     with pytest.raises(TensorwireError):
@@ -645,17 +645,17 @@ def test_terms_that_are_none_are_refused(terms):
         ({"feedback": True, "difference": False}, ArgumentError),
     ],
 )
-def test_options_that_make_no_sense(options, error):
+def test_invalid_options_are_refused(options, error):
     with pytest.raises(error):
         WireGrid(FakeGrid(None), **options)
 
 
-def test_a_record_of_our_name_is_refused():
+def test_a_record_with_the_reserved_name_is_refused():
     with pytest.raises(ArgumentError, match="another name"):
         WireGrid(FakeGrid(app_of(stepping))).push_messages(messages_to(11, tensorwire=ConfigRecord()))
 
 
-def test_records_and_state_dicts_that_do_not_fit():
+def test_mismatched_records_and_state_dicts_are_refused():
     record = to_record(make_state())
     with pytest.raises(SchemaError, match="names"):
         to_state_dict(record, into={})
@@ -666,7 +666,7 @@ def test_records_and_state_dicts_that_do_not_fit():
         to_record({"a": 1})
 
 
-def test_a_wire_array_pickles_as_a_plain_one():
+def test_a_wire_array_pickles_as_a_plain_array():
     array = to_record(make_state())["half.weight"]
     for other in (pickle.loads(pickle.dumps(array)), copy.deepcopy(array)):
         assert type(other) is Array
@@ -674,14 +674,14 @@ def test_a_wire_array_pickles_as_a_plain_one():
     assert isinstance(array, WireArray)
 
 
-def test_wire_arrays_travel_without_the_grid_too():
+def test_wire_arrays_can_be_sent_without_the_grid():
     message, _ = carried(Message(RecordDict({"arrays": to_record(make_state())}), dst_node_id=11, message_type="train"))
     for name, array in to_record(make_state()).items():
         assert np.array_equal(message.content["arrays"][name].numpy(), array.numpy())
 
 
 @pytest.mark.parametrize("kind", [strategy.FedAvg, StreamingFedAvg])
-def test_a_large_record_travels_in_parts(kind, monkeypatch):
+def test_a_large_record_is_sent_in_parts(kind, monkeypatch):
     """As Flower holds an array three times while it puts it together."""
     from tensorwire.integrations.flower import records
 
@@ -724,7 +724,7 @@ def test_two_thousand_small_arrays_are_one_object():
     )
 
 
-def test_a_changed_seam_is_named(monkeypatch):
+def test_a_changed_flower_internal_is_named(monkeypatch):
     from tensorwire.integrations.flower import seams
 
     monkeypatch.delattr(strategy.FedAvg, "_check_and_log_replies")
@@ -732,7 +732,7 @@ def test_a_changed_seam_is_named(monkeypatch):
         seams.check_seams()
 
 
-def test_a_grid_passes_on_what_it_does_not_know():
+def test_a_grid_forwards_unknown_attributes():
     inner = FakeGrid(None)
     inner.extra = 5
     assert WireGrid(inner).extra == 5
@@ -749,7 +749,7 @@ def test_subtract_of_views_is_used_as_it_is():
         assert np.array_equal(reply.content["arrays"][name].numpy(), start[name] + change)
 
 
-def test_numpy_clients_and_the_strategies_of_before():
+def test_numpy_clients_and_older_strategies_work():
     """`NumPyClient` behind the mod, and a legacy strategy in a workflow over the grid."""
     from flwr.client import NumPyClient
     from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
@@ -814,7 +814,7 @@ def secure_aggregation(start, step, mods, grid=lambda inner: inner):
     return seen[-1], inner
 
 
-def test_secure_aggregation_gives_what_it_gives_alone(caplog):
+def test_secure_aggregation_gives_the_same_result_as_without_the_grid(caplog):
     """Its masked numbers are bytes of a ConfigRecord, which travel as they are; the model still goes down encoded."""
     start, step = [np.linspace(-1, 1, 20_000, dtype=np.float32).reshape(100, 200)], np.float32(2**-12)
     plain, without = secure_aggregation(start, step, [secaggplus_mod])
@@ -863,7 +863,7 @@ def test_few_chunks_are_copied_at_a_time(monkeypatch):
     queued.join()
 
 
-def test_whoever_keeps_all_chunks_gets_them_all(monkeypatch):
+def test_chunks_stay_valid_if_all_are_kept(monkeypatch):
     from tensorwire.integrations.flower import records
 
     monkeypatch.setattr(records, "_COPIES", 2)
@@ -884,7 +884,7 @@ def test_chunks_leave_no_cycle_behind():
         gc.enable()
 
 
-def test_equal_arrays_that_flower_made_one_are_no_tie():
+def test_equal_arrays_that_flower_deduplicated_are_not_tied():
     data = Array(np.ones((64, 64), np.float32)).data
     record = ArrayRecord()
     for name in ("gain", "variance"):
@@ -902,7 +902,7 @@ def test_equal_arrays_that_flower_made_one_are_no_tie():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int8, torch.bool])
-def test_whatever_an_aggregation_makes_of_counters_is_one_again(dtype):
+def test_float_counters_are_rounded_and_clamped_to_integers(dtype):
     made = to_record({"n": np.array([-1e30, -0.4, 0.6, 1e30, np.nan])})
     (count,) = to_state_dict(made, into={"n": torch.ones(5, dtype=dtype)}).values()
     values = count.double().tolist()
@@ -920,7 +920,7 @@ def test_a_grid_can_be_copied():
     assert copy.copy(WireGrid(inner)).extra == 5
 
 
-def test_an_array_that_was_replaced_on_the_server_counts_as_it_is():
+def test_an_array_replaced_on_the_server_is_used():
     def clipped(replies):
         for reply in replies:
             reply.content["arrays"]["a"] = Array(np.zeros((32, 32), np.float32))
@@ -998,7 +998,7 @@ def loss_curve(seed, *, wire, rounds=12):
     return losses
 
 
-def test_four_clients_of_different_classes_learn_as_they_do_without():
+def test_four_clients_of_different_classes_learn_as_without_it():
     plain = np.array([loss_curve(seed, wire=False) for seed in range(3)])
     ours = np.array([loss_curve(seed, wire=True) for seed in range(3)])
     spread = plain.max(axis=0) - plain.min(axis=0)

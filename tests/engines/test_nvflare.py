@@ -112,7 +112,7 @@ def test_flares_own_average_over_lazy_replies_with_payloads_on_disk(tmp_path: Pa
         assert torch.allclose(model[name].double(), tensor.double(), atol=tolerance), name
 
 
-def test_the_module_knows_what_it_stands_on() -> None:
+def test_flare_still_has_the_internals_that_are_used() -> None:
     """Each of FLARE's names that this rests on, beyond what the import of the module has found."""
     handler = ViaDownloaderDecomposer
     for seam in ("decompose", "recompose", "process_datum", "to_downloadable", "download", "get_download_dot"):
@@ -120,7 +120,7 @@ def test_the_module_knows_what_it_stands_on() -> None:
 
 
 @pytest.mark.parametrize("wire_format", ["tensors", "arrays"])
-def test_the_app_of_the_page_runs(wire_format: str, tmp_path: Path) -> None:
+def test_the_documented_app_runs(wire_format: str, tmp_path: Path) -> None:
     """As it stands there, and with what FLARE has by default: NumPy arrays."""
     page = (Path(__file__).parents[2] / "docs" / "nvflare.md").read_text()
     files = dict(re.findall(r'```python title="(\w+\.py)"\n(.*?)```', page, re.DOTALL))

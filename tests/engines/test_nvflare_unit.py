@@ -136,7 +136,7 @@ def test_small_and_sensitive_items_are_exact_and_the_rest_is_as_the_codec_says(m
         filtered(wire.WireFilter({"matrixx": "int8"}), state)
 
 
-def test_numpy_arrives_as_numpy_also_beside_torch(monkeypatch: Any) -> None:
+def test_numpy_arrives_as_numpy_even_beside_torch(monkeypatch: Any) -> None:
     arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.array(3), "c": np.float16([1, 2])}
     got = sent(monkeypatch, filtered(wire.WireFilter("raw"), arrays).data)
     assert all(isinstance(got[name], np.ndarray) and equal(got[name], arrays[name]) for name in arrays)
@@ -160,7 +160,7 @@ def test_numbers_of_numpy_are_arrays_without_axes(monkeypatch: Any) -> None:
     assert aggregator.aggregate_model().params == {"count": 41, "scale": 0.5}
 
 
-def test_filters_leave_what_is_no_tensor_and_what_is_no_model(monkeypatch: Any) -> None:
+def test_filters_ignore_other_values_and_other_messages(monkeypatch: Any) -> None:
     data = {"a": torch.ones(3), "words": ["x", {"deep": torch.zeros(2)}], "none": None, "number": 3}
     marked = filtered(wire.WireFilter("raw"), data).data
     assert marked["words"][0] == "x" and marked["none"] is None and marked["number"] == 3
@@ -212,7 +212,7 @@ def test_a_sender_keeps_one_portion(monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_a_broken_portion_is_an_error_and_gives_nothing(monkeypatch: Any, lazy: bool) -> None:
+def test_a_broken_portion_raises_and_delivers_nothing(monkeypatch: Any, lazy: bool) -> None:
     marked = filtered(wire.WireFilter("raw"), model()).data
     items = {f"T{number}": value for number, value in enumerate(marked.values())}
     outgoing = wire.WireDecomposer().to_downloadable(items, 50_000, {})
@@ -302,7 +302,7 @@ def received(monkeypatch: Any, state: State) -> tuple[State, FLContext]:
     return filtered(wire.BaseFilter(), got, context=context).data, context
 
 
-def test_clients_send_differences_to_what_came_whatever_became_of_it(monkeypatch: Any) -> None:
+def test_differences_are_against_the_received_model_even_if_it_was_changed(monkeypatch: Any) -> None:
     state = model()
     params, context = received(monkeypatch, state)
     base = copied(params)
@@ -322,7 +322,7 @@ def test_clients_send_differences_to_what_came_whatever_became_of_it(monkeypatch
         assert equal(got[name], change), name
 
 
-def test_what_no_difference_can_say_is_refused_by_name(monkeypatch: Any) -> None:
+def test_tensors_without_a_difference_are_refused_by_name(monkeypatch: Any) -> None:
     params, context = received(monkeypatch, model())
     turned = params | {"mask": ~params["mask"]}
     with pytest.raises(EncodeError, match=r"difference=False.*'mask'"):
@@ -342,7 +342,7 @@ def test_a_counter_that_flare_has_averaged_is_an_integer_again(monkeypatch: Any)
     assert got["count"].item() == 2 and got["mask"].tolist() == [False, False] and got["mask"].dtype == torch.bool
 
 
-def test_what_is_tied_here_and_was_not_where_it_came_from_is_two_differences(monkeypatch: Any) -> None:
+def test_tensors_tied_only_at_the_client_give_two_differences(monkeypatch: Any) -> None:
     _, context = received(monkeypatch, {"a": torch.zeros(3), "b": torch.ones(3)})
     one = torch.full((3,), 5.0)
     got = sent(
@@ -399,7 +399,7 @@ def test_the_aggregate_is_the_weighted_mean_in_the_dtypes_that_were_sent(monkeyp
     assert results[0].params["tied"] is results[0].params["matrix"]
 
 
-def test_a_reply_that_does_not_go_with_the_others_is_refused_and_they_stay() -> None:
+def test_a_mismatched_reply_is_refused_and_the_others_count() -> None:
     aggregator = wire.WireAggregator()
     aggregator.accept_model(reply("a", {"x": torch.ones(2)}))
     with pytest.raises(SchemaError, match="answered already"):
@@ -429,7 +429,7 @@ def configuration(job: Any, folder: Path, site: str) -> dict[str, Any]:
     return loaded
 
 
-def test_a_line_behind_a_recipe_is_all_that_its_job_needs(tmp_path: Path) -> None:
+def test_one_line_after_a_recipe_is_enough(tmp_path: Path) -> None:
     job = recipe(aggregator=wire.WireAggregator({"site-1": 2.0}))
     wire.add_to(job, down="fp16", up={"*": "int8"})
     name = "tensorwire.integrations.nvflare."
@@ -460,7 +460,7 @@ def test_a_quantizer_is_not_for_whole_weights() -> None:
     wire.add_to(recipe(params_transfer_type="DIFF"), up="nf4", difference=False)
 
 
-def test_a_codec_that_no_configuration_can_hold_is_refused() -> None:
+def test_a_codec_that_json_cannot_hold_is_refused() -> None:
     with pytest.raises(ArgumentError, match="function"):
         wire.WireFilter(lambda name, tensor: "nf4")
     for one in (wire.WireFilter, wire.EncodeFilter):
@@ -468,13 +468,13 @@ def test_a_codec_that_no_configuration_can_hold_is_refused() -> None:
             one("nf5")
 
 
-def test_a_number_that_another_package_uses_is_said(monkeypatch: Any) -> None:
+def test_a_download_type_used_by_another_package_is_reported(monkeypatch: Any) -> None:
     monkeypatch.setattr(messages.fobs, "get_dot_handler", lambda dot: object())
     with pytest.raises(RuntimeError, match="116"):
         wire.register()
 
 
-def test_registering_again_says_what_holds(monkeypatch: Any) -> None:
+def test_registering_again_reports_the_settings_in_use(monkeypatch: Any) -> None:
     wire.register(lazy=True)
     assert fobs.get_dot_handler(wire.DOWNLOAD_TYPE).lazy
     wire.WireRegister()
@@ -482,7 +482,7 @@ def test_registering_again_says_what_holds(monkeypatch: Any) -> None:
     assert isinstance(Shareable(), dict)
 
 
-def test_a_client_gives_memory_back_when_it_has_answered(monkeypatch: Any) -> None:
+def test_a_client_frees_memory_after_it_has_answered(monkeypatch: Any) -> None:
     """And not while a task is there: it takes a tenth of a second that the round would wait for."""
     given = []
     monkeypatch.setattr(messages, "cleanup_memory", lambda: given.append(True))

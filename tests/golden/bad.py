@@ -233,10 +233,10 @@ for name, error, says, frames in (
     ("with-padding", "FormatError", "must leave", (TWO, Frame(BUNDLE, PAIR.payload, 1, 0, 2, b"\0"))),
     ("empty", "FormatError", "empty bundle", (TWO, bundle(1, [b"", b""]))),
     ("cut", "FormatError", "empty bundle", (TWO, Frame(BUNDLE, b"\3\0\0\0", 1, 0, 2))),
-    ("with-nothing-for-one", "FormatError", "its table has", (TWO, bundle(1, [b"abcdef", b""]))),
-    ("table-less", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [3, 2]))),
-    ("table-more", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [3, 4]))),
-    ("table-wraps", "FormatError", "table has", (TWO, bundle(1, [b"abc", b"def"], [7, 0xFFFFFFFF]))),
+    ("with-nothing-for-one", "FormatError", "do not match its table", (TWO, bundle(1, [b"abcdef", b""]))),
+    ("table-less", "FormatError", "do not match its table", (TWO, bundle(1, [b"abc", b"def"], [3, 2]))),
+    ("table-more", "FormatError", "do not match its table", (TWO, bundle(1, [b"abc", b"def"], [3, 4]))),
+    ("table-wraps", "FormatError", "do not match its table", (TWO, bundle(1, [b"abc", b"def"], [7, 0xFFFFFFFF]))),
     ("other-lengths", "FormatError", "must have 3", (TWO, bundle(1, [b"abcd", b"ef"]))),
     ("crc", "CorruptError", "payload checksum", (TWO, PAIR.having(payload_crc=1))),
     ("length", "LimitError", "frame", (TWO, PAIR.having(length=(64 << 20) + 1))),
@@ -588,7 +588,7 @@ def huffman(lengths: bytes, streams: list[bytes], *, cut: int = 0) -> bytes:
 
 
 for name, says, payload in (
-    ("first-byte-3", "what stands of a slice is 3", b"\x03" + SAME * 4),
+    ("first-byte-3", "the form of a slice is 3", b"\x03" + SAME * 4),
     ("mode-4", "mode of a plane is 4", b"\0" + SAME * 3 + b"\x04\x07"),
     ("cut", "end after", b"\0" + SAME * 3),
     ("raw-cut", "end after", b"\0" + SAME * 3 + b"\0" + bytes(199)),
@@ -597,10 +597,10 @@ for name, says, payload in (
     ("marks-none", "0 of 4 blocks", b"\x01\0" + SAME * 4),
     ("marks-all", "4 of 4 blocks", b"\x01\x0f" + SAME * 4),
     ("marks-beyond", "blocks of a slice", b"\x01\x11" + SAME * 4),
-    ("marks-cut", "end after", b"\x01"),
-    ("raw-of-unmarked", "64 bytes behind", b"\x01\x05" + SAME * 3 + b"\0" + bytes(192)),
+    ("marks-cut", "ends too early", b"\x01"),
+    ("raw-of-unmarked", "64 bytes after its end", b"\x01\x05" + SAME * 3 + b"\0" + bytes(192)),
     ("frame-saves-nothing", "saves nothing", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 196) + bytes(196)),
-    ("frame-cut", "end after", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 100) + bytes(99)),
+    ("frame-cut", "ends too early", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 100) + bytes(99)),
     ("frame-garbage", "not a zstd frame", b"\0" + SAME * 3 + b"\x03" + struct.pack("<I", 4) + b"zstd"),
     (
         "frame-short",
@@ -640,7 +640,7 @@ ABSMAX_PART = struct.pack("<IBBI", 8, 4, 0, 1) + b"\x02"
 CODES_PART = struct.pack("<IBBI", 64, 1, 0x77, 1) + b"\x02"
 for name, says, payload in (
     ("nine-parts", "more than 8", b"\x09" + (ABSMAX_PART + CODES_PART)),
-    ("head-cut", "said of a part", b"\x02" + ABSMAX_PART + CODES_PART[:9]),
+    ("head-cut", "within the header of a part", b"\x02" + ABSMAX_PART + CODES_PART[:9]),
     ("part-cut", "ends after", b"\x02" + ABSMAX_PART + CODES_PART[:10]),
     ("part-of-nothing", "part of 0", b"\x02" + struct.pack("<IBBI", 0, 1, 0, 1) + b"\x02" + CODES_PART),
     ("width-3", "numbers of 3", b"\x02" + struct.pack("<IBBI", 9, 3, 0, 1) + b"\x02" + CODES_PART),
@@ -671,7 +671,7 @@ FIRST_SEVEN = (0b01010101010101).to_bytes(2, "little")
 for name, says, stages, payload in (
     ("number", "no codes of 2 positions", PAIRS, ONE + b"\x79\0"),
     ("bit-behind-numbers", "no codes of 2 positions", PAIRS, ONE + b"\xf7\0"),
-    ("bit-behind-values", "behind the last value", PAIRS, ONE + b"\0\x04"),
+    ("bit-behind-values", "after the last value", PAIRS, ONE + b"\0\x04"),
     ("value-of-nothing", "nothing is kept", PAIRS, ONE + b"\x78\x01"),
     ("scale-of-nothing", "a scale that is not 1", SCALED, ONE + b"\x78\x01\0"),
     ("bit-behind-scales", "behind the last scale", SCALED, ONE + b"\0\x10\0"),
@@ -719,7 +719,7 @@ for name, says, payload in (
     ("step-large", "a step of values", struct.pack("<f", 2.0**57) + ONE + b"\0"),
 ):
     bad(f"lowrank-{name}", "FormatError", says, carried(payload, 16, FACTORS, FLOAT32))
-bad("lowrank-bit-behind", "FormatError", "behind the last value", carried(ONE + ONE + b"\x80", 12, FACTORS, FLOAT32))
+bad("lowrank-bit-behind", "FormatError", "after the last value", carried(ONE + ONE + b"\x80", 12, FACTORS, FLOAT32))
 for name, says, codec in (
     ("rank-0", "rank of lowrank", [LOWRANK, 0, 1, 4]),
     ("rank-5", "more than the 4 columns", [LOWRANK, 5, 1, 4]),
@@ -733,8 +733,8 @@ bad("lowrank-bomb", "LimitError", "frame", (*many, data(1, ONE + ONE + bytes(327
 MADE = struct.pack("<I", crc32c(bytes(400)))
 for name, error, says, payload in (
     ("first-byte-5", "FormatError", "first byte of a patch", b"\x05" + MADE),
-    ("cut", "FormatError", "what it is bound to", b"\0" + MADE[:3]),
-    ("unchanged-longer", "FormatError", "what it is bound to", b"\x04" + MADE + b"\0"),
+    ("cut", "FormatError", "belong to its checksums", b"\0" + MADE[:3]),
+    ("unchanged-longer", "FormatError", "belong to its checksums", b"\x04" + MADE + b"\0"),
     ("without-base", "SchemaError", "against", b"\x03" + struct.pack("<I", 1) + MADE * 2 + bytes(8)),
     ("unchanged-without-base", "SchemaError", "against", b"\x04" + struct.pack("<I", 0xBADBA5E)),
     ("of-no-change", "FormatError", "0 of 200 numbers", b"\x01" + bytes(4) + MADE * 2 + b"\x02"),

@@ -86,7 +86,7 @@ def refused(kernels: ModuleType, name: str, error: type[Exception], **changes: A
 
 class TestArguments:
     @pytest.mark.parametrize("name", NAMES)
-    def test_correct_ones_pass(self, kernels: ModuleType, name: str) -> None:
+    def test_valid_arguments_pass(self, kernels: ModuleType, name: str) -> None:
         judges = name.endswith("_linear") or name.startswith(("quantize", "blockwise"))
         expected = 0 if name == "cast" else True if judges else None
         assert call(kernels, name) is expected
@@ -111,7 +111,7 @@ class TestArguments:
                 assert key in refused(kernels, name, TypeError, **{key: np.zeros(right.size, dtype)})
 
     @pytest.mark.parametrize(("name", "key"), ALWAYS)
-    def test_no_array(self, kernels: ModuleType, name: str, key: str) -> None:
+    def test_not_an_array(self, kernels: ModuleType, name: str, key: str) -> None:
         for value in (None, 1, [0.0] * N):
             refused(kernels, name, TypeError, **{key: value})
 
@@ -123,7 +123,7 @@ class TestArguments:
         assert key in refused(kernels, name, TypeError, **{key: right[0].reshape(())})
 
     @pytest.mark.parametrize(("name", "key"), ALWAYS)
-    def test_gaps(self, kernels: ModuleType, name: str, key: str) -> None:
+    def test_non_contiguous_arrays(self, kernels: ModuleType, name: str, key: str) -> None:
         right = correct(name)[key]
         for with_gaps in (np.zeros(2 * right.size, right.dtype)[::2], right[::-1]):
             with pytest.raises(ValueError, match=key):

@@ -126,7 +126,7 @@ class TestDecode:
                     different &= ~((found & MAGNITUDE[dtype] < normal) & (expected & MAGNITUDE[dtype] == 0))
                 assert not different.any(), (n, blocksize)
 
-    def test_its_python_formula_too(self, kernels: ModuleType) -> None:
+    def test_same_as_its_python_formula(self, kernels: ModuleType) -> None:
         # Block sizes of 2048 and more, and odd lengths, go that way on AVX-512; this takes it anywhere.
         from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
@@ -171,7 +171,7 @@ class TestTranscription:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
 class TestEncode:
-    def test_nf4_is_that_of_the_cpu(self, kernels: ModuleType, kind: str, dtype: str) -> None:
+    def test_nf4_equals_bitsandbytes_on_the_cpu(self, kernels: ModuleType, kind: str, dtype: str) -> None:
         """All full blocks; in a partial one a quotient takes the place of a product."""
         for n in LENGTHS:
             for blocksize in (32, 64, 4096):
@@ -197,13 +197,13 @@ class TestEncode:
                 assert (theirs <= ours + 2 / 65535)[compared].all()
                 assert (ours <= theirs + 2.0**-24)[compared].all()
 
-    def test_int8_is_that_of_cuda(self, kernels: ModuleType, kind: str, dtype: str) -> None:
+    def test_int8_equals_bitsandbytes_on_cuda(self, kernels: ModuleType, kind: str, dtype: str) -> None:
         values, _, absmax = bnb_encode("int8", kind, 50_001, 64, dtype)
         _, found, _ = encode(kernels, "int8", values, 64)
         y = normalized(array(tensor(values).float()), absmax, 64)
         assert (found == bnb_compat.cuda_int8_codes(y, CODE["int8"])).all()
 
-    def test_fp4_is_that_of_cuda(self, kernels: ModuleType, kind: str, dtype: str) -> None:
+    def test_fp4_equals_bitsandbytes_on_cuda(self, kernels: ModuleType, kind: str, dtype: str) -> None:
         values = as_float(sample(kind, 50_000, 51), dtype)
         _, found, absmax = encode(kernels, "fp4", values, 64)
         y = normalized(array(tensor(values).float()), absmax, 64)
@@ -211,7 +211,7 @@ class TestEncode:
 
 
 @pytest.mark.parametrize("kind", ["normal", "weights", "magnitudes", "sparse"])
-def test_fp4_decodes_to_what_the_cpu_has(kernels: ModuleType, kind: str) -> None:
+def test_fp4_decodes_to_the_values_of_the_cpu(kernels: ModuleType, kind: str) -> None:
     """Its thresholds are up to 14 ulp away and its codes for small values mirrored, but zero is zero."""
     for n in (64, 4096, 49_984):
         values, codes, absmax = bnb_encode("fp4", kind, n, 64, "float32")

@@ -50,7 +50,7 @@ class TestDefinition:
         codes = encode(kernels, base, values, 100)
         assert np.array_equal(decode(kernels, codes, base), values) and codes.size < 12
 
-    def test_nothing_and_too_much_are_not_told(self, kernels: ModuleType) -> None:
+    def test_no_change_and_too_many_changes_are_not_coded(self, kernels: ModuleType) -> None:
         base = np.arange(100, dtype=np.uint16)
         assert encode(kernels, base, base, 1000).size == 0
         assert encode(kernels, base, np.where(np.arange(100) < 51, base + 1, base).astype(np.uint16), 1000).size == 0
@@ -68,7 +68,7 @@ class TestDefinition:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rate", RATES)
-def test_sparse_changes_are_equal_and_come_back(native: ModuleType, dtype: Any, rate: float) -> None:
+def test_sparse_changes_equal_the_twins_and_round_trip(native: ModuleType, dtype: Any, rate: float) -> None:
     for n in LENGTHS:
         base, values = pair(n, rate, dtype)
         wanted = encode(_numpy, base, values, 4 * n + 100)
@@ -82,7 +82,7 @@ def test_sparse_changes_are_equal_and_come_back(native: ModuleType, dtype: Any, 
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_damaged_codes_get_one_verdict(native: ModuleType, dtype: Any) -> None:
+def test_damaged_codes_get_the_same_verdict(native: ModuleType, dtype: Any) -> None:
     accepted = 0
     for seed in range(40):
         base, values = pair(300, 0.1, dtype, seed)
@@ -100,7 +100,7 @@ def test_damaged_codes_get_one_verdict(native: ModuleType, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_random_codes_are_refused_or_read_alike(native: ModuleType, dtype: Any) -> None:
+def test_random_codes_are_refused_or_decoded_alike(native: ModuleType, dtype: Any) -> None:
     rng = np.random.default_rng(9)
     base, _ = pair(500, 0.1, dtype)
     for size in range(60):

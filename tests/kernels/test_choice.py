@@ -24,20 +24,20 @@ def run(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_a_missing_extension_is_loud() -> None:
+def test_a_missing_extension_warns() -> None:
     hide = "import sys; sys.modules['tensorwire.kernels._native'] = None; "
     done = run(hide + "from tensorwire import kernels; print(kernels.isa, kernels.implementation)", TENSORWIRE_ISA="")
     assert done.stdout.split() == ["numpy", "numpy"]
     assert "RuntimeWarning" in done.stderr and "extension is missing" in done.stderr
 
 
-def test_the_twin_can_be_asked_for_quietly() -> None:
+def test_the_twin_can_be_chosen_without_a_warning() -> None:
     done = run("from tensorwire import kernels; print(kernels.isa)", TENSORWIRE_ISA="numpy")
     assert done.stdout.split() == ["numpy"] and done.stderr == ""
 
 
 @pytest.mark.skipif(kernels.implementation == "numpy", reason="the extension does not serve here")
-def test_an_instruction_set_can_be_asked_for_and_an_unknown_one_is_refused() -> None:
+def test_an_instruction_set_can_be_chosen_and_an_unknown_one_is_refused() -> None:
     for isa in kernels._module.supported():
         done = run("from tensorwire import kernels; print(kernels.isa)", TENSORWIRE_ISA=isa)
         assert done.stdout.split() == [isa]

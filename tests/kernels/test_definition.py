@@ -166,13 +166,13 @@ class TestQuantizers:
         assert bits_with_one_nan(values).tolist() == bits_with_one_nan(expected).tolist()
 
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_nothing(self, kernels: ModuleType, method: str, dtype: str) -> None:
+    def test_empty_input(self, kernels: ModuleType, method: str, dtype: str) -> None:
         finite, codes, stats = encode(kernels, method, np.empty(0, float_dtype(dtype)), 64)
         assert finite is True and codes.size == stats.size == 0
         assert decode(kernels, method, codes, stats, 0, 64, dtype).size == 0
 
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_what_is_not_finite_is_found_wherever_it_is(self, kernels: ModuleType, method: str, dtype: str) -> None:
+    def test_nonfinite_values_are_found_at_any_position(self, kernels: ModuleType, method: str, dtype: str) -> None:
         n, blocksize = 2 * 64 + 37, 64
         for kind in ("normal", "zeros"):
             good = as_float(sample(kind, n, 1), dtype)
@@ -264,7 +264,7 @@ class TestExamples:
         assert self.encode(kernels, "fp4", 2, -2, 0, 1) == ([0x3B, 0x05], [2.0])
         assert self.encode(kernels, "fp4", 1, -0.001, 0.001, -0.0) == ([0x38, 0x00], [1.0])
 
-    def test_fp4_sign_is_that_of_y(self, kernels: ModuleType) -> None:
+    def test_fp4_sign_is_the_sign_of_the_scaled_value(self, kernels: ModuleType) -> None:
         # The smallest value times 1 / 2**20 is -0.0, which is not below 0.
         assert self.encode(kernels, "fp4", 2.0**20, -(2.0**-149)) == ([0x30], [2.0**20])
 
@@ -302,7 +302,7 @@ class TestExamples:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_code_of_minus_128_is_noticed_and_decoded(kernels: ModuleType, dtype: str) -> None:
+def test_a_code_of_minus_128_is_reported_and_decoded(kernels: ModuleType, dtype: str) -> None:
     scales, out = np.array([0x3F80, 0x4000, 0x4080], np.uint16), Output(165, float_dtype(dtype))  # 1, 2, 4
     codes = np.resize(np.arange(-127, 128, dtype=np.int8), 165)
     assert kernels.dequantize_linear(codes, scales, out.array, blocksize=64) is True
@@ -324,7 +324,7 @@ class TestAbsmax:
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_what_is_not_finite_is_found(self, kernels: ModuleType, dtype: str, bad: float) -> None:
+    def test_nonfinite_values_are_found(self, kernels: ModuleType, dtype: str, bad: float) -> None:
         absmax = np.empty(3, np.float32)
         for position in range(165):
             values = as_float(sample("normal", 165, 1), dtype)

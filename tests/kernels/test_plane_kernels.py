@@ -37,7 +37,7 @@ class TestDefinition:
         low, second, third, high = split(kernels, values.view(np.uint8), np.array([1], np.uint8), 4)
         assert [*high] == [127, 128] and [*third] == [0x81, 0x00] and not low.any() and not second.any()
 
-    def test_one_byte_stays(self, kernels: ModuleType) -> None:
+    def test_single_byte_elements_are_unchanged(self, kernels: ModuleType) -> None:
         assert np.array_equal(split(kernels, ANY_BYTES[:100], np.array([3], np.uint8), 1)[0], ANY_BYTES[:100])
 
     def test_blocks_without_a_mark_are_zeros(self, kernels: ModuleType) -> None:
@@ -46,7 +46,7 @@ class TestDefinition:
         assert not out[:128].any() and not out[256:384].any()
         assert (out[128:256].view(np.uint16) == 0x8181).all() and (out[384:].view(np.uint16) == 0x8181).all()
 
-    def test_a_plane_of_one_byte_is_that_byte_throughout(self, kernels: ModuleType) -> None:
+    def test_a_plane_of_one_byte_is_constant(self, kernels: ModuleType) -> None:
         for count in (1, 64, 100):
             marks, one = marks_of(count, 0), np.array([130], np.uint8)
             whole, short = np.empty((2, 2 * count), np.uint8)
@@ -122,7 +122,7 @@ def samples(n: int) -> list[Array]:
 
 class TestHuffman:
     @pytest.mark.parametrize("n", [*range(1, 20), 200, 1000, 5000, 131_072, 131_073, 300_001])
-    def test_codes_are_the_twins_and_lead_back(self, native: ModuleType, n: int) -> None:
+    def test_codes_equal_the_twins_and_round_trip(self, native: ModuleType, n: int) -> None:
         for number, values in enumerate(samples(n)):
             size = values.size + 1000
             found, expected = Output(size, np.uint8, n % 7), np.empty(size, np.uint8)
@@ -135,7 +135,7 @@ class TestHuffman:
                 assert kernels.huffman_decode(codes, out.array) is True
                 assert np.array_equal(out.checked(), values), number
 
-    def test_without_room_nothing_is_written_behind(self, kernels: ModuleType) -> None:
+    def test_without_room_nothing_is_written_past_the_end(self, kernels: ModuleType) -> None:
         values = samples(3000)[1]
         whole = np.empty(4000, np.uint8)
         size = kernels.huffman_encode(values, whole)
@@ -144,13 +144,13 @@ class TestHuffman:
             assert kernels.huffman_encode(values, out.array) == (size if room >= size + 8 else 0)
             out.checked()
 
-    def test_codes_of_nothing(self, kernels: ModuleType) -> None:
+    def test_codes_of_an_empty_plane(self, kernels: ModuleType) -> None:
         nothing = np.empty(0, np.uint8)
         assert kernels.huffman_encode(nothing, np.empty(9, np.uint8)) == 0
         assert kernels.huffman_decode(nothing, nothing) is True
         assert kernels.huffman_decode(np.zeros(1, np.uint8), nothing) is False
 
-    def test_damage_is_judged_alike_and_stays_inside(self, native: ModuleType) -> None:
+    def test_damaged_codes_get_the_same_verdict_within_bounds(self, native: ModuleType) -> None:
         rng, good = np.random.default_rng(5), 0
         for round_ in range(600):
             values = samples(int(rng.integers(1, 700)))[round_ % 9]
@@ -211,7 +211,7 @@ class TestArguments:
         refused(TypeError, "out", kernels.merge_planes, planes, marks, bytes(260))
         refused(TypeError, "counts", kernels.byte_histogram, values, np.zeros(256, np.int32))
 
-    def test_outputs_are_writable_and_apart(self, kernels: ModuleType) -> None:
+    def test_outputs_must_be_writable_and_not_overlap(self, kernels: ModuleType) -> None:
         values, marks, memory = np.zeros(260, np.uint8), np.array([5], np.uint8), np.zeros(400, np.uint8)
         locked = np.zeros(66, np.uint8)
         locked.setflags(write=False)

@@ -52,12 +52,12 @@ def select(kernels: ModuleType, values: Array, offset: int = 0, **options: Any) 
 
 
 class TestDefinition:
-    def test_of_equal_magnitudes_the_first_are_kept(self, kernels: ModuleType) -> None:
+    def test_the_first_of_equal_magnitudes_is_kept(self, kernels: ModuleType) -> None:
         values = np.array([1, -2, 2, 0, -2, 3], np.float32)
         positions, coefficients = select(kernels, values, k=3, **FLAT)
         assert positions.tolist() == [1, 2, 5] and coefficients.tolist() == [-2, 2, 3]
 
-    def test_of_zeros_nothing_is_kept(self, kernels: ModuleType) -> None:
+    def test_nothing_is_kept_of_zeros(self, kernels: ModuleType) -> None:
         values = np.zeros(2 * 64, np.float32)
         values[70], values[3] = 1, -0.0
         positions, coefficients = select(kernels, values, k=2, width=64, rows=1, cols=64)
@@ -91,7 +91,7 @@ class TestDefinition:
                 assert np.isfinite(sums).all()
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**101])
-    def test_what_cannot_be_taken_is_said(self, kernels: ModuleType, bad: float) -> None:
+    def test_unacceptable_values_are_reported(self, kernels: ModuleType, bad: float) -> None:
         for at in (0, 4095, 4999):
             values = NORMAL[:5000].copy()
             values[at] = bad
@@ -107,7 +107,7 @@ class TestDefinition:
             number = sum(comb(p, i + 1) for i, p in enumerate(positions)) if NOTHING not in positions else comb(64, 2)
             assert int.from_bytes(codes.tobytes(), "little") == number
 
-    def test_codes_of_rice(self, kernels: ModuleType) -> None:
+    def test_rice_codes(self, kernels: ModuleType) -> None:
         codes = np.zeros(8, np.uint8)
         positions = np.arange(7, dtype=np.uint16) * 2 + 1  # one is left out before each: 1 bit 0, a bit 1
         assert kernels.encode_positions(positions, codes, elements=16, k=7, width=16, rows=1, cols=16) == 3
@@ -145,7 +145,7 @@ class TestDefinition:
 
 @pytest.mark.parametrize(("grid", "transformed"), CASES, ids=str)
 @pytest.mark.parametrize("k", [1, 4, 6, 7, 32, 4096])
-def test_every_instruction_set_is_like_the_twin(
+def test_every_instruction_set_equals_the_twin(
     kernels: ModuleType, grid: dict[str, int], k: int, transformed: bool
 ) -> None:
     options = tuple(sorted({**grid, "k": k}.items()))
@@ -193,7 +193,7 @@ def results(module: ModuleType, options: Any, transformed: bool, number: int, of
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 6, 7, 20])
-def test_the_same_verdict_over_damaged_codes(kernels: ModuleType, k: int) -> None:
+def test_damaged_codes_get_the_same_verdict(kernels: ModuleType, k: int) -> None:
     grid = {"width": 25, "rows": 5, "cols": 9}
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -300,7 +300,7 @@ def test_a_wrong_argument_is_an_error(kernels: ModuleType, name: str) -> None:
         call(kernels, name, **{output: frozen})
 
 
-def test_outputs_apart_from_inputs(kernels: ModuleType) -> None:
+def test_outputs_must_not_overlap_inputs(kernels: ModuleType) -> None:
     memory = np.zeros(64, np.uint8)
     with pytest.raises(ValueError, match="overlaps"):
         call(kernels, "decode_positions", codes=memory[:8], positions=memory[4:8].view(np.uint16))

@@ -21,7 +21,7 @@ def declarations(text: str) -> dict[str, str]:
     }
 
 
-def test_the_stub_is_what_the_extension_offers() -> None:
+def test_the_stub_matches_the_extension() -> None:
     """To make it anew: python -m nanobind.stubgen -m tensorwire.kernels._native, then ruff format."""
     stubgen = pytest.importorskip("nanobind.stubgen")
     native = pytest.importorskip("tensorwire.kernels._native")

@@ -16,7 +16,7 @@ SHA256 = {
 
 
 @pytest.mark.parametrize("name", SHA256)
-def test_a_code_table_is_the_one_of_bitsandbytes(name: str) -> None:
+def test_code_tables_equal_those_of_bitsandbytes(name: str) -> None:
     assert hashlib.sha256(getattr(tables, name).astype("<f4").tobytes()).hexdigest() == SHA256[name]
 
 

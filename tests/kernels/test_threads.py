@@ -82,7 +82,7 @@ def test_several_callers_share_one_pool(native: ModuleType, alone: list[bytes]) 
     assert len(results) == 4
 
 
-def test_what_is_not_finite_is_found_whichever_thread_meets_it(native: ModuleType) -> None:
+def test_nonfinite_values_are_found_in_any_thread(native: ModuleType) -> None:
     absmax = np.empty(-(-N // 64), np.float32)
     for at in (0, N // 2, N - 1):
         values = VALUES.copy()
@@ -119,7 +119,7 @@ def test_a_forked_child_has_a_pool_of_its_own(native: ModuleType) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_one_block_or_one_processor_leaves_nothing_to_share(native: ModuleType, alone: list[bytes]) -> None:
+def test_one_block_or_one_processor_uses_one_thread(native: ModuleType, alone: list[bytes]) -> None:
     absmax = np.empty(1, np.float32)
     assert native.blockwise_absmax(VALUES, absmax, blocksize=1 << 21)
     assert absmax[0] == np.abs(VALUES).max()
@@ -139,7 +139,7 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing(native: Modul
     assert native.isa() == before
 
 
-def test_empty_variables_in_the_environment_are_none(native: ModuleType) -> None:
+def test_empty_environment_variables_are_ignored(native: ModuleType) -> None:
     run = python("import tensorwire; print(tensorwire.get_threads())", TENSORWIRE_ISA="", TENSORWIRE_THREADS="")
     assert run.stdout.strip() == "1", run.stderr
 
@@ -169,7 +169,7 @@ def test_outputs_too_large_for_the_caches_have_the_bits_of_small_ones(native: Mo
     assert np.array_equal(back[:part].view(np.uint16), half.view(np.uint16))
 
 
-def test_any_buffer_of_the_right_format_will_do(native: ModuleType) -> None:
+def test_any_buffer_of_the_right_format_is_accepted(native: ModuleType) -> None:
     memory = memoryview(bytearray(64 * 4))
     absmax = np.empty(1, np.float32)
     assert native.blockwise_absmax(memory.cast("@f"), absmax, blocksize=64)
@@ -179,13 +179,13 @@ def test_any_buffer_of_the_right_format_will_do(native: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("count", ["0", "x", "5000", "-1", "1.5"])
-def test_a_wrong_number_of_threads_in_the_environment_is_loud(native: ModuleType, count: str) -> None:
+def test_an_invalid_thread_count_in_the_environment_raises(native: ModuleType, count: str) -> None:
     run = python("import tensorwire", TENSORWIRE_THREADS=count)
     assert "TENSORWIRE_THREADS: expected 1 to 4096" in run.stderr
     assert run.returncode != 0
 
 
-def test_values_that_change_while_they_are_quantized_make_no_code_that_a_decoder_refuses(native: ModuleType) -> None:
+def test_values_changed_during_quantization_still_give_valid_codes(native: ModuleType) -> None:
     """Another thread trains on: the scale is that of the small values, and the codes those of the large ones."""
     values, done = np.full(1 << 16, -1.0, np.float32), threading.Event()
 

@@ -20,7 +20,7 @@ EXTREME = np.array([0, -0.0, 1e-45, -1e-40, 2.0**110, -(2.0**-126), 1, -1, 0.5, 
 @pytest.mark.parametrize(
     "values", [NORMAL, np.round(NORMAL), np.resize(EXTREME, 40_000)], ids=["normal", "whole", "extreme"]
 )
-def test_magnitudes_are_added_up_alike(kernels: ModuleType, values: Array, count: int) -> None:
+def test_sums_of_magnitudes_equal_the_twins(kernels: ModuleType, values: Array, count: int) -> None:
     largest, total, there = kernels.sum_magnitudes(misaligned(values[:count], 4))
     assert (largest, total, there) == _numpy.sum_magnitudes(values[:count])
     assert largest == np.abs(values[:count]).max(initial=0) and there == np.count_nonzero(values[:count])
@@ -30,7 +30,7 @@ def test_magnitudes_are_added_up_alike(kernels: ModuleType, values: Array, count
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("count", COUNTS)
-def test_codes_are_like_the_twins(kernels: ModuleType, bits: int, count: int) -> None:
+def test_codes_equal_the_twins(kernels: ModuleType, bits: int, count: int) -> None:
     sets = [NORMAL[:count], np.resize(EXTREME, count)]
     for values in sets:
         for steps in (
@@ -58,7 +58,7 @@ def test_codes_by_hand(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_bits_behind_the_last_code_are_seen(kernels: ModuleType, bits: int) -> None:
+def test_unused_bits_after_the_last_code_are_checked(kernels: ModuleType, bits: int) -> None:
     for count in range(1, 20):
         size, used = -(-count * bits // 8), count * bits % 8
         for bit in range(used or 8, 8):
@@ -69,7 +69,7 @@ def test_bits_behind_the_last_code_are_seen(kernels: ModuleType, bits: int) -> N
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("count", COUNTS)
-def test_what_is_taken_in(kernels: ModuleType, dtype: str, count: int) -> None:
+def test_decay_and_add_equals_numpy(kernels: ModuleType, dtype: str, count: int) -> None:
     new = NORMAL[:count][::-1].copy()
     new = new.astype(np.float16) if dtype == "float16" else new
     new = (new.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else new
@@ -140,7 +140,7 @@ def test_a_wrong_argument_is_an_error(kernels: ModuleType, name: str) -> None:
                 call(bits=bits)
 
 
-def test_outputs_can_be_written_to_and_stand_apart(kernels: ModuleType) -> None:
+def test_outputs_must_be_writable_and_not_overlap(kernels: ModuleType) -> None:
     memory, one = np.zeros(64, np.uint8), np.ones(1, np.float32)
     floats = memory.view(np.float32)[:4]
     with pytest.raises(ValueError, match="overlaps"):

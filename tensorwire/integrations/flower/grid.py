@@ -151,7 +151,7 @@ class WireGrid(Grid):
         copied = copy(message)
         copied.content = content
         if message.content is content or copied.metadata is not message.metadata:
-            raise changed_seam("a copied Message shares its metadata, by which its reply is found, and not its content")
+            raise changed_seam("a copied Message shares its metadata, by which its reply is found, but not its content")
         return copied
 
     def _sealed_record(self, key: str, record: Any) -> Any:
@@ -179,9 +179,9 @@ class WireGrid(Grid):
         if not is_encoded(record):
             if isinstance(record, ArrayRecord) and not record and sent is not None and sent.records:
                 say_once(
-                    "tensorwire: arrays come back empty, as secure aggregation leaves them: what it has masked travels "
-                    "as Flower sends it, up= has no part in it, and the mean is one of whole weights, so that down= "
-                    "should be a lossless codec such as 'planes'"
+                    "tensorwire: arrays come back empty, as with secure aggregation: masked values are sent as without "
+                    "tensorwire, up= does not apply, and the mean is taken of whole weights, so down= should be a "
+                    "lossless codec such as 'planes'"
                 )
             return record
         received = opened(record, finite=reply.metadata.message_type.startswith("train"))
@@ -197,7 +197,7 @@ class WireGrid(Grid):
         return lazy_record(updates.added(received.views, record_views(wanted)), received)
 
     def _forget_expired(self) -> None:
-        """Let go of messages that will never be replied to."""
+        """Forget messages that will never be answered."""
         now = time.time()
         for number, sent in list(self._sent.items()):
             if sent.message.metadata.created_at + sent.message.metadata.ttl < now:

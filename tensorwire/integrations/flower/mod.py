@@ -47,7 +47,7 @@ class Asked(NamedTuple):
         return cls(repr(parse(up)), difference, feedback)
 
     def record(self) -> ConfigRecord:
-        """As they travel."""
+        """The settings as a record to be sent."""
         return ConfigRecord({"version": 1, **self._replace(up=json.dumps(self.up))._asdict()})
 
     @classmethod

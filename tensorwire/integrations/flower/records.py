@@ -164,7 +164,7 @@ def sendable(key: str, record: object) -> Views | None:
     try:
         return record_views(record)
     except TensorwireError as error:
-        say_once(f"tensorwire: the record {key!r} travels as Flower sends it: {error}")
+        say_once(f"tensorwire: the record {key!r} is sent as without tensorwire: {error}")
         return None
 
 

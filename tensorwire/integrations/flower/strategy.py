@@ -118,7 +118,7 @@ def _writable(array: Array, view: TensorView, in_place: bool) -> Numbers:
 
 
 def _update(record: ArrayRecord, node: int, weight: Any, model: dict[str, Numbers], down: CodecChoice) -> Update:
-    """What a node has sent, checked. Raises a WireError, or ValueError for a weight that is none."""
+    """What a node has sent, checked. Raises a WireError, or ValueError for an invalid weight."""
     views = record_views(record)
     origin: Received | None = getattr(next(iter(record.values())), "origin", None)
     if origin is None or origin.views.keys() != record.keys() or not _all_of(record, origin):

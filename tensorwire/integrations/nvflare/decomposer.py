@@ -24,9 +24,9 @@ from tensorwire.integrations.nvflare.model import as_sent
 from tensorwire.streams import EncodedTensor, InMemory, OnDisk, Store, encode, gather
 from tensorwire.tensor import TensorView, ViewFront
 
-# FLARE knows what a message holds by a number of one byte, its own being small. There is no registry of them.
+# FLARE identifies the content of a message by a number of one byte; its own are small. There is no registry.
 DOWNLOAD_TYPE: Final = 116
-# What FLARE asks for in one request, a round trip each; `wire_download_chunk_size` in its configuration overrides it.
+# Bytes per request of FLARE, each a round trip; `wire_download_chunk_size` in its configuration overrides it.
 PORTION: Final = 4 << 20
 
 _NUMBER, _LIBRARY = "portion", "library"  # in the state that sender and receiver tell one another
@@ -72,9 +72,10 @@ class WireRef:
 
 
 class _Outgoing(Downloadable):  # type: ignore[misc]  # FLARE has no types
-    """The tensors of one message, encoded as they are asked for.
+    """The tensors of one message, encoded on request.
 
-    For one receiver only the last portion is kept, for whoever asks again; for several each until all have it.
+    With one receiver, only the last portion is kept, in case it is requested again; with several, each portion is kept
+    until all have it.
     """
 
     def __init__(self, wires: dict[str, Wire], size: int) -> None:
@@ -99,7 +100,7 @@ class _Outgoing(Downloadable):  # type: ignore[misc]  # FLARE has no types
         self._receivers = info.num_receivers if info is not None else 1
 
     def produce(self, state: dict[str, Any], requester: str) -> tuple[str, Any, dict[str, Any]]:
-        """The portion behind the one that `state` is about, or the end."""
+        """The portion after the one that `state` names, or the end."""
         number = state[_NUMBER] + 1 if state else 0
         with self._lock:
             self._asked[requester] = number
@@ -117,7 +118,7 @@ class _Outgoing(Downloadable):  # type: ignore[misc]  # FLARE has no types
             try:
                 portion = next(self._portions, None)
             except EncodeError:
-                self._begin()  # so that whoever asks again is told again
+                self._begin()  # so that a repeated request gets the same answer
                 raise
             if portion is None:
                 return None
@@ -131,7 +132,7 @@ class _Outgoing(Downloadable):  # type: ignore[misc]  # FLARE has no types
             del self._kept[number]
 
     def release(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         with self._lock:
             self.base_obj: dict[str, Wire] = {}
             self._begin()

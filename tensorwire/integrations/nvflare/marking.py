@@ -84,7 +84,10 @@ def _differences(new: Views, base: Mapping[str, EncodedTensor]) -> Views:
     changes = {}
     for name, view in new.items():
         if name not in base or base[name].shape != view.shape:
-            raise EncodeError("no tensor of this name and shape was received: there is no difference to it", item=name)
+            raise EncodeError(
+                "no tensor of this name and shape was received, so there is nothing to take a difference from",
+                item=name,
+            )
         was = _in_dtype(base[name].view(), view.dtype)
         if name in floats:
             changes[name] = subtract({name: view}, {name: was})[name]
