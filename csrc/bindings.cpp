@@ -955,10 +955,9 @@ int threads_asked_for(const char* text) {
 NB_MODULE(_native, m) {
     const char* forced = std::getenv("TENSORWIRE_ISA");
     if (forced && *forced && !tw::use(forced)) {
-        throw nb::import_error(
-            (std::string("TENSORWIRE_ISA=") + forced + " is not supported here; set it to one of " + supported_names() +
-             ", numpy, or leave it unset for the fastest")
-                .c_str());
+        throw nb::import_error((std::string("TENSORWIRE_ISA=") + forced + " is not supported here; set it to one of " +
+                                supported_names() + ", numpy, or leave it unset for the fastest")
+                                   .c_str());
     }
 
     const char* threads = std::getenv("TENSORWIRE_THREADS");

@@ -95,7 +95,7 @@ struct Kernels {
     void (*byte_histogram)(const uint8_t* data, size_t n, size_t every, uint32_t* counts);
     // Bytes to Huffman codes; returns their size, or 0 for more than `room`. Decoding returns whether an encoder writes
     // such
-// codes.
+    // codes.
     size_t (*huffman_encode)(const uint8_t* data, size_t n, uint8_t* out, size_t room);
     bool (*huffman_decode)(const uint8_t* codes, size_t size, uint8_t* out, size_t n);
     // The bytes of n elements to planes and back, for the blocks of 64 whose bit in `marks` is set.

@@ -115,7 +115,6 @@ SLOW = {
     "test_values.py::test_a_large_root_costs_about_as_much_as_msgpack": 3,
     "test_values.py::test_a_large_value_costs_about_as_much_as_msgpack": 0,
     "test_values.py::test_cost_is_linear": 0,
-    "test_values.py::test_so_does_a_root": 3,
     "test_values.py::test_tuples_take_no_large_multiple_either": 0,
     "test_versions.py::test_a_chain_of_50_versions_with_a_publisher_at_work_and_four_followers": 0,
     "test_versions_kills.py": 0,
