@@ -216,15 +216,11 @@ def test_a_module_of_files_has_a_short_name_that_imports(name):
 
 
 def test_import_tensorwire_is_quick():
-    """In processor time, which does not depend on what else the machine does."""
+    """In processor time, which does not depend on what else the machine does; one of three may be quick."""
     code = "import time, numpy; start = time.process_time(); import tensorwire; print(time.process_time() - start)"
-    runs = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True, cwd=PACKAGE.parent
-        )
-        for _ in range(3)
-    ]
-    assert min(float(run.stdout) for run in runs) < CI_IMPORT_SECONDS
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    took = (float(subprocess.check_output(command, cwd=PACKAGE.parent)) for _ in range(3))
+    assert any(seconds < CI_IMPORT_SECONDS for seconds in took)
 
 
 def test_the_page_and_this_table_agree():
