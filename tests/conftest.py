@@ -1,5 +1,7 @@
 """What all tests share: the package under test, how hard the property tests try, and which tests are slow."""
 
+import gc
+import logging
 import os
 import signal
 import sys
@@ -51,3 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if kept == 0 or cases[name] % kept:
             item.add_marker("slow")
         cases[name] += 1
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that is imported by now has to be looked at again and again."""
+    # By the garbage collector: torch and what it imports are most of what it would go through.
+    gc.collect()
+    gc.freeze()
+    # By pytest, which attaches itself before each test to each logger that tells the root nothing: torch has ninety.
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.name.startswith("torch"):
+            logger.propagate = True

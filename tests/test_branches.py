@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zstandard
-from bad import ALIAS, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, bundle, data, item, tensor, zstd_frame
-from frames import INDEX, STREAM, Frame, assemble, cut, end, preamble, take_apart
+from bad import ALIAS, BAD, DICT, FILE, FLOAT32, INT8, START, VALUE, ZRAW, bundle, data, item, tensor, zstd_frame
+from frames import INDEX, STREAM, Frame, assemble, at_rest, cut, end, preamble, take_apart
 from msgpack import packb
 from vectors import stored
 
@@ -167,6 +167,11 @@ def test_an_index_of_items_described_one_by_one_that_names_data_for_a_descriptor
     ):
         with pytest.raises(FormatError, match=says):
             opened(path, assemble([*frames, Frame(INDEX, packed_index(wrong)), end()], align=64))
+
+
+def test_a_file_that_was_cut_off_before_its_end_frame_has_no_index(tmp_path):
+    with pytest.raises(TruncatedError, match="ends before the end frame"):
+        opened(tmp_path / "x.tw", BAD["end-missing"][2](at_rest))
 
 
 def test_an_index_of_bundles_that_disagrees_with_the_stream_is_refused(tmp_path):

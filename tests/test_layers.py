@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -92,21 +93,22 @@ def room_of(path: Path) -> str:
 @cache
 def imports(path: Path) -> list[tuple[str, bool]]:
     """(dotted name, whether it is imported with the module) of everything a file imports, also inside functions."""
-    tree = ast.parse(path.read_text())
-    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
-    late = {id(node) for function in functions for node in ast.walk(function)}
-    typing_only = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
-    skipped = {id(node) for block in typing_only for node in ast.walk(block)}
-    found = []
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) not in late) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} uses a relative import"
-            found += [(f"{node.module}.{alias.name}", id(node) not in late) for alias in node.names]
-    return found
+    return list(imports_below(ast.parse(path.read_text()), at_import=True))
+
+
+def imports_below(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, at_import) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "a relative import"
+            yield from ((f"{child.module}.{alias.name}", at_import) for alias in child.names)
+        elif not isinstance(child, ast.expr) and not is_for_types_only(child):
+            yield from imports_below(child, at_import and not isinstance(child, ast.FunctionDef))
+
+
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -214,15 +216,11 @@ def test_a_module_of_files_has_a_short_name_that_imports(name):
 
 
 def test_import_tensorwire_is_quick():
-    """In processor time, which does not depend on what else the machine does."""
+    """In processor time, which does not depend on what else the machine does; one of three may be quick."""
     code = "import time, numpy; start = time.process_time(); import tensorwire; print(time.process_time() - start)"
-    runs = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True, cwd=PACKAGE.parent
-        )
-        for _ in range(3)
-    ]
-    assert min(float(run.stdout) for run in runs) < CI_IMPORT_SECONDS
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    took = (float(subprocess.check_output(command, cwd=PACKAGE.parent)) for _ in range(3))
+    assert any(seconds < CI_IMPORT_SECONDS for seconds in took)
 
 
 def test_the_page_and_this_table_agree():
