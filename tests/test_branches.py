@@ -86,7 +86,7 @@ def test_inconsistent_frames_of_a_file_are_refused(tmp_path):
         ((tensor(1, ["a"], [3]), data(1, b"abcd", 4)), FormatError, "beyond the end"),
         ((tensor(1, ["a"], [3]), data(1, b"", 0)), FormatError, "empty data frame"),
         ((tensor(1, ["a"], [3]), data(1, b"abcd", 3)), FormatError, "must have 3"),
-        ((tensor(1, ["a"], [3], codec=ZRAW), data(1, zstd_frame(b"ab"), 3)), FormatError, "where 3 belong"),
+        ((tensor(1, ["a"], [3], codec=ZRAW), data(1, zstd_frame(b"ab"), 3)), FormatError, "expected 3"),
         ((tensor(1, ["a"], [3], FLOAT32, [[INT8, 16]]), data(1, b"\0\0\0\x80abc", 3)), FormatError, "absmax"),
     ],
     ids=["alias of a value", "beyond", "empty", "long", "zstd", "absmax"],

@@ -135,7 +135,7 @@ class _Reader:
         part = self._payload[self._at : self._at + size]
         if part.size != size:
             raise FormatError(
-                f"planes payload of {self._payload.size} bytes ends too early: {size} bytes were to come at {self._at}"
+                f"planes payload of {counted(self._payload.size, 'byte')} ends too early: {size} more expected at {self._at}"
             )
         self._at += size
         return part
@@ -150,7 +150,7 @@ class _Reader:
     def end(self) -> None:
         """Raise FormatError if anything is left."""
         if self._at != self._payload.size:
-            raise FormatError(f"planes with {counted(self._payload.size - self._at, 'byte')} behind them")
+            raise FormatError(f"planes payload has {counted(self._payload.size - self._at, 'byte')} after its end")
 
 
 def _blocks(size: int, width: int) -> int:

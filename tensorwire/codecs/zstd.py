@@ -77,11 +77,11 @@ def _check_frame(payload: memoryview, size: int, *, exact: bool) -> None:
         raise FormatError(f"not a zstd frame: {error}") from None
     content = frame.content_size
     if content == zstandard.CONTENTSIZE_UNKNOWN:
-        raise FormatError("zstd frame does not say how many bytes are in it")
+        raise FormatError("zstd frame does not declare the size of its content")
     if content > size or (exact and content != size):
-        raise FormatError(f"zstd frame says {content} bytes where {'' if exact else 'at most '}{size} belong")
+        raise FormatError(f"zstd frame declares {content} bytes, expected {'' if exact else 'at most '}{size}")
     if frame.dict_id:
-        raise FormatError(f"zstd frame needs dictionary {frame.dict_id}, and may need none")
+        raise FormatError(f"zstd frame needs dictionary {frame.dict_id}: frames must not use one")
     # The window is the memory that decoding takes beside the content.
     if frame.window_size > max(_MAX_WINDOW, size):
         most = f"{_MAX_WINDOW} or, of more content, its size"
@@ -101,7 +101,7 @@ def _check_blocks(payload: memoryview, at: int, most: int, behind: int) -> None:
         if kind == _RESERVED or size > most:
             raise FormatError(f"zstd block of a reserved type or of {size} bytes, more than {most}")
     if at != end:
-        raise FormatError(f"zstd frame with {counted(end - at, 'byte')} behind it")
+        raise FormatError(f"zstd frame has {counted(end - at, 'byte')} after its end")
 
 
 def _memory_error(error: zstandard.ZstdError, otherwise: Exception | None = None) -> Exception:

@@ -17,7 +17,7 @@ MIN_RATE: Final = 1024.0  # bytes a second, over
 LOOKS: Final = 4  # checks of what has been sent, within the time after which a peer is dropped
 _WINDOW: Final = 30.0  # seconds of waiting
 AGREEING: Final = "agreeing on TLS"
-_ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")  # in OpenSSL's word for what a peer has against ours
+_ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")  # OpenSSL's names of alerts about our certificate
 _PLAIN: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
 
 
@@ -93,12 +93,12 @@ def failed(doing: str, error: OSError) -> TransportError | AuthError:
     if isinstance(error, ssl.SSLError) and any(word in reason for word in _ALERTS):
         return AuthError(f"the other end refuses our certificate, or one of us has none: {reason}")
     if is_plain(error):
-        return TransportError("the other end speaks no TLS: one of the two commands runs without it (--plaintext)")
+        return TransportError("the other end does not use TLS: one of the two commands runs without it (--plaintext)")
     if doing == AGREEING and isinstance(error, (ConnectionError, ssl.SSLEOFError)):
         return TransportError(f"the peer has closed the connection while {doing}: does it use TLS?")
     return TransportError(f"connection failed while {doing}: {error}")
 
 
 def is_plain(error: OSError) -> bool:
-    """Whether an error of TLS is that the peer speaks without."""
+    """Whether a TLS error means that the peer does not use TLS."""
     return isinstance(error, ssl.SSLError) and any(word in (error.reason or "") for word in _PLAIN)

@@ -48,7 +48,7 @@ def client_tls(*, ca: Path | None = None, certificate: Path | None = None, key: 
 
 
 def require_protection(host: str, tls: ssl.SSLContext | None, plaintext: bool) -> None:
-    """Refuse plain text to or from anywhere but this machine, unless it was asked for. Raises TransportError."""
+    """Raise TransportError for plaintext beyond this machine, unless it was requested."""
     if tls is not None and not isinstance(tls, ssl.SSLContext):
         raise ArgumentError(f"tls is what client_tls or server_tls gives, not {type(tls).__name__}")
     if tls is None and not plaintext and not is_loopback(host):
