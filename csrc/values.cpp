@@ -67,17 +67,19 @@ void pack_values(const float* values, const float* steps, size_t every, uint8_t*
 template <unsigned kBits>
 bool unpack_values(const uint8_t* codes, const float* steps, size_t every, float* values, size_t n) {
     constexpr size_t kCodes = kBits < 8 ? 8 / kBits : 1, kBytes = kBits < 8 ? 1 : kBits / 8;
-    for (size_t i = 0; i < n; i += kCodes) {
+    const auto number = [&](size_t i, uint32_t bits) {
+        return number_of<kBits>(bits & ((1u << kBits) - 1), get(steps + i * every));
+    };
+    size_t i = 0;
+    for (; n - i >= kCodes; i += kCodes) {
         uint32_t bits = 0;
         for (size_t byte = 0; byte < kBytes; ++byte) bits |= uint32_t{*codes++} << 8 * byte;
-        const size_t here = min_size(kCodes, n - i);
-        for (size_t j = 0; j < here; ++j, bits >>= kBits) {
-            const float step = get(steps + (i + j) * every);
-            put(values + i + j, number_of<kBits>(bits & ((1u << kBits) - 1), step));
-        }
-        if (bits) return false;
+        for (size_t j = 0; j < kCodes; ++j) put(values + i + j, number(i + j, bits >> j * kBits));
     }
-    return true;
+    if (i == n) return true;
+    uint32_t bits = *codes;
+    for (; i < n; ++i, bits >>= kBits) put(values + i, number(i, bits));
+    return bits == 0;
 }
 
 // In float64: squares of float32 values neither overflow nor vanish there.

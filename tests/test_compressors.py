@@ -174,8 +174,9 @@ def test_tied_tensors_are_sent_and_kept_once() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [
-        ({"w": np.array([1, np.nan], np.float32)}, NonFiniteError, "not finite"),
-        ({"w": np.array([1, 3e38], np.float32)}, NonFiniteError, "beyond"),
+        ({"w": np.array([1, np.nan], np.float32)}, NonFiniteError, "element 1 is nan"),
+        ({"w": np.array([-np.inf, 1], np.float32)}, NonFiniteError, "element 0 is inf"),
+        ({"w": np.array([1, 3e38], np.float32)}, NonFiniteError, "element 1 is 3e.38.*may not exceed"),
         ({"w": np.zeros(2)}, EncodeError, "float64"),
         ({"w": np.zeros(3, np.float32)}, EncodeError, "had"),
         ({"w": "text"}, EncodeError, "tensors"),
@@ -307,6 +308,9 @@ def test_messages_that_cannot_be_combined_are_refused() -> None:
             combine(pair)
     with pytest.raises(ValueError, match="no message"):
         combine([])
+    for single in (one, None):
+        with pytest.raises(tensorwire.ArgumentError, match="iterable of messages, not"):
+            combine(single)
     for weights in ([1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [1.0, float("nan")]):
         with pytest.raises(ValueError, match=r"zip\(\)|weight"):
             combine([one, one], weights=weights)

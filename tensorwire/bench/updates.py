@@ -29,7 +29,7 @@ DEFAULT_METHODS: Final = (
     "lowrank:rank=4",
 )
 PUBLISHED: Final = {"llama-2-1.2b": 2.8e6}
-ROUNDS: Final = 3
+ROUNDS: Final = 7
 _SAMPLE: Final = 16 << 20  # elements
 _WHOLE: Final = {"fp32 all-reduce": 4, "bf16 all-reduce": 2}  # bytes of a parameter
 _TAKEN: Final = ("float32", "float16", "bfloat16")

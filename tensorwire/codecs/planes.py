@@ -135,7 +135,8 @@ class _Reader:
         part = self._payload[self._at : self._at + size]
         if part.size != size:
             raise FormatError(
-                f"planes payload of {counted(self._payload.size, 'byte')} ends too early: {size} more expected at {self._at}"
+                f"planes payload of {counted(self._payload.size, 'byte')} ends too early: "
+                f"{size} more expected at {self._at}"
             )
         self._at += size
         return part

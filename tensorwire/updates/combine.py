@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tensorwire import kernels
 from tensorwire.codecs import NOTHING, Codec, Selected, Sparse, as_floats, is_float
-from tensorwire.errors import SchemaError
+from tensorwire.errors import ArgumentError, SchemaError
 from tensorwire.memory import float32_arrays
 from tensorwire.tensor import Extent
 from tensorwire.updates.compressor import slices
@@ -39,13 +39,16 @@ def combine(
     `how`: the `mean`, the `sum`, the mean over the messages that hold an element or coefficient (`present`, as in
     DeMo), or the sign of the weighted sum of signs (`vote`). `weights`: one for each message. Takes memory for two or
     three models, whatever the number of messages. Raises a WireError for a damaged message, ValueError if there is no
-    message, if a weight is not a positive number, or if there are not as many weights as messages.
+    message, if a weight is not a positive number, or if there are not as many weights as messages; ArgumentError for a
+    single message.
 
         for name, change in combine([mine.data, *received]).items():
             weights[name] -= rate * np.sign(change)
     """
     if how not in _HOW:
         raise ValueError(f"how must be one of {', '.join(_HOW)}, not {how!r:.40}")
+    if not isinstance(messages, Iterable) or isinstance(messages, (bytes, bytearray, memoryview)):
+        raise ArgumentError(f"expected an iterable of messages, not {type(messages).__name__}")
     totals: dict[str, _Total] = {}
     names: _Names | None = None
     weight_sum, unpack = 0.0, sharing()

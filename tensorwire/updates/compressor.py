@@ -176,9 +176,7 @@ class Compressor:
         if kept is not None and not new + before <= most:
             before = _largest(kept)
         if not new + before <= most:
-            error = NonFiniteError(f"a value is not finite, or with what was kept of it beyond {most:g}", index=0)
-            error.item = name
-            raise error
+            raise _too_large(name, view, most)
 
     def _take_in(self, name: str, view: TensorView) -> None:
         """Kept = beta * kept + new; of tensors that are `_selected_from`, when the message is made."""
@@ -252,6 +250,22 @@ class Compressor:
 def _selected_from(packer: Packer, view: TensorView) -> TypeGuard[Sparse]:
     """Whether elements are selected from what is kept as it stands, and can be while new ones are taken in."""
     return isinstance(packer, Sparse) and view.dtype == dtypes.FLOAT32
+
+
+def _too_large(name: str, view: TensorView, most: float) -> NonFiniteError:
+    """The error for a tensor that cannot be taken in. It names a NaN or the element of the largest magnitude."""
+    top, index = 0.0, 0
+    for start in range(0, view.numel, _BLOCK):
+        data = kernel_view(view.read(start, min(start + _BLOCK, view.numel)), view.dtype)
+        magnitudes = np.abs(as_floats(np.asarray(data).view(np.uint8), view.dtype).astype(np.float64))
+        place = int(np.argmax(magnitudes))  # of a NaN, if there is one
+        if not magnitudes[place] <= top:
+            top, index = float(magnitudes[place]), start + place
+        if math.isnan(top):
+            break
+    error = NonFiniteError(f"{top:g}, and magnitudes may not exceed {most:g} with what was kept of them", index=index)
+    error.item = name
+    return error
 
 
 def _largest(kept: Float32) -> float:
