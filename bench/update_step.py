@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from convergence_updates import METHODS, Model
+from convergence_updates import Model
 
 from tensorwire.bench import machine
 from tensorwire.updates import Compressor, Normalizer, combine
@@ -79,7 +79,7 @@ def move(weights: State, changes: State) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", nargs="?", default=METHODS["DeMo k=40 normalized"].spec, metavar="SPEC")
+    parser.add_argument("spec", nargs="?", default="demo:k=40", metavar="SPEC")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()

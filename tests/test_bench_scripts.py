@@ -254,7 +254,7 @@ def test_nvflare_learning(tmp_path):
 
 def test_update_step():
     lines = run("update_step.py", "--steps=1", "--ranks=2")
-    assert re.fullmatch(r"demo:\S+: messages of \d+ bytes, 24 tensors", lines[2])
+    assert re.fullmatch(r"demo:k=40: messages of \d+ bytes, 24 tensors", lines[2])
     parts = [line.split("|")[1].strip() for line in lines[6:]]
     assert parts[:3] == ["forward and backward", "step of AdamW", "normalize (beta2)"]
     assert parts[3:] == ["compress", "combine 2 messages", "sign and move"]

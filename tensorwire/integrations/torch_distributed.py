@@ -149,7 +149,7 @@ class DeMo(torch.optim.Optimizer):
     move by `lr` along the sign of the mean of the messages (Peng, Quesnelle, Kingma, arXiv:2411.19870).
 
     `params`: as for other optimizers, in float32, float16 or bfloat16; errors use their names, if given. `lr`: about as
-    for AdamW. `spec`: a method of `tensorwire.updates` ("demo:k=4", "demo:k=40,beta=0.99,alpha=0.1"). `beta2`: each
+    for AdamW. `spec`: a method of `tensorwire.updates` ("demo:k=4", "demo:k=40"). `beta2`: each
     rank first divides its gradients by their root mean square, as Adam does, with this decay per step (0.99), so that
     tensors with small gradients are sent as often as others. `weight_decay`: as for AdamW. `group`: a process group,
     the default one if None. `check_every`: the ranks compare their weights before the first step and then every so
