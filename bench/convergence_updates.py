@@ -457,10 +457,9 @@ def table(runs: list[Run]) -> str:
         found.setdefault(run["method"], []).append(run)
     plain = {(run["lr"], run["seed"]): run["losses"][-1] for run in runs if run["spec"] == "adamw"}
     whole = max(run["bytes"][-1] for run in runs)
-    begin = f"{mean(run['losses'][0] for run in runs):.4f}"
+    begin, steps = f"{mean(run['losses'][0] for run in runs):.4f}", runs[0]["steps"]
     lines = [
-        f"Loss at the start {begin} nats a byte; {runs[0]['steps']} steps. Means of seeds, and the lowest and highest; "
-        "of times the least.",
+        f"Loss at the start {begin} nats a byte; {steps} steps. Means of seeds (lowest to highest); least times.",
         "",
         "| method | seeds | loss | above AdamW, same rate | MB up | times fewer | MB down | ms a step | of it method |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -137,7 +137,7 @@ def test_convergence_updates(tmp_path):
     methods = ("AdamW", "DeMo k=32", server, feedback, "SparseLoCo k=64 2bit, rate 3")
     all_match(
         lines,
-        rf"Loss at the start {NUMBER} nats a byte; 4 steps. Means of seeds, and the lowest and highest.",
+        rf"Loss at the start {NUMBER} nats a byte; 4 steps. Means of seeds \(lowest to highest\); least times.",
         "",
         *[r"\|.*\|"] * 2,
         *(rf"\| {name} \| {row}" for name in methods),
