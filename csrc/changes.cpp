@@ -48,9 +48,6 @@ unsigned count_ones(uint64_t x) {
 #endif
 }
 
-// The index of the lowest set bit; x must not be 0.
-unsigned lowest(uint64_t x) { return count_ones(~x & (x - 1)); }
-
 // Deposits the lowest bits of x at the set bits of `mine`.
 uint64_t spread(uint64_t x, uint64_t mine) {
 #if defined(TW_AVX512) || defined(TW_AVX2)
@@ -79,7 +76,7 @@ size_t places(uint64_t x, uint32_t first, uint32_t* out) {
         found += count_ones(chosen);
     }
 #else
-    for (; x; x &= x - 1) out[found++] = first + lowest(x);
+    for (; x; x &= x - 1) out[found++] = first + lowest_bit(x);
 #endif
     return found;
 }
@@ -472,7 +469,7 @@ size_t list_block(const Tile& tile, size_t block, const uint8_t* base, const uin
     }
 #endif
     for (; bits; bits &= bits - 1) {
-        const size_t i = begin + lowest(bits);
+        const size_t i = begin + lowest_bit(bits);
         const auto change = static_cast<uint16_t>(number(x, i) - number(base, i));
         at[found] = static_cast<uint32_t>(i);
         out[found++] = change | static_cast<uint32_t>(tile.classes[i]) << 16;
@@ -764,7 +761,7 @@ size_t decode_changes(const uint8_t* codes, size_t size, uint8_t* x, size_t n, u
         }
         for (size_t b = 0; b < tile.blocks; ++b) {
             for (uint64_t bits = changed[b]; bits; bits &= bits - 1) {
-                const size_t i = b * kBlock + lowest(bits);
+                const size_t i = b * kBlock + lowest_bit(bits);
                 const uint16_t change = *next[groups.of[tile.classes[i]]]++;
                 const auto made = static_cast<uint16_t>(number(x, at + i) + change);
                 memcpy(x + 2 * (at + i), &made, sizeof made);

@@ -61,7 +61,7 @@ inline uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
-// The place of the lowest bit that is 1; there is one.
+// The index of the lowest set bit; `bits` must not be 0.
 inline unsigned lowest_bit(uint64_t bits) {
 #ifdef _MSC_VER
     unsigned long place;

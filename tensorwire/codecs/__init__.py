@@ -5,7 +5,16 @@ The contract is in stage.py, the layouts are in docs/codecs.md; each family of s
 
 from tensorwire.codecs.cast import BFloat16, Float16
 from tensorwire.codecs.entropy import Entropy
-from tensorwire.codecs.floats import add_weighted, as_floats, from_floats, is_calculated, is_float, kernel_view, largest
+from tensorwire.codecs.floats import (
+    add_weighted,
+    as_floats,
+    from_floats,
+    is_calculated,
+    is_float,
+    kernel_view,
+    largest,
+    largest_of,
+)
 from tensorwire.codecs.fourbit import FP4, NESTED_BLOCKSIZE, NF4, unnest
 from tensorwire.codecs.int8 import Int8, Int8Linear
 from tensorwire.codecs.lowrank import Factors, LowRank
@@ -98,6 +107,7 @@ __all__ = [
     "kernel_view",
     "known_ids",
     "largest",
+    "largest_of",
     "parameter",
     "parse",
     "patch_slice",

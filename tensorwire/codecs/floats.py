@@ -145,8 +145,14 @@ def largest(view: TensorView) -> float:
     top = 0.0
     for start in range(0, view.numel, _SCAN):
         values = kernel_view((view.device_read or view.read)(start, min(start + _SCAN, view.numel)), view.dtype)
-        absmax = np.empty(-(-len(values) // _SCAN_BLOCK), np.float32)
-        if not kernels_for(values).blockwise_absmax(values, absmax, blocksize=_SCAN_BLOCK):
-            return float("inf")
-        top = max(top, float(absmax.max()))
+        top = max(top, largest_of(values))
+        if top == np.inf:
+            break
     return top
+
+
+def largest_of(values: Any) -> float:
+    """max|x| over a float array as kernels take it; infinity if it has a NaN or an infinity."""
+    absmax = np.empty(-(-len(values) // _SCAN_BLOCK), np.float32)
+    finite = kernels_for(values).blockwise_absmax(values, absmax, blocksize=_SCAN_BLOCK)
+    return float(absmax.max(initial=0)) if finite else float("inf")

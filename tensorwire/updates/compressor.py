@@ -29,6 +29,7 @@ from tensorwire.codecs import (
     from_stages,
     kernel_view,
     largest,
+    largest_of,
 )
 from tensorwire.dtypes import DType
 from tensorwire.errors import EncodeError, NonFiniteError
@@ -174,7 +175,7 @@ class Compressor:
         most, new = codec.ceiling(view.dtype), largest(view)
         before = 0.0 if kept is None else self._bounds.get(name, math.inf)
         if kept is not None and not new + before <= most:
-            before = _largest(kept)
+            before = largest_of(kept.reshape(-1))
         if not new + before <= most:
             raise _too_large(name, view, most)
 
@@ -266,13 +267,6 @@ def _too_large(name: str, view: TensorView, most: float) -> NonFiniteError:
     error = NonFiniteError(f"{top:g}, and magnitudes may not exceed {most:g} with what was kept of them", index=index)
     error.item = name
     return error
-
-
-def _largest(kept: Float32) -> float:
-    """The largest magnitude."""
-    absmax = np.zeros(-(-kept.size // _BLOCK), np.float32)
-    kernels.blockwise_absmax(kept.reshape(-1), absmax, blocksize=_BLOCK)
-    return float(absmax.max(initial=0))
 
 
 def message_size(spec: str | Method, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tensorwire import kernels
+from tensorwire.codecs import largest_of
 from tensorwire.errors import NonFiniteError, SchemaError
 from tensorwire.memory import float32_arrays
 
 Float32 = npt.NDArray[np.float32]
-
-_BLOCK: Final = 1 << 12  # numbers that are looked at together
 
 
 class Normalizer:
@@ -68,8 +67,7 @@ class Normalizer:
         if self._roots and (name not in self._roots or self._roots[name].shape != gradient.shape):
             raise SchemaError(f"there was no gradient of shape {list(gradient.shape)} before", item=name)
         flat = gradient.reshape(-1)
-        absmax = np.empty(-(-flat.size // _BLOCK), np.float32)
-        if not kernels.blockwise_absmax(flat, absmax, blocksize=_BLOCK):
+        if largest_of(flat) == np.inf:
             index = int(np.flatnonzero(~np.isfinite(flat))[0])
             error = NonFiniteError(f"{flat[index]}, which cannot be averaged", index=index)
             error.item = name
